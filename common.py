@@ -1,0 +1,139 @@
+"""What every script shares: options from a dataclass, clear errors, printing, and the process group."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+from dataclasses import MISSING, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+import torch.distributed as dist
+
+
+def arg(default=MISSING, help="", group=""):
+    """A dataclass field that is an option; `group` starts a new heading in --help."""
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+class Switch(argparse.Action):
+    """--x and --no_x."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__([*option_strings, f"--no_{dest}"], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+def read_json(file) -> dict:
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def parse_config(cls, argv=None):
+    """One --flag per dataclass field; --config file.json first, flags override it. Unknown flags and keys are errors."""
+    types = get_type_hints(cls)
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage="%(prog)s [--option value ...]")
+    parser.add_argument("--config", help="JSON file with any of the options below; flags override it")
+    section = parser
+    for f in fields(cls):
+        if f.metadata["group"]:
+            section = parser.add_argument_group(f.metadata["group"])
+        help = (f.metadata["help"] + ("" if f.default in (MISSING, "") else f" (default: {f.default})")).replace("%", "%%")
+        kind = types[f.name]
+        value = {"action": Switch} if kind is bool else {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        section.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **value)
+    given = vars(parser.parse_args(argv))
+    if file := given.pop("config", None):
+        from_file = read_json(file)
+        if unknown := sorted(from_file.keys() - types.keys()):
+            raise ValueError(f"{file}: unknown options {unknown}; --help lists the known ones")
+        for name, value in from_file.items():
+            number = types[name] is float and type(value) is int
+            if type(value) is not types[name] and not number:
+                raise ValueError(f"{file}: {name} must be {types[name].__name__}, got {value!r}")
+        given = from_file | given
+    if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]:
+        parser.error(f"missing --{', --'.join(missing)}")
+    return cls(**given)
+
+
+def run_cli(main) -> None:
+    """Run a script's main(). What a user can cause is one message and exit code 2; the rest keeps its traceback."""
+    code = 0
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        code = 2
+        if os.environ.get("RECPO_TRACEBACK"):
+            traceback.print_exc()
+        elif dist.is_initialized() and dist.get_world_size() > 1:
+            print(f"error (rank {dist.get_rank()}): {error}", file=sys.stderr, flush=True)
+        elif is_main():  # before ranks have met, all of them find the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.stdout.flush()
+        os._exit(code)  # other ranks may wait in a collective: do not wait for them here, torchrun ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def print0(*args, **kwargs) -> None:
+    if is_main():
+        print(*args, **kwargs, flush=True)
+
+
+def setup_distributed() -> tuple[int, int, torch.device]:
+    """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        single = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **single)
+    if not cuda and "OMP_NUM_THREADS" not in os.environ or os.environ.get("OMP_NUM_THREADS") == "1":
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun sets 1 thread; use all cores instead
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is true on one; keeps ranks at the same number of forward passes."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+@contextlib.contextmanager
+def first(rank_variable: str = "RANK"):
+    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who find its work done.
+
+    An error on the first one ends its process, and torchrun then ends the others."""
+    leads = int(os.environ.get(rank_variable, 0)) == 0
+    if leads:
+        yield
+    dist.barrier()
+    if not leads:
+        yield
