@@ -1,0 +1,110 @@
+"""Tiny models of every supported family, all their parameters away from the initial values, and how to write them."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model import ModelConfig, Transformer, save_pretrained
+
+torch.set_num_threads(1)  # tensors this small cost more to divide than to compute
+
+EOS = 2
+COMMON = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "initializer_range": 0.02,
+}
+LLAMA = COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+LLAMA |= {"attention_bias": False, "mlp_bias": False}
+LLAMA3 = LLAMA | {"rope_theta": 5e5}
+QWEN2 = COMMON | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+QWEN2 |= {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 2}
+QWEN3 = QWEN2 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+# config.json as published (the layout of transformers 4), but small. Head size 8 gives rotary wavelengths of 6 to
+# 118,000 positions: kept, in between and slowed down by the llama3 scaling.
+FAMILIES = {
+    "llama2": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "llama3.1": LLAMA3 | {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": False},
+    "llama3.2": LLAMA3 | {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 8},
+    "qwen2.5": QWEN2 | {"tie_word_embeddings": False},
+    "qwen2.5-tied": QWEN2 | {"tie_word_embeddings": True},
+    "qwen3": QWEN3 | {"tie_word_embeddings": True, "head_dim": 16},  # 16, not 32 / 4
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return tiny_config("llama3.1")
+
+
+def tiny_config(family: str) -> ModelConfig:
+    raw = FAMILIES[family]
+    known = {f.name: raw[f.name] for f in fields(ModelConfig) if f.name in raw}
+    known.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+    return ModelConfig(**known | {"attention_bias": raw["model_type"] == "qwen2"})
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter anew: norms around 1, biases far from 0, projections that keep the scale of their input."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            drawn = torch.randn(p.shape, generator=generator)
+            if p.ndim == 2:
+                drawn *= 0.2 if "embed" in name else p.shape[1] ** -0.5
+            p.copy_(drawn / 2 if name.endswith("bias") else 1 + 0.3 * drawn if p.ndim == 1 else drawn)
+    return model
+
+
+def tiny_model(family: str = "llama3.1", seed: int = 0) -> Transformer:
+    return randomize(Transformer(tiny_config(family)), seed)
+
+
+def write_checkpoint(path: Path, family: str = "llama3.1", seed: int = 0, **kwargs) -> Path:
+    """A random model of that family in a Hugging Face directory, written by save_pretrained."""
+    save_pretrained(tiny_model(family, seed), path, **kwargs)
+    return path
+
+
+def write_json(file: Path, content) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+    return file
+
+
+def transformers_model(family: str, path: Path, seed: int = 0):
+    """A random model made and saved at `path` by transformers, which reads the published config.json first."""
+    transformers = pytest.importorskip("transformers")
+    write_json(path / "config.json", FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+    randomize(model.float().eval(), seed).save_pretrained(path)
+    return model
+
+
+def max_diff(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
