@@ -1,0 +1,437 @@
+"""LoRA against its formula, against PEFT in both directions, and strict about every file it reads."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import max_diff, tiny_config, tiny_model, transformers_model, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data import build_tree
+from lora import (
+    TARGET_MODULES,
+    LoRALinear,
+    apply_lora,
+    load_adapter,
+    lora_layers,
+    merge_lora,
+    save_adapter,
+)
+from model import load_pretrained, save_pretrained
+
+INPUT_IDS = torch.arange(3, 17).view(2, 7)
+
+
+def randomize_adapter(model, seed: int = 1):
+    """Give every lora_B (zero at first) random values, here or in PEFT's model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
+def adapted(path=None, family: str = "llama3.1", **kwargs):
+    """A tiny model, loaded from `path` if there is one, with an adapter that changes what it computes."""
+    model = load_pretrained(path) if path else tiny_model(family)
+    return randomize_adapter(apply_lora(model, **{"r": 4, "lora_alpha": 8} | kwargs))
+
+
+def logits(model) -> torch.Tensor:
+    """Logits of fixed ids in evaluation mode; ours or transformers'."""
+    model.eval()
+    with torch.no_grad():
+        return model(INPUT_IDS).logits if hasattr(model, "generation_config") else model.logits(INPUT_IDS)
+
+
+# ------------------------------------------------------------------------------------------------ the formula
+def test_lora_is_identity_at_init():
+    """A fresh adapter changes no logit and no tree log-prob, bit for bit, even in training mode with dropout."""
+    model = tiny_model()
+    tree = build_tree([[5, 6, 7]], [[[8, 9, 2], [2]]])
+    before, scores = logits(model), model(tree)[0]
+    apply_lora(model, r=4, lora_alpha=8, lora_dropout=0.5)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(model.train()(tree)[0], scores)
+    assert len(lora_layers(model)) == 2 * 7
+
+
+@pytest.mark.parametrize("use_rslora, scaling", [(False, 16 / 4), (True, 16 / 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapted_layer_computes_its_formula(use_rslora, scaling, bias):
+    """y = W x + b + scaling B A x, with scaling alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    model = adapted(family="qwen2.5" if bias else "llama3.1", r=4, lora_alpha=16, use_rslora=use_rslora)
+    layer = model.model.layers[1].self_attn.q_proj
+    x = torch.randn(3, 5, 32)
+    A, B = layer.lora_A.weight, layer.lora_B.weight
+    expected = x @ (layer.weight + scaling * B @ A).T + (layer.bias if bias else 0)
+    assert A.shape == (4, 32) and B.shape == (32, 4) and (layer.bias is not None) == bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_equal_the_formula():
+    """A, B and the input get the gradients of the naive expression; the frozen weight gets none."""
+    layer = adapted().model.layers[0].mlp.down_proj
+    x, upstream = torch.randn(6, 48, requires_grad=True), torch.randn(6, 32)
+    (layer(x) * upstream).sum().backward()
+    A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A.weight, layer.lora_B.weight))
+    x2 = x.detach().clone().requires_grad_()
+    ((x2 @ layer.weight.T + 2.0 * (x2 @ A.T) @ B.T) * upstream).sum().backward()
+    for actual, expected in ((layer.lora_A.weight, A), (layer.lora_B.weight, B), (x, x2)):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-5)
+    assert layer.weight.grad is None
+
+
+def test_dropout_touches_only_the_adapter_input():
+    """In training mode dropout acts before A and nowhere else; in evaluation mode it is off."""
+    layer = adapted(lora_dropout=0.5).model.layers[0].mlp.up_proj
+    x = torch.randn(64, 32)
+    layer.train()
+    torch.manual_seed(7)
+    actual = layer(x)
+    torch.manual_seed(7)
+    low_rank = F.dropout(x, 0.5) @ layer.lora_A.weight.T @ layer.lora_B.weight.T
+    torch.testing.assert_close(actual, x @ layer.weight.T + layer.scaling * low_rank, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    exact = x @ (layer.weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).T
+    torch.testing.assert_close(layer(x), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "llama3.2", "qwen2.5", "qwen3"])
+def test_only_adapter_parameters_are_trained(family):
+    """Embeddings, norms, biases, weights and head are frozen; the training loss reaches every A and B."""
+    model = adapted(family=family)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(trainable) == 2 * 2 * 7
+    model(build_tree([[5, 6, 7]], [[[8, 9, 2], [10, 2]]]))[0].sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and p.grad.any()) == (name in trainable), name
+
+
+def test_parameter_count_of_llama_8b():
+    """r = 8 on the seven linear layers of Llama-3.1-8B trains 20,971,520 parameters."""
+    config = tiny_config("llama3.1")
+    config.hidden_size, config.intermediate_size, config.vocab_size = 4096, 14336, 128256
+    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim = 32, 32, 8, 128
+    with torch.device("meta"):
+        model = apply_lora(type(tiny_model())(config), r=8, lora_alpha=32)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 20_971_520
+
+
+def test_every_construction_draws_the_same_a():
+    """A depends on the seed and the layer's name, not on the random state, other targets or the rest of the model."""
+    first = lora_layers(apply_lora(tiny_model(seed=0), 4, 8, seed=5))
+    torch.rand(100)
+    again = lora_layers(apply_lora(tiny_model(seed=1), 4, 8, seed=5))
+    partial = lora_layers(apply_lora(tiny_model(), 4, 8, target_modules=["v_proj"], seed=5))
+    other = lora_layers(apply_lora(tiny_model(), 4, 8, seed=6))
+    for name, layer in first.items():
+        A = layer.lora_A.weight
+        assert torch.equal(A, again[name].lora_A.weight)
+        assert name not in partial or torch.equal(A, partial[name].lora_A.weight)
+        assert not torch.equal(A, other[name].lora_A.weight)
+        assert 0.5 / math.sqrt(layer.in_features) < A.abs().max() <= 1 / math.sqrt(layer.in_features)
+        assert not layer.lora_B.weight.any()
+    same_shape = [layer.lora_A.weight for layer in first.values() if layer.in_features == 32]
+    assert len({tuple(A.flatten().tolist()) for A in same_shape}) == len(same_shape)
+
+
+def test_adapter_stays_fp32_over_a_bf16_base(tmp_path):
+    """A and B are kept and saved in fp32; the layer's output keeps the base's dtype."""
+    model = adapted(write_checkpoint(tmp_path / "base")).to(torch.float32)
+    half = load_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    apply_lora(half, 4, 8)
+    layer = half.model.layers[0].mlp.gate_proj
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == torch.float32
+    assert layer(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    save_adapter(half, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+    assert max_diff(logits(randomize_adapter(half)), logits(model)) < 0.3  # bf16, but the same model
+
+
+@pytest.mark.parametrize(
+    "targets, count",
+    [(["q_proj", "v_proj"], 4), ("all-linear", 14), (r".*layers\.1\.mlp\..*", 3), (r".*\.(q|o)_proj", 4)],
+)
+def test_target_modules_choose_the_layers(targets, count):
+    """A list of names, "all-linear" or a regular expression over module paths; the head is never adapted."""
+    model = apply_lora(tiny_model(), 4, 8, target_modules=targets)
+    assert len(lora_layers(model)) == count
+    assert not isinstance(model.lm_head, LoRALinear)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "w_q"], "w_q", ["lm_head"], []])
+def test_targets_that_match_nothing_are_refused(targets):
+    """A target that names no linear layer is a ValueError that names it, and no layer is adapted."""
+    model = tiny_model()
+    with pytest.raises(ValueError, match="w_q|lm_head|match no"):
+        apply_lora(model, 4, 8, target_modules=targets)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_are_not_stacked_nor_empty():
+    """Rank 0, an adapter on an adapter, and saving or merging none are ValueErrors."""
+    with pytest.raises(ValueError, match="rank"):
+        apply_lora(tiny_model(), 0, 8)
+    with pytest.raises(ValueError, match="already"):
+        apply_lora(adapted(), 4, 8)
+    with pytest.raises(ValueError, match="no LoRA adapter"):
+        merge_lora(tiny_model())
+    with pytest.raises(ValueError, match="apply_lora"):
+        save_adapter(tiny_model(), "unused")
+    with pytest.raises(ValueError, match="merge_lora"):
+        save_pretrained(adapted(), "unused")
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2.5"])
+def test_merging_keeps_the_logits(family):
+    """W += scaling B A leaves the same function in plain linear layers, ready for another adapter."""
+    model = adapted(family=family)
+    before, base = logits(model), logits(tiny_model(family))
+    assert max_diff(before, base) > 0.1
+    merge_lora(model)
+    assert max_diff(logits(model), before) < 1e-5
+    assert not lora_layers(model) and model.state_dict().keys() == tiny_model(family).state_dict().keys()
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+    apply_lora(model, 2, 4)
+    assert max_diff(logits(model), before) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ our files
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("targets", [TARGET_MODULES, ["q_proj", "v_proj"], "all-linear"], ids=["seven", "two", "all"])
+def test_saved_adapter_loads_back(targets, use_rslora, tmp_path):
+    """save_adapter, then load_adapter on a fresh base, gives bitwise the same logits, ready to train on."""
+    base = write_checkpoint(tmp_path / "base")
+    model = adapted(base, target_modules=targets, use_rslora=use_rslora, lora_dropout=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(load_pretrained(base), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.lora_config == model.lora_config
+    assert all(p.requires_grad == (".lora_" in name) for name, p in loaded.named_parameters())
+    silent = load_adapter(load_pretrained(base), tmp_path / "adapter", lora_dropout=0.0)
+    assert {layer.dropout for layer in lora_layers(silent).values()} == {0.0}
+
+
+def test_adapter_on_some_layers_loads_back(tmp_path):
+    """An adapter that a regular expression put on one layer alone returns to that layer alone."""
+    base = write_checkpoint(tmp_path / "base")
+    model = adapted(base, target_modules=r"model\.layers\.1\.self_attn\.(q|v)_proj")
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(load_pretrained(base), tmp_path / "adapter")
+    assert lora_layers(loaded).keys() == lora_layers(model).keys()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_adapter_of_another_base_is_refused(tmp_path):
+    """The adapter knows the weights it was trained on: others are refused by name, a copy of the same is welcome."""
+    save_adapter(adapted(write_checkpoint(tmp_path / "base")), tmp_path / "adapter")
+    write_checkpoint(tmp_path / "copy", shard_bytes=20_000)
+    load_adapter(load_pretrained(tmp_path / "copy"), tmp_path / "adapter")
+    other = load_pretrained(write_checkpoint(tmp_path / "other", seed=1))
+    with pytest.raises(ValueError, match="another base") as error:
+        load_adapter(other, tmp_path / "adapter")
+    assert str(tmp_path / "base") in str(error.value) and str(tmp_path / "other") in str(error.value)
+    # a base with one weight changed inside: its first row is enough to tell
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0] += 1e-3
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="another base"):
+        load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "adapter")
+
+
+PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "change, culprit",
+    [
+        (lambda t: t.pop(f"{PREFIX}.lora_B.weight"), r"1 missing.*layers\.0\.self_attn\.q_proj\.lora_B"),
+        (lambda t: t.update({f"{PREFIX}.lora_C.weight": torch.zeros(1)}), r"1 unexpected.*lora_C"),
+        (
+            lambda t: t.update({"model." + n: t.pop(n) for n in list(t)}),
+            r"28 missing.*28 unexpected.*model\.base_model",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.zeros(3, 32)}),
+            r"q_proj\.lora_A\.weight.*\(3, 32\).*\(4, 32\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "prefix", "shape"],
+)
+def test_adapter_keys_must_match_both_ways(change, culprit, tmp_path):
+    """A missing, additional, misnamed or misshapen tensor is a ValueError that names file and key, never a warning."""
+    save_adapter(adapted(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=culprit) as error:
+        load_adapter(tiny_model(), tmp_path)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, culprit",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias=all"),
+        ({"bias": "lora_only"}, "bias=lora_only"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "pissa"),  # PEFT changes the base weights for these
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unsupported_adapter_is_refused_by_name(changes, culprit, tmp_path):
+    """What plain LoRA cannot express is a ValueError that names it, before a wrong model is made."""
+    save_adapter(adapted(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=culprit):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_unreadable_adapter_files_are_named(tmp_path):
+    """An absent, pickled or cut-off file is a ValueError that names it."""
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_adapter(tiny_model(), tmp_path)
+    save_adapter(adapted(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        load_adapter(tiny_model(), tmp_path)
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors.*pickled"):
+        load_adapter(tiny_model(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LO')
+    with pytest.raises(ValueError, match=r"adapter_config\.json.*JSON"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_a_refused_adapter_leaves_the_model_alone(tmp_path):
+    """After a refusal the model computes what it did and can take another adapter."""
+    save_adapter(adapted(r=4), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(dict(list(load_file(file).items())[1:]), file)
+    model = tiny_model()
+    with pytest.raises(ValueError, match="missing"):
+        load_adapter(model, tmp_path)
+    assert not lora_layers(model)
+    apply_lora(model, 4, 8)
+
+
+def test_keys_and_config_are_those_of_peft(tmp_path):
+    """The two files hold PEFT's names, fp32 tensors and every setting that its older readers look for."""
+    save_adapter(adapted(write_checkpoint(tmp_path / "base"), target_modules=["q_proj"]), tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as f:
+        assert f.metadata()["format"] == "pt"
+        layers = [f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+        assert set(f.keys()) == {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
+    expected |= {"use_rslora": False, "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None}
+    assert expected.items() <= config.items() and config["target_modules"] == ["q_proj"]
+
+
+# ------------------------------------------------------------------------------------------------ PEFT's files
+def peft():
+    pytest.importorskip("transformers")
+    return pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(
+    "targets",
+    [TARGET_MODULES, ["q_proj", "v_proj"], r"model\.layers\.1\.mlp\.(up|down)_proj"],
+    ids=["seven", "two", "one layer"],
+)
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3"])
+def test_saved_adapter_loads_in_peft(family, targets, use_rslora, tmp_path):
+    """An adapter written here gives the same logits in PEFT, which finds each of its keys and no other."""
+    library = peft()
+    theirs = transformers_model(family, tmp_path / "base")
+    ours = adapted(tmp_path / "base", target_modules=targets, use_rslora=use_rslora)
+    save_adapter(ours, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        # PEFT only warns of keys that it misses or does not know
+        warnings.filterwarnings("error", message=".*(adapter keys|unexpected keyword)")
+        theirs = library.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    assert max_diff(logits(ours), logits(load_pretrained(tmp_path / "base"))) > 0.1
+    assert max_diff(logits(ours), logits(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8, "target_modules": list(TARGET_MODULES)},
+        {"r": 4, "lora_alpha": 8, "target_modules": list(TARGET_MODULES), "use_rslora": True, "lora_dropout": 0.1},
+        {"r": 3, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": None},  # PEFT's defaults: r = 8, alpha = 8, q_proj and v_proj
+        {"r": 4, "target_modules": "all-linear"},
+        {"r": 4, "target_modules": r".*self_attn\.(q|o)_proj"},
+        {"r": 4, "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]},  # PEFT matches endings of paths
+    ],
+    ids=["seven", "rslora", "two", "defaults", "all-linear", "regex", "endings"],
+)
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2.5"])
+def test_adapter_of_peft_loads_here(family, settings, tmp_path):
+    """An adapter that PEFT saved gives PEFT's logits here."""
+    library = peft()
+    base = transformers_model(family, tmp_path / "base")
+    theirs = randomize_adapter(library.get_peft_model(base, library.LoraConfig(task_type="CAUSAL_LM", **settings)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    plain = load_pretrained(tmp_path / "base")
+    before = logits(plain)
+    ours = load_adapter(plain, tmp_path / "adapter")
+    assert max_diff(logits(ours), before) > 0.1
+    assert max_diff(logits(ours), logits(theirs)) < 1e-5
+
+
+def test_all_linear_string_is_read(tmp_path):
+    """An adapter_config.json with the literal "all-linear" means the seven linear layers."""
+    save_adapter(adapted(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": "all-linear"}))
+    assert torch.equal(logits(load_adapter(tiny_model(), tmp_path)), logits(adapted()))
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "llama3.2", "qwen2.5", "qwen3"])
+def test_merged_export_loads_in_transformers(family, tmp_path):
+    """merge_lora, then save_pretrained, gives the adapted logits in transformers."""
+    transformers = pytest.importorskip("transformers")
+    model = adapted(family=family)
+    before = logits(model)
+    save_pretrained(merge_lora(model), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert max_diff(logits(theirs), before) < 1e-5
+    assert max_diff(logits(load_pretrained(tmp_path)), before) < 1e-5
+
+
+def test_merged_model_forgets_its_base(tmp_path):
+    """An adapter trained on merged weights is not filed under the folder they came from."""
+    base = write_checkpoint(tmp_path / "base")
+    model = merge_lora(adapted(base))
+    save_adapter(randomize_adapter(apply_lora(model, 4, 8)), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] != str(base)
