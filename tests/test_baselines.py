@@ -1,0 +1,184 @@
+"""Counting recommenders against dict loops on tiny logs, and against known figures on MovieLens-1M."""
+
+import math
+import os
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from baselines import counting_baselines, item_knn, markov, popularity, ranking_metrics
+from data import DataConfig, Examples, build_examples
+from datasets import Interactions, k_core, load_movielens, make_interactions
+
+DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
+MOVIELENS = DATA / "ml-1m.zip"
+
+
+def log_of(sequences: list[list[int]], num_items: int) -> Interactions:
+    """A log in which user u touches the items sequences[u] in this order; one more user makes every item known."""
+    sequences = [*sequences, list(range(num_items))]
+    rows = [(u, i, 5, t) for u, items in enumerate(sequences) for t, i in enumerate(items)]
+    return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(num_items)})
+
+
+def examples_at(log: Interactions, positions: list[int], history: int, candidates: np.ndarray) -> Examples:
+    E, n = candidates.shape
+    return Examples(
+        log,
+        "test",
+        history,
+        np.array(positions),
+        candidates.astype(np.int32),
+        target=np.zeros(E, np.int32),
+        scores=np.zeros((E, n), np.float32),
+        is_random=np.ones((E, n), bool),
+        others=np.tile(np.arange(1, n, dtype=np.int32), (E, 1)),
+        template=np.zeros(E, np.int32),
+    )
+
+
+@pytest.fixture
+def random_examples() -> Examples:
+    """70 users (more than one word of bits) with 1 to 18 of 31 items; the last position of those with more than 3."""
+    rng = np.random.default_rng(0)
+    log = log_of([rng.permutation(31)[: rng.integers(1, 19)].tolist() for _ in range(70)], 31)
+    last = [end - 1 for start, end in zip(log.start[:-1], log.start[1:], strict=True) if end - start > 3]
+    return examples_at(log, last, 6, np.array([rng.permutation(31)[:20] for _ in last]))
+
+
+def training_sequences(log: Interactions) -> list[list[int]]:
+    bounds = zip(log.start[:-1], log.start[1:], strict=True)
+    return [log.item[start : max(start, end - 2)].tolist() for start, end in bounds]
+
+
+def scores_by_loop(examples: Examples, pair_value) -> list[list[float]]:
+    return [
+        [
+            sum(0.8**age * pair_value(int(examples.log.item[row]), int(c)) for age, row in enumerate(reversed(rows)))
+            for c in examples.candidates[e]
+        ]
+        for e, rows in enumerate(map(examples.history_rows, range(len(examples))))
+    ]
+
+
+def test_popularity_excludes_the_last_two():
+    """A candidate counts only where it lies before a user's last two interactions, however short the log is."""
+    log = log_of([[0, 1, 2, 3], [1, 0, 3], [2, 1], [3]], 5)  # and 0 1 2 3 4 by the last user
+    examples = examples_at(log, [3], 20, np.array([[0, 1, 2, 3, 4]]))
+    assert popularity(examples).tolist() == [[2, 3, 1, 0, 0]]
+
+
+def test_item_knn_matches_a_dict_loop(random_examples):
+    """The packed bits give the cosine between sets of users, summed over the shown history with decay."""
+    users = defaultdict(set)
+    for user, items in enumerate(training_sequences(random_examples.log)):
+        for item in items:
+            users[item].add(user)
+
+    def cosine(a, b):
+        return len(users[a] & users[b]) / math.sqrt(len(users[a]) * len(users[b]) or 1)
+
+    np.testing.assert_allclose(item_knn(random_examples), scores_by_loop(random_examples, cosine), rtol=1e-12)
+
+
+def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
+    """Chunks bound the memory and change nothing, down to one pair at a time."""
+    whole = item_knn(random_examples)
+    monkeypatch.setattr("baselines.CHUNK_WORDS", 1)
+    assert (item_knn(random_examples) == whole).all()
+
+
+def test_markov_matches_a_dict_loop(random_examples):
+    """Transitions are counted forwards, within a user, up to ten steps apart and weighted by 1 / distance."""
+    transitions, count = defaultdict(float), defaultdict(int)
+    for items in training_sequences(random_examples.log):
+        for at, item in enumerate(items):
+            count[item] += 1
+            for distance, later in enumerate(items[at + 1 : at + 11], 1):
+                transitions[item, later] += 1 / distance
+
+    def value(a, b):
+        return transitions[a, b] / math.sqrt(count[b] or 1)
+
+    np.testing.assert_allclose(markov(random_examples), scores_by_loop(random_examples, value), rtol=1e-12)
+
+
+def test_scores_do_not_depend_on_the_last_two(random_examples):
+    """Exchanging every user's last two items changes no score of an example that predicts the first of them."""
+    log = random_examples.log
+    before = replace(random_examples, position=random_examples.position - 1)
+    item = log.item.copy()
+    for start, end in zip(log.start[:-1], log.start[1:], strict=True):
+        if end - start >= 2:
+            item[end - 2 : end] = (item[end - 2 : end] + 1) % log.num_items
+    after = replace(before, log=replace(log, item=item))
+    for name, scores in counting_baselines(before).items():
+        assert (scores == counting_baselines(after)[name]).all(), name
+
+
+def test_short_history_is_not_filled_from_the_user_before():
+    """A history shorter than the window ends at the user's own first row."""
+    log = log_of([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]], 10)
+    candidates = np.array([[1, 2, 7, 9]])
+    second_user = examples_at(log, [7], 20, candidates)  # shows item 6 alone
+    assert (markov(second_user) == markov(replace(second_user, history=1))).all()
+    assert (item_knn(second_user) == item_knn(replace(second_user, history=1))).all()
+
+
+def test_tied_ranks_are_averaged_over_all_orders():
+    """Each metric is its mean over all ways to order the candidates that respect the scores."""
+    rng = np.random.default_rng(1)
+    scores = rng.integers(0, 3, (12, 7)).astype(float)
+    scores[0], scores[1] = 0.0, np.arange(7)
+    target = rng.integers(0, 7, 12)
+    found = ranking_metrics(scores, target)
+    orders = np.array(list(permutations(range(7))))
+    for e in range(12):
+        sorted_orders = orders[(np.diff(scores[e][orders], axis=1) <= 0).all(1)]
+        rank = 1 + (sorted_orders == target[e]).argmax(1)
+        gains = {f"hit_ratio@{k}": rank <= k for k in (1, 3, 5)}
+        gains |= {"ndcg@5": np.where(rank <= 5, 1 / np.log2(rank + 1), 0), "mrr": 1 / rank}
+        assert found.keys() == gains.keys()
+        for name, gain in gains.items():
+            assert found[name][e] == pytest.approx(gain.mean(), abs=1e-12), (e, name)
+
+
+def test_equal_scores_give_chance():
+    """A recommender that knows nothing is credited with 1/n, not with 0 or 1."""
+    metrics = ranking_metrics(np.zeros((3, 20), np.float32), np.array([0, 7, 19]))
+    assert metrics["hit_ratio@1"].tolist() == [1 / 20] * 3
+    assert metrics["hit_ratio@5"].tolist() == [5 / 20] * 3
+
+
+def test_nan_scores_are_refused():
+    """A diverged model must not be ranked: NaN is never greater, so its target would come first."""
+    with pytest.raises(ValueError, match="1 of 2 examples .* first 1"):
+        ranking_metrics(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 0]))
+
+
+@cache
+def movielens() -> Interactions:
+    return load_movielens(MOVIELENS)
+
+
+@pytest.mark.skipif(not MOVIELENS.exists(), reason=f"{MOVIELENS} is absent; RECPO_DATA names the folder of ml-1m.zip")
+@pytest.mark.parametrize(
+    "core, num_examples, expected",
+    [
+        (0, 3563, {"popularity": (0.326, 0.012), "item-kNN": (0.498, 0.02), "Markov": (0.587, 0.015)}),
+        (20, 3548, {"popularity": (0.294, 0.012), "item-kNN": (0.468, 0.02), "Markov": (0.560, 0.015)}),
+    ],
+)
+def test_movielens_reference_points(core, num_examples, expected):
+    """The known hit_ratio@1 of counting on MovieLens-1M, 1 + 19 uniform candidates; data_seed moves it by about .01."""
+    config = DataConfig(dataset="movielens", data_dir=str(DATA), core=core)
+    test = build_examples(k_core(movielens(), core), config)["test"]
+    assert len(test) == num_examples
+    for name, scores in counting_baselines(test).items():
+        figure, tolerance = expected[name]
+        assert ranking_metrics(scores, test.target)["hit_ratio@1"].mean() == pytest.approx(figure, abs=tolerance), name
