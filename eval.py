@@ -1,0 +1,390 @@
+"""Evaluation: what the model would answer, and how it ranks the candidates, from one forward pass.
+
+All 20 candidates hang on one PromptTree. Greedy decoding would write candidate c, and then stop, exactly if each of c's
+tokens is the argmax at its row and the argmax after the last one ends the answer (a stop id, or spaces and a line
+break). So the answer, its validity, and the exact ranking of the 20 come from one pass. Prompts where no candidate
+verifies are decoded for real, since another spelling of a title is possible and the text is wanted.
+
+    python eval.py --run runs/demo                      every stage of a run, as train.py evaluates it
+    python eval.py --model DIR --adapter DIR ...        any Hugging Face directory, with or without a PEFT adapter
+    python eval.py --run runs/demo --recommend my.json  rank the candidates of one user, with probabilities
+
+hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a listed title; ranking/* are
+computed from the log-probabilities of all candidates (always "valid"). Ties share their ranks.
+
+Left out: the probes and the tables over several runs. Legend: E examples, N = 20 candidates, M scored tokens.
+"""
+
+import json
+import math
+import os
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from baselines import counting_baselines, ranking_metrics
+from common import arg, parse_config, read_json, run_cli, setup_distributed
+from data import (
+    NUM_CANDIDATES,
+    DataConfig,
+    Encoded,
+    Example,
+    Examples,
+    PromptTree,
+    Tokenizer,
+    build_tree,
+    encode_examples,
+    micro_batches,
+    prepare,
+    render_prompt,
+    tree_width,
+)
+from lora import load_adapter, read_adapter_config
+from model import Transformer, generate, load_pretrained, resolve_path
+
+NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
+
+
+@dataclass(frozen=True)
+class EvalConfig(DataConfig):
+    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter, or rank one user's candidates."""
+
+    run: str = arg("", "run folder of train.py: model, adapter and data options are read from it", group="what is evaluated")
+    stage: str = arg("", "stage of the run; empty = all finished ones")
+    model: str = arg("", "Hugging Face directory or hub name, instead of --run")
+    adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
+    recommend: str = arg("", "JSON file with one user's history and candidates: rank them and stop")
+    split: str = arg("test", "val or test")
+    decode: str = arg(
+        "greedy", "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)", group="how"
+    )
+    decode_rest: bool = arg(True, "generate an answer where no candidate verifies; off: count it invalid")
+    dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU")
+    max_length: int = arg(1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history")
+    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass")
+    output_dir: str = arg("", "where metrics.json and predictions.jsonl of each stage go; empty = only print")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.run) == bool(self.model or self.adapter):
+            raise ValueError("give either --run, or --model and/or --adapter")
+        check_choice(self, "decode", ("greedy", "generate", "trie"))
+        check_choice(self, "split", ("val", "test"))
+        check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
+
+
+def check_choice(config, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+
+
+# ------------------------------------------------------------------------------------------------ one batch
+def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
+    """(B,) the completion that greedy decoding would write, or -1: all its tokens are argmaxes, and then it ends."""
+    is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
+    is_last[:-1] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
+    agrees = torch.where(is_last, torch.isin(greedy_ids, end_ids), greedy_ids == tree.labels)
+    misses = tree.sum_logps((~agrees).float())  # (B, N)
+    return torch.where((misses == 0).any(1), (misses == 0).float().argmax(1), -1)
+
+
+def trie_walk(completions: list[list[int]], token_logps: list[list[float]]) -> int:
+    """Greedy decoding restricted to the candidates: at each node the likeliest listed token; the first of equals."""
+    alive, depth = list(range(len(completions))), 0
+    while len(alive) > 1:
+        best = max(alive, key=lambda n: (token_logps[n][depth], -n))
+        alive = [n for n in alive if completions[n][depth] == completions[best][depth]]
+        depth += 1
+    return alive[0]
+
+
+def canonical(title: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(title.split()))
+
+
+def match_title(answer: str, titles: list[str]) -> int:
+    """Index of the title that the answer equals; only if none, once more without one final "."; -1 if still none."""
+    titles = [canonical(t) for t in titles]
+    for text in (canonical(answer), canonical(answer.removesuffix("."))):
+        if text in titles:
+            return titles.index(text)
+    return -1
+
+
+# ------------------------------------------------------------------------------------------------ prediction
+@torch.no_grad()
+def predict(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    encoded: Encoded,
+    indices,  # the examples of this rank
+    decode: str = "greedy",
+    decode_rest: bool = True,
+    micro_batch_tokens: int = 8192,
+    any_rank: Callable[[bool], bool] = bool,
+    device="cpu",
+) -> list[dict]:
+    """One record per example: answer, hit, valid, how it was found, and the log-probability of every candidate."""
+    widths = [tree_width(encoded, e, range(NUM_CANDIDATES)) for e in range(len(encoded.prompts))]
+    stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
+    end_ids = torch.tensor(sorted(stop_ids), device=device)
+    records: dict[int, dict] = {}
+    todo = [batch for batch in micro_batches(widths, indices, 1, micro_batch_tokens)[0] if batch]
+    dummy = [0]  # ranks that are done go on with it, so that all make the same number of forward passes
+    while any_rank(bool(todo)):
+        batch = todo.pop() if todo else dummy
+        groups = [encoded.slots(e, range(NUM_CANDIDATES)) for e in batch]
+        tree = build_tree([encoded.prompts[e] for e in batch], groups).to(device)
+        token_logps, greedy_ids = model(tree)
+        logps, verified = tree.sum_logps(token_logps).cpu(), verified_branch(tree, greedy_ids, end_ids).cpu()
+        per_token = iter(token_logps.tolist())
+        for b, e in enumerate(batch):
+            by_branch = [[next(per_token) for _ in completion] for completion in groups[b]]
+            slot = trie_walk(groups[b], by_branch) if decode == "trie" else int(verified[b])
+            records[e] = _record(encoded.examples, e, slot, "trie" if decode == "trie" else "verified", logps[b].tolist())
+    wanted = set(indices)
+    records = {e: record for e, record in records.items() if e in wanted}
+
+    if decode == "generate":
+        rest = sorted(records)
+    else:
+        rest = sorted(e for e, r in records.items() if r["answer"] is None and decode_rest)
+    longest = max(map(len, encoded.completions.values()))
+    todo = [batch for batch in micro_batches(widths, rest, 1, micro_batch_tokens)[0] if batch]
+    while any_rank(bool(todo)):
+        batch = todo.pop() if todo else dummy
+        # twice the longest title: another spelling takes more tokens than the usual one
+        outputs = generate(model, [encoded.prompts[e].tolist() for e in batch], 2 * longest, stop_ids, any_rank)
+        for e, ids in zip(batch, outputs, strict=True):
+            if e in wanted:
+                answer = tokenizer.answer(ids)
+                titles = [encoded.examples.log.titles[c] for c in encoded.examples.candidates[e]]
+                slot = match_title(answer, titles)
+                record = _record(encoded.examples, e, slot, "generated", records[e]["logps"], answer)
+                records[e] = record | {"one_pass": records[e]["answer"], "ids": ids}
+    return [records[e] for e in sorted(records)]
+
+
+def _record(examples: Examples, e: int, slot: int, how: str, logps: list[float], answer: str | None = None) -> dict:
+    titles = [examples.log.titles[c] for c in examples.candidates[e]]
+    target = int(examples.target[e])
+    return {
+        "example": e,
+        "user": examples.log.user_ids[examples.log.user[examples.position[e]]],
+        "target": titles[target],
+        "answer": titles[slot] if slot >= 0 else answer,
+        "valid": slot >= 0,
+        "hit": slot == target,
+        "how": how if slot >= 0 or answer is not None else "none",
+        "logps": logps,
+        "candidates": titles,
+        "target_slot": target,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+def wilson(mean: float, n: int) -> list[float]:
+    """95 % interval of a share of n cases (Wilson's score interval)."""
+    z = 1.96
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = None) -> dict:
+    """Metrics over all records, each with its 95 % interval under `<name>_ci95`; baselines: name -> scores (E, N)."""
+    n = len(records)
+    metrics: dict = {"n": n}
+
+    def put(name: str, values) -> None:
+        values = np.asarray(values, float)
+        metrics[name] = float(values.mean())
+        is_share = ((values == 0) | (values == 1)).all()
+        half = 1.96 * values.std() / math.sqrt(n)
+        metrics[f"{name}_ci95"] = wilson(values.mean(), n) if is_share else [values.mean() - half, values.mean() + half]
+
+    put("hit_ratio@1", [r["hit"] for r in records])
+    put("valid_ratio", [r["valid"] for r in records])
+    valid = [r["hit"] for r in records if r["valid"]]
+    metrics["hit_ratio@1|valid"] = float(np.mean(valid)) if valid else 0.0
+    targets = np.array([r["target_slot"] for r in records])
+    for name, values in ranking_metrics(np.array([r["logps"] for r in records]), targets).items():
+        put(f"ranking/{name}", values)
+    metrics["answers_generated"] = sum(r["how"] == "generated" for r in records)
+    metrics["baselines"] = {"chance": 1 / NUM_CANDIDATES}
+    for name, scores in (baselines or {}).items():
+        metrics["baselines"][name] = float(ranking_metrics(scores, targets)["hit_ratio@1"].mean())
+    return metrics
+
+
+def evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Examples,
+    decode: str = "greedy",
+    decode_rest: bool = True,
+    max_length: int = 1024,
+    micro_batch_tokens: int = 8192,
+) -> tuple[dict, list[dict]]:
+    """Score the given examples in this process: (metrics, predictions). train.py splits them over ranks instead."""
+    encoded = encode_examples(examples, tokenizer, max_length)
+    training = model.training
+    model.eval()
+    device = model.inv_freq.device
+    indices = range(len(examples))
+    records = predict(model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens, device=device)
+    model.train(training)
+    metrics = summarise(records, counting_baselines(examples))
+    if decode == "generate":
+        metrics |= compare_with_one_pass(model, encoded, records)
+    return metrics, records
+
+
+@torch.no_grad()
+def compare_with_one_pass(model: Transformer, encoded: Encoded, records: list[dict]) -> dict:
+    """How often free generation and the one pass name different titles, and how many of those are near-ties.
+
+    A near-tie: somewhere along the generated answer the two best logits are closer than NEAR_TIE."""
+    differing = [r for r in records if r["one_pass"] is not None and r["one_pass"] != r["answer"]]
+    near = 0
+    for r in differing:
+        prompt = encoded.prompts[r["example"]].tolist()
+        logits = model.logits(torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device))[0, len(prompt) - 1 :]
+        best = logits.topk(2, dim=-1).values
+        near += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
+    return {"one_pass_differs": len(differing), "one_pass_near_ties": near}
+
+
+def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "predictions.jsonl", "w") as f:
+        for record in records:
+            f.write(json.dumps({k: v for k, v in record.items() if k not in ("ids", "one_pass")}) + "\n")
+    (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def table_rows(name: str, metrics: dict) -> str:
+    low, high = metrics["hit_ratio@1_ci95"]
+    ranked_low, ranked_high = metrics["ranking/hit_ratio@1_ci95"]
+    return (
+        f"| {name} | {metrics['hit_ratio@1']:.4f} [{low:.3f}, {high:.3f}] | {metrics['valid_ratio']:.4f} "
+        f"| {metrics['ranking/hit_ratio@1']:.4f} [{ranked_low:.3f}, {ranked_high:.3f}] "
+        f"| {metrics['ranking/ndcg@5']:.4f} | {metrics['ranking/mrr']:.4f} |"
+    )
+
+
+def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None) -> str:
+    """Markdown: chance and counting baselines, the given rows (name -> metrics), then known upper bounds."""
+    some = next(iter(rows.values()))
+    lines = [
+        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; greedy = exact title written, ranking = best "
+        "log-probability of the 20; [95 % interval]",
+        "",
+        "| method | HR@1 greedy | ValidRatio | HR@1 ranking | NDCG@5 | MRR |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, value in some["baselines"].items():
+        low, high = wilson(value, some["n"])
+        lines.append(f"| {name} | | | {value:.4f} [{low:.3f}, {high:.3f}] | | |")
+    lines += [table_rows(name, metrics) for name, metrics in rows.items()]
+    lines += [f"| {name} | | | {value:.4f} | | |" for name, value in (bounds or {}).items()]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def load_stage(folder: Path) -> tuple[Path, Path | None]:
+    """(base, adapter) of a finished stage of a run: its own folder if it holds all weights, else base and adapter."""
+    if not (folder / "base.json").exists():
+        raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
+    if (folder / "config.json").exists():
+        return folder, None
+    base = folder / read_json(folder / "base.json")["base"]  # an absolute path stays as it is
+    if not base.is_dir():
+        raise ValueError(f"{folder}: its base model {base} is gone")
+    return Path(os.path.normpath(base)), folder
+
+
+def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
+    """Name -> (base, adapter) of everything to evaluate."""
+    if not config.run:
+        adapter = Path(config.adapter) if config.adapter else None
+        base = config.model or read_adapter_config(adapter).get("base_model_name_or_path") or ""
+        return {(adapter or Path(base)).name: (resolve_path(base), adapter)}
+    run = Path(config.run)
+    listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
+    stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
+    if not stages:
+        raise ValueError(f"{run}: no stage of this run is finished yet")
+    return {stage: load_stage(run / stage) for stage in stages}
+
+
+def with_run_options(config: EvalConfig) -> EvalConfig:
+    """Data options, dtype and max_length of the run: its examples are evaluated, whatever else was given."""
+    if not config.run:
+        return config
+    saved = read_json(Path(config.run) / "config.json")
+    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {"dtype", "max_length"}
+    return replace(config, **{name: saved[name] for name in names})
+
+
+def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
+    """The candidates of one user, best first, with their share of the probability of all of them."""
+    request = read_json(Path(config.recommend))
+    history, candidates = request.get("history"), request.get("candidates")
+    shape = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
+    try:
+        history = [(" ".join(h["title"].split()), float(h["rating"])) for h in history]
+        candidates = [" ".join(c.split()) for c in candidates]
+        assert len(candidates) >= 2 and len(set(candidates)) == len(candidates)
+    except (TypeError, KeyError, ValueError, AttributeError, AssertionError):
+        raise ValueError(f"{config.recommend}: expected {shape}, with at least two different candidates") from None
+    example = Example(config.dataset, "", history[-config.history :], candidates, 0, [], 0)
+    completions = tokenizer.encode_completions(candidates)
+    tree = build_tree(tokenizer.encode_prompts([render_prompt(example)]), [completions]).to(device)
+    with torch.no_grad():
+        logps = tree.sum_logps(model(tree)[0])[0]  # (N,)
+    shares = logps.softmax(0).tolist()
+    order = logps.argsort(descending=True).tolist()
+    lines = [f"{rank:3}. {shares[n]:6.1%}  log-prob {logps[n]:8.2f}  {candidates[n]}" for rank, n in enumerate(order, 1)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = with_run_options(parse_config(EvalConfig))
+    _, _, device = setup_distributed()
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    sources = sources_of(config)
+    if config.recommend:
+        sources = dict([list(sources.items())[-1]])
+    prepared = None if config.recommend else prepare(config)
+    rows = {}
+    for name, (base, adapter) in sources.items():
+        model = load_pretrained(base, getattr(torch, dtype), device)
+        if adapter:
+            load_adapter(model, adapter)
+        model.eval()
+        tokenizer = Tokenizer(base)
+        if config.recommend:
+            print(f"{name}:\n{recommend(config, model, tokenizer, device)}")
+            return
+        options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
+        metrics, records = evaluate(model, tokenizer, prepared.splits[config.split], *options)
+        rows[name] = metrics | {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
+        if config.output_dir:
+            save_predictions(Path(config.output_dir) / name, rows[name], records)
+        if config.decode == "generate":
+            print(
+                f"{name}: one pass and generation differ on {metrics['one_pass_differs']} of {metrics['n']} answers, "
+                f"{metrics['one_pass_near_ties']} of them near-ties (two best logits within {NEAR_TIE})"
+            )
+    print(f"\n{config.dataset}, {config.split} split, data {prepared.hash[:12]}, decode {config.decode}\n")
+    print(results_table(rows))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,190 @@
+"""Evaluation: the one pass against free generation, the matching of answers, and the metrics."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import DataConfig, Tokenizer, build_examples, build_tree, encode_examples
+from datasets import make_interactions
+from eval import compare_with_one_pass, evaluate, match_title, predict, summarise, trie_walk, verified_branch, wilson
+from model import load_pretrained
+from tiny import make_base_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def half_trained(tmp_path_factory):
+    """A small model after some SFT on answers that end in EOS or a line break, with awkward titles, and its test set.
+
+    Titles: some end in a dot, some begin like others; it has learnt enough to write listed titles now and then."""
+    rng = np.random.default_rng(0)
+    words = ["Red", "Sea", "Moon", "Fox", "Iron", "Day", "Sun", "Owl"]
+    titles = [f"{a} {b}" for a in words for b in words if a != b]
+    titles = [f"{t}." if i % 7 == 0 else t for i, t in enumerate(titles)] + words + [f"{t} 2" for t in titles[:4]]
+    U, L = 330, 18
+    item = np.argsort(rng.random((U, len(titles))), axis=1)[:, :L].ravel()
+    user, time = np.repeat(np.arange(U), L), np.tile(np.arange(L), U) + 1
+    log = make_interactions(user, item, rng.integers(3, 6, U * L), time, dict(enumerate(titles)), "movielens")
+    splits = build_examples(log, DataConfig(followers=3, history=5, train_size=400))
+    folder = tmp_path_factory.mktemp("half-trained")
+    make_base_model(folder, splits["train"], hidden_size=64, num_layers=2, vocab_size=400, seed=0)
+    tokenizer, model = Tokenizer(folder), load_pretrained(folder)
+    train, test = (encode_examples(splits[s], tokenizer, 512) for s in ("train", "test"))
+    newline = next(i for i in sorted(tokenizer.newline_ids()) if tokenizer.inner.decode([i]) == "\n")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(80):
+        batch = [(16 * step + i) % len(train.prompts) for i in range(16)]
+        groups = [train.slots(e, [train.examples.target[e]]) for e in batch]
+        groups = [[c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups]  # told by the first word
+        loss = -model(build_tree([train.prompts[e] for e in batch], groups))[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), tokenizer, test
+
+
+def test_one_pass_and_generation_agree(half_trained):
+    """Every single answer of the one pass is what free greedy decoding writes, but for counted near-ties."""
+    model, tokenizer, test = half_trained
+    indices = range(len(test.prompts))
+    assert len(indices) >= 200
+    one_pass = predict(model, tokenizer, test, indices)
+    generated = predict(model, tokenizer, test, indices, decode="generate")
+    compared = compare_with_one_pass(model, test, generated)
+    differ = [a["example"] for a, b in zip(one_pass, generated, strict=True) if a["answer"] != b["answer"]]
+    assert compared["one_pass_differs"] == compared["one_pass_near_ties"] and len(differ) <= compared["one_pass_near_ties"]
+    if not differ:
+        for name in ("hit_ratio@1", "valid_ratio"):
+            assert summarise(one_pass)[name] == summarise(generated)[name]
+    hows = {r["how"] for r in one_pass}
+    assert hows == {"verified", "generated"}, "the model should write some listed titles and some others"
+    endings = {bool(set(r["ids"]) & tokenizer.newline_ids()) for r in generated if r["valid"]}
+    assert endings == {True, False}, "answers should end in a line break and in EOS"
+    assert any(not r["valid"] for r in generated)
+
+
+def test_without_decoding_the_rest_counts_as_invalid(half_trained):
+    """--no-decode_rest: an unverified prompt has no answer and no hit; verified ones stay as they are."""
+    model, tokenizer, test = half_trained
+    with_rest = predict(model, tokenizer, test, range(60))
+    without = predict(model, tokenizer, test, range(60), decode_rest=False)
+    for a, b in zip(with_rest, without, strict=True):
+        if a["how"] == "verified":
+            assert a == b
+        else:
+            assert b["answer"] is None and not b["valid"] and not b["hit"] and b["how"] == "none"
+
+
+def test_micro_batches_do_not_change_predictions(half_trained):
+    """Batch composition changes log-probs by rounding only."""
+    model, tokenizer, test = half_trained
+    one = predict(model, tokenizer, test, range(40), decode_rest=False, micro_batch_tokens=1)
+    many = predict(model, tokenizer, test, range(40), decode_rest=False, micro_batch_tokens=4000)
+    np.testing.assert_allclose([r["logps"] for r in one], [r["logps"] for r in many], atol=1e-4)
+
+
+def test_trie_always_names_a_listed_title(half_trained):
+    """Decoding along the trie of candidates equals a step-by-step walk with full logits, and is always valid."""
+    model, tokenizer, test = half_trained
+    records = predict(model, tokenizer, test, range(12), decode="trie")
+    assert all(r["valid"] for r in records)
+    for r in records:
+        e = r["example"]
+        alive, written = test.slots(e, range(20)), []
+        while len(alive) > 1 or len(written) < len(alive[0]):
+            logits = model.logits(torch.tensor([test.prompts[e] + written]))[0, -1]
+            allowed = sorted({c[len(written)] for c in alive})
+            best = max(allowed, key=lambda token: logits[token].item())
+            written.append(best)
+            alive = [c for c in alive if c[: len(written)] == written]
+        slot = test.slots(e, range(20)).index(alive[0])
+        assert r["answer"] == r["candidates"][slot]
+
+
+def test_verified_branch_needs_every_token_and_an_end():
+    """A candidate verifies only if all its tokens are argmaxes and the argmax behind the last one ends the answer."""
+    eos, newline = 9, 8
+    tree = build_tree([[1, 2]] * 4, [[[3, eos], [3, 4, eos]]] * 4)
+    # rows per example: candidate 0 (3, end), candidate 1 (3, 4, end)
+    greedy = torch.tensor([[3, eos, 3, eos, eos], [3, 4, 3, 4, newline], [3, 4, 3, 4, 5], [7, eos, 7, 4, eos]]).flatten()
+    assert verified_branch(tree, greedy, torch.tensor([newline, eos])).tolist() == [0, 1, -1, -1]
+
+
+def test_trie_walk_takes_the_first_of_equals():
+    """Ties go to the candidate that is listed first; a title that is a prefix of another is told apart by its end."""
+    assert trie_walk([[1, 2, 9], [1, 9], [3, 9]], [[-1.0, -1.0, -1.0], [-1.0, -0.5, 0.0], [-1.0, 0.0, 0.0]][:3]) == 1
+    assert trie_walk([[3, 9], [4, 9]], [[-1.0, 0.0], [-1.0, 0.0]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Alien", 0),
+        ("Alien 3", 1),
+        ("Alien.", 0),  # one final dot is dropped if nothing matches exactly
+        ("Adieu.", 2),  # exact match first
+        ("Adieu", -1),
+        ("Alien..", -1),
+        ("alien", -1),
+        ("Alien 3 ", 1),
+        ("", -1),
+        ("E\u0301lite", 3),  # the same letters, composed differently
+    ],
+)
+def test_answers_match_titles_exactly(answer, expected):
+    """An exact title, or the title and one final dot; nothing contained, nothing in another case."""
+    assert match_title(answer, ["Alien", "Alien 3", "Adieu.", "\u00c9lite"]) == expected
+
+
+def test_metrics_divide_by_all_cases():
+    """Hit ratio and valid ratio are over all records, with Wilson intervals."""
+    record = {"logps": [0.0, -1.0, -2.0], "target_slot": 0, "how": "verified"}
+    records = [record | {"hit": i < 3, "valid": i < 6} for i in range(10)]
+    metrics = summarise(records)
+    assert metrics["hit_ratio@1"] == 0.3 and metrics["valid_ratio"] == 0.6 and metrics["hit_ratio@1|valid"] == 0.5
+    assert metrics["ranking/hit_ratio@1"] == 1.0
+    low, high = metrics["hit_ratio@1_ci95"]
+    assert (round(low, 4), round(high, 4)) == (0.1078, 0.6032)  # Wilson, 3 of 10
+    assert wilson(0.0, 50)[0] == 0.0 and 0 < wilson(0.0, 50)[1] < 0.1
+
+
+def test_evaluate_scores_the_given_examples(half_trained):
+    """The public call: metrics with baselines on the same candidates, one prediction per example, model mode kept."""
+    model, tokenizer, test = half_trained
+    metrics, predictions = evaluate(model, tokenizer, test.examples.select(np.arange(30)))
+    assert metrics["n"] == len(predictions) == 30
+    assert set(metrics["baselines"]) == {"chance", "popularity", "item-kNN", "Markov"}
+    assert not model.training
+
+
+def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
+    """eval.py --recommend prints every candidate once, best first, with shares that add up to one."""
+    from model import save_pretrained
+
+    model, tokenizer, _ = half_trained
+    save_pretrained(model, tmp_path / "model")
+    tokenizer.inner.save(str(tmp_path / "model" / "tokenizer.json"))
+    request = {"history": [{"title": "Red Sea", "rating": 5}], "candidates": ["Moon Fox", "Owl", "A film nobody listed"]}
+    (tmp_path / "my.json").write_text(json.dumps(request))
+    command = [
+        sys.executable,
+        str(ROOT / "eval.py"),
+        "--model",
+        str(tmp_path / "model"),
+        "--recommend",
+        str(tmp_path / "my.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(title in done.stdout for title in request["candidates"])
+    shares = [float(line.split()[1].rstrip("%")) for line in done.stdout.splitlines() if "log-prob" in line]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
+    (tmp_path / "my.json").write_text('{"history": []}')
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "expected {" in done.stderr and "Traceback" not in done.stderr
