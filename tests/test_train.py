@@ -1,0 +1,198 @@
+"""Training as a user runs it: whole runs in subprocesses, compared step by step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import DataConfig, build_examples
+from datasets import load_movielens
+from losses import target_margins
+from train import Schedule, TrainConfig, get_lr
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--planted_users=150", "--train_size=20", "--test_size=8", "--tiny_layers=2", "--tiny_vocab_size=512", "--batch_size=8",
+    "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
+]  # fmt: skip
+
+
+def run_train(tmp_path, name, *flags, processes=1, expect=0):
+    """One run of train.py in tmp_path/name; returns (output, metrics by stage)."""
+    folder = tmp_path / name
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *TINY]
+    command += [f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    output = done.stdout + done.stderr
+    assert done.returncode == expect if expect == 0 else done.returncode != 0, output[-3000:]
+    metrics = {}
+    for file in folder.glob("*/metrics.jsonl"):
+        metrics[file.parent.name] = [json.loads(line) for line in file.read_text().splitlines()]
+    return output, metrics
+
+
+def losses(metrics, stage):
+    return np.array([m["loss"] for m in metrics[stage]])
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A finished SFT + RecPO run in one process that accumulates over single-prompt micro-batches."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500", "--copy_steps=3")
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_two_ranks_match_one(one_process, mode):
+    """2 processes x accumulation 2 give the loss curves of 1 process x accumulation 4 (fp32, dropout 0: full SFT)."""
+    tmp_path, _, one = one_process
+    flags = ("--micro_batch_tokens=500", "--copy_steps=3", f"--shard={mode}")
+    _, two = run_train(tmp_path, f"two-{mode}", *flags, processes=2)
+    for stage in ("sft", "recpo"):
+        assert len(one[stage]) == len(two[stage])
+        np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
+        norms = [[m["grad_norm"] for m in run[stage]] for run in (one, two)]
+        np.testing.assert_allclose(*norms, rtol=1e-3)
+
+
+def test_one_big_batch_matches_accumulation(one_process):
+    """Micro-batches only cost memory: one forward pass per step gives the losses of four."""
+    tmp_path, _, accumulated = one_process
+    _, big = run_train(tmp_path, "big", "--micro_batch_tokens=100000", "--copy_steps=3")
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(big, stage), losses(accumulated, stage), atol=1e-4)
+
+
+def test_rewards_before_the_first_step_are_exactly_zero(one_process):
+    """Reference and policy run the same micro-batches, so the first rewards are zero to the last bit in fp32."""
+    _, output, metrics = one_process
+    assert "before the first step: at most 0.0e+00 nats" in output
+    assert metrics["recpo"][0]["rewards/margins"] == 0.0
+
+
+def test_run_folder_holds_what_the_readme_promises(one_process):
+    """Config, PEFT adapter, HF model with tokenizer, metrics, predictions and the result table are there."""
+    folder = one_process[0] / "one"
+    for name in ("config.json", "results.md", "base/tokenizer.json", "sft/model.safetensors", "sft/config.json",
+                 "sft/tokenizer.json", "recpo/adapter_model.safetensors", "recpo/adapter_config.json",
+                 "recpo/eval/metrics.json"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    records = [json.loads(line) for line in (folder / "recpo/eval/predictions.jsonl").read_text().splitlines()]
+    assert len(records) == 8
+    assert all(len(r["logps"]) == 20 and r["target"] in r["candidates"] for r in records)
+    table = (folder / "results.md").read_text()
+    assert all(word in table for word in ("chance", "popularity", "item-kNN", "Markov", "sft", "recpo", "Bayes-optimal"))
+
+
+def test_finished_stages_are_not_run_again(one_process):
+    """--resume auto skips finished stages, starts an unfinished one anew, and adds stages to a run."""
+    tmp_path, _, before = one_process
+    (tmp_path / "one" / "sdpo.unfinished").mkdir()
+    output, after = run_train(
+        tmp_path, "one", "--micro_batch_tokens=500", "--copy_steps=3", "--stages=sft,recpo,sdpo", "--resume=auto"
+    )
+    assert "sft: finished before" in output and "recpo: finished before" in output
+    assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
+    assert after["sdpo"][0]["loss"] == pytest.approx(np.log(4), abs=1e-6)  # K = 3 at policy = reference
+
+
+def test_a_run_folder_in_use_is_not_overwritten(one_process):
+    """Without --resume a used folder is an error, with other options too; nothing in it changes."""
+    tmp_path = one_process[0]
+    before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
+    output, _ = run_train(tmp_path, "one", expect=1)
+    assert "holds a run already" in output and "Traceback" not in output
+    output, _ = run_train(tmp_path, "one", "--resume=auto", "--beta=0.5", expect=1)
+    assert "other values of beta" in output and "Traceback" not in output
+    assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
+
+
+def test_five_examples_on_four_ranks(tmp_path):
+    """Ranks without examples of their own go along with weight 0: nothing hangs, in training nor in decoding."""
+    flags = ("--train_size=5", "--batch_size=5", "--test_size=5", "--epochs=1", "--sft_epochs=1")
+    _, four = run_train(tmp_path, "four", *flags, processes=4)
+    _, one = run_train(tmp_path, "one", *flags)
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(four, stage), losses(one, stage), atol=1e-4)
+
+
+def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
+    """--stages recpo --adapter DIR: policy and reference are that adapter; an adapter of another base is refused."""
+    run = one_process[0] / "one"
+    flags = (f"--model={run / 'sft'}", f"--adapter={run / 'recpo'}", "--stages=sdpo", f"--config={ROOT / 'configs/demo.json'}")
+    output, metrics = run_train(tmp_path, "go-on", *flags)
+    assert "before the first step: at most 0.0e+00 nats" in output
+    assert metrics["sdpo"][0]["loss"] == pytest.approx(np.log(4), abs=1e-6)
+    output, _ = run_train(tmp_path, "refused", flags[1], f"--model={run / 'base'}", *flags[2:], expect=1)
+    assert "trained on another base" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_negatives=0"], "--num_negatives must be >= 1"),
+        (["--no_such_flag=1"], "unrecognized arguments: --no_such_flag"),
+        (["--stages=recpo,sft"], "--stages"),
+        (["--model=/no/such/model"], "no such directory"),
+        (["--dataset=movielens"], "needs --data_dir"),
+        (["--dataset=movielens", "--data_dir=/no/such/folder"], "ratings.dat"),
+        (["--output_dir=/proc/recpo"], "cannot be written"),
+        (["--margin=square"], "--margin must be one of"),
+        (["--config=/no/such.json"], "no such file"),
+    ],
+)
+def test_bad_input_is_one_clear_message(tmp_path, flags, message):
+    """What a user can get wrong ends in one line that names it, and a non-zero exit."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"--output_dir={tmp_path / 'run'}",
+            f"--prepared_dir={tmp_path / 'p'}",
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+def test_every_step_covers_each_example_once_per_epoch():
+    """Batches are a function of (seed, epoch, step); an epoch is a permutation, whatever the number of ranks."""
+    config = TrainConfig(batch_size=8, micro_batch_tokens=100)
+    widths = list(np.random.default_rng(0).integers(10, 60, size=37))
+    one, three = Schedule(config, 2, widths, 1), Schedule(config, 2, widths, 3)
+    assert one.num_steps == 10
+    for epoch in range(2):
+        steps = range(5 * epoch, 5 * epoch + 5)
+        assert sorted(np.concatenate([one.examples(s) for s in steps])) == list(range(37))
+        for s in steps:
+            taken = sorted(i for rank in range(3) for batch in three.micro_batches(s, rank) for i in batch)
+            assert taken == sorted(one.examples(s))
+    assert list(one.examples(0)) != list(one.examples(5))
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    """5 % of the steps rise linearly to the peak, a cosine goes to zero."""
+    rates = [get_lr(step, 100, 1.0, 0.05) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[4] == rates[5] == 1.0
+    assert rates[100] == pytest.approx(0.0) and all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+
+
+def test_first_movielens_losses_are_the_derived_ones():
+    """At policy = reference: S-DPO log 4 = 1.386; RecPO (ratio, lambda 2) about 10.04, as the authors' log starts at 10."""
+    archive = ROOT.parent / "shared/data/ml-1m.zip"
+    if not archive.exists():
+        pytest.skip("MovieLens-1M is not at hand")
+    examples = build_examples(load_movielens(archive), DataConfig(train_size=10000))["train"]
+    slots = np.concatenate([examples.target[:, None], examples.negatives(3)], 1)
+    scores = torch.from_numpy(np.take_along_axis(examples.scores, slots, 1))
+    margins = 2.0 * target_margins(scores[:, 0], scores[:, 1:], "ratio")
+    assert torch.nn.functional.softplus(margins.logsumexp(1)).mean().item() == pytest.approx(10.04, abs=0.1)

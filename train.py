@@ -1,0 +1,627 @@
+"""SFT, then preference training, of a LLaMA or Qwen model for sequential recommendation.
+
+    torchrun --nproc_per_node 2 train.py                          the demo: planted world, a tiny model, 2 processes
+    python train.py                                               the same in one process
+    torchrun --nproc_per_node 8 train.py --config configs/paper.json --model meta-llama/Llama-3.1-8B \\
+        --dataset movielens --data_dir ml-1m.zip --output_dir runs/ml1m
+
+`--stages sft,recpo,sdpo` runs SFT once and every preference loss behind it from the same SFT result. Each stage writes
+`<output_dir>/<stage>/`: PEFT adapter or Hugging Face model, metrics.jsonl, eval/metrics.json, eval/predictions.jsonl.
+
+One stage is one pass through `run_stage`:  load the starting weights -> (reference log-probs) -> the loop -> save -> test.
+The reference policy is the policy before its first step, so its log-probs are computed once and kept in a file; there
+is no second model. Every rank draws the same global batch from (seed, epoch, step) and takes its share, so that any
+number of processes and micro-batches gives the same update.
+
+Left out for now: checkpoints inside a stage, other sharding modes than full, quantised weights.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from baselines import counting_baselines, ranking_metrics
+from common import any_rank, arg, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed
+from data import DataConfig, Encoded, Tokenizer, encode_examples, micro_batches, prepare, tree_width
+from eval import check_choice, load_stage, predict, results_table, save_predictions, summarise
+from lora import TARGET_MODULES, apply_lora, base_fingerprint, load_adapter, merge_lora, save_adapter
+from losses import MARGINS
+from model import Transformer, load_pretrained, resolve_path, save_pretrained
+from objectives import PREFERENCE_LOSSES, SFT, Preference
+from planted import World, bayes_scores
+from tiny import CopyTask, make_base_model
+
+DEMO = Path(__file__).parent / "configs" / "demo.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """SFT, then preference training, from a Hugging Face checkpoint; without --model and --config, the demo."""
+
+    model: str = arg("tiny", "Hugging Face directory or hub name; tiny = a small random model made on the spot", group="model")
+    adapter: str = arg("", "PEFT adapter to start from: the policy and, without an sft stage, the reference")
+    dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)")
+    lora_r: int = arg(8, "LoRA rank; 0 = train all parameters")
+    sft_lora_r: int = arg(-1, "LoRA rank of the sft stage; -1 = lora_r, 0 = all parameters")
+    lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r")
+    lora_dropout: float = arg(0.1, "dropout on the adapter's input, in the sft stage only")
+    lora_target_modules: str = arg(",".join(TARGET_MODULES), "comma-separated linear layers that get an adapter")
+    use_rslora: bool = arg(False, "scaling = alpha / sqrt(r)")
+    tiny_hidden_size: int = arg(128, "tiny model: width, a multiple of 64")
+    tiny_layers: int = arg(4, "tiny model: blocks")
+    tiny_vocab_size: int = arg(1024, "tiny model: tokens of its tokenizer")
+    stages: str = arg(
+        "sft,recpo",
+        f"comma-separated: sft and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
+        group="objective",
+    )
+    beta: float = arg(1.0, "strength of the KL anchor: reward = beta * log-ratio")
+    margin_lambda: float = arg(2.0, "weight of the target margin in recpo; 0 is S-DPO")
+    margin: str = arg("ratio", f"target margin of recpo: {', '.join(MARGINS)}")
+    num_negatives: int = arg(3, "rejected titles per prompt (dpo always takes 1)")
+    negative_source: str = arg("both", "rejected titles are both, only random, or only follow(-ups)")
+    label_smoothing: float = arg(0.0, "dpo: probability that a preference is the wrong way round")
+    sft_weight: float = arg(0.0, "weight of the chosen title's mean NLL added to a preference loss")
+    copy_steps: int = arg(
+        0, "tiny models: at most so many steps of copying practice before SFT (see tiny.py); real models need none"
+    )
+    copy_weight: float = arg(0.0, "tiny models: weight of copying practice on the listed titles during SFT (see tiny.py)")
+    sft_epochs: float = arg(5.0, "epochs of the sft stage; a fraction is fine", group="optimisation")
+    epochs: float = arg(3.0, "epochs of a preference stage; a fraction is fine")
+    max_steps: int = arg(0, "stop every stage after so many steps; 0 = off")
+    batch_size: int = arg(128, "prompts per optimizer step, over all processes")
+    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass per process; more only costs memory")
+    sft_learning_rate: float = arg(1e-5, "peak learning rate of the sft stage")
+    learning_rate: float = arg(1e-5, "peak learning rate of a preference stage")
+    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; a cosine to 0 follows")
+    weight_decay: float = arg(0.0, "AdamW weight decay")
+    adam_beta2: float = arg(0.999, "AdamW second-moment decay")
+    max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off")
+    shard: str = arg("full", "full: split all weights over the processes; none: a replica each, faster where it fits")
+    gradient_checkpointing: bool = arg(False, "recompute each block in backward: less memory, about a third slower")
+    max_length: int = arg(1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history")
+    seed: int = arg(0, "seed of initial weights, batch order and dropout")
+    decode: str = arg("greedy", "how test answers are found: greedy (one pass), generate, trie", group="evaluation and output")
+    decode_rest: bool = arg(True, "generate an answer where no candidate verifies; off: count it invalid")
+    output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
+    resume: str = arg("", "auto: go on with the first unfinished stage of output_dir")
+    logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step")
+
+    def __post_init__(self):
+        super().__post_init__()
+        stages = self.stage_list
+        if not stages or len(set(stages)) < len(stages) or set(stages) - {"sft", *PREFERENCE_LOSSES} or "sft" in stages[1:]:
+            allowed = ", ".join(PREFERENCE_LOSSES)
+            raise ValueError(f"--stages: sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}")
+        check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
+        check_choice(self, "margin", MARGINS)
+        check_choice(self, "negative_source", ("both", "random", "follow"))
+        check_choice(self, "decode", ("greedy", "generate", "trie"))
+        check_choice(self, "resume", ("", "auto"))
+        check_choice(self, "shard", ("full", "none"))
+        limits = {
+            1: "num_negatives batch_size micro_batch_tokens logging_steps tiny_layers",
+            0: "lora_r margin_lambda sft_weight max_steps copy_steps copy_weight max_grad_norm weight_decay",
+        }
+        for least, names in limits.items():
+            for name in names.split():
+                if getattr(self, name) < least:
+                    raise ValueError(f"--{name} must be >= {least}, got {getattr(self, name)}")
+        for name in ("beta", "sft_epochs", "epochs", "sft_learning_rate", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}")
+        if self.num_negatives > 19:
+            raise ValueError(f"--num_negatives must be <= 19, got {self.num_negatives}: a list has 20 candidates")
+        if self.label_smoothing and set(stages) - {"sft", "dpo"}:
+            raise ValueError("--label_smoothing belongs to dpo; the multi-negative losses have none")
+        if self.tiny_hidden_size % 64:
+            raise ValueError(f"--tiny_hidden_size must be a multiple of 64, got {self.tiny_hidden_size}")
+
+    @property
+    def stage_list(self) -> list[str]:
+        return [s.strip() for s in self.stages.split(",") if s.strip()]
+
+
+# ------------------------------------------------------------------------------------------------ the model, sharded
+def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | None, device) -> Transformer:
+    """The stage's starting weights: base, plus the adapter it goes on from or a fresh one."""
+    r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
+    dtype = stored_dtype(config, device)
+    if r == 0 and dtype == torch.bfloat16:
+        dtype = torch.float32  # full training keeps fp32 weights and computes in bf16 (see shard)
+    model = load_pretrained(base, dtype, device)
+    dropout = config.lora_dropout if stage == "sft" else 0.0
+    if adapter:
+        load_adapter(model, adapter, lora_dropout=dropout)
+    if r == 0:
+        if adapter:
+            merge_lora(model)
+        model.requires_grad_(True)
+    elif not adapter:
+        targets = [t.strip() for t in config.lora_target_modules.split(",")]
+        apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora, config.seed)
+    elif model.lora_config["r"] != r:
+        print0(f"note: --lora_r {r} has no effect, the adapter {adapter} has r = {model.lora_config['r']}")
+    for block in model.model.layers:
+        block.checkpointing = config.gradient_checkpointing
+    return model
+
+
+def stored_dtype(config: TrainConfig, device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def shard(model: Transformer, config: TrainConfig, device, world_size: int) -> None:
+    """FSDP2: every block, then the root, is split over the ranks. Gradients are reduced in fp32.
+
+    Nothing is done where each rank keeps a whole replica (one process, --shard none), except that full training in bf16
+    always goes this way, because FSDP keeps its fp32 weights and computes in bf16."""
+    full_bf16 = not getattr(model, "lora_config", None) and stored_dtype(config, device) == torch.bfloat16
+    if (world_size == 1 or config.shard == "none") and not full_bf16:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if full_bf16 else None,  # None: frozen bf16 base and fp32 adapters stay as they are
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in model.model.layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    for method in ("logits", "decode_step"):
+        register_fsdp_forward_method(model, method)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state(model: Transformer) -> dict[str, Tensor]:
+    """The whole trainable state on the CPU, gathered tensor by tensor; every rank must call it."""
+    wanted = {n: p for n, p in model.state_dict().items() if not getattr(model, "lora_config", None) or ".lora_" in n}
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for n, p in wanted.items()}
+
+
+# ------------------------------------------------------------------------------------------------ one optimizer step
+def train_step(model, optimizer, batches: list, compute: Callable, lr: float, config: TrainConfig) -> dict[str, float]:
+    """Accumulate gradients over this rank's micro-batches, clip, step. Returns the metrics of the whole global batch.
+
+    `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so micro-batches and ranks add up
+    to one big batch; `sums` maps metric names to (sum, count) tensors. Every rank brings equally many batches."""
+    totals: dict[str, Tensor] = {}
+    sharded = hasattr(model, "set_requires_gradient_sync")
+    # ------------------------- training step begins -------------------------
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for number, batch in enumerate(batches):
+        if sharded:
+            model.set_requires_gradient_sync(number == len(batches) - 1)  # reduce gradients once per step
+        loss, sums = compute(batch)
+        # Sharded gradients are averaged over ranks, but losses are divided by global counts already: undo the average.
+        (loss * dist.get_world_size()).backward()
+        for name, pair in sums.items():
+            totals[name] = totals.get(name, 0) + torch.stack(pair).double()
+    if not sharded and dist.get_world_size() > 1:
+        average_gradients(optimizer)
+    # One all_reduce for the squared gradient norm and all metrics. Plain local tensors: DTensor's own clip_grad_norm_
+    # costs more than the whole step of a small model.
+    gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"]]
+    squared_norm = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    if not sharded:
+        squared_norm /= dist.get_world_size()  # every replica holds all of the gradient
+    reduced = torch.stack([torch.stack([squared_norm, torch.ones_like(squared_norm)]), *totals.values()])
+    dist.all_reduce(reduced)
+    grad_norm = reduced[0, 0].sqrt()
+    if config.max_grad_norm:
+        torch._foreach_mul_(gradients, (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).float())
+    metrics = {name: (s / n).item() for name, (s, n) in zip(totals, reduced[1:], strict=True)}
+    metrics |= {"grad_norm": grad_norm.item(), "learning_rate": lr}
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        raise ValueError(
+            f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; no update was made. "
+            "A smaller learning rate or --dtype float32 usually helps"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    # ------------------------- training step ends ---------------------------
+    return metrics
+
+
+def average_gradients(optimizer) -> None:
+    """--shard none: one all_reduce over all gradients as one flat tensor."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+class Schedule:
+    """Which examples every step takes, and how ranks and micro-batches divide them: a function of (seed, epoch, step)."""
+
+    def __init__(self, config: TrainConfig, epochs: float, widths: list[int], world_size: int):
+        self.config, self.widths, self.world_size = config, widths, world_size
+        self.steps_per_epoch = math.ceil(len(widths) / config.batch_size)
+        self.num_steps = math.ceil(epochs * self.steps_per_epoch)
+        if config.max_steps:
+            self.num_steps = min(self.num_steps, config.max_steps)
+        self.epoch, self.order = -1, np.empty(0)
+
+    def examples(self, step: int) -> np.ndarray:
+        epoch, t = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.widths))
+        return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        plan = micro_batches(self.widths, self.examples(step), self.world_size, self.config.micro_batch_tokens)
+        return plan[rank]
+
+
+# ------------------------------------------------------------------------------------------------ before the loop
+@torch.no_grad()
+def reference_pass(objective: Preference, schedule: Schedule, rank: int, file: Path, key: str) -> None:
+    """Fill in the reference log-probs (E, 1 + K): those of the policy before its first step, computed once per run.
+
+    The pass runs the very micro-batches of the first epoch, so that the rewards of the first step are exactly zero."""
+    if file.exists():
+        objective.reference_logps = load_file(file)["logps"]
+        return
+    device = objective.device
+    logps = torch.zeros(objective.reference_logps.shape, device=device)
+    steps = tqdm(
+        range(min(schedule.num_steps, schedule.steps_per_epoch)), "reference", disable=not (is_main() and sys.stderr.isatty())
+    )
+    for step in steps:
+        for batch in schedule.micro_batches(step, rank):
+            tree = objective.tree(batch or [int(schedule.examples(step)[0])])
+            sums = tree.sum_logps(objective.model(tree)[0])
+            if batch:
+                logps[batch] = sums
+    dist.all_reduce(logps)
+    objective.reference_logps = logps.cpu()
+    if is_main():
+        beside = file.with_suffix(".part")
+        save_file({"logps": objective.reference_logps}, beside, metadata={"key": key})
+        beside.rename(file)
+    dist.barrier()
+
+
+def practise_copying(config: TrainConfig, task: CopyTask, optimizer, rank: int, world_size: int, log: Callable) -> None:
+    """Warm-up of a random model (see tiny.py): until it copies out of lists of 20 titles, or --copy_steps are over."""
+    for step in range(config.copy_steps):
+        widths = task.draw(step)
+        batches = micro_batches(widths, range(len(widths)), world_size, config.micro_batch_tokens)[rank]
+        lr = config.sft_learning_rate * min(1.0, (step + 1) / 30)
+        metrics = train_step(task.model, optimizer, batches, task, lr, config)
+        mastered = task.update(metrics)
+        log(step, config.copy_steps, metrics | {"list_size": task.list_size}, "copy")
+        if mastered:
+            break
+    print0(
+        f"copying practice: {step + 1} steps, lists of {task.list_size}, begins with a listed title {task.listed:.2f}, goes on with it {task.accuracy:.2f}"
+    )
+
+
+def check_first_rewards(objective: Preference, exact: bool) -> None:
+    """At the first step the policy is the reference, so every reward must be zero (up to noise in bf16)."""
+    rewards = torch.cat([r.flatten() for r in objective.first_rewards]).double() / objective.config.beta
+    objective.first_rewards = None
+    worst = torch.stack([rewards.abs().max(), rewards.square().mean().sqrt()])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    largest, rms = worst.tolist()
+    print0(f"log-ratios before the first step: at most {largest:.1e} nats per title (0: the policy is its reference)")
+    if largest >= 1e-3 if exact else rms > 0.5:
+        raise ValueError(f"policy and reference differ before training: max {largest:.2e}, rms {rms:.2e} nats per title")
+
+
+# ------------------------------------------------------------------------------------------------ one stage
+class Logger:
+    """metrics.jsonl has every step; the screen an aligned line now and then, and a bar when it is a terminal."""
+
+    def __init__(self, file: Path, every: int):
+        self.file = open(file, "a") if is_main() else None
+        self.every, self.start, self.bar, self.phase = every, time.time(), None, ""
+
+    def __call__(self, step: int, num_steps: int, metrics: dict, phase: str) -> None:
+        if not self.file:
+            return
+        if phase != self.phase:
+            self.close_bar()
+            self.phase, self.start = phase, time.time()
+            self.bar = tqdm(total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False)
+        self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
+        self.file.flush()
+        self.bar.update()
+        if (step + 1) % self.every and step + 1 != num_steps:
+            return
+        parts = [f"{phase:5} {step + 1:5}/{num_steps}", f"loss {metrics['loss']:7.4f}"]
+        shown = {
+            "rewards/margins": "margin {:+6.2f}",
+            "rewards/accuracies": "acc {:.3f}",
+            "logps/chosen": "logp {:7.2f}",
+            "mean_token_accuracy": "acc {:.3f}",
+            "copy_accuracy": "acc {:.3f}",
+            "listed": "listed {:.2f}",
+            "list_size": "list {:2}",
+        }
+        parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
+        parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
+        parts += [f"{1000 * (time.time() - self.start) / (step + 1):5.0f} ms/step"]
+        self.bar.write(" | ".join(parts), file=sys.stdout)
+        sys.stdout.flush()
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def close(self) -> None:
+        self.close_bar()
+        if self.file:
+            self.file.close()
+
+
+@dataclass
+class Run:
+    """What all stages share."""
+
+    config: TrainConfig
+    rank: int
+    world_size: int
+    device: torch.device
+    folder: Path
+    tokenizer: Tokenizer
+    data_hash: str
+    train: Encoded
+    test: Encoded
+    baselines: dict[str, np.ndarray]
+
+
+def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
+    """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done."""
+    config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
+    final = run.folder / stage
+    folder = run.folder / f"{stage}.unfinished"
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    torch.manual_seed(config.seed + rank)  # dropout; everything else draws from its own generator
+    model = load_policy(config, stage, base, adapter, device)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    shard(model, config, device, world_size)
+    if stage == "sft":
+        objective, epochs, peak = SFT(config, model, run.train, device), config.sft_epochs, config.sft_learning_rate
+    else:
+        objective = Preference(config, stage, model, run.train, device)
+        epochs, peak = config.epochs, config.learning_rate
+    widths = [tree_width(run.train, e, objective.slots[e]) for e in range(len(run.train.prompts))]
+    schedule = Schedule(config, epochs, widths, world_size)
+    print0(
+        f"\n== {stage}: {len(widths):,} prompts, {schedule.num_steps} steps of {config.batch_size}, peak learning rate {peak:g}; "
+        f"{trainable:,} of {total:,} parameters trained, from {base}{f' + {adapter}' if adapter else ''}"
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=peak, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
+    )
+    logger = Logger(folder / "metrics.jsonl", config.logging_steps)
+
+    if stage != "sft":
+        model.eval()
+        key = reference_key(run, base, adapter, objective)
+        reference_pass(objective, schedule, rank, run.folder / f"reference-{key[:12]}.safetensors", key)
+        titles, slots, margins = run.train.examples[0].candidates, objective.slots[0], objective.margins[0].tolist()
+        rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in zip(slots[1:], margins, strict=True))
+        print0(f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): {rejected}")
+        print0(
+            "logps/chosen usually falls from here on: the loss asks for a gap, and a gap opens too when every listed title\n"
+            "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
+        )
+    model.train()
+    if stage == "sft" and config.copy_steps:
+        task = CopyTask(model, run.train, run.tokenizer, config.seed, device)
+        practise_copying(config, task, optimizer, rank, world_size, logger)
+    for step in range(schedule.num_steps):
+        examples = schedule.examples(step)
+        batches = schedule.micro_batches(step, rank)
+        lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
+        try:
+            metrics = train_step(model, optimizer, batches, partial(objective, step_examples=examples), lr, config)
+        except ValueError as error:
+            raise ValueError(f"{stage}, step {step + 1}, rank {rank}: {error}") from None
+        if step == 0 and stage != "sft":
+            check_first_rewards(objective, exact=stored_dtype(config, device) == torch.float32)
+        metrics["epoch"] = (step + 1) / schedule.steps_per_epoch
+        logger(step, schedule.num_steps, metrics, stage)
+    logger.close()
+
+    state = full_state(model)
+    if is_main():
+        if getattr(model, "lora_config", None):
+            save_adapter(model, folder, state)
+        else:
+            save_pretrained(model, folder, state)
+            copy_tokenizer(base, folder)
+        inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
+        stored = os.path.relpath(base, folder) if inside else str(base.resolve())
+        (folder / "base.json").write_text(json.dumps({"base": stored}) + "\n")
+    del state, optimizer
+    metrics = test_stage(run, model, folder)
+    if is_main():
+        folder.rename(final)
+        print0(results_table({stage: metrics}))
+    dist.barrier()
+
+
+def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
+    """Evaluate on the test split, divided over ranks; metrics on rank 0, which also writes them."""
+    config, started = run.config, time.time()
+    model.eval()
+    count = len(run.test.prompts)
+    mine = range(run.rank, count, run.world_size)
+    records = predict(
+        model, run.tokenizer, run.test, mine, config.decode, config.decode_rest, config.micro_batch_tokens, any_rank, run.device
+    )
+    gathered = [None] * run.world_size if is_main() else None
+    dist.gather_object(records, gathered)
+    if not is_main():
+        return None
+    records = sorted((r for part in gathered for r in part), key=lambda r: r["example"])
+    metrics = summarise(records, run.baselines) | {"data_hash": run.data_hash, "seconds": round(time.time() - started, 1)}
+    save_predictions(folder / "eval", metrics, records)
+    return metrics
+
+
+def reference_key(run: Run, base: Path, adapter: Path | None, objective: Preference) -> str:
+    """Hash of all that the reference log-probs depend on."""
+    config = run.config
+    parts = [
+        base_fingerprint(base),
+        hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest() if adapter else "",
+        run.data_hash,
+        hashlib.sha256((base / "tokenizer.json").read_bytes()).hexdigest(),
+        str(
+            (
+                stored_dtype(config, run.device),
+                run.device.type,
+                config.max_length,
+                objective.slots.shape,
+                config.negative_source,
+            )
+        ),
+        str(
+            (config.seed, config.batch_size, config.micro_batch_tokens, run.world_size, config.epochs, config.max_steps)
+        ),  # the micro-batches
+    ]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+
+
+# ------------------------------------------------------------------------------------------------ the run
+def open_run_folder(config: TrainConfig) -> Path:
+    """Create or re-enter the run folder, on rank 0; a folder in use, or made with other options, is an error."""
+    folder = Path(
+        config.output_dir or next(f for n in range(1, 10**6) if not (f := Path(f"runs/{config.dataset}-{n}")).exists())
+    )
+    file = folder / "config.json"
+    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
+    if file.exists():
+        if config.resume != "auto":
+            raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir")
+        free = {"stages", "output_dir", "prepared_dir"}
+        changed = sorted(k for k, v in settings.items() if k not in free and read_json(file).get(k) != v)
+        if changed:
+            raise ValueError(f"{file}: the run was started with other values of {', '.join(changed)}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written: {error}") from None
+    return folder
+
+
+def results(run: Run, prepared) -> str:
+    """The run's table: chance and counting baselines, every finished stage, and the optimum where it is known."""
+    rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
+    bounds = {}
+    if run.config.dataset == "planted":
+        world = World(num_users=run.config.planted_users, seed=run.config.data_seed)
+        scores = bayes_scores(world, prepared.splits["test"], run.config.min_rating)
+        bounds["Bayes-optimal"] = float(ranking_metrics(scores, prepared.splits["test"].target)["hit_ratio@1"].mean())
+    return results_table(rows, bounds)
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not any(a.split("=")[0] in ("--config", "--model", "--help", "-h") for a in argv):
+        argv = ["--config", str(DEMO), *argv]
+    config = parse_config(TrainConfig, argv)
+    rank, world_size, device = setup_distributed()
+    shared = [open_run_folder(config) if is_main() else None]
+    dist.broadcast_object_list(shared)
+    (folder,) = shared
+    print0(
+        f"{world_size} process{'es' if world_size > 1 else ''}, {device.type}, {stored_dtype(config, device)}, run folder {folder}"
+    )
+
+    with first():
+        prepared = prepare(config)
+    base = folder / "base"
+    with first():
+        if config.model == "tiny" and not base.exists():
+            size = {"hidden_size": config.tiny_hidden_size, "num_layers": config.tiny_layers}
+            beside = folder / "base.unfinished"
+            make_base_model(beside, prepared.splits["train"], **size, vocab_size=config.tiny_vocab_size, seed=config.seed)
+            beside.rename(base)
+    if config.model != "tiny":
+        with first("LOCAL_RANK"):
+            base = resolve_path(config.model)
+    tokenizer = Tokenizer(base)
+    splits = prepared.splits
+    train = encode_examples(splits["train"], tokenizer, config.max_length)
+    test = encode_examples(splits["test"], tokenizer, config.max_length)
+    baselines = counting_baselines(splits["test"]) if is_main() else {}
+    run = Run(config, rank, world_size, device, folder, tokenizer, prepared.hash, train, test, baselines)
+
+    lengths = [len(p) for p in train.prompts]
+    print0(
+        f"{config.dataset}: {len(train.prompts):,} training and {len(test.prompts):,} test examples, data hash {prepared.hash[:12]}; "
+        f"prompts of {np.mean(lengths):.0f} tokens (longest {max(lengths)}), {train.num_shortened + test.num_shortened} shortened "
+        f"by {train.num_dropped + test.num_dropped} history items to fit {config.max_length}"
+    )
+    example = splits["train"][0]
+    print0("\nfirst training prompt:\n" + tokenizer.inner.decode(train.prompts[0].tolist(), skip_special_tokens=False))
+    print0(f"chosen: {example.candidates[example.target]!r}, tokens {train.slots(0, [example.target])[0]}")
+
+    start = (base, Path(config.adapter) if config.adapter else None)
+    for stage in config.stage_list:
+        if (folder / stage / "eval" / "metrics.json").exists():
+            print0(f"\n== {stage}: finished before, in {folder / stage}")
+        else:
+            run_stage(run, stage, *start)
+        if stage == "sft":
+            start = load_stage(folder / "sft")
+    if is_main():
+        table = results(run, prepared)
+        (folder / "results.md").write_text(f"# {config.dataset}, {config.model}, data {prepared.hash[:12]}\n\n{table}\n")
+        print0(f"\n{table}\n\nwritten to {folder / 'results.md'}")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    run_cli(main)
