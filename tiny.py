@@ -74,7 +74,8 @@ class CopyTask:
     PROMPT_TOKENS = 1024  # of a step: many small steps find the circuit sooner than few large ones
     POOL, GROWTH = 180, 1.2  # titles in play at first, and their growth with every list size: few tokens recur sooner
     MASTERY = 0.7  # running accuracy of a title's second and later tokens, EOS apart, ...
-    LISTED = 0.5  # ... and running probability of beginning with a listed title that make the list grow
+    LISTED = 0.3  # ... and running probability of beginning with a listed title that make the list grow
+    LISTED_AT_LAST = 0.6  # the latter when lists of 20 end the practice
 
     def __init__(self, model, encoded: Encoded, tokenizer: Tokenizer, seed: int, device):
         self.model, self.device, self.tokenizer, self.seed = model, device, tokenizer, seed
@@ -126,9 +127,10 @@ class CopyTask:
         """Take in a step's metrics; True once lists of 20 are mastered."""
         self.accuracy += 0.1 * (metrics["copy_accuracy"] - self.accuracy)
         self.listed += 0.1 * (metrics["listed"] - self.listed)
-        if self.accuracy < self.MASTERY or self.listed < self.LISTED:
+        last = self.list_size == NUM_CANDIDATES
+        if self.accuracy < self.MASTERY or self.listed < (self.LISTED_AT_LAST if last else self.LISTED):
             return False
-        if self.list_size == NUM_CANDIDATES:
+        if last:
             return True
         self.list_size += 1
         self.accuracy, self.listed = self.accuracy - 0.05, self.listed - 0.05  # a few steps on the new size at least
