@@ -104,15 +104,17 @@ def print0(*args, **kwargs) -> None:
 def setup_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.device_count() >= local_world  # NCCL wants a GPU per process
+    if torch.cuda.is_available() and not cuda:
+        print0(f"note: {local_world} processes but {torch.cuda.device_count()} GPU(s) on this machine: running on the CPU")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         single = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **single)
-    if not cuda and "OMP_NUM_THREADS" not in os.environ or os.environ.get("OMP_NUM_THREADS") == "1":
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun sets 1 thread; use all cores instead
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **single)
+    if local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; use all cores instead
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     return dist.get_rank(), dist.get_world_size(), device
 

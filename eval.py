@@ -5,9 +5,9 @@ tokens is the argmax at its row and the argmax after the last one ends the answe
 break). So the answer, its validity, and the exact ranking of the 20 come from one pass. Prompts where no candidate
 verifies are decoded for real, since another spelling of a title is possible and the text is wanted.
 
-    python eval.py --run runs/demo                      every stage of a run, as train.py evaluates it
+    python eval.py --run runs/planted-1                      every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...        any Hugging Face directory, with or without a PEFT adapter
-    python eval.py --run runs/demo --recommend my.json  rank the candidates of one user, with probabilities
+    python eval.py --run runs/planted-1 --recommend my.json  rank the candidates of one user, with probabilities
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a listed title; ranking/* are
 computed from the log-probabilities of all candidates (always "valid"). Ties share their ranks.
@@ -241,16 +241,23 @@ def evaluate(
     model.train(training)
     metrics = summarise(records, counting_baselines(examples))
     if decode == "generate":
-        metrics |= compare_with_one_pass(model, encoded, records)
+        metrics |= compare_with_one_pass(model, encoded, records, tokenizer.stop_ids | tokenizer.newline_ids())
     return metrics, records
 
 
 @torch.no_grad()
-def compare_with_one_pass(model: Transformer, encoded: Encoded, records: list[dict]) -> dict:
+def compare_with_one_pass(model: Transformer, encoded: Encoded, records: list[dict], stop_ids) -> dict:
     """How often free generation and the one pass name different titles, and how many of those are near-ties.
 
-    A near-tie: somewhere along the generated answer the two best logits are closer than NEAR_TIE."""
-    differing = [r for r in records if r["one_pass"] is not None and r["one_pass"] != r["answer"]]
+    They differ too where generation spelt a candidate that the one pass did not verify. A near-tie: somewhere along the
+    generated answer the two best logits are closer than NEAR_TIE."""
+
+    def missed(r: dict) -> bool:
+        ended = len(r["ids"]) > 1 and r["ids"][-1] in stop_ids
+        spellings = [c[:-1] for c in encoded.slots(r["example"], range(NUM_CANDIDATES))]
+        return r["one_pass"] is None and ended and r["ids"][:-1] in spellings
+
+    differing = [r for r in records if missed(r) or (r["one_pass"] is not None and r["one_pass"] != r["answer"])]
     near = 0
     for r in differing:
         prompt = encoded.prompts[r["example"]].tolist()
@@ -290,9 +297,12 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
     ]
     for name, value in some["baselines"].items():
         low, high = wilson(value, some["n"])
-        lines.append(f"| {name} | | | {value:.4f} [{low:.3f}, {high:.3f}] | | |")
+        interval = "" if name == "chance" else f" [{low:.3f}, {high:.3f}]"
+        lines.append(f"| {name} | | | {value:.4f}{interval} | | |")
     lines += [table_rows(name, metrics) for name, metrics in rows.items()]
     lines += [f"| {name} | | | {value:.4f} | | |" for name, value in (bounds or {}).items()]
+    written = ", ".join(f"{name} {metrics['answers_generated']}" for name, metrics in rows.items())
+    lines += ["", f"answers written out token by token, because no candidate verified in the one pass: {written}"]
     return "\n".join(lines)
 
 

@@ -44,8 +44,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low_rank = F.dropout(x, self.dropout, self.training)
-        low_rank = F.linear(F.linear(low_rank, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + self.scaling * low_rank
+        low_rank = self.scaling * F.linear(low_rank, self.lora_A.weight.to(x.dtype))  # scaled while it is r wide
+        return F.linear(x, self.weight, self.bias) + F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
     def reset_parameters(self, name: str, seed: int) -> None:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name) so that every rank starts with the same."""
@@ -134,8 +134,8 @@ def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = Non
     state = model.state_dict() if state is None else state
     tensors = {PEFT_PREFIX + n: t.detach().float().cpu().contiguous() for n, t in state.items() if ".lora_" in n}
     metadata = {"format": "pt"}
-    if model.name_or_path:
-        metadata["base_fingerprint"] = base_fingerprint(model.name_or_path)
+    if model.source:
+        metadata["base_fingerprint"] = base_fingerprint(model.source)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata=metadata)
@@ -165,7 +165,7 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
     with open_safetensors(file) as f:
         fingerprint = (f.metadata() or {}).get("base_fingerprint")
         tensors = {name: f.get_tensor(name) for name in f.keys()}
-    if fingerprint and model.name_or_path and fingerprint != base_fingerprint(model.name_or_path):
+    if fingerprint and model.source and fingerprint != base_fingerprint(model.source):
         trained_on = config.get("base_model_name_or_path")
         raise ValueError(f"{path}: this adapter was trained on another base ({trained_on}), not on {model.name_or_path}")
 
@@ -228,5 +228,5 @@ def merge_lora(model: Transformer) -> Transformer:
         linear.weight, linear.bias = layer.weight, layer.bias
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
     model.lora_config = None
-    model.name_or_path = ""  # no longer the weights in that folder
+    model.source, model.name_or_path = None, ""  # no longer the weights in that folder
     return model

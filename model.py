@@ -197,6 +197,13 @@ class AttentionPlan:
     cache: KVCache | None = None
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+    """Scaled dot-product attention of H query heads on Hkv key-value heads."""
+    if q.is_cuda:  # with a mask or in fp32, enable_gqa falls back to the slow path there
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=not q.is_cuda, **kwargs)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -225,16 +232,10 @@ class Attention(nn.Module):
         # Two exact calls instead of one with a T x T mask: ~95 % of the work takes the causal flash path.
         P, outputs = plan.prompt_width, []
         if P > 0:
-            outputs.append(
-                F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True, enable_gqa=True)
-            )
+            outputs.append(attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True))
         keys, values = plan.cache.write(self.layer, k, v) if plan.cache else (k, v)
         if T > P:
-            if x.is_cuda:  # a mask together with enable_gqa can fall back to the slow path there
-                keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (keys, values))
-            outputs.append(
-                F.scaled_dot_product_attention(q[:, :, P:], keys, values, attn_mask=plan.mask, enable_gqa=not x.is_cuda)
-            )
+            outputs.append(attend(q[:, :, P:], keys, values, attn_mask=plan.mask))
         out = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -295,7 +296,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.name_or_path = ""
+        self.source: Path | None = None  # folder the weights were read from
+        self.name_or_path = ""  # how its user calls it
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -359,6 +361,8 @@ def resolve_path(name) -> Path:
             "accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except (HfHubHTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):  # an expired token, say
+            raise ValueError(f"{name}: the hub refuses access ({error}); log in with `hf auth login` or set HF_TOKEN") from None
         raise ValueError(f"{name}: no such directory, and not to be downloaded ({error}); give a local directory") from None
 
 
@@ -385,7 +389,7 @@ def open_safetensors(file: Path):
 
 def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
     """Load a Hugging Face directory or hub name; ValueError names the file and the missing, unexpected or misshapen keys."""
-    path = resolve_path(path)
+    given, path = str(path), resolve_path(path)
     config = ModelConfig.from_pretrained(path)
     with torch.device("meta"):
         model = Transformer(config)
@@ -413,7 +417,7 @@ def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> T
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.inv_freq = model.inv_freq.to(device)
-    model.name_or_path = str(path)
+    model.source, model.name_or_path = path, given
     return model
 
 

@@ -41,7 +41,7 @@ from baselines import counting_baselines, ranking_metrics
 from common import any_rank, arg, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed
 from data import DataConfig, Encoded, Tokenizer, encode_examples, micro_batches, prepare, tree_width
 from eval import check_choice, load_stage, predict, results_table, save_predictions, summarise
-from lora import TARGET_MODULES, apply_lora, base_fingerprint, load_adapter, merge_lora, save_adapter
+from lora import TARGET_MODULES, apply_lora, base_fingerprint, load_adapter, merge_lora, read_adapter_config, save_adapter
 from losses import MARGINS
 from model import Transformer, load_pretrained, resolve_path, save_pretrained
 from objectives import PREFERENCE_LOSSES, SFT, Preference
@@ -55,7 +55,9 @@ DEMO = Path(__file__).parent / "configs" / "demo.json"
 class TrainConfig(DataConfig):
     """SFT, then preference training, from a Hugging Face checkpoint; without --model and --config, the demo."""
 
-    model: str = arg("tiny", "Hugging Face directory or hub name; tiny = a small random model made on the spot", group="model")
+    model: str = arg(
+        "tiny", "Hugging Face directory or hub name; tiny = a small random model, or the base of --adapter", group="model"
+    )
     adapter: str = arg("", "PEFT adapter to start from: the policy and, without an sft stage, the reference")
     dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)")
     lora_r: int = arg(8, "LoRA rank; 0 = train all parameters")
@@ -116,6 +118,8 @@ class TrainConfig(DataConfig):
         check_choice(self, "decode", ("greedy", "generate", "trie"))
         check_choice(self, "resume", ("", "auto"))
         check_choice(self, "shard", ("full", "none"))
+        if self.resume and not self.output_dir:
+            raise ValueError("--resume auto needs --output_dir, the run folder to go on with")
         limits = {
             1: "num_negatives batch_size micro_batch_tokens logging_steps tiny_layers",
             0: "lora_r margin_lambda sft_weight max_steps copy_steps copy_weight max_grad_norm weight_decay",
@@ -157,8 +161,8 @@ def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | Non
     elif not adapter:
         targets = [t.strip() for t in config.lora_target_modules.split(",")]
         apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora, config.seed)
-    elif model.lora_config["r"] != r:
-        print0(f"note: --lora_r {r} has no effect, the adapter {adapter} has r = {model.lora_config['r']}")
+    else:
+        print0(f"going on with the adapter {adapter}: its own r, alpha and target modules hold, not the options'")
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
     return model
@@ -196,9 +200,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full_state(model: Transformer) -> dict[str, Tensor]:
-    """The whole trainable state on the CPU, gathered tensor by tensor; every rank must call it."""
+    """The whole trainable state on rank 0's CPU, gathered tensor by tensor; every rank must call it."""
     wanted = {n: p for n, p in model.state_dict().items() if not getattr(model, "lora_config", None) or ".lora_" in n}
-    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).cpu() for n, p in wanted.items()}
+    state = {}
+    for name, p in wanted.items():
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        if is_main():  # eight copies of an 8B model in fp32 would fill the machine
+            state[name] = whole.cpu()
+    return state
 
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
@@ -233,8 +242,8 @@ def train_step(model, optimizer, batches: list, compute: Callable, lr: float, co
     grad_norm = reduced[0, 0].sqrt()
     if config.max_grad_norm:
         torch._foreach_mul_(gradients, (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).float())
-    metrics = {name: (s / n).item() for name, (s, n) in zip(totals, reduced[1:], strict=True)}
-    metrics |= {"grad_norm": grad_norm.item(), "learning_rate": lr}
+    means = torch.cat([grad_norm[None], reduced[1:, 0] / reduced[1:, 1]]).tolist()  # one wait for the GPU
+    metrics = dict(zip(["grad_norm", *totals], means, strict=True)) | {"learning_rate": lr}
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise ValueError(
             f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; no update was made. "
@@ -291,8 +300,10 @@ def reference_pass(objective: Preference, schedule: Schedule, rank: int, file: P
     """Fill in the reference log-probs (E, 1 + K): those of the policy before its first step, computed once per run.
 
     The pass runs the very micro-batches of the first epoch, so that the rewards of the first step are exactly zero."""
-    if file.exists():
-        objective.reference_logps = load_file(file)["logps"]
+    if any_rank(is_main() and file.exists()):  # rank 0 decides and reads: others may have another disk
+        if is_main():
+            objective.reference_logps = load_file(file)["logps"]
+        dist.broadcast(objective.reference_logps, 0)
         return
     device = objective.device
     logps = torch.zeros(objective.reference_logps.shape, device=device)
@@ -348,14 +359,14 @@ class Logger:
 
     def __init__(self, file: Path, every: int):
         self.file = open(file, "a") if is_main() else None
-        self.every, self.start, self.bar, self.phase = every, time.time(), None, ""
+        self.every, self.start, self.first, self.bar, self.phase = every, time.time(), 0, None, ""
 
     def __call__(self, step: int, num_steps: int, metrics: dict, phase: str) -> None:
         if not self.file:
             return
         if phase != self.phase:
             self.close_bar()
-            self.phase, self.start = phase, time.time()
+            self.phase, self.start, self.first = phase, time.time(), step
             self.bar = tqdm(total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False)
         self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
         self.file.flush()
@@ -374,7 +385,7 @@ class Logger:
         }
         parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
         parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
-        parts += [f"{1000 * (time.time() - self.start) / (step + 1):5.0f} ms/step"]
+        parts += [f"{1000 * (time.time() - self.start) / max(1, step - self.first):5.0f} ms/step"]
         self.bar.write(" | ".join(parts), file=sys.stdout)
         sys.stdout.flush()
 
@@ -397,6 +408,7 @@ class Run:
     world_size: int
     device: torch.device
     folder: Path
+    base: Path
     tokenizer: Tokenizer
     data_hash: str
     train: Encoded
@@ -414,6 +426,8 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         folder.mkdir()
     torch.manual_seed(config.seed + rank)  # dropout; everything else draws from its own generator
     model = load_policy(config, stage, base, adapter, device)
+    if base == run.base and config.model != "tiny":
+        model.name_or_path = config.model  # a hub name, if it is one, and not the folder of its files
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     shard(model, config, device, world_size)
@@ -463,22 +477,27 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         logger(step, schedule.num_steps, metrics, stage)
     logger.close()
 
-    state = full_state(model)
-    if is_main():
-        if getattr(model, "lora_config", None):
-            save_adapter(model, folder, state)
-        else:
-            save_pretrained(model, folder, state)
-            copy_tokenizer(base, folder)
-        inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
-        stored = os.path.relpath(base, folder) if inside else str(base.resolve())
-        (folder / "base.json").write_text(json.dumps({"base": stored}) + "\n")
-    del state, optimizer
+    save_stage(run, model, base, folder)
     metrics = test_stage(run, model, folder)
     if is_main():
         folder.rename(final)
         print0(results_table({stage: metrics}))
     dist.barrier()
+
+
+def save_stage(run: Run, model: Transformer, base: Path, folder: Path) -> None:
+    """Adapter in PEFT's format, or the whole model with its tokenizer, and which base it stands on."""
+    state = full_state(model)
+    if not is_main():
+        return
+    if getattr(model, "lora_config", None):
+        save_adapter(model, folder, state)
+    else:
+        save_pretrained(model, folder, state)
+        copy_tokenizer(base, folder)
+    inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
+    stored = os.path.relpath(base, folder) if inside else str(base.resolve())
+    (folder / "base.json").write_text(json.dumps({"base": stored}) + "\n")
 
 
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
@@ -538,14 +557,18 @@ def open_run_folder(config: TrainConfig) -> Path:
     )
     file = folder / "config.json"
     settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
-    if file.exists():
+    # a start that failed at once (wrong path, no access to the model) leaves its options alone: no run yet
+    started = folder.is_dir() and any(f.name != "config.json" for f in folder.iterdir())
+    if file.exists() and started:
         if config.resume != "auto":
             raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir")
         free = {"stages", "output_dir", "prepared_dir"}
         changed = sorted(k for k, v in settings.items() if k not in free and read_json(file).get(k) != v)
         if changed:
             raise ValueError(f"{file}: the run was started with other values of {', '.join(changed)}")
-    elif folder.exists() and any(folder.iterdir()):
+        if dropped := [s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list]:
+            raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
+    elif started:
         raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -559,7 +582,7 @@ def results(run: Run, prepared) -> str:
     """The run's table: chance and counting baselines, every finished stage, and the optimum where it is known."""
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
     bounds = {}
-    if run.config.dataset == "planted":
+    if run.config.dataset == "planted" and run.config.history >= World.max_length - 1:  # else it is not known
         world = World(num_users=run.config.planted_users, seed=run.config.data_seed)
         scores = bayes_scores(world, prepared.splits["test"], run.config.min_rating)
         bounds["Bayes-optimal"] = float(ranking_metrics(scores, prepared.splits["test"].target)["hit_ratio@1"].mean())
@@ -568,9 +591,10 @@ def results(run: Run, prepared) -> str:
 
 def main() -> None:
     argv = sys.argv[1:]
-    if not any(a.split("=")[0] in ("--config", "--model", "--help", "-h") for a in argv):
-        argv = ["--config", str(DEMO), *argv]
-    config = parse_config(TrainConfig, argv)
+    demo = not any(a.split("=")[0] in ("--config", "--model", "--adapter", "--help", "-h") for a in argv)
+    config = parse_config(TrainConfig, ["--config", str(DEMO), *argv] if demo else argv)
+    if demo:
+        print0("no --model, --adapter or --config: the demo's options, configs/demo.json, are the defaults")
     rank, world_size, device = setup_distributed()
     shared = [open_run_folder(config) if is_main() else None]
     dist.broadcast_object_list(shared)
@@ -583,20 +607,21 @@ def main() -> None:
         prepared = prepare(config)
     base = folder / "base"
     with first():
-        if config.model == "tiny" and not base.exists():
+        if config.model == "tiny" and not config.adapter and not base.exists():
             size = {"hidden_size": config.tiny_hidden_size, "num_layers": config.tiny_layers}
             beside = folder / "base.unfinished"
             make_base_model(beside, prepared.splits["train"], **size, vocab_size=config.tiny_vocab_size, seed=config.seed)
             beside.rename(base)
-    if config.model != "tiny":
+    if config.model != "tiny" or config.adapter:
+        name = config.model if config.model != "tiny" else read_adapter_config(config.adapter)["base_model_name_or_path"]
         with first("LOCAL_RANK"):
-            base = resolve_path(config.model)
+            base = resolve_path(name)
     tokenizer = Tokenizer(base)
     splits = prepared.splits
     train = encode_examples(splits["train"], tokenizer, config.max_length)
     test = encode_examples(splits["test"], tokenizer, config.max_length)
     baselines = counting_baselines(splits["test"]) if is_main() else {}
-    run = Run(config, rank, world_size, device, folder, tokenizer, prepared.hash, train, test, baselines)
+    run = Run(config, rank, world_size, device, folder, base, tokenizer, prepared.hash, train, test, baselines)
 
     lengths = [len(p) for p in train.prompts]
     print0(

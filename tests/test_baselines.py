@@ -13,7 +13,7 @@ import pytest
 
 from baselines import counting_baselines, item_knn, markov, popularity, ranking_metrics
 from data import DataConfig, Examples, build_examples
-from datasets import Interactions, k_core, load_movielens, make_interactions
+from loaders import Interactions, k_core, load_movielens, make_interactions
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"

@@ -29,7 +29,7 @@ from data import (
     render_prompt,
     tree_width,
 )
-from datasets import Interactions, make_interactions
+from loaders import Interactions, make_interactions
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")

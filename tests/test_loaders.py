@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from data import DataConfig, build_examples
-from datasets import (
+from loaders import (
     MOVIELENS_URL,
     Interactions,
     clean_title,
@@ -326,7 +326,7 @@ def served(tmp_path, monkeypatch):
 
         monkeypatch.setattr("urllib.request.urlopen", urlopen)
         if published:
-            monkeypatch.setattr("datasets.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
+            monkeypatch.setattr("loaders.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
 
     return serve
 
