@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     "--planted_users=150", "--train_size=20", "--test_size=8", "--tiny_layers=2", "--tiny_vocab_size=512", "--batch_size=8",
     "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
+    "--copy_steps=3",
 ]  # fmt: skip
 
 
@@ -46,14 +47,14 @@ def losses(metrics, stage):
 def one_process(tmp_path_factory):
     """A finished SFT + RecPO run in one process that accumulates over single-prompt micro-batches."""
     tmp_path = tmp_path_factory.mktemp("runs")
-    return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500", "--copy_steps=3")
+    return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500")
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])
 def test_two_ranks_match_one(one_process, mode):
     """2 processes x accumulation 2 give the loss curves of 1 process x accumulation 4 (fp32, dropout 0: full SFT)."""
     tmp_path, _, one = one_process
-    flags = ("--micro_batch_tokens=500", "--copy_steps=3", f"--shard={mode}")
+    flags = ("--micro_batch_tokens=500", f"--shard={mode}")
     _, two = run_train(tmp_path, f"two-{mode}", *flags, processes=2)
     for stage in ("sft", "recpo"):
         assert len(one[stage]) == len(two[stage])
@@ -65,7 +66,7 @@ def test_two_ranks_match_one(one_process, mode):
 def test_one_big_batch_matches_accumulation(one_process):
     """Micro-batches only cost memory: one forward pass per step gives the losses of four."""
     tmp_path, _, accumulated = one_process
-    _, big = run_train(tmp_path, "big", "--micro_batch_tokens=100000", "--copy_steps=3")
+    _, big = run_train(tmp_path, "big", "--micro_batch_tokens=100000")
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(big, stage), losses(accumulated, stage), atol=1e-4)
 
@@ -95,9 +96,7 @@ def test_finished_stages_are_not_run_again(one_process):
     """--resume auto skips finished stages, starts an unfinished one anew, and adds stages to a run."""
     tmp_path, _, before = one_process
     (tmp_path / "one" / "sdpo.unfinished").mkdir()
-    output, after = run_train(
-        tmp_path, "one", "--micro_batch_tokens=500", "--copy_steps=3", "--stages=sft,recpo,sdpo", "--resume=auto"
-    )
+    output, after = run_train(tmp_path, "one", "--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto")
     assert "sft: finished before" in output and "recpo: finished before" in output
     assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
     assert after["sdpo"][0]["loss"] == pytest.approx(np.log(4), abs=1e-6)  # K = 3 at policy = reference
