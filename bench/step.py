@@ -11,7 +11,6 @@ Times are medians of interleaved repetitions in one process; peak memory is the 
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -95,7 +94,9 @@ def no_grad_logps(logps, model, batch):
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident memory of this process (VmHWM; getrusage would start from the parent's peak)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def measure_peak(kind: str, argv: list[str]) -> float:

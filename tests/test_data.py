@@ -278,7 +278,6 @@ def test_select_keeps_rows_together():
     "options, culprit",
     [
         ({"dataset": "movies"}, "--dataset .*'movies'"),
-        ({"dataset": "movielens"}, "--data_dir"),
         ({"positive": "last"}, "--positive"),
         ({"exclude": "none"}, "--exclude"),
         ({"negatives": "hard"}, "--negatives"),

@@ -98,7 +98,7 @@ def test_trie_always_names_a_listed_title(half_trained):
         e = r["example"]
         alive, written = test.slots(e, range(20)), []
         while len(alive) > 1 or len(written) < len(alive[0]):
-            logits = model.logits(torch.tensor([test.prompts[e] + written]))[0, -1]
+            logits = model.logits(torch.tensor([test.prompts[e].tolist() + written]))[0, -1]
             allowed = sorted({c[len(written)] for c in alive})
             best = max(allowed, key=lambda token: logits[token].item())
             written.append(best)
