@@ -215,7 +215,7 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
     targets = np.array([r["target_slot"] for r in records])
     for name, values in ranking_metrics(np.array([r["logps"] for r in records]), targets).items():
         put(f"ranking/{name}", values)
-    metrics["answers_generated"] = sum(r["how"] == "generated" for r in records)
+    metrics["answers_generated"] = sum(r["how"] == "generated" and r.get("one_pass") is None for r in records)
     metrics["baselines"] = {"chance": 1 / NUM_CANDIDATES}
     for name, scores in (baselines or {}).items():
         metrics["baselines"][name] = float(ranking_metrics(scores, targets)["hit_ratio@1"].mean())
