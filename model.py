@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import read_json
-from kernels.logps import fp32_logits, label_logps
+from kernels.logps import label_logps, mm_fp32
 
 # cuDNN's attention gives NaN gradients with a mask at some lengths on Hopper (pytorch #196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -316,7 +316,7 @@ class Transformer(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         hidden = self.hidden_states(input_ids, position_ids, input_ids.shape[1], None)
-        return fp32_logits(hidden.flatten(0, 1), self.lm_head.weight).view(*input_ids.shape, -1)
+        return mm_fp32(hidden.flatten(0, 1), self.lm_head.weight.T).view(*input_ids.shape, -1)
 
     def hidden_states(self, input_ids, position_ids, prompt_width, mask, cache=None) -> Tensor:
         dtype = self.model.norm.weight.dtype

@@ -5,26 +5,39 @@
     best_n = argmax(logits[n])
 
 At M = 4,096 rows and V = 128,256 the logits alone would be 2.1 GB in fp32, their softmax and gradient as much again.
-Here the vocabulary is walked in slabs; per slab a running maximum, a running sum, the label's logit and the best
-index are kept, as in FlashAttention with keys = values = the head. Everything is fp32 inside, whatever the inputs:
-logits rounded to bf16 would cost 1e-2 nats per token, more than many preferences are worth.
+Here the vocabulary is walked in slabs, as in FlashAttention with keys = values = the head: a GEMM with fp32 output gives
+a slab's logits, one pass over them the statistics of its tiles (maximum, sum of exponentials, argmax, label's logit), and
+the tiles are combined at the end. Everything is fp32 inside, whatever the inputs: logits rounded to bf16 would cost 1e-2
+nats per token, more than many preferences are worth.
 
 Frozen head (LoRA): row n of the gradient, d logp_n / d hidden_n = W[label_n] - softmax_n W, depends on nothing that
-comes later, so the forward pass keeps it (M, D) and backward is one multiplication, whatever loss sits on top.
-Trainable head: backward walks the slabs once more and also accumulates d weight.
+comes later, so the forward pass keeps it (M, D) and backward is one multiplication, whatever loss sits on top: two GEMMs
+instead of three, and nothing of the head's size. Trainable head: backward walks the slabs once more and also
+accumulates d weight.
 
-`impl="reference"` is three lines of plain PyTorch, the definition of correct; `impl="slabs"` is the loop above, in
-PyTorch, for CPU and GPU. `impl="auto"` picks the slabs.
+How large a slab is: a logit takes 4 bytes, its exponential, the weight of the second GEMM, as many as an element of
+`hidden`. A slab is as many rows of the head as keep M of both within SLAB_BYTES, in whole multiples of MIN_SLAB. So
+scratch memory never depends on the vocabulary, and up to some 650 rows an 8B model's head is a single slab.
 
-Legend: M scored rows, D hidden_size, V vocab_size, S rows of the head in one slab.
+impl   "reference"  three lines of plain PyTorch, the definition of correct
+       "slabs"      the walk in PyTorch, for the CPU
+       "triton"     the walk with the two Triton kernels of logps_triton.py; on a CPU only in Triton's interpreter
+       "fused"      a third Triton kernel instead of the walk: logits never leave the chip, backward recomputes them
+       "auto"       triton on a GPU, else slabs
+
+Legend: M scored rows, D hidden_size, V vocab_size, S rows of the head in one slab, T tiles of the vocabulary.
 """
+
+import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLAB_BYTES = 256 * 2**20  # fp32 logits of one slab; small enough to stay out of the way, large enough for a GEMM
-MIN_SLAB = 1024  # head rows; below this the GEMM is bound by reading `hidden` again
+SLAB_BYTES = 512 * 2**20  # of one slab's logits and their exponentials
+MIN_SLAB = 1024  # rows of the head; below this the GEMM is bound by reading `hidden` again
+IMPLS = ("auto", "triton", "fused", "slabs", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # there is no wheel outside Linux
 
 
 def label_logps(
@@ -38,11 +51,13 @@ def label_logps(
         raise ValueError(f"expected hidden (M, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"expected labels of shape ({hidden.shape[0]},), got {tuple(labels.shape)}")
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}: use one of {', '.join(IMPLS)}")
     if impl == "reference":
         return label_logps_reference(hidden, weight, labels)
-    if impl not in ("auto", "slabs"):
-        raise ValueError(f"unknown impl {impl!r}: use auto, slabs or reference")
-    return _LabelLogps.apply(hidden, weight, labels)
+    if impl == "auto":
+        impl = "triton" if hidden.is_cuda and HAS_TRITON else "slabs"
+    return _LabelLogps.apply(hidden, weight, labels, impl)
 
 
 def label_logps_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,59 +67,89 @@ def label_logps_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tup
     return label_logits - logits.logsumexp(dim=1), logits.argmax(dim=1)
 
 
-def fp32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T with fp32 output, never rounded to the input's dtype; (M, D), (S, D) -> (M, S)."""
-    if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # bf16 products are exact in fp32
-    return hidden.float() @ weight.float().T  # on CPU an fp32 GEMM is 5-7 times faster than a bf16 one
+def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with fp32 sums and fp32 output, never rounded to the dtype of the inputs."""
+    if b.is_cuda and b.dtype != torch.float32:
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)  # products of two bf16 numbers are exact in fp32
+    return a.float() @ b.float()  # on CPU an fp32 GEMM is 5-7 times faster than a bf16 one
 
 
-def _slabs(num_rows: int, vocab_size: int) -> list[tuple[int, int]]:
-    """Cut the vocabulary so that one slab's fp32 logits stay below SLAB_BYTES (but no slab below MIN_SLAB)."""
-    size = max(MIN_SLAB, SLAB_BYTES // (4 * max(1, num_rows)))
+def _slabs(num_rows: int, vocab_size: int, element_size: int) -> list[tuple[int, int]]:
+    """Cut the vocabulary as the module docstring says."""
+    fitting = SLAB_BYTES // ((4 + element_size) * max(1, num_rows))
+    size = max(1, fitting // MIN_SLAB) * MIN_SLAB
     return [(start, min(start + size, vocab_size)) for start in range(0, vocab_size, size)]
+
+
+# Statistics of T vocabulary tiles: (max (M, T), sum (M, T), best (M, T)). `sum` is Σ exp(logit - max) over the tile but
+# for the label: where p(label) is near 1, what matters is what is left beside it. No tile waits for another.
+Tiles = tuple[Tensor, Tensor, Tensor]
+
+
+def _slab_statistics(
+    logits: Tensor,  # (M, S) fp32, overwritten
+    labels: Tensor,  # (M,)
+    label_logits: Tensor,  # (M,) fp32, filled in where the label lies in this slab
+    start: int,  # vocabulary id of the first column
+    running_max: Tensor,  # (M,) over all slabs so far
+    probs_dtype: torch.dtype | None,  # None: they are not wanted (here they are the sum's by-product, always fp32)
+) -> tuple[Tiles, Tensor, Tensor]:
+    """One slab in PyTorch, a single tile: its statistics, the new running maximum (M,), and exp(logits - it) but for the
+    label (M, S). The tile's `max` is the running one; the first tile that has the final maximum holds the argmax."""
+    slab_max, slab_best = logits.max(dim=1)
+    new_max = torch.maximum(running_max, slab_max)
+    in_slab = (labels >= start) & (labels < start + logits.shape[1])
+    index = torch.where(in_slab, labels - start, 0)[:, None]
+    label_logits.copy_(torch.where(in_slab, logits.gather(1, index).squeeze(1), label_logits))
+    probs = logits.sub_(new_max[:, None]).exp_()
+    kept = torch.where(in_slab, 0.0, probs.gather(1, index).squeeze(1))
+    probs.scatter_(1, index, kept[:, None])
+    return (new_max[:, None], probs.sum(dim=1, keepdim=True), slab_best[:, None] + start), new_max, probs
 
 
 class _LabelLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor):
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, impl: str):
         M, D = hidden.shape
-        grad_in_forward = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        running_max = hidden.new_full((M,), -torch.inf, dtype=torch.float32)
-        # The label's own column stays out of both sums: where p(label) is near 1, what matters is what is left beside it.
-        others_sum = hidden.new_zeros((M,), dtype=torch.float32)
+        grad_in_forward = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] and impl != "fused"
+        statistics = _slab_statistics
+        if impl in ("triton", "fused"):
+            from kernels import logps_triton
+
+            statistics = logps_triton.slab_statistics
         label_logits = hidden.new_zeros((M,), dtype=torch.float32)
-        best = labels.new_zeros((M,))
-        # sum of p_v W_v over v != label, relative to the running maximum
-        others = hidden.new_zeros((M, D), dtype=torch.float32) if grad_in_forward else None
+        if impl == "fused":
+            tiles = [logps_triton.fused_statistics(hidden, weight, labels, label_logits)]
+        else:
+            tiles = []
+            running_max = hidden.new_full((M,), -torch.inf, dtype=torch.float32)
+            # Σ p_v W_v over v != label, relative to the running maximum
+            others = hidden.new_zeros((M, D), dtype=torch.float32) if grad_in_forward else None
+            probs_dtype = hidden.dtype if grad_in_forward else None
+            for start, stop in _slabs(M, weight.shape[0], hidden.element_size()):
+                slab = weight[start:stop]
+                logits = mm_fp32(hidden, slab.T)  # (M, S)
+                tile, new_max, probs = statistics(logits, labels, label_logits, start, running_max, probs_dtype)
+                tiles.append(tile)
+                if grad_in_forward:
+                    others.mul_(torch.exp(running_max - new_max)[:, None]).add_(mm_fp32(probs, slab))
+                running_max = new_max
 
-        for start, stop in _slabs(M, weight.shape[0]):
-            slab = weight[start:stop]
-            logits = fp32_logits(hidden, slab)  # (M, S)
-            slab_max, slab_best = logits.max(dim=1)
-            best = torch.where(slab_max > running_max, slab_best + start, best)  # strict: the lowest id wins a tie
-            new_max = torch.maximum(running_max, slab_max)
-            rescale = torch.exp(running_max - new_max)
-            in_slab = (labels >= start) & (labels < stop)
-            index = torch.where(in_slab, labels - start, 0)[:, None]
-            label_logits = torch.where(in_slab, logits.gather(1, index).squeeze(1), label_logits)
-            probs = logits.sub_(new_max[:, None]).exp_()  # (M, S), relative to the running maximum
-            kept = torch.where(in_slab, 0.0, probs.gather(1, index).squeeze(1))
-            probs.scatter_(1, index, kept[:, None])
-            others_sum = others_sum * rescale + probs.sum(dim=1)
-            if grad_in_forward:
-                others = others.mul_(rescale[:, None]).addmm_(probs, slab.float())
-            running_max = new_max
-
+        tile_max, tile_sum, tile_best = (torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True))  # (M, T)
+        max_logit, first = tile_max.max(dim=1, keepdim=True)  # the first of equals: the lowest id wins a tie
+        best = tile_best.gather(1, first).squeeze(1)
+        others_sum = (tile_sum * torch.exp(tile_max - max_logit)).sum(dim=1)
+        max_logit = max_logit.squeeze(1)
         # log p = -log(1 + others / label): no digit is lost at p near 1, nor at logits of 1e4
-        logps = -F.softplus(others_sum.log() + (running_max - label_logits))
-        total = others_sum + (label_logits - running_max).exp()
+        logps = -F.softplus(others_sum.log() + (max_logit - label_logits))
+        total = others_sum + (label_logits - max_logit).exp()
         rest = others_sum / total  # 1 - p(label)
         if grad_in_forward:
             row_grads = rest[:, None] * weight[labels].float() - others / total[:, None]
-            ctx.save_for_backward(row_grads.to(hidden.dtype))
+            ctx.save_for_backward(row_grads)  # fp32, or it would be rounded twice
+            ctx.dtype = hidden.dtype
         else:
-            ctx.save_for_backward(hidden, weight, labels, running_max, total, rest)
+            ctx.save_for_backward(hidden, weight, labels, max_logit, total, rest)
         ctx.grad_in_forward = grad_in_forward
         ctx.mark_non_differentiable(best)
         return logps, best
@@ -113,20 +158,20 @@ class _LabelLogps(torch.autograd.Function):
     def backward(ctx, grad_logps: Tensor, _):
         if ctx.grad_in_forward:
             (row_grads,) = ctx.saved_tensors
-            return (grad_logps[:, None] * row_grads).to(row_grads.dtype), None, None
+            return (grad_logps[:, None] * row_grads).to(ctx.dtype), None, None, None
         # d logp_n / d logits_n = onehot(label_n) - softmax_n, slab by slab
-        hidden, weight, labels, running_max, total, rest = ctx.saved_tensors
-        M, D = hidden.shape
-        rows = torch.arange(M, device=hidden.device)
-        grad_hidden = hidden.new_zeros((M, D), dtype=torch.float32)
-        grad_weight = torch.empty_like(weight)
-        for start, stop in _slabs(M, weight.shape[0]):
+        hidden, weight, labels, max_logit, total, rest = ctx.saved_tensors
+        rows = torch.arange(len(hidden), device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for start, stop in _slabs(len(hidden), weight.shape[0], hidden.element_size()):
             slab = weight[start:stop]
-            dlogits = fp32_logits(hidden, slab).sub_(running_max[:, None]).exp_().div_(-total[:, None])  # (M, S)
+            dlogits = mm_fp32(hidden, slab.T).sub_(max_logit[:, None]).exp_().div_(-total[:, None])  # (M, S)
             in_slab = (labels >= start) & (labels < stop)
             index = torch.where(in_slab, labels - start, 0)
             dlogits[rows, index] = torch.where(in_slab, rest, dlogits[rows, index])
             dlogits *= grad_logps[:, None]
-            grad_hidden.addmm_(dlogits, slab.float())
-            grad_weight[start:stop] = dlogits.T @ hidden.float()
-        return grad_hidden.to(hidden.dtype), grad_weight, None
+            grad_hidden.add_(mm_fp32(dlogits, slab))
+            if grad_weight is not None:
+                grad_weight[start:stop] = mm_fp32(dlogits.T, hidden)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None

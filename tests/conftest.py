@@ -1,12 +1,16 @@
 """Tiny models of every supported family, all their parameters away from the initial values, and how to write them."""
 
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; they read it when they are imported
 
 from model import ModelConfig, Transformer, save_pretrained
 
