@@ -5,7 +5,7 @@
     A (r, in) starts uniform, B (out, r) starts at zero, so the adapted model starts as the base model;
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv:2312.03732).
 
-A and B stay fp32 over a bf16 base and are cast per use. Files are `adapter_model.safetensors` and `adapter_config.json`
+Projections of one input are computed together, as one autograd function (kernels/lora.py). A and B stay fp32 over a bf16 base and are cast per use. Files are `adapter_model.safetensors` and `adapter_config.json`
 as PEFT writes and reads them. Both ways are strict: a key that does not match is an error, never a warning.
 
 Left out, and refused by name when a foreign adapter needs it: DoRA, rank or alpha patterns, trained biases, saved
@@ -19,11 +19,11 @@ import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import read_json
+from kernels.lora import adapted_projections
 from model import Transformer, open_safetensors, weight_files
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,9 +43,17 @@ class LoRALinear(nn.Linear):
         self.scaling, self.dropout = scaling, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        low_rank = F.dropout(x, self.dropout, self.training)
-        low_rank = self.scaling * F.linear(low_rank, self.lora_A.weight.to(x.dtype))  # scaled while it is r wide
-        return F.linear(x, self.weight, self.bias) + F.linear(low_rank, self.lora_B.weight.to(x.dtype))
+        return self.project(x, [self])[0]
+
+    @staticmethod
+    def project(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
+        """Several projections of one input, at least one of them adapted, in one autograd function."""
+        lora = [layer for layer in layers if isinstance(layer, LoRALinear)]
+        As = [layer.lora_A.weight if layer in lora else None for layer in layers]
+        Bs = [layer.lora_B.weight if layer in lora else None for layer in layers]
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        dropout = lora[0].dropout if lora[0].training else 0.0  # all adapters of a model share it, and the scaling
+        return adapted_projections(x, weights, biases, As, Bs, lora[0].scaling, dropout)
 
     def reset_parameters(self, name: str, seed: int) -> None:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name) so that every rank starts with the same."""

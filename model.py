@@ -204,6 +204,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=not q.is_cuda, **kwargs)
 
 
+def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Projections of one input; those with adapters know how to share the work (lora.py)."""
+    adapted = next((layer for layer in layers if hasattr(layer, "project")), None)
+    return adapted.project(x, layers) if adapted else tuple(layer(x) for layer in layers)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -221,9 +227,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k = q.view(B, T, -1, self.head_dim), k.view(B, T, -1, self.head_dim)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rotary(q.transpose(1, 2), plan.cos, plan.sin)  # (B, H, T, Dh)
@@ -249,7 +255,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import build_tree
+from kernels.lora import adapted_projections, adapted_projections_reference
 from lora import (
     TARGET_MODULES,
     LoRALinear,
@@ -206,6 +207,117 @@ def test_merging_keeps_the_logits(family):
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
     apply_lora(model, 2, 4)
     assert max_diff(logits(model), before) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ one function per group
+def group(adapters=(1, 1, 1), dtype=torch.float32, bias=True, width=32, widths=(48, 16, 16), x_grad=True):
+    """x (2, 5, in), and weights, biases, As, Bs of projections, those with a 0 in `adapters` without an adapter."""
+    x = torch.randn(2, 5, width, dtype=dtype, requires_grad=x_grad)
+    weights = [torch.randn(out, width).mul(width**-0.5).to(dtype) for out in widths]
+    biases = [torch.randn(out).to(dtype) if bias else None for out in widths]
+    As = [torch.randn(4, width).mul(width**-0.5).requires_grad_() if has else None for has in adapters]
+    Bs = [torch.randn(out, 4).requires_grad_() if has else None for out, has in zip(widths, adapters, strict=True)]
+    return x, weights, biases, As, Bs
+
+
+def outputs_and_gradients(function, x, weights, biases, As, Bs, **kwargs):
+    """Outputs, and gradients of x (None if not asked for), As and Bs under fixed upstream gradients."""
+    inputs = [t for t in (x, *As, *Bs) if t is not None and t.requires_grad]
+    outputs = function(x, weights, biases, As, Bs, 2.0, **kwargs)
+    generator = torch.Generator().manual_seed(3)
+    upstream = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    reached = [i for i in range(len(outputs)) if x.requires_grad or As[i] is not None]
+    return outputs, torch.autograd.grad([outputs[i] for i in reached], inputs, [upstream[i] for i in reached])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("x_grad", [True, False], ids=["x", "no x"])
+@pytest.mark.parametrize("adapters", [(1, 1, 1), (1, 0, 1), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_group_equals_the_naive_form(bias, adapters, x_grad, dropout):
+    """Outputs and all gradients of the one function equal those of separate layers, with the same dropout mask too."""
+    arguments = group(adapters, bias=bias, x_grad=x_grad)
+    torch.manual_seed(5)
+    expected = outputs_and_gradients(adapted_projections_reference, *arguments, dropout=dropout)
+    torch.manual_seed(5)
+    actual = outputs_and_gradients(adapted_projections, *arguments, dropout=dropout)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_group_gradients_equal_finite_differences():
+    """Central differences in float64 confirm the gradients of x, A and B."""
+    x, weights, _, As, Bs = group()
+    arguments = [t.double().detach().requires_grad_() for t in (x, *As, *Bs)]
+    weights = [w.double() for w in weights]
+
+    def function(x, *adapters):
+        return adapted_projections_reference(x, weights, [None] * 3, adapters[:3], adapters[3:], 2.0)
+
+    torch.autograd.gradcheck(function, arguments)  # the reference; the function itself computes gradients in fp32
+    exact = torch.autograd.grad(sum(y.sum() for y in function(*arguments)), arguments)
+    outputs = adapted_projections(x, [w.float() for w in weights], [None] * 3, As, Bs, 2.0)
+    actual = torch.autograd.grad(sum(y.sum() for y in outputs), (x, *As, *Bs))
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_base_errs_no_more_than_the_naive_form(dtype):
+    """Over a half-precision base outputs and gradients are as close to float64 as the naive form's; adapters get fp32."""
+    x, weights, biases, As, Bs = group(dtype=dtype, width=64, widths=(96, 32, 32))
+    actual = outputs_and_gradients(adapted_projections, x, weights, biases, As, Bs)
+    naive = outputs_and_gradients(adapted_projections_reference, x, weights, biases, As, Bs)
+    exact_inputs = [x, *As, *Bs]
+    exact_inputs = [t.detach().double().requires_grad_() for t in exact_inputs]
+    doubles = [[t.double() for t in ts] for ts in (weights, biases)]
+    exact = outputs_and_gradients(adapted_projections_reference, exact_inputs[0], *doubles, exact_inputs[1:4], exact_inputs[4:])
+    for a, n, e in zip((*actual[0], *actual[1]), (*naive[0], *naive[1]), (*exact[0], *exact[1]), strict=True):
+        assert a.dtype == n.dtype
+        assert max_diff(a, e) <= 2 * max_diff(n, e) + 1e-6
+    assert all(g.dtype == torch.float32 for g in actual[1][1:])
+
+
+def test_group_keeps_only_what_backward_needs():
+    """Saved: x once, the low-rank product, A and B; no projection's output, and no weight gradient is made."""
+    x, weights, _, As, Bs = group()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        outputs = adapted_projections(x, weights, [None] * 3, As, Bs, 2.0)
+    sizes = sorted(tuple(t.shape) for t in saved)
+    weight_like = [(48, 32), (16, 32), (16, 32), (12, 32), (48, 4), (16, 4), (16, 4)]
+    assert sizes == sorted([*weight_like, (10, 32), (10, 12)])
+    assert all(y.requires_grad for y in outputs) and all(w.grad is None for w in weights)
+
+
+def test_a_trained_weight_takes_the_naive_form():
+    """Where a base weight is unfrozen beside its adapter, it gets its gradient."""
+    layer = adapted().model.layers[0].mlp.gate_proj
+    layer.weight.requires_grad_()
+    layer(torch.randn(3, 32)).sum().backward()
+    assert layer.weight.grad is not None and layer.lora_B.weight.grad is not None
+
+
+@pytest.mark.parametrize("setting", ["plain", "checkpointing", "compiled"])
+def test_model_gradients_equal_those_of_the_naive_form(setting, monkeypatch):
+    """A whole model, also with activation checkpointing and torch.compile, gives the naive form's loss and gradients."""
+    tree = build_tree([[5, 6, 7, 9], [8, 4]], [[[8, 9, 2], [2]], [[7, 7, 2], [11, 2]]])
+
+    def run(model):
+        token_logps, _ = model(tree)
+        token_logps.sum().backward()
+        return token_logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    model = adapted(lora_dropout=0.0)
+    if setting == "checkpointing":
+        for block in model.model.layers:
+            block.checkpointing = True
+    if setting == "compiled":
+        for block in model.model.layers:
+            block.compile(backend="aot_eager", fullgraph=True)
+    actual = run(model.train())
+    monkeypatch.setattr("lora.adapted_projections", adapted_projections_reference)
+    expected = run(adapted(lora_dropout=0.0).train())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ our files

@@ -1,0 +1,92 @@
+"""Adapted projections of one input (q, k, v; gate, up; or one alone) as a single autograd function, without glue.
+
+    y_i = x W_i^T + b_i + scaling · drop(x) A_i^T B_i^T          W_i, b_i frozen; A_i (r, in), B_i (out, r) trained
+
+Written naively, each adapter reads and writes y_i three more times (its own output, the scaling, the sum), runs a GEMM
+that is r wide, and keeps what it makes. Here the A_i are stacked, so that one GEMM of all their rows serves the group;
+the low-rank part is added into y_i in place (`addmm_`); backward keeps x, the (tokens, Σ r) product and dropout's mask,
+computes nothing for the frozen weights, and skips d x where nobody asks for it. Gradients of A and B are summed and
+stored in fp32 even over a bf16 base. Dropout draws one mask per group instead of one per projection: every adapter still
+sees an input dropped out with the same probability.
+
+`adapted_projections_reference` is the naive form: the definition of correct, also used where a W_i is trained too.
+
+Legend: T tokens (all leading dimensions), r LoRA rank, R = Σ r over the group's adapters.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.logps import mm_fp32
+
+
+def adapted_projections(
+    x: Tensor,  # (..., in)
+    weights: list[Tensor],  # (out_i, in)
+    biases: list[Tensor | None],
+    As: list[Tensor | None],  # (r, in); None with its B: a projection without adapter
+    Bs: list[Tensor | None],  # (out_i, r)
+    scaling: float,
+    dropout: float = 0.0,  # probability, 0 in evaluation
+) -> tuple[Tensor, ...]:  # (..., out_i)
+    """All projections of x. Gradients reach x, the As and the Bs; the weights and biases must be frozen."""
+    if any(t is not None and t.requires_grad for t in (*weights, *biases)):
+        return adapted_projections_reference(x, weights, biases, As, Bs, scaling, dropout)
+    flat = x.reshape(-1, x.shape[-1])
+    outputs = _AdaptedProjections.apply(flat, scaling, dropout, len(weights), *weights, *biases, *As, *Bs)
+    return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+
+
+def adapted_projections_reference(x, weights, biases, As, Bs, scaling, dropout=0.0) -> tuple[Tensor, ...]:
+    """The formula, one projection after the other."""
+    dropped, outputs = F.dropout(x, dropout), []
+    for W, b, A, B in zip(weights, biases, As, Bs, strict=True):
+        y = F.linear(x, W, b)
+        if A is not None:
+            y = y + F.linear(scaling * F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))
+        outputs.append(y)
+    return tuple(outputs)
+
+
+class _AdaptedProjections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scaling: float, dropout: float, n: int, *tensors):
+        weights, biases, As, Bs = (tensors[i * n : (i + 1) * n] for i in range(4))
+        adapted = [i for i in range(n) if As[i] is not None]
+        A = torch.cat([As[i] for i in adapted]).to(x.dtype)  # (R, in)
+        Bs = [Bs[i].to(x.dtype) for i in adapted]
+        ranks = [B.shape[1] for B in Bs]
+        dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        low = (dropped @ A.T).mul_(scaling)  # (T, R)
+        outputs = [F.linear(x, W, b) for W, b in zip(weights, biases, strict=True)]
+        for i, B, part in zip(adapted, Bs, low.split(ranks, dim=1), strict=True):
+            outputs[i].addmm_(part, B.T)
+        ctx.save_for_backward(x, mask, low, A, *Bs, *weights)
+        ctx.scaling, ctx.dropout, ctx.n, ctx.adapted, ctx.ranks = scaling, dropout, n, adapted, ranks
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, mask, low, A, *rest = ctx.saved_tensors
+        Bs, weights = rest[: len(ctx.adapted)], rest[len(ctx.adapted) :]
+        keep = 1 / (1 - ctx.dropout) if mask is not None else 1.0
+        dropped = x if mask is None else x * mask * keep
+
+        # y = ... + low B^T, low = scaling · dropped A^T
+        grad_low = torch.cat([grads[i] @ B for i, B in zip(ctx.adapted, Bs, strict=True)], dim=1).mul_(ctx.scaling)  # (T, R)
+        grad_As, grad_Bs = [None] * ctx.n, [None] * ctx.n
+        rows = mm_fp32(grad_low.T, dropped).split(ctx.ranks)
+        for i, row, part in zip(ctx.adapted, rows, low.split(ctx.ranks, dim=1), strict=True):
+            grad_As[i], grad_Bs[i] = row, mm_fp32(grads[i].T, part)
+
+        grad_x = None
+        if ctx.needs_input_grad[0]:  # the first block's input is the frozen embedding
+            grad_x = grads[0] @ weights[0]
+            for grad, W in zip(grads[1:], weights[1:], strict=True):
+                grad_x.addmm_(grad, W)
+            if mask is None:
+                grad_x.addmm_(grad_low, A)
+            else:
+                grad_x.addcmul_(grad_low @ A, mask.to(x.dtype), value=keep)
+        return grad_x, None, None, None, *[None] * (2 * ctx.n), *grad_As, *grad_Bs
