@@ -24,14 +24,18 @@ per example, P prompt width, C completion width, T = P + C, M scored tokens.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -406,6 +410,44 @@ class Encoded:
         return build_tree([self.prompts[e] for e in batch], [self.slots(e, slots[e]) for e in batch])
 
 
+def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
+    """encode_examples, kept in the prepared folder: a run, its other ranks and the next run with this tokenizer read it."""
+    examples = prepared.splits[split]
+    facts = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, TEMPLATES, WORDS]
+    file = prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
+    if file.exists():
+        try:
+            with safe_open(file, framework="numpy") as f:
+                arrays, counts = {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["counts"])
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: cached tokens are damaged ({error}); delete the file") from None
+        texts = zip(arrays["items"].tolist(), _cut(arrays["completions"], arrays["completion_lengths"]), strict=True)
+        prompts = _cut(arrays["prompts"], arrays["prompt_lengths"])
+        return Encoded(examples, prompts, {item: ids.tolist() for item, ids in texts}, *counts)
+
+    encoded = encode_examples(examples, tokenizer, max_length)
+    completions = list(encoded.completions.values())
+    arrays = {
+        "items": np.array(list(encoded.completions), np.int32),
+        "completions": np.concatenate(completions).astype(np.int32),
+        "completion_lengths": np.array([len(ids) for ids in completions]),
+        "prompts": np.concatenate(encoded.prompts),
+        "prompt_lengths": np.array([len(ids) for ids in encoded.prompts]),
+    }
+    beside = file.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError, SafetensorError):  # a read-only folder of prepared examples: go on without
+        save_file(arrays, beside, {"counts": json.dumps([encoded.num_shortened, encoded.num_dropped])})
+        beside.rename(file)
+    return encoded
+
+
+ENCODED_FORMAT = 1  # raised when the same examples and tokenizer give other tokens than before
+
+
+def _cut(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
 BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded as one text
 
 
@@ -459,7 +501,7 @@ class PromptTree:
 
     def to(self, device) -> "PromptTree":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PromptTree(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return PromptTree(**{k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
         """(M,) token log-probs -> (B, N) sums per completion."""
@@ -505,28 +547,54 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     return PromptTree(*map(torch.from_numpy, tensors), prompt_width=P, num_completions=N)
 
 
-def tree_width(encoded: Encoded, e: int, slots) -> int:
-    """Tokens of example e's row with completions at these slots."""
-    return len(encoded.prompts[e]) + sum(len(ids) - 1 for ids in encoded.slots(e, slots))
+def to_device(tensor: Tensor, device) -> Tensor:
+    """Copy to the device without waiting for it: from pageable memory the host would wait until the GPU is idle."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def micro_batches(widths: list[int], indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Divide one global batch: per rank a list of micro-batches of examples with similar widths (in tokens).
+def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
+    """(E, 2) tokens of each example's row with completions at `slots` (E, N): prompt, and all completions together."""
+    inner = np.zeros(encoded.examples.log.num_items, np.int64)  # tokens that a title takes on the tree: EOS is no input
+    inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
+    items = np.take_along_axis(encoded.examples.candidates, np.asarray(slots), 1)
+    return np.stack([[len(p) for p in encoded.prompts], inner[items].sum(1)], 1)
+
+
+def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
+    """Divide one global batch: per rank a list of micro-batches of examples with similar widths; `widths` as tree_widths.
 
     Sorted by width and dealt out in turn, so that ranks carry equal loads. A micro-batch holds one example, or as many as
-    stay within `budget` tokens at the widest one's width (the true row, longest prompt + longest completions of the batch,
-    can be a little wider). All ranks get the same number of micro-batches; the missing ones are empty lists."""
-    ordered = sorted((int(i) for i in indices), key=lambda i: (-widths[i], i))
+    stay within `budget` tokens, padding included. All ranks get the same number of micro-batches; the missing ones are
+    empty lists."""
+    ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
     ranks = []
     for rank in range(num_ranks):
         batches: list[list[int]] = []
+        P = C = 0  # widths of the last batch's widest prompt and completions
         for i in ordered[rank::num_ranks]:
-            if not batches or widths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+            p, c = widths[i]
+            if not batches or (max(P, p) + max(C, c)) * (len(batches[-1]) + 1) > budget:
                 batches.append([])
+                P = C = 0
             batches[-1].append(i)
+            P, C = max(P, p), max(C, c)
         ranks.append(batches)
     most = max(map(len, ranks))
     return [batches + [[] for _ in range(most - len(batches))] for batches in ranks]
+
+
+def prefetch(make: Callable, items: Iterable) -> Iterator:
+    """make(item) for each item, in order, the next one made in the background while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        made = deque()
+        for item in items:
+            made.append(pool.submit(make, item))
+            if len(made) > 1:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -40,9 +40,10 @@ from data import (
     build_tree,
     encode_examples,
     micro_batches,
+    prefetch,
     prepare,
     render_prompt,
-    tree_width,
+    tree_widths,
 )
 from lora import load_adapter, read_adapter_config
 from model import Transformer, generate, load_pretrained, resolve_path
@@ -130,22 +131,25 @@ def predict(
     device="cpu",
 ) -> list[dict]:
     """One record per example: answer, hit, valid, how it was found, and the log-probability of every candidate."""
-    widths = [tree_width(encoded, e, range(NUM_CANDIDATES)) for e in range(len(encoded.prompts))]
+    all_slots = np.tile(np.arange(NUM_CANDIDATES), (len(encoded.prompts), 1))
+    widths = tree_widths(encoded, all_slots)
     stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
     end_ids = torch.tensor(sorted(stop_ids), device=device)
     records: dict[int, dict] = {}
     todo = [batch for batch in micro_batches(widths, indices, 1, micro_batch_tokens)[0] if batch]
     dummy = [0]  # ranks that are done go on with it, so that all make the same number of forward passes
+    trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), todo[::-1])
     while any_rank(bool(todo)):
         batch = todo.pop() if todo else dummy
-        groups = [encoded.slots(e, range(NUM_CANDIDATES)) for e in batch]
-        tree = build_tree([encoded.prompts[e] for e in batch], groups).to(device)
+        tree = next(trees, None) or encoded.tree(batch, all_slots).to(device)
         token_logps, greedy_ids = model(tree)
         logps, verified = tree.sum_logps(token_logps).cpu(), verified_branch(tree, greedy_ids, end_ids).cpu()
-        per_token = iter(token_logps.tolist())
+        per_token = iter(token_logps.tolist() if decode == "trie" else [])
         for b, e in enumerate(batch):
-            by_branch = [[next(per_token) for _ in completion] for completion in groups[b]]
-            slot = trie_walk(groups[b], by_branch) if decode == "trie" else int(verified[b])
+            slot = int(verified[b])
+            if decode == "trie":
+                completions = encoded.slots(e, all_slots[e])
+                slot = trie_walk(completions, [[next(per_token) for _ in ids] for ids in completions])
             records[e] = _record(encoded.examples, e, slot, "trie" if decode == "trie" else "verified", logps[b].tolist())
     wanted = set(indices)
     records = {e: record for e, record in records.items() if e in wanted}

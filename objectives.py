@@ -1,18 +1,21 @@
 """What one micro-batch contributes to a step: SFT on the chosen title, or a preference loss over chosen and rejected.
 
-An objective is called with a micro-batch (indices of examples) and all examples of the optimizer step, and returns
-`(loss, sums)`. The loss is already divided by the counts of the *global* batch (target tokens for SFT, examples for
-preferences), so micro-batches and ranks just add up to one big batch. `sums` maps metric names, TRL's where they exist,
-to (sum, count) pairs. An empty micro-batch evens out ranks: it runs one example with weight 0.
+An objective makes micro-batches, `prepare(examples, step_examples) -> MicroBatch`, which needs no GPU and runs ahead in the
+background, and is called with them: `objective(micro_batch) -> (loss, sums)`. The loss is already divided by the counts
+of the *global* batch (target tokens for SFT, examples for preferences), so micro-batches and ranks just add up to one big
+batch. `sums` maps metric names, TRL's where they exist, to (sum, count) pairs: a tensor and a number, so that nothing in
+here waits for the GPU. An empty micro-batch evens out ranks: it runs one example with weight 0.
 
 Legend: E examples, B examples of the micro-batch, K rejected titles, N = 1 + K completions, M scored tokens.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import Encoded, PromptTree
+from data import Encoded, PromptTree, to_device
 from losses import dpo_loss, recpo_loss, sdpo_loss, sft_loss, target_margins
 
 PREFERENCE_LOSSES = ("dpo", "sdpo", "recpo")
@@ -26,6 +29,21 @@ def after_first(sequence_ids: Tensor) -> Tensor:
     return mask
 
 
+@dataclass
+class MicroBatch:
+    """What one forward pass needs, on its device; all counts are known beforehand, as plain numbers."""
+
+    tree: PromptTree
+    weight: float  # 0: it only evens out ranks
+    chosen: Tensor  # indices of the chosen titles' tokens among the M scored ones
+    others: Tensor  # those of the other titles' second and later tokens (SFT with --copy_weight)
+    num_examples: int  # of the global batch
+    num_tokens: int  # target tokens of the global batch
+    num_others: int  # as `others`, of the global batch
+    reference_logps: Tensor | None = None  # (B, 1 + K)
+    margins: Tensor | None = None  # (B, K), already times λ
+
+
 class SFT:
     """Negative log-likelihood of the chosen title (eq. 1), a mean over target tokens."""
 
@@ -35,27 +53,38 @@ class SFT:
         if config.copy_weight:
             self.slots = np.concatenate([self.slots, encoded.examples.others[:, :COPY_TITLES]], 1)
 
-    def tree(self, batch: list[int]) -> PromptTree:
-        return self.encoded.tree(batch, self.slots).to(self.device)
-
     def num_tokens(self, examples, columns=slice(0, 1)) -> int:
         """Target tokens of these columns of `slots`; by default those of the chosen titles."""
         return sum(len(ids) for e in examples for ids in self.encoded.slots(int(e), self.slots[e][columns]))
 
-    def __call__(self, batch: list[int], step_examples) -> tuple[Tensor, dict]:
-        weight = float(bool(batch))
-        tree = self.tree(batch or [int(step_examples[0])])
-        token_logps, greedy_ids = self.model(tree)
+    def prepare(self, batch: list[int], step_examples) -> MicroBatch:
+        weight, batch = float(bool(batch)), batch or [int(step_examples[0])]
+        tree = self.encoded.tree(batch, self.slots)
         chosen = tree.sequence_ids % tree.num_completions == 0
-        loss = sft_loss(token_logps[chosen], self.num_tokens(step_examples))
+        indices = [torch.nonzero(mask).squeeze(1) for mask in (chosen, ~chosen & after_first(tree.sequence_ids))]
+        rest = slice(1, None)
+        num_others = self.num_tokens(step_examples, rest) - len(step_examples) * (self.slots.shape[1] - 1)
+        return MicroBatch(
+            tree.to(self.device),
+            weight,
+            *(to_device(t, self.device) for t in indices),
+            len(step_examples),
+            self.num_tokens(step_examples),
+            num_others,
+        )
+
+    def __call__(self, batch: MicroBatch) -> tuple[Tensor, dict]:
+        tree, weight = batch.tree, batch.weight
+        token_logps, greedy_ids = self.model(tree)
+        chosen_logps = token_logps[batch.chosen]
+        loss = sft_loss(chosen_logps, batch.num_tokens)
         if self.config.copy_weight:  # how the other listed titles go on once begun: nothing about which to choose
-            others = ~chosen & after_first(tree.sequence_ids)
-            count = self.num_tokens(step_examples, slice(1, None)) - sum(self.slots[e].size - 1 for e in step_examples)
-            loss = loss + self.config.copy_weight * sft_loss(token_logps[others], count)
-        count = weight * chosen.sum()
+            loss = loss + self.config.copy_weight * sft_loss(token_logps[batch.others], batch.num_others)
+        right = (greedy_ids == tree.labels)[batch.chosen]
+        count = weight * len(batch.chosen)
         sums = {
-            "loss": (-weight * token_logps[chosen].detach().sum(), count),
-            "mean_token_accuracy": (weight * (greedy_ids == tree.labels)[chosen].sum(), count),
+            "loss": (-weight * chosen_logps.detach().sum(), count),
+            "mean_token_accuracy": (weight * right.sum(), count),
         }
         return weight * loss, sums
 
@@ -75,28 +104,32 @@ class Preference(SFT):
         self.reference_logps = torch.zeros(self.slots.shape)  # (E, 1 + K)
         self.first_rewards: list[Tensor] | None = []  # those of the first step, which must be zero
 
-    def losses(self, policy_logps: Tensor, batch: list[int]) -> tuple[Tensor, Tensor]:
-        reference, margins = self.reference_logps[batch].to(self.device), self.margins[batch].to(self.device)
-        if self.loss == "dpo":
-            return dpo_loss(policy_logps, reference, self.config.beta, self.config.label_smoothing)
-        if self.loss == "sdpo":
-            return sdpo_loss(policy_logps, reference, self.config.beta)
-        return recpo_loss(policy_logps, reference, margins, self.config.beta)
+    def prepare(self, batch: list[int], step_examples) -> MicroBatch:
+        prepared = super().prepare(batch, step_examples)
+        rows = batch or [int(step_examples[0])]
+        prepared.reference_logps = to_device(self.reference_logps[rows], self.device)
+        prepared.margins = to_device(self.margins[rows], self.device)
+        return prepared
 
-    def __call__(self, batch: list[int], step_examples) -> tuple[Tensor, dict]:
-        weight, batch = float(bool(batch)), batch or [int(step_examples[0])]
-        tree = self.tree(batch)
+    def losses(self, policy_logps: Tensor, reference_logps: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
+        if self.loss == "dpo":
+            return dpo_loss(policy_logps, reference_logps, self.config.beta, self.config.label_smoothing)
+        if self.loss == "sdpo":
+            return sdpo_loss(policy_logps, reference_logps, self.config.beta)
+        return recpo_loss(policy_logps, reference_logps, margins, self.config.beta)
+
+    def __call__(self, batch: MicroBatch) -> tuple[Tensor, dict]:
+        tree, weight, margins = batch.tree, batch.weight, batch.margins
         token_logps, _ = self.model(tree)
         policy_logps = tree.sum_logps(token_logps)  # (B, 1 + K)
-        losses, rewards = self.losses(policy_logps, batch)
-        loss = losses.sum() / len(step_examples)
+        losses, rewards = self.losses(policy_logps, batch.reference_logps, margins)
+        loss = losses.sum() / batch.num_examples
         if self.config.sft_weight:
-            chosen = tree.sequence_ids % tree.num_completions == 0
-            loss = loss + self.config.sft_weight * sft_loss(token_logps[chosen], self.num_tokens(step_examples))
+            loss = loss + self.config.sft_weight * sft_loss(token_logps[batch.chosen], batch.num_tokens)
         if self.first_rewards is not None:
             self.first_rewards.append(weight * rewards)
 
-        gaps, margins = rewards[:, :1] - rewards[:, 1:], self.margins[batch].to(self.device)  # (B, K)
+        gaps = rewards[:, :1] - rewards[:, 1:]  # (B, K)
         per_example = {
             "loss": losses,
             "rewards/chosen": rewards[:, 0],
@@ -109,8 +142,6 @@ class Preference(SFT):
             "logps/chosen": policy_logps[:, 0],
             "logps/rejected": policy_logps[:, 1:].mean(1),
         }
-        count = losses.new_tensor(weight * len(batch))
-        sums = {name: (weight * values.detach().sum(), count) for name, values in per_example.items()}
-        tokens = losses.new_tensor(weight * self.num_tokens(batch))
-        sums["nll_loss"] = (-weight * policy_logps[:, 0].detach().sum(), tokens)
+        sums = {name: (weight * values.detach().sum(), weight * len(losses)) for name, values in per_example.items()}
+        sums["nll_loss"] = (-weight * policy_logps[:, 0].detach().sum(), weight * len(batch.chosen))
         return weight * loss, sums

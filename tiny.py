@@ -84,7 +84,7 @@ class CopyTask:
         self.title_tokens = float(np.mean([len(ids) for ids in self.completions.values()]))
         self.list_size, self.accuracy, self.listed = 3, 0.0, 0.0
 
-    def draw(self, step: int) -> list[int]:
+    def draw(self, step: int) -> list[tuple[int, int]]:
         """Draw the global batch of a step, a function of (seed, step, list size); returns its examples' widths."""
         rng = np.random.default_rng([self.seed, step])
         shown = min(max(0, 2 * (self.list_size - 10)), self.examples.history)
@@ -101,25 +101,26 @@ class CopyTask:
             self.groups.append([self.completions[i] for i in drawn[: self.list_size]])
         self.prompts = self.tokenizer.encode_prompts(prompts)
         self.num_tokens = sum(len(ids) for group in self.groups for ids in group)
-        return [len(p) + sum(len(ids) - 1 for ids in g) for p, g in zip(self.prompts, self.groups, strict=True)]
+        return [(len(p), sum(len(ids) - 1 for ids in g)) for p, g in zip(self.prompts, self.groups, strict=True)]
 
     def __call__(self, batch: list[int]) -> tuple[Tensor, dict]:
         """Loss and metrics of a micro-batch, as in objectives.py."""
         weight, batch = float(bool(batch)), batch or [0]
-        tree = build_tree([self.prompts[i] for i in batch], [self.groups[i] for i in batch]).to(self.device)
-        token_logps, greedy_ids = self.model(tree)
+        tree = build_tree([self.prompts[i] for i in batch], [self.groups[i] for i in batch])
         first = ~after_first(tree.sequence_ids)
-        later = ~first & (tree.labels != self.tokenizer.eos_id)
-        right = weight * (greedy_ids == tree.labels)[later].sum()
+        later = torch.nonzero(~first & (tree.labels != self.tokenizer.eos_id)).squeeze(1)
         # titles that begin alike share one first token: count its probability once
-        begins = torch.tensor(
-            [c[0] not in {o[0] for o in g[:n]} for g in (self.groups[i] for i in batch) for n, c in enumerate(g)]
-        )
-        listed = weight * token_logps.detach()[first][begins.to(self.device)].exp().sum()
+        groups = [self.groups[i] for i in batch]
+        begins = torch.tensor([c[0] not in {o[0] for o in g[:n]} for g in groups for n, c in enumerate(g)])
+        begins = torch.nonzero(first).squeeze(1)[begins]
+        tree, later, begins = (t.to(self.device) for t in (tree, later, begins))
+        token_logps, greedy_ids = self.model(tree)
+        right = weight * (greedy_ids == tree.labels)[later].sum()
+        listed = weight * token_logps.detach()[begins].exp().sum()
         sums = {
-            "loss": (-weight * token_logps.detach().sum(), token_logps.new_tensor(weight * len(token_logps))),
-            "copy_accuracy": (right, weight * later.sum()),
-            "listed": (listed, token_logps.new_tensor(weight * len(batch))),
+            "loss": (-weight * token_logps.detach().sum(), weight * len(token_logps)),
+            "copy_accuracy": (right, weight * len(later)),
+            "listed": (listed, weight * len(batch)),
         }
         return weight * sft_loss(token_logps, self.num_tokens), sums
 

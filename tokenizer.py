@@ -4,6 +4,7 @@ Prompts end in "Answer:", completions begin with a space: ids("Answer: Toy Story
 supported tokenizer, which is checked for every title. Masks and labels come from lengths, never from searching ids.
 """
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class Tokenizer:
         self.inner.encode_special_tokens = True  # "<|eot_id|>" inside a title is text, not a control token
         eos = _special_ids(path, self.inner)
         self.eos_id, self.stop_ids = eos[0], frozenset(eos)
+        # of all that decides the ids of a text
+        self.fingerprint = hashlib.sha256((path / "tokenizer.json").read_bytes() + bytes(str(eos[0]), "ascii")).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         chunks = (texts[i : i + 500] for i in range(0, len(texts), 500))  # the library's records of a text are large

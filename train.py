@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +38,12 @@ from tqdm import tqdm
 
 from baselines import counting_baselines, ranking_metrics
 from common import any_rank, arg, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed
-from data import DataConfig, Encoded, Tokenizer, encode_examples, micro_batches, prepare, tree_width
+from data import DataConfig, Encoded, Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
 from eval import check_choice, load_stage, predict, results_table, save_predictions, summarise
 from lora import TARGET_MODULES, apply_lora, base_fingerprint, load_adapter, merge_lora, read_adapter_config, save_adapter
 from losses import MARGINS
 from model import Transformer, load_pretrained, resolve_path, save_pretrained
-from objectives import PREFERENCE_LOSSES, SFT, Preference
+from objectives import PREFERENCE_LOSSES, SFT, MicroBatch, Preference
 from planted import World, bayes_scores
 from tiny import CopyTask, make_base_model
 
@@ -211,13 +210,39 @@ def full_state(model: Transformer) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
-def train_step(model, optimizer, batches: list, compute: Callable, lr: float, config: TrainConfig) -> dict[str, float]:
+class StepMetrics:
+    """Metrics of one step on their way to the host. Reading them one step later never waits for a busy GPU."""
+
+    def __init__(self, names: list[str], values: Tensor, lr: float):
+        self.names, self.lr = names, lr
+        self.values = values.to("cpu", non_blocking=True)  # into pinned memory
+        self.arrived = None
+        if values.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """ValueError if loss or gradient was not finite: that step's update was left out."""
+        if self.arrived:
+            self.arrived.synchronize()
+        metrics = dict(zip(self.names, self.values.tolist(), strict=True)) | {"learning_rate": self.lr}
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise ValueError(
+                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; this update was left out. "
+                "A smaller learning rate or --dtype float32 usually helps"
+            )
+        return metrics
+
+
+def train_step(model, optimizer, batches: list, compute: Callable, lr: float, config: TrainConfig) -> StepMetrics:
     """Accumulate gradients over this rank's micro-batches, clip, step. Returns the metrics of the whole global batch.
 
     `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so micro-batches and ranks add up
-    to one big batch; `sums` maps metric names to (sum, count) tensors. Every rank brings equally many batches."""
+    to one big batch; `sums` maps metric names to (sum, count). Every rank brings equally many batches. Nothing here
+    waits for the GPU."""
     totals: dict[str, Tensor] = {}
-    sharded = hasattr(model, "set_requires_gradient_sync")
+    counts: dict[str, float] = {}
+    world_size, sharded = dist.get_world_size(), hasattr(model, "set_requires_gradient_sync")
     # ------------------------- training step begins -------------------------
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -226,33 +251,32 @@ def train_step(model, optimizer, batches: list, compute: Callable, lr: float, co
             model.set_requires_gradient_sync(number == len(batches) - 1)  # reduce gradients once per step
         loss, sums = compute(batch)
         # Sharded gradients are averaged over ranks, but losses are divided by global counts already: undo the average.
-        (loss * dist.get_world_size()).backward()
-        for name, pair in sums.items():
-            totals[name] = totals.get(name, 0) + torch.stack(pair).double()
-    if not sharded and dist.get_world_size() > 1:
+        (loss * world_size).backward()
+        for name, (total, count) in sums.items():
+            totals[name] = totals.get(name, 0) + total.double()
+            counts[name] = counts.get(name, 0) + count
+    if not sharded and world_size > 1:
         average_gradients(optimizer)
     # One all_reduce for the squared gradient norm and all metrics. Plain local tensors: DTensor's own clip_grad_norm_
     # costs more than the whole step of a small model.
     gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"]]
     squared_norm = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     if not sharded:
-        squared_norm /= dist.get_world_size()  # every replica holds all of the gradient
-    reduced = torch.stack([torch.stack([squared_norm, torch.ones_like(squared_norm)]), *totals.values()])
+        squared_norm /= world_size  # every replica holds all of the gradient
+    device_counts = to_device(torch.tensor([1.0 / world_size, *counts.values()], dtype=torch.double), squared_norm.device)
+    reduced = torch.stack([torch.stack([squared_norm, *totals.values()]), device_counts])
     dist.all_reduce(reduced)
-    grad_norm = reduced[0, 0].sqrt()
+    means = reduced[0] / reduced[1]
+    means[0].sqrt_()
+    grad_norm = means[0]
     if config.max_grad_norm:
         torch._foreach_mul_(gradients, (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).float())
-    means = torch.cat([grad_norm[None], reduced[1:, 0] / reduced[1:, 1]]).tolist()  # one wait for the GPU
-    metrics = dict(zip(["grad_norm", *totals], means, strict=True)) | {"learning_rate": lr}
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise ValueError(
-            f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; no update was made. "
-            "A smaller learning rate or --dtype float32 usually helps"
-        )
+    finite = (grad_norm + means[1 + list(totals).index("loss")]).isfinite()
+    optimizer.found_inf = (~finite).float()  # fused AdamW leaves the whole update out where this is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     # ------------------------- training step ends ---------------------------
-    return metrics
+    return StepMetrics(["grad_norm", *totals], means, lr)
 
 
 def average_gradients(optimizer) -> None:
@@ -275,7 +299,7 @@ def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float
 class Schedule:
     """Which examples every step takes, and how ranks and micro-batches divide them: a function of (seed, epoch, step)."""
 
-    def __init__(self, config: TrainConfig, epochs: float, widths: list[int], world_size: int):
+    def __init__(self, config: TrainConfig, epochs: float, widths: np.ndarray, world_size: int):
         self.config, self.widths, self.world_size = config, widths, world_size
         self.steps_per_epoch = math.ceil(len(widths) / config.batch_size)
         self.num_steps = math.ceil(epochs * self.steps_per_epoch)
@@ -307,15 +331,13 @@ def reference_pass(objective: Preference, schedule: Schedule, rank: int, file: P
         return
     device = objective.device
     logps = torch.zeros(objective.reference_logps.shape, device=device)
-    steps = tqdm(
-        range(min(schedule.num_steps, schedule.steps_per_epoch)), "reference", disable=not (is_main() and sys.stderr.isatty())
-    )
-    for step in steps:
-        for batch in schedule.micro_batches(step, rank):
-            tree = objective.tree(batch or [int(schedule.examples(step)[0])])
-            sums = tree.sum_logps(objective.model(tree)[0])
-            if batch:
-                logps[batch] = sums
+    steps, bar = range(min(schedule.num_steps, schedule.steps_per_epoch)), is_main() and sys.stderr.isatty()
+    planned = [(b, schedule.examples(step)) for step in steps for b in schedule.micro_batches(step, rank)]
+    prepared = prefetch(lambda plan: objective.prepare(*plan), planned)
+    for (batch, _), micro_batch in zip(tqdm(planned, "reference", disable=not bar), prepared, strict=True):
+        sums = micro_batch.tree.sum_logps(objective.model(micro_batch.tree)[0])
+        if batch:
+            logps[to_device(torch.tensor(batch), device)] = sums
     dist.all_reduce(logps)
     objective.reference_logps = logps.cpu()
     if is_main():
@@ -331,7 +353,7 @@ def practise_copying(config: TrainConfig, task: CopyTask, optimizer, rank: int, 
         widths = task.draw(step)
         batches = micro_batches(widths, range(len(widths)), world_size, config.micro_batch_tokens)[rank]
         lr = config.sft_learning_rate * min(1.0, (step + 1) / 30)
-        metrics = train_step(task.model, optimizer, batches, task, lr, config)
+        metrics = train_step(task.model, optimizer, batches, task, lr, config).read()
         mastered = task.update(metrics)
         log(step, config.copy_steps, metrics | {"list_size": task.list_size}, "copy")
         if mastered:
@@ -436,7 +458,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     else:
         objective = Preference(config, stage, model, run.train, device)
         epochs, peak = config.epochs, config.learning_rate
-    widths = [tree_width(run.train, e, objective.slots[e]) for e in range(len(run.train.prompts))]
+    widths = tree_widths(run.train, objective.slots)
     schedule = Schedule(config, epochs, widths, world_size)
     print0(
         f"\n== {stage}: {len(widths):,} prompts, {schedule.num_steps} steps of {config.batch_size}, peak learning rate {peak:g}; "
@@ -463,18 +485,27 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     if stage == "sft" and config.copy_steps:
         task = CopyTask(model, run.train, run.tokenizer, config.seed, device)
         practise_copying(config, task, optimizer, rank, world_size, logger)
-    for step in range(schedule.num_steps):
-        examples = schedule.examples(step)
-        batches = schedule.micro_batches(step, rank)
-        lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
+
+    def prepare(step: int) -> list[MicroBatch]:
+        return [objective.prepare(batch, schedule.examples(step)) for batch in schedule.micro_batches(step, rank)]
+
+    def report(step: int, result: StepMetrics) -> None:
         try:
-            metrics = train_step(model, optimizer, batches, partial(objective, step_examples=examples), lr, config)
+            metrics = result.read() | {"epoch": (step + 1) / schedule.steps_per_epoch}
         except ValueError as error:
-            raise ValueError(f"{stage}, step {step + 1}, rank {rank}: {error}") from None
+            raise ValueError(f"{stage}, step {step + 1}: {error}") from None
+        logger(step, schedule.num_steps, metrics, stage)
+
+    pending = None  # the step before, read while the GPU works on this one
+    for step, batches in enumerate(prefetch(prepare, range(schedule.num_steps))):
+        lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
+        result = train_step(model, optimizer, batches, objective, lr, config)
         if step == 0 and stage != "sft":
             check_first_rewards(objective, exact=stored_dtype(config, device) == torch.float32)
-        metrics["epoch"] = (step + 1) / schedule.steps_per_epoch
-        logger(step, schedule.num_steps, metrics, stage)
+        if pending:
+            report(step - 1, pending)
+        pending = result
+    report(step, pending)
     logger.close()
 
     save_stage(run, model, base, folder)
@@ -618,8 +649,8 @@ def main() -> None:
             base = resolve_path(name)
     tokenizer = Tokenizer(base)
     splits = prepared.splits
-    train = encode_examples(splits["train"], tokenizer, config.max_length)
-    test = encode_examples(splits["test"], tokenizer, config.max_length)
+    with first():
+        train, test = (encode_split(prepared, split, tokenizer, config.max_length) for split in ("train", "test"))
     baselines = counting_baselines(splits["test"]) if is_main() else {}
     run = Run(config, rank, world_size, device, folder, base, tokenizer, prepared.hash, train, test, baselines)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +16,7 @@ from conftest import write_json
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+import data
 from data import (
     NUM_CANDIDATES,
     TEMPLATES,
@@ -24,10 +26,12 @@ from data import (
     Tokenizer,
     build_examples,
     encode_examples,
+    encode_split,
     micro_batches,
+    prefetch,
     prepare,
     render_prompt,
-    tree_width,
+    tree_widths,
 )
 from loaders import Interactions, make_interactions
 
@@ -734,38 +738,106 @@ def test_a_boundary_that_moves_only_inside_a_prompt_is_refused(tmp_path):
 @pytest.mark.parametrize("num_examples", [1, 5, 64, 129])
 @pytest.mark.parametrize("budget", [1, 900, 5000])
 def test_micro_batches_divide_the_batch(num_ranks, num_examples, budget):
-    """Every example is in one micro-batch of one rank, ranks have equally many, and rows x width stays in the budget."""
+    """Every example is in one micro-batch of one rank, ranks have equally many, and the padded batch stays in the budget."""
     rng = np.random.default_rng([num_ranks, num_examples, budget])
-    widths = rng.integers(100, 700, size=200).tolist()
+    widths = rng.integers((90, 10), (500, 200), size=(200, 2))
     indices = rng.permutation(200)[:num_examples]
     plan = micro_batches(widths, indices, num_ranks, budget)
     assert len(plan) == num_ranks and len({len(batches) for batches in plan}) == 1
     flat = [i for batches in plan for batch in batches for i in batch]
     assert sorted(flat) == sorted(indices.tolist()) and all(type(i) is int for i in flat)
     for batches in plan:
-        assert all(len(batch) * max(widths[i] for i in batch) <= budget for batch in batches if len(batch) > 1)
-        order = [widths[i] for batch in batches for i in batch]
+        assert all(len(batch) * widths[batch].max(0).sum() <= budget for batch in batches if len(batch) > 1)
+        order = [widths[i].sum() for batch in batches for i in batch]
         assert order == sorted(order, reverse=True)
         sizes = [len(batch) for batch in batches]
         assert 0 not in sizes[: len(sizes) - sizes.count(0)]  # the empty ones come last
-    loads = [sum(widths[i] for batch in batches for i in batch) for batches in plan]
-    assert max(loads) - min(loads) <= max(widths)
+    loads = [sum(widths[i].sum() for batch in batches for i in batch) for batches in plan]
+    assert max(loads) - min(loads) <= widths.sum(1).max()
     assert micro_batches(widths, indices[::-1], num_ranks, budget) == plan  # a function of the set
 
 
 def test_five_examples_on_four_ranks():
     """One rank has two examples, the others take part in its second forward pass with an empty list."""
-    assert micro_batches([10, 20, 30, 40, 50], range(5), 4, 60) == [[[4], [0]], [[3], []], [[2], []], [[1], []]]
-    assert micro_batches([10, 20, 30, 40, 50], range(5), 4, 100) == [[[4, 0]], [[3]], [[2]], [[1]]]
-    assert micro_batches([10, 20], [1], 4, 60) == [[[1]], [[]], [[]], [[]]]
+    widths = [(8, 2), (16, 4), (24, 6), (32, 8), (40, 10)]
+    assert micro_batches(widths, range(5), 4, 60) == [[[4], [0]], [[3], []], [[2], []], [[1], []]]
+    assert micro_batches(widths, range(5), 4, 100) == [[[4, 0]], [[3]], [[2]], [[1]]]
+    assert micro_batches(widths[:2], [1], 4, 60) == [[[1]], [[]], [[]], [[]]]
 
 
-def test_tree_width_is_the_width_of_the_tree(tokenizer):
-    """The width that micro-batches are planned with is that of the row the model gets."""
+def test_a_long_prompt_and_long_completions_do_not_share_a_batch_beyond_the_budget():
+    """The padded row is the longest prompt plus the longest completions, of whichever examples."""
+    assert micro_batches([(90, 10), (10, 90)], range(2), 1, 200) == [[[0], [1]]]
+    assert micro_batches([(90, 10), (10, 90)], range(2), 1, 360) == [[[0, 1]]]
+
+
+def test_tree_widths_are_those_of_the_tree(tokenizer):
+    """The widths that micro-batches are planned with are those of the row the model gets."""
     encoded = encode_examples(nasty_examples(), tokenizer, 100_000)
-    for e in range(3):
-        slots = encoded.examples.negatives(4)
-        assert tree_width(encoded, e, slots[e]) == encoded.tree([e], slots).input_ids.shape[1]
+    slots = encoded.examples.negatives(4)
+    widths = tree_widths(encoded, slots)
+    for e in range(len(slots)):
+        tree = encoded.tree([e], slots)
+        assert widths[e].tolist() == [tree.prompt_width, tree.input_ids.shape[1] - tree.prompt_width]
+
+
+def test_prefetch_keeps_the_order_and_runs_one_ahead():
+    """Items come in order; while one is used the next is being made, and no more; an error reaches the user."""
+    started, made_next = [], threading.Event()
+
+    def make(item):
+        started.append(item)
+        if item == 1:
+            made_next.set()
+        if item == 4:
+            raise ValueError("item 4")
+        return item * 10
+
+    seen = []
+    with pytest.raises(ValueError, match="item 4"):
+        for value in prefetch(make, range(6)):
+            if value == 0:
+                assert made_next.wait(10)  # the first is in use, the second is made without being asked for
+            assert max(started) <= value // 10 + 1
+            seen.append(value)
+    assert seen == [0, 10, 20, 30]
+    assert list(prefetch(make, [])) == []
+
+
+# ------------------------------------------------------------------------------------------------ cached tokens
+def same_encoding(a, b) -> bool:
+    prompts = all(np.array_equal(p, q) and p.dtype == q.dtype for p, q in zip(a.prompts, b.prompts, strict=True))
+    return prompts and a.completions == b.completions and (a.num_shortened, a.num_dropped) == (b.num_shortened, b.num_dropped)
+
+
+def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkeypatch):
+    """The second time nothing is tokenised; another tokenizer, length or split has its own file."""
+    prepared = prepare(DataConfig(planted_users=80, followers=3, train_size=40, prepared_dir=str(tmp_path)))
+    whole = encode_split(prepared, "train", tokenizer, 10_000)
+    limit = max(map(len, whole.prompts))
+    first = encode_split(prepared, "train", tokenizer, limit)
+    assert first.num_shortened > 0  # a length that bites
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "encode_examples", None)
+        again = encode_split(prepared, "train", tokenizer, limit)
+    assert same_encoding(first, again)
+    assert same_encoding(first, encode_examples(prepared.splits["train"], tokenizer, limit))
+    encode_split(prepared, "test", tokenizer, 10_000)
+    other = next(Tokenizer(f) for f in folders.values() if Tokenizer(f).fingerprint != tokenizer.fingerprint)
+    encode_split(prepared, "train", other, 10_000)
+    assert len(list(prepared.folder.glob("tokens-*.safetensors"))) == 4
+
+
+def test_damaged_tokens_are_named(tokenizer, tmp_path):
+    """A cut-off file is an error that names it and says what to do; a read-only folder only costs the cache."""
+    prepared = prepare(DataConfig(planted_users=80, followers=3, train_size=20, prepared_dir=str(tmp_path)))
+    encode_split(prepared, "train", tokenizer, 1024)
+    (file,) = prepared.folder.glob("tokens-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{file}.*delete"):
+        encode_split(prepared, "train", tokenizer, 1024)
+    prepared.folder = tmp_path / "gone"
+    assert len(encode_split(prepared, "train", tokenizer, 1024).prompts) == 20
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -4,16 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import DataConfig, build_examples
+from data import DataConfig, Tokenizer, build_examples, encode_split, prepare
 from loaders import load_movielens
 from losses import target_margins
-from train import Schedule, TrainConfig, get_lr
+from objectives import SFT, Preference
+from tiny import make_base_model
+from train import Schedule, TrainConfig, get_lr, load_policy, train_step
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -166,10 +172,87 @@ def test_bad_input_is_one_clear_message(tmp_path, flags, message):
     assert message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
 
 
+class Reads(TorchDispatchMode):
+    """Raises at what makes the host wait for a GPU: reading a value, or a result whose size depends on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        indexed = str(function) in ("aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default")
+        by_mask = indexed and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")):
+            raise AssertionError(f"{function} waits for the GPU")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """Options, encoded training examples and a base model of the planted world, in a process group of one."""
+    folder = tmp_path_factory.mktemp("world")
+    config = TrainConfig(planted_users=100, followers=3, train_size=12, prepared_dir=str(folder / "p"), copy_weight=0.3)
+    prepared = prepare(config)
+    make_base_model(folder / "base", prepared.splits["train"], hidden_size=64, num_layers=2, vocab_size=400, seed=0)
+    encoded = encode_split(prepared, "train", Tokenizer(folder / "base"), 1024)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield config, encoded, folder / "base"
+    dist.destroy_process_group()
+
+
+def objective_and_optimizer(small_world, stage):
+    config, encoded, base = small_world
+    model = load_policy(config, stage, base, None, torch.device("cpu"))
+    make = SFT if stage == "sft" else partial(Preference, loss=stage)
+    objective = make(config=config, model=model, encoded=encoded, device=torch.device("cpu"))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return objective, torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+@pytest.mark.parametrize("stage", ["sft", "recpo"])
+def test_a_step_never_waits_for_the_gpu(small_world, stage):
+    """Between its first forward and its update a step reads no value; its metrics are read afterwards."""
+    objective, optimizer = objective_and_optimizer(small_world, stage)
+    batches = [objective.prepare([0, 1], range(4)), objective.prepare([2, 3], range(4)), objective.prepare([], range(4))]
+    # gloo copies on the host, and the CPU's fused AdamW reads its flag there; on a GPU both stay on the device
+    with patch("torch.distributed.all_reduce"), patch.object(optimizer, "step") as step, Reads():
+        result = train_step(objective.model, optimizer, batches, objective, 1e-3, small_world[0])
+    assert step.called and optimizer.found_inf.item() == 0
+    metrics = result.read()
+    assert np.isfinite(list(metrics.values())).all() and metrics["learning_rate"] == 1e-3
+    with pytest.raises(AssertionError, match="waits"), Reads():
+        torch.ones(3).sum().item()  # the guard itself works
+
+
+@pytest.mark.parametrize("culprit", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
+    """NaN in loss or gradient leaves weights and moments as they are; reading that step's metrics is an error."""
+    objective, optimizer = objective_and_optimizer(small_world, "recpo")
+    model, config = objective.model, small_world[0]
+
+    def step(compute):
+        return train_step(model, optimizer, [objective.prepare([0, 1], [0, 1])], compute, 1e-3, config)
+
+    def poisoned(batch):
+        loss, sums = objective(batch)
+        if culprit == "loss":
+            return loss, sums | {"loss": (sums["loss"][0] * torch.nan, 2.0)}
+        return loss * torch.inf, sums
+
+    step(objective).read()
+    before = [p.clone() for p in model.parameters()]
+    moments = [v.clone() for state in optimizer.state.values() for v in state.values()]
+    result = step(poisoned)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert all(
+        torch.equal(v, w) for v, w in zip(moments, (v for s in optimizer.state.values() for v in s.values()), strict=True)
+    )
+    with pytest.raises(ValueError, match="not finite; this update was left out"):
+        result.read()
+    step(objective).read()  # and the next one is whole again
+    assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
 def test_every_step_covers_each_example_once_per_epoch():
     """Batches are a function of (seed, epoch, step); an epoch is a permutation, whatever the number of ranks."""
     config = TrainConfig(batch_size=8, micro_batch_tokens=100)
-    widths = list(np.random.default_rng(0).integers(10, 60, size=37))
+    widths = np.random.default_rng(0).integers(5, 30, size=(37, 2))
     one, three = Schedule(config, 2, widths, 1), Schedule(config, 2, widths, 3)
     assert one.num_steps == 10
     for epoch in range(2):
