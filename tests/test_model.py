@@ -10,6 +10,7 @@ from conftest import (
     FAMILIES,
     LLAMA3_ROPE,
     max_diff,
+    randomize,
     tiny_config,
     tiny_model,
     transformers_model,
@@ -22,6 +23,8 @@ from data import PromptTree, build_tree
 from model import (
     Block,
     ModelConfig,
+    RMSNorm,
+    SwiGLU,
     Transformer,
     generate,
     init_weights,
@@ -435,6 +438,35 @@ def test_build_tree_refuses_what_is_no_tree(prompts, completions, message):
     """Empty or uneven input is a ValueError that says what was expected."""
     with pytest.raises(ValueError, match=message):
         build_tree(prompts, completions)
+
+
+# ------------------------------------------------------------------------------------------------ building blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu_equals_its_formula_and_keeps_two_tensors(dtype):
+    """silu(gate) * up and its gradients as autograd has them, with only gate and up kept for backward."""
+    gate, up = (torch.randn(6, 40).to(dtype).requires_grad_() for _ in range(2))
+    upstream, kept = torch.randn(6, 40).to(dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        actual = SwiGLU.apply(gate, up)
+    assert [t.shape for t in kept] == [gate.shape, up.shape]
+    expected = torch.nn.functional.silu(gate) * up
+    assert torch.equal(actual, expected)
+    exact_inputs = [t.detach().double().requires_grad_() for t in (gate, up)]
+    exact = torch.nn.functional.silu(exact_inputs[0]) * exact_inputs[1]
+    truth = torch.autograd.grad(exact, exact_inputs, upstream.double())
+    naive = torch.autograd.grad(expected, (gate, up), upstream)
+    for a, n, e in zip(torch.autograd.grad(actual, (gate, up), upstream), naive, truth, strict=True):
+        assert max_diff(a, e) <= 2 * max_diff(n, e) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rms_norm_rounds_where_the_published_models_do(dtype):
+    """x / rms(x) in fp32, rounded to the input's dtype, then times the weight: bit for bit."""
+    norm = randomize(RMSNorm(48, 1e-5)).to(dtype)
+    x = (5 * torch.randn(7, 48)).to(dtype)
+    wide = x.float()
+    expected = norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    assert torch.equal(norm(x), expected)
 
 
 # ------------------------------------------------------------------------------------------------ generation
