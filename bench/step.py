@@ -1,165 +1,245 @@
-"""One RecPO step here against the same step written the usual way, on the same examples and weights.
+"""A training step here against the same step written the usual way, on the same examples and weights.
 
-    python bench/step.py                        one Markdown table; --help lists the sizes
+    python bench/step.py                        Markdown tables; --help lists the sizes
 
-usual   K + 1 padded full sequences per prompt through the policy and through a second model, the reference; logits of
-        every position in fp32, log_softmax, gather (what the authors', TRL's and most DPO trainers do).
-tree    this project: one PromptTree per prompt, log-probs of the scored rows only, reference log-probs computed once.
+usual   transformers + peft: one padded full sequence per completion (K + 1 per prompt), through the policy and, for
+        preferences, through a second model as the reference; logits of every position in fp32, log_softmax, gather.
+        Its micro-batch is the fastest of those tried; with and without gradient checkpointing (the authors use it).
+here    one PromptTree per prompt, log-probs of the scored rows only, reference log-probs computed once and kept.
 
-Times are medians of interleaved repetitions in one process; peak memory is the resident set of a process of its own.
+Both sides run forward, loss, backward, clipping and fused AdamW. Times are medians of interleaved repetitions in one
+process; peak memory is what the first step adds to the loaded policy, in a process of its own on a CPU.
 """
 
-import argparse
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
+import warnings
 
 import torch
+from harness import (
+    dtype_of,
+    examples,
+    header,
+    in_fresh_process,
+    interleaved,
+    make_model,
+    one_process,
+    parser,
+    peak_mib,
+    table,
+    tree_of,
+)
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from data import build_tree
-from lora import apply_lora
-from losses import recpo_loss
-from model import ModelConfig, Transformer, init_weights
+from lora import TARGET_MODULES
+from losses import recpo_loss, sft_loss
+from model import Transformer
+from train import TrainConfig, train_step
 
 NUM_NEGATIVES = 3
+MARGIN = 6.0  # λ φ_w / φ_l of every pair
 
 
-def make_model(args) -> Transformer:
-    heads = args.hidden_size // 64
-    config = ModelConfig(
-        "llama",
-        args.vocab_size,
-        args.hidden_size,
-        8 * args.hidden_size // 3 // 32 * 32,
-        args.layers,
-        heads,
-        max(1, heads // 3),
-        64,
-    )
-    model = apply_lora(init_weights(config, seed=0), r=8, lora_alpha=32)
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:  # away from zero, or half of the adapter's gradients would be
-            torch.nn.init.normal_(p, std=0.02, generator=generator)
+# ------------------------------------------------------------------------------------------------ the usual way
+def peft_model(ours: Transformer):
+    """The same weights in transformers, the same adapter in peft."""
+    try:
+        import peft
+        import transformers
+    except ImportError:
+        sys.exit("this benchmark compares with transformers and peft: pip install transformers peft")
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    raw = {k: v for k, v in ours.config.to_dict().items() if k != "architectures"}
+    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+    with torch.device(ours.inv_freq.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=ours.lm_head.weight.dtype)
+    base = {name: p for name, p in ours.state_dict().items() if ".lora_" not in name}
+    model.load_state_dict(base)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=list(TARGET_MODULES))
+    model = peft.get_peft_model(model, settings)
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if ".lora_" in name:
+                theirs[f"base_model.model.{name}".replace(".weight", ".default.weight")].copy_(p)
     return model
 
 
-def make_batch(args) -> tuple[list[list[int]], list[list[list[int]]]]:
-    generator = torch.Generator().manual_seed(2)
-
-    def ids(length):
-        return torch.randint(args.vocab_size, (length,), generator=generator).tolist()
-
-    prompts = [ids(args.prompt) for _ in range(args.batch)]
-    return prompts, [[ids(args.completion) for _ in range(1 + NUM_NEGATIVES)] for _ in prompts]
-
-
-def usual_logps(model: Transformer, prompts, completions) -> torch.Tensor:
-    """(B, 1 + K) from padded full sequences and full logits."""
+def usual_logps(model, prompts, completions, device) -> torch.Tensor:
+    """(B, N) from padded full sequences and the full logits in fp32."""
     rows = [p + c for p, group in zip(prompts, completions, strict=True) for c in group]
+    starts = [len(p) for p, group in zip(prompts, completions, strict=True) for _ in group]
     width = max(map(len, rows))
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    scored = torch.zeros(input_ids.shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        start = len(prompts[i // (1 + NUM_NEGATIVES)])
-        scored[i, start : len(row)] = True
-    logits = model.logits(input_ids)[:, :-1]  # (B (1 + K), T - 1, V)
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    positions = torch.arange(width, device=device)
+    lengths, starts = (torch.tensor(n, device=device)[:, None] for n in (list(map(len, rows)), starts))
+    logits = model(input_ids=input_ids, attention_mask=(positions < lengths).long(), use_cache=False).logits
+    logits = logits[:, :-1].to(torch.float32)  # (B N, T - 1, V)
     token_logps = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
-    return (token_logps * scored[:, 1:]).sum(1).view(len(prompts), -1)
+    scored = ((positions >= starts) & (positions < lengths))[:, 1:]
+    return (token_logps * scored).sum(1).view(len(prompts), -1)
 
 
-def tree_logps(model: Transformer, prompts, completions) -> torch.Tensor:
-    tree = build_tree(prompts, completions)
-    return tree.sum_logps(model(tree)[0])
+class Usual:
+    def __init__(self, ours: Transformer, kind: str, checkpointing: bool):
+        self.kind, self.device = kind, ours.inv_freq.device
+        self.model = peft_model(ours)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        self.model.train()
+        self.reference = peft_model(ours).eval() if kind == "recpo" else None
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
+
+    def step(self, prompts, completions, micro_batch: int, update: bool = True) -> float:
+        total = 0.0
+        tokens = sum(len(group[0]) for group in completions)
+        for i in range(0, len(prompts), micro_batch):
+            batch = prompts[i : i + micro_batch], completions[i : i + micro_batch]
+            logps = usual_logps(self.model, *batch, self.device)
+            if self.kind == "sft":
+                loss = -logps.sum() / tokens
+            else:
+                with torch.no_grad():
+                    reference = usual_logps(self.reference, *batch, self.device)
+                margins = torch.full((len(logps), NUM_NEGATIVES), MARGIN, device=self.device)
+                loss = recpo_loss(logps, reference, margins, beta=1.0)[0].sum() / len(prompts)
+            loss.backward()
+            total += loss.item()
+        if update:
+            torch.nn.utils.clip_grad_norm_(self.parameters, 0.3)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return total
 
 
-def step(logps, policy, reference_logps, batch) -> float:
-    """Forward, loss, backward of one step; `reference_logps` is a tensor, or a function that runs the reference."""
-    policy.zero_grad(set_to_none=True)
-    reference = reference_logps() if callable(reference_logps) else reference_logps
-    margins = torch.full((len(batch[0]), NUM_NEGATIVES), 6.0)
-    losses, _ = recpo_loss(logps(policy, *batch), reference, margins, beta=1.0)
-    losses.mean().backward()
-    return losses.mean().item()
+# ------------------------------------------------------------------------------------------------ this project
+class Here:
+    def __init__(self, model: Transformer, kind: str, prompts, completions, args):
+        self.model, self.kind, self.args = model.train(), kind, args
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
+        self.num_prompts, self.tokens = len(prompts), sum(len(group[0]) for group in completions)
+        size = args.tree_batch or len(prompts)
+        starts = range(0, len(prompts), size)
+        self.trees = [tree_of(args, prompts[i : i + size], completions[i : i + size]) for i in starts]
+        self.reference_logps = [torch.zeros(len(t.input_ids), t.num_completions, device=args.device) for t in self.trees]
+        self.config = TrainConfig(max_grad_norm=0.3)
+
+    @torch.no_grad()
+    def reference_pass(self) -> None:
+        self.reference_logps = [tree.sum_logps(self.model(tree)[0]) for tree in self.trees]
+
+    def compute(self, number: int):
+        tree = self.trees[number]
+        token_logps, _ = self.model(tree)
+        if self.kind == "sft":
+            loss = sft_loss(token_logps, self.tokens)
+        else:
+            logps = tree.sum_logps(token_logps)
+            margins = torch.full((len(logps), NUM_NEGATIVES), MARGIN, device=logps.device)
+            loss = recpo_loss(logps, self.reference_logps[number], margins, beta=1.0)[0].sum() / self.num_prompts
+        return loss, {"loss": (loss.detach(), 1.0 / len(self.trees))}
+
+    def step(self) -> float:
+        return train_step(self.model, self.optimizer, range(len(self.trees)), self.compute, 1e-5, self.config).read()["loss"]
 
 
-@torch.no_grad()
-def no_grad_logps(logps, model, batch):
-    return logps(model, *batch)
+def moved(model: Transformer) -> None:
+    """A policy that has left its reference: the losses then compare more than zeros."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(1.5)
 
 
-def peak_mib() -> float:
-    """Peak resident memory of this process (VmHWM; getrusage would start from the parent's peak)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def compare(kind: str, args) -> None:
+    prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1)
+    model = make_model(args)
+    usual = {name: Usual(model, kind, name == "checkpointed") for name in ("plain", "checkpointed")}
+    here = Here(model, kind, prompts, completions, args)
+    if kind == "recpo":
+        here.reference_pass()
+        for u in usual.values():
+            moved(u.model)
+        moved(model)
 
+    # the same loss and gradients before any update
+    loss = here.compute(0)[0] if len(here.trees) == 1 else None
+    usual_loss = usual["plain"].step(prompts, completions, args.batch, update=False)
+    gap = "not compared"
+    if loss is not None:
+        loss.backward()
+        pairs = [(dict(model.named_parameters())[n.removeprefix("base_model.model.").replace(".default", "")].grad, p.grad)
+                 for n, p in usual["plain"].model.named_parameters() if p.requires_grad]  # fmt: skip
+        gap = f"{max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs):.1e}"
+        for p in (*here.parameters, *usual["plain"].parameters):
+            p.grad = None
+        if dtype_of(args) == torch.float32:
+            assert abs(loss.item() - usual_loss) < 1e-4, (loss.item(), usual_loss)
 
-def measure_peak(kind: str, argv: list[str]) -> float:
-    """Peak resident memory that one step adds to the loaded models, in a fresh process."""
-    command = [sys.executable, __file__, *argv, "--peak_of", kind]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    sizes = [size for size in (1, 2, 4, 8, 16) if size <= args.batch]
+    best = {}
+    for name, u in usual.items():
+        tried = interleaved({size: lambda size=size, u=u: u.step(prompts, completions, size) for size in sizes}, 1)
+        best[name] = min(tried, key=tried.get)
+    ways = {name: lambda name=name: usual[name].step(prompts, completions, best[name]) for name in usual}
+    ways["here"] = here.step
+    if kind == "recpo":
+        ways["reference pass"] = here.reference_pass
+    seconds = interleaved(ways, args.repeats)
+
+    argv = [sys.argv[0], *sys.argv[1:], "--kind", kind]
+    peak = {name: in_fresh_process([*argv, "--peak_of", name, "--micro_batch", str(best.get(name, 0))])
+            for name in ("plain", "checkpointed", "here")}  # fmt: skip
+    what = "transformers + peft, policy and reference" if kind == "recpo" else "transformers + peft"
+    rows = [
+        [f"{what}, micro-batch {best['plain']}", seconds["plain"], peak["plain"]],
+        [f"the same, checkpointing, micro-batch {best['checkpointed']}", seconds["checkpointed"], peak["checkpointed"]],
+        ["here" + (", reference kept" if kind == "recpo" else ""), seconds["here"], peak["here"]],
+    ]
+    if kind == "recpo":
+        rows.append(
+            ["here, reference pass spread over 3 epochs", seconds["here"] + seconds["reference pass"] / 3, peak["here"]]
+        )
+    own = "nan" if loss is None else f"{loss.item():.6f}"
+    name = "RecPO, K = 3" if kind == "recpo" else "SFT"
+    print(f"{name}: loss {usual_loss:.6f} (usual) and {own} (here); largest relative gradient difference {gap}\n")
+    table(
+        [f"{name} step", "median ms", "plain / this", "checkpointed / this", "peak memory added, MiB"],
+        [
+            [row, f"{1000 * s:.0f}", f"{seconds['plain'] / s:.1f}", f"{seconds['checkpointed'] / s:.1f}", f"{mib:.0f}"]
+            for row, s, mib in rows
+        ],
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"hidden_size": 384, "layers": 6, "vocab_size": 8000, "prompt": 400, "completion": 12, "batch": 1, "repeats": 7}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--peak_of", choices=("usual", "tree"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-
-    policy, batch = make_model(args), make_batch(args)
+    options = parser(__doc__, batch=4, repeats=5, tree_batch=0, micro_batch=0)
+    options.add_argument("--kind", choices=("both", "recpo", "sft"), default="both")
+    options.add_argument("--peak_of", choices=("plain", "checkpointed", "here"), help="print the peak of one side and stop")
+    args = options.parse_args()
+    one_process()
+    kinds = ["recpo", "sft"] if args.kind == "both" else [args.kind]
     if args.peak_of:
-        loaded = peak_mib()
-        if args.peak_of == "usual":
-            reference = make_model(args)  # a second model, counted as what the step adds
-            step(usual_logps, policy, lambda: no_grad_logps(usual_logps, reference, batch), batch)
+        (kind,) = kinds
+        prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1)
+        model = make_model(args)
+        if args.peak_of == "here":
+            here = Here(model, kind, prompts, completions, args)
+            print(peak_mib(here.step))
         else:
-            step(tree_logps, policy, torch.zeros(args.batch, 1 + NUM_NEGATIVES), batch)
-        print(peak_mib() - loaded)
+            usual = Usual(model, kind, args.peak_of == "checkpointed")
+            print(peak_mib(lambda: usual.step(prompts, completions, args.micro_batch)))
         return
-
-    reference = make_model(args)
-    cached = no_grad_logps(tree_logps, reference, batch)
-    with torch.no_grad():
-        for p in policy.parameters():
-            if p.requires_grad:
-                p.add_(0.01)  # a policy that has moved: the losses then compare more than zeros
-    usual_loss = step(usual_logps, policy, lambda: no_grad_logps(usual_logps, reference, batch), batch)
-    usual_grads = [p.grad.clone() for p in policy.parameters() if p.requires_grad]
-    tree_loss = step(tree_logps, policy, cached, batch)
-    tree_grads = [p.grad for p in policy.parameters() if p.requires_grad]
-    gap = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(usual_grads, tree_grads, strict=True))
-
-    ways = {
-        "usual": lambda: step(usual_logps, policy, lambda: no_grad_logps(usual_logps, reference, batch), batch),
-        "tree": lambda: step(tree_logps, policy, cached, batch),
-        "reference pass": lambda: no_grad_logps(tree_logps, reference, batch),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.repeats):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    usual, tree, reference_pass = (statistics.median(times[name]) for name in ways)
-    spread = tree + reference_pass / 3
-    argv = sys.argv[1:]
-    usual_peak, tree_peak = measure_peak("usual", argv), measure_peak("tree", argv)
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    print(f"One RecPO step, K = {NUM_NEGATIVES}: " + ", ".join(f"{k} {getattr(args, k)}" for k in sizes))
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit.stdout.strip()}")
-    print(f"loss {usual_loss:.6f} against {tree_loss:.6f}; largest gradient difference {gap:.1e} (relative)\n")
-    print("| step | median ms | times faster | peak memory added, MiB |\n|---|---|---|---|")
-    print(f"| usual: {1 + NUM_NEGATIVES} full sequences, policy and reference | {1000 * usual:.0f} | 1.0 | {usual_peak:.0f} |")
-    print(f"| tree, reference cached | {1000 * tree:.0f} | {usual / tree:.1f} | {tree_peak:.0f} |")
-    print(f"| tree, reference pass spread over 3 epochs | {1000 * spread:.0f} | {usual / spread:.1f} | {tree_peak:.0f} |")
+    prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES)
+    lengths = [len(p) for p in prompts]
+    source = "MovieLens-1M" if args.data_dir else "random ids"
+    note = f"Shape {args.shape}, {args.batch} prompts a step, {source}: prompts of {min(lengths)} to {max(lengths)} tokens, "
+    note += f"completions of {sum(len(c) for g in completions for c in g) / 4 / len(prompts):.1f} on average."
+    header("One training step against the usual way", args, note)
+    for kind in kinds:
+        compare(kind, args)
 
 
 if __name__ == "__main__":

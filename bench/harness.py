@@ -1,0 +1,202 @@
+"""What the benchmarks share: models with random weights, real prompts, interleaved timing, peak memory, Markdown tables.
+
+Shapes: `tiny` for a CPU in fp32, `llama-3.1-8b` and `qwen2.5-7b` for a GPU in bf16, with random weights: speed does not
+depend on their values. Prompts are MovieLens-1M's training examples where the archive is at hand (--data_dir, or
+ml-1m.zip in $RECPO_DATA), cut with a tokenizer made from the same data; otherwise random ids of a fixed length.
+"""
+
+import argparse
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import DataConfig, build_tree, encode_split, prepare  # noqa: E402
+from lora import TARGET_MODULES, apply_lora  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
+from tiny import make_base_model  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHAPES = {
+    "tiny": ModelConfig("llama", 8000, 384, 1024, 6, 6, 2, 64, max_position_embeddings=4096),
+    "llama-3.1-8b": ModelConfig(
+        "llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+    ),
+    "qwen2.5-7b": ModelConfig("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, attention_bias=True),
+}
+
+
+def parser(description: str, **defaults) -> argparse.ArgumentParser:
+    """The options of every benchmark; keyword arguments add integer options."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    out = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    archive = Path(os.environ.get("RECPO_DATA", ROOT.parent / "shared" / "data")) / "ml-1m.zip"
+    cuda = torch.cuda.is_available()
+    out.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b" if cuda else "tiny")
+    out.add_argument("--layers", type=int, default=0, help="blocks; 0 = all of the shape")
+    out.add_argument("--device", default="cuda" if cuda else "cpu")
+    out.add_argument("--data_dir", default=str(archive) if archive.exists() else "", help="ml-1m.zip; empty = random ids")
+    out.add_argument("--prompt", type=int, default=400, help="prompt length of random ids")
+    out.add_argument("--completion", type=int, default=12, help="completion length of random ids, EOS included")
+    for name, default in defaults.items():
+        out.add_argument(f"--{name}", type=int, default=default)
+    return out
+
+
+def dtype_of(args) -> torch.dtype:
+    return torch.bfloat16 if args.device == "cuda" else torch.float32
+
+
+def make_model(args, lora: bool = True) -> Transformer:
+    """Random weights straight on the device, and an adapter away from its start, where half of its gradients are zero."""
+    config = SHAPES[args.shape]
+    if args.layers:
+        config = ModelConfig(**vars(config) | {"num_hidden_layers": args.layers})
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype_of(args))
+    with torch.device(args.device):
+        model = Transformer(config)
+    torch.set_default_dtype(torch.float32)
+    model.inv_freq = model.inv_freq.to(args.device)
+    if lora:
+        apply_lora(model, r=8, lora_alpha=32, target_modules=TARGET_MODULES)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.02)
+    return model
+
+
+def movielens(args, count: int):
+    """(encoded training examples, tokenizer) of the first `count` drawn; cut with 8,000 tokens made from the data."""
+    scratch = Path(tempfile.gettempdir()) / "recpo-bench"
+    prepared = prepare(DataConfig(dataset="movielens", data_dir=args.data_dir, train_size=3000, prepared_dir=str(scratch)))
+    base = scratch / "tokenizer"
+    if not (base / "tokenizer.json").exists():
+        make_base_model(base, prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=8000, seed=0)
+    tokenizer = Tokenizer(base)
+    prepared.splits["train"] = prepared.splits["train"].select(np.arange(count))
+    prepared.hash = f"{prepared.hash}-{count}"
+    return encode_split(prepared, "train", tokenizer, 1024), tokenizer
+
+
+def examples(args, count: int, num_completions: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Prompts and completions, chosen first: MovieLens-1M's, or random ids."""
+    if args.data_dir:
+        encoded, _ = movielens(args, count)
+        slots = np.concatenate([encoded.examples.target[:, None], encoded.examples.negatives(num_completions - 1)], 1)
+        return [p.tolist() for p in encoded.prompts], [encoded.slots(e, slots[e]) for e in range(count)]
+    generator = torch.Generator().manual_seed(2)
+
+    def ids(length):
+        return torch.randint(SHAPES[args.shape].vocab_size, (length,), generator=generator).tolist()
+
+    prompts = [ids(args.prompt) for _ in range(count)]
+    return prompts, [[ids(args.completion) for _ in range(num_completions)] for _ in prompts]
+
+
+def tree_of(args, prompts, completions):
+    return build_tree(prompts, completions).to(args.device)
+
+
+def one_process() -> None:
+    """The process group that train_step expects."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each way, run in turn in one process: what slows the machine down slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()  # warm up: allocations, compilation
+    for _ in range(repeats):
+        for name, way in ways.items():
+            synchronize()
+            start = time.perf_counter()
+            way()
+            synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_mib(way: Callable) -> float:
+    """MiB that `way` adds at its peak. On a CPU this is the process's high-water mark: one call per process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _high_water()
+    way()
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    """VmHWM in MiB (getrusage would start from the parent's peak)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def in_fresh_process(argv: list[str], launcher: list[str] | None = None) -> float:
+    """The last number that this script prints when it is started again with these arguments."""
+    command = [*(launcher or [sys.executable]), *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def matrix_rate(args, M: int, repeats: int = 20) -> float:
+    """FLOP/s of a GEMM (M, D) x (D, F), the largest projection of the shape: what the machine can do."""
+    config = SHAPES[args.shape]
+    a = torch.randn(M, config.hidden_size, device=args.device, dtype=dtype_of(args))
+    b = torch.randn(config.hidden_size, config.intermediate_size, device=args.device, dtype=dtype_of(args))
+    seconds = interleaved({"gemm": lambda: a @ b}, repeats)["gemm"]
+    return 2 * M * config.hidden_size * config.intermediate_size / seconds
+
+
+# ------------------------------------------------------------------------------------------------ printing
+def header(title: str, args, note: str = "") -> None:
+    """What was measured, where, and at which commit."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(
+        f"# {title}\n\n`python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`".rstrip(" `")
+        + "`\n"
+    )
+    print(f"{machine}, torch {torch.__version__}, commit {commit}{' + changes' if changed else ''}. {note}\n")
+
+
+def table(columns: list[str], rows: list[list]) -> None:
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+    print(flush=True)
