@@ -49,6 +49,7 @@ def parser(description: str, **defaults) -> argparse.ArgumentParser:
     out.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b" if cuda else "tiny")
     out.add_argument("--layers", type=int, default=0, help="blocks; 0 = all of the shape")
     out.add_argument("--device", default="cuda" if cuda else "cpu")
+    out.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
     out.add_argument("--data_dir", default=str(archive) if archive.exists() else "", help="ml-1m.zip; empty = random ids")
     out.add_argument("--prompt", type=int, default=400, help="prompt length of random ids")
     out.add_argument("--completion", type=int, default=12, help="completion length of random ids, EOS included")
@@ -58,7 +59,7 @@ def parser(description: str, **defaults) -> argparse.ArgumentParser:
 
 
 def dtype_of(args) -> torch.dtype:
-    return torch.bfloat16 if args.device == "cuda" else torch.float32
+    return getattr(torch, args.dtype)
 
 
 def make_model(args, lora: bool = True) -> Transformer:

@@ -1,0 +1,161 @@
+"""How the time of a RecPO step grows: with prompt length, negatives, micro-batch tokens, vocabulary and processes.
+
+    python bench/scaling.py
+
+Random ids of fixed lengths, so that one thing changes at a time. "linear fit" is the straight line through (tree tokens,
+time) of its table; the last column says how far each point lies from it. Attention makes the time of longer prompts grow
+faster than linearly, all else is linear. Processes share the machine's cores.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from harness import (
+    SHAPES,
+    examples,
+    header,
+    in_fresh_process,
+    interleaved,
+    make_model,
+    one_process,
+    parser,
+    synchronize,
+    table,
+    tree_of,
+)
+
+from common import setup_distributed
+from losses import recpo_loss
+from train import TrainConfig, shard, train_step
+
+
+class Step:
+    """One optimizer step of RecPO on `prompts` random prompts, `micro_batch` at a time."""
+
+    def __init__(self, args, model, length: int, K: int, prompts: int, micro_batch: int = 0):
+        args.prompt = length
+        drawn = examples(args, prompts, 1 + K)
+        size = micro_batch or prompts
+        self.trees = [tree_of(args, *(part[i : i + size] for part in drawn)) for i in range(0, prompts, size)]
+        self.tokens = sum(tree.input_ids.numel() for tree in self.trees)
+        self.model, self.prompts = model, prompts * dist.get_world_size()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+        self.config = TrainConfig()
+
+    def compute(self, tree):
+        logps = tree.sum_logps(self.model(tree)[0])
+        margins = torch.full((len(logps), logps.shape[1] - 1), 6.0, device=logps.device)
+        loss = recpo_loss(logps, logps.detach(), margins, beta=1.0)[0].sum() / self.prompts
+        return loss, {"loss": (loss.detach(), 1.0)}
+
+    def __call__(self) -> None:
+        train_step(self.model, self.optimizer, self.trees, self.compute, 1e-5, self.config).read()
+
+
+def print_fit(column: str, steps: dict, seconds: dict, relative_to=None) -> None:
+    """One table, with the straight line through its points."""
+    tokens = np.array([steps[name].tokens for name in steps])
+    times = np.array([seconds[name] for name in steps])
+    slope, start = np.polyfit(tokens, times, 1)
+    fitted = start + slope * tokens
+    share = 1 - ((times - fitted) ** 2).sum() / ((times - times.mean()) ** 2).sum()
+    base = seconds[relative_to if relative_to is not None else next(iter(steps))]
+    rows = [
+        [name, n, f"{1000 * t:.0f}", f"{t / base:.2f}", f"{1e6 * t / n:.0f}", f"{100 * (t / f - 1):+.0f} %"]
+        for name, n, t, f in zip(steps, tokens, times, fitted, strict=True)
+    ]
+    table([column, "tree tokens", "median ms", "relative", "µs per token", "from the linear fit"], rows)
+    print(f"linear fit: {1000 * start:.0f} ms + {1e6 * slope:.0f} µs per tree token, R² = {share:.4f}", end="")
+    if len(steps) > 4:
+        curved = np.polyval(np.polyfit(tokens, times, 2), tokens)
+        share = 1 - ((times - curved) ** 2).sum() / ((times - times.mean()) ** 2).sum()
+        print(f"; with a quadratic part R² = {share:.4f}", end="")
+    print("\n", flush=True)
+
+
+def rank_worker(args) -> None:
+    """One of --of_ranks processes: the median step time, each with its own prompts; printed by rank 0."""
+    rank, world_size, device = setup_distributed()
+    torch.set_num_threads(args.threads)
+    model = make_model(args).train()
+    shard(model, TrainConfig(shard=args.shard), device, world_size)
+    step = Step(args, model, 512, 3, prompts=8 // world_size)
+    times = []
+    for _ in range(args.repeats + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    if rank == 0:
+        print(statistics.median(times[1:]), flush=True)
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=5, of_ranks=0, threads=1)
+    options.add_argument("--shard", choices=("none", "full"), default="none")
+    args = options.parse_args()
+    args.data_dir = ""  # fixed lengths
+    if args.of_ranks:
+        rank_worker(args)
+        return
+    one_process()
+    config = SHAPES[args.shape]
+    note = f"Shape {args.shape} ({config.num_hidden_layers} layers of {config.hidden_size}, V = {config.vocab_size}), "
+    note += f"completions of {args.completion} tokens. Each table is one interleaved run."
+    header("How a RecPO step grows", args, note)
+    model = make_model(args).train()
+
+    steps = {n: Step(args, model, 512, 3, n) for n in (1, 2, 4, 6, 8)}
+    print_fit("prompts of 512, K = 3", steps, interleaved(steps, args.repeats))
+    steps = {length: Step(args, model, length, 3, 2) for length in (128, 256, 512, 1024, 2048)}
+    print_fit("prompt tokens, 2 prompts, K = 3", steps, interleaved(steps, args.repeats))
+    steps = {K: Step(args, model, 512, K, 2) for K in (1, 3, 7, 15)}
+    print_fit("K, 2 prompts of 512", steps, interleaved(steps, args.repeats), relative_to=3)
+
+    steps = {f"{8 // n} × {n} prompts": Step(args, model, 512, 3, 8, n) for n in (1, 2, 4, 8)}
+    seconds = interleaved(steps, args.repeats)
+    base = seconds["1 × 8 prompts"]
+    rows = [[name, steps[name].tokens // (8 // n), f"{1000 * seconds[name]:.0f}", f"{seconds[name] / base:.2f}"]
+            for name, n in zip(steps, (1, 2, 4, 8), strict=True)]  # fmt: skip
+    table(["micro-batches of a step", "tokens each", "median ms", "relative"], rows)
+
+    if args.device == "cpu":
+        vocabularies = (8000, 32000, 64000, 128256)
+        models = {V: make_model_of(args, V).train() for V in vocabularies}
+        steps = {V: Step(args, models[V], 512, 3, 2) for V in vocabularies}
+        seconds = interleaved(steps, args.repeats)
+        hidden_flops = {V: 4 * len(steps[V].trees[0].labels) * config.hidden_size * V / 1e9 for V in vocabularies}
+        rows = [[f"{V:,}", f"{1000 * seconds[V]:.0f}", f"{seconds[V] / seconds[8000]:.2f}", f"{hidden_flops[V]:.1f}"]
+                for V in vocabularies]  # fmt: skip
+        table(["vocabulary, 2 prompts of 512", "median ms", "relative", "GFLOP of the head"], rows)
+        del models, steps
+
+    rows = []
+    script, passed = sys.argv[0], sys.argv[1:]
+    for ranks, threads, mode in ((1, 1, "none"), (1, 2, "none"), (2, 1, "none"), (2, 1, "full")):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        worker = [script, *passed, "--of_ranks", str(ranks), "--threads", str(threads), "--shard", mode]
+        rows.append([ranks, threads if args.device == "cpu" else "", mode, in_fresh_process(worker, launcher)])
+    base = rows[0][3]
+    rows = [[*row[:3], f"{1000 * row[3]:.0f}", f"{base / row[3]:.2f}"] for row in rows]
+    table(["processes", "threads each", "--shard", "median ms, 8 prompts of 512", "times faster"], rows)
+
+
+def make_model_of(args, vocab_size: int):
+    """The same blocks with another vocabulary."""
+    SHAPES["other"] = replace(SHAPES[args.shape], vocab_size=vocab_size)
+    shape, args.shape = args.shape, "other"
+    model = make_model(args)
+    args.shape = shape
+    return model
+
+
+if __name__ == "__main__":
+    main()
