@@ -172,10 +172,11 @@ def in_fresh_process(argv: list[str], launcher: list[str] | None = None) -> floa
 
 
 def matrix_rate(args, M: int, repeats: int = 20) -> float:
-    """FLOP/s of a GEMM (M, D) x (D, F), the largest projection of the shape: what the machine can do."""
+    """FLOP/s of a GEMM (M, D) x (D, F), the largest projection of the shape: what the machine can do. On a CPU in fp32."""
     config = SHAPES[args.shape]
-    a = torch.randn(M, config.hidden_size, device=args.device, dtype=dtype_of(args))
-    b = torch.randn(config.hidden_size, config.intermediate_size, device=args.device, dtype=dtype_of(args))
+    dtype = dtype_of(args) if args.device == "cuda" else torch.float32
+    a = torch.randn(M, config.hidden_size, device=args.device, dtype=dtype)
+    b = torch.randn(config.hidden_size, config.intermediate_size, device=args.device, dtype=dtype)
     seconds = interleaved({"gemm": lambda: a @ b}, repeats)["gemm"]
     return 2 * M * config.hidden_size * config.intermediate_size / seconds
 

@@ -14,11 +14,12 @@ Errors are the largest difference of a log-prob from float64, on the very same i
 up to about 20. The head is frozen for all, as in LoRA training; rates count the two GEMMs that are needed.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import SHAPES, dtype_of, header, interleaved, matrix_rate, parser, peak_mib, table
+from harness import SHAPES, dtype_of, header, in_fresh_process, interleaved, matrix_rate, parser, peak_mib, table
 
 from kernels.logps import label_logps, mm_fp32
 
@@ -97,7 +98,8 @@ def gradient_call(way, hidden, weight, labels, upstream) -> Callable:
 
 def main() -> None:
     options = parser(__doc__, repeats=7)
-    options.add_argument("--rows", default="", help="comma-separated M; empty = 64 to 8,192 on a GPU, to 832 on a CPU")
+    options.add_argument("--rows", default="", help="comma-separated M; empty = 64 to 8,192 on a GPU, to 4,096 on a CPU")
+    options.add_argument("--peak_of", default="", help="print the peak memory of one way at the first of --rows and stop")
     args = options.parse_args()
     config, cuda = SHAPES[args.shape], args.device == "cuda"
     D, V = config.hidden_size, config.vocab_size
@@ -109,10 +111,16 @@ def main() -> None:
     )
     ways |= peers()
     weight = (torch.randn(V, D, device=args.device) * D**-0.5).to(dtype_of(args))
+    counts = [int(m) for m in args.rows.split(",") if m] or [64, 208, 416, 832, 4096] + [8192] * cuda
+    if args.peak_of:
+        hidden = torch.randn(counts[0], D, device=args.device).to(dtype_of(args))
+        labels = torch.randint(V, (counts[0],), device=args.device)
+        upstream = torch.randn(counts[0], device=args.device)
+        print(peak_mib(gradient_call(ways[args.peak_of], hidden, weight, labels, upstream)))
+        return
     rate = matrix_rate(args, 4096)
     note = f"D = {D}, V = {V}, {dtype_of(args)}; one large GEMM: {rate / 1e12:.2f} TFLOP/s."
     header("The head, forward + backward, frozen", args, note)
-    counts = [int(m) for m in args.rows.split(",") if m] or [64, 208, 416, 832] + [4096, 8192] * cuda
     for M in counts:
         hidden = (torch.randn(M, D, device=args.device) * 3.5).to(dtype_of(args))
         labels = torch.randint(V, (M,), device=args.device)
@@ -128,7 +136,11 @@ def main() -> None:
                 continue
             calls[name] = call
             errors[name] = f"{(result.double() - exact).abs().max():.1e}" if len(result) == M else "only a sum"
-            peaks[name] = f"{peak_mib(call):.0f}" if cuda else ""
+            if cuda:
+                peaks[name] = f"{peak_mib(call):.0f}"
+            elif name != "compiled":  # a fresh process would show the compiler's memory
+                argv = [sys.argv[0], *sys.argv[1:], "--rows", str(M), "--peak_of", name]
+                peaks[name] = f"{in_fresh_process(argv):.0f}"
         seconds = interleaved(calls, args.repeats)
         first, floor = seconds["here (walk)"], 4 * M * D * V / rate
         rows = []
@@ -136,7 +148,7 @@ def main() -> None:
             if name in seconds:
                 s = seconds[name]
                 rows.append(
-                    [name, f"{1000 * s:.2f}", f"{s / first:.2f}", f"{100 * floor / s:.0f} %", peaks[name], errors[name]]
+                    [name, f"{1000 * s:.2f}", f"{s / first:.2f}", f"{100 * floor / s:.0f} %", peaks.get(name, ""), errors[name]]
                 )
             else:
                 rows.append([name, "", "", "", "", errors[name]])
