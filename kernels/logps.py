@@ -17,7 +17,8 @@ accumulates d weight.
 
 How large a slab is: a logit takes 4 bytes, its exponential, the weight of the second GEMM, as many as an element of
 `hidden`. A slab is as many rows of the head as keep M of both within SLAB_BYTES, in whole multiples of MIN_SLAB. So
-scratch memory never depends on the vocabulary, and up to some 650 rows an 8B model's head is a single slab.
+scratch memory never depends on the vocabulary, and up to some 650 rows an 8B model's head is a single slab. (Half-precision
+inputs on a CPU are upcast besides: 4 D bytes for each row of the slab.)
 
 impl   "reference"  three lines of plain PyTorch, the definition of correct
        "slabs"      the walk in PyTorch, for the CPU
@@ -51,13 +52,17 @@ def label_logps(
         raise ValueError(f"expected hidden (M, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"expected labels of shape ({hidden.shape[0]},), got {tuple(labels.shape)}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}")
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}: use one of {', '.join(IMPLS)}")
     if impl == "reference":
         return label_logps_reference(hidden, weight, labels)
     if impl == "auto":
         impl = "triton" if hidden.is_cuda and HAS_TRITON else "slabs"
-    return _LabelLogps.apply(hidden, weight, labels, impl)
+    # a frozen head's gradient is formed in the forward pass; "fused" never has the exponentials that it takes
+    form_gradient = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad and impl != "fused"
+    return _LabelLogps.apply(hidden, weight, labels, impl, form_gradient)
 
 
 def label_logps_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,9 +74,14 @@ def label_logps_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tup
 
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with fp32 sums and fp32 output, never rounded to the dtype of the inputs."""
-    if b.is_cuda and b.dtype != torch.float32:
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)  # products of two bf16 numbers are exact in fp32
+    if b.is_cuda and a.dtype == b.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)  # products of two bf16 numbers are exact in fp32
     return a.float() @ b.float()  # on CPU an fp32 GEMM is 5-7 times faster than a bf16 one
+
+
+def _gemm_dtype(hidden: Tensor) -> torch.dtype:
+    """What fp32 weights of a GEMM with the head are rounded to: on a GPU the head's dtype, or the GEMM would be a slow one."""
+    return hidden.dtype if hidden.is_cuda else torch.float32
 
 
 def _slabs(num_rows: int, vocab_size: int, element_size: int) -> list[tuple[int, int]]:
@@ -109,9 +119,8 @@ def _slab_statistics(
 
 class _LabelLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, impl: str):
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, impl: str, grad_in_forward: bool):
         M, D = hidden.shape
-        grad_in_forward = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] and impl != "fused"
         statistics = _slab_statistics
         if impl in ("triton", "fused"):
             from kernels import logps_triton
@@ -132,7 +141,7 @@ class _LabelLogps(torch.autograd.Function):
                 tile, new_max, probs = statistics(logits, labels, label_logits, start, running_max, probs_dtype)
                 tiles.append(tile)
                 if grad_in_forward:
-                    others.mul_(torch.exp(running_max - new_max)[:, None]).add_(mm_fp32(probs, slab))
+                    others.mul_(torch.exp(running_max - new_max)[:, None]).add_(mm_fp32(probs.to(_gemm_dtype(hidden)), slab))
                 running_max = new_max
 
         tile_max, tile_sum, tile_best = (torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True))  # (M, T)
@@ -158,20 +167,21 @@ class _LabelLogps(torch.autograd.Function):
     def backward(ctx, grad_logps: Tensor, _):
         if ctx.grad_in_forward:
             (row_grads,) = ctx.saved_tensors
-            return (grad_logps[:, None] * row_grads).to(ctx.dtype), None, None, None
-        # d logp_n / d logits_n = onehot(label_n) - softmax_n, slab by slab
+            return (grad_logps[:, None] * row_grads).to(ctx.dtype), None, None, None, None
+        # d logp_n / d logits_n = onehot(label_n) - softmax_n, slab by slab; the upstream gradient scales whole rows
         hidden, weight, labels, max_logit, total, rest = ctx.saved_tensors
-        rows = torch.arange(len(hidden), device=hidden.device)
+        rows, gemm_dtype = torch.arange(len(hidden), device=hidden.device), _gemm_dtype(hidden)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        scaled_hidden = (grad_logps[:, None] * hidden.float()).to(gemm_dtype)
         for start, stop in _slabs(len(hidden), weight.shape[0], hidden.element_size()):
             slab = weight[start:stop]
             dlogits = mm_fp32(hidden, slab.T).sub_(max_logit[:, None]).exp_().div_(-total[:, None])  # (M, S)
             in_slab = (labels >= start) & (labels < stop)
             index = torch.where(in_slab, labels - start, 0)
             dlogits[rows, index] = torch.where(in_slab, rest, dlogits[rows, index])
-            dlogits *= grad_logps[:, None]
+            dlogits = dlogits.to(gemm_dtype)
             grad_hidden.add_(mm_fp32(dlogits, slab))
             if grad_weight is not None:
-                grad_weight[start:stop] = mm_fp32(dlogits.T, hidden)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+                grad_weight[start:stop] = mm_fp32(dlogits.T, scaled_hidden)
+        return (grad_logps[:, None] * grad_hidden).to(hidden.dtype), grad_weight, None, None, None

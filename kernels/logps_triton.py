@@ -109,11 +109,11 @@ def _tile(M: int) -> dict:
     return {"ROWS": 1, "COLS": 4096, "num_warps": 8}
 
 
-def _fused_tile(M: int) -> dict:
+def _fused_tile(M: int, element_size: int) -> dict:
     """Tile of the fused kernel: its fp32 sums fill 64 registers of each of 128 threads, and few rows make V / 128 programs."""
     if INTERPRETED:
         return {"ROWS": min(32, triton.next_power_of_2(M)), "COLS": 4096, "INNER": 32}
-    return {"ROWS": 64, "COLS": 128, "INNER": 64}
+    return {"ROWS": 64, "COLS": 128, "INNER": 128 // element_size}  # 128 bytes of each row: fits every GPU's shared memory
 
 
 def _grid_and_tiles(M: int, width: int, tile: dict, device) -> tuple:
@@ -137,12 +137,13 @@ def slab_statistics(
     tile = _tile(M)
     grid, tiles = _grid_and_tiles(M, S, tile, logits.device)
     labels = labels.contiguous()
-    _statistics_kernel[grid](logits, labels, *tiles, label_logits, M, S, start, grid[1], **tile)
-    new_max = torch.maximum(running_max, tiles[0].amax(dim=1))
-    if probs_dtype is None:
-        return tiles, new_max, None
-    probs = torch.empty_like(logits, dtype=probs_dtype)
-    _exponentials_kernel[grid](logits, labels, new_max, probs, M, S, start, **tile)
+    with torch.cuda.device_of(logits):  # Triton launches on the current GPU
+        _statistics_kernel[grid](logits, labels, *tiles, label_logits, M, S, start, grid[1], **tile)
+        new_max = torch.maximum(running_max, tiles[0].amax(dim=1))
+        if probs_dtype is None:
+            return tiles, new_max, None
+        probs = torch.empty_like(logits, dtype=probs_dtype)
+        _exponentials_kernel[grid](logits, labels, new_max, probs, M, S, start, **tile)
     return tiles, new_max, probs
 
 
@@ -150,10 +151,9 @@ def fused_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, label_logit
     """Statistics of the whole vocabulary, (M, T) each, straight from hidden (M, D) and weight (V, D)."""
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     (M, D), V = hidden.shape, weight.shape[0]
-    tile = _fused_tile(M)
+    tile = _fused_tile(M, hidden.element_size())
     grid, tiles = _grid_and_tiles(M, V, tile, hidden.device)
-    strides = (hidden.stride(0), weight.stride(0))
-    _fused_kernel[grid](
-        hidden, weight, labels.contiguous(), *tiles, label_logits, M, D, V, grid[1], *strides, UPCAST=INTERPRETED, **tile
-    )
+    sizes = (M, D, V, grid[1], hidden.stride(0), weight.stride(0))
+    with torch.cuda.device_of(hidden):
+        _fused_kernel[grid](hidden, weight, labels.contiguous(), *tiles, label_logits, *sizes, UPCAST=INTERPRETED, **tile)
     return tiles

@@ -146,7 +146,9 @@ def test_gradients_equal_float64(impl, device, dtype, shape, trained, slab, monk
     actual = gradients(impl, hidden, weight, labels, upstream, **which)
     # the interpreter cuts a bf16 number off instead of rounding it
     cut = dtype == torch.bfloat16 and impl == "triton" and device == "cpu" and trained == "hidden"
-    factors = (4.0 if cut else 2.0, 2.0)
+    # the yardstick multiplies upcast numbers; a trained head's gradient takes GEMMs in the head's own dtype on a GPU
+    rounded = "weight" in trained and dtype != torch.float32 and logps._gemm_dtype(hidden) == dtype
+    factors = (4.0 if cut or rounded else 2.0, 4.0 if rounded else 2.0)
     for a, n, e, factor in zip(actual, naive, exact, factors, strict=True):
         assert (a is None) == (e is None)
         if e is not None:
@@ -160,6 +162,35 @@ def test_gradients_equal_float64(impl, device, dtype, shape, trained, slab, monk
 def test_gradients_of_a_wide_frozen_head_equal_float64(impl, device, dtype, shape, monkeypatch):
     """The same on the vocabularies of real models, for the way that every preference step takes."""
     test_gradients_equal_float64(impl, device, dtype, shape, "hidden", None, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trained", ["hidden", "hidden and weight"])
+def test_gradients_through_half_precision_gemms_equal_float64(trained, dtype, monkeypatch):
+    """As on a GPU, where the weights of the second GEMM are rounded to the head's dtype."""
+    monkeypatch.setattr(logps, "_gemm_dtype", lambda hidden: hidden.dtype)
+    test_gradients_equal_float64("slabs", "cpu", dtype, SHAPES[3], trained, 333, monkeypatch)
+
+
+@pytest.mark.parametrize("impl, device", WALKS)
+def test_without_gradients_there_is_one_gemm_per_slab(impl, device, monkeypatch):
+    """Under no_grad, and where nobody asks for a gradient, the second GEMM is not run."""
+    hidden, weight, labels = inputs(5, 8, 1001, device=device)
+    slabs_of(monkeypatch, 500)
+    calls = []
+    monkeypatch.setattr(logps, "mm_fp32", lambda a, b: calls.append(1) or mm_fp32(a, b))
+    label_logps(hidden, weight, labels, impl=impl)
+    with torch.no_grad():
+        label_logps(hidden.requires_grad_(), weight, labels, impl=impl)
+    assert len(calls) == 2 * 3
+    label_logps(hidden, weight, labels, impl=impl)
+    assert len(calls) == 2 * 3 + 2 * 3
+
+
+def test_mixed_dtypes_are_refused():
+    """A head in another dtype than its rows would be rounded silently somewhere: a ValueError that names both."""
+    with pytest.raises(ValueError, match="float32 and torch.bfloat16"):
+        label_logps(torch.zeros(2, 4), torch.zeros(9, 4, dtype=torch.bfloat16), torch.tensor([1, 2]))
 
 
 def test_rows_without_upstream_gradient_get_none():
