@@ -23,6 +23,7 @@ from harness import (
     table,
     tree_of,
 )
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from losses import recpo_loss
@@ -96,7 +97,9 @@ def main() -> None:
     tree = tree_of(args, prompts, completions)
     times, flops = defaultdict(float), defaultdict(float)
     for event in profiled.key_averages(group_by_input_shape=True):
-        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if event.device_type != DeviceType.CPU:  # kernels: their time stands at the operations that launched them, too
+            continue
+        own = event.self_cpu_time_total if "loader" in event.key or not cuda else event.self_device_time_total
         part = part_of(event.key, event.input_shapes or [], config, len(tree.labels))
         times[part] += own / 1e6 / args.repeats
         flops[part] += gemm_flops(event.key, [s for s in event.input_shapes or [] if s]) * event.count / args.repeats
@@ -113,6 +116,8 @@ def main() -> None:
         reached = flops[part] / times[part] if times[part] else 0
         rows.append([part, f"{100 * times[part] / total:.1f} %", f"{flops[part] / 1e9:.1f}" if flops[part] else ""])
         rows[-1].append(f"{100 * reached / rate:.0f} %" if flops[part] else "")
+    if cuda:
+        rows.append(["GPU idle", f"{100 * (1 - total / seconds):.1f} % of the step", "", ""])
     reached = sum(flops.values()) / seconds
     rows.append(["whole step", "100 %", f"{sum(flops.values()) / 1e9:.1f}", f"{100 * reached / rate:.0f} %"])
     table(["part", "share of time", "GEMM GFLOP", "of the machine's matrix rate"], rows)

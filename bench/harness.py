@@ -117,7 +117,8 @@ def tree_of(args, prompts, completions):
 def one_process() -> None:
     """The process group that train_step expects."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -151,14 +152,15 @@ def peak_mib(way: Callable) -> float:
         way()
         synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _high_water()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held now
+    before = _status("VmRSS")
     way()
-    return _high_water() - before
+    return _status("VmHWM") - before
 
 
-def _high_water() -> float:
-    """VmHWM in MiB (getrusage would start from the parent's peak)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+def _status(key: str) -> float:
+    """A line of /proc/self/status in MiB (getrusage would start from the parent's peak)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
 
 

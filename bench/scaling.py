@@ -140,6 +140,8 @@ def main() -> None:
     rows = []
     script, passed = sys.argv[0], sys.argv[1:]
     for ranks, threads, mode in ((1, 1, "none"), (1, 2, "none"), (2, 1, "none"), (2, 1, "full")):
+        if args.device == "cuda" and (ranks > torch.cuda.device_count() or threads > 1):
+            continue
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         worker = [script, *passed, "--of_ranks", str(ranks), "--threads", str(threads), "--shard", mode]
         rows.append([ranks, threads if args.device == "cpu" else "", mode, in_fresh_process(worker, launcher)])

@@ -80,14 +80,14 @@ def usual_logps(model, prompts, completions, device) -> torch.Tensor:
 
 
 class Usual:
-    def __init__(self, ours: Transformer, kind: str, checkpointing: bool):
+    def __init__(self, ours: Transformer, kind: str, checkpointing: bool, reference=None):
         self.kind, self.device = kind, ours.inv_freq.device
         self.model = peft_model(ours)
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         self.model.train()
-        self.reference = peft_model(ours).eval() if kind == "recpo" else None
+        self.reference = reference or (peft_model(ours).eval() if kind == "recpo" else None)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
 
@@ -156,7 +156,8 @@ def moved(model: Transformer) -> None:
 def compare(kind: str, args) -> None:
     prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1)
     model = make_model(args)
-    usual = {name: Usual(model, kind, name == "checkpointed") for name in ("plain", "checkpointed")}
+    usual = {"plain": Usual(model, kind, checkpointing=False)}
+    usual["checkpointed"] = Usual(model, kind, checkpointing=True, reference=usual["plain"].reference)
     here = Here(model, kind, prompts, completions, args)
     if kind == "recpo":
         here.reference_pass()
@@ -181,7 +182,14 @@ def compare(kind: str, args) -> None:
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= args.batch]
     best = {}
     for name, u in usual.items():
-        tried = interleaved({size: lambda size=size, u=u: u.step(prompts, completions, size) for size in sizes}, 1)
+        tried = {}
+        for size in sizes:
+            try:
+                tried |= interleaved({size: lambda size=size, u=u: u.step(prompts, completions, size)}, 1)
+            except torch.OutOfMemoryError:  # larger ones will not fit either
+                u.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                break
         best[name] = min(tried, key=tried.get)
     ways = {name: lambda name=name: usual[name].step(prompts, completions, best[name]) for name in usual}
     ways["here"] = here.step
@@ -189,9 +197,12 @@ def compare(kind: str, args) -> None:
         ways["reference pass"] = here.reference_pass
     seconds = interleaved(ways, args.repeats)
 
-    argv = [sys.argv[0], *sys.argv[1:], "--kind", kind]
-    peak = {name: in_fresh_process([*argv, "--peak_of", name, "--micro_batch", str(best.get(name, 0))])
-            for name in ("plain", "checkpointed", "here")}  # fmt: skip
+    if args.device == "cuda":  # the models fill the GPU, a second process would not fit beside them
+        peak = {name: peak_mib(ways[name]) for name in ("plain", "checkpointed", "here")}
+    else:
+        argv = [sys.argv[0], *sys.argv[1:], "--kind", kind]
+        peak = {name: in_fresh_process([*argv, "--peak_of", name, "--micro_batch", str(best.get(name, 0))])
+                for name in ("plain", "checkpointed", "here")}  # fmt: skip
     what = "transformers + peft, policy and reference" if kind == "recpo" else "transformers + peft"
     rows = [
         [f"{what}, micro-batch {best['plain']}", seconds["plain"], peak["plain"]],
