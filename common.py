@@ -70,11 +70,17 @@ def parse_config(cls, argv=None):
     return cls(**given)
 
 
+class Stopped(Exception):
+    """A run that was asked to stop, has saved its state, and ends well."""
+
+
 def run_cli(main) -> None:
     """Run a script's main(). What a user can cause is one message and exit code 2; the rest keeps its traceback."""
     code = 0
     try:
         main()
+    except Stopped as stop:
+        print0(stop)
     except (ValueError, OSError) as error:
         code = 2
         if os.environ.get("RECPO_TRACEBACK"):

@@ -39,6 +39,7 @@ from data import (
     Tokenizer,
     build_tree,
     encode_examples,
+    encode_split,
     micro_batches,
     prefetch,
     prepare,
@@ -234,9 +235,10 @@ def evaluate(
     decode_rest: bool = True,
     max_length: int = 1024,
     micro_batch_tokens: int = 8192,
+    encoded: Encoded | None = None,  # the examples' tokens, where they are at hand
 ) -> tuple[dict, list[dict]]:
     """Score the given examples in this process: (metrics, predictions). train.py splits them over ranks instead."""
-    encoded = encode_examples(examples, tokenizer, max_length)
+    encoded = encoded or encode_examples(examples, tokenizer, max_length)
     training = model.training
     model.eval()
     device = model.inv_freq.device
@@ -387,7 +389,8 @@ def main() -> None:
             print(f"{name}:\n{recommend(config, model, tokenizer, device)}")
             return
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
-        metrics, records = evaluate(model, tokenizer, prepared.splits[config.split], *options)
+        encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
+        metrics, records = evaluate(model, tokenizer, encoded.examples, *options, encoded)
         rows[name] = metrics | {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name, rows[name], records)

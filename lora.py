@@ -55,15 +55,17 @@ class LoRALinear(nn.Linear):
         dropout = lora[0].dropout if lora[0].training else 0.0  # all adapters of a model share it, and the scaling
         return adapted_projections(x, weights, biases, As, Bs, lora[0].scaling, dropout)
 
-    def reset_parameters(self, name: str, seed: int) -> None:
+    def draw_A(self, name: str, seed: int) -> Tensor:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name) so that every rank starts with the same."""
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         bound = 1 / math.sqrt(self.in_features)
-        drawn = torch.empty(self.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            self.lora_A.weight.copy_(drawn)
-            self.lora_B.weight.zero_()
+        return torch.empty(self.lora_A.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, name: str, seed: int) -> None:
+        self.lora_A.weight.copy_(self.draw_A(name, seed))
+        self.lora_B.weight.zero_()
 
 
 def apply_lora(
@@ -165,6 +167,18 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
     """Put a PEFT adapter on the base model it was trained for, in place; returns the model.
 
     ValueError if it needs something unsupported, was trained on another base, or any key or shape does not match."""
+    settings, tensors = read_adapter(model, path)
+    if lora_dropout is not None:
+        settings["lora_dropout"] = lora_dropout
+    apply_lora(model, **settings)
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        state[name.removeprefix(PEFT_PREFIX)].copy_(tensor)
+    return model
+
+
+def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
+    """(arguments of apply_lora, tensors by PEFT's names) of an adapter, checked against the model, which may be on meta."""
     path = Path(path)
     config = read_adapter_config(path)
     file = path / "adapter_model.safetensors"
@@ -177,9 +191,7 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
         trained_on = config.get("base_model_name_or_path")
         raise ValueError(f"{path}: this adapter was trained on another base ({trained_on}), not on {model.name_or_path}")
 
-    r = config.get("r", 8)
-    dropout = config.get("lora_dropout", 0.0) if lora_dropout is None else lora_dropout
-    targets = config.get("target_modules") or ("q_proj", "v_proj")
+    r, targets = config.get("r", 8), config.get("target_modules") or ("q_proj", "v_proj")
     expected = {}
     for name in _find_targets(model, targets):
         linear = model.get_submodule(name)
@@ -194,11 +206,14 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
             raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs {expected[name]}")
-    apply_lora(model, r, config.get("lora_alpha", 8), dropout, targets, config.get("use_rslora", False))
-    state = model.state_dict()
-    for name, tensor in tensors.items():
-        state[name.removeprefix(PEFT_PREFIX)].copy_(tensor)
-    return model
+    settings = {
+        "r": r,
+        "lora_alpha": config.get("lora_alpha", 8),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "target_modules": targets,
+        "use_rslora": config.get("use_rslora", False),
+    }
+    return settings, tensors
 
 
 def read_adapter_config(path) -> dict:

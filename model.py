@@ -20,7 +20,7 @@ key-value heads, Dh head_dim, V vocab_size, M scored tokens.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -406,24 +406,19 @@ def open_safetensors(file: Path):
         raise ValueError(f"{file}: not a readable safetensors file ({error}); download or save it again") from None
 
 
-def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
-    """Load a Hugging Face directory or hub name; ValueError names the file and the missing, unexpected or misshapen keys."""
-    given, path = str(path), resolve_path(path)
-    config = ModelConfig.from_pretrained(path)
+def check_weights(path: Path, config: ModelConfig) -> dict[str, Path]:
+    """Name -> file of every weight that the architecture needs, without reading them; ValueError names what is wrong."""
     with torch.device("meta"):
-        model = Transformer(config)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        expected = {name: tuple(p.shape) for name, p in Transformer(config).state_dict().items()}
     ignored = {name for name in expected if config.tie_word_embeddings and name == "lm_head.weight"}
     for name in ignored:
         del expected[name]
-
     files = weight_files(path)
     found = {name for name in files if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
     if missing := sorted(expected.keys() - found):
         raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[:3]}")
     if unexpected := sorted(found - expected.keys()):
         raise ValueError(f"{path}: {len(unexpected)} weights do not belong to this architecture, first {unexpected[:3]}")
-
     handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
     for name, shape in expected.items():
         if name not in handles[files[name]].keys():
@@ -431,11 +426,27 @@ def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> T
         stored = tuple(handles[files[name]].get_slice(name).get_shape())
         if stored != shape:
             raise ValueError(f"{files[name]}: {name} has shape {stored}, config.json asks for {shape}")
-    state = {name: handles[files[name]].get_tensor(name).to(device, dtype) for name in expected}
-    model.load_state_dict(state, strict=not ignored, assign=True)
-    if config.tie_word_embeddings:
+    return {name: files[name] for name in expected}
+
+
+def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
+    """Load a Hugging Face directory or hub name; ValueError names the file and the missing, unexpected or misshapen keys."""
+    model = empty_model(path)
+    files = check_weights(model.source, model.config)
+    handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
+    state = {name: handles[file].get_tensor(name).to(device, dtype) for name, file in files.items()}
+    model.load_state_dict(state, strict=not model.config.tie_word_embeddings, assign=True)
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.inv_freq = model.inv_freq.to(device)
+    model.inv_freq = inverse_frequencies(model.config).to(device)
+    return model
+
+
+def empty_model(path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The architecture of a checkpoint on the `meta` device: shapes without memory."""
+    given, path = str(path), resolve_path(path)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_pretrained(path)).to(dtype)
     model.source, model.name_or_path = path, given
     return model
 
@@ -454,40 +465,54 @@ def init_weights(config: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-def save_pretrained(model: Transformer, path, state: dict[str, Tensor] | None = None, shard_bytes: int = 5 * 10**9) -> None:
+def save_pretrained(
+    model: Transformer,
+    path,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    shard_bytes: int = 5 * 10**9,
+    write: bool = True,
+) -> None:
     """Write config.json and safetensors that transformers 4 and 5 read. Tokenizer files are the caller's to copy.
 
-    `state` overrides the weights (gathered ones, when the model is sharded). Shards above `shard_bytes` are split."""
+    `tensors` overrides the weights, one after the other (whole ones gathered from a sharded model, where every rank calls
+    this and only the one with `write` writes). Files above `shard_bytes` are split; one file's tensors are in memory."""
     path = Path(path)
-    state = dict(model.state_dict() if state is None else state)
-    if any(".lora_" in name for name in state):
+    shapes = dict(model.state_dict())
+    if any(".lora_" in name for name in shapes):
         raise ValueError("the model carries LoRA adapters: save_adapter writes them, merge_lora folds them in first")
     if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    path.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_dict() | {"torch_dtype": dtype, "dtype": dtype}
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shapes.pop("lm_head.weight", None)
+    files, sizes = [[]], [0]  # which tensors go into which file
+    for name, tensor in shapes.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if sizes[-1] + nbytes > shard_bytes and files[-1]:
+            files.append([])
+            sizes.append(0)
+        files[-1].append(name)
+        sizes[-1] += nbytes
+    dtype = str(next(iter(shapes.values())).dtype).removeprefix("torch.")
+    if write:
+        path.mkdir(parents=True, exist_ok=True)
+        config = model.config.to_dict() | {"torch_dtype": dtype, "dtype": dtype}
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for old in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors", path / "model.safetensors.index.json"):
+            old.unlink(missing_ok=True)  # a reader might prefer them to what is written now
 
-    for old in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors", path / "model.safetensors.index.json"):
-        old.unlink(missing_ok=True)  # a reader might prefer them to what is written now
-    shards, size = [{}], 0
-    for name, tensor in state.items():
-        if size + tensor.nbytes > shard_bytes and shards[-1]:
-            shards, size = shards + [{}], 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], path / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, path / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.nbytes for t in state.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    of_file = {name: file for file, group in zip(names, files, strict=True) for name in group}
+    held: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items() if tensors is None else tensors:
+        if name not in of_file or not write:
+            continue
+        held[name] = tensor.detach().cpu().contiguous()
+        if len(held) == len(files[names.index(of_file[name])]):  # tensors come in the order of the files
+            save_file(held, path / of_file[name], metadata={"format": "pt"})
+            held = {}
+    if write and len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": of_file}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ generation

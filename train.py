@@ -13,18 +13,22 @@ The reference policy is the policy before its first step, so its log-probs are c
 is no second model. Every rank draws the same global batch from (seed, epoch, step) and takes its share, so that any
 number of processes and micro-batches gives the same update.
 
-Left out for now: checkpoints inside a stage, other sharding modes than full, quantised weights.
+`--save_steps` leaves checkpoints inside a stage (checkpoint.py), SIGTERM one at the next step; `--resume auto` goes on.
+
+Left out: quantised weights, sharding of a single tensor over several machines' optimizers.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +36,28 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from baselines import counting_baselines, ranking_metrics
-from common import any_rank, arg, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed
+from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
+from common import Stopped, any_rank, arg, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed
 from data import DataConfig, Encoded, Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
 from eval import check_choice, load_stage, predict, results_table, save_predictions, summarise
-from lora import TARGET_MODULES, apply_lora, base_fingerprint, load_adapter, merge_lora, read_adapter_config, save_adapter
+from lora import TARGET_MODULES, apply_lora, base_fingerprint, read_adapter, read_adapter_config, save_adapter
 from losses import MARGINS
-from model import Transformer, load_pretrained, resolve_path, save_pretrained
+from model import Transformer, empty_model, resolve_path, save_pretrained
 from objectives import PREFERENCE_LOSSES, SFT, MicroBatch, Preference
 from planted import World, bayes_scores
+from sharding import (
+    fill_adapter,
+    gathered,
+    init_adapter,
+    local,
+    materialize,
+    merged_on_reading,
+    read_weights,
+    shard,
+)
 from tiny import CopyTask, make_base_model
 
 DEMO = Path(__file__).parent / "configs" / "demo.json"
@@ -95,14 +108,25 @@ class TrainConfig(DataConfig):
     weight_decay: float = arg(0.0, "AdamW weight decay")
     adam_beta2: float = arg(0.999, "AdamW second-moment decay")
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off")
-    shard: str = arg("full", "full: split all weights over the processes; none: a replica each, faster where it fits")
+    shard: str = arg(
+        "full", "full: split all weights over the processes; none: a replica each, faster where it fits; hybrid: see next"
+    )
+    shard_group_size: int = arg(0, "hybrid: processes that share one copy; 0 = those of a machine (LOCAL_WORLD_SIZE)")
+    compile: bool = arg(False, "torch.compile each block: some minutes at the start, faster steps on a GPU")
     gradient_checkpointing: bool = arg(False, "recompute each block in backward: less memory, about a third slower")
     max_length: int = arg(1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history")
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
     decode: str = arg("greedy", "how test answers are found: greedy (one pass), generate, trie", group="evaluation and output")
     decode_rest: bool = arg(True, "generate an answer where no candidate verifies; off: count it invalid")
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
-    resume: str = arg("", "auto: go on with the first unfinished stage of output_dir")
+    save_steps: int = arg(0, "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)")
+    save_total_limit: int = arg(2, "checkpoints kept per stage")
+    resume: str = arg(
+        "", "auto: go on with the first unfinished stage of output_dir, from its newest whole checkpoint; or a checkpoint"
+    )
+    max_skipped_steps: int = arg(
+        0, "steps with a loss or gradient that is not finite which may be left out; one more stops the run"
+    )
     logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step")
 
     def __post_init__(self):
@@ -115,13 +139,15 @@ class TrainConfig(DataConfig):
         check_choice(self, "margin", MARGINS)
         check_choice(self, "negative_source", ("both", "random", "follow"))
         check_choice(self, "decode", ("greedy", "generate", "trie"))
-        check_choice(self, "resume", ("", "auto"))
-        check_choice(self, "shard", ("full", "none"))
+        check_choice(self, "shard", ("full", "none", "hybrid"))
+        if self.resume not in ("", "auto") and not Path(self.resume).is_dir():
+            raise ValueError(f"--resume is auto or the folder of a checkpoint, got {self.resume!r}")
         if self.resume and not self.output_dir:
-            raise ValueError("--resume auto needs --output_dir, the run folder to go on with")
+            raise ValueError("--resume needs --output_dir, the run folder to go on with")
         limits = {
-            1: "num_negatives batch_size micro_batch_tokens logging_steps tiny_layers",
-            0: "lora_r margin_lambda sft_weight max_steps copy_steps copy_weight max_grad_norm weight_decay",
+            1: "num_negatives batch_size micro_batch_tokens logging_steps tiny_layers save_total_limit",
+            0: "lora_r margin_lambda sft_weight max_steps copy_steps copy_weight max_grad_norm weight_decay save_steps "
+            "max_skipped_steps shard_group_size",
         }
         for least, names in limits.items():
             for name in names.split():
@@ -142,29 +168,35 @@ class TrainConfig(DataConfig):
         return [s.strip() for s in self.stages.split(",") if s.strip()]
 
 
-# ------------------------------------------------------------------------------------------------ the model, sharded
-def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | None, device) -> Transformer:
-    """The stage's starting weights: base, plus the adapter it goes on from or a fresh one."""
+# ------------------------------------------------------------------------------------------------ the model
+def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | None, device) -> tuple[Transformer, int]:
+    """The stage's starting weights, sharded, and the number of replicas: base, plus the adapter it goes on from or a fresh one."""
     r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
-    dtype = stored_dtype(config, device)
-    if r == 0 and dtype == torch.bfloat16:
-        dtype = torch.float32  # full training keeps fp32 weights and computes in bf16 (see shard)
-    model = load_pretrained(base, dtype, device)
+    stored = stored_dtype(config, device)
+    full_bf16 = r == 0 and stored == torch.bfloat16  # full training keeps fp32 weights and computes in bf16
+    model = empty_model(base, torch.float32 if full_bf16 else stored)
     dropout = config.lora_dropout if stage == "sft" else 0.0
+    merge, tensors = {}, {}
     if adapter:
-        load_adapter(model, adapter, lora_dropout=dropout)
-    if r == 0:
-        if adapter:
-            merge_lora(model)
-        model.requires_grad_(True)
-    elif not adapter:
+        settings, tensors = read_adapter(model, adapter)
+        if r > 0:
+            apply_lora(model, **settings | {"lora_dropout": dropout})
+            print0(f"going on with the adapter {adapter}: its own r, alpha and target modules hold, not the options'")
+        else:
+            merge = merged_on_reading(settings, tensors)
+    elif r > 0:
         targets = [t.strip() for t in config.lora_target_modules.split(",")]
-        apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora, config.seed)
-    else:
-        print0(f"going on with the adapter {adapter}: its own r, alpha and target modules hold, not the options'")
+        apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
-    return model
+        if config.compile:
+            block.compute = torch.compile(block.compute, dynamic=True)  # inside the hooks of sharding and checkpointing
+    replicas = shard(model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None)
+    materialize(model, device)
+    read_weights(model, model.source, merge)
+    if r > 0:
+        fill_adapter(model, tensors) if adapter else init_adapter(model, config.seed)
+    return model, replicas
 
 
 def stored_dtype(config: TrainConfig, device) -> torch.dtype:
@@ -173,43 +205,15 @@ def stored_dtype(config: TrainConfig, device) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def shard(model: Transformer, config: TrainConfig, device, world_size: int) -> None:
-    """FSDP2: every block, then the root, is split over the ranks. Gradients are reduced in fp32.
-
-    Nothing is done where each rank keeps a whole replica (one process, --shard none), except that full training in bf16
-    always goes this way, because FSDP keeps its fp32 weights and computes in bf16."""
-    full_bf16 = not getattr(model, "lora_config", None) and stored_dtype(config, device) == torch.bfloat16
-    if (world_size == 1 or config.shard == "none") and not full_bf16:
-        return
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if full_bf16 else None,  # None: frozen bf16 base and fp32 adapters stay as they are
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    for block in model.model.layers:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    for method in ("logits", "decode_step"):
-        register_fsdp_forward_method(model, method)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain one as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_state(model: Transformer) -> dict[str, Tensor]:
-    """The whole trainable state on rank 0's CPU, gathered tensor by tensor; every rank must call it."""
-    wanted = {n: p for n, p in model.state_dict().items() if not getattr(model, "lora_config", None) or ".lora_" in n}
-    state = {}
-    for name, p in wanted.items():
-        whole = p.full_tensor() if isinstance(p, DTensor) else p
-        if is_main():  # eight copies of an 8B model in fp32 would fill the machine
-            state[name] = whole.cpu()
-    return state
-
-
 # ------------------------------------------------------------------------------------------------ one optimizer step
+class NotFinite(ValueError):
+    """Loss or gradient of a step was not finite; its update was left out. `ranks` are those whose own loss was not."""
+
+    def __init__(self, message: str, ranks: list[int]):
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class StepMetrics:
     """Metrics of one step on their way to the host. Reading them one step later never waits for a busy GPU."""
 
@@ -222,24 +226,28 @@ class StepMetrics:
             self.arrived.record()
 
     def read(self) -> dict[str, float]:
-        """ValueError if loss or gradient was not finite: that step's update was left out."""
+        """NotFinite if loss or gradient was not: that step's update was left out."""
         if self.arrived:
             self.arrived.synchronize()
-        metrics = dict(zip(self.names, self.values.tolist(), strict=True)) | {"learning_rate": self.lr}
+        values = self.values.tolist()  # the metrics, then a flag for each rank
+        metrics = dict(zip(self.names, values, strict=False)) | {"learning_rate": self.lr}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise ValueError(
+            raise NotFinite(
                 f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; this update was left out. "
-                "A smaller learning rate or --dtype float32 usually helps"
+                "A smaller learning rate or --dtype float32 usually helps",
+                [rank for rank, flag in enumerate(values[len(self.names) :]) if flag],
             )
         return metrics
 
 
-def train_step(model, optimizer, batches: list, compute: Callable, lr: float, config: TrainConfig) -> StepMetrics:
+def train_step(
+    model, optimizer, batches: list, compute: Callable, lr: float, config: TrainConfig, replicas: int | None = None
+) -> StepMetrics:
     """Accumulate gradients over this rank's micro-batches, clip, step. Returns the metrics of the whole global batch.
 
     `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so micro-batches and ranks add up
-    to one big batch; `sums` maps metric names to (sum, count). Every rank brings equally many batches. Nothing here
-    waits for the GPU."""
+    to one big batch; `sums` maps metric names to (sum, count). Every rank brings equally many batches. `replicas` ranks hold
+    the same rows of a gradient; None: all do. Nothing here waits for the GPU."""
     totals: dict[str, Tensor] = {}
     counts: dict[str, float] = {}
     world_size, sharded = dist.get_world_size(), hasattr(model, "set_requires_gradient_sync")
@@ -261,12 +269,15 @@ def train_step(model, optimizer, batches: list, compute: Callable, lr: float, co
     # costs more than the whole step of a small model.
     gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"]]
     squared_norm = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    if not sharded:
-        squared_norm /= world_size  # every replica holds all of the gradient
-    device_counts = to_device(torch.tensor([1.0 / world_size, *counts.values()], dtype=torch.double), squared_norm.device)
-    reduced = torch.stack([torch.stack([squared_norm, *totals.values()]), device_counts])
+    squared_norm /= replicas or world_size  # so many ranks count the same rows
+    own = [float(rank == dist.get_rank()) for rank in range(world_size)]
+    known = torch.tensor([1.0 / world_size, *counts.values(), *own], dtype=torch.double)
+    known = to_device(known, squared_norm.device)
+    not_finite = (~totals["loss"].isfinite()).double() * known[-world_size:]  # one flag per rank, its own set
+    reduced = torch.cat([torch.stack([squared_norm, *totals.values()]), known[:-world_size], not_finite])
     dist.all_reduce(reduced)
-    means = reduced[0] / reduced[1]
+    sums, device_counts, not_finite = reduced.split([1 + len(totals), 1 + len(totals), world_size])
+    means = sums / device_counts
     means[0].sqrt_()
     grad_norm = means[0]
     if config.max_grad_norm:
@@ -276,7 +287,7 @@ def train_step(model, optimizer, batches: list, compute: Callable, lr: float, co
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     # ------------------------- training step ends ---------------------------
-    return StepMetrics(["grad_norm", *totals], means, lr)
+    return StepMetrics(["grad_norm", *totals], torch.cat([means, not_finite]), lr)
 
 
 def average_gradients(optimizer) -> None:
@@ -347,13 +358,15 @@ def reference_pass(objective: Preference, schedule: Schedule, rank: int, file: P
     dist.barrier()
 
 
-def practise_copying(config: TrainConfig, task: CopyTask, optimizer, rank: int, world_size: int, log: Callable) -> None:
+def practise_copying(
+    config: TrainConfig, task: CopyTask, optimizer, rank: int, world_size: int, replicas: int, log: Callable
+) -> None:
     """Warm-up of a random model (see tiny.py): until it copies out of lists of 20 titles, or --copy_steps are over."""
     for step in range(config.copy_steps):
         widths = task.draw(step)
         batches = micro_batches(widths, range(len(widths)), world_size, config.micro_batch_tokens)[rank]
         lr = config.sft_learning_rate * min(1.0, (step + 1) / 30)
-        metrics = train_step(task.model, optimizer, batches, task, lr, config).read()
+        metrics = train_step(task.model, optimizer, batches, task, lr, config, replicas).read()
         mastered = task.update(metrics)
         log(step, config.copy_steps, metrics | {"list_size": task.list_size}, "copy")
         if mastered:
@@ -421,6 +434,19 @@ class Logger:
             self.file.close()
 
 
+class StopRequest:
+    """SIGTERM, a scheduler's wish: noted while steps run, so that all ranks can save and leave together; else obeyed at once."""
+
+    def __init__(self):
+        self.asked, self.in_loop = False, False
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number, frame) -> None:
+        self.asked = True
+        if not self.in_loop:
+            raise Stopped("SIGTERM between steps: nothing to save; --resume auto goes on from here")
+
+
 @dataclass
 class Run:
     """What all stages share."""
@@ -436,23 +462,27 @@ class Run:
     train: Encoded
     test: Encoded
     baselines: dict[str, np.ndarray]
+    stop: StopRequest
 
 
 def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
-    """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done."""
+    """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done.
+
+    With --resume it goes on from a checkpoint, by default the newest whole one that an earlier start left."""
     config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
     final = run.folder / stage
     folder = run.folder / f"{stage}.unfinished"
     if is_main():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        if not config.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+    dist.barrier()
     torch.manual_seed(config.seed + rank)  # dropout; everything else draws from its own generator
-    model = load_policy(config, stage, base, adapter, device)
+    model, replicas = load_policy(config, stage, base, adapter, device)
     if base == run.base and config.model != "tiny":
         model.name_or_path = config.model  # a hub name, if it is one, and not the folder of its files
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    shard(model, config, device, world_size)
     if stage == "sft":
         objective, epochs, peak = SFT(config, model, run.train, device), config.sft_epochs, config.sft_learning_rate
     else:
@@ -468,12 +498,13 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     optimizer = torch.optim.AdamW(
         parameters, lr=peak, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
     )
-    logger = Logger(folder / "metrics.jsonl", config.logging_steps)
 
+    identity = {"stage": stage, "data": run.data_hash}  # what a checkpoint must agree with
     if stage != "sft":
         model.eval()
         key = reference_key(run, base, adapter, objective)
         reference_pass(objective, schedule, rank, run.folder / f"reference-{key[:12]}.safetensors", key)
+        identity["reference"] = hashlib.sha256(objective.reference_logps.numpy().tobytes()).hexdigest()
         titles, slots, margins = run.train.examples[0].candidates, objective.slots[0], objective.margins[0].tolist()
         rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in zip(slots[1:], margins, strict=True))
         print0(f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): {rejected}")
@@ -482,53 +513,139 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
             "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
         )
     model.train()
-    if stage == "sft" and config.copy_steps:
-        task = CopyTask(model, run.train, run.tokenizer, config.seed, device)
-        practise_copying(config, task, optimizer, rank, world_size, logger)
+
+    start = resume_stage(run, folder, model, optimizer, identity)
+    logger = Logger(folder / "metrics.jsonl", config.logging_steps)
+
+    def save(step: int) -> None:
+        taken = {p: int(state["step"]) for p, state in optimizer.state.items()}
+        facts = identity | {"optimizer_steps": max(taken.values(), default=0)}
+        save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
+
+    if start is None:
+        start = 0
+        if stage == "sft" and config.copy_steps:
+            task = CopyTask(model, run.train, run.tokenizer, config.seed, device)
+            practise_copying(config, task, optimizer, rank, world_size, replicas, logger)
+            if config.save_steps:
+                save(0)
 
     def prepare(step: int) -> list[MicroBatch]:
         return [objective.prepare(batch, schedule.examples(step)) for batch in schedule.micro_batches(step, rank)]
 
+    skipped = 0
+
     def report(step: int, result: StepMetrics) -> None:
+        nonlocal skipped
         try:
             metrics = result.read() | {"epoch": (step + 1) / schedule.steps_per_epoch}
-        except ValueError as error:
-            raise ValueError(f"{stage}, step {step + 1}: {error}") from None
+        except NotFinite as error:
+            skipped += 1
+            problem = f"{stage}, step {step + 1}, {where_not_finite(run, schedule, step, error.ranks)}: {error}"
+            if skipped > config.max_skipped_steps:
+                last = next(iter(checkpoints(folder)), None)
+                raise ValueError(f"{problem}. Last checkpoint: {last or 'none'} (--max_skipped_steps goes on)") from None
+            print0(f"note: {problem}")
+            return
         logger(step, schedule.num_steps, metrics, stage)
 
+    run.stop.in_loop = True
     pending = None  # the step before, read while the GPU works on this one
-    for step, batches in enumerate(prefetch(prepare, range(schedule.num_steps))):
+    for step, batches in enumerate(prefetch(prepare, range(start, schedule.num_steps)), start):
         lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
-        result = train_step(model, optimizer, batches, objective, lr, config)
+        result = train_step(model, optimizer, batches, objective, lr, config, replicas)
         if step == 0 and stage != "sft":
             check_first_rewards(objective, exact=stored_dtype(config, device) == torch.float32)
         if pending:
             report(step - 1, pending)
-        pending = result
-    report(step, pending)
+        pending, stopping = result, any_rank(run.stop.asked)
+        last = step + 1 == schedule.num_steps
+        if stopping or (config.save_steps and ((step + 1) % config.save_steps == 0 or last)):
+            report(step, pending)
+            pending = None
+            save(step + 1)
+        if stopping:
+            logger.close()
+            raise Stopped(f"stopped by SIGTERM after step {step + 1}, which is saved; --resume auto goes on from there")
+    run.stop.in_loop = False
+    if pending:
+        report(step, pending)
     logger.close()
 
     save_stage(run, model, base, folder)
     metrics = test_stage(run, model, folder)
     if is_main():
+        for done in checkpoints(folder):
+            shutil.rmtree(done)
         folder.rename(final)
         print0(results_table({stage: metrics}))
     dist.barrier()
 
 
+def resume_stage(run: Run, folder: Path, model, optimizer, identity: dict) -> int | None:
+    """Load the checkpoint to go on from; the number of steps it has seen, or None to start from the beginning."""
+    config, checkpoint = run.config, None
+    if config.resume == "auto":
+        checkpoint = newest_checkpoint(folder)
+    elif config.resume:
+        checkpoint = Path(config.resume)
+        if checkpoint.resolve().parent != folder.resolve():
+            raise ValueError(f"--resume {checkpoint}: not a checkpoint of the stage that comes next, {folder}")
+        if problem := damage(checkpoint):
+            raise ValueError(f"--resume {checkpoint}: damaged ({problem}); --resume auto takes the newest whole one")
+    metrics = folder / "metrics.jsonl"
+    if checkpoint is None:
+        if is_main():
+            metrics.unlink(missing_ok=True)
+        return None
+    state = load_checkpoint(checkpoint, model, optimizer, identity)
+    if is_main():
+        kept = [line for line in metrics.read_text().splitlines() if line_step(line) <= state["step"]]
+        beside = metrics.with_suffix(".part")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.rename(metrics)
+    print0(f"going on from {checkpoint}, after step {state['step']}")
+    if state["world_size"] != run.world_size:
+        torch.manual_seed(
+            int.from_bytes(hashlib.sha256(f"{config.seed} {state['step']} {run.rank}".encode()).digest()[:6], "big")
+        )
+        print0(f"note: it was made by {state['world_size']} processes; dropout is seeded anew from seed, step and rank")
+    return state["step"]
+
+
+def line_step(line: str) -> int:
+    """Step of a line of metrics.jsonl; 0 for copying practice, which is over; a line cut off by a crash is dropped."""
+    try:
+        entry = json.loads(line)
+        return 0 if entry["phase"] == "copy" else entry["step"]
+    except (json.JSONDecodeError, KeyError):
+        return sys.maxsize
+
+
+def where_not_finite(run: Run, schedule: Schedule, step: int, ranks: list[int]) -> str:
+    """The ranks whose own loss was not finite, and their examples."""
+    if not ranks:
+        return "gradient only"
+    examples = [e for rank in ranks for batch in schedule.micro_batches(step, rank) for e in batch]
+    log, position = run.train.examples.log, run.train.examples.position
+    users = ", ".join(f"{e} (user {log.user_ids[log.user[position[e]]]})" for e in examples[:8])
+    return f"rank {', '.join(map(str, ranks))}, examples {users}{' ...' if len(examples) > 8 else ''}"
+
+
 def save_stage(run: Run, model: Transformer, base: Path, folder: Path) -> None:
     """Adapter in PEFT's format, or the whole model with its tokenizer, and which base it stands on."""
-    state = full_state(model)
-    if not is_main():
-        return
     if getattr(model, "lora_config", None):
-        save_adapter(model, folder, state)
+        state = dict(gathered(model, only_adapter=True))
+        if is_main():
+            save_adapter(model, folder, state)
     else:
-        save_pretrained(model, folder, state)
-        copy_tokenizer(base, folder)
-    inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
-    stored = os.path.relpath(base, folder) if inside else str(base.resolve())
-    (folder / "base.json").write_text(json.dumps({"base": stored}) + "\n")
+        save_pretrained(model, folder, gathered(model), write=is_main())
+        if is_main():
+            copy_tokenizer(base, folder)
+    if is_main():
+        inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
+        stored = os.path.relpath(base, folder) if inside else str(base.resolve())
+        (folder / "base.json").write_text(json.dumps({"base": stored}) + "\n")
 
 
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
@@ -551,27 +668,17 @@ def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
 
 
 def reference_key(run: Run, base: Path, adapter: Path | None, objective: Preference) -> str:
-    """Hash of all that the reference log-probs depend on."""
-    config = run.config
-    parts = [
-        base_fingerprint(base),
-        hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest() if adapter else "",
-        run.data_hash,
-        hashlib.sha256((base / "tokenizer.json").read_bytes()).hexdigest(),
-        str(
-            (
-                stored_dtype(config, run.device),
-                run.device.type,
-                config.max_length,
-                objective.slots.shape,
-                config.negative_source,
-            )
-        ),
-        str(
-            (config.seed, config.batch_size, config.micro_batch_tokens, run.world_size, config.epochs, config.max_steps)
-        ),  # the micro-batches
-    ]
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    """Hash of all that the reference log-probs depend on, the division into micro-batches included."""
+    config, train = run.config, run.train
+    files = [adapter / name for name in ("adapter_model.safetensors", "adapter_config.json")] if adapter else []
+    settings = (stored_dtype(config, run.device), run.device.type, config.negative_source)
+    batches = (config.seed, config.batch_size, config.micro_batch_tokens, run.world_size, config.epochs, config.max_steps)
+    parts = [base_fingerprint(base).encode(), run.data_hash.encode(), *(file.read_bytes() for file in files)]
+    parts += [ids.tobytes() for ids in train.prompts] + [str(train.completions).encode(), objective.slots.tobytes()]
+    digest = hashlib.sha256(str((settings, batches)).encode())
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -581,20 +688,22 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the run
+FREE_TO_CHANGE = "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit max_skipped_steps "
+FREE_TO_CHANGE += "micro_batch_tokens shard shard_group_size compile gradient_checkpointing"
+
+
 def open_run_folder(config: TrainConfig) -> Path:
     """Create or re-enter the run folder, on rank 0; a folder in use, or made with other options, is an error."""
-    folder = Path(
-        config.output_dir or next(f for n in range(1, 10**6) if not (f := Path(f"runs/{config.dataset}-{n}")).exists())
-    )
+    numbered = (Path(f"runs/{config.dataset}-{n}") for n in range(1, 10**6))
+    folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
     file = folder / "config.json"
     settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
     # a start that failed at once (wrong path, no access to the model) leaves its options alone: no run yet
-    started = folder.is_dir() and any(f.name != "config.json" for f in folder.iterdir())
+    started = folder.is_dir() and any(f.name not in ("config.json", "lock") for f in folder.iterdir())
     if file.exists() and started:
-        if config.resume != "auto":
+        if not config.resume:
             raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir")
-        free = {"stages", "output_dir", "prepared_dir"}
-        changed = sorted(k for k, v in settings.items() if k not in free and read_json(file).get(k) != v)
+        changed = sorted(k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and read_json(file).get(k) != v)
         if changed:
             raise ValueError(f"{file}: the run was started with other values of {', '.join(changed)}")
         if dropped := [s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list]:
@@ -603,10 +712,21 @@ def open_run_folder(config: TrainConfig) -> Path:
         raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
         file.write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written: {error}") from None
     return folder
+
+
+def lock_folder(folder: Path) -> None:
+    """Hold the folder as long as this process lives: the system gives the lock back when it ends, however it ends."""
+    global run_lock
+    run_lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(run_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is running in this folder; wait for it, or choose another") from None
 
 
 def results(run: Run, prepared) -> str:
@@ -624,6 +744,8 @@ def main() -> None:
     argv = sys.argv[1:]
     demo = not any(a.split("=")[0] in ("--config", "--model", "--adapter", "--help", "-h") for a in argv)
     config = parse_config(TrainConfig, ["--config", str(DEMO), *argv] if demo else argv)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.output_dir and not config.resume:
+        config = replace(config, resume="auto")  # torchrun --max-restarts started this again
     if demo:
         print0("no --model, --adapter or --config: the demo's options, configs/demo.json, are the defaults")
     rank, world_size, device = setup_distributed()
@@ -652,7 +774,7 @@ def main() -> None:
     with first():
         train, test = (encode_split(prepared, split, tokenizer, config.max_length) for split in ("train", "test"))
     baselines = counting_baselines(splits["test"]) if is_main() else {}
-    run = Run(config, rank, world_size, device, folder, base, tokenizer, prepared.hash, train, test, baselines)
+    run = Run(config, rank, world_size, device, folder, base, tokenizer, prepared.hash, train, test, baselines, StopRequest())
 
     lengths = [len(p) for p in train.prompts]
     print0(

@@ -1,5 +1,6 @@
 """Training as a user runs it: whole runs in subprocesses, compared step by step."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -198,7 +199,7 @@ def small_world(tmp_path_factory):
 
 def objective_and_optimizer(small_world, stage):
     config, encoded, base = small_world
-    model = load_policy(config, stage, base, None, torch.device("cpu"))
+    model, _ = load_policy(config, stage, base, None, torch.device("cpu"))
     make = SFT if stage == "sft" else partial(Preference, loss=stage)
     objective = make(config=config, model=model, encoded=encoded, device=torch.device("cpu"))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -211,13 +212,37 @@ def test_a_step_never_waits_for_the_gpu(small_world, stage):
     objective, optimizer = objective_and_optimizer(small_world, stage)
     batches = [objective.prepare([0, 1], range(4)), objective.prepare([2, 3], range(4)), objective.prepare([], range(4))]
     # gloo copies on the host, and the CPU's fused AdamW reads its flag there; on a GPU both stay on the device
-    with patch("torch.distributed.all_reduce"), patch.object(optimizer, "step") as step, Reads():
+    with patch("torch.distributed.all_reduce"), patch.object(optimizer, "step") as step, Reads(), no_reading_methods():
         result = train_step(objective.model, optimizer, batches, objective, 1e-3, small_world[0])
     assert step.called and optimizer.found_inf.item() == 0
     metrics = result.read()
     assert np.isfinite(list(metrics.values())).all() and metrics["learning_rate"] == 1e-3
-    with pytest.raises(AssertionError, match="waits"), Reads():
-        torch.ones(3).sum().item()  # the guard itself works
+
+
+READING_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+@contextlib.contextmanager
+def no_reading_methods():
+    """Methods of a CPU tensor that dispatch nothing, but would wait for a GPU."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("reading a tensor waits for the GPU")
+
+    with contextlib.ExitStack() as stack:
+        for name in READING_METHODS:
+            stack.enter_context(patch.object(torch.Tensor, name, refuse))
+        yield
+
+
+@pytest.mark.parametrize(
+    "read", ["x.sum().item()", "x.tolist()", "x.cpu()", "bool(x[0] > 0)", "x[x > 0]", "torch.nonzero(x)", "float(x[0])"]
+)
+def test_the_guard_against_waiting_works(read):
+    """Each way of reading a value is caught."""
+    x = torch.ones(3)
+    with pytest.raises(AssertionError, match="waits"), Reads(), no_reading_methods():
+        eval(read, {"x": x, "torch": torch})
 
 
 @pytest.mark.parametrize("culprit", ["loss", "gradient"])

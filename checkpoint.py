@@ -1,0 +1,187 @@
+"""Checkpoints inside a stage: whole or not there, readable by any number of processes, free of pickle.
+
+    <stage>.unfinished/checkpoint-40/
+        rank-00000.safetensors   rows [start, stop) of every trained tensor and of its two AdamW moments, and this rank's
+                                 random state; as many files as there are ranks that hold different rows
+        state.json               step, process count, hashes of data and reference log-probs, options of the run
+        manifest.json            size and SHA-256 of every other file; written last
+
+A checkpoint is written beside (`.part`), flushed to disk, and renamed into place; older ones go only afterwards. Reading
+checks the manifest first, on all ranks, each a part of the files; what is half-written or damaged is named and passed over.
+Rows are cut anew for the ranks that read them, so a run may go on with another number of processes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common import print0, read_json
+from model import open_safetensors
+from sharding import fill, local, own_rows
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# ------------------------------------------------------------------------------------------------ writing
+def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, replicas: int, keep: int) -> Path:
+    """Write checkpoint-<step> under `folder`; every rank must call it. `keep` newest ones stay."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    final = folder / f"checkpoint-{step}"
+    beside = folder / f"checkpoint-{step}.part"
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            beside.mkdir()
+        except OSError as error:
+            raise ValueError(f"{beside}: the checkpoint cannot be written ({error})") from None
+    dist.barrier()
+    tensors, rows = {f"random.{kind}": value for kind, value in random_state().items()}, {}
+    if rank < world_size // replicas:  # the other replicas hold the same rows
+        for name, p in trained(model).items():
+            rows[name] = own_rows(p)
+            tensors[name] = local(p.detach())
+            for moment in MOMENTS:
+                if p in optimizer.state:  # empty before the first step
+                    tensors[f"{name}.{moment}"] = local(optimizer.state[p][moment])
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    file = beside / f"rank-{rank:05d}.safetensors"
+    try:
+        save_file(tensors, file, metadata={"rows": json.dumps(rows)})
+        flush(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: the checkpoint cannot be written ({error}); earlier ones are untouched") from None
+    dist.barrier()
+    if rank == 0:
+        write_json(beside / "state.json", state | {"step": step, "world_size": world_size})
+        files = sorted(f for f in beside.iterdir())
+        write_json(beside / "manifest.json", {f.name: [f.stat().st_size, sha256(f)] for f in files})
+        flush(beside)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+        beside.rename(final)
+        flush(folder)
+        for old in checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def trained(model) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def random_state() -> dict[str, Tensor]:
+    """Generators that dropout draws from."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+    flush(file)
+
+
+def flush(path: Path) -> None:
+    """Onto the disk, a file's bytes or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+
+
+def _sha256(f) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while chunk := f.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished ones, newest first."""
+    found = [f for f in folder.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda f: -int(f.name.removeprefix("checkpoint-")))
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, the files divided over the ranks; empty if it is whole. Every rank must call it."""
+    problem = ""
+    try:
+        manifest = read_json(folder / "manifest.json")
+        listed = sorted(manifest)
+        if extra := {f.name for f in folder.iterdir()} - {*listed, "manifest.json"}:
+            problem = f"{sorted(extra)[0]} is not in the manifest"
+        for name in listed[dist.get_rank() :: dist.get_world_size()]:
+            size, digest = manifest[name]
+            if not (folder / name).is_file():
+                problem = f"{name} is missing"
+            elif (folder / name).stat().st_size != size:
+                problem = f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+            elif sha256(folder / name) != digest:
+                problem = f"{name} has another SHA-256"
+    except (ValueError, OSError, TypeError) as error:
+        problem = str(error)
+    found: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next((p for p in found if p), "")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named and passed over. Every rank must call it."""
+    shared = [checkpoints(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared)
+    for candidate in shared[0]:
+        problem = damage(candidate)
+        if not problem:
+            return candidate
+        print0(f"note: {candidate} is damaged ({problem}); trying the one before")
+    return None
+
+
+def load_checkpoint(folder: Path, model, optimizer, expected: dict) -> dict:
+    """Fill in trained weights, moments and random state; returns state.json. `expected` must agree with it, by key."""
+    state = read_json(folder / "state.json")
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise ValueError(f"{folder}: made with another {key} ({str(state.get(key))[:40]} instead of {str(value)[:40]})")
+    try:
+        handles = [open_safetensors(f) for f in sorted(folder.glob("rank-*.safetensors"))]
+        held = [{name: tuple(span) for name, span in json.loads(h.metadata()["rows"]).items()} for h in handles]
+        for name, p in trained(model).items():
+
+            def rows(start: int, stop: int, key: str, name=name) -> Tensor:
+                """Rows [start, stop) of a tensor, put together from the files that hold some of them."""
+                parts = []
+                for handle, spans in zip(handles, held, strict=True):
+                    low, high = spans.get(name, (0, 0))
+                    if max(start, low) < min(stop, high):
+                        parts.append(handle.get_slice(key)[max(start, low) - low : min(stop, high) - low])
+                return torch.cat(parts)
+
+            fill(p, lambda start, stop, name=name: rows(start, stop, name))
+            if state["optimizer_steps"]:
+                moments = {m: torch.zeros_like(p) for m in MOMENTS}
+                for moment, tensor in moments.items():
+                    fill(tensor, lambda start, stop, key=f"{name}.{moment}": rows(start, stop, key))
+                steps = torch.tensor(float(state["optimizer_steps"]), device=local(p).device)
+                optimizer.state[p] = {"step": steps, **moments}
+        if state["world_size"] == dist.get_world_size():
+            mine = handles[dist.get_rank()]
+            torch.set_rng_state(mine.get_tensor("random.cpu"))
+            if torch.cuda.is_available() and "random.cuda" in mine.keys():
+                torch.cuda.set_rng_state(mine.get_tensor("random.cuda"))
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder}: cannot be read into this model ({error})") from None
+    return state

@@ -1,0 +1,158 @@
+"""Weights divided over ranks: FSDP2, loading that reads only what a rank owns, gathering tensor by tensor.
+
+A model is built on the `meta` device, gets its adapters, is sharded, and only then receives memory: each rank reads the
+rows it owns out of the safetensors files, so no rank ever holds more than its share and one slice. Row r of a tensor of n
+rows over G ranks belongs to rank r // ceil(n / G), as `torch.chunk` divides it.
+
+    full     every block, then the root, is split over all ranks
+    hybrid   split inside groups of --shard_group_size ranks (a machine), replicated between the groups
+    none     a replica on each rank; only gradients are reduced, in one bucket
+
+Legend: G ranks that share one copy, R = world_size / G replicas of it.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from lora import PEFT_PREFIX, lora_layers
+from model import Transformer, check_weights, inverse_frequencies, open_safetensors
+
+
+def shard_group(mode: str, group_size: int, world_size: int) -> int:
+    """Ranks that share one copy of the weights; ValueError if they do not divide the world."""
+    if mode != "hybrid":
+        return world_size if mode == "full" else 1
+    size = group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size % size:
+        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(f"--shard_group_size {size} does not divide the {world_size} processes; try one of {fitting}")
+    return size
+
+
+def shard(model: Transformer, mode: str, group_size: int, device, compute_dtype: torch.dtype | None = None) -> int:
+    """Split blocks and root in place; returns R, the number of replicas. Gradients are reduced in fp32.
+
+    compute_dtype: full training in bf16 keeps fp32 weights and computes in this; None leaves frozen bf16 base and fp32
+    adapters as they are. Nothing is done where a rank keeps a whole replica, unless FSDP must convert its weights."""
+    world_size = dist.get_world_size()
+    G = shard_group(mode, group_size, world_size)
+    if G == 1 and compute_dtype is None:
+        return world_size
+    kind = torch.device(device).type
+    if world_size == G:
+        mesh = init_device_mesh(kind, (world_size,))
+    else:
+        mesh = init_device_mesh(kind, (world_size // G, G), mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = list(model.model.layers)
+    for block in blocks:
+        # backward begins with the last block: what it would free is needed again at once
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1])
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+    for method in ("logits", "decode_step"):
+        register_fsdp_forward_method(model, method)
+    return world_size // G
+
+
+# ------------------------------------------------------------------------------------------------ a rank's rows
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int]:
+    """Rows [start, stop) of the whole tensor that this rank holds."""
+    n = tensor.shape[0]
+    if not isinstance(tensor, DTensor):
+        return 0, n
+    mesh = tensor.device_mesh
+    size, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    each = math.ceil(n / size)
+    start, stop = min(rank * each, n), min((rank + 1) * each, n)
+    assert stop - start == local(tensor).shape[0], (tensor.shape, start, stop)
+    return start, stop
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, rows: Callable[[int, int], Tensor]) -> None:
+    """Write rows(start, stop) of the whole into this rank's part."""
+    start, stop = own_rows(tensor)
+    if stop > start:
+        local(tensor).copy_(rows(start, stop))
+
+
+# ------------------------------------------------------------------------------------------------ loading
+def materialize(model: Transformer, device) -> None:
+    """Give a model on `meta` memory on the device, its own share only; weights are not yet filled in."""
+    model.to_empty(device=device)
+    model.inv_freq = inverse_frequencies(model.config).to(device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def read_weights(model: Transformer, path: Path, merge: dict[str, tuple[Tensor, Tensor, float]] | None = None) -> None:
+    """Fill in the base weights, each rank its rows; `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
+    files = check_weights(path, model.config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    handles = {}
+    for name, file in files.items():
+        if file not in handles:
+            handles[file] = open_safetensors(file)
+        view = handles[file].get_slice(name)
+
+        def rows(start: int, stop: int, view=view, name=name) -> Tensor:
+            part = view[start:stop]
+            if merge and name in merge:
+                B, A, scaling = merge[name]
+                part = part.float() + scaling * B[start:stop] @ A
+            return part
+
+        fill(parameters[name], rows)
+
+
+def merged_on_reading(settings: dict, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """`merge` of read_weights for an adapter that read_adapter gave: full training goes on from base + adapter."""
+    r = settings["r"]
+    scaling = settings["lora_alpha"] / (math.sqrt(r) if settings["use_rslora"] else r)
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    pairs = {name: (tensors[f"{name}.lora_B.weight"].float(), tensors[f"{name}.lora_A.weight"].float()) for name in names}
+    return {f"{name.removeprefix(PEFT_PREFIX)}.weight": (B, A, scaling) for name, (B, A) in pairs.items()}
+
+
+def init_adapter(model: Transformer, seed: int) -> None:
+    """A fresh adapter: A drawn whole from (seed, name) on every rank and then cut, B zero."""
+    for name, layer in lora_layers(model).items():
+        A = layer.draw_A(name, seed)
+        fill(layer.lora_A.weight, lambda start, stop, A=A: A[start:stop])
+        nn.init.zeros_(local(layer.lora_B.weight))
+
+
+def fill_adapter(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """A trained adapter's tensors, by PEFT's names, each rank its rows."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        fill(parameters[name.removeprefix(PEFT_PREFIX)], lambda start, stop, t=tensor: t[start:stop])
+
+
+# ------------------------------------------------------------------------------------------------ gathering
+def gathered(model: Transformer, only_adapter: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) one after the other; every rank must go through all of them, rank 0 keeps them.
+
+    On the other ranks the tensor is empty: eight copies of an 8B model would fill the machine."""
+    for name, p in model.state_dict().items():
+        if only_adapter and ".lora_" not in name:
+            continue
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        yield name, whole.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)

@@ -1,0 +1,289 @@
+"""Checkpoints: whole or not there, bitwise resuming after any death, other numbers of processes, and the run folder's guards."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_model
+from safetensors.torch import load_file
+from test_train import TINY, losses, run_train
+
+from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
+from lora import apply_lora
+
+ROOT = Path(__file__).parents[1]
+# an adapter and dropout in SFT, so that random state matters; without --sft_lora_r it trains all weights, without dropout
+SAVING = ("--save_steps=2", "--sft_lora_r=4", "--lora_dropout=0.1", "--micro_batch_tokens=1500")
+
+
+def results_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What both stages have trained: adapters, or all weights."""
+    files = [folder / "sft" / "model.safetensors", *(folder / s / "adapter_model.safetensors" for s in ("sft", "recpo"))]
+    return {f"{f.parent.name}/{n}": t for f in files if f.exists() for n, t in load_file(f).items()}
+
+
+def assert_same_results(a: Path, b: Path, atol: float = 0.0) -> None:
+    first, second = results_of(a), results_of(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max().item() <= atol, name
+
+
+def start_train(tmp_path, name, *flags, processes=1) -> subprocess.Popen:
+    """A run in a process group of its own, which can be killed as a whole."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *TINY]
+    command += [f"--output_dir={tmp_path / name}", f"--prepared_dir={tmp_path / 'prepared'}", *flags]
+    log = open(tmp_path / f"{name}.log", "a")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=env, start_new_session=True)
+
+
+def kill_all(process: subprocess.Popen, folder: Path) -> None:
+    """kill -9 for every process of the run in this folder: torchrun puts its workers into sessions of their own."""
+    for status in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"--output_dir={folder}".encode() in (status / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(status.name), signal.SIGKILL)
+        except (OSError, ProcessLookupError):
+            continue
+    process.wait()
+
+
+def wait_for(condition, process, seconds=120) -> None:
+    """Until the condition holds or the process has ended."""
+    end = time.time() + seconds
+    while time.time() < end and process.poll() is None and not condition():
+        time.sleep(0.02)
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted, in one process, and the seconds it took."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    started = time.time()
+    _, metrics = run_train(tmp_path, "whole", *SAVING)
+    return tmp_path, metrics, time.time() - started
+
+
+def kill_and_resume(whole, name: str, seed: int, processes: int = 1) -> None:
+    """Kill -9 a run at a random moment, of every process or of a worker alone; then go on until it is finished."""
+    tmp_path, metrics, seconds = whole
+    rng = random.Random(seed)
+    shutil.rmtree(tmp_path / name, ignore_errors=True)
+    process = start_train(tmp_path, name, *SAVING, processes=processes)
+    base = tmp_path / name / "base" / "config.json"
+    wait_for(base.exists, process)  # before that there is nothing to lose
+    time.sleep(rng.uniform(0, 0.8 * seconds))
+    kill_all(process, tmp_path / name)
+    _, resumed = run_train(tmp_path, name, *SAVING, "--resume=auto", processes=processes)
+    reference = tmp_path / "whole"
+    if processes > 1:  # sums over ranks round differently: compare with an uninterrupted run of as many
+        reference = tmp_path / f"whole-{processes}"
+        if not reference.exists():
+            run_train(tmp_path, reference.name, *SAVING, processes=processes)
+    assert_same_results(tmp_path / name, reference)
+    for stage in ("sft", "recpo"):
+        assert [m["step"] for m in resumed[stage]] == [m["step"] for m in metrics[stage]]
+    assert not list((tmp_path / name).glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_9_at_a_random_moment_changes_no_bit(whole, seed):
+    """After kill -9 `--resume auto` goes on, and the final adapters are bitwise those of the uninterrupted run."""
+    kill_and_resume(whole, f"killed-{seed}", seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_kill_9_grid(whole, seed):
+    """20 random moments, saving included, with one process and with two."""
+    kill_and_resume(whole, f"grid-{seed}", 100 + seed, processes=1 + seed % 2)
+
+
+@pytest.mark.parametrize("stage", ["sft", "recpo"])
+def test_sigterm_loses_no_step(whole, stage):
+    """SIGTERM saves at the next step and exits with 0; resuming gives the same bits, the deleted reference cache too."""
+    tmp_path, metrics, _ = whole
+    name = f"stopped-{stage}"
+    process = start_train(tmp_path, name, *SAVING[1:])  # no --save_steps: the signal alone saves
+    file = tmp_path / name / f"{stage}.unfinished" / "metrics.jsonl"
+    wait_for(lambda: lines(file) >= (4 if stage == "sft" else 1), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    log = (tmp_path / f"{name}.log").read_text()
+    if process.returncode == 0 and (tmp_path / name / "recpo").exists():
+        pytest.skip("the run was over before the signal came")
+    assert "stopped by SIGTERM after step" in log and "Traceback" not in log
+    (saved,) = checkpoints(file.parent)
+    steps = [json.loads(line) for line in file.read_text().splitlines()]
+    assert steps[-1]["step"] == json.loads((saved / "state.json").read_text())["step"]
+    for cache in (tmp_path / name).glob("reference-*"):
+        cache.unlink()
+    output, resumed = run_train(tmp_path, name, *SAVING[1:], "--resume=auto")
+    assert f"going on from {saved}" in output
+    assert_same_results(tmp_path / name, tmp_path / "whole")
+    np.testing.assert_array_equal(losses(resumed, stage), losses(metrics, stage))
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
+    """A checkpoint of 2 sharded processes goes on in 1 and in 4 with the losses of an uninterrupted run (no dropout)."""
+    tmp_path, name = whole[0], f"two-to-{processes}"
+    flags = ("--save_steps=2", "--micro_batch_tokens=1500")  # SFT trains all weights
+    if not (tmp_path / "all-weights").exists():
+        run_train(tmp_path, "all-weights", *flags)
+    process = start_train(tmp_path, name, *flags, processes=2)
+    folder = tmp_path / name / "sft.unfinished"
+    wait_for(lambda: len(checkpoints(folder)) > 0 and checkpoints(folder)[0].name != "checkpoint-0", process)
+    kill_all(process, tmp_path / name)
+    output, metrics = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
+    assert "made by 2 processes" in output
+    _, expected = run_train(tmp_path, "all-weights", *flags, "--resume=auto")
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(metrics, stage), losses(expected, stage), atol=1e-4)
+    assert_same_results(tmp_path / name, tmp_path / "all-weights", atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ one checkpoint
+@pytest.fixture
+def group():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def model_and_optimizer(steps: int = 1):
+    model = apply_lora(tiny_model(), r=4, lora_alpha=8)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    for _ in range(steps):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return model, optimizer
+
+
+def save(folder: Path, step: int, keep: int = 2, **facts):
+    model, optimizer = model_and_optimizer()
+    state = {"stage": "sft", "data": "abc", "optimizer_steps": 1} | facts
+    return save_checkpoint(folder, step, model, optimizer, state, replicas=1, keep=keep), model, optimizer
+
+
+def test_a_checkpoint_gives_back_every_bit(group, tmp_path):
+    """Adapter, both moments, step count and random state come back as they were; no file is a pickle."""
+    folder, model, optimizer = save(tmp_path, 7)
+    expected_random = torch.rand(3)
+    fresh, fresh_optimizer = model_and_optimizer(steps=0)
+    state = load_checkpoint(folder, fresh, fresh_optimizer, {"data": "abc"})
+    assert state["step"] == 7 and torch.equal(torch.rand(3), expected_random)
+    pairs = zip(model.named_parameters(), fresh.named_parameters(), strict=True)
+    for (name, p), (_, q) in pairs:
+        assert torch.equal(p, q), name
+        if p.requires_grad:
+            for key, value in optimizer.state[p].items():
+                assert torch.equal(value, fresh_optimizer.state[q][key]), (name, key)
+    assert {f.suffix for f in folder.iterdir()} == {".json", ".safetensors"}
+
+
+def test_only_the_newest_are_kept(group, tmp_path):
+    """--save_total_limit older checkpoints stay, the rest go after the new one is in place."""
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step, keep=2)
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-3"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "extra"])
+def test_damaged_files_are_found_and_passed_over(group, tmp_path, file, how, capsys):
+    """A flipped bit, a cut tail, a missing or an unknown file: named, and the checkpoint before is taken."""
+    older, newest = save(tmp_path, 4)[0], save(tmp_path, 8)[0]
+    target = newest / file
+    content = bytearray(target.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 4
+        target.write_bytes(content)
+    elif how == "cut":
+        target.write_bytes(content[:-5])
+    elif how == "gone":
+        target.unlink()
+    else:
+        (newest / "more.safetensors").write_bytes(content)
+    assert damage(newest)
+    assert newest_checkpoint(tmp_path) == older
+    assert str(newest) in capsys.readouterr().out
+
+
+def test_half_written_checkpoints_do_not_count(group, tmp_path):
+    """A folder still named .part is nothing; without any whole checkpoint there is none."""
+    save(tmp_path, 4)[0].rename(tmp_path / "checkpoint-4.part")
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_of_other_data_is_refused(group, tmp_path):
+    """Other data, or another stage, is an error that names the checkpoint and what differs."""
+    folder, *_ = save(tmp_path, 4)
+    for key, value in (("data", "xyz"), ("stage", "recpo"), ("reference", "123")):
+        with pytest.raises(ValueError, match=f"checkpoint-4.*another {key}"):
+            load_checkpoint(folder, *model_and_optimizer(0), {key: value})
+
+
+def test_a_failed_save_leaves_the_earlier_ones(group, tmp_path, monkeypatch):
+    """When the disk is full, the error names the file, and earlier checkpoints are as they were."""
+    older, *_ = save(tmp_path, 4)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("checkpoint.save_file", full)
+    with pytest.raises(ValueError, match="checkpoint-8.part/rank-00000.*No space left.*untouched"):
+        save(tmp_path, 8)
+    assert newest_checkpoint(tmp_path) == older
+
+
+# ------------------------------------------------------------------------------------------------ guards
+def test_two_runs_in_one_folder_are_refused(whole):
+    """A second process is told so at once; when the first has been killed, the folder is free."""
+    tmp_path = whole[0]
+    first = start_train(tmp_path, "locked", *SAVING)
+    wait_for((tmp_path / "locked" / "base").exists, first)
+    output, _ = run_train(tmp_path, "locked", *SAVING, "--resume=auto", expect=1)
+    assert "another process is running in this folder" in output and "Traceback" not in output
+    kill_all(first, tmp_path / "locked")
+    run_train(tmp_path, "locked", *SAVING, "--resume=auto", "--max_steps=0")
+
+
+def test_a_named_checkpoint_that_is_damaged_or_elsewhere_is_refused(whole, tmp_path):
+    """--resume PATH never falls back: another stage's folder, or a damaged file, is one clear message."""
+    runs, name = whole[0], "named"
+    process = start_train(runs, name, *SAVING)
+    folder = runs / name / "recpo.unfinished"
+    wait_for(lambda: bool(checkpoints(folder)), process)
+    kill_all(process, runs / name)
+    if not checkpoints(folder):
+        pytest.skip("the run was over before it could be killed")
+    target = checkpoints(folder)[0]
+    output, _ = run_train(runs, name, *SAVING, f"--resume={tmp_path}", expect=1)
+    assert "not a checkpoint of the stage that comes next" in output
+    state = (target / "state.json").read_bytes()
+    (target / "state.json").write_bytes(state[:-3])
+    output, _ = run_train(runs, name, *SAVING, f"--resume={target}", expect=1)
+    assert "damaged (state.json" in output and "Traceback" not in output
+    (target / "state.json").write_bytes(state)
+    run_train(runs, name, *SAVING, f"--resume={target}")
+    assert_same_results(runs / name, runs / "whole")
