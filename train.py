@@ -26,6 +26,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -41,11 +42,23 @@ from tqdm import tqdm
 from baselines import counting_baselines, ranking_metrics
 from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
 from common import Stopped, any_rank, arg, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed
-from data import DataConfig, Encoded, Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
+from data import (
+    BOUNDARY_CHECKS,
+    DataConfig,
+    Encoded,
+    Tokenizer,
+    encode_split,
+    micro_batches,
+    prefetch,
+    prepare,
+    to_device,
+    tree_widths,
+)
+from estimate import replica_note, report
 from eval import check_choice, load_stage, predict, results_table, save_predictions, summarise
 from lora import TARGET_MODULES, apply_lora, base_fingerprint, read_adapter, read_adapter_config, save_adapter
 from losses import MARGINS
-from model import Transformer, empty_model, resolve_path, save_pretrained
+from model import ModelConfig, Transformer, empty_model, resolve_path, save_pretrained
 from objectives import PREFERENCE_LOSSES, SFT, MicroBatch, Preference
 from planted import World, bayes_scores
 from sharding import (
@@ -112,14 +125,18 @@ class TrainConfig(DataConfig):
         "full", "full: split all weights over the processes; none: a replica each, faster where it fits; hybrid: see next"
     )
     shard_group_size: int = arg(0, "hybrid: processes that share one copy; 0 = those of a machine (LOCAL_WORLD_SIZE)")
-    compile: bool = arg(False, "torch.compile each block: some minutes at the start, faster steps on a GPU")
     gradient_checkpointing: bool = arg(False, "recompute each block in backward: less memory, about a third slower")
     max_length: int = arg(1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history")
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
     decode: str = arg("greedy", "how test answers are found: greedy (one pass), generate, trie", group="evaluation and output")
     decode_rest: bool = arg(True, "generate an answer where no candidate verifies; off: count it invalid")
+    dry_run: bool = arg(
+        False, "train nothing: show an example, first losses, memory of a rank and time of a step; needs no weights"
+    )
+    gpu_memory: float = arg(0.0, "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked")
+    tflops: float = arg(395.0, "dry run: achieved TFLOP/s of a device (395 is half of an H200's matrix rate)")
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
-    save_steps: int = arg(0, "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)")
+    save_steps: int = arg(100, "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)")
     save_total_limit: int = arg(2, "checkpoints kept per stage")
     resume: str = arg(
         "", "auto: go on with the first unfinished stage of output_dir, from its newest whole checkpoint; or a checkpoint"
@@ -189,8 +206,6 @@ def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | Non
         apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
-        if config.compile:
-            block.compute = torch.compile(block.compute, dynamic=True)  # inside the hooks of sharding and checkpointing
     replicas = shard(model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None)
     materialize(model, device)
     read_weights(model, model.source, merge)
@@ -494,6 +509,9 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         f"\n== {stage}: {len(widths):,} prompts, {schedule.num_steps} steps of {config.batch_size}, peak learning rate {peak:g}; "
         f"{trainable:,} of {total:,} parameters trained, from {base}{f' + {adapter}' if adapter else ''}"
     )
+    if config.shard == "full" and world_size > 1:
+        stored = sum(p.numel() * p.element_size() for p in model.parameters())
+        print0(replica_note(stored, 12 * trainable, world_size, device_memory(device)), end="")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=peak, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
@@ -535,7 +553,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
 
     skipped = 0
 
-    def report(step: int, result: StepMetrics) -> None:
+    def log(step: int, result: StepMetrics) -> None:
         nonlocal skipped
         try:
             metrics = result.read() | {"epoch": (step + 1) / schedule.steps_per_epoch}
@@ -557,11 +575,11 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         if step == 0 and stage != "sft":
             check_first_rewards(objective, exact=stored_dtype(config, device) == torch.float32)
         if pending:
-            report(step - 1, pending)
+            log(step - 1, pending)
         pending, stopping = result, any_rank(run.stop.asked)
         last = step + 1 == schedule.num_steps
         if stopping or (config.save_steps and ((step + 1) % config.save_steps == 0 or last)):
-            report(step, pending)
+            log(step, pending)
             pending = None
             save(step + 1)
         if stopping:
@@ -569,7 +587,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
             raise Stopped(f"stopped by SIGTERM after step {step + 1}, which is saved; --resume auto goes on from there")
     run.stop.in_loop = False
     if pending:
-        report(step, pending)
+        log(step, pending)
     logger.close()
 
     save_stage(run, model, base, folder)
@@ -624,12 +642,11 @@ def line_step(line: str) -> int:
 
 def where_not_finite(run: Run, schedule: Schedule, step: int, ranks: list[int]) -> str:
     """The ranks whose own loss was not finite, and their examples."""
-    if not ranks:
-        return "gradient only"
-    examples = [e for rank in ranks for batch in schedule.micro_batches(step, rank) for e in batch]
+    who = f"rank {', '.join(map(str, ranks))}" if ranks else "the gradient only"
+    examples = [e for r in ranks or range(run.world_size) for batch in schedule.micro_batches(step, r) for e in batch]
     log, position = run.train.examples.log, run.train.examples.position
     users = ", ".join(f"{e} (user {log.user_ids[log.user[position[e]]]})" for e in examples[:8])
-    return f"rank {', '.join(map(str, ranks))}, examples {users}{' ...' if len(examples) > 8 else ''}"
+    return f"{who}, examples {users}{' ...' if len(examples) > 8 else ''}"
 
 
 def save_stage(run: Run, model: Transformer, base: Path, folder: Path) -> None:
@@ -689,7 +706,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ the run
 FREE_TO_CHANGE = "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit max_skipped_steps "
-FREE_TO_CHANGE += "micro_batch_tokens shard shard_group_size compile gradient_checkpointing"
+FREE_TO_CHANGE += "dry_run gpu_memory tflops micro_batch_tokens shard shard_group_size gradient_checkpointing"
 
 
 def open_run_folder(config: TrainConfig) -> Path:
@@ -740,6 +757,40 @@ def results(run: Run, prepared) -> str:
     return results_table(rows, bounds)
 
 
+def device_memory(device) -> int:
+    """Bytes of a GPU, or of this process's share of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def dry_run(run: Run) -> None:
+    """What a careful user looks at before paying for GPUs; runs the step on fake tensors, reads no weights."""
+    config, model_config = run.config, ModelConfig.from_pretrained(run.base)
+    print0(f"prompt and completion tokenise alike together and apart: checked on {BOUNDARY_CHECKS} examples of each split")
+    gpu = run.device.type == "cuda" or config.gpu_memory > 0
+    for stage in config.stage_list:
+        r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
+        objective = SFT(config, None, run.train, run.device)
+        if stage != "sft":
+            objective = Preference(config, stage, None, run.train, run.device)
+            zeros = torch.zeros(objective.slots.shape)
+            first = objective.losses(zeros, zeros, objective.margins)[0].mean()
+            print0(f"\n{stage}: the first loss must be {first:.4f}: the policy is still its reference")
+        widths = tree_widths(run.train, objective.slots)
+        completions = [len(ids) for ids in run.train.slots(int(widths[:, 1].argmax()), objective.slots[widths[:, 1].argmax()])]
+        dtype = (torch.bfloat16 if gpu else torch.float32) if config.dtype == "auto" else getattr(torch, config.dtype)
+        targets = [t.strip() for t in config.lora_target_modules.split(",")]
+        dropout = config.lora_dropout if stage == "sft" else 0.0
+        print0(f"\n{stage}: memory of a rank in GB ({'LoRA' if r else 'full training'}, {dtype}, step run on fake tensors)\n")
+        lengths = (int(widths[:, 0].max()), completions, float(widths.sum(1).mean()))
+        limits = (config.micro_batch_tokens, config.batch_size, gpu, config.gpu_memory, config.tflops, run.world_size)
+        print0(report(model_config, dtype, r, targets, dropout, *lengths, *limits))
+    print0(
+        f"\n--gradient_checkpointing is {'on' if config.gradient_checkpointing else 'off'}, --shard {config.shard}; nothing was trained"
+    )
+
+
 def main() -> None:
     argv = sys.argv[1:]
     demo = not any(a.split("=")[0] in ("--config", "--model", "--adapter", "--help", "-h") for a in argv)
@@ -749,7 +800,7 @@ def main() -> None:
     if demo:
         print0("no --model, --adapter or --config: the demo's options, configs/demo.json, are the defaults")
     rank, world_size, device = setup_distributed()
-    shared = [open_run_folder(config) if is_main() else None]
+    shared = [(Path(tempfile.mkdtemp()) if config.dry_run else open_run_folder(config)) if is_main() else None]
     dist.broadcast_object_list(shared)
     (folder,) = shared
     print0(
@@ -786,6 +837,10 @@ def main() -> None:
     print0("\nfirst training prompt:\n" + tokenizer.inner.decode(train.prompts[0].tolist(), skip_special_tokens=False))
     print0(f"chosen: {example.candidates[example.target]!r}, tokens {train.slots(0, [example.target])[0]}")
 
+    if config.dry_run:
+        dry_run(run)
+        shutil.rmtree(folder, ignore_errors=True)  # the tiny model's, if there was one
+        return
     start = (base, Path(config.adapter) if config.adapter else None)
     for stage in config.stage_list:
         if (folder / stage / "eval" / "metrics.json").exists():

@@ -1,0 +1,217 @@
+"""What a run needs, before anything is paid for: memory of each rank, and floating-point operations of a step.
+
+    python train.py --dry_run --config configs/paper.json --model DIR ...      needs config.json and tokenizer.json, no weights
+
+The very step that training runs, forward, loss, backward and AdamW, is run on fake tensors (shapes and dtypes without
+memory), while a dispatch hook adds up the bytes of all tensors alive. So the figure follows the code, not a formula about it.
+What fake tensors of one process do not show is added by formula: with sharding a rank keeps 1 / G of what is persistent, and
+beside it whole copies of what is being computed with: embedding and head, and two blocks (one in use, one prefetched).
+
+For a GPU, what the CPU's kernels do otherwise is imitated: K and V repeated for their heads, logits of a half-precision GEMM.
+Not counted: the allocator's rounding and fragmentation (some per cent), CUDA's context (about 0.5 GB), NCCL's buffers.
+
+Legend: B prompts of a micro-batch, P prompt tokens, C tokens of all completions, M scored tokens, G ranks that share a copy.
+"""
+
+import contextlib
+import weakref
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import build_tree
+from lora import apply_lora
+from model import ModelConfig, Transformer
+
+GB = 10**9
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages of all tensors that operations return, until they are freed; `peak` is the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        return out
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.free, key, storage.nbytes())
+
+    def free(self, key: int, nbytes: int) -> None:
+        self.seen.discard(key)
+        self.live -= nbytes
+
+
+@dataclass
+class Step:
+    """One micro-batch in one process."""
+
+    weights: int  # bytes of all weights as stored
+    trained: int  # bytes of adapters (all weights, in full training), their gradients and both moments, in fp32
+    passing: int  # bytes of all else at the peak: activations, the head's scratch, temporaries
+    flops: int  # forward and backward
+
+
+def fake_step(
+    config: ModelConfig,
+    dtype: torch.dtype,  # of the computation
+    r: int,  # LoRA rank; 0: full training, with fp32 weights
+    targets: list[str],
+    dropout: float,
+    checkpointing: bool,
+    B: int,
+    P: int,
+    completions: list[int],  # tokens of each completion, EOS included
+    gpu: bool = False,
+) -> Step:
+    """Run two steps on fake tensors (the second one finds the moments in place) and add up what is alive."""
+    tree = build_tree([[0] * P] * B, [[[0] * n for n in completions]] * B)
+    with FakeTensorMode(), LiveBytes() as alive, _imitate_gpu() if gpu else contextlib.nullcontext():
+        torch.set_default_dtype(dtype)
+        try:
+            model = Transformer(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        if r:
+            with patch("lora.LoRALinear.reset_parameters"):
+                apply_lora(model, r, 2 * r, dropout, targets)
+        for block in model.model.layers:
+            block.checkpointing = checkpointing
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, foreach=True)
+        for name in ("input_ids", "position_ids", "branch_ids", "rows", "labels", "sequence_ids"):
+            setattr(tree, name, torch.empty(getattr(tree, name).shape, dtype=torch.long))
+        inplace = {torch.ops.aten.addmm_: lambda c, a, b, *rest, **kwargs: 2 * a[0] * a[1] * b[1]}
+        counter = FlopCounterMode(display=False, custom_mapping=inplace)
+        for counted in (counter, contextlib.nullcontext()):  # the counter keeps tensors alive, so it goes first and alone
+            alive.peak = alive.live
+            with counted:
+                logps = tree.sum_logps(model.train()(tree)[0])
+                logps.sum().backward()
+            del logps
+            peak = alive.peak  # training's fused AdamW works in place, this one does not
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        moving = sum(p.numel() * p.element_size() for p in parameters)
+        numbers = sum(p.numel() for p in parameters)
+    adapters = 4 * numbers if r else 0
+    weights = held - moving if r else 4 * numbers
+    trained = adapters + 3 * 4 * numbers  # gradient, exp_avg, exp_avg_sq
+    return Step(weights, trained, peak - held - 3 * moving, counter.get_total_flops())
+
+
+@contextlib.contextmanager
+def _imitate_gpu():
+    def attend(q, k, v, **kwargs):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **kwargs)
+
+    def mm_fp32(a, b):
+        return torch.mm(a.to(b.dtype), b).to(torch.float32)
+
+    with patch("model.attend", attend), patch("kernels.logps.mm_fp32", mm_fp32), patch("kernels.lora.mm_fp32", mm_fp32):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ for a run
+def gathered_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What a sharded rank holds whole while it computes: embedding, head and norm, and two blocks."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    names = dict(model.named_parameters())
+    root = sum(p.numel() for name, p in names.items() if ".layers." not in name)
+    block = sum(p.numel() for name, p in names.items() if ".layers.0." in name)
+    return (root + 2 * block) * dtype.itemsize
+
+
+def report(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    r: int,
+    targets: list[str],
+    dropout: float,
+    prompt: int,  # tokens of the longest prompt
+    completions: list[int],  # tokens of the longest completions
+    mean_tokens: float,  # of a row of the tree
+    micro_batch_tokens: int,
+    batch_size: int,
+    gpu: bool,
+    gpu_memory: float,  # GB; 0: no limit given
+    tflops: float,
+    world_size: int,
+) -> str:
+    """A Markdown table: memory of a rank for 1 to 8 ranks, sharded or not, with and without checkpointing; time of a step."""
+    width = prompt + sum(n - 1 for n in completions)
+    B = max(1, micro_batch_tokens // width)
+    one, two = (
+        {c: fake_step(config, dtype, r, targets, dropout, c, b, prompt, completions, gpu) for c in (False, True)}
+        for b in (1, 2)
+    )
+    whole = gathered_bytes(config, dtype)
+
+    def passing(checkpointing: bool, prompts: float) -> float:  # it grows linearly with the prompts
+        first, second = one[checkpointing].passing, two[checkpointing].passing
+        return first + (prompts - 1) * (second - first)
+
+    def largest(persistent: float, checkpointing: bool) -> str:
+        room = gpu_memory * GB - persistent - one[checkpointing].passing
+        slope = two[checkpointing].passing - one[checkpointing].passing
+        return f"{int(1 + room / slope) * width:,}" if room > 0 else "does not fit"
+
+    columns = ["ranks", "--shard", "weights", "adapter, gradients, moments" if r else "gradients, moments", "gathered"]
+    columns += ["activations", "total GB", "activations, checkpointed", "total GB"]
+    columns += ["largest --micro_batch_tokens", "checkpointed"] if gpu_memory else []
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    plain, checkpointed = passing(False, B), passing(True, B)
+    for ranks in sorted({1, 2, 4, 8, world_size}):
+        for mode in ("none", "full") if ranks > 1 else ("none",):
+            G = ranks if mode == "full" else 1
+            step, beside = one[False], whole if G > 1 else 0
+            persistent = (step.weights + step.trained) / G + beside
+            cells = [ranks, mode, *(f"{n / GB:.2f}" for n in (step.weights / G, step.trained / G, beside, plain))]
+            cells += [f"{(persistent + plain) / GB:.2f}", f"{checkpointed / GB:.2f}", f"{(persistent + checkpointed) / GB:.2f}"]
+            if gpu_memory:
+                cells += [largest(persistent, False), largest(persistent, True)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    per_token = one[False].flops / width
+    flops = per_token * mean_tokens * batch_size
+    extra = one[True].flops / one[False].flops
+    lines += [
+        "",
+        f"a micro-batch of {B} x {width} tokens; a step of {batch_size} prompts of {mean_tokens:.0f} tokens: {flops / 1e12:,.1f} TFLOP, "
+        f"{extra:.2f} times that with checkpointing; at {tflops:g} TFLOP/s a rank: "
+        + ", ".join(f"{flops / tflops / 1e12 / n:.2f} s on {n}" for n in sorted({1, 8, world_size})),
+    ]
+    return "\n".join(lines)
+
+
+def replica_note(weights: int, trained: int, world_size: int, memory: int) -> str:
+    """What --shard none would save, if a replica with its adapter leaves more than half of a device's memory free."""
+    if world_size == 1 or weights + trained > 0.5 * memory:
+        return ""
+    moved = 2 * weights * (world_size - 1) / world_size
+    return (
+        f"note: a whole replica ({(weights + trained) / GB:.1f} GB) fits on each device ({memory / GB:.0f} GB): --shard none would save "
+        f"gathering {moved / GB:.1f} GB for every micro-batch, and reduce {trained / 4 / GB:.2f} GB of gradients a step instead\n"
+    )

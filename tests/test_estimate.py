@@ -1,0 +1,114 @@
+"""The estimator against what a real step holds, and the dry run as a user sees it."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data import DataConfig, build_tree, prepare
+from estimate import LiveBytes, fake_step, gathered_bytes, replica_note
+from lora import TARGET_MODULES, apply_lora
+from losses import recpo_loss
+from model import ModelConfig, Transformer
+from tiny import make_base_model
+from train import TrainConfig, train_step
+
+ROOT = Path(__file__).parents[1]
+SMALL = ModelConfig("llama", 4000, 256, 704, 6, 4, 2, 64)
+
+
+def test_live_bytes_are_those_of_living_tensors():
+    """Storages are counted once, views not at all, and freed ones no more; the peak stays."""
+    with LiveBytes() as alive:
+        a = torch.zeros(1000)
+        view = a.view(10, 100)[2]
+        assert alive.live == 4000
+        b = a + 1
+        assert alive.live == 8000
+        del b
+        assert alive.live == 4000 and alive.peak == 8000
+        del a
+        assert alive.live == 4000  # the view holds it
+        del view
+        assert alive.live == 0
+
+
+@pytest.mark.parametrize(
+    "config, r, checkpointing, B, P",
+    [
+        (SMALL, 8, False, 10, 512),
+        (dataclasses.replace(SMALL, vocab_size=64000, hidden_size=768, intermediate_size=2048), 8, True, 2, 256),
+        (dataclasses.replace(SMALL, vocab_size=30000, hidden_size=512, intermediate_size=1408), 0, False, 2, 256),
+    ],
+    ids=["LoRA", "LoRA, checkpointing", "all weights"],
+)
+def test_the_estimate_is_within_a_tenth_of_a_real_step(config, r, checkpointing, B, P):
+    """Peak of live tensor bytes of train_step, weights and moments included, on configurations of at least 500 MB."""
+    completions = [12, 9, 14, 10]
+    step = fake_step(config, torch.float32, r, list(TARGET_MODULES), 0.0, checkpointing, B, P, completions)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with LiveBytes() as alive:
+            model = Transformer(config)
+            if r:
+                apply_lora(model, r, 2 * r)
+            for block in model.model.layers:
+                block.checkpointing = checkpointing
+            tree = build_tree([[1] * P] * B, [[[2] * n for n in completions]] * B)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+            def compute(tree):
+                logps = tree.sum_logps(model(tree)[0])
+                loss = recpo_loss(logps, logps.detach(), torch.ones(B, 3), 1.0)[0].mean()
+                return loss, {"loss": (loss.detach(), 1.0)}
+
+            for _ in range(2):
+                train_step(model, optimizer, [tree], compute, 1e-4, TrainConfig()).read()
+    finally:
+        dist.destroy_process_group()
+    assert alive.peak > 500e6
+    assert step.weights + step.trained + step.passing == pytest.approx(alive.peak, rel=0.1)
+
+
+def test_memory_of_an_8b_model_is_that_of_its_formulas():
+    """Llama-3.1-8B in bf16: 16.06 GB of weights, 0.34 GB of adapter, gradients and moments at r = 8, both ways of 16 FLOP."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = ModelConfig(
+        "llama", 128256, 4096, 14336, 2, 32, 8, 128, 1e-5, 5e5, rope | {"original_max_position_embeddings": 8192}
+    )
+    step = fake_step(config, torch.bfloat16, 8, list(TARGET_MODULES), 0.0, False, 1, 512, [12] * 4, gpu=True)
+    linear = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)  # numbers in the projections of two layers
+    assert step.weights == 2 * (2 * 128256 * 4096 + linear + 5 * 4096)
+    assert step.trained == 16 * 20_971_520 * 2 // 32
+    tokens = 512 + 4 * 11
+    assert step.flops == pytest.approx(2 * 2 * linear * tokens, rel=0.15)  # forward and d x; attention, adapters, head besides
+    assert gathered_bytes(config, torch.bfloat16) == step.weights  # two blocks and the root are the whole of it
+
+
+def test_a_replica_that_fits_is_worth_a_note():
+    """The line names what is saved; one process, or too little memory, gets none."""
+    note = replica_note(16 * 10**9, 3 * 10**8, 8, 80 * 10**9)
+    assert "--shard none" in note and "28.0 GB" in note
+    assert replica_note(16 * 10**9, 3 * 10**8, 1, 80 * 10**9) == ""
+    assert replica_note(16 * 10**9, 3 * 10**8, 8, 24 * 10**9) == ""
+
+
+def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
+    """Example, boundary, truncation, first losses, memory table, step time: from config.json and tokenizer.json alone."""
+    data = {"planted_users": 150, "train_size": 20, "test_size": 8, "followers": 3, "prepared_dir": str(tmp_path / "p")}
+    bare = tmp_path / "bare"
+    examples = prepare(DataConfig(**data)).splits["train"]
+    make_base_model(bare, examples, hidden_size=64, num_layers=2, vocab_size=512, seed=0)
+    (bare / "model.safetensors").unlink()
+    flags = [f"--{name}={value}" for name, value in data.items()]
+    flags += ["--stages=sft,sdpo", "--dry_run", "--gpu_memory=2", f"--model={bare}", f"--output_dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for text in ("first training prompt:", "shortened", "tokenise alike together", "the first loss must be 1.3863",
+                 "| 8 | full |", "largest --micro_batch_tokens", "TFLOP", "nothing was trained"):  # fmt: skip
+        assert text in done.stdout, text
+    assert not (tmp_path / "run").exists()
