@@ -1,0 +1,133 @@
+"""Sharded models: the same weights, answers, losses and adapters as one process, however they are divided."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, write_checkpoint
+from safetensors.torch import load_file
+from test_train import TINY, losses, run_train
+
+from lora import apply_lora, save_adapter
+from model import load_pretrained
+from sharding import shard_group
+
+ROOT = Path(__file__).parents[1]
+
+# A worker of 2 or 4 ranks: load every checkpoint in every mode and compare with the plain way of loading it.
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from common import any_rank, setup_distributed
+from data import build_tree
+from lora import load_adapter, merge_lora
+from model import generate, load_pretrained
+from sharding import gathered
+from train import TrainConfig, load_policy
+
+rank, world_size, device = setup_distributed()
+folder = Path(sys.argv[1])
+prompts = [[5, 6, 7, 9], [8, 4], [9]]
+tree = build_tree(prompts, [[[8, 9, 2], [2]], [[7, 7, 2], [11, 2]], [[4, 2], [5, 5, 2]]])
+for path in sorted(folder.glob("*/config.json")):
+    for mode, adapter, r in (("full", None, 4), ("hybrid", folder / "adapters" / path.parent.name, 4),
+                             ("full", folder / "adapters" / path.parent.name, 0), ("none", None, 0)):
+        config = TrainConfig(shard=mode, shard_group_size=2, lora_r=r, seed=3)
+        model, replicas = load_policy(config, "recpo", path.parent, adapter, device)
+        assert replicas == (world_size if mode == "none" else world_size // 2 if mode == "hybrid" else 1)
+        assert not any(p.is_meta for p in model.parameters())
+        plain = load_pretrained(path.parent)
+        if adapter:
+            load_adapter(plain, adapter)
+            if r == 0:
+                merge_lora(plain)
+        model.eval()
+        answers = generate(model, prompts, 6, {2}, any_rank)  # before any forward
+        assert answers == generate(plain, prompts, 6, {2}), (path, mode)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tree), plain(tree), rtol=1e-5, atol=1e-5)
+        whole = dict(gathered(model))
+        if rank == 0:
+            for name, p in plain.state_dict().items():
+                torch.testing.assert_close(whole[name], p, rtol=1e-6, atol=1e-6, msg=f"{path} {mode} {name}")
+print("ALL GOOD", flush=True)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
+    """Weights, tied heads, biases, log-probs and `generate` before any forward; adapters kept, and merged for full training."""
+    for family in FAMILIES:
+        write_checkpoint(tmp_path / family, family, shard_bytes=20_000)
+        model = apply_lora(load_pretrained(tmp_path / family), 4, 8, seed=5)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
+        save_adapter(model, tmp_path / "adapters" / family)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, str(tmp_path)], capture_output=True, text=True, timeout=300, env=env)
+    assert done.stdout.count("ALL GOOD") == processes, done.stderr[-3000:]
+
+
+def test_groups_must_divide_the_world(monkeypatch):
+    """hybrid's group is a machine by default; one that does not divide the processes is an error that lists those that do."""
+    assert [shard_group(mode, 0, 8) for mode in ("full", "none")] == [8, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert shard_group("hybrid", 0, 8) == 4 and shard_group("hybrid", 2, 8) == 2
+    with pytest.raises(ValueError, match=r"shard_group_size 3 does not divide the 8.*\[1, 2, 4, 8\]"):
+        shard_group("hybrid", 3, 8)
+
+
+LONG = ("--sft_epochs=7", "--epochs=7", "--micro_batch_tokens=1500", "--sft_lora_r=4", "--lora_dropout=0")  # 21 steps a stage
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process: 20 prompts in steps of 8, so that every third step is a smaller one."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    return tmp_path, run_train(tmp_path, "alone", *LONG)[1]
+
+
+def assert_same_run(tmp_path, name, metrics, expected) -> None:
+    for stage in ("sft", "recpo"):
+        assert len(expected[stage]) == 21 + 3 * (stage == "sft")  # copying practice besides
+        np.testing.assert_allclose(losses(metrics, stage), losses(expected, stage), atol=1e-4)
+        ours, theirs = (load_file(tmp_path / n / stage / "adapter_model.safetensors") for n in (name, "alone"))
+        assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "processes, mode",
+    [pytest.param(2, "full", marks=pytest.mark.slow), pytest.param(2, "none", marks=pytest.mark.slow), pytest.param(4, "full", marks=pytest.mark.slow),
+     pytest.param(4, "none", marks=pytest.mark.slow), (4, "hybrid")],
+)  # fmt: skip
+def test_any_division_gives_the_same_run(alone, processes, mode):
+    """20 steps a stage: losses to 1e-4, final adapters to 1e-5."""
+    tmp_path, expected = alone
+    name = f"{mode}-{processes}"
+    _, metrics = run_train(tmp_path, name, *LONG, f"--shard={mode}", "--shard_group_size=2", processes=processes)
+    assert_same_run(tmp_path, name, metrics, expected)
+
+
+@pytest.mark.slow
+def test_two_agents_give_the_same_run(alone):
+    """hybrid over two torchrun agents of two processes each, as on two machines: a group is a machine."""
+    tmp_path, expected = alone
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo", str(ROOT / "train.py"), *TINY, *LONG, "--shard=hybrid",
+               f"--output_dir={tmp_path / 'agents'}", f"--prepared_dir={tmp_path / 'prepared'}"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) for _ in range(2)]
+    assert [agent.wait(300) for agent in agents] == [0, 0]
+    metrics = {s: [json.loads(m) for m in (tmp_path / "agents" / s / "metrics.jsonl").open()] for s in ("sft", "recpo")}
+    assert_same_run(tmp_path, "agents", metrics, expected)
