@@ -15,7 +15,7 @@ number of processes and micro-batches gives the same update.
 
 `--save_steps` leaves checkpoints inside a stage (checkpoint.py), SIGTERM one at the next step; `--resume auto` goes on.
 
-Left out: quantised weights, sharding of a single tensor over several machines' optimizers.
+Left out: quantised weights, torch.compile (see NOTES.md).
 """
 
 import fcntl
