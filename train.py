@@ -519,25 +519,15 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
 
     identity = {"stage": stage, "data": run.data_hash}  # what a checkpoint must agree with
     if stage != "sft":
-        model.eval()
-        key = reference_key(run, base, adapter, objective)
-        reference_pass(objective, schedule, rank, run.folder / f"reference-{key[:12]}.safetensors", key)
-        identity["reference"] = hashlib.sha256(objective.reference_logps.numpy().tobytes()).hexdigest()
-        titles, slots, margins = run.train.examples[0].candidates, objective.slots[0], objective.margins[0].tolist()
-        rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in zip(slots[1:], margins, strict=True))
-        print0(f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): {rejected}")
-        print0(
-            "logps/chosen usually falls from here on: the loss asks for a gap, and a gap opens too when every listed title\n"
-            "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
-        )
+        identity["reference"] = prepare_reference(run, base, adapter, objective, schedule)
     model.train()
 
     start = resume_stage(run, folder, model, optimizer, identity)
     logger = Logger(folder / "metrics.jsonl", config.logging_steps)
 
     def save(step: int) -> None:
-        taken = {p: int(state["step"]) for p, state in optimizer.state.items()}
-        facts = identity | {"optimizer_steps": max(taken.values(), default=0)}
+        taken = next((int(state["step"]) for state in optimizer.state.values()), 0)  # fewer than `step` if some were skipped
+        facts = identity | {"optimizer_steps": taken}
         save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
 
     if start is None:
@@ -598,6 +588,21 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         folder.rename(final)
         print0(results_table({stage: metrics}))
     dist.barrier()
+
+
+def prepare_reference(run: Run, base: Path, adapter: Path | None, objective: Preference, schedule: Schedule) -> str:
+    """Fill in the reference log-probs from the starting weights, show the first example; returns the log-probs' SHA-256."""
+    objective.model.eval()
+    key = reference_key(run, base, adapter, objective)
+    reference_pass(objective, schedule, run.rank, run.folder / f"reference-{key[:12]}.safetensors", key)
+    titles, slots, margins = run.train.examples[0].candidates, objective.slots[0], objective.margins[0].tolist()
+    rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in zip(slots[1:], margins, strict=True))
+    print0(f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): {rejected}")
+    print0(
+        "logps/chosen usually falls from here on: the loss asks for a gap, and a gap opens too when every listed title\n"
+        "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
+    )
+    return hashlib.sha256(objective.reference_logps.numpy().tobytes()).hexdigest()
 
 
 def resume_stage(run: Run, folder: Path, model, optimizer, identity: dict) -> int | None:
@@ -847,6 +852,8 @@ def main() -> None:
             print0(f"\n== {stage}: finished before, in {folder / stage}")
         else:
             run_stage(run, stage, *start)
+            if config.resume:  # a named checkpoint is that of one stage; those behind it have none yet, or their newest
+                run.config = replace(config, resume="auto")
         if stage == "sft":
             start = load_stage(folder / "sft")
     if is_main():

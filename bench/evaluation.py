@@ -12,12 +12,11 @@ transformers      its generate on the merged weights, batch 10: with 128 new tok
 """
 
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import dtype_of, header, interleaved, make_model, movielens, parser, table
+from harness import dtype_of, header, interleaved, make_model, movielens, parser, table, transformers_model
 
 from common import read_json
 from data import NUM_CANDIDATES, DataConfig, Encoded, encode_split, micro_batches, prepare, tree_widths
@@ -51,19 +50,6 @@ def load(args):
     whole = encode_split(prepared, "test", tokenizer, settings["max_length"])
     some = Encoded(whole.examples.select(np.arange(args.examples)), whole.prompts[: args.examples], whole.completions)
     return model.eval(), tokenizer, some
-
-
-def transformers_model(model):
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    raw = model.config.to_dict()
-    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **{k: v for k, v in raw.items() if k != "architectures"})
-    with torch.device(model.inv_freq.device):
-        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=model.lm_head.weight.dtype)
-    theirs.load_state_dict(model.state_dict())
-    return theirs.eval()
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,22 @@ def make_model(args, lora: bool = True) -> Transformer:
                 if "lora_B" in name:
                     p.normal_(std=0.02)
     return model
+
+
+def transformers_model(ours: Transformer):
+    """The same base weights in transformers."""
+    try:
+        import transformers
+    except ImportError:
+        sys.exit("this benchmark compares with transformers and peft: pip install transformers peft")
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    raw = {k: v for k, v in ours.config.to_dict().items() if k != "architectures"}
+    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+    with torch.device(ours.inv_freq.device):
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=ours.lm_head.weight.dtype)
+    theirs.load_state_dict({name: p for name, p in ours.state_dict().items() if ".lora_" not in name})
+    return theirs.eval()
 
 
 def movielens(args, count: int):

@@ -12,7 +12,6 @@ process; peak memory is what the first step adds to the loaded policy, in a proc
 """
 
 import sys
-import warnings
 
 import torch
 from harness import (
@@ -26,6 +25,7 @@ from harness import (
     parser,
     peak_mib,
     table,
+    transformers_model,
     tree_of,
 )
 
@@ -41,19 +41,9 @@ MARGIN = 6.0  # λ φ_w / φ_l of every pair
 # ------------------------------------------------------------------------------------------------ the usual way
 def peft_model(ours: Transformer):
     """The same weights in transformers, the same adapter in peft."""
-    try:
-        import peft
-        import transformers
-    except ImportError:
-        sys.exit("this benchmark compares with transformers and peft: pip install transformers peft")
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    raw = {k: v for k, v in ours.config.to_dict().items() if k != "architectures"}
-    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
-    with torch.device(ours.inv_freq.device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=ours.lm_head.weight.dtype)
-    base = {name: p for name, p in ours.state_dict().items() if ".lora_" not in name}
-    model.load_state_dict(base)
+    model = transformers_model(ours)
+    import peft
+
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=list(TARGET_MODULES))
     model = peft.get_peft_model(model, settings)
     theirs = dict(model.named_parameters())
