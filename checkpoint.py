@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import print0, read_json
+from common import print0, read_json, writing
 from model import open_safetensors
 from sharding import fill, local, own_rows
 
@@ -38,10 +38,8 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, repl
     beside = folder / f"checkpoint-{step}.part"
     if rank == 0:
         shutil.rmtree(beside, ignore_errors=True)
-        try:
+        with writing(beside):
             beside.mkdir()
-        except OSError as error:
-            raise ValueError(f"{beside}: the checkpoint cannot be written ({error})") from None
     dist.barrier()
     tensors, rows = {f"random.{kind}": value for kind, value in random_state().items()}, {}
     if rank < world_size // replicas:  # the other replicas hold the same rows
@@ -53,20 +51,19 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, repl
                     tensors[f"{name}.{moment}"] = local(optimizer.state[p][moment])
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     file = beside / f"rank-{rank:05d}.safetensors"
-    try:
+    with writing(file):
         save_file(tensors, file, metadata={"rows": json.dumps(rows)})
         flush(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: the checkpoint cannot be written ({error}); earlier ones are untouched") from None
     dist.barrier()
     if rank == 0:
-        write_json(beside / "state.json", state | {"step": step, "world_size": world_size})
-        files = sorted(f for f in beside.iterdir())
-        write_json(beside / "manifest.json", {f.name: [f.stat().st_size, sha256(f)] for f in files})
-        flush(beside)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        beside.rename(final)
-        flush(folder)
+        with writing(beside):
+            write_json(beside / "state.json", state | {"step": step, "world_size": world_size})
+            files = sorted(f for f in beside.iterdir())
+            write_json(beside / "manifest.json", {f.name: [f.stat().st_size, sha256(f)] for f in files})
+            flush(beside)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+            beside.rename(final)
+            flush(folder)
         for old in checkpoints(folder)[keep:]:
             shutil.rmtree(old)
     dist.barrier()

@@ -13,6 +13,7 @@ from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 
 def arg(default=MISSING, help="", group=""):
@@ -68,6 +69,15 @@ def parse_config(cls, argv=None):
     if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]:
         parser.error(f"missing --{', --'.join(missing)}")
     return cls(**given)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A full disk, a folder that is gone or read-only: one message that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be written ({error}); what was written before is untouched") from None
 
 
 class Stopped(Exception):

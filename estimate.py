@@ -14,6 +14,7 @@ Legend: B prompts of a micro-batch, P prompt tokens, C tokens of all completions
 """
 
 import contextlib
+import os
 import weakref
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -25,9 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import build_tree
+from common import print0
+from data import BOUNDARY_CHECKS, build_tree, tree_widths
 from lora import apply_lora
 from model import ModelConfig, Transformer
+from objectives import SFT, Preference
+from runs import Run
 
 GB = 10**9
 
@@ -214,4 +218,39 @@ def replica_note(weights: int, trained: int, world_size: int, memory: int) -> st
     return (
         f"note: a whole replica ({(weights + trained) / GB:.1f} GB) fits on each device ({memory / GB:.0f} GB): --shard none would save "
         f"gathering {moved / GB:.1f} GB for every micro-batch, and reduce {trained / 4 / GB:.2f} GB of gradients a step instead\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ --dry_run
+def device_memory(device) -> int:
+    """Bytes of a GPU, or of this process's share of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def dry_run(run: Run) -> None:
+    """What a careful user looks at before paying for GPUs; runs the step on fake tensors, reads no weights."""
+    config, model_config = run.config, ModelConfig.from_pretrained(run.base)
+    print0(f"prompt and completion tokenise alike together and apart: checked on {BOUNDARY_CHECKS} examples of each split")
+    gpu = run.device.type == "cuda" or config.gpu_memory > 0
+    for stage in config.stage_list:
+        r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
+        objective = SFT(config, None, run.train, run.device)
+        if stage != "sft":
+            objective = Preference(config, stage, None, run.train, run.device)
+            zeros = torch.zeros(objective.slots.shape)
+            first = objective.losses(zeros, zeros, objective.margins)[0].mean()
+            print0(f"\n{stage}: the first loss must be {first:.4f}: the policy is still its reference")
+        widths = tree_widths(run.train, objective.slots)
+        completions = [len(ids) for ids in run.train.slots(int(widths[:, 1].argmax()), objective.slots[widths[:, 1].argmax()])]
+        dtype = (torch.bfloat16 if gpu else torch.float32) if config.dtype == "auto" else getattr(torch, config.dtype)
+        targets = [t.strip() for t in config.lora_target_modules.split(",")]
+        dropout = config.lora_dropout if stage == "sft" else 0.0
+        print0(f"\n{stage}: memory of a rank in GB ({'LoRA' if r else 'full training'}, {dtype}, step run on fake tensors)\n")
+        lengths = (int(widths[:, 0].max()), completions, float(widths.sum(1).mean()))
+        limits = (config.micro_batch_tokens, config.batch_size, gpu, config.gpu_memory, config.tflops, run.world_size)
+        print0(report(model_config, dtype, r, targets, dropout, *lengths, *limits))
+    print0(
+        f"\n--gradient_checkpointing is {'on' if config.gradient_checkpointing else 'off'}, --shard {config.shard}; nothing was trained"
     )

@@ -197,6 +197,8 @@ class AttentionPlan:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
     """Scaled dot-product attention of H query heads on Hkv key-value heads."""
+    if torch.compiler.is_compiling():  # else inductor asserts the strides of the first length it saw (torch 2.13)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.is_cuda:  # with a mask or in fp32, enable_gqa falls back to the slow path there
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=not q.is_cuda, **kwargs)
@@ -273,6 +275,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     checkpointing = False  # activation checkpointing: keep the block's input, run it again in backward
+    compiled: Callable | None = None  # `compute` by torch.compile; decoding, one token at a time, never takes it
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -282,10 +285,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+        compute = self.compiled if self.compiled and plan.cache is None else self.compute
         if self.checkpointing and torch.is_grad_enabled():
             # Inside forward, not around the block: hooks on the block (sharding) then run once, not twice.
-            return checkpoint(self.compute, x, plan, use_reentrant=False)
-        return self.compute(x, plan)
+            return checkpoint(compute, x, plan, use_reentrant=False)
+        return compute(x, plan)
 
     def compute(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), plan)
@@ -363,7 +367,7 @@ def branch_mask(branch_ids: Tensor, prompt_width: int) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------ weights
-def resolve_path(name) -> Path:
+def resolve_path(name, weights: bool = True) -> Path:
     """A local directory as it is; a hub name (org/model) becomes the folder with its downloaded files."""
     if Path(name).is_dir():
         return Path(name)
@@ -373,7 +377,7 @@ def resolve_path(name) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"] if weights else ["*.json"]))
     except (GatedRepoError, RepositoryNotFoundError) as error:  # 401, 403, 404
         raise ValueError(
             f"{name}: no such directory, and the hub refuses it ({type(error).__name__}). Check the spelling; for a gated model "

@@ -9,13 +9,14 @@ here waits for the GPU. An empty micro-batch evens out ranks: it runs one exampl
 Legend: E examples, B examples of the micro-batch, K rejected titles, N = 1 + K completions, M scored tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import Encoded, PromptTree, to_device
+from data import Encoded, PromptTree, micro_batches, to_device
 from losses import dpo_loss, recpo_loss, sdpo_loss, sft_loss, target_margins
 
 PREFERENCE_LOSSES = ("dpo", "sdpo", "recpo")
@@ -145,3 +146,25 @@ class Preference(SFT):
         sums = {name: (weight * values.detach().sum(), weight * len(losses)) for name, values in per_example.items()}
         sums["nll_loss"] = (-weight * policy_logps[:, 0].detach().sum(), weight * len(batch.chosen))
         return weight * loss, sums
+
+
+class Schedule:
+    """Which examples every step takes, and how ranks and micro-batches divide them: a function of (seed, epoch, step)."""
+
+    def __init__(self, config, epochs: float, widths: np.ndarray, world_size: int):
+        self.config, self.widths, self.world_size = config, widths, world_size
+        self.steps_per_epoch = math.ceil(len(widths) / config.batch_size)
+        self.num_steps = math.ceil(epochs * self.steps_per_epoch)
+        if config.max_steps:
+            self.num_steps = min(self.num_steps, config.max_steps)
+        self.epoch, self.order = -1, np.empty(0)
+
+    def examples(self, step: int) -> np.ndarray:
+        epoch, t = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.widths))
+        return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        plan = micro_batches(self.widths, self.examples(step), self.world_size, self.config.micro_batch_tokens)
+        return plan[rank]

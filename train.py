@@ -15,174 +15,43 @@ number of processes and micro-batches gives the same update.
 
 `--save_steps` leaves checkpoints inside a stage (checkpoint.py), SIGTERM one at the next step; `--resume auto` goes on.
 
-Left out: quantised weights, torch.compile (see NOTES.md).
+Left out: quantised weights.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from baselines import counting_baselines, ranking_metrics
 from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
-from common import Stopped, any_rank, arg, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed
-from data import (
-    BOUNDARY_CHECKS,
-    DataConfig,
-    Encoded,
-    Tokenizer,
-    encode_split,
-    micro_batches,
-    prefetch,
-    prepare,
-    to_device,
-    tree_widths,
-)
-from estimate import replica_note, report
-from eval import check_choice, load_stage, predict, results_table, save_predictions, summarise
-from lora import TARGET_MODULES, apply_lora, base_fingerprint, read_adapter, read_adapter_config, save_adapter
-from losses import MARGINS
-from model import ModelConfig, Transformer, empty_model, resolve_path, save_pretrained
-from objectives import PREFERENCE_LOSSES, SFT, MicroBatch, Preference
+from common import Stopped, any_rank, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed, writing
+from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
+from estimate import device_memory, dry_run, replica_note
+from eval import load_stage, predict, results_table, save_predictions, summarise
+from lora import apply_lora, read_adapter, read_adapter_config, save_adapter
+from model import Transformer, empty_model, resolve_path, save_pretrained
+from objectives import SFT, MicroBatch, Preference, Schedule
+from options import TrainConfig, stored_dtype
 from planted import World, bayes_scores
-from sharding import (
-    fill_adapter,
-    gathered,
-    init_adapter,
-    local,
-    materialize,
-    merged_on_reading,
-    read_weights,
-    shard,
-)
+from reference import check_first_rewards, prepare_reference
+from runs import Logger, Run, StopRequest, line_step, open_run_folder
+from sharding import fill_adapter, gathered, init_adapter, local, materialize, merged_on_reading, read_weights, shard
 from tiny import CopyTask, make_base_model
 
 DEMO = Path(__file__).parent / "configs" / "demo.json"
-
-
-@dataclass(frozen=True)
-class TrainConfig(DataConfig):
-    """SFT, then preference training, from a Hugging Face checkpoint; without --model and --config, the demo."""
-
-    model: str = arg(
-        "tiny", "Hugging Face directory or hub name; tiny = a small random model, or the base of --adapter", group="model"
-    )
-    adapter: str = arg("", "PEFT adapter to start from: the policy and, without an sft stage, the reference")
-    dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)")
-    lora_r: int = arg(8, "LoRA rank; 0 = train all parameters")
-    sft_lora_r: int = arg(-1, "LoRA rank of the sft stage; -1 = lora_r, 0 = all parameters")
-    lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r")
-    lora_dropout: float = arg(0.1, "dropout on the adapter's input, in the sft stage only")
-    lora_target_modules: str = arg(",".join(TARGET_MODULES), "comma-separated linear layers that get an adapter")
-    use_rslora: bool = arg(False, "scaling = alpha / sqrt(r)")
-    tiny_hidden_size: int = arg(128, "tiny model: width, a multiple of 64")
-    tiny_layers: int = arg(4, "tiny model: blocks")
-    tiny_vocab_size: int = arg(1024, "tiny model: tokens of its tokenizer")
-    stages: str = arg(
-        "sft,recpo",
-        f"comma-separated: sft and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
-        group="objective",
-    )
-    beta: float = arg(1.0, "strength of the KL anchor: reward = beta * log-ratio")
-    margin_lambda: float = arg(2.0, "weight of the target margin in recpo; 0 is S-DPO")
-    margin: str = arg("ratio", f"target margin of recpo: {', '.join(MARGINS)}")
-    num_negatives: int = arg(3, "rejected titles per prompt (dpo always takes 1)")
-    negative_source: str = arg("both", "rejected titles are both, only random, or only follow(-ups)")
-    label_smoothing: float = arg(0.0, "dpo: probability that a preference is the wrong way round")
-    sft_weight: float = arg(0.0, "weight of the chosen title's mean NLL added to a preference loss")
-    copy_steps: int = arg(
-        0, "tiny models: at most so many steps of copying practice before SFT (see tiny.py); real models need none"
-    )
-    copy_weight: float = arg(0.0, "tiny models: weight of copying practice on the listed titles during SFT (see tiny.py)")
-    sft_epochs: float = arg(5.0, "epochs of the sft stage; a fraction is fine", group="optimisation")
-    epochs: float = arg(3.0, "epochs of a preference stage; a fraction is fine")
-    max_steps: int = arg(0, "stop every stage after so many steps; 0 = off")
-    batch_size: int = arg(128, "prompts per optimizer step, over all processes")
-    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass per process; more only costs memory")
-    sft_learning_rate: float = arg(1e-5, "peak learning rate of the sft stage")
-    learning_rate: float = arg(1e-5, "peak learning rate of a preference stage")
-    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; a cosine to 0 follows")
-    weight_decay: float = arg(0.0, "AdamW weight decay")
-    adam_beta2: float = arg(0.999, "AdamW second-moment decay")
-    max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off")
-    shard: str = arg(
-        "full", "full: split all weights over the processes; none: a replica each, faster where it fits; hybrid: see next"
-    )
-    shard_group_size: int = arg(0, "hybrid: processes that share one copy; 0 = those of a machine (LOCAL_WORLD_SIZE)")
-    gradient_checkpointing: bool = arg(False, "recompute each block in backward: less memory, about a third slower")
-    max_length: int = arg(1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history")
-    seed: int = arg(0, "seed of initial weights, batch order and dropout")
-    decode: str = arg("greedy", "how test answers are found: greedy (one pass), generate, trie", group="evaluation and output")
-    decode_rest: bool = arg(True, "generate an answer where no candidate verifies; off: count it invalid")
-    dry_run: bool = arg(
-        False, "train nothing: show an example, first losses, memory of a rank and time of a step; needs no weights"
-    )
-    gpu_memory: float = arg(0.0, "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked")
-    tflops: float = arg(395.0, "dry run: achieved TFLOP/s of a device (395 is half of an H200's matrix rate)")
-    output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
-    save_steps: int = arg(100, "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)")
-    save_total_limit: int = arg(2, "checkpoints kept per stage")
-    resume: str = arg(
-        "", "auto: go on with the first unfinished stage of output_dir, from its newest whole checkpoint; or a checkpoint"
-    )
-    max_skipped_steps: int = arg(
-        0, "steps with a loss or gradient that is not finite which may be left out; one more stops the run"
-    )
-    logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step")
-
-    def __post_init__(self):
-        super().__post_init__()
-        stages = self.stage_list
-        if not stages or len(set(stages)) < len(stages) or set(stages) - {"sft", *PREFERENCE_LOSSES} or "sft" in stages[1:]:
-            allowed = ", ".join(PREFERENCE_LOSSES)
-            raise ValueError(f"--stages: sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}")
-        check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
-        check_choice(self, "margin", MARGINS)
-        check_choice(self, "negative_source", ("both", "random", "follow"))
-        check_choice(self, "decode", ("greedy", "generate", "trie"))
-        check_choice(self, "shard", ("full", "none", "hybrid"))
-        if self.resume not in ("", "auto") and not Path(self.resume).is_dir():
-            raise ValueError(f"--resume is auto or the folder of a checkpoint, got {self.resume!r}")
-        if self.resume and not self.output_dir:
-            raise ValueError("--resume needs --output_dir, the run folder to go on with")
-        limits = {
-            1: "num_negatives batch_size micro_batch_tokens logging_steps tiny_layers save_total_limit",
-            0: "lora_r margin_lambda sft_weight max_steps copy_steps copy_weight max_grad_norm weight_decay save_steps "
-            "max_skipped_steps shard_group_size",
-        }
-        for least, names in limits.items():
-            for name in names.split():
-                if getattr(self, name) < least:
-                    raise ValueError(f"--{name} must be >= {least}, got {getattr(self, name)}")
-        for name in ("beta", "sft_epochs", "epochs", "sft_learning_rate", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}")
-        if self.num_negatives > 19:
-            raise ValueError(f"--num_negatives must be <= 19, got {self.num_negatives}: a list has 20 candidates")
-        if self.label_smoothing and set(stages) - {"sft", "dpo"}:
-            raise ValueError("--label_smoothing belongs to dpo; the multi-negative losses have none")
-        if self.tiny_hidden_size % 64:
-            raise ValueError(f"--tiny_hidden_size must be a multiple of 64, got {self.tiny_hidden_size}")
-
-    @property
-    def stage_list(self) -> list[str]:
-        return [s.strip() for s in self.stages.split(",") if s.strip()]
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -192,6 +61,7 @@ def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | Non
     stored = stored_dtype(config, device)
     full_bf16 = r == 0 and stored == torch.bfloat16  # full training keeps fp32 weights and computes in bf16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
+    torch.compiler.reset()  # what the stage before compiled
     dropout = config.lora_dropout if stage == "sft" else 0.0
     merge, tensors = {}, {}
     if adapter:
@@ -206,18 +76,14 @@ def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | Non
         apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
+        if config.compile:  # the arithmetic only: checkpointing and sharding stay outside; lengths differ from the start
+            block.compiled = torch.compile(block.compute, dynamic=True)
     replicas = shard(model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None)
     materialize(model, device)
     read_weights(model, model.source, merge)
     if r > 0:
         fill_adapter(model, tensors) if adapter else init_adapter(model, config.seed)
     return model, replicas
-
-
-def stored_dtype(config: TrainConfig, device) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ one optimizer step
@@ -322,57 +188,7 @@ def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-class Schedule:
-    """Which examples every step takes, and how ranks and micro-batches divide them: a function of (seed, epoch, step)."""
-
-    def __init__(self, config: TrainConfig, epochs: float, widths: np.ndarray, world_size: int):
-        self.config, self.widths, self.world_size = config, widths, world_size
-        self.steps_per_epoch = math.ceil(len(widths) / config.batch_size)
-        self.num_steps = math.ceil(epochs * self.steps_per_epoch)
-        if config.max_steps:
-            self.num_steps = min(self.num_steps, config.max_steps)
-        self.epoch, self.order = -1, np.empty(0)
-
-    def examples(self, step: int) -> np.ndarray:
-        epoch, t = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.widths))
-        return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
-
-    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        plan = micro_batches(self.widths, self.examples(step), self.world_size, self.config.micro_batch_tokens)
-        return plan[rank]
-
-
 # ------------------------------------------------------------------------------------------------ before the loop
-@torch.no_grad()
-def reference_pass(objective: Preference, schedule: Schedule, rank: int, file: Path, key: str) -> None:
-    """Fill in the reference log-probs (E, 1 + K): those of the policy before its first step, computed once per run.
-
-    The pass runs the very micro-batches of the first epoch, so that the rewards of the first step are exactly zero."""
-    if any_rank(is_main() and file.exists()):  # rank 0 decides and reads: others may have another disk
-        if is_main():
-            objective.reference_logps = load_file(file)["logps"]
-        dist.broadcast(objective.reference_logps, 0)
-        return
-    device = objective.device
-    logps = torch.zeros(objective.reference_logps.shape, device=device)
-    steps, bar = range(min(schedule.num_steps, schedule.steps_per_epoch)), is_main() and sys.stderr.isatty()
-    planned = [(b, schedule.examples(step)) for step in steps for b in schedule.micro_batches(step, rank)]
-    prepared = prefetch(lambda plan: objective.prepare(*plan), planned)
-    for (batch, _), micro_batch in zip(tqdm(planned, "reference", disable=not bar), prepared, strict=True):
-        sums = micro_batch.tree.sum_logps(objective.model(micro_batch.tree)[0])
-        if batch:
-            logps[to_device(torch.tensor(batch), device)] = sums
-    dist.all_reduce(logps)
-    objective.reference_logps = logps.cpu()
-    if is_main():
-        beside = file.with_suffix(".part")
-        save_file({"logps": objective.reference_logps}, beside, metadata={"key": key})
-        beside.rename(file)
-    dist.barrier()
-
-
 def practise_copying(
     config: TrainConfig, task: CopyTask, optimizer, rank: int, world_size: int, replicas: int, log: Callable
 ) -> None:
@@ -391,95 +207,7 @@ def practise_copying(
     )
 
 
-def check_first_rewards(objective: Preference, exact: bool) -> None:
-    """At the first step the policy is the reference, so every reward must be zero (up to noise in bf16)."""
-    rewards = torch.cat([r.flatten() for r in objective.first_rewards]).double() / objective.config.beta
-    objective.first_rewards = None
-    worst = torch.stack([rewards.abs().max(), rewards.square().mean().sqrt()])
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    largest, rms = worst.tolist()
-    print0(f"log-ratios before the first step: at most {largest:.1e} nats per title (0: the policy is its reference)")
-    if largest >= 1e-3 if exact else rms > 0.5:
-        raise ValueError(f"policy and reference differ before training: max {largest:.2e}, rms {rms:.2e} nats per title")
-
-
 # ------------------------------------------------------------------------------------------------ one stage
-class Logger:
-    """metrics.jsonl has every step; the screen an aligned line now and then, and a bar when it is a terminal."""
-
-    def __init__(self, file: Path, every: int):
-        self.file = open(file, "a") if is_main() else None
-        self.every, self.start, self.first, self.bar, self.phase = every, time.time(), 0, None, ""
-
-    def __call__(self, step: int, num_steps: int, metrics: dict, phase: str) -> None:
-        if not self.file:
-            return
-        if phase != self.phase:
-            self.close_bar()
-            self.phase, self.start, self.first = phase, time.time(), step
-            self.bar = tqdm(total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False)
-        self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
-        self.file.flush()
-        self.bar.update()
-        if (step + 1) % self.every and step + 1 != num_steps:
-            return
-        parts = [f"{phase:5} {step + 1:5}/{num_steps}", f"loss {metrics['loss']:7.4f}"]
-        shown = {
-            "rewards/margins": "margin {:+6.2f}",
-            "rewards/accuracies": "acc {:.3f}",
-            "logps/chosen": "logp {:7.2f}",
-            "mean_token_accuracy": "acc {:.3f}",
-            "copy_accuracy": "acc {:.3f}",
-            "listed": "listed {:.2f}",
-            "list_size": "list {:2}",
-        }
-        parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
-        parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
-        parts += [f"{1000 * (time.time() - self.start) / max(1, step - self.first):5.0f} ms/step"]
-        self.bar.write(" | ".join(parts), file=sys.stdout)
-        sys.stdout.flush()
-
-    def close_bar(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def close(self) -> None:
-        self.close_bar()
-        if self.file:
-            self.file.close()
-
-
-class StopRequest:
-    """SIGTERM, a scheduler's wish: noted while steps run, so that all ranks can save and leave together; else obeyed at once."""
-
-    def __init__(self):
-        self.asked, self.in_loop = False, False
-        signal.signal(signal.SIGTERM, self.note)
-
-    def note(self, number, frame) -> None:
-        self.asked = True
-        if not self.in_loop:
-            raise Stopped("SIGTERM between steps: nothing to save; --resume auto goes on from here")
-
-
-@dataclass
-class Run:
-    """What all stages share."""
-
-    config: TrainConfig
-    rank: int
-    world_size: int
-    device: torch.device
-    folder: Path
-    base: Path
-    tokenizer: Tokenizer
-    data_hash: str
-    train: Encoded
-    test: Encoded
-    baselines: dict[str, np.ndarray]
-    stop: StopRequest
-
-
 def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done.
 
@@ -580,29 +308,16 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         log(step, pending)
     logger.close()
 
-    save_stage(run, model, base, folder)
+    with writing(folder):
+        save_stage(run, model, base, folder)
     metrics = test_stage(run, model, folder)
     if is_main():
-        for done in checkpoints(folder):
-            shutil.rmtree(done)
-        folder.rename(final)
+        with writing(final):
+            for done in checkpoints(folder):
+                shutil.rmtree(done)
+            folder.rename(final)
         print0(results_table({stage: metrics}))
     dist.barrier()
-
-
-def prepare_reference(run: Run, base: Path, adapter: Path | None, objective: Preference, schedule: Schedule) -> str:
-    """Fill in the reference log-probs from the starting weights, show the first example; returns the log-probs' SHA-256."""
-    objective.model.eval()
-    key = reference_key(run, base, adapter, objective)
-    reference_pass(objective, schedule, run.rank, run.folder / f"reference-{key[:12]}.safetensors", key)
-    titles, slots, margins = run.train.examples[0].candidates, objective.slots[0], objective.margins[0].tolist()
-    rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in zip(slots[1:], margins, strict=True))
-    print0(f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): {rejected}")
-    print0(
-        "logps/chosen usually falls from here on: the loss asks for a gap, and a gap opens too when every listed title\n"
-        "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
-    )
-    return hashlib.sha256(objective.reference_logps.numpy().tobytes()).hexdigest()
 
 
 def resume_stage(run: Run, folder: Path, model, optimizer, identity: dict) -> int | None:
@@ -634,15 +349,6 @@ def resume_stage(run: Run, folder: Path, model, optimizer, identity: dict) -> in
         )
         print0(f"note: it was made by {state['world_size']} processes; dropout is seeded anew from seed, step and rank")
     return state["step"]
-
-
-def line_step(line: str) -> int:
-    """Step of a line of metrics.jsonl; 0 for copying practice, which is over; a line cut off by a crash is dropped."""
-    try:
-        entry = json.loads(line)
-        return 0 if entry["phase"] == "copy" else entry["step"]
-    except (json.JSONDecodeError, KeyError):
-        return sys.maxsize
 
 
 def where_not_finite(run: Run, schedule: Schedule, step: int, ranks: list[int]) -> str:
@@ -685,22 +391,9 @@ def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
         return None
     records = sorted((r for part in gathered for r in part), key=lambda r: r["example"])
     metrics = summarise(records, run.baselines) | {"data_hash": run.data_hash, "seconds": round(time.time() - started, 1)}
-    save_predictions(folder / "eval", metrics, records)
+    with writing(folder / "eval"):
+        save_predictions(folder / "eval", metrics, records)
     return metrics
-
-
-def reference_key(run: Run, base: Path, adapter: Path | None, objective: Preference) -> str:
-    """Hash of all that the reference log-probs depend on, the division into micro-batches included."""
-    config, train = run.config, run.train
-    files = [adapter / name for name in ("adapter_model.safetensors", "adapter_config.json")] if adapter else []
-    settings = (stored_dtype(config, run.device), run.device.type, config.negative_source)
-    batches = (config.seed, config.batch_size, config.micro_batch_tokens, run.world_size, config.epochs, config.max_steps)
-    parts = [base_fingerprint(base).encode(), run.data_hash.encode(), *(file.read_bytes() for file in files)]
-    parts += [ids.tobytes() for ids in train.prompts] + [str(train.completions).encode(), objective.slots.tobytes()]
-    digest = hashlib.sha256(str((settings, batches)).encode())
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -710,47 +403,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the run
-FREE_TO_CHANGE = "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit max_skipped_steps "
-FREE_TO_CHANGE += "dry_run gpu_memory tflops micro_batch_tokens shard shard_group_size gradient_checkpointing"
-
-
-def open_run_folder(config: TrainConfig) -> Path:
-    """Create or re-enter the run folder, on rank 0; a folder in use, or made with other options, is an error."""
-    numbered = (Path(f"runs/{config.dataset}-{n}") for n in range(1, 10**6))
-    folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
-    file = folder / "config.json"
-    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
-    # a start that failed at once (wrong path, no access to the model) leaves its options alone: no run yet
-    started = folder.is_dir() and any(f.name not in ("config.json", "lock") for f in folder.iterdir())
-    if file.exists() and started:
-        if not config.resume:
-            raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir")
-        changed = sorted(k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and read_json(file).get(k) != v)
-        if changed:
-            raise ValueError(f"{file}: the run was started with other values of {', '.join(changed)}")
-        if dropped := [s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list]:
-            raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
-    elif started:
-        raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written: {error}") from None
-    return folder
-
-
-def lock_folder(folder: Path) -> None:
-    """Hold the folder as long as this process lives: the system gives the lock back when it ends, however it ends."""
-    global run_lock
-    run_lock = open(folder / "lock", "w")
-    try:
-        fcntl.flock(run_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is running in this folder; wait for it, or choose another") from None
-
-
 def results(run: Run, prepared) -> str:
     """The run's table: chance and counting baselines, every finished stage, and the optimum where it is known."""
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
@@ -760,40 +412,6 @@ def results(run: Run, prepared) -> str:
         scores = bayes_scores(world, prepared.splits["test"], run.config.min_rating)
         bounds["Bayes-optimal"] = float(ranking_metrics(scores, prepared.splits["test"].target)["hit_ratio@1"].mean())
     return results_table(rows, bounds)
-
-
-def device_memory(device) -> int:
-    """Bytes of a GPU, or of this process's share of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def dry_run(run: Run) -> None:
-    """What a careful user looks at before paying for GPUs; runs the step on fake tensors, reads no weights."""
-    config, model_config = run.config, ModelConfig.from_pretrained(run.base)
-    print0(f"prompt and completion tokenise alike together and apart: checked on {BOUNDARY_CHECKS} examples of each split")
-    gpu = run.device.type == "cuda" or config.gpu_memory > 0
-    for stage in config.stage_list:
-        r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
-        objective = SFT(config, None, run.train, run.device)
-        if stage != "sft":
-            objective = Preference(config, stage, None, run.train, run.device)
-            zeros = torch.zeros(objective.slots.shape)
-            first = objective.losses(zeros, zeros, objective.margins)[0].mean()
-            print0(f"\n{stage}: the first loss must be {first:.4f}: the policy is still its reference")
-        widths = tree_widths(run.train, objective.slots)
-        completions = [len(ids) for ids in run.train.slots(int(widths[:, 1].argmax()), objective.slots[widths[:, 1].argmax()])]
-        dtype = (torch.bfloat16 if gpu else torch.float32) if config.dtype == "auto" else getattr(torch, config.dtype)
-        targets = [t.strip() for t in config.lora_target_modules.split(",")]
-        dropout = config.lora_dropout if stage == "sft" else 0.0
-        print0(f"\n{stage}: memory of a rank in GB ({'LoRA' if r else 'full training'}, {dtype}, step run on fake tensors)\n")
-        lengths = (int(widths[:, 0].max()), completions, float(widths.sum(1).mean()))
-        limits = (config.micro_batch_tokens, config.batch_size, gpu, config.gpu_memory, config.tflops, run.world_size)
-        print0(report(model_config, dtype, r, targets, dropout, *lengths, *limits))
-    print0(
-        f"\n--gradient_checkpointing is {'on' if config.gradient_checkpointing else 'off'}, --shard {config.shard}; nothing was trained"
-    )
 
 
 def main() -> None:
@@ -824,7 +442,7 @@ def main() -> None:
     if config.model != "tiny" or config.adapter:
         name = config.model if config.model != "tiny" else read_adapter_config(config.adapter)["base_model_name_or_path"]
         with first("LOCAL_RANK"):
-            base = resolve_path(name)
+            base = resolve_path(name, weights=not config.dry_run)
     tokenizer = Tokenizer(base)
     splits = prepared.splits
     with first():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 
 import pytest
@@ -313,11 +314,31 @@ def test_model_gradients_equal_those_of_the_naive_form(setting, monkeypatch):
             block.checkpointing = True
     if setting == "compiled":
         for block in model.model.layers:
-            block.compile(backend="aot_eager", fullgraph=True)
+            block.compiled = torch.compile(block.compute, backend="aot_eager", fullgraph=True)
     actual = run(model.train())
     monkeypatch.setattr("lora.adapted_projections", adapted_projections_reference)
     expected = run(adapted(lora_dropout=0.0).train())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_follow_changing_lengths(checkpointing):
+    """torch.compile with inductor: log-probs and gradients of eager blocks, at two batch sizes and prompt lengths."""
+    eager, compiled = adapted(lora_dropout=0.0).train(), adapted(lora_dropout=0.0).train()
+    for block in compiled.model.layers:
+        block.compiled = torch.compile(block.compute, dynamic=True)
+        block.checkpointing = checkpointing
+    for B, P in ((3, 7), (2, 12)):
+        tree = build_tree([[5] * (P - i) for i in range(B)], [[[8, 9, 2], [2]]] * B)
+        results = []
+        for model in (eager, compiled):
+            model.zero_grad()
+            token_logps, _ = model(tree)
+            token_logps.sum().backward()
+            results.append((token_logps.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
 
 
 # ------------------------------------------------------------------------------------------------ our files

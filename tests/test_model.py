@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from model import (
     init_weights,
     inverse_frequencies,
     load_pretrained,
+    resolve_path,
     save_pretrained,
 )
 
@@ -521,3 +523,30 @@ def test_generate_refuses_empty_prompts(prompts, config):
     """There is no row that could predict the first token of an empty prompt."""
     with pytest.raises(ValueError, match="prompt"):
         generate(init_weights(config, seed=0), prompts, 4, {EOS})
+
+
+# ------------------------------------------------------------------------------------------------ hub names
+def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
+    """Configuration and tokenizer; the weights only where they are asked for; never a pickle."""
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path
+    )
+    assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
+    assert asked == [("org/model", ["*.json", "*.safetensors"]), ("org/model", ["*.json"])]
+
+
+@pytest.mark.parametrize("status, kind", [(403, "GatedRepoError"), (404, "RepositoryNotFoundError"), (401, "HfHubHTTPError")])
+def test_a_refused_hub_name_says_how_to_log_in(status, kind, monkeypatch):
+    """Gated, unknown, or an expired token: what to do, without a traceback of the client."""
+    from huggingface_hub import errors
+
+    def refuse(*args, **kwargs):
+        error = getattr(errors, kind).__new__(getattr(errors, kind))
+        Exception.__init__(error, "no")
+        error.response = SimpleNamespace(status_code=status)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match="org/model: .*hf auth login.*HF_TOKEN"):
+        resolve_path("org/model")

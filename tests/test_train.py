@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -68,6 +69,30 @@ def test_two_ranks_match_one(one_process, mode):
         np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
         norms = [[m["grad_norm"] for m in run[stage]] for run in (one, two)]
         np.testing.assert_allclose(*norms, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize(
+    "processes, flags", [(1, ()), (2, ("--shard=full", "--gradient_checkpointing")), (2, ("--shard=none",))]
+)
+def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
+    """--compile, with checkpointing and shards too: the eager losses, over micro-batches of several sizes."""
+    tmp_path, _, eager = one_process
+    name = f"compiled-{processes}{len(flags)}"
+    output, compiled = run_train(tmp_path, name, "--micro_batch_tokens=1500", "--compile", *flags, processes=processes)
+    assert "recompile_limit" not in output and "Traceback" not in output
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(compiled, stage), losses(eager, stage), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
+def test_compiled_checkpointing_draws_the_same_dropout(tmp_path):
+    """What checkpointing runs again in a compiled block drops the same elements as the first time."""
+    flags = ("--compile", "--sft_lora_r=4", "--lora_dropout=0.3", "--stages=sft")
+    runs = [run_train(tmp_path, n, *flags, *more)[1] for n, more in (("kept", ()), ("again", ("--gradient_checkpointing",)))]
+    np.testing.assert_allclose(*(losses(metrics, "sft") for metrics in runs), atol=1e-5)
 
 
 def test_one_big_batch_matches_accumulation(one_process):

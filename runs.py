@@ -1,0 +1,145 @@
+"""What surrounds training: the run folder and its lock, the log, a scheduler's wish to stop, and what all stages share."""
+
+import fcntl
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import Stopped, is_main, read_json, writing
+from data import Encoded, Tokenizer
+from options import TrainConfig
+
+
+class Logger:
+    """metrics.jsonl has every step; the screen an aligned line now and then, and a bar when it is a terminal."""
+
+    def __init__(self, file: Path, every: int):
+        self.file = open(file, "a") if is_main() else None
+        self.every, self.start, self.first, self.bar, self.phase = every, time.time(), 0, None, ""
+
+    def __call__(self, step: int, num_steps: int, metrics: dict, phase: str) -> None:
+        if not self.file:
+            return
+        if phase != self.phase:
+            self.close_bar()
+            self.phase, self.start, self.first = phase, time.time(), step
+            self.bar = tqdm(total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False)
+        with writing(self.file.name):
+            self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
+            self.file.flush()
+        self.bar.update()
+        if (step + 1) % self.every and step + 1 != num_steps:
+            return
+        parts = [f"{phase:5} {step + 1:5}/{num_steps}", f"loss {metrics['loss']:7.4f}"]
+        shown = {
+            "rewards/margins": "margin {:+6.2f}",
+            "rewards/accuracies": "acc {:.3f}",
+            "logps/chosen": "logp {:7.2f}",
+            "mean_token_accuracy": "acc {:.3f}",
+            "copy_accuracy": "acc {:.3f}",
+            "listed": "listed {:.2f}",
+            "list_size": "list {:2}",
+        }
+        parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
+        parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
+        parts += [f"{1000 * (time.time() - self.start) / max(1, step - self.first):5.0f} ms/step"]
+        self.bar.write(" | ".join(parts), file=sys.stdout)
+        sys.stdout.flush()
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def close(self) -> None:
+        self.close_bar()
+        if self.file:
+            self.file.close()
+
+
+class StopRequest:
+    """SIGTERM, a scheduler's wish: noted while steps run, so that all ranks can save and leave together; else obeyed at once."""
+
+    def __init__(self):
+        self.asked, self.in_loop = False, False
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number, frame) -> None:
+        self.asked = True
+        if not self.in_loop:
+            raise Stopped("SIGTERM between steps: nothing to save; --resume auto goes on from here")
+
+
+@dataclass
+class Run:
+    """What all stages share."""
+
+    config: TrainConfig
+    rank: int
+    world_size: int
+    device: torch.device
+    folder: Path
+    base: Path
+    tokenizer: Tokenizer
+    data_hash: str
+    train: Encoded
+    test: Encoded
+    baselines: dict[str, np.ndarray]
+    stop: StopRequest
+
+
+def line_step(line: str) -> int:
+    """Step of a line of metrics.jsonl; 0 for copying practice, which is over; a line cut off by a crash is dropped."""
+    try:
+        entry = json.loads(line)
+        return 0 if entry["phase"] == "copy" else entry["step"]
+    except (json.JSONDecodeError, KeyError):
+        return sys.maxsize
+
+
+# ------------------------------------------------------------------------------------------------ the run folder
+FREE_TO_CHANGE = "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit max_skipped_steps "
+
+
+FREE_TO_CHANGE += "dry_run gpu_memory tflops micro_batch_tokens shard shard_group_size gradient_checkpointing compile"
+
+
+def open_run_folder(config: TrainConfig) -> Path:
+    """Create or re-enter the run folder, on rank 0; a folder in use, or made with other options, is an error."""
+    numbered = (Path(f"runs/{config.dataset}-{n}") for n in range(1, 10**6))
+    folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
+    file = folder / "config.json"
+    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
+    # a start that failed at once (wrong path, no access to the model) leaves its options alone: no run yet
+    started = folder.is_dir() and any(f.name not in ("config.json", "lock") for f in folder.iterdir())
+    if file.exists() and started:
+        if not config.resume:
+            raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir")
+        changed = sorted(k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and read_json(file).get(k) != v)
+        if changed:
+            raise ValueError(f"{file}: the run was started with other values of {', '.join(changed)}")
+        if dropped := [s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list]:
+            raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
+    elif started:
+        raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
+    with writing(f"--output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+    return folder
+
+
+def lock_folder(folder: Path) -> None:
+    """Hold the folder as long as this process lives: the system gives the lock back when it ends, however it ends."""
+    global run_lock
+    run_lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(run_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is running in this folder; wait for it, or choose another") from None
