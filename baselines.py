@@ -27,6 +27,7 @@ from data import Examples, Interactions
 DECAY = 0.8  # weight of a history item relative to the one after it
 MAX_DISTANCE = 10
 CHUNK_WORDS = 1 << 18  # 2 MiB of user bits: stays in a core's cache
+BITS_BYTES = 1 << 28  # bits of all items asked for, of one block of users
 
 
 def training_interactions(log: Interactions) -> tuple[np.ndarray, np.ndarray]:
@@ -49,18 +50,26 @@ def item_knn(examples: Examples) -> np.ndarray:
     """(E, n) sum over the history of DECAY^age * |users of both| / sqrt(|users of the item| * |users of the candidate|)."""
     log = examples.log
     user, item = training_interactions(log)
-    words = (log.num_users + 63) // 64
-    bits = np.zeros(log.num_items * words, np.uint64)  # one bit per item and user
-    np.bitwise_or.at(bits, item * words + user // 64, np.uint64(1) << (user % 64).astype(np.uint64))
-    bits = bits.reshape(log.num_items, words)
     counts = item_counts(log)
 
     def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        known = np.full(log.num_items, -1)  # item -> row of the bits; -1: not asked for
+        known[first] = known[second] = 0
+        asked = np.flatnonzero(known == 0)
+        known[asked] = np.arange(len(asked))
+        first_row, second_row = known[first], known[second]
         both = np.zeros(len(first))
-        step = max(1, CHUNK_WORDS // words)
-        for at in range(0, len(first), step):
-            shared = bits[first[at : at + step]] & bits[second[at : at + step]]
-            both[at : at + step] = np.bitwise_count(shared).sum(1)
+        words = max(1, min((log.num_users + 63) // 64, BITS_BYTES // (8 * len(asked))))
+        for lowest in range(0, log.num_users, 64 * words):  # users in blocks: their bits must fit into memory
+            inside = (user >= lowest) & (user < lowest + 64 * words) & (known[item] >= 0)
+            u, rows = user[inside] - lowest, known[item[inside]]
+            bits = np.zeros(len(asked) * words, np.uint64)  # one bit per item and user
+            np.bitwise_or.at(bits, rows * words + u // 64, np.uint64(1) << (u % 64).astype(np.uint64))
+            bits = bits.reshape(len(asked), words)
+            step = max(1, CHUNK_WORDS // words)
+            for at in range(0, len(first), step):
+                shared = bits[first_row[at : at + step]] & bits[second_row[at : at + step]]
+                both[at : at + step] += np.bitwise_count(shared).sum(1)
         return both / np.sqrt(np.maximum(counts[first] * counts[second], 1))  # 0 for an item without users
 
     return _sum_over_history(examples, cosine)

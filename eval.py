@@ -345,7 +345,7 @@ def with_run_options(config: EvalConfig) -> EvalConfig:
         return config
     saved = read_json(Path(config.run) / "config.json")
     names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {"dtype", "max_length"}
-    return replace(config, **{name: saved[name] for name in names})
+    return replace(config, **{name: saved[name] for name in names if name in saved})  # older runs have fewer options
 
 
 def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:

@@ -1,125 +1,431 @@
-"""Interaction logs: the table that everything starts from, its k-core, and the loaders of raw data sets.
+"""Raw files of five data sets, of a user's own log, and of other projects, into one table (interactions.py).
 
-A loader parses the published files, refuses what it does not understand with the file's name and line, cleans titles,
-and hands its columns to `make_interactions`. After that no step knows where the data came from.
+    movielens      ratings.dat, movies.dat of MovieLens-1M, or its zip
+    amazon         2018 reviews as JSON lines, or ratings only as CSV, with the metadata file beside them
+    steam          steam_reviews.json, steam_games.json: Python literals, one a line; hours become ratings
+    beeradvocate   Python literals, text blocks, or CSV
+    lastfm         LastFM-1K's listening events; an interaction is a user's first play of an artist, its amount all plays
+    csv, jsonl     your own log (--columns)
+    recbole        RecBole's .inter and .item
 
-References: MovieLens-1M, https://grouplens.org/datasets/movielens/1m/ (it may not be redistributed, so none is here).
+Files may be gzipped. They are read line by line, as UTF-8 with latin-1 for stray bytes. A line that cannot be understood is
+counted and named; more than 1 % of them is an error. What is understood but holds no usable interaction (no play time, no
+user name, a rating of 0, an item without title) is left out and counted by reason. Python literals are parsed by a
+grammar of their own, with `ast.literal_eval` for what it does not cover; nothing is ever evaluated.
+
+References: MovieLens-1M (grouplens.org/datasets/movielens/1m, may not be redistributed), Amazon 2018 (Ni et al. 2019,
+nijianmo.github.io/amazon), Steam (Kang and McAuley 2018, github.com/kang205/SASRec), BeerAdvocate (McAuley and Leskovec
+2013), LastFM-1K (Celma 2010), RecBole's atomic files.
 """
 
+import ast
+import codecs
+import csv
+import gzip
 import hashlib
 import html
 import http.client
 import io
+import itertools
+import json
 import re
+import tarfile
 import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from interactions import Interactions, LineCount, LogBuilder, clean_title, make_interactions
+
 MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 MOVIELENS_MD5 = "c4d9eecfca2ab87c1945afe126590906"
+CHUNK = 1 << 13  # lines that are converted together
+MAX_LINE = 1 << 20  # bytes; longer lines are passed over as bad ones
+
+codecs.register_error("latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
+csv.field_size_limit(MAX_LINE)
 
 
-# ------------------------------------------------------------------------------------------------ interactions
-@dataclass
-class Interactions:
-    """A log as flat arrays, sorted by user, then time, then original order. User u owns rows start[u] : start[u + 1]."""
-
-    user: np.ndarray  # (n,) int32 code
-    item: np.ndarray  # (n,) int32 code
-    rating: np.ndarray  # (n,) float32
-    timestamp: np.ndarray  # (n,) int64 seconds
-    start: np.ndarray  # (users + 1,) int64
-    titles: list[str]  # per item, unique
-    user_ids: list[str]
-    item_ids: list[str]
-    name: str = ""  # of the data set; chooses the words of the prompts
-
-    @property
-    def num_users(self) -> int:
-        return len(self.start) - 1
-
-    @property
-    def num_items(self) -> int:
-        return len(self.titles)
+# ------------------------------------------------------------------------------------------------ reading files
+def open_bytes(path: Path) -> io.BufferedReader:
+    """A file's bytes, unpacked if it is gzipped."""
+    try:
+        with open(path, "rb") as f:
+            gzipped = f.read(2) == b"\x1f\x8b"
+        return io.BufferedReader(gzip.open(path), 1 << 20) if gzipped else open(path, "rb", buffering=1 << 20)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened ({error.strerror or error})") from None
 
 
-def make_interactions(user, item, rating, timestamp, titles: dict, name: str = "") -> Interactions:
-    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns; `titles` maps item id to title."""
-    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
-    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
-    missing = [i for i in item_ids.tolist() if i not in titles]
-    if missing:
-        raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
-    rating, timestamp = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
-    order = np.lexsort((np.arange(len(user)), timestamp, user))  # ties in time keep the order of the file
-    key = user[order].astype(np.int64) * len(item_ids) + item[order]
-    _, from_end = np.unique(key[::-1], return_index=True)
-    order = order[np.sort(len(key) - 1 - from_end)]
-    counts = np.bincount(user[order], minlength=len(user_ids))
-    return Interactions(
-        user[order].astype(np.int32),
-        item[order].astype(np.int32),
-        rating[order],
-        timestamp[order],
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        unique_titles([titles[i] for i in item_ids.tolist()]),
-        [str(u) for u in user_ids.tolist()],
-        [str(i) for i in item_ids.tolist()],
-        name,
-    )
+def read_lines(path: Path, source=None) -> Iterator[str]:
+    """Lines without their ends. ValueError if the file is damaged; a line above MAX_LINE comes cut off, with a NUL behind it."""
+    with source or open_bytes(path) as f:
+        try:
+            start = f.peek(2)[:2]
+            if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield from (line.rstrip("\r\n") for line in io.TextIOWrapper(f, "utf-16", errors="replace"))
+                return
+            first = True
+            while line := f.readline(MAX_LINE):
+                if first and line.startswith(codecs.BOM_UTF8):
+                    line = line[3:]
+                first = False
+                if len(line) == MAX_LINE and line[-1:] != b"\n":
+                    line = line[:100] + b"\0"
+                    while (rest := f.readline(MAX_LINE)) and rest[-1:] != b"\n":
+                        pass
+                yield line.decode("utf-8", "latin-1").rstrip("\r\n")
+        except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+            raise ValueError(f"{path}: the compressed file is damaged or cut off ({error}); fetch it again") from None
 
 
-def clean_title(title: str) -> str:
-    return " ".join(html.unescape(title).split())
+def brief(names: list[str]) -> list[str]:
+    """Column names for a message."""
+    return [name[:40] for name in names[:20]]
 
 
-def unique_titles(titles: list[str]) -> list[str]:
-    """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
-    taken, out = set(titles), []
-    first = set()
-    for title in titles:
-        name, number = title, 1
-        while name in first or (number > 1 and name in taken):
-            number += 1
-            name = f"{title} ({number})"
-        first.add(name)
-        out.append(name)
-    return out
+def find_file(path, patterns: Iterable[str], what: str) -> Path:
+    """`path` itself if it is a file, else the one file in that folder that fits a pattern; earlier patterns win."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder; expected {what}")
+    for pattern in patterns:
+        found = sorted(f for f in path.glob(pattern) if f.is_file())
+        if len(found) > 1:
+            raise ValueError(
+                f"{path}: several files could be {what}: {[f.name for f in found]}; give one of them as --data_dir"
+            )
+        if found:
+            return found[0]
+    inside = [f.name for f in sorted(path.iterdir())][:8]
+    raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; there are {inside})")
 
 
-def k_core(log: Interactions, k: int) -> Interactions:
-    """Drop users and items with fewer than k interactions, again and again until none is left; k = 0 keeps all."""
-    keep = np.ones(len(log.user), bool)
-    while k > 0:
-        users = np.bincount(log.user[keep], minlength=log.num_users)
-        items = np.bincount(log.item[keep], minlength=log.num_items)
-        smaller = keep & (users[log.user] >= k) & (items[log.item] >= k)
-        if smaller.sum() == keep.sum():
-            break
-        keep = smaller
-    if not keep.any():
-        raise ValueError(f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all")
-    if keep.all():
-        return log
-    users, user = np.unique(log.user[keep], return_inverse=True)
-    items, item = np.unique(log.item[keep], return_inverse=True)
-    return Interactions(
-        user.astype(np.int32),
-        item.astype(np.int32),
-        log.rating[keep],
-        log.timestamp[keep],
-        np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
-        [log.titles[i] for i in items],
-        [log.user_ids[u] for u in users],
-        [log.item_ids[i] for i in items],
-        log.name,
-    )
+class Rows:
+    """Collects (user, item, amount, time) line by line and hands them to a builder in chunks."""
+
+    def __init__(self, builder: LogBuilder):
+        self.builder, self.numbers, self.rows = builder, [], []
+
+    def add(self, number: int, *row) -> None:
+        self.numbers.append(number)
+        self.rows.append(row)
+        if len(self.rows) == CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.rows:
+            self.builder.add(self.numbers, *zip(*self.rows, strict=True))
+        self.numbers, self.rows = [], []
+
+
+# ------------------------------------------------------------------------------------------------ records
+_TEXT = r"""u?(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
+_PLAIN = r"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|True|False|None"
+_PAIR = re.compile(rf"({_TEXT}): ({_TEXT}|{_PLAIN}|\{{(?:[^{{}}'\"]|{_TEXT})*\}}|\[(?:[^\[\]'\"]|{_TEXT})*\])(, |\}}\s*$)")
+
+
+def literal_record(line: str, wanted: Iterable[str]) -> dict:
+    """The wanted keys of a line that is a Python dict literal; ValueError if it is not.
+
+    Its pairs are walked by one regular expression; only a value with escapes, and a line that the expression does not
+    cover from end to end, goes through `ast.literal_eval`, which takes ten times as long."""
+    found, at, end = {}, 1, ""
+    if line.startswith("{"):
+        while match := _PAIR.match(line, at):
+            key, value, end = match.groups()
+            at = match.end()
+            key = key.lstrip("u")[1:-1]
+            if key in wanted:
+                found[key] = value
+    if end[:1] != "}":
+        record = _literal(line)
+        if not isinstance(record, dict):
+            raise ValueError("not a dict")
+        return {key: record[key] for key in wanted if key in record}
+    for key, value in found.items():
+        if value[-1] in "'\"" and "\\" not in value:
+            found[key] = value.lstrip("u")[1:-1]
+        else:
+            found[key] = _literal(value)
+    return found
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def json_record(line: str, wanted: Iterable[str] = ()) -> dict:
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    return record
+
+
+def read_records(path: Path, parse, wanted: Iterable[str], bad) -> Iterator[tuple[int, dict]]:
+    """(line number, record) of every line; blank ones are no lines, others go to bad(number, line)."""
+    wanted = frozenset(wanted)
+    for number, line in enumerate(read_lines(path), 1):
+        if not line or line.isspace():
+            continue
+        try:
+            record = parse(line, wanted)
+        except ValueError:
+            bad(number, line)
+            continue
+        yield number, record
+
+
+def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
+    """Rows of a CSV file, its delimiter taken from the first line; with a tab given, of a plain table: quotes are characters."""
+    lines = read_lines(path)
+    if delimiter == "\t":
+        yield from (line.split("\t") for line in lines)
+        return
+    first = next(lines, "")
+    counts = {d: first.count(d) for d in ",;\t|"}
+    delimiter = max(counts, key=counts.get)
+    reader = csv.reader((f"{line}\n" for line in itertools.chain([first], lines)), delimiter=delimiter)
+    while True:
+        try:
+            yield from reader
+            return
+        except csv.Error as error:
+            yield [str(error)]
+
+
+# ------------------------------------------------------------------------------------------------ Amazon 2018
+def load_amazon(path, percentile: str = "") -> Interactions:
+    """Amazon 2018 reviews (JSON lines) or ratings only (CSV), and meta_<category>.json beside them for the titles."""
+    patterns = ("*_5.json*", "[!m]*.json*", "[!m]*.csv*")
+    file = find_file(path, patterns, "reviews (Books.json.gz, Books_5.json.gz) or ratings (Books.csv)")
+    category = re.sub(r"(_5)?\.(json|csv)(\.gz)?$", "", file.name)
+    meta = [f for f in sorted(file.parent.glob("meta_*.json*")) if f.name.split(".")[0] == f"meta_{category}"]
+    meta = meta or sorted(file.parent.glob("meta_*.json*"))
+    if len(meta) != 1:
+        raise ValueError(
+            f"{file.parent}: titles need meta_{category}.json.gz beside {file.name}; found {[f.name for f in meta]}"
+        )
+    is_csv = ".csv" in file.suffixes
+    expected = "item,user,rating,timestamp" if is_csv else "JSON with reviewerID, asin, overall, unixReviewTime"
+    builder = LogBuilder(str(file), expected, amounts=bool(percentile))
+    if is_csv:
+        rows = read_table(file)
+        head = list(itertools.islice(rows, 1000))
+        full = [row for row in head if len(row) == 4]
+        # 2018: item first; 2014: user first. An item has 10 characters, a reviewer A and 9 to 20 more
+        item_first = sum(len(row[0]) == 10 for row in full) >= sum(len(row[1]) == 10 for row in full)
+        positions = {"user": int(item_first), "item": int(not item_first), "rating": 2, "time": 3}
+        for numbers, table, bad in table_chunks(itertools.chain(head, rows), positions, 4, 1):
+            for number, why in bad:
+                builder.bad(number, why)
+            if numbers:
+                builder.add(numbers, *table.values())
+    else:
+        keys = ("reviewerID", "asin", "overall", "unixReviewTime")
+        collected = Rows(builder)
+        for number, record in read_records(file, json_record, keys, builder.bad):
+            collected.add(number, *(record.get(key) for key in keys))
+        collected.flush()
+    titles, ids = {}, builder.items
+    for item, title in read_titles(meta[0], json_record, "asin", ("title",)):
+        if item in ids and title and "<span" not in title:  # pieces of a page instead of a title
+            titles.setdefault(item, title)
+    return builder.finish(titles, "amazon_books" if category.startswith("Books") else "amazon", percentile)
+
+
+def read_titles(file: Path, parse, key: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(item id, title) of a file of items; the first of `names` that holds a text is the title, "" if none does."""
+    count = LineCount(file, f"records with {key}, {names[0]}")
+    for _, record in read_records(file, parse, (key, *names), count.bad):
+        count.lines += 1
+        item = record.get(key)
+        if isinstance(item, (str, int)):  # two lines of Steam's games have no id
+            yield str(item), next((record[n] for n in names if isinstance(record.get(n), str) and record[n].strip()), "")
+    count.check()
+
+
+Chunk = tuple[Sequence[int], dict[str, Sequence], list[tuple[int, str]]]  # line numbers, values by field, bad lines
+
+
+def table_chunks(rows: Iterator[list[str]], positions: dict[str, int], width: int, first_line: int) -> Iterator[Chunk]:
+    """The columns at `positions` of a table's rows, CHUNK rows at a time; rows of another width are bad."""
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        numbers, bad = range(first_line, first_line + len(chunk)), []
+        first_line += len(chunk)
+        if set(map(len, chunk)) != {width}:
+            pairs = list(zip(numbers, chunk, strict=True))
+            bad = [(number, ",".join(row)) for number, row in pairs if len(row) != width and row not in ([], [""])]
+            pairs = [(number, row) for number, row in pairs if len(row) == width]
+            numbers, chunk = [number for number, _ in pairs], [row for _, row in pairs]
+        columns = list(zip(*chunk, strict=True))
+        yield numbers, {field: columns[at] for field, at in positions.items()} if columns else {}, bad
+
+
+# ------------------------------------------------------------------------------------------------ Steam
+def load_steam(path, percentile: str = "") -> Interactions:
+    """steam_reviews.json and steam_games.json (Python literals, gzipped or not) of a folder. The amount is hours of play."""
+    file = find_file(path, ("steam_reviews*", "*reviews*"), "steam_reviews.json.gz")
+    games = find_file(file.parent, ("steam_games*", "*games*"), "steam_games.json.gz, for the titles")
+    builder = LogBuilder(file, "a Python dict with username, product_id, hours, date", amounts=True)
+    rows, keys = Rows(builder), ("username", "product_id", "hours", "date")
+    for number, record in read_records(file, literal_record, keys, builder.bad):
+        if record.get("hours") is None:
+            builder.skip("reviews without hours of play")
+        else:
+            rows.add(number, *(record.get(key) for key in keys))
+    rows.flush()
+    titles = {}
+    for item, title in read_titles(games, literal_record, "id", ("app_name", "title")):
+        if item in builder.items and title:
+            titles.setdefault(item, title)
+    return builder.finish(titles, "steam", percentile or "item")
+
+
+# ------------------------------------------------------------------------------------------------ BeerAdvocate
+BEER_CSV = {
+    "review_profilename": "user",
+    "beer_beerid": "item",
+    "review_overall": "rating",
+    "review_time": "time",
+    "beer_name": "name",
+    "beer_style": "style",
+    "beer_abv": "abv",
+}
+BEER_KEYS = {
+    "review/profileName": "user",
+    "user/profileName": "user",
+    "beer/beerId": "item",
+    "review/overall": "rating",
+    "review/time": "time",
+    "review/timeUnix": "time",
+    "beer/name": "name",
+    "beer/style": "style",
+    "beer/ABV": "abv",
+}
+
+
+def load_beeradvocate(path, percentile: str = "", title: str = "full") -> Interactions:
+    """BeerAdvocate as Python dict lines, as text blocks, or as CSV. `title` full: with strength and style; name: without."""
+    patterns = ("*beeradvocate*.json*", "*beeradvocate*.txt*", "*beer*.csv*", "*beer*")
+    file = find_file(path, patterns, "beeradvocate.json, beeradvocate.txt or beer_reviews.csv")
+    lines = read_lines(file)
+    start = next((line for line in lines if line.strip()), "").lstrip()
+    builder = LogBuilder(file, "a review with user, beer, overall rating and time", amounts=bool(percentile))
+    if start.startswith("{"):
+        parsed = read_records(file, literal_record, BEER_KEYS, builder.bad)
+        records = ((number, {BEER_KEYS[key]: value for key, value in record.items()}) for number, record in parsed)
+    elif start.startswith(("beer/", "review/")):
+        records = _beer_blocks(file)
+    else:
+        records = _beer_rows(file, builder.bad)
+    rows, titles = Rows(builder), {}
+    for number, r in records:
+        user, item = (str(r.get(key, "")).strip() for key in ("user", "item"))
+        name, style = (mend_encoding(str(r.get(key, ""))).strip() for key in ("name", "style"))
+        if not user and item:
+            builder.skip("reviews without a user name")
+            continue
+        rows.add(number, user, item, r.get("rating"), r.get("time"))
+        if item not in titles and name:
+            titles[item] = beer_title(name, str(r.get("abv", "")), style) if title == "full" else name
+    rows.flush()
+    return builder.finish(titles, "beeradvocate", percentile)
+
+
+def _beer_blocks(file: Path) -> Iterator[tuple[int, dict]]:
+    """`key: value` lines, a review's ended by an empty one."""
+    record, number = {}, 1
+    for number, line in enumerate(read_lines(file), 1):
+        key, colon, value = line.partition(": ")
+        if colon and key in BEER_KEYS:
+            record[BEER_KEYS[key]] = value
+        elif not line.strip() and record:
+            yield number, record
+            record = {}
+    if record:
+        yield number, record
+
+
+def _beer_rows(file: Path, bad) -> Iterator[tuple[int, dict]]:
+    rows = read_table(file)
+    header = next(rows, [])
+    if missing := BEER_CSV.keys() - set(header):
+        raise ValueError(f"{file}: line 1 is no header of beer reviews: no column {sorted(missing)}, found {brief(header)}")
+    columns = {header.index(name): key for name, key in BEER_CSV.items()}
+    for number, row in enumerate(rows, 2):
+        if len(row) == len(header):
+            yield number, {key: row[c] for c, key in columns.items()}
+        elif row:
+            bad(number, ",".join(row))
+
+
+def mend_encoding(text: str) -> str:
+    """ "KÃ¶lsch" -> "Kölsch": UTF-8 that somebody has read as latin-1. Other texts stay as they are."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def beer_title(name: str, abv: str, style: str) -> str:
+    """Name, strength and style, as the paper's prompts have them: "Sausa Weizen (5% ABV, Hefeweizen)"."""
+    name = " ".join(re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name)).split()) or name  # some names repeat the strength
+    try:
+        strength = f"{float(abv):g}% ABV" if float(abv) > 0 else ""
+    except ValueError:  # missing
+        strength = ""
+    about = ", ".join(part for part in (strength, style.strip()) if part)
+    return f"{name} ({about})" if about else name
+
+
+# ------------------------------------------------------------------------------------------------ LastFM-1K
+def load_lastfm(path, percentile: str = "") -> Interactions:
+    """userid-timestamp-artid-artname-traid-traname.tsv, plain, gzipped, or inside lastfm-dataset-1K.tar.gz.
+
+    An interaction is a user's first play of an artist that has a MusicBrainz id; its amount is the number of all plays."""
+    what = "userid-timestamp-artid-artname-traid-traname.tsv, or lastfm-dataset-1K.tar.gz"
+    file = find_file(path, ("userid-timestamp*", "lastfm-dataset-1K*"), what)
+    builder = LogBuilder(file, "user, time, artist id, artist, track id, track between tabs", "sum", amounts=True)
+    rows, titles = Rows(builder), {}
+    for number, line in enumerate(read_lines(file, _lastfm_member(file)), 1):
+        fields = line.split("\t")
+        if len(fields) != 6:
+            builder.bad(number, line)
+        elif not fields[2]:
+            builder.skip("plays of an artist without MusicBrainz id")
+        else:
+            rows.add(number, fields[0], fields[2], 1.0, fields[1])
+            titles.setdefault(fields[2], fields[3])
+    rows.flush()
+    return builder.finish(titles, "lastfm", percentile or "item")
+
+
+def _lastfm_member(file: Path):
+    """The events inside the published archive; None if the file is no archive."""
+    try:
+        if not tarfile.is_tarfile(file):
+            return None
+        archive = tarfile.open(file)
+        member = next((m for m in archive if m.isfile() and "userid-timestamp" in m.name), None)
+        if member is None:
+            raise ValueError(f"{file}: holds no userid-timestamp-artid-artname-traid-traname.tsv")
+        return archive.extractfile(member)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{file}: the archive is damaged or cut off ({error}); fetch it again") from None
 
 
 # ------------------------------------------------------------------------------------------------ MovieLens-1M

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders import Interactions, make_interactions
+from interactions import Interactions, make_interactions
 
 if TYPE_CHECKING:  # data.py builds on this module
     from data import Examples

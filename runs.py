@@ -121,7 +121,8 @@ def open_run_folder(config: TrainConfig) -> Path:
     if file.exists() and started:
         if not config.resume:
             raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir")
-        changed = sorted(k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and read_json(file).get(k) != v)
+        before = asdict(TrainConfig()) | read_json(file)  # older runs have fewer options
+        changed = sorted(k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and before[k] != v)
         if changed:
             raise ValueError(f"{file}: the run was started with other values of {', '.join(changed)}")
         if dropped := [s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list]:

@@ -431,7 +431,7 @@ def main() -> None:
     )
 
     with first():
-        prepared = prepare(config)
+        prepared = prepare(config, check=is_main())
     base = folder / "base"
     with first():
         if config.model == "tiny" and not config.adapter and not base.exists():

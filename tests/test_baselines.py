@@ -13,7 +13,8 @@ import pytest
 
 from baselines import counting_baselines, item_knn, markov, popularity, ranking_metrics
 from data import DataConfig, Examples, build_examples
-from loaders import Interactions, k_core, load_movielens, make_interactions
+from interactions import Interactions, k_core, make_interactions
+from loaders import load_movielens
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -87,10 +88,15 @@ def test_item_knn_matches_a_dict_loop(random_examples):
 
 
 def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
-    """Chunks bound the memory and change nothing, down to one pair at a time."""
-    whole = item_knn(random_examples)
-    monkeypatch.setattr("baselines.CHUNK_WORDS", 1)
-    assert (item_knn(random_examples) == whole).all()
+    """Chunks bound the memory and change nothing, down to one pair and 64 users at a time."""
+    log = log_of([np.random.default_rng(n).permutation(15)[:6].tolist() for n in range(150)], 15)
+    for examples in (random_examples, examples_at(log, [400, 850], 20, np.array([[1, 2, 7, 9], [3, 2, 11, 14]]))):
+        whole = item_knn(examples)
+        with monkeypatch.context() as patch:
+            patch.setattr("baselines.CHUNK_WORDS", 1)
+            assert (item_knn(examples) == whole).all()
+            patch.setattr("baselines.BITS_BYTES", 1)
+            assert (item_knn(examples) == whole).all()
 
 
 def test_markov_matches_a_dict_loop(random_examples):

@@ -33,7 +33,7 @@ from data import (
     render_prompt,
     tree_widths,
 )
-from loaders import Interactions, make_interactions
+from interactions import Interactions, make_interactions
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
@@ -345,10 +345,10 @@ def flip(file: Path) -> None:
         ("examples.safetensors", flip),
         ("examples.safetensors", Path.unlink),
         ("meta.json", lambda file: file.write_text(file.read_text()[:-50])),
-        ("meta.json", lambda file: file.write_text(file.read_text().replace('"titles": ["', '"titles": ["X'))),
+        ("meta.json", lambda file: file.write_text(file.read_text().replace('"history": 20', '"history": 21'))),
         ("meta.json", lambda file: file.write_text("{}")),
     ],
-    ids=["cut", "empty", "flipped", "missing", "meta cut", "other title", "meta empty"],
+    ids=["cut", "empty", "flipped", "missing", "meta cut", "other history", "meta empty"],
 )
 def test_damaged_prepared_examples_are_refused(name, damage, tmp_path):
     """A prepared folder that is not what was written is an error with its path, never other data."""
@@ -362,7 +362,7 @@ def test_damaged_prepared_examples_are_refused(name, damage, tmp_path):
 def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
     """If writing fails, no temporary folder is left over and a later call starts afresh."""
     config = small_config(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="prepared/planted.*no space left"):
 
         def full(*_):
             raise OSError("no space left on device")
@@ -858,12 +858,12 @@ def test_data_py_prints_statistics_and_an_example(folders, tmp_path):
     example, counts = prepared.splits["train"][7], prepared.raw_counts
     assert f"prepared in prepared/{folder.name}, hash {prepared.hash[:16]}" in done.stdout
     row = f"| {counts['users']:,} | {counts['items']:,} | {counts['interactions']:,} |"
-    assert f"| raw {row}\n| after --core 0 {row}" in done.stdout
+    assert f"| read {row}\n| after --core 0 {row}" in done.stdout
     assert render_prompt(example) in done.stdout
     assert f"chosen:   {example.candidates[example.target]!r}" in done.stdout
     kinds = Counter(line.split()[-4].strip("(),") for line in done.stdout.splitlines() if line.startswith("rejected: "))
-    assert sum(kinds.values()) == 3 and kinds.keys() <= {"random", "follows"}
-    (boundary,) = [line for line in done.stdout.splitlines() if line.startswith("boundary: ")]
+    assert sum(kinds.values()) == 9 and kinds.keys() <= {"random", "follows"}
+    boundary, *_ = [line for line in done.stdout.splitlines() if line.startswith("boundary: ")]
     left, right = boundary.split(" || ")
     assert left.endswith("':'") and right.split("   ")[0].endswith("'<|end_of_text|>'")
     assert "40 examples" in done.stdout and not done.stderr

@@ -11,7 +11,7 @@ import torch
 
 from data import DataConfig, Tokenizer, build_examples, build_tree, encode_examples
 from eval import compare_with_one_pass, evaluate, match_title, predict, summarise, trie_walk, verified_branch, wilson
-from loaders import make_interactions
+from interactions import make_interactions
 from model import load_pretrained
 from tiny import make_base_model
 

@@ -16,17 +16,8 @@ import numpy as np
 import pytest
 
 from data import DataConfig, build_examples
-from loaders import (
-    MOVIELENS_URL,
-    Interactions,
-    clean_title,
-    download_movielens,
-    k_core,
-    load_movielens,
-    make_interactions,
-    movielens_titles,
-    unique_titles,
-)
+from interactions import Interactions, clean_title, k_core, make_interactions, unique_titles
+from loaders import MOVIELENS_URL, download_movielens, load_movielens, movielens_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -412,7 +403,7 @@ def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatc
     with zipfile.ZipFile(MOVIELENS) as z:
         lengths = Counter(line.split(b"::", 1)[0] for line in z.read("ml-1m/ratings.dat").splitlines())
     assert sum(max(0, n - 2 - 10 - 5 + 1) for n in lengths.values()) == 903569
-    monkeypatch.setattr("data._freeze", lambda log, split, rows, *rest: rows)  # counting needs no candidates
+    monkeypatch.setattr("examples._freeze", lambda log, split, rows, *rest: rows)  # counting needs no candidates
     log, options = movielens(), {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0}
     rows = build_examples(log, DataConfig(**options, min_rating=0))["train"]
     assert len(rows) == len(set(rows.tolist())) == 903569

@@ -8,7 +8,7 @@ import pytest
 
 from baselines import counting_baselines, ranking_metrics
 from data import DataConfig, Examples, build_examples
-from loaders import Interactions, k_core, make_interactions
+from interactions import Interactions, k_core, make_interactions
 from planted import World, bayes_scores, planted_world
 
 

@@ -1,0 +1,378 @@
+"""The table that everything starts from: interactions as flat arrays, how a loader fills it, and its k-core.
+
+A loader (loaders.py) parses raw files and hands rows to a `LogBuilder`, piece by piece while the file streams by. After
+`finish` no step knows where the data came from. Memory grows with the interactions kept, not with the file: an id
+becomes an int32 code when it is read, and repeated pairs of user and item are merged as they pile up. Nothing is kept per
+user but the text of its id; a log of n interactions takes 20 bytes each, and some three times that while it is sorted.
+"""
+
+import html
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import numpy as np
+
+MAX_BAD_SHARE = 0.01  # of the lines; with more of them the file is not what it was taken for
+MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
+MAX_SECONDS = 1e11  # the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
+
+
+@dataclass
+class Interactions:
+    """A log as flat arrays, sorted by user, then time, then original order. User u owns rows start[u] : start[u + 1]."""
+
+    user: np.ndarray  # (n,) int32 code
+    item: np.ndarray  # (n,) int32 code
+    rating: np.ndarray  # (n,) float32
+    timestamp: np.ndarray  # (n,) int64 seconds
+    start: np.ndarray  # (users + 1,) int64
+    titles: list[str]  # per item, unique
+    user_ids: list[str]
+    item_ids: list[str]
+    name: str = ""  # of the data set; chooses the words of the prompts
+    notes: dict[str, int] = field(default_factory=dict)  # what the loader left out or changed -> how often
+
+    @property
+    def num_users(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def num_items(self) -> int:
+        return len(self.titles)
+
+
+def make_interactions(user, item, rating, timestamp, titles: Mapping, name: str = "") -> Interactions:
+    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns; `titles` maps item id to title."""
+    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
+    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
+    missing = [i for i in item_ids.tolist() if i not in titles]
+    if missing:
+        raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
+    rating, timestamp = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
+    keep = last_of_each_pair(user, item, timestamp)
+    names = unique_titles([titles[i] for i in item_ids.tolist()])
+    ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
+    return _sorted(*(column[keep] for column in (user, item, rating, timestamp)), names, *ids, name)
+
+
+def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
+    order = np.lexsort((timestamp, user))  # stable: ties in time keep the order of the file
+    counts = np.bincount(user, minlength=len(user_ids))
+    return Interactions(
+        user[order].astype(np.int32),
+        item[order].astype(np.int32),
+        rating[order].astype(np.float32),
+        timestamp[order].astype(np.int64),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        titles,
+        user_ids,
+        item_ids,
+        name,
+    )
+
+
+def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+    """(n,) bool: the latest row of every user-item pair; of equal times the one further down."""
+    key = user.astype(np.int64) << 32 | item.astype(np.int64)
+    order = np.lexsort((timestamp, key))
+    key = key[order]
+    keep = np.zeros(len(key), bool)
+    keep[order[np.append(key[1:] != key[:-1], True)] if len(key) else order] = True
+    return keep
+
+
+# ------------------------------------------------------------------------------------------------ titles
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
+
+
+def clean_title(title: str) -> str:
+    """HTML entities become text, white space and control characters single blanks: a title is one line of a prompt."""
+    title = " ".join(html.unescape(title).translate(_CONTROL).split())
+    if len(title) > MAX_TITLE:
+        title = title[: MAX_TITLE - 1].rstrip() + "…"
+    return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
+
+
+def unique_titles(titles: list[str]) -> list[str]:
+    """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
+    taken, out = set(titles), []
+    first, next_number = set(), {}
+    for title in titles:
+        name, number = title, next_number.get(title, 1)
+        while name in first or (number > 1 and name in taken):
+            number += 1
+            name = f"{title} ({number})"
+        next_number[title] = number
+        first.add(name)
+        out.append(name)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ k-core
+def k_core(log: Interactions, k: int) -> Interactions:
+    """Drop users and items with fewer than k interactions, again and again until none is left; k = 0 keeps all."""
+    keep = np.ones(len(log.user), bool)
+    while k > 0:
+        users = np.bincount(log.user[keep], minlength=log.num_users)
+        items = np.bincount(log.item[keep], minlength=log.num_items)
+        smaller = keep & (users[log.user] >= k) & (items[log.item] >= k)
+        if smaller.sum() == keep.sum():
+            break
+        keep = smaller
+    if not keep.any():
+        raise ValueError(f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all")
+    return log if keep.all() else select_rows(log, keep)
+
+
+def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
+    """Only these rows, and the users and items that still occur in them."""
+    users, user = np.unique(log.user[keep], return_inverse=True)
+    items, item = np.unique(log.item[keep], return_inverse=True)
+    return Interactions(
+        user.astype(np.int32),
+        item.astype(np.int32),
+        log.rating[keep],
+        log.timestamp[keep],
+        np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
+        [log.titles[i] for i in items],
+        [log.user_ids[u] for u in users],
+        [log.item_ids[i] for i in items],
+        log.name,
+        log.notes,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ amounts into ratings
+def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Ratings 1 to 5 (float32) by rank inside each group: ceil(5 * mid-rank / size), so that the top fifth gets 5.
+
+    amount (n,) float, group (n,) int codes. Equal amounts get equal ratings, a group of one gets 3 (appendix E.1)."""
+    order = np.lexsort((amount, group))
+    g, a = group[order], amount[order]
+    n = len(g)
+    first = np.flatnonzero(np.append(True, g[1:] != g[:-1]))  # of each group
+    size = np.diff(np.append(first, n))
+    tie = np.flatnonzero(np.append(True, (g[1:] != g[:-1]) | (a[1:] != a[:-1])))  # first row of each set of equal ones
+    length = np.diff(np.append(tie, n))
+    start = np.repeat(first, size)[tie]
+    # rows before it in its group, and half of its own: (r - 1/2) / n is the share of the group that lies below
+    share = (tie - start + length / 2) / np.repeat(size, size)[tie]
+    ratings = np.empty(n, np.float32)
+    ratings[order] = np.repeat(np.ceil(5 * share), length)
+    return ratings
+
+
+# ------------------------------------------------------------------------------------------------ streaming
+class Codes(dict):
+    """Id -> int code in order of appearance; an id that is no id (blank, None, True, 1.5) -> -1. Spaces around it do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids: list[str] = []
+
+    def __missing__(self, key) -> int:
+        if isinstance(key, str):
+            name = key.strip()
+        elif isinstance(key, int) and not isinstance(key, bool):
+            name = str(key)
+        else:
+            return -1
+        if not name or len(name) > 1000:
+            return -1
+        if name != key:
+            code = self[name]
+        else:
+            code = len(self.ids)
+            self.ids.append(name.encode("utf-8", "replace").decode())
+        self[key] = code
+        return code
+
+
+def parse_times(values: Sequence) -> np.ndarray:
+    """int64 seconds of times given as seconds (also milli-, micro- or nanoseconds) or as ISO dates, UTC where no zone is named.
+
+    ValueError where one is neither, or lies before 1970."""
+    try:
+        times = np.array(list(map(float, values)))
+    except (ValueError, TypeError):
+        times = np.array([_iso(value) for value in values])
+    if not ((times >= 0) & (times < 1e20)).all():
+        raise ValueError("a time that is not finite, or before 1970")
+    while (large := times >= MAX_SECONDS).any():
+        times[large] /= 1000
+    return times.astype(np.int64)
+
+
+def _iso(value) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    text = value.strip()
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+class LineCount:
+    """Counts the lines of a file, names the first bad ones, and stops where they are more than chance."""
+
+    def __init__(self, source, expected: str):
+        self.source, self.expected = str(source), expected  # `expected`: what a line should be, for messages
+        self.lines, self.num_bad, self.hint = 0, 0, ""
+        self.first_bad: list[tuple[int, str]] = []
+
+    def bad(self, number: int, why: str) -> None:
+        """A line that cannot be understood. ValueError as soon as they are too many."""
+        self.lines += 1
+        self._bad(number, why)
+
+    def _bad(self, number: int, why: str) -> None:
+        self.num_bad += 1
+        self.first_bad = sorted([*self.first_bad, (number, why[:80])])[:3]
+        if self.num_bad > 1000:
+            self.check()
+
+    def bad_lines(self) -> str:
+        return "; ".join(f"line {number}: {why!r}" for number, why in self.first_bad)
+
+    def check(self) -> None:
+        if self.num_bad > MAX_BAD_SHARE * max(1, self.lines):
+            what = self.hint or f"these are not {self.expected}; this looks like another file or format"
+            raise ValueError(
+                f"{self.source}: {self.num_bad:,} of {self.lines:,} lines cannot be used (up to {MAX_BAD_SHARE:.0%} would be passed "
+                f"over): {self.bad_lines()}: {what}"
+            )
+
+
+class LogBuilder(LineCount):
+    """Rows of a log while its file streams by: checked, coded, merged. `add`, `bad` and `skip` as they come, then `finish`."""
+
+    COMPACT = 1 << 22  # rows that pile up before repeated pairs are merged
+
+    def __init__(self, source, expected: str, repeats: str = "last", amounts: bool = False):
+        """`repeats` of a user-item pair: the "last" rating wins, or amounts "sum" up at the first time. `amounts` may be any
+        numbers >= 0; otherwise they are ratings, above 0 and up to 5."""
+        super().__init__(source, expected)
+        self.repeats, self.amounts = repeats, amounts
+        self.users, self.items = Codes(), Codes()
+        self.chunks: list[tuple[np.ndarray, ...]] = []  # (user, item, amount, time) each
+        self.pending, self.kept, self.largest = 0, 0, 0.0
+        self.notes: Counter[str] = Counter()
+
+    def skip(self, why: str) -> None:
+        """A line that is understood but holds no usable interaction."""
+        self.lines += 1
+        self.notes[why] += 1
+
+    def add(self, numbers: Sequence[int], users: Sequence, items: Sequence, amounts: Sequence, times: Sequence) -> np.ndarray:
+        """Add rows as read, line `numbers` beside them; returns their item codes, -1 where the row is bad."""
+        self.lines += len(numbers)
+        try:
+            columns = self._convert(users, items, amounts, times)
+        except (ValueError, TypeError, OverflowError, AttributeError, OSError):
+            columns = self._one_by_one(users, items, amounts, times)
+        user, item, amount, time = columns
+        good = (user >= 0) & (item >= 0) & np.isfinite(amount) & (amount >= 0) & (time >= 0)
+        inside = good
+        if not self.amounts:
+            self.largest = max(self.largest, float(amount[good].max(initial=0)))
+            if self.largest > 5:
+                self.hint = (
+                    f"ratings go up to {self.largest:g} instead of 5; --percentile item makes ratings of hours, plays or scores"
+                )
+            good = good & (amount <= 5)
+            inside = good & (amount > 0)  # BeerAdvocate has some zeros
+            self.notes["lines with rating 0, which means none"] += int(good.sum() - inside.sum())
+        for row in np.flatnonzero(~good):
+            self._bad(numbers[row], ", ".join(str(column[row]) for column in (users, items, amounts, times)))
+        if inside.all():
+            self.chunks.append(columns)
+        else:
+            self.chunks.append(tuple(column[inside] for column in columns))
+            item = np.where(inside, item, -1)
+        self.pending += int(inside.sum())
+        if self.pending > max(self.COMPACT, self.kept):
+            self.compact()
+        return item
+
+    def _convert(self, users, items, amounts, times) -> tuple[np.ndarray, ...]:
+        amount = np.array(list(map(float, amounts)), np.float64)
+        time = parse_times(times)
+        user = np.fromiter(map(self.users.__getitem__, users), np.int32, len(users))
+        item = np.fromiter(map(self.items.__getitem__, items), np.int32, len(items))
+        return user, item, amount.astype(np.float32), time
+
+    def _one_by_one(self, *columns) -> tuple[np.ndarray, ...]:
+        rows = []
+        for row in zip(*columns, strict=True):
+            try:
+                rows.append([column[0] for column in self._convert(*([value] for value in row))])
+            except (ValueError, TypeError, OverflowError, AttributeError, OSError):
+                rows.append([-1, -1, np.nan, -1])
+        types = (np.int32, np.int32, np.float32, np.int64)
+        return tuple(np.array(column, kind) for column, kind in zip(zip(*rows, strict=True), types, strict=True))
+
+    def compact(self) -> None:
+        """Merge repeated pairs; the rows that stay keep their order."""
+        if not self.chunks:
+            return
+        user, item, amount, time = (np.concatenate(parts) for parts in zip(*self.chunks, strict=True))
+        self.chunks = []
+        if self.repeats == "last":
+            keep = last_of_each_pair(user, item, time)
+        else:
+            keep = last_of_each_pair(user, item, -time)  # the first one
+            key = user.astype(np.int64) << 32 | item.astype(np.int64)
+            pairs, which = np.unique(key, return_inverse=True)
+            sums = np.bincount(which, weights=amount, minlength=len(pairs))
+            amount = sums[which].astype(np.float32)
+        merged = "repeated pairs of user and item, of which the last counts" if self.repeats == "last" else "repeats, added up"
+        self.notes[merged] += int(len(keep) - keep.sum())
+        self.chunks = [tuple(column[keep] for column in (user, item, amount, time))]
+        self.kept, self.pending = int(keep.sum()), 0
+
+    def finish(self, titles: Mapping[str, str] | None, name: str, percentile: str = "") -> Interactions:
+        """The sorted log. `titles` by item id; None: ids are titles; items without one are dropped, and counted.
+        `percentile` item, user or all: amounts become ratings by rank inside such a group."""
+        self.check()
+        self.compact()
+        if not self.kept:
+            raise ValueError(f"{self.source}: no interaction found in {self.lines:,} lines; expected {self.expected}")
+        (columns,) = self.chunks
+        user, item, amount, time = columns
+        self.chunks = []
+        if percentile:
+            group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
+            amount = percentile_ratings(amount, group)
+        if titles is None:
+            names = [clean_title(i) for i in self.items.ids]
+        else:
+            names = [clean_title(titles.get(i) or "") for i in self.items.ids]
+        have = np.array([bool(n) for n in names])
+        keep = have[item]
+        if not keep.all():
+            self.notes["interactions with an item that has no title"] = int(len(keep) - keep.sum())
+            if not keep.any():
+                raise ValueError(f"{self.source}: not one of its {len(names):,} items has a title; first {self.items.ids[:3]}")
+            user, item, amount, time = (column[keep] for column in (user, item, amount, time))
+        if self.num_bad:
+            self.notes[f"lines that could not be read ({self.bad_lines()})"] = self.num_bad
+        # codes in the order of the ids: the order of the lines changes nothing
+        user, (user_ids,) = _recode(user, self.users.ids)
+        item, (item_ids, names) = _recode(item, self.items.ids, names)
+        log = _sorted(user, item, amount, time, unique_titles(names), user_ids, item_ids, name)
+        log.notes = {why: count for why, count in self.notes.items() if count}
+        return log
+
+
+def _recode(codes: np.ndarray, ids: list[str], *others: list) -> tuple[np.ndarray, list[list]]:
+    """Codes by sorted id, of the ids in use; `ids` and `others` of those, in that order."""
+    used = np.flatnonzero(np.bincount(codes, minlength=len(ids))).tolist()
+    order = sorted(used, key=ids.__getitem__)
+    new = np.full(len(ids), -1, np.int32)
+    new[order] = np.arange(len(order), dtype=np.int32)
+    return new[codes], [[values[i] for i in order] for values in (ids, *others)]

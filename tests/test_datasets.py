@@ -1,0 +1,701 @@
+"""Loaders of Amazon, Steam, BeerAdvocate, LastFM, own logs, RecBole and prepared JSON: files of ours, real samples, fuzz."""
+
+import ast
+import csv
+import gzip
+import io
+import json
+import random
+import re
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_loaders import DATA, check_table
+
+from data import DataConfig, Tokenizer, encode_examples, load_log, prepare
+from examples import build_examples, render_prompt
+from interactions import LogBuilder, clean_title, parse_times, percentile_ratings
+from loaders import (
+    MAX_LINE,
+    beer_title,
+    literal_record,
+    load_amazon,
+    load_beeradvocate,
+    load_lastfm,
+    load_steam,
+    mend_encoding,
+    read_lines,
+)
+from ownlog import load_own_log, parse_columns
+from tiny import make_base_model
+
+
+def needs(name: str):
+    return pytest.mark.skipif(not (DATA / name).exists(), reason=f"{DATA / name} is absent; RECPO_DATA names its folder")
+
+
+def put(file: Path, text: str | bytes) -> Path:
+    """Write a file, gzipped if its name says so."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = text.encode() if isinstance(text, str) else text
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return file
+
+
+def rows_of(log) -> list[tuple]:
+    columns = zip(log.user.tolist(), log.item.tolist(), log.rating.tolist(), log.timestamp.tolist(), strict=True)
+    return [(log.user_ids[u], log.item_ids[i], r, t) for u, i, r, t in columns]
+
+
+# ------------------------------------------------------------------------------------------------ lines and literals
+def random_literal(rng: random.Random, depth: int = 0):
+    texts = ["", "it's", 'say "hi"', "both ' and \"", "back\\slash", "tab\there", "é ™ 坂", "{'a': 1}", "x, 'y': 2}", "u'"]
+    kinds = [lambda: rng.choice(texts), lambda: rng.uniform(-5, 5), lambda: rng.randrange(-99, 10**12)]
+    kinds += [lambda: rng.choice([True, False, None]), lambda: 1e-7 * rng.random()]
+    if depth < 2:
+        kinds += [lambda: [random_literal(rng, depth + 1) for _ in range(rng.randrange(3))]]
+        kinds += [lambda: {rng.choice("abc") * 2: random_literal(rng, depth + 1) for _ in range(rng.randrange(3))}]
+    return rng.choice(kinds)()
+
+
+def test_literal_lines_are_what_python_reads():
+    """On 3,000 random dicts the wanted keys equal those of ast.literal_eval, with the u prefixes of Python 2 and without."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        record = {key: random_literal(rng) for key in rng.sample(["a", "b/c", "hours", "it's", "u", "date"], 4)}
+        line = repr(record)
+        if rng.random() < 0.3:
+            line = re.sub(r"(?<=[{ ])'(\w+)'", r"u'\1'", line)
+        expected = ast.literal_eval(line)
+        found = literal_record(line, ("a", "hours", "u"))
+        assert found == {key: expected[key] for key in ("a", "hours", "u") if key in expected}, line
+
+
+@pytest.mark.parametrize(
+    "line", ["__import__('os').system('true')", "{'a': open('x')}", "{'a': 1", "[1, 2]", "", "{'a': 1} 2", "{" * 500]
+)
+def test_lines_that_are_no_literal_are_refused(line):
+    """Code, cut-off dicts and other things are a ValueError; nothing is ever evaluated."""
+    with pytest.raises(ValueError):
+        literal_record(line, ("a",))
+
+
+def test_lines_are_unpacked_and_decoded(tmp_path):
+    """Gzip, byte-order marks, UTF-16, stray latin-1 bytes, Windows line ends; a line without end is cut, not swallowed."""
+    assert list(read_lines(put(tmp_path / "a.gz", "x\r\ny"))) == ["x", "y"]
+    assert list(read_lines(put(tmp_path / "b", b"\xef\xbb\xbfx\n\xc3\xa9 K\xf6lsch\n"))) == ["x", "é Kölsch"]
+    assert list(read_lines(put(tmp_path / "c", "x\né\n".encode("utf-16")))) == ["x", "é"]
+    long = list(read_lines(put(tmp_path / "d", b"x" * (3 * MAX_LINE) + b"\nlast")))
+    assert [len(line) for line in long] == [101, 4] and long[0][-1] == "\0"
+    whole = gzip.compress(random.Random(0).randbytes(10000))
+    (tmp_path / "e.gz").write_bytes(whole[:-3000])
+    with pytest.raises(ValueError, match="e.gz: the compressed file is damaged or cut off"):
+        list(read_lines(tmp_path / "e.gz"))
+
+
+def test_titles_are_one_line_of_a_prompt():
+    """Line breaks of every kind, control characters, entities, lone surrogates, and titles as long as a page."""
+    title = clean_title(" A\nB\x0b\x85C\u2028D\x00E &lt;b&gt; \ud800 \ufeff")
+    assert title == "A B C D E <b> ?"
+    assert len(clean_title("x" * 1000)) == 200
+
+
+@pytest.mark.parametrize(
+    "value, seconds",
+    [("978300760", 978300760), (978300760, 978300760), ("1529193600000", 1529193600), (1529193600123456789, 1529193600),
+     ("2009-05-04T23:08:57Z", 1241478537), ("2009-05-04 23:08:57", 1241478537), ("2009-05-05T01:08:57+02:00", 1241478537),
+     ("2017-12-17", 1513468800), ("0", 0)],
+)  # fmt: skip
+def test_times_are_seconds_whatever_their_form(value, seconds):
+    """Seconds, milli- and nanoseconds, ISO dates with and without zone; also beside others in one column."""
+    assert parse_times([value]).tolist() == [seconds]
+    assert parse_times([value, "2000-01-01"]).tolist() == [seconds, 946684800]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon", "", None, "13/04/2015", "1e30"])
+def test_times_that_are_none_are_refused(value):
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        parse_times([value])
+
+
+# ------------------------------------------------------------------------------------------------ percentiles
+def test_percentile_ratings_are_mid_ranks_of_the_group():
+    """ceil(5 * mid-rank / size): equal amounts tie, the top fifth gets 5, a group of one gets 3."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        n = int(rng.integers(1, 60))
+        amount, group = rng.integers(0, 12, n).astype(np.float32), rng.integers(0, 5, n).astype(np.int32)
+        found = percentile_ratings(amount, group)
+        for i in range(n):
+            inside = amount[group == group[i]]
+            share = ((inside < amount[i]).sum() + 0.5 * (inside == amount[i]).sum()) / len(inside)
+            assert found[i] == np.ceil(5 * share), (amount[i], inside)
+    assert percentile_ratings(np.array([7.0]), np.array([0])).tolist() == [3]
+    ranks = np.bincount(percentile_ratings(np.arange(100.0), np.zeros(100)).astype(int))
+    assert ranks.tolist() == [0, 20, 20, 20, 20, 20]
+
+
+# ------------------------------------------------------------------------------------------------ streaming
+def test_repeated_pairs_merge_while_the_file_streams():
+    """Rows held stay near the number of distinct pairs, however long the file; the last rating, or the sum, is right."""
+    rng = np.random.default_rng(1)
+    rows = [
+        (f"u{u}", f"i{i}", float(r), int(t))
+        for u, i, r, t in zip(*(rng.integers(1, m, 20000) for m in (9, 9, 6, 500)), strict=True)
+    ]
+    for repeats in ("last", "sum"):
+        builder = LogBuilder("x", "rows", repeats, amounts=repeats == "sum")
+        builder.COMPACT = 256
+        for at in range(0, len(rows), 50):
+            builder.add(range(at, at + 50), *zip(*rows[at : at + 50], strict=True))
+            assert sum(len(chunk[0]) for chunk in builder.chunks) <= 64 + 256 + 50
+        log = builder.finish({f"i{i}": f"T{i}" for i in range(9)}, "x")
+        expected: dict = {}
+        for u, i, r, t in sorted(rows, key=lambda row: row[3]):  # stable
+            if repeats == "last":
+                expected[u, i] = (r, t)
+            else:
+                total, first = expected.get((u, i), (0.0, t))
+                expected[u, i] = (total + r, first)
+        assert {(u, i): (r, t) for u, i, r, t in rows_of(log)} == expected
+        check_table(log)
+
+
+def test_a_few_bad_lines_are_counted_and_many_are_an_error(tmp_path):
+    """1 % is passed over with the first line numbers named; more is an error that says what was expected."""
+    good = [f"u{n % 7},i{n % 50},{1 + n % 5},{n},T{n % 50}" for n in range(400)]
+    lines = ["user,item,rating,timestamp,title", *good]
+    lines[17], lines[30] = "u1,i2,stars,9,T2", "u1,i2"
+    log = load_own_log(put(tmp_path / "a.csv", "\n".join(lines)), "csv")
+    (note,) = [why for why in log.notes if "could not be read" in why]
+    assert log.notes[note] == 2 and "line 18" in note and "line 31" in note
+    lines[40:60] = ["nonsense"] * 20
+    with pytest.raises(ValueError, match=r"b\.csv: 22 of 400 lines .*1%.*line 18.*not rows with user, item"):
+        load_own_log(put(tmp_path / "b.csv", "\n".join(lines)), "csv")
+
+
+# ------------------------------------------------------------------------------------------------ files of ours
+AMAZON = [
+    {"overall": 5.0, "reviewerID": "A1", "asin": "B000000001", "unixReviewTime": 864000, "reviewText": 'quotes " and \n'},
+    {"overall": 2.0, "reviewerID": "A1", "asin": "B000000002", "unixReviewTime": 86400, "vote": "1,234"},
+    {"overall": 4.0, "reviewerID": "A2", "asin": "B000000001", "unixReviewTime": 86400, "style": {"Format:": " Kindle"}},
+    {"overall": 3.0, "reviewerID": "A2", "asin": "B000000001", "unixReviewTime": 172800},
+    {"overall": 1.0, "reviewerID": "A2", "asin": "B000000003", "unixReviewTime": 172800},
+]
+AMAZON_META = [
+    {"asin": "B000000001", "title": "Tom &amp; Jerry"},
+    {"asin": "B000000001", "title": "again"},
+    {"asin": "B000000002", "title": "Go", "details": {}, "price": "$1"},
+    {"asin": "B000000003", "title": '<span class="a-size-medium">'},
+    {"asin": "B000000009", "title": "unseen"},
+]
+STEAM = [
+    {"username": "Chaos Syren", "hours": 0.1, "product_id": "10", "date": "2017-12-17", "text": "it's {'hours': 5.0}"},
+    {"username": "Chaos Syren", "hours": 8, "product_id": "20", "date": "2017-12-16", "early_access": False},
+    {"username": "Bob", "hours": 3.5, "product_id": "10", "date": "2017-12-18", "compensation": "Product received for free"},
+    {"username": "Bob", "product_id": "20", "date": "2017-12-18"},
+    {"username": "Bob", "hours": 4.5, "product_id": "10", "date": "2017-12-19"},
+]
+STEAM_GAMES = [
+    {"id": "10", "app_name": "Sam &amp; Max", "title": "other"},
+    {"id": "20", "title": "Portal™", "tags": ["a", "b"]},
+    {"app_name": "no id"},
+]
+BEER = [
+    {"review/overall": 1.5, "beer/name": "Sausa 5% Weizen", "beer/ABV": 5.0, "beer/style": "Hefeweizen", "beer/beerId": "4",
+     "user/profileName": "stcules", "review/timeUnix": 1234817823, "review/timeStruct": {"hour": 20}},
+    {"review/overall": 4.0, "beer/name": "Pale Ale", "beer/ABV": None, "beer/style": "", "beer/beerId": "5",
+     "user/profileName": "stcules", "review/timeUnix": 1234817800},
+    {"review/overall": 0.0, "beer/name": "Pale Ale", "beer/style": "", "beer/beerId": "5", "user/profileName": "ann", "review/timeUnix": 9},
+    {"review/overall": 5.0, "beer/name": "Pale Ale", "beer/style": "", "beer/beerId": "5", "user/profileName": "", "review/timeUnix": 9},
+]  # fmt: skip
+BEER_ROWS = [("stcules", "5", 4.0, 1234817800), ("stcules", "4", 1.5, 1234817823)]
+LASTFM = """\
+user_000001\t2009-05-04T23:08:57Z\tmb-1\tDeep "Dish\t\tFuck Me
+user_000001\t2009-05-03T23:08:57Z\tmb-2\t坂本龍一\tt\tComposition
+user_000001\t2009-05-01T00:00:00Z\tmb-1\tDeep "Dish\t\tOther
+user_000001\t2009-05-01T00:00:00Z\t\tNobody\t\tOther
+user_000002\t2009-05-02T00:00:00Z\tmb-1\tDeep "Dish\t\tOther
+"""
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu1\t10\t4.0\t100\nu1\t20\t2.5\t50\nu2\t10\t5\t70\n"
+ITEM = 'item_id:token\tmovie_title:token_seq\tgenre:token_seq\n10\tThe "M"\tDrama\n20\tGo\tComedy\n'
+
+
+def json_lines(records) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def literal_lines(records) -> str:
+    """As Python 2 wrote them."""
+    return "".join(re.sub(r"(?<=[{ ])'([\w/]+)':", r"u'\1':", repr(record)) + "\n" for record in records)
+
+
+def beer_blocks() -> str:
+    names = {"user/profileName": "review/profileName", "review/timeUnix": "review/time"}
+    blocks = [[f"{names.get(k, k)}: {'' if v is None else v}" for k, v in r.items() if k != "review/timeStruct"] for r in BEER]
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n\n"
+
+
+def beer_csv() -> bytes:
+    names = ["review_time", "beer_name", "review_overall", "beer_style", "beer_abv", "review_profilename", "beer_beerid"]
+    keys = ["review/timeUnix", "beer/name", "review/overall", "beer/style", "beer/ABV", "user/profileName", "beer/beerId"]
+    out = io.StringIO()
+    writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerows([["", *names], *([n, *(record.get(key) for key in keys)] for n, record in enumerate(BEER))])
+    return out.getvalue().encode("latin-1")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_amazon_reviews_and_titles(suffix, tmp_path):
+    """The last of a repeated pair counts; entities are text; an item whose title is a piece of a page is dropped."""
+    put(tmp_path / f"Books_5.json{suffix}", json_lines(AMAZON))
+    put(tmp_path / f"meta_Books.json{suffix}", json_lines(AMAZON_META))
+    log = load_amazon(tmp_path)
+    expected = [("A1", "B000000002", 2, 86400), ("A1", "B000000001", 5, 864000), ("A2", "B000000001", 3, 172800)]
+    assert rows_of(log) == expected and log.titles == ["Tom & Jerry", "Go"] and log.name == "amazon_books"
+    assert log.notes["interactions with an item that has no title"] == 1
+    check_table(log)
+
+
+@pytest.mark.parametrize("columns", [("asin", "reviewerID"), ("reviewerID", "asin")])
+def test_amazon_ratings_only_come_in_two_orders(columns, tmp_path):
+    """2018: item,user,rating,timestamp; 2014: user,item,...: told apart by the ids."""
+    rows = [",".join(str(r[c]) for c in (*columns, "overall", "unixReviewTime")) for r in AMAZON]
+    put(tmp_path / "Books.csv", "\n".join(rows))
+    put(tmp_path / "meta_Books.json", json_lines(AMAZON_META))
+    assert len(rows_of(load_amazon(tmp_path))) == 3 and load_amazon(tmp_path).user_ids == ["A1", "A2"]
+
+
+def test_amazon_without_titles_says_what_is_missing(tmp_path):
+    put(tmp_path / "Books_5.json", json_lines(AMAZON))
+    with pytest.raises(ValueError, match=r"titles need meta_Books\.json\.gz beside Books_5\.json"):
+        load_amazon(tmp_path)
+
+
+def test_steam_hours_become_ratings_within_the_game(tmp_path):
+    """Python literals; hours rank among the game's players; without hours a review is counted and left out."""
+    put(tmp_path / "steam_reviews.json.gz", literal_lines(STEAM))
+    put(tmp_path / "steam_games.json.gz", literal_lines(STEAM_GAMES))
+    log = load_steam(tmp_path)
+    assert rows_of(log) == [
+        ("Bob", "10", 4, 1513641600),
+        ("Chaos Syren", "20", 3, 1513382400),
+        ("Chaos Syren", "10", 2, 1513468800),
+    ]
+    assert log.titles == ["Sam & Max", "Portal™"] and log.notes["reviews without hours of play"] == 1
+    assert [r for *_, r, _ in rows_of(load_steam(tmp_path, "all"))] == [3, 5, 1]
+
+
+@pytest.mark.parametrize("form, content", [("beeradvocate.json", literal_lines(BEER)), ("beeradvocate.txt.gz", beer_blocks()), ("beer_reviews.csv", beer_csv())])  # fmt: skip
+def test_beeradvocate_in_three_forms(form, content, tmp_path):
+    """Dict lines, text blocks and CSV give the same log; zeros and empty names are counted and left out."""
+    put(tmp_path / form, content)
+    log = load_beeradvocate(tmp_path)
+    assert rows_of(log) == BEER_ROWS and log.titles == ["Sausa Weizen (5% ABV, Hefeweizen)", "Pale Ale"]
+    assert log.notes == {"lines with rating 0, which means none": 1, "reviews without a user name": 1}
+    assert load_beeradvocate(tmp_path, title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
+
+
+def test_twice_encoded_names_are_mended():
+    """UTF-8 read as latin-1 is put right; what was right stays."""
+    names = ["KÃ¶lsch", "Kölsch", "Pale", "日本", "FÃ¸dselsdags"]
+    assert [mend_encoding(name) for name in names] == ["Kölsch", "Kölsch", "Pale", "日本", "Fødselsdags"]
+
+
+def test_beer_titles_hold_strength_and_style():
+    assert beer_title("IPA", "6.50", "American IPA") == "IPA (6.5% ABV, American IPA)"
+    assert beer_title("IPA", "nan", "") == beer_title("IPA", "", "") == "IPA"
+    assert beer_title("100%", "", "Rye") == "100% (Rye)"
+
+
+@pytest.mark.parametrize("form", ["plain", "gz", "tar"])
+def test_lastfm_counts_plays_of_artists(form, tmp_path):
+    """One row per user and artist at the first play, rated by the number of plays among the artist's listeners."""
+    name = "userid-timestamp-artid-artname-traid-traname.tsv"
+    if form == "tar":
+        with tarfile.open(tmp_path / "lastfm-dataset-1K.tar.gz", "w:gz") as archive:
+            entry = tarfile.TarInfo(f"lastfm-dataset-1K/{name}")
+            entry.size = len(LASTFM.encode())
+            archive.addfile(entry, io.BytesIO(LASTFM.encode()))
+    else:
+        put(tmp_path / (name + ".gz" if form == "gz" else name), LASTFM)
+    log = load_lastfm(tmp_path)
+    first, second, other = 1241136000, 1241392137, 1241222400
+    assert rows_of(log) == [
+        ("user_000001", "mb-1", 4, first),
+        ("user_000001", "mb-2", 3, second),
+        ("user_000002", "mb-1", 2, other),
+    ]
+    assert log.titles == ['Deep "Dish', "坂本龍一"] and log.notes["plays of an artist without MusicBrainz id"] == 1
+
+
+def test_recbole_atomic_files(tmp_path):
+    """Typed headers; quotes are characters; titles come from the .item file beside."""
+    put(tmp_path / "ml.inter", INTER)
+    put(tmp_path / "ml.item", ITEM)
+    log = load_own_log(tmp_path, "recbole")
+    assert rows_of(log) == [("u1", "20", 2.5, 50), ("u1", "10", 4, 100), ("u2", "10", 5, 70)] and log.titles == [
+        'The "M"',
+        "Go",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ own logs
+OWN = [("ann", "7", 4.5, 1600000000, "Go"), ("ann", "8", 2, 1600000100, 'say "A, B"'), ("bob", "7", 5, 1600000050, "Go")]
+OWN_ROWS = [("ann", "7", 4.5, 1600000000), ("ann", "8", 2, 1600000100), ("bob", "7", 5, 1600000050)]
+
+
+def own_csv(names=("user", "item", "rating", "timestamp", "title"), order=(0, 1, 2, 3, 4), delimiter=",", rows=OWN) -> str:
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter).writerows([[row[c] for c in order] for row in (names, *rows)])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 3, 1)])
+def test_own_csv_in_any_order_and_dialect(delimiter, order, tmp_path):
+    """The usual names are found; others are given; quoted fields may hold the delimiter."""
+    file = put(tmp_path / "log.csv", own_csv(order=order, delimiter=delimiter))
+    log = load_own_log(file, "csv")
+    assert rows_of(log) == OWN_ROWS and log.titles == ["Go", 'say "A, B"']
+    names = ("who", "what", "stars", "at", "called")
+    file = put(tmp_path / "named.csv", own_csv(names, order, delimiter))
+    log = load_own_log(file, "csv", "user=who,item=what,rating=stars,timestamp=at,title=called")
+    assert rows_of(log) == OWN_ROWS and log.titles == ["Go", 'say "A, B"']
+    with pytest.raises(ValueError, match=r"named\.csv: which column is the user\? Say --columns user=NAME,item=NAME.*who"):
+        load_own_log(file, "csv")
+
+
+def test_own_csv_without_header_counts_columns(tmp_path):
+    file = put(tmp_path / "log.csv", own_csv().split("\n", 1)[1])
+    assert rows_of(load_own_log(file, "csv", "user=1,item=2,rating=3,timestamp=4,title=5")) == OWN_ROWS
+    with pytest.raises(ValueError, match="asks for column 6, the first line has 5"):
+        load_own_log(file, "csv", "user=1,item=6")
+
+
+def test_own_json_lines_and_item_file(tmp_path):
+    """Numbers as ids and times; titles from a second file, CSV or JSON lines; ids where an item has none."""
+    records = [{"user": u, "item": int(i), "rating": r, "timestamp": t} for u, i, r, t, _ in OWN]
+    file = put(tmp_path / "log.jsonl.gz", json_lines(records))
+    items = put(tmp_path / "items.csv", "item_id,name\n7,Go\n9,unseen\n")
+    log = load_own_log(file, "jsonl", item_file=str(items))
+    assert rows_of(log) == OWN_ROWS and log.titles == ["Go", "8"]
+    items = put(tmp_path / "items.jsonl", json_lines([{"item": 7, "title": "Go"}, {"item": "8", "title": "Stop"}]))
+    assert load_own_log(file, "jsonl", item_file=str(items)).titles == ["Go", "Stop"]
+
+
+def test_own_hours_and_missing_columns(tmp_path, capsys):
+    """Another scale says what to do; no rating, no time, no title each have a meaning, and a note."""
+    hours = [(u, i, 10 * r, t, n) for u, i, r, t, n in OWN]
+    file = put(tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title"), rows=hours))
+    with pytest.raises(ValueError, match="ratings go up to 50 instead of 5; --percentile item"):
+        load_own_log(file, "csv")
+    assert [r for *_, r, _ in rows_of(load_own_log(file, "csv", percentile="item"))] == [2, 3, 4]
+    clicks = put(tmp_path / "clicks.csv", "user,item\nb,1\na,1\nb,2\nb,1\nb,1\n")
+    log = load_own_log(clicks, "csv")
+    assert rows_of(log) == [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]  # times are line numbers
+    notes = capsys.readouterr().out
+    assert all(text in notes for text in ("no rating column", "no timestamp column", "no titles"))
+
+
+@pytest.mark.parametrize("text", ["user", "user=", "who=x", "user=a;item=b,x"])
+def test_columns_that_are_not_understood_are_named(text):
+    with pytest.raises(ValueError, match="--columns"):
+        parse_columns(text)
+
+
+def test_the_order_of_lines_changes_nothing(tmp_path):
+    """But for ties in time: shuffled lines give the same prepared examples, hash included."""
+    rng = np.random.default_rng(2)
+    rows = [
+        (f"u{u}", f"i{i}", 1 + int(rng.integers(5)), t, f"T{i}")
+        for t, (u, i) in enumerate(rng.integers(0, (12, 60), (700, 2)).tolist())
+    ]
+    hashes = []
+    for n in range(3):
+        file = put(tmp_path / f"{n}.csv", own_csv(rows=[rows[i] for i in rng.permutation(len(rows))]))
+        config = DataConfig(dataset="csv", data_dir=str(file), prepared_dir=str(tmp_path / "p"), followers=3, min_history=2)
+        hashes.append(prepare(config).hash)
+    assert len(set(hashes)) == 1
+
+
+# ------------------------------------------------------------------------------------------------ prepared JSON
+def foreign_entry(n: int, scores: bool) -> dict:
+    items = [f"T{(n + 3 * i) % 97}" for i in range(20)]
+    entry = {"historyList": [f"H{n}", f"T{n + 1}"], "itemList": items, "trueSelection": items[n % 20]}
+    if scores:
+        entry |= {
+            "historyRatingList": [4, 3.5],
+            "itemScoreList": [1 + 0.1 * i for i in range(20)],
+            "randomNegative": items[10:],
+        }
+    return entry if scores else entry | {"historyList": "::".join(entry["historyList"])}
+
+
+@pytest.mark.parametrize("scores", [False, True], ids=["S-DPO", "authors"])
+def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
+    """Lists, targets and scores are those of the files; without ratings a history line is the title alone."""
+    parts = {"train": 40, "test": 15}
+    for split, count in parts.items():
+        put(tmp_path / f"x-{split}.json", json.dumps([foreign_entry(n, scores) for n in range(count)]))
+    prepared = prepare(DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p")))
+    assert {split: len(e) for split, e in prepared.splits.items()} == {"train": 36, "val": 4, "test": 15}
+    assert "last 4 training entries" in capsys.readouterr().out
+    test = prepared.splits["test"]
+    for e in range(15):
+        example = test[e]
+        number = int(example.user.split()[-1]) - 1
+        raw = foreign_entry(number, scores)
+        assert example.candidates == raw["itemList"] and example.candidates[example.target] == raw["trueSelection"]
+        assert example.scores == pytest.approx(raw["itemScoreList"] if scores else [1.0] * 20)
+        lines = render_prompt(example).splitlines()
+        assert (f"H{number} | Rating: 4" if scores else f"H{number}") in lines
+        negatives = test.negatives(3)[e]
+        assert example.target not in negatives
+
+
+def test_prepared_json_that_does_not_fit_is_named(tmp_path):
+    entries = [foreign_entry(n, True) for n in range(50)]
+    entries[3]["itemList"] = entries[3]["itemList"][:19]
+    put(tmp_path / "train.json", json.dumps(entries))
+    put(tmp_path / "test.json", json.dumps(entries[10:]))
+    with pytest.raises(ValueError, match=r"train\.json: 1 of 50 .*line 4.*20 different candidates.*itemList"):
+        prepare(DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p")))
+
+
+# ------------------------------------------------------------------------------------------------ real samples
+@needs("amazon/Gift_Cards_5.json.gz")
+def test_real_amazon_sample():
+    """Gift Cards: distinct pairs whose item has a usable title, counted with json and sets."""
+    reviews = [json.loads(line) for line in gzip.open(DATA / "amazon/Gift_Cards_5.json.gz")]
+    meta = (json.loads(line) for line in gzip.open(DATA / "amazon/meta_Gift_Cards.json.gz"))
+    titled = {m["asin"] for m in meta if m.get("title") and "<span" not in m["title"]}
+    pairs = {(r["reviewerID"], r["asin"]) for r in reviews if r["asin"] in titled}
+    log = load_amazon(DATA / "amazon/Gift_Cards_5.json.gz")
+    check_table(log)
+    assert (len(reviews), len(log.user), log.num_users, log.num_items) == (2972, len(pairs), 458, 148)
+    assert {(log.user_ids[u], log.item_ids[i]) for u, i in zip(log.user, log.item, strict=True)} == pairs
+
+
+@needs("amazon/AMAZON_FASHION_5.json.gz")
+def test_real_repeats_keep_the_last(tmp_path):
+    """Fashion repeats pairs in style variants; of each the latest rating stays, of one day the one further down."""
+    file = DATA / "amazon/AMAZON_FASHION_5.json.gz"
+    reviews = [json.loads(line) for line in gzip.open(file)]
+    last = {}
+    for r in sorted(reviews, key=lambda r: r["unixReviewTime"]):
+        last[r["reviewerID"], r["asin"]] = (r["overall"], r["unixReviewTime"])
+    log = load_own_log(file, "jsonl")  # its metadata is not at hand
+    assert (len(reviews), len(last), log.num_users, log.num_items) == (3176, len(log.user), 406, 31)
+    assert {(u, i): (r, t) for u, i, r, t in rows_of(log)} == last
+
+
+@needs("steam/steam_games.json.gz")
+def test_real_steam_titles(tmp_path):
+    """Every game of the original file, reviewed once each: app_name, else title, as ast.literal_eval reads them."""
+    lines = gzip.open(DATA / "steam/steam_games.json.gz", "rt", encoding="utf-8").read().splitlines()
+    names = {}
+    for line in lines[::8]:
+        game = ast.literal_eval(line)
+        if "id" in game and (game.get("app_name") or game.get("title")):
+            names.setdefault(game["id"], clean_title(game.get("app_name") or game["title"]))
+    reviews = [{"username": f"u{n % 50}", "product_id": i, "hours": n, "date": "2017-01-01"} for n, i in enumerate(names)]
+    put(tmp_path / "steam_reviews.json", literal_lines(reviews))
+    put(tmp_path / "steam_games.json.gz", "\n".join(lines))
+    log = load_steam(tmp_path)
+    assert log.num_items == len(names) and len(lines) == 32135
+    repeated = Counter(names.values())
+    for item, title in zip(log.item_ids, log.titles, strict=True):
+        assert title == names[item] or (title.startswith(f"{names[item]} (") and repeated[names[item]] > 1)
+
+
+@needs("beeradvocate/beeradvocate.sample.json")
+def test_real_beer_samples():
+    """Dict lines and the CSV of an R export, counted with ast.literal_eval and the csv module."""
+    reviews = [ast.literal_eval(line) for line in (DATA / "beeradvocate/beeradvocate.sample.json").open(encoding="utf-8")]
+    pairs = {(r["user/profileName"], r["beer/beerId"]) for r in reviews if r["user/profileName"] and r["review/overall"]}
+    log = load_beeradvocate(DATA / "beeradvocate/beeradvocate.sample.json")
+    assert len(reviews) == 2469 and {(u, i) for u, i, *_ in rows_of(log)} == pairs and len(log.user) == len(pairs)
+    rows = list(csv.DictReader((DATA / "beeradvocate/beer_reviews.sample.csv").open(encoding="latin-1", newline="")))
+    pairs = {(r["review_profilename"], r["beer_beerid"]) for r in rows if r["review_profilename"]}
+    log = load_beeradvocate(DATA / "beeradvocate/beer_reviews.sample.csv")
+    assert len(rows) == 6627 and {(u, i) for u, i, *_ in rows_of(log)} == pairs and len(log.user) == len(pairs)
+    assert any("Kölsch" in title for title in log.titles)
+
+
+@needs("lastfm")
+def test_real_lastfm_sample():
+    """Pairs of user and artist with id, and the time of the first play, from a few lines over the same file."""
+    (file,) = (DATA / "lastfm").glob("*.tsv")
+    fields = [line.rstrip("\n").split("\t") for line in file.open(encoding="utf-8")]
+    plays = Counter((f[0], f[2]) for f in fields if f[2])
+    first = {(f[0], f[2]): f[1] for f in fields if f[2]}  # newest first, so the last one met is the first play
+    log = load_lastfm(DATA / "lastfm")
+    assert (
+        len(fields) == 5000
+        and len(log.user) == len(plays)
+        and log.notes["repeats, added up"] == sum(plays.values()) - len(plays)
+    )
+    assert {(u, i): t for u, i, _, t in rows_of(log)} == {pair: int(parse_times([time])[0]) for pair, time in first.items()}
+
+
+@needs("sdpo/lastfm-test.json")
+def test_real_sdpo_sample(tmp_path):
+    """2,495 entries with their own candidates; a part of them serves as training file."""
+    raw = json.loads((DATA / "sdpo/lastfm-test.json").read_text())
+    put(tmp_path / "lastfm-train.json", json.dumps(raw[:300]))
+    put(tmp_path / "lastfm-test.json", json.dumps(raw))
+    prepared = prepare(DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p")))
+    test = prepared.splits["test"]
+    assert len(raw) == len(test) == 2495
+    for e in range(0, 2495, 50):
+        example = test[e]
+        entry = raw[int(example.user.split()[-1]) - 1]
+        assert example.candidates == [clean_title(t) for t in entry["itemList"]]
+        assert [t for t, _ in example.history] == [clean_title(t) for t in entry["historyList"].split("::")][-20:]
+        assert example.candidates[example.target] == clean_title(entry["trueSelection"])
+
+
+# ------------------------------------------------------------------------------------------------ fuzz
+SPECIAL = "<|end_of_text|>"
+
+
+def many(records: list[dict], key: str, count: int = 60) -> list[dict]:
+    """Enough users for splits: the records again and again, with other ids and times."""
+    return [record | {key: f"{record[key]}{n % 6}"} for n in range(count // len(records)) for record in records]
+
+
+def sources() -> dict[str, tuple[dict[str, bytes], dict]]:
+    """Per loader: whole files, and the options that load them."""
+    many_own = [(f"u{n % 5}", f"{n % 40}", 1 + n % 5, 1600000000 + n, f"T{n % 40} {SPECIAL}") for n in range(300)]
+    records = [dict(zip(("user", "item", "rating", "timestamp", "title"), row, strict=True)) for row in many_own]
+    lastfm = "".join(LASTFM.replace("mb-", f"mb-{n}") for n in range(30))
+    entries = {split: json.dumps([foreign_entry(n, True) for n in range(20)]) for split in ("train", "test")}
+    return {
+        name: ({file: text.encode() if isinstance(text, str) else text for file, text in files.items()}, options | {"dataset": kind})
+        for name, kind, files, options in (
+            ("amazon", "amazon", {"Books.json": json_lines(many(AMAZON, "reviewerID")), "meta_Books.json": json_lines(AMAZON_META)}, {}),
+            ("steam", "steam", {"steam_reviews.json": literal_lines(many(STEAM, "username")), "steam_games.json": literal_lines(STEAM_GAMES)}, {}),
+            ("beer lines", "beeradvocate", {"beeradvocate.json": literal_lines(many(BEER, "user/profileName"))}, {}),
+            ("beer blocks", "beeradvocate", {"beeradvocate.txt": beer_blocks() * 15}, {}),
+            ("beer csv", "beeradvocate", {"beer_reviews.csv": beer_csv() + beer_csv().split(b"\n", 1)[1] * 15}, {}),
+            ("lastfm", "lastfm", {"userid-timestamp-x.tsv": lastfm}, {}),
+            ("csv", "csv", {"log.csv": own_csv(rows=many_own)}, {}),
+            ("hours", "csv", {"log.csv": own_csv(rows=many_own)}, {"percentile": "user"}),
+            ("jsonl", "jsonl", {"log.jsonl": json_lines(records)}, {}),
+            ("recbole", "recbole", {"x.inter": INTER + INTER.split("\n", 1)[1] * 40, "x.item": ITEM}, {}),
+            ("prepared", "prepared", {f"{split}.json": text for split, text in entries.items()}, {}),
+        )
+    }  # fmt: skip
+
+
+NUMBER = re.compile(rb"-?\d+(\.\d+)?")
+POISON = [b"NaN", b"-1", b"inf", b"1e999", b"", b"null", b"0", b"99999999999999999999999", b"true", b"[]", b"{}", b"\xff\xfe",
+          b"\x00", b"\xed\xa0\x80", b'"', b"'", b"\\", b"\n", b"\r", b"\\ud800", b"|", b",", b"\t", b"::", b": ", SPECIAL.encode(),
+          "\u2028".encode(), b"\\n", b"Answer:"]  # fmt: skip
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    for _ in range(rng.choice((1, 1, 1, 2, 5, 40))):
+        at = rng.randrange(len(content) + 1)
+        kind = rng.randrange(9)
+        if kind == 0:
+            content = content[:at] if rng.random() < 0.5 else content[at:]
+        elif kind == 1:
+            content = content[:at] + rng.choice(POISON) + content[at:]
+        elif kind == 2:
+            content = content[:at] + content[at + rng.randrange(30) :]
+        elif kind == 3:
+            lines = content.split(b"\n")
+            rng.shuffle(lines)
+            content = b"\n".join(lines)
+        elif kind == 4 and (found := list(NUMBER.finditer(content))):
+            match = rng.choice(found)
+            content = content[: match.start()] + rng.choice(POISON) + content[match.end() :]
+        elif kind == 5:
+            lines = content.split(b"\n")
+            content = b"\n".join(lines + rng.choices(lines, k=rng.randrange(1, 50)))
+        elif kind == 6 and rng.random() < 0.1:
+            content = (
+                content[:at]
+                + rng.choice((b"x", b'"', b"[", b"{'a': ", b"\n")) * rng.choice((300, 5000, 1 << 20))
+                + content[at:]
+            )
+        elif kind == 7 and rng.random() < 0.3:
+            content = content.decode("utf-8", "replace").encode(
+                rng.choice(("utf-16", "utf-16-le", "utf-8-sig", "cp037")), "replace"
+            )
+        elif kind == 8 and rng.random() < 0.3:
+            content = gzip.compress(content)
+            content = content[: rng.randrange(1, len(content) + 1)]
+        if not content:
+            break
+    return content
+
+
+def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
+    """Load mutated files of every kind: a log that keeps its promises, or one ValueError. Counts both."""
+    outcomes: Counter = Counter()
+    everything = list(sources().items())
+    eos = tokenizer.eos_id
+    for seed in seeds:
+        rng = random.Random(seed)
+        name, (files, options) = everything[seed % len(everything)]
+        folder = tmp_path / "fuzz"
+        folder.mkdir()
+        victim = rng.choice(list(files))
+        for file, content in files.items():
+            (folder / file).write_bytes(mutate(content, rng) if file == victim else content)
+        config = DataConfig(data_dir=str(folder), followers=2, min_history=1, min_rating=1, **options)
+        try:
+            if options["dataset"] == "prepared":
+                config = DataConfig(data_dir=str(folder), prepared_dir=str(folder / f"p{seed}"), **options)
+                prepared = prepare(config)
+                log, splits = prepared.log, prepared.splits
+                outcomes[name, "loaded"] += 1
+            else:
+                log = load_log(config)
+                outcomes[name, "loaded"] += 1
+                check_table(log)
+                assert (log.timestamp >= 0).all() and ((log.rating > 0) & (log.rating <= 5)).all(), (name, seed)
+                splits = build_examples(log, config)
+            titles = list(log.titles)
+            assert all(t and t == clean_title(t) and len(t) <= 250 for t in titles), (name, seed)
+            encoded = encode_examples(splits["test"].select(np.arange(1)), tokenizer, 100_000)
+            assert eos not in encoded.prompts[0].tolist(), (name, seed)
+            outcomes["encoded"] += 1
+        except ValueError as error:
+            assert str(error) and len(str(error)) < 3000, (name, seed)
+            outcomes[name, "refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"{name}, seed {seed}: {type(error).__name__}: {error}") from error
+        finally:
+            shutil.rmtree(folder)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    examples = prepare(DataConfig(planted_users=60, train_size=30, followers=3, prepared_dir=str(folder / "p"))).splits["train"]
+    make_base_model(folder, examples, hidden_size=64, num_layers=1, vocab_size=400, seed=0)
+    return Tokenizer(folder)
+
+
+def test_mutated_files_are_refused_or_counted(tmp_path, tokenizer, capsys):
+    """440 files: every loader refuses some and loads some; no traceback, no control token in a prompt."""
+    outcomes = fuzz(range(440), tmp_path, tokenizer)
+    encoded = outcomes.pop("encoded")
+    for how in ("loaded", "refused"):
+        assert {name for name, outcome in outcomes if outcome == how} == sources().keys()
+    assert encoded > 50
+
+
+@pytest.mark.slow
+def test_many_mutated_files_are_refused_or_counted(tmp_path, tokenizer, capsys):
+    """20,000 more."""
+    fuzz(range(1000, 21000), tmp_path, tokenizer)
