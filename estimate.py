@@ -239,9 +239,8 @@ def dry_run(run: Run) -> None:
         objective = SFT(config, None, run.train, run.device)
         if stage != "sft":
             objective = Preference(config, stage, None, run.train, run.device)
-            zeros = torch.zeros(objective.slots.shape)
-            first = objective.losses(zeros, zeros, objective.margins)[0].mean()
-            print0(f"\n{stage}: the first loss must be {first:.4f}: the policy is still its reference")
+            if objective.has_reference:
+                print0(f"\n{stage}: the first loss must be {objective.first_loss():.4f}: the policy is still its reference")
         widths = tree_widths(run.train, objective.slots)
         completions = [len(ids) for ids in run.train.slots(int(widths[:, 1].argmax()), objective.slots[widths[:, 1].argmax()])]
         dtype = (torch.bfloat16 if gpu else torch.float32) if config.dtype == "auto" else getattr(torch, config.dtype)

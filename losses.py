@@ -1,4 +1,4 @@
-"""The losses: SFT, DPO, S-DPO and RecPO, as pure functions of log-probabilities.
+"""The losses: SFT, RecPO, and what it is compared with, as pure functions of log-probabilities.
 
     Δ_n = log π(y_n | x) - log π_ref(y_n | x)                     log-ratio of completion n, summed over its tokens
     φ   = rating / (1 + steps)^decay                              preference score of an item (steps 0: the next one)
@@ -7,6 +7,13 @@
     RecPO (eq. 7)  -log σ(-log Σ_l exp(β (Δ_l - Δ_w) + λ m_l))    = softplus(logsumexp_l(β (Δ_l - Δ_w) + λ m_l))
     S-DPO          the same with λ = 0                            arXiv:2406.09215, eq. 9
     DPO            the same with λ = 0 and one rejected item      arXiv:2305.18290, eq. 7
+    ODPO           DPO with an offset α m                         -log σ(β (Δ_w - Δ_l) - α m), arXiv:2402.10571, eq. 5
+    IPO            regression to a fixed gap                      (Δ_w - Δ_l - 1 / (2 β))^2, arXiv:2310.12036, eq. 17
+    KTO            each completion against a baseline z           arXiv:2402.01306, eq. 8
+    CPO            DPO without a reference, plus NLL              arXiv:2401.08417, eq. 5
+    SimPO          means over tokens instead of sums              -log σ(β (mean_w - mean_l) - γ), arXiv:2405.14734, eq. 6
+
+Without a reference (CPO, SimPO, and any of the others with --reference_free) Δ is log π alone: zeros stand for log π_ref.
 
 The right-hand form is the one computed: exp() overflows at 89 in fp32, and one bad negative can exceed that. λ m is
 added outside β (...), as in the authors' code: it is the reward gap, in nats, that the chosen item must exceed.
@@ -19,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MARGINS = ("ratio", "log_diff", "log_ratio", "none")
+OFFSETS = ("log_gap", "log_ratio")  # of ODPO
 
 
 def preference_score(rating, steps, decay: float = 0.5):
@@ -39,9 +47,11 @@ def target_margins(
         return torch.log((1 + chosen - rejected_scores).clamp(min=1e-3))
     if kind == "log_ratio":
         return torch.log(chosen / rejected_scores)
+    if kind == "log_gap":  # ODPO's own
+        return torch.log((chosen - rejected_scores).clamp(min=1e-3))
     if kind == "none":
         return torch.zeros_like(rejected_scores)
-    raise ValueError(f"unknown margin {kind!r}: use one of {', '.join(MARGINS)}")
+    raise ValueError(f"unknown margin {kind!r}: use one of {', '.join((*MARGINS, 'log_gap'))}")
 
 
 def sft_loss(
@@ -72,6 +82,14 @@ def sdpo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> tup
     return recpo_loss(policy_logps, reference_logps, no_margins, beta)
 
 
+def _gap(policy_logps: Tensor, reference_logps: Tensor, name: str) -> Tensor:
+    """(B,) Δ_w - Δ_l of methods that compare two completions."""
+    if policy_logps.shape[1] != 2:
+        raise ValueError(f"{name} compares two completions, got {policy_logps.shape[1]}: set num_negatives to 1, or use sdpo")
+    logratios = policy_logps - reference_logps  # (B, 2)
+    return logratios[:, 0] - logratios[:, 1]
+
+
 def dpo_loss(
     policy_logps: Tensor,  # (B, 2): chosen, rejected
     reference_logps: Tensor,  # (B, 2)
@@ -79,9 +97,61 @@ def dpo_loss(
     label_smoothing: float = 0.0,  # probability that the preference is the other way round
 ) -> tuple[Tensor, Tensor]:
     """DPO: -log σ(β (Δ_w - Δ_l)), with conservative label smoothing as in the DPO authors' code."""
-    if policy_logps.shape[1] != 2:
-        raise ValueError(f"DPO compares two completions, got {policy_logps.shape[1]}: set num_negatives to 1, or use sdpo")
-    logratios = policy_logps - reference_logps  # (B, 2)
-    gap = beta * (logratios[:, 0] - logratios[:, 1])  # (B,)
+    gap = beta * _gap(policy_logps, reference_logps, "DPO")
     losses = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
-    return losses, beta * logratios.detach()
+    return losses, beta * (policy_logps - reference_logps).detach()
+
+
+def odpo_loss(
+    policy_logps: Tensor,  # (B, 2)
+    reference_logps: Tensor,  # (B, 2)
+    offsets: Tensor,  # (B, 1), already times α
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """ODPO: the gap must exceed an offset, log(φ_w - φ_l) or log(φ_w / φ_l). RecPO with one rejected item."""
+    gap = beta * _gap(policy_logps, reference_logps, "ODPO") - offsets[:, 0]
+    return F.softplus(-gap), beta * (policy_logps - reference_logps).detach()
+
+
+def ipo_loss(
+    policy_logps: Tensor,  # (B, 2), sums; or means over tokens, as IPO's authors intend
+    reference_logps: Tensor,  # (B, 2), likewise
+    beta: float,  # τ of the paper
+) -> tuple[Tensor, Tensor]:
+    """IPO: (Δ_w - Δ_l - 1 / (2 β))^2: the gap shall be this, not larger."""
+    gap = _gap(policy_logps, reference_logps, "IPO")
+    return (gap - 1 / (2 * beta)) ** 2, beta * (policy_logps - reference_logps).detach()
+
+
+def cpo_loss(policy_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """CPO's preference part: DPO without a reference, (B, 2). Its NLL part is --sft_weight, by default 1 for it."""
+    return dpo_loss(policy_logps, torch.zeros_like(policy_logps), beta)
+
+
+def simpo_loss(
+    policy_logps: Tensor,  # (B, 2), sums over tokens
+    lengths: Tensor,  # (B, 2) tokens of each completion, EOS included
+    beta: float,
+    gamma: float,  # the target margin, not divided by β
+) -> tuple[Tensor, Tensor]:
+    """SimPO: -log σ(β (mean_w - mean_l) - γ), without a reference."""
+    means = policy_logps / lengths
+    gap = beta * _gap(means, torch.zeros_like(means), "SimPO") - gamma
+    return F.softplus(-gap), beta * means.detach()
+
+
+def kto_loss(
+    policy_logps: Tensor,  # (B, 2)
+    reference_logps: Tensor,  # (B, 2)
+    kl: Tensor,  # scalar, the batch's mean log-ratio of mismatched completions, before clamping
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """KTO: w_d (1 - σ(β (Δ_w - z))) + w_u (1 - σ(β (z - Δ_l))), z = max(kl, 0); the mean of a pair's two losses."""
+    _gap(policy_logps, reference_logps, "KTO")
+    logratios = policy_logps - reference_logps
+    z = kl.detach().clamp(min=0)
+    good = desirable_weight * torch.sigmoid(-beta * (logratios[:, 0] - z))
+    bad = undesirable_weight * torch.sigmoid(-beta * (z - logratios[:, 1]))
+    return (good + bad) / 2, beta * logratios.detach()

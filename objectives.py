@@ -17,9 +17,22 @@ import torch
 from torch import Tensor
 
 from data import Encoded, PromptTree, micro_batches, to_device
-from losses import dpo_loss, recpo_loss, sdpo_loss, sft_loss, target_margins
+from losses import (
+    cpo_loss,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    odpo_loss,
+    recpo_loss,
+    sdpo_loss,
+    sft_loss,
+    simpo_loss,
+    target_margins,
+)
 
-PREFERENCE_LOSSES = ("dpo", "sdpo", "recpo")
+PREFERENCE_LOSSES = ("dpo", "ipo", "simpo", "cpo", "odpo", "kto", "sdpo", "recpo")
+PAIRWISE = ("dpo", "ipo", "simpo", "cpo", "odpo", "kto")  # one rejected title, whatever --num_negatives says
+WITHOUT_REFERENCE = ("simpo", "cpo")
 COPY_TITLES = 5  # other titles on the tree of an SFT example with --copy_weight
 
 
@@ -41,8 +54,9 @@ class MicroBatch:
     num_examples: int  # of the global batch
     num_tokens: int  # target tokens of the global batch
     num_others: int  # as `others`, of the global batch
-    reference_logps: Tensor | None = None  # (B, 1 + K)
+    reference_logps: Tensor | None = None  # (B, N), zeros without a reference
     margins: Tensor | None = None  # (B, K), already times λ
+    lengths: Tensor | None = None  # (B, N) tokens of each completion
 
 
 class SFT:
@@ -91,42 +105,77 @@ class SFT:
 
 
 class Preference(SFT):
-    """DPO, S-DPO or RecPO, a mean over examples. Its reference log-probs are filled in before the first step."""
+    """RecPO or another preference loss, a mean over examples. Its reference log-probs are filled in before the first step.
+
+    KTO's baseline z is the mean log-ratio of completions that belong to other prompts. Here it is a listed title that is
+    neither chosen nor rejected, in a third branch; the global mean of one step serves the next (at the first step it is 0,
+    exactly), so that no pass runs ahead and any division into micro-batches gives the same update."""
 
     def __init__(self, config, loss: str, model, encoded: Encoded, device):
         super().__init__(config, model, encoded, device)
-        self.loss = loss
-        examples = encoded.examples
-        rejected = examples.negatives(1 if loss == "dpo" else config.num_negatives, config.negative_source)
+        self.loss, examples = loss, encoded.examples
+        self.K = 1 if loss in PAIRWISE else config.num_negatives
+        self.sft_weight = config.sft_weight if config.sft_weight >= 0 else float(loss == "cpo")
+        self.has_reference = not (config.reference_free or loss in WITHOUT_REFERENCE)
+        rejected = examples.negatives(self.K, config.negative_source)
         self.slots = np.concatenate([examples.target[:, None], rejected], 1)  # (E, 1 + K)
         scores = torch.from_numpy(np.take_along_axis(examples.scores, self.slots, 1))
-        kind = config.margin if loss == "recpo" else "none"
-        self.margins = config.margin_lambda * target_margins(scores[:, 0], scores[:, 1:], kind)  # (E, K)
-        self.reference_logps = torch.zeros(self.slots.shape)  # (E, 1 + K)
-        self.first_rewards: list[Tensor] | None = []  # those of the first step, which must be zero
+        kind = {"recpo": config.margin, "odpo": config.odpo_offset}.get(loss, "none")
+        weight = config.odpo_alpha if loss == "odpo" else config.margin_lambda
+        self.margins = weight * target_margins(scores[:, 0], scores[:, 1:], kind)  # (E, K)
+        if loss == "kto":
+            others = examples.others  # the first that is not the rejected one
+            mismatched = np.where(others[:, :1] == rejected, others[:, 1:2], others[:, :1])
+            self.slots = np.concatenate([self.slots, mismatched], 1)
+        self.reference_logps = torch.zeros(self.slots.shape)  # (E, N)
+        self.first_rewards: list[Tensor] | None = [] if self.has_reference else None  # of the first step: they must be zero
+        self.kl = torch.zeros((), device=device)  # of the step before
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
         prepared = super().prepare(batch, step_examples)
         rows = batch or [int(step_examples[0])]
         prepared.reference_logps = to_device(self.reference_logps[rows], self.device)
         prepared.margins = to_device(self.margins[rows], self.device)
+        lengths = [[len(ids) for ids in self.encoded.slots(e, self.slots[e])] for e in rows]
+        prepared.lengths = to_device(torch.tensor(lengths), self.device)
         return prepared
 
-    def losses(self, policy_logps: Tensor, reference_logps: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, policy_logps: Tensor, reference_logps: Tensor, margins: Tensor, lengths: Tensor):
+        """losses (B,), rewards (B, 1 + K); arguments (B, 1 + K), margins (B, K)."""
+        config, logps = self.config, (policy_logps, reference_logps)
         if self.loss == "dpo":
-            return dpo_loss(policy_logps, reference_logps, self.config.beta, self.config.label_smoothing)
+            return dpo_loss(*logps, config.beta, config.label_smoothing)
+        if self.loss == "ipo":
+            return ipo_loss(*((t / lengths for t in logps) if config.ipo_average else logps), config.beta)
+        if self.loss == "simpo":
+            return simpo_loss(policy_logps, lengths, config.beta, config.simpo_gamma)
+        if self.loss == "cpo":
+            return cpo_loss(policy_logps, config.beta)
+        if self.loss == "odpo":
+            return odpo_loss(*logps, margins, config.beta)
+        if self.loss == "kto":
+            return kto_loss(*logps, self.kl, config.beta, config.kto_desirable, config.kto_undesirable)
         if self.loss == "sdpo":
-            return sdpo_loss(policy_logps, reference_logps, self.config.beta)
-        return recpo_loss(policy_logps, reference_logps, margins, self.config.beta)
+            return sdpo_loss(*logps, config.beta)
+        return recpo_loss(*logps, margins, config.beta)
+
+    def first_loss(self) -> float:
+        """What the mean loss must be before the first step, where the policy is the reference; NaN without one."""
+        if not self.has_reference:
+            return float("nan")
+        zeros = torch.zeros(len(self.slots), 1 + self.K)
+        return self.losses(zeros, zeros, self.margins, torch.ones_like(zeros))[0].mean().item()
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, dict]:
         tree, weight, margins = batch.tree, batch.weight, batch.margins
         token_logps, _ = self.model(tree)
-        policy_logps = tree.sum_logps(token_logps)  # (B, 1 + K)
-        losses, rewards = self.losses(policy_logps, batch.reference_logps, margins)
+        all_logps = tree.sum_logps(token_logps)  # (B, N)
+        pair = slice(0, 1 + self.K)
+        policy_logps, reference_logps = all_logps[:, pair], batch.reference_logps[:, pair]
+        losses, rewards = self.losses(policy_logps, reference_logps, margins, batch.lengths[:, pair])
         loss = losses.sum() / batch.num_examples
-        if self.config.sft_weight:
-            loss = loss + self.config.sft_weight * sft_loss(token_logps[batch.chosen], batch.num_tokens)
+        if self.sft_weight:
+            loss = loss + self.sft_weight * sft_loss(token_logps[batch.chosen], batch.num_tokens)
         if self.first_rewards is not None:
             self.first_rewards.append(weight * rewards)
 
@@ -143,6 +192,8 @@ class Preference(SFT):
             "logps/chosen": policy_logps[:, 0],
             "logps/rejected": policy_logps[:, 1:].mean(1),
         }
+        if self.loss == "kto":
+            per_example["kl"] = all_logps[:, -1] - batch.reference_logps[:, -1]
         sums = {name: (weight * values.detach().sum(), weight * len(losses)) for name, values in per_example.items()}
         sums["nll_loss"] = (-weight * policy_logps[:, 0].detach().sum(), weight * len(batch.chosen))
         return weight * loss, sums

@@ -9,7 +9,7 @@ from common import arg
 from data import DataConfig
 from eval import check_choice
 from lora import TARGET_MODULES
-from losses import MARGINS
+from losses import MARGINS, OFFSETS
 from objectives import PREFERENCE_LOSSES
 
 
@@ -39,10 +39,17 @@ class TrainConfig(DataConfig):
     beta: float = arg(1.0, "strength of the KL anchor: reward = beta * log-ratio")
     margin_lambda: float = arg(2.0, "weight of the target margin in recpo; 0 is S-DPO")
     margin: str = arg("ratio", f"target margin of recpo: {', '.join(MARGINS)}")
-    num_negatives: int = arg(3, "rejected titles per prompt (dpo always takes 1)")
+    num_negatives: int = arg(3, "rejected titles per prompt (recpo, sdpo; the others take 1)")
     negative_source: str = arg("both", "rejected titles are both, only random, or only follow(-ups)")
+    reference_free: bool = arg(False, "preference losses without a reference policy; simpo and cpo never have one")
     label_smoothing: float = arg(0.0, "dpo: probability that a preference is the wrong way round")
-    sft_weight: float = arg(0.0, "weight of the chosen title's mean NLL added to a preference loss")
+    ipo_average: bool = arg(False, "ipo: log-probs as means over tokens instead of sums")
+    simpo_gamma: float = arg(2.0, "simpo: target margin; gamma / beta between 0.25 and 1 is advised, the paper has 2")
+    odpo_offset: str = arg("log_gap", "odpo: log_gap = log(chosen - rejected score), or log_ratio = log(chosen / rejected)")
+    odpo_alpha: float = arg(1.0, "odpo: weight of the offset")
+    kto_desirable: float = arg(1.0, "kto: weight of chosen titles")
+    kto_undesirable: float = arg(1.0, "kto: weight of rejected titles")
+    sft_weight: float = arg(-1.0, "weight of the chosen title's mean NLL added to a preference loss; -1: 1 for cpo, else 0")
     copy_steps: int = arg(
         0, "tiny models: at most so many steps of copying practice before SFT (see tiny.py); real models need none"
     )
@@ -101,7 +108,7 @@ class TrainConfig(DataConfig):
             raise ValueError("--resume needs --output_dir, the run folder to go on with")
         limits = {
             1: "num_negatives batch_size micro_batch_tokens logging_steps tiny_layers save_total_limit",
-            0: "lora_r margin_lambda sft_weight max_steps copy_steps copy_weight max_grad_norm weight_decay save_steps "
+            0: "lora_r margin_lambda simpo_gamma odpo_alpha kto_desirable kto_undesirable max_steps copy_steps copy_weight max_grad_norm weight_decay save_steps "
             "max_skipped_steps shard_group_size",
         }
         for least, names in limits.items():
@@ -113,8 +120,16 @@ class TrainConfig(DataConfig):
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}")
         if self.num_negatives > 19:
             raise ValueError(f"--num_negatives must be <= 19, got {self.num_negatives}: a list has 20 candidates")
-        if self.label_smoothing and set(stages) - {"sft", "dpo"}:
-            raise ValueError("--label_smoothing belongs to dpo; the multi-negative losses have none")
+        check_choice(self, "odpo_offset", OFFSETS)
+        if self.sft_weight < 0 and self.sft_weight != -1:
+            raise ValueError(f"--sft_weight must be >= 0, or -1 for the loss's own, got {self.sft_weight}")
+        only = {  # options of one loss
+            "label_smoothing": "dpo", "ipo_average": "ipo", "simpo_gamma": "simpo", "odpo_offset": "odpo", "odpo_alpha": "odpo",
+            "kto_desirable": "kto", "kto_undesirable": "kto",
+        }  # fmt: skip
+        for name, loss in only.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and loss not in stages:
+                raise ValueError(f"--{name} belongs to {loss}, which is not among the stages {self.stages}")
         if self.tiny_hidden_size % 64:
             raise ValueError(f"--tiny_hidden_size must be a multiple of 64, got {self.tiny_hidden_size}")
 

@@ -67,14 +67,26 @@ def prepare_reference(run: Run, base: Path, adapter: Path | None, objective: Pre
     objective.model.eval()
     key = reference_key(run, base, adapter, objective)
     reference_pass(objective, schedule, run.rank, run.folder / f"reference-{key[:12]}.safetensors", key)
-    titles, slots, margins = run.train.examples[0].candidates, objective.slots[0], objective.margins[0].tolist()
-    rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in zip(slots[1:], margins, strict=True))
-    print0(f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): {rejected}")
+    return hashlib.sha256(objective.reference_logps.numpy().tobytes()).hexdigest()
+
+
+def print_preference_notes(config, objective: Preference) -> None:
+    """The first example with its margins, what usually surprises, and settings outside a method's advised range."""
+    titles, slots, margins = objective.encoded.examples[0].candidates, objective.slots[0], objective.margins[0].tolist()
+    pairs = zip(slots[1 : 1 + objective.K], margins, strict=True)
+    print0(
+        f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): "
+        + ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in pairs)
+    )
     print0(
         "logps/chosen usually falls from here on: the loss asks for a gap, and a gap opens too when every listed title\n"
         "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
     )
-    return hashlib.sha256(objective.reference_logps.numpy().tobytes()).hexdigest()
+    ratio = config.simpo_gamma / config.beta
+    if objective.loss == "simpo" and not 0.25 <= ratio <= 1:
+        print0(f"note: SimPO's gamma / beta is {ratio:g}; its authors advise 0.25 to 1 (and beta 2 to 10)")
+    if objective.loss in ("ipo", "kto", "cpo") and config.beta > 0.5:
+        print0(f"note: {objective.loss} is usually run at beta 0.1, here it is {config.beta:g}")
 
 
 def reference_key(run: Run, base: Path, adapter: Path | None, objective: Preference) -> str:

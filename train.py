@@ -46,7 +46,7 @@ from model import Transformer, empty_model, resolve_path, save_pretrained
 from objectives import SFT, MicroBatch, Preference, Schedule
 from options import TrainConfig, stored_dtype
 from planted import World, bayes_scores
-from reference import check_first_rewards, prepare_reference
+from reference import check_first_rewards, prepare_reference, print_preference_notes
 from runs import Logger, Run, StopRequest, line_step, open_run_folder
 from sharding import fill_adapter, gathered, init_adapter, local, materialize, merged_on_reading, read_weights, shard
 from tiny import CopyTask, make_base_model
@@ -99,7 +99,7 @@ class StepMetrics:
     """Metrics of one step on their way to the host. Reading them one step later never waits for a busy GPU."""
 
     def __init__(self, names: list[str], values: Tensor, lr: float):
-        self.names, self.lr = names, lr
+        self.names, self.lr, self.on_device = names, lr, values
         self.values = values.to("cpu", non_blocking=True)  # into pinned memory
         self.arrived = None
         if values.is_cuda:
@@ -247,15 +247,18 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
 
     identity = {"stage": stage, "data": run.data_hash}  # what a checkpoint must agree with
     if stage != "sft":
-        identity["reference"] = prepare_reference(run, base, adapter, objective, schedule)
+        identity["reference"] = (
+            prepare_reference(run, base, adapter, objective, schedule) if objective.has_reference else "none"
+        )
+        print_preference_notes(config, objective)
     model.train()
 
-    start = resume_stage(run, folder, model, optimizer, identity)
+    start = resume_stage(run, folder, model, optimizer, objective, identity)
     logger = Logger(folder / "metrics.jsonl", config.logging_steps)
 
     def save(step: int) -> None:
         taken = next((int(state["step"]) for state in optimizer.state.values()), 0)  # fewer than `step` if some were skipped
-        facts = identity | {"optimizer_steps": taken}
+        facts = identity | {"optimizer_steps": taken} | ({"kl": objective.kl.item()} if stage == "kto" else {})
         save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
 
     if start is None:
@@ -290,7 +293,9 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     for step, batches in enumerate(prefetch(prepare, range(start, schedule.num_steps)), start):
         lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
         result = train_step(model, optimizer, batches, objective, lr, config, replicas)
-        if step == 0 and stage != "sft":
+        if stage == "kto":  # read on the device, without waiting for it
+            objective.kl = result.on_device[result.names.index("kl")].nan_to_num(0.0).float()
+        if step == 0 and stage != "sft" and objective.has_reference:
             check_first_rewards(objective, exact=stored_dtype(config, device) == torch.float32)
         if pending:
             log(step - 1, pending)
@@ -320,7 +325,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     dist.barrier()
 
 
-def resume_stage(run: Run, folder: Path, model, optimizer, identity: dict) -> int | None:
+def resume_stage(run: Run, folder: Path, model, optimizer, objective: SFT, identity: dict) -> int | None:
     """Load the checkpoint to go on from; the number of steps it has seen, or None to start from the beginning."""
     config, checkpoint = run.config, None
     if config.resume == "auto":
@@ -337,6 +342,8 @@ def resume_stage(run: Run, folder: Path, model, optimizer, identity: dict) -> in
             metrics.unlink(missing_ok=True)
         return None
     state = load_checkpoint(checkpoint, model, optimizer, identity)
+    if "kl" in state:
+        objective.kl = torch.tensor(state["kl"], device=run.device)
     if is_main():
         kept = [line for line in metrics.read_text().splitlines() if line_step(line) <= state["step"]]
         beside = metrics.with_suffix(".part")

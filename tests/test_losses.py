@@ -1,12 +1,27 @@
 """The losses against numbers computed elsewhere, against each other, and where fp32 would overflow."""
 
 import math
+from collections import defaultdict
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-from losses import MARGINS, dpo_loss, preference_score, recpo_loss, sdpo_loss, sft_loss, target_margins
+from losses import (
+    MARGINS,
+    cpo_loss,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    odpo_loss,
+    preference_score,
+    recpo_loss,
+    sdpo_loss,
+    sft_loss,
+    simpo_loss,
+    target_margins,
+)
 
 # Two examples, three negatives; columns: chosen, then the rejected.
 POLICY = torch.tensor([[-12, -14.75, -9, -13], [-3.5, -4.25, -2.5, -8]], dtype=torch.float64)
@@ -51,6 +66,53 @@ def test_recpo_with_one_negative_and_log_ratio_is_odpo():
     """ODPO's offset log(s_w / s_l) is RecPO's log_ratio margin with lambda = 1."""
     losses = recpo("log_ratio", margin_lambda=1.0, beta=1.0, num_negatives=1)
     assert losses.tolist() == pytest.approx([1.2840408507, 2.3381528509], abs=1e-6)
+
+
+PAIR, PAIR_REFERENCE = POLICY[:, :2], REFERENCE[:, :2]
+LENGTHS = torch.tensor([[4, 5], [2, 2]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "name, compute, golden",
+    [
+        ("IPO sum", lambda: ipo_loss(PAIR, PAIR_REFERENCE, 0.1), [18.0625, 33.0625]),
+        ("IPO mean", lambda: ipo_loss(PAIR / LENGTHS, PAIR_REFERENCE / LENGTHS, 0.1), [24.01, 28.890625]),
+        ("ODPO", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_gap"), 1.0), [1.0765633941, 2.0219678129]),
+        ("ODPO ratio", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_ratio"), 1.0), [1.2840408507, 2.3381528509]),
+        ("SimPO", lambda: simpo_loss(PAIR, LENGTHS, 2.0, 1.0), [1.3873353251, 0.8259394199]),
+        ("SimPO of the paper", lambda: simpo_loss(PAIR, LENGTHS, 1.0, 2.0), [2.1710974512, 1.8047446354]),
+        ("CPO", lambda: cpo_loss(PAIR, 0.1), [0.5650706677, 0.6563501408]),
+        ("KTO chosen", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 2, 0), [0.5312093734, 0.4937503255]),
+        ("KTO rejected", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 0, 2), [0.4501660027, 0.5249791875]),
+    ],
+)  # fmt: skip
+def test_pairwise_losses_equal_stored_numbers(name, compute, golden):
+    """FACTS: computed in float64 from the published formulas; lengths 4, 2 (chosen) and 5, 2 (rejected)."""
+    losses, rewards = compute()
+    assert losses.tolist() == pytest.approx(golden, abs=1e-6) and rewards.shape == (2, 2)
+
+
+def offsets(kind: str) -> torch.Tensor:
+    return target_margins(CHOSEN_SCORES, REJECTED_SCORES[:, :1], kind)
+
+
+def test_kto_without_a_positive_baseline_is_that_of_zero():
+    """z is clamped at 0, and carries no gradient."""
+    policy, kl = PAIR.clone().requires_grad_(), torch.tensor(-3.0, requires_grad=True)
+    losses, _ = kto_loss(policy, PAIR_REFERENCE, kl, 0.1)
+    assert torch.equal(losses, kto_loss(policy, PAIR_REFERENCE, torch.tensor(0.0), 0.1)[0])
+    losses.sum().backward()
+    assert kl.grad is None and policy.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [ipo_loss, odpo_loss, kto_loss, simpo_loss, dpo_loss])
+def test_pairwise_losses_refuse_more_than_two(loss):
+    arguments = {odpo_loss: (torch.zeros(2, 3), 1.0), simpo_loss: (1.0, 1.0), kto_loss: (torch.tensor(0.0), 1.0)}.get(
+        loss, (1.0,)
+    )
+    logps = (POLICY, torch.ones_like(POLICY)) if loss is simpo_loss else (POLICY, REFERENCE)
+    with pytest.raises(ValueError, match="compares two completions, got 4"):
+        loss(*logps, *arguments)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
@@ -102,6 +164,9 @@ def test_loss_and_gradient_stay_finite_far_apart(gap):
         lambda p, r: recpo_loss(p, r, torch.full((1, 3), 11.0), 1.0),
         lambda p, r: sdpo_loss(p, r, 1.0),
         lambda p, r: dpo_loss(p[:, :2], r[:, :2], 1.0),
+        lambda p, r: odpo_loss(p[:, :2], r[:, :2], torch.full((1, 1), 2.0), 1.0),
+        lambda p, r: cpo_loss(p[:, :2], 1.0),
+        lambda p, r: simpo_loss(p[:, :2], torch.ones(1, 2), 1.0, 2.0),
     ):
         policy = torch.tensor([[gap, 0.0, 0.0, 0.0]], requires_grad=True)
         losses, rewards = loss(policy, torch.zeros(1, 4))
@@ -110,6 +175,68 @@ def test_loss_and_gradient_stay_finite_far_apart(gap):
         assert losses.item() == pytest.approx(500, rel=0.05) if gap < 0 else 0 <= losses.item() < 1e-6
         assert gradient[0, 0].item() == pytest.approx(-1.0 if gap < 0 else 0.0, abs=1e-4)  # 500 is known to 3e-5
         assert gradient.sum().item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("gap", [-500.0, 500.0])
+def test_bounded_and_quadratic_losses_stay_finite_far_apart(gap):
+    """KTO saturates with slope 0; IPO's square grows."""
+    for loss in (lambda p, r: kto_loss(p, r, torch.tensor(1.0), 1.0), lambda p, r: ipo_loss(p, r, 0.1)):
+        policy = torch.tensor([[gap, 0.0]], requires_grad=True)
+        losses, _ = loss(policy, torch.zeros(1, 2))
+        (gradient,) = torch.autograd.grad(losses.sum(), policy)
+        assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss of PAIR here, and by trl's trainer around a model that returns these log-probs."""
+    pytest.importorskip("trl", reason="the extra `peers` has trl")
+    (chosen, rejected), (ref_chosen, ref_rejected) = PAIR.T, PAIR_REFERENCE.T
+    trainer = MagicMock(
+        beta=0.7, label_smoothing=0.0, alpha=0.0, simpo_gamma=0.9, loss_type="sigmoid" if name == "cpo" else name
+    )
+    trainer.accelerator.device = "cpu"
+    trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
+    if name in ("cpo", "simpo"):
+        from trl.experimental.cpo import CPOTrainer
+
+        of_lengths = PAIR / LENGTHS if name == "simpo" else PAIR
+        theirs = CPOTrainer.cpo_loss(trainer, *of_lengths.T)[0].mean()
+        return (cpo_loss(PAIR, 0.7) if name == "cpo" else simpo_loss(PAIR, LENGTHS, 0.7, 0.9))[0].mean(), theirs
+    # log-probs of a sequence stand at its first scored token; masks count its tokens; chosen ones come first
+    lengths = LENGTHS.T.flatten().long()
+    mask = torch.cat([torch.zeros(4, 1), (torch.arange(5) < lengths[:, None]).double()], 1)
+    log_probs = torch.zeros(4, 5, dtype=torch.float64)
+    log_probs[:, 0] = torch.cat([chosen, rejected])
+    rest = {"entropy": torch.zeros(4, 5), "mean_logits": torch.zeros(4, 5), "is_top1": torch.zeros(4, 5).bool()}
+    outputs = MagicMock(log_probs=log_probs, aux_loss=None, **rest)
+    inputs = {"input_ids": torch.zeros(4, 6).long(), "attention_mask": torch.ones(4, 6), "completion_mask": mask}
+    trainer.configure_mock(
+        ld_alpha=None, precompute_ref_logps=True, aux_loss_enabled=False, f_divergence_type="reverse_kl", use_weighting=False,
+        loss_types=["sigmoid" if name == "dpo" else "ipo"], loss_weights=[1.0], desirable_weight=1.0, undesirable_weight=1.0,
+        calculate_KL=True, _metrics=defaultdict(lambda: defaultdict(list)),
+    )  # fmt: skip
+    if name == "kto":
+        from trl import KTOTrainer
+
+        trainer._compute_kl_logps = lambda *_: torch.tensor([-9.0, -1.0], dtype=torch.float64)
+        inputs |= {"label": torch.tensor([True, True, False, False]), "ref_logps": torch.cat([ref_chosen, ref_rejected])}
+        inputs |= {"ref_KL_logps": torch.tensor([-9.5, -1.25], dtype=torch.float64)}
+        theirs = KTOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+        return kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.375), 0.7)[0].mean(), theirs
+    from trl import DPOTrainer
+
+    inputs |= {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
+    theirs = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    if name == "ipo":
+        return ipo_loss(PAIR / LENGTHS, PAIR_REFERENCE / LENGTHS, 0.7)[0].mean(), theirs
+    return dpo_loss(PAIR, PAIR_REFERENCE, 0.7)[0].mean(), theirs
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "cpo", "kto"])
+def test_trl_agrees_on_the_same_log_probs(name):
+    """trl's own loss code, called on our log-probs, gives our losses (extra `peers`)."""
+    ours, theirs = trl_pair(name)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
 
 
 def test_gradient_of_recpo_equals_finite_differences():

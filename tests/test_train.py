@@ -95,6 +95,32 @@ def test_compiled_checkpointing_draws_the_same_dropout(tmp_path):
     np.testing.assert_allclose(*(losses(metrics, "sft") for metrics in runs), atol=1e-5)
 
 
+MORE = ("ipo", "simpo", "cpo", "odpo", "kto")
+
+
+def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
+    """Each from the same SFT result; one big micro-batch and many small ones, on two ranks, give the same losses."""
+    flags = ("--sft_epochs=1", "--epochs=1.5", "--beta=0.2", f"--stages=sft,{','.join(MORE)}")
+    output, small = run_train(tmp_path, "small", *flags, "--micro_batch_tokens=500", "--shard=none", processes=2)
+    assert "SimPO's gamma / beta is 10" in output
+    _, big = run_train(tmp_path, "big", *flags)
+    for stage in MORE:
+        assert len(big[stage]) == 5 and np.isfinite(losses(big, stage)).all()
+        np.testing.assert_allclose(losses(small, stage), losses(big, stage), atol=1e-4)
+    first = {stage: big[stage][0]["loss"] for stage in MORE}
+    assert first["ipo"] == pytest.approx((1 / 0.4) ** 2, abs=1e-5) and first["kto"] == pytest.approx(0.5, abs=1e-5)
+    assert big["kto"][0]["kl"] == 0 and any(m["kl"] != 0 for m in big["kto"][1:])
+    assert not list((tmp_path / "big").glob("simpo/reference*"))
+
+
+def test_a_reference_free_loss_is_the_loss_with_zeros(tmp_path):
+    """--reference_free: the first loss follows from the log-probs that SFT left, and no reference pass runs."""
+    flags = ("--sft_epochs=1", "--max_steps=1", "--stages=sft,sdpo", "--reference_free", "--copy_steps=0")
+    output, metrics = run_train(tmp_path, "free", *flags)
+    assert not list((tmp_path / "free").glob("reference-*")) and "log-ratios before" not in output
+    assert metrics["sdpo"][0]["rewards/chosen"] == pytest.approx(metrics["sdpo"][0]["logps/chosen"], abs=1e-4)
+
+
 def test_one_big_batch_matches_accumulation(one_process):
     """Micro-batches only cost memory: one forward pass per step gives the losses of four."""
     tmp_path, _, accumulated = one_process
