@@ -632,7 +632,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         elif kind == 8 and rng.random() < 0.3:
             content = gzip.compress(content)
             content = content[: rng.randrange(1, len(content) + 1)]
-        if not content:
+        if not content or len(content) > 4_000_000:
             break
     return content
 

@@ -1,0 +1,290 @@
+"""GRU4Rec, Caser and SASRec, and the counting recommenders, as a table row each: same frozen candidates, same metrics.
+
+    python sequential.py --method sasrec --dataset movielens --data_dir ml-1m.zip --output_dir runs/ml1m-sasrec
+
+    GRU4Rec   a GRU over the items (arXiv:1511.06939)
+    Caser     convolutions over the last WINDOW items, and the user's own vector (arXiv:1809.07426)
+    SASRec    causal self-attention over the items (arXiv:1808.09781)
+
+All three turn a user's items into one vector per position and score an item by its inner product with that item's
+embedding. They train on every position before each user's last two interactions, in windows of --max_items, with Adam and a
+sampled softmax: the next item against --num_sampled items drawn uniformly for the batch, as the 19 others of a test
+list are. Ratings are not used: a low rating counts as an interaction, as in these papers. Training stops
+when HR@1 on the validation split has not risen for --patience epochs; the best epoch's weights are then tested, once.
+
+Left out: session boundaries, BPR and top-1 losses, Caser's several targets per window.
+Legend: B windows of a batch, T positions of a window, D width, E examples, 0 is padding and item codes are shifted by one.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines import counting_baselines, item_knn, markov, popularity, ranking_metrics
+from common import arg, parse_config, run_cli, writing
+from data import DataConfig, Examples, Interactions, prepare
+from eval import check_choice, results_table, save_predictions, summarise
+
+NEURAL = ("gru4rec", "caser", "sasrec")
+COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}
+HEADS = 2  # of SASRec
+WINDOW = 5  # items that Caser's filters see
+
+
+@dataclass(frozen=True)
+class BaselineConfig(DataConfig):
+    """Train and test a traditional sequential recommender, or count, on the frozen examples of these data options."""
+
+    method: str = arg("sasrec", f"one of {', '.join((*NEURAL, 'random', *COUNTING))}", group="method")
+    hidden_size: int = arg(64, "width of items and hidden states")
+    num_layers: int = arg(2, "blocks of SASRec, layers of GRU4Rec")
+    dropout: float = arg(0.2, "dropout")
+    max_items: int = arg(50, "most recent items that a model sees")
+    num_sampled: int = arg(512, "items drawn per batch that the next one is compared with; 0 = all items")
+    epochs: int = arg(200, "at most so many epochs", group="optimisation")
+    patience: int = arg(10, "epochs without a better validation HR@1 before training stops")
+    batch_size: int = arg(256, "windows per step")
+    learning_rate: float = arg(1e-3, "Adam's learning rate")
+    seed: int = arg(0, "seed of weights, order, samples and dropout")
+    output_dir: str = arg("", "folder of config.json, metrics.jsonl and eval/; empty = only print", group="output")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(self, "method", (*NEURAL, "random", *COUNTING))
+        for name in ("hidden_size", "num_layers", "max_items", "epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be >= 1, got {getattr(self, name)}")
+
+
+# ------------------------------------------------------------------------------------------------ models
+class Recommender(nn.Module):
+    """Items (B, T) and users (B,) -> one vector per position (B, T, D); scores are inner products with the items'."""
+
+    def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
+        super().__init__()
+        self.items = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def scores(self, states: Tensor, items: Tensor) -> Tensor:
+        """states (..., D), items (..., n) -> (..., n)."""
+        return (self.items(items) @ states.unsqueeze(-1)).squeeze(-1)
+
+
+class GRU4Rec(Recommender):
+    def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
+        super().__init__(config, num_items, num_users)
+        D = config.hidden_size
+        self.gru = nn.GRU(D, D, config.num_layers, batch_first=True, dropout=config.dropout if config.num_layers > 1 else 0.0)
+
+    def forward(self, items: Tensor, users: Tensor) -> Tensor:
+        return self.gru(self.dropout(self.items(items)))[0]
+
+
+class Caser(Recommender):
+    """Horizontal filters of every height find patterns among the last items, vertical ones weigh them; then the user."""
+
+    def __init__(self, config: BaselineConfig, num_items: int, num_users: int, filters: int = 16, vertical: int = 4):
+        super().__init__(config, num_items, num_users)
+        D = config.hidden_size
+        self.users = nn.Embedding(num_users, D)
+        self.horizontal = nn.ModuleList(nn.Conv2d(1, filters, (height, D)) for height in range(1, WINDOW + 1))
+        self.vertical = nn.Conv2d(1, vertical, (WINDOW, 1))
+        self.hidden = nn.Linear(filters * WINDOW + vertical * D, D)
+        self.mix = nn.Linear(2 * D, D)  # the paper scores with vectors of width 2 D; this keeps one embedding per item
+
+    def forward(self, items: Tensor, users: Tensor) -> Tensor:
+        B, T = items.shape
+        rows = F.pad(self.items(items), (0, 0, WINDOW - 1, 0))  # (B, WINDOW - 1 + T, D)
+        windows = rows.unfold(1, WINDOW, 1).transpose(2, 3).reshape(B * T, 1, WINDOW, -1)
+        patterns = [F.relu(filter(windows)).amax(dim=(2, 3)) for filter in self.horizontal]
+        states = torch.cat([*patterns, self.vertical(windows).flatten(1)], 1)
+        states = F.relu(self.hidden(self.dropout(states))).view(B, T, -1)
+        return self.mix(torch.cat([states, self.users(users)[:, None].expand(-1, T, -1)], 2))
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and feed-forward of SASRec."""
+
+    def __init__(self, config: BaselineConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.norm1, self.norm2, self.dropout = nn.LayerNorm(D), nn.LayerNorm(D), nn.Dropout(config.dropout)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (
+            self.qkv(self.norm1(x)).view(B, T, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+        )  # (B, HEADS, T, D / HEADS) each
+        attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, T, D)
+        x = x + self.dropout(self.out(attended))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class SASRec(Recommender):
+    def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
+        super().__init__(config, num_items, num_users)
+        self.positions = nn.Embedding(config.max_items, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, items: Tensor, users: Tensor) -> Tensor:
+        T = items.shape[1]
+        x = self.items(items) * math.sqrt(self.items.embedding_dim)
+        x = self.dropout(x + self.positions.weight[-T:])  # counted from the end: windows are filled from the right
+        order = torch.arange(T)
+        mask = (order <= order[:, None]) & (items != 0)[:, None, None]  # (B, 1, T, T)
+        mask = mask | torch.eye(T, dtype=torch.bool)  # padding sees itself, so that no row is empty
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+
+# ------------------------------------------------------------------------------------------------ data
+def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(W, size + 1) items before each user's last two interactions, cut from the end into windows that share one item, and (W,) users.
+
+    Filled from the right; position t predicts position t + 1, so that each item but a user's first is predicted once."""
+    windows, users = [], []
+    for user in range(log.num_users):
+        items = log.item[log.start[user] : log.start[user + 1] - 2] + 1
+        for end in range(len(items), 1, -size):
+            part = items[max(0, end - size - 1) : end]
+            windows.append(np.concatenate([np.zeros(size + 1 - len(part), np.int64), part]))
+            users.append(user)
+    return np.array(windows).reshape(-1, size + 1), np.array(users, np.int64)
+
+
+def shown_items(examples: Examples, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(E, size) last items before each example's position, filled from the right, and (E,) users."""
+    log, at = examples.log, np.asarray(examples.position)
+    rows = at[:, None] - np.arange(size, 0, -1)
+    users = log.user[at].astype(np.int64)
+    inside = rows >= log.start[users][:, None]
+    return np.where(inside, log.item[np.maximum(rows, 0)].astype(np.int64) + 1, 0), users
+
+
+@torch.no_grad()
+def candidate_scores(model: Recommender, examples: Examples, size: int) -> np.ndarray:
+    """(E, 20) scores of the candidates from the last position."""
+    model.eval()
+    items, users = (torch.from_numpy(a) for a in shown_items(examples, size))
+    candidates = torch.from_numpy(np.asarray(examples.candidates, np.int64) + 1)
+    parts = zip(*(t.split(512) for t in (items, users, candidates)), strict=True)
+    return torch.cat([model.scores(model(i, u)[:, -1], c) for i, u, c in parts]).numpy()
+
+
+def hit_ratio(scores: np.ndarray, examples: Examples) -> float:
+    return float(ranking_metrics(scores, examples.target)["hit_ratio@1"].mean())
+
+
+# ------------------------------------------------------------------------------------------------ training
+def step_loss(model: Recommender, windows: Tensor, users: Tensor, num_sampled: int, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of the next item among itself and the items drawn for this batch; mean over predicted positions."""
+    states = model(windows[:, :-1], users)
+    target = windows[:, 1:]
+    known = (target != 0) & (windows[:, :-1] != 0)
+    states, target = states[known], target[known]  # (n, D), (n,)
+    num_items = model.items.num_embeddings - 1
+    if not num_sampled or num_sampled >= num_items:
+        return F.cross_entropy(states @ model.items.weight[1:].T, target - 1)
+    sampled = torch.randint(1, num_items + 1, (num_sampled,), generator=generator)
+    logits = states @ model.items(sampled).T
+    logits = logits.masked_fill(sampled == target[:, None], -1e9)  # the target itself, drawn by chance
+    own = (states * model.items(target)).sum(1, keepdim=True)
+    return F.cross_entropy(torch.cat([own, logits], 1), torch.zeros(len(target), dtype=torch.long))
+
+
+def train(config: BaselineConfig, log: Interactions, val: Examples, report=print) -> tuple[Recommender, list[dict]]:
+    """The model of the best epoch on the validation split, and one entry per epoch. Test data is never seen here."""
+    torch.manual_seed(config.seed)
+    generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
+    model = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method](config, log.num_items, log.num_users)
+    for name, p in model.named_parameters():
+        if name in ("items.weight", "users.weight", "positions.weight"):
+            nn.init.normal_(p, std=0.02)
+    with torch.no_grad():
+        model.items.weight[0] = 0
+    windows, users = (torch.from_numpy(a) for a in training_windows(log, config.max_items))
+    if not len(windows):
+        raise ValueError("no user has two interactions before the last two: nothing to train on")
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    best, best_state, history = -1.0, {}, []
+    for epoch in range(1, config.epochs + 1):
+        model.train()
+        started, losses = time.time(), []
+        order = torch.from_numpy(rng.permutation(len(windows)))
+        for rows in order.split(config.batch_size):
+            loss = step_loss(model, windows[rows], users[rows], config.num_sampled, generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        found = hit_ratio(candidate_scores(model, val, config.max_items), val)
+        history.append(
+            {"epoch": epoch, "loss": float(np.mean(losses)), "val_hit_ratio@1": found, "seconds": time.time() - started}
+        )
+        better = found > best
+        report(
+            f"{config.method} epoch {epoch:3} | loss {history[-1]['loss']:.4f} | validation HR@1 {found:.4f}{' *' if better else ''}"
+        )
+        if better:
+            best, best_state = found, {name: t.clone() for name, t in model.state_dict().items()}
+        elif epoch - next(e["epoch"] for e in history if e["val_hit_ratio@1"] == best) >= config.patience:
+            break
+    model.load_state_dict(best_state)
+    return model, history
+
+
+def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
+    """As eval.py's records: the best-scored title is the answer, so every answer is valid."""
+    records = []
+    for e in range(len(examples)):
+        example, slot = examples[e], int(scores[e].argmax())
+        records.append(
+            {"example": e, "user": example.user, "target": example.candidates[example.target], "answer": example.candidates[slot],
+             "valid": True, "hit": slot == example.target, "how": "scored", "logps": scores[e].tolist(),
+             "candidates": example.candidates, "target_slot": example.target}
+        )  # fmt: skip
+    return records
+
+
+def main() -> None:
+    config = parse_config(BaselineConfig)
+    prepared = prepare(config)
+    log, val, test = prepared.log, prepared.splits["val"], prepared.splits["test"]
+    history, started = [], time.time()
+    if config.method in NEURAL:
+        model, history = train(config, log, val)
+        scores = candidate_scores(model, test, config.max_items)
+    elif config.method == "random":
+        scores = np.random.default_rng(config.seed).random(test.candidates.shape)
+    else:
+        scores = COUNTING[config.method](test)
+    records = records_of(test, scores)
+    metrics = summarise(records, counting_baselines(test)) | {
+        "data_hash": prepared.hash,
+        "seconds": round(time.time() - started, 1),
+    }
+    if history:
+        metrics |= {"best_epoch": max(history, key=lambda h: h["val_hit_ratio@1"])["epoch"], "epochs": len(history)}
+    print(f"\n{config.dataset}, data {prepared.hash[:12]}, {metrics['seconds']} s\n\n{results_table({config.method: metrics})}")
+    if config.output_dir:
+        folder = Path(config.output_dir)
+        with writing(folder):
+            save_predictions(folder / "eval", metrics, records)
+            (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+        print(f"\nwritten to {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
