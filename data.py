@@ -36,7 +36,7 @@ from safetensors.numpy import save_file
 
 from batches import PromptTree, build_tree, micro_batches, prefetch, to_device
 from common import read_json, run_cli, writing
-from examples import NUM_CANDIDATES, TEMPLATES, WORDS, DataConfig, Example, Examples, build_examples, render_prompt
+from examples import ALL_TEMPLATES, NUM_CANDIDATES, WORDS, DataConfig, Example, Examples, build_examples, render_prompt
 from foreign import read_foreign_examples
 from interactions import Interactions, k_core
 from loaders import download_movielens, load_amazon, load_beeradvocate, load_lastfm, load_movielens, load_steam
@@ -65,7 +65,8 @@ class Prepared:
 
 def load_log(config: DataConfig) -> Interactions:
     path, percentile = config.data_dir, config.percentile
-    gc.disable()  # it would walk through millions of short-lived rows again and again, and double the time
+    usual = gc.get_threshold()
+    gc.set_threshold(200_000, 20, 100)  # as usual it walks through short-lived rows again and again, and doubles the time
     try:
         if config.dataset == "planted":
             return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
@@ -77,7 +78,7 @@ def load_log(config: DataConfig) -> Interactions:
             return load_own_log(path, config.dataset, config.columns, config.item_file, percentile, config.repeats)
         return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](path, percentile)
     finally:
-        gc.enable()
+        gc.set_threshold(*usual)
 
 
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
@@ -240,7 +241,7 @@ class Encoded:
 def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """encode_examples, kept in the prepared folder: a run, its other ranks and the next run with this tokenizer read it."""
     examples = prepared.splits[split]
-    facts = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, TEMPLATES, WORDS]
+    facts = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, ALL_TEMPLATES, WORDS]
     file = prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
     if file.exists():
         arrays = map_arrays(file)

@@ -150,12 +150,16 @@ def literal_record(line: str, wanted: Iterable[str]) -> dict:
         if not isinstance(record, dict):
             raise ValueError("not a dict")
         return {key: record[key] for key in wanted if key in record}
-    for key, value in found.items():
-        if value[-1] in "'\"" and "\\" not in value:
-            found[key] = value.lstrip("u")[1:-1]
-        else:
-            found[key] = _literal(value)
-    return found
+    return {key: _value(text) for key, text in found.items()}
+
+
+def _value(text: str):
+    """What the text of one value means; the usual cases without building a syntax tree."""
+    if text[-1] in "'\"" and "\\" not in text:
+        return text.lstrip("u")[1:-1]
+    if text[-1].isdigit():
+        return float(text) if "." in text or "e" in text or "E" in text else int(text)
+    return _literal(text)
 
 
 def _literal(text: str):

@@ -103,13 +103,13 @@ def planted_world(world: World) -> Interactions:
     return make_interactions(user, items[shown], ratings[shown], timestamp, titles, "planted")
 
 
-def bayes_scores(world: World, examples: Examples, min_rating: float = 4.0) -> np.ndarray:
-    """(E, 20) log P(next story = candidate and rating >= min_rating | the whole history), by the forward algorithm."""
+def bayes_scores(world: World, examples: Examples, min_rating: float = 4.0, max_rating: float = 5.0) -> np.ndarray:
+    """(E, 20) log P(next story = candidate, min_rating <= rating <= max_rating | the whole history), by the forward algorithm."""
     log = examples.log
     titles = {title: i for i, title in enumerate(world.titles())}
     story = np.array([titles[t] for t in log.titles])  # item code -> story
     transition, genre_given_taste = world.transition(), world.genre_given_taste()
-    liked = np.arange(1, 6) >= min_rating
+    liked = (np.arange(1, 6) >= min_rating) & (np.arange(1, 6) <= max_rating)
     scores = np.zeros(examples.candidates.shape)
     for e in range(len(examples)):
         p = int(examples.position[e])

@@ -19,7 +19,6 @@ from tokenizers import Tokenizer as HFTokenizer
 import data
 from data import (
     NUM_CANDIDATES,
-    TEMPLATES,
     DataConfig,
     Example,
     Examples,
@@ -33,6 +32,7 @@ from data import (
     render_prompt,
     tree_widths,
 )
+from examples import TEMPLATES
 from interactions import Interactions, make_interactions
 
 ROOT = Path(__file__).parents[1]

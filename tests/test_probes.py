@@ -1,0 +1,122 @@
+"""Probes: which users they take, what stands among the candidates, and what each figure counts."""
+
+import numpy as np
+import pytest
+
+from data import DataConfig
+from eval import PROBE_NAMES, EvalConfig
+from examples import PROBES, probe_examples, render_prompt
+from interactions import make_interactions
+from planted import World, planted_world
+from probes import by_length, choice_of_answers, choice_of_scores, measure, outcomes, reference_choices
+
+
+def random_log(seed: int = 0, num_users: int = 60):
+    rng = np.random.default_rng(seed)
+    rows = [
+        (u, int(i), int(rng.integers(1, 6)), t)
+        for u in range(num_users)
+        for t, i in enumerate(rng.permutation(80)[: rng.integers(4, 20)])
+    ]
+    return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(80)})
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_probes_take_all_users_that_fit(probe):
+    """Users, targets and the other future item against a plain loop over the log; the rest is random and never touched."""
+    log = random_log()
+    examples = probe_examples(log, DataConfig(min_history=3), probe)
+    expected = {}
+    for u in range(log.num_users):
+        rows = list(range(log.start[u], log.start[u + 1]))
+        before, last = log.rating[rows[-2]], log.rating[rows[-1]]
+        count = 2 if probe in ("adherence", "temptation") else 1
+        fits = {"adherence": before >= 4 and last >= 4, "temptation": before >= 4 and last <= 2}.get(probe, last <= 2)
+        if fits and len(rows) - count >= 3:
+            expected[u] = rows[-count:]
+    users = log.user[examples.position].tolist()
+    assert sorted(users) == sorted(expected) and len(users) > 3
+    for e, u in enumerate(users):
+        rows = expected[u]
+        assert examples.position[e] == rows[0]
+        candidates = examples.candidates[e].tolist()
+        assert candidates[examples.target[e]] == log.item[rows[0]] and len(set(candidates)) == 20
+        follows = [c for c, is_random in zip(candidates, examples.is_random[e], strict=True) if not is_random]
+        assert sorted(follows) == sorted(log.item[rows].tolist())
+        touched = set(log.item[log.start[u] : log.start[u + 1]].tolist())
+        assert not touched & {c for c in candidates if c not in follows}
+
+
+def test_aversion_and_avoidance_share_their_sets():
+    """The same users and candidates; only the question differs, and no split ever asks it."""
+    log, config = random_log(), DataConfig(min_history=3)
+    avoid, averse = (probe_examples(log, config, probe) for probe in ("avoidance", "aversion"))
+    assert (avoid.candidates == averse.candidates).all() and (avoid.target == averse.target).all()
+    assert all("rate lowest?" in render_prompt(averse[e]) for e in range(len(averse)))
+    assert not any("lowest" in render_prompt(avoid[e]) for e in range(len(avoid)))
+
+
+def test_figures_count_what_their_names_say():
+    """Hits, the later item, the disliked one, and for avoidance listed answers that are another title; ties share."""
+    log = random_log()
+    config = DataConfig(min_history=3)
+    examples = probe_examples(log, config, "adherence")
+    E, rows = len(examples), np.arange(len(examples))
+    later = [int(np.flatnonzero(~examples.is_random[e] & (np.arange(20) != examples.target[e]))[0]) for e in rows]
+    always_later = np.zeros((E, 20))
+    always_later[rows, later] = 1
+    found = outcomes("adherence", examples, always_later)
+    assert found["hit_ratio@1"].sum() == 0 and found["takes the later one"].all()
+    invalid = np.zeros((E, 20))
+    assert (
+        measure(
+            "avoidance", probe_examples(log, config, "avoidance"), np.zeros((len(probe_examples(log, config, "avoidance")), 20))
+        )["avoidance"]
+        == 0
+    )
+    assert measure("adherence", examples, invalid)["hit_ratio@1"] == 0
+    ties = choice_of_scores(np.array([[1.0, 2.0, 2.0, *[0.0] * 17]]))
+    assert ties[0, :3].tolist() == [0, 0.5, 0.5]
+    records = [
+        {"valid": True, "answer": "b", "candidates": ["a", "b"]},
+        {"valid": False, "answer": "x", "candidates": ["a", "b"]},
+    ]
+    assert choice_of_answers(records)[:, :2].tolist() == [[0, 1], [0, 0]]
+
+
+def test_chance_is_what_it_must_be():
+    """1 in 20 everywhere, 19 in 20 for avoidance."""
+    log, config = random_log(), DataConfig(dataset="csv", min_history=3)
+    for probe in PROBES:
+        examples = probe_examples(log, config, probe)
+        figures = measure(probe, examples, reference_choices(probe, examples, config)["chance"])
+        assert next(iter(figures.values())) == pytest.approx(0.95 if probe == "avoidance" else 0.05)
+
+
+def test_the_optimum_beats_counting_in_the_planted_world():
+    """Bayes-optimal is the best row of each probe that asks for a liked or disliked item; temptation takes few disliked ones."""
+    config = DataConfig(planted_users=1500)
+    log = planted_world(World(num_users=1500, seed=0))
+    for probe in ("adherence", "temptation", "aversion"):
+        examples = probe_examples(log, config, probe)
+        rows = {name: measure(probe, examples, c) for name, c in reference_choices(probe, examples, config).items()}
+        best = max(rows, key=lambda name: rows[name]["hit_ratio@1"])
+        assert best == "Bayes-optimal", (probe, rows)
+
+
+def test_length_bins_cover_every_user():
+    """Bins add up to the mean; where all histories are about as long, fifths of the users are taken."""
+    config = DataConfig(planted_users=400)
+    from data import build_examples
+
+    examples = build_examples(planted_world(World(num_users=400, seed=0)), config)["test"]
+    hits = np.random.default_rng(0).random(len(examples))
+    found = by_length(examples, hits)
+    assert sum(b["n"] for b in found["bins"].values()) == len(examples) and 2 <= len(found["bins"]) <= 5
+    assert sum(b["n"] * b["hit_ratio@1"] for b in found["bins"].values()) / len(examples) == pytest.approx(hits.mean())
+
+
+def test_unknown_probes_are_refused():
+    assert set(PROBE_NAMES) == {*PROBES, "length"}
+    with pytest.raises(ValueError, match="--probe must be one of"):
+        EvalConfig(run="x", probe="tempt")
