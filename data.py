@@ -36,7 +36,17 @@ from safetensors.numpy import save_file
 
 from batches import PromptTree, build_tree, micro_batches, prefetch, to_device
 from common import read_json, run_cli, writing
-from examples import ALL_TEMPLATES, NUM_CANDIDATES, WORDS, DataConfig, Example, Examples, build_examples, render_prompt
+from examples import (
+    ALL_TEMPLATES,
+    NUM_CANDIDATES,
+    WITHOUT_RATINGS,
+    WORDS,
+    DataConfig,
+    Example,
+    Examples,
+    build_examples,
+    render_prompt,
+)
 from foreign import read_foreign_examples
 from interactions import Interactions, k_core
 from loaders import download_movielens, load_amazon, load_beeradvocate, load_lastfm, load_movielens, load_steam
@@ -131,7 +141,7 @@ def _write_prepared(folder: Path, log: Interactions, splits, options: dict, coun
     arrays |= {f"{split}.{name}": getattr(ex, name) for split, ex in splits.items() for name in Examples.ARRAYS}
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     texts = {name: getattr(log, name) for name in LOG_TEXTS}
-    facts = {"name": log.name, "history": splits["test"].history}  # both shape the prompts
+    facts = _prompt_facts(log.name, splits["test"])
     meta = {"options": options, "hash": _content_hash(arrays, texts | facts), "raw_counts": counts, "notes": log.notes, **facts}
     for name, values in texts.items():
         arrays |= Texts.arrays(name, values)
@@ -150,19 +160,29 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
     arrays = map_arrays(folder / "examples.safetensors")
     try:
         texts = {name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends")) for name in LOG_TEXTS}
-        facts = {"name": meta["name"], "history": meta["history"]}
+        facts = {name: meta[name] for name in ("name", "history", "min_shown_rating", "ratings") if name in meta}
+        shown = {name: facts[name] for name in ("min_shown_rating", "ratings") if name in facts}
         if check and _content_hash(arrays, {n: list(t) for n, t in texts.items()} | facts) != meta["hash"]:
             raise ValueError(f"{folder}: prepared examples do not match their hash; delete the folder")
         log = Interactions(
             **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS}, **texts, name=meta["name"], notes=meta["notes"]
         )
         splits = {
-            split: Examples(log, split, meta["history"], **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS})
+            split: Examples(
+                log, split, meta["history"], **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS}, **shown
+            )
             for split in ("train", "val", "test")
         }
     except (KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder}: prepared examples are damaged ({error}); delete the folder") from None
     return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"])
+
+
+def _prompt_facts(name: str, examples: Examples) -> dict:
+    """What shapes the prompts besides the arrays; what is as usual is not named, and leaves the hash as it was."""
+    facts = {"name": name, "history": examples.history}
+    usual = {"min_shown_rating": 0.0, "ratings": True}
+    return facts | {key: getattr(examples, key) for key, value in usual.items() if getattr(examples, key) != value}
 
 
 class Texts(Sequence):
@@ -241,7 +261,7 @@ class Encoded:
 def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """encode_examples, kept in the prepared folder: a run, its other ranks and the next run with this tokenizer read it."""
     examples = prepared.splits[split]
-    facts = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, ALL_TEMPLATES, WORDS]
+    facts = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, ALL_TEMPLATES, WITHOUT_RATINGS, WORDS]
     file = prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
     if file.exists():
         arrays = map_arrays(file)

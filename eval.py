@@ -363,6 +363,9 @@ def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, devi
     shape = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
     try:
         history = [(" ".join(h["title"].split()), float(h["rating"])) for h in history]
+        if config.history_items == "positive":  # as the model was trained
+            history = [(title, rating) for title, rating in history if rating >= config.min_rating]
+        history = [(title, rating if config.ratings else math.nan) for title, rating in history]
         candidates = [" ".join(c.split()) for c in candidates]
         assert len(candidates) >= 2 and len(set(candidates)) == len(candidates)
     except (TypeError, KeyError, ValueError, AttributeError, AssertionError):

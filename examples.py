@@ -8,8 +8,9 @@ is compared.
 Legend: E examples, F followers among the candidates.
 """
 
-from dataclasses import dataclass
-from math import isnan
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isnan, nan
 
 import numpy as np
 
@@ -42,6 +43,8 @@ class DataConfig:
     train_size: int = arg(10000, "training examples, drawn from all prefixes; 0 = all")
     test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all")
     history: int = arg(20, "most recent interactions shown in a prompt")
+    history_items: str = arg("all", "items of a history: all, or positive (only liked ones)")
+    ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
     min_history: int = arg(5, "interactions that must lie before an example")
     followers: int = arg(10, "later interactions among the training candidates; random items fill up to 20")
     positive: str = arg("argmax", "chosen training item: argmax of the preference score, or the first one liked")
@@ -63,6 +66,7 @@ class DataConfig:
             "beer_title": ("full", "name"),
             "positive": ("argmax", "first"),
             "exclude": ("all", "seen"),
+            "history_items": ("all", "positive"),
             "negatives": ("uniform", "popularity"),
         }
         for name, allowed in choices.items():
@@ -119,6 +123,8 @@ class Examples:
     is_random: np.ndarray  # (E, 20) bool
     others: np.ndarray  # (E, 19) int32: the other slots in random order; negatives are its first K
     template: np.ndarray  # (E,) int32
+    min_shown_rating: float = 0.0  # history items with a lower one are not shown
+    ratings: bool = True  # of the history are shown
 
     ARRAYS = ("position", "candidates", "target", "scores", "is_random", "others", "template")
 
@@ -130,20 +136,24 @@ class Examples:
         return Example(
             dataset=log.name,
             user=log.user_ids[log.user[self.position[e]]],
-            history=[(log.titles[log.item[r]], float(log.rating[r])) for r in rows],
+            history=[(log.titles[log.item[r]], float(log.rating[r]) if self.ratings else nan) for r in rows],
             candidates=[log.titles[c] for c in self.candidates[e]],
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
             template=int(self.template[e]),
         )
 
-    def history_rows(self, e: int) -> range:
+    def history_rows(self, e: int) -> Sequence[int]:
+        """Rows of the log that the prompt shows, oldest first."""
         p = int(self.position[e])
-        return range(max(int(self.log.start[self.log.user[p]]), p - self.history), p)
+        start = int(self.log.start[self.log.user[p]])
+        if self.min_shown_rating:
+            return (start + np.flatnonzero(self.log.rating[start:p] >= self.min_shown_rating))[-self.history :].tolist()
+        return range(max(start, p - self.history), p)
 
     def select(self, indices) -> "Examples":
         arrays = {name: getattr(self, name)[indices] for name in self.ARRAYS}
-        return Examples(self.log, self.split, self.history, **arrays)
+        return replace(self, **arrays)
 
     def negatives(self, num_negatives: int, source: str = "both") -> np.ndarray:
         """(E, K) slots of the rejected items: the first K others, or the first K that are random / that follow."""
@@ -274,6 +284,8 @@ def _freeze(log, split, rows, steps, keys, config: DataConfig, rng) -> Examples:
         order >= F,
         others.astype(np.int32),
         rng.integers(config.num_templates or len(TEMPLATES), size=E).astype(np.int32),
+        config.min_rating if config.history_items == "positive" else 0.0,
+        config.ratings,
     )
 
 
@@ -337,10 +349,22 @@ TEMPLATES = (
 )
 
 
-LOWEST = len(TEMPLATES)  # of aversion; never drawn
+LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
 ALL_TEMPLATES = (
     *TEMPLATES,
     "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
+    "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
+)
+WITHOUT_RATINGS = (  # the same questions, one for one
+    "A user {did} these {things}, oldest first:\n{history}\n"
+    "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
+    "What one person {did}, in order of time:\n{history}\nChoose the one this person will {do} next and rate highly:\n{candidates}\nAnswer:",
+    "Recent {things} of a user:\n{history}\nFrom this list, recommend what the user should {do} next:\n{candidates}\nAnswer:",
+    "Below is what someone {did}, the latest last.\n{history}\n"
+    "One of these {things} comes next and will please them. Name it.\n{candidates}\nAnswer:",
+    "History of a user ({things}, oldest first):\n{history}\n"
+    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\nAnswer:",
+    "A user {did} these {things}, oldest first:\n{history}\n"
     "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
 )
 
@@ -351,4 +375,5 @@ def render_prompt(example: Example, skip: int = 0) -> str:
     shown = example.history[skip:]
     history = "\n".join(title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown)
     candidates = "\n".join(example.candidates)
-    return ALL_TEMPLATES[example.template].format(things=things, did=did, do=do, history=history, candidates=candidates)
+    templates = WITHOUT_RATINGS if example.history and all(isnan(rating) for _, rating in example.history) else ALL_TEMPLATES
+    return templates[example.template].format(things=things, did=did, do=do, history=history, candidates=candidates)

@@ -385,6 +385,27 @@ def test_prompt_shows_history_then_candidates():
         assert "movies" in "\n".join(lines) and "{" not in "".join(lines[:at])
 
 
+def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
+    """All or liked items, with or without ratings: same candidates and targets, another hash each, the words to match."""
+    inputs = [{"history_items": items, "ratings": ratings} for items in ("all", "positive") for ratings in (True, False)]
+    prepared = [prepare(small_config(tmp_path, **options)) for options in inputs]
+    assert len({p.hash for p in prepared}) == 4
+    log = prepared[0].log
+    for options, p in zip(inputs, prepared, strict=True):
+        test = p.splits["test"]
+        for name in ("position", "candidates", "target", "others"):
+            assert (getattr(test, name) == getattr(prepared[0].splits["test"], name)).all()
+        for e in range(len(test)):
+            at = int(test.position[e])
+            rows = [r for r in own_rows(log, at) if r < at and (options["history_items"] == "all" or log.rating[r] >= 4)][-20:]
+            lines = render_prompt(test[e]).split("\n")
+            form = "{} | Rating: {:g}" if options["ratings"] else "{}"
+            shown = [form.format(log.titles[log.item[r]], log.rating[r]) for r in rows]
+            assert any(lines[i : i + len(shown)] == shown for i in range(len(lines))), (options, lines)
+            if rows and not options["ratings"]:
+                assert not any(word in "\n".join(lines) for word in ("rated", "ratings", "Rating"))
+
+
 def test_prompt_rows_are_those_before_the_position():
     """The shown history is the user's latest interactions before the predicted one, in order, and nobody else's."""
     log = log_of(random_rows(12))
