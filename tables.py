@@ -1,0 +1,112 @@
+"""Run all that a table needs, one command each, in order: training runs, traditional baselines, probes. Then report.py.
+
+    python tables.py configs/tables/planted.json --output_dir runs/planted-table
+    python tables.py configs/tables/movielens.json --output_dir runs/movielens-table --nproc_per_node 8 --data_dir ml-1m.zip
+
+A table is a JSON file: "common" options of every run, and "runs", each with a name, a script (train.py unless it says so), its own
+options, and perhaps "after": "run/stage", whose result it starts from. What is finished is skipped, what was interrupted
+goes on (train.py's --resume auto), so the command may be killed and given again at any time. "probes" are measured for
+every stage of the runs listed in "probed". Every run leaves its log beside its folder.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import read_json, run_cli
+from eval import load_stage
+
+ROOT = Path(__file__).parent
+
+
+def flags_of(options: dict) -> list[str]:
+    """{"a": 1, "b": true, "c": false} -> --a=1 --b --no_c"""
+    return [f"--{k}={v}" if not isinstance(v, bool) else f"--{k}" if v else f"--no_{k}" for k, v in options.items()]
+
+
+def start_options(folder: Path, after: str) -> dict:
+    """Where a run begins that goes on from another run's stage."""
+    base, adapter = load_stage(folder / after)
+    return {"model": str(base)} | ({"adapter": str(adapter)} if adapter else {})
+
+
+def is_finished(folder: Path, run: dict, script: str) -> bool:
+    if script == "sequential.py":
+        return (folder / "eval" / "metrics.json").exists()
+    return (folder / "results.md").exists()
+
+
+def command_of(table: dict, run: dict, folder: Path, extra: dict, processes: int) -> tuple[list[str], str]:
+    """(command, script) of one run."""
+    script = run.get("script", "train.py")
+    own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
+    training = table.get("training", {}) if script == "train.py" else {}
+    options = table["common"] | training | own | extra | {"output_dir": str(folder / run["name"])}
+    if script == "train.py":
+        options |= {"resume": "auto"}
+        if run.get("after"):
+            options |= start_options(folder, run["after"])
+    launcher = [sys.executable]
+    if script == "train.py" and processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / script), *flags_of(options)], script
+
+
+def execute(command: list[str], log: Path) -> None:
+    """Run it, its output in `log`; ValueError names the log if it fails."""
+    with open(log, "a") as out:
+        out.write(f"\n$ {' '.join(command[1:])}\n")
+        out.flush()
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
+    if code:
+        last = [line for line in log.read_text().splitlines() if "error" in line.lower()][:1]
+        raise ValueError(f"{log}: the run failed (exit code {code}){': ' + last[0] if last else ''}; the same command goes on")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("table", type=Path, help="JSON file of the table's runs")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of a training run")
+    parser.add_argument("--data_dir", default="", help="raw data, if the table's data set needs it")
+    parser.add_argument("--prepared_dir", default="prepared")
+    args = parser.parse_args()
+    table = read_json(args.table)
+    folder: Path = args.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    extra = {"prepared_dir": args.prepared_dir} | ({"data_dir": args.data_dir} if args.data_dir else {})
+    names = [run["name"] for run in table["runs"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{args.table}: names of runs must differ: {names}")
+    for number, run in enumerate(table["runs"], 1):
+        where, started = f"{number}/{len(names)} {run['name']}", time.time()
+        if is_finished(folder / run["name"], run, run.get("script", "train.py")):
+            print(f"{where}: finished before", flush=True)
+            continue
+        command, _ = command_of(table, run, folder, extra, args.nproc_per_node)
+        execute(command, folder / f"{run['name']}.log")
+        print(f"{where}: {time.time() - started:.0f} s", flush=True)
+    for name in table.get("probed", []):
+        for probe in table.get("probes", []):
+            out, started = folder / name / "probes", time.time()
+            stages = [s.strip() for s in read_json(folder / name / "config.json")["stages"].split(",")]
+            if all((out / stage / probe / "metrics.json").exists() for stage in stages):
+                continue
+            command = [
+                sys.executable,
+                str(ROOT / "eval.py"),
+                f"--run={folder / name}",
+                f"--probe={probe}",
+                f"--output_dir={out}",
+            ]
+            execute([*command, f"--prepared_dir={args.prepared_dir}"], folder / f"{name}.log")
+            print(f"{name}, {probe}: {time.time() - started:.0f} s", flush=True)
+    print(f"all runs are in {folder}; python report.py {folder} makes the tables")
+
+
+if __name__ == "__main__":
+    run_cli(main)
