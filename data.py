@@ -128,8 +128,9 @@ COMPANIONS = ("meta_*", "steam_games*", "*.item")  # beside a raw file that was 
 def _file_facts(config: DataConfig) -> list:
     """Names, sizes and times of the raw files: other files are prepared anew."""
     path = Path(config.data_dir)
-    files = [path, *(f for pattern in COMPANIONS for f in path.parent.glob(pattern))] if path.is_file() else path.rglob("*")
-    files = sorted(f for f in {*files, Path(config.item_file)} if f.suffix in DATA_SUFFIXES and f.is_file())
+    given = {path, Path(config.item_file)}
+    beside = path.rglob("*") if path.is_dir() else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
+    files = sorted(f for f in given | {f for f in beside if f.suffix in DATA_SUFFIXES} if f.is_file())
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
 
 

@@ -83,6 +83,8 @@ class DataConfig:
                 raise ValueError(f"--{name} has no effect with --dataset {self.dataset}")
         if self.percentile and self.dataset in ("planted", "movielens", "prepared"):
             raise ValueError(f"--percentile has no effect with --dataset {self.dataset}, which has ratings")
+        if self.core and self.dataset == "prepared":
+            raise ValueError("--core has no effect with --dataset prepared: its candidates are fixed")
         parse_columns(self.columns)
         if not 1 <= self.followers < NUM_CANDIDATES:
             raise ValueError(f"--followers must be between 1 and {NUM_CANDIDATES - 1}, got {self.followers}")
@@ -189,19 +191,25 @@ def build_examples(log: Interactions, config: DataConfig | None = None) -> dict[
     for number, (split, rows) in enumerate(candidates.items()):
         rng = np.random.default_rng([config.data_seed, number])
         if split == "train":
-            steps = np.arange(config.followers)
+            steps, size, places = np.arange(config.followers), config.train_size, len(rows)
             parts = np.array_split(rows, len(rows) // 2**20 + 1)  # all prefixes at once would take 200 bytes each
             rows = np.concatenate([part[_chosen_follower(log, part, config)[1]] for part in parts])
-            size = config.train_size
         else:
-            steps = np.arange(1)
-            size = config.test_size
+            steps, size = np.arange(1), config.test_size
+            places = int(((age >= config.min_history) & (room == (2 if split == "val" else 1))).sum())
         rows = rng.permutation(rows)
         rows = rows[:size] if size else rows
-        if len(rows) == 0:
+        if len(rows) == 0 and places:
             raise ValueError(
-                f"no {split} example: needs users with {config.min_history} interactions before and "
-                f"{config.followers + 2} after a point, and a liked item; lower --min_history or --followers"
+                f"no {split} example: in none of {places:,} places is the chosen item liked: ratings go from {log.rating.min():g} to "
+                f"{log.rating.max():g}, --min_rating is {config.min_rating:g}"
+            )
+        if len(rows) == 0:
+            after = f" and {config.followers + 2} after" if split == "train" else ""
+            which = "--min_history or --followers" if split == "train" else "--min_history"
+            raise ValueError(
+                f"no {split} example: no user has {config.min_history} interactions before{after} a point (the longest log has "
+                f"{np.diff(log.start).max()}); lower {which}"
             )
         splits[split] = _freeze(log, split, rows, steps, keys, config, rng)
     return splits

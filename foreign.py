@@ -83,7 +83,11 @@ def read_entries(file: Path) -> list[dict]:
     try:
         with open_bytes(file) as f:
             text = f.read().decode("utf-8-sig", "latin-1")
-        raw = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
+        raw = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: not a JSON list of examples ({error})") from None
     count, entries = LineCount(file, f"entries with historyList, itemList ({NUM_CANDIDATES} titles), trueSelection"), []
@@ -91,7 +95,7 @@ def read_entries(file: Path) -> list[dict]:
         try:
             entries.append(_entry(number, entry))
             count.lines += 1
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             count.bad(number, f"{error}: {json.dumps(entry)}")
     count.check()
     if not entries:

@@ -7,6 +7,7 @@ user but the text of its id; a log of n interactions takes 20 bytes each, and so
 """
 
 import html
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ _CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
 
 def clean_title(title: str) -> str:
     """HTML entities become text, white space and control characters single blanks: a title is one line of a prompt."""
-    title = " ".join(html.unescape(title).translate(_CONTROL).split())
+    title = " ".join(unicodedata.normalize("NFC", html.unescape(title)).translate(_CONTROL).split())
     if len(title) > MAX_TITLE:
         title = title[: MAX_TITLE - 1].rstrip() + "…"
     return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
@@ -189,32 +190,59 @@ class Codes(dict):
         self[key] = code
         return code
 
+    def encode(self, values: Sequence) -> np.ndarray:
+        return np.fromiter(map(self.__getitem__, values), np.int32, len(values))
+
+
+def parse_amounts(values: Sequence) -> np.ndarray:
+    return np.array(list(map(float, values)), np.float64).astype(np.float32)
+
 
 def parse_times(values: Sequence) -> np.ndarray:
-    """int64 seconds of times given as seconds (also milli-, micro- or nanoseconds) or as ISO dates, UTC where no zone is named.
+    """float64 seconds of times given as seconds (also milli-, micro- or nanoseconds) or as ISO dates, UTC where no zone is named.
 
     ValueError where one is neither, or lies before 1970."""
     try:
-        times = np.array(list(map(float, values)))
+        times = _seconds(np.array(list(map(float, values))))
     except (ValueError, TypeError):
-        times = np.array([_iso(value) for value in values])
-    if not ((times >= 0) & (times < 1e20)).all():
+        times = np.array([_one_time(value) for value in values])
+    if not ((times >= 0) & (times < np.inf)).all():
         raise ValueError("a time that is not finite, or before 1970")
+    return times
+
+
+def _seconds(times: np.ndarray) -> np.ndarray:
+    if not (times < 1e20).all():
+        raise ValueError("a time beyond all units")
     while (large := times >= MAX_SECONDS).any():
         times[large] /= 1000
-    return times.astype(np.int64)
+    return times
 
 
-def _iso(value) -> float:
+def _one_time(value) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return float(_seconds(np.array([float(value)]))[0])
     text = value.strip()
     try:
-        return float(text)
+        return float(_seconds(np.array([float(text)]))[0])
     except ValueError:
         pass
     moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+FIELDS = ("user", "item", "rating", "time")  # of a row, for messages
+
+
+def _convert(convert, missing, values: Sequence) -> np.ndarray:
+    """convert(values), with `missing` for each value that it refuses: halves are tried until those stand alone."""
+    try:
+        return convert(values)
+    except (ValueError, TypeError, OverflowError, AttributeError, OSError):
+        if len(values) == 1:
+            return np.array([missing])
+        middle = len(values) // 2
+        return np.concatenate([_convert(convert, missing, part) for part in (values[:middle], values[middle:])])
 
 
 class LineCount:
@@ -233,7 +261,7 @@ class LineCount:
     def _bad(self, number: int, why: str) -> None:
         self.num_bad += 1
         self.first_bad = sorted([*self.first_bad, (number, why[:80])])[:3]
-        if self.num_bad > 1000:
+        if self.num_bad > 1000 and self.lines >= 100_000:  # a bad beginning may yet be less than 1 % of the whole
             self.check()
 
     def bad_lines(self) -> str:
@@ -259,6 +287,8 @@ class LogBuilder(LineCount):
         super().__init__(source, expected)
         self.repeats, self.amounts = repeats, amounts
         self.users, self.items = Codes(), Codes()
+        none, nan = np.int32(-1), np.float32("nan")
+        self.converters = ((self.users.encode, none), (self.items.encode, none), (parse_amounts, nan), (parse_times, np.nan))
         self.chunks: list[tuple[np.ndarray, ...]] = []  # (user, item, amount, time) each
         self.pending, self.kept, self.largest = 0, 0, 0.0
         self.notes: Counter[str] = Counter()
@@ -271,12 +301,10 @@ class LogBuilder(LineCount):
     def add(self, numbers: Sequence[int], users: Sequence, items: Sequence, amounts: Sequence, times: Sequence) -> np.ndarray:
         """Add rows as read, line `numbers` beside them; returns their item codes, -1 where the row is bad."""
         self.lines += len(numbers)
-        try:
-            columns = self._convert(users, items, amounts, times)
-        except (ValueError, TypeError, OverflowError, AttributeError, OSError):
-            columns = self._one_by_one(users, items, amounts, times)
+        raw = (users, items, amounts, times)
+        columns = tuple(_convert(*converter, values) for converter, values in zip(self.converters, raw, strict=True))
         user, item, amount, time = columns
-        good = (user >= 0) & (item >= 0) & np.isfinite(amount) & (amount >= 0) & (time >= 0)
+        good = (user >= 0) & (item >= 0) & (amount >= 0) & (amount < np.inf) & (time >= 0)  # NaN is none of it
         inside = good
         if not self.amounts:
             self.largest = max(self.largest, float(amount[good].max(initial=0)))
@@ -288,7 +316,9 @@ class LogBuilder(LineCount):
             inside = good & (amount > 0)  # BeerAdvocate has some zeros
             self.notes["lines with rating 0, which means none"] += int(good.sum() - inside.sum())
         for row in np.flatnonzero(~good):
-            self._bad(numbers[row], ", ".join(str(column[row]) for column in (users, items, amounts, times)))
+            fine = (user[row] >= 0, item[row] >= 0, 0 <= amount[row] <= (np.inf if self.amounts else 5), time[row] >= 0)
+            wrong = [f"{name} {values[row]!r}" for name, values, ok in zip(FIELDS, raw, fine, strict=True) if not ok]
+            self._bad(numbers[row], ", ".join(wrong))
         if inside.all():
             self.chunks.append(columns)
         else:
@@ -299,23 +329,6 @@ class LogBuilder(LineCount):
             self.compact()
         return item
 
-    def _convert(self, users, items, amounts, times) -> tuple[np.ndarray, ...]:
-        amount = np.array(list(map(float, amounts)), np.float64)
-        time = parse_times(times)
-        user = np.fromiter(map(self.users.__getitem__, users), np.int32, len(users))
-        item = np.fromiter(map(self.items.__getitem__, items), np.int32, len(items))
-        return user, item, amount.astype(np.float32), time
-
-    def _one_by_one(self, *columns) -> tuple[np.ndarray, ...]:
-        rows = []
-        for row in zip(*columns, strict=True):
-            try:
-                rows.append([column[0] for column in self._convert(*([value] for value in row))])
-            except (ValueError, TypeError, OverflowError, AttributeError, OSError):
-                rows.append([-1, -1, np.nan, -1])
-        types = (np.int32, np.int32, np.float32, np.int64)
-        return tuple(np.array(column, kind) for column, kind in zip(zip(*rows, strict=True), types, strict=True))
-
     def compact(self) -> None:
         """Merge repeated pairs; the rows that stay keep their order."""
         if not self.chunks:
@@ -325,7 +338,7 @@ class LogBuilder(LineCount):
         if self.repeats == "last":
             keep = last_of_each_pair(user, item, time)
         else:
-            keep = last_of_each_pair(user, item, -time)  # the first one
+            keep = last_of_each_pair(user, item, -time)  # of the first time
             key = user.astype(np.int64) << 32 | item.astype(np.int64)
             pairs, which = np.unique(key, return_inverse=True)
             sums = np.bincount(which, weights=amount, minlength=len(pairs))

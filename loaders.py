@@ -33,7 +33,7 @@ import tarfile
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -46,6 +46,7 @@ MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 MOVIELENS_MD5 = "c4d9eecfca2ab87c1945afe126590906"
 CHUNK = 1 << 13  # lines that are converted together
 MAX_LINE = 1 << 20  # bytes; longer lines are passed over as bad ones
+MAX_RECORD_LINES = 50  # of one row of CSV with line breaks inside quotes
 
 codecs.register_error("latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
 csv.field_size_limit(MAX_LINE)
@@ -129,7 +130,9 @@ class Rows:
 # ------------------------------------------------------------------------------------------------ records
 _TEXT = r"""u?(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
 _PLAIN = r"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|True|False|None"
-_PAIR = re.compile(rf"({_TEXT}): ({_TEXT}|{_PLAIN}|\{{(?:[^{{}}'\"]|{_TEXT})*\}}|\[(?:[^\[\]'\"]|{_TEXT})*\])(, |\}}\s*$)")
+_PAIR = re.compile(
+    rf"({_TEXT}): ({_TEXT}|{_PLAIN}|\{{(?:[^{{}}'\"u]|u(?!['\"])|{_TEXT})*\}}|\[(?:[^\[\]'\"u]|u(?!['\"])|{_TEXT})*\])(, |\}}\s*$)"
+)
 
 
 def literal_record(line: str, wanted: Iterable[str]) -> dict:
@@ -194,21 +197,50 @@ def read_records(path: Path, parse, wanted: Iterable[str], bad) -> Iterator[tupl
 
 
 def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
-    """Rows of a CSV file, its delimiter taken from the first line; with a tab given, of a plain table: quotes are characters."""
+    """Rows of a CSV file, its delimiter taken from the first line; with a tab given, of a plain table: quotes are characters.
+
+    A quote that is never closed must not swallow the rows behind it: a record of many lines, or one whose later lines look like rows
+    of their own, comes as a bad row, and reading goes on with the line after its first."""
     lines = read_lines(path)
+    first = next((line for line in lines if line.strip()), "")
+    if first.startswith("PK\x03\x04"):
+        raise ValueError(f"{path}: a zip or Excel file; save the table as CSV")
+    if "\0" in first:
+        raise ValueError(f"{path}: not text in UTF-8, or in UTF-16 with a byte-order mark")
     if delimiter == "\t":
-        yield from (line.split("\t") for line in lines)
+        yield from (line.split("\t") for line in itertools.chain([first], lines))
         return
-    first = next(lines, "")
-    counts = {d: first.count(d) for d in ",;\t|"}
-    delimiter = max(counts, key=counts.get)
-    reader = csv.reader((f"{line}\n" for line in itertools.chain([first], lines)), delimiter=delimiter)
+    if re.fullmatch(r"sep=.", first, re.IGNORECASE):  # Excel's way to name the delimiter
+        delimiter, first = first[-1], next(lines, "")
+    else:
+        counts = {d: first.count(d) for d in ",;\t|"}
+        delimiter = max(counts, key=counts.get)
+    separators, again, taken = first.count(delimiter), deque([first]), []
+
+    def feed() -> Iterator[str]:
+        while len(taken) <= MAX_RECORD_LINES:
+            line = again.popleft() if again else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield f"{line}\n"
+
     while True:
         try:
-            yield from reader
+            for row in csv.reader(feed(), delimiter=delimiter):
+                if len(taken) > 1 and (
+                    len(taken) > MAX_RECORD_LINES
+                    or "".join(taken).count('"') % 2
+                    or any(line.count(delimiter) >= max(1, separators) for line in taken[1:])
+                ):
+                    raise csv.Error("a quote is not closed")
+                yield row
+                taken.clear()
             return
         except csv.Error as error:
-            yield [str(error)]
+            again.extendleft(reversed(taken[1:]))
+            yield [f"{error}: {taken[0][:60] if taken else ''}"]
+            taken.clear()
 
 
 # ------------------------------------------------------------------------------------------------ Amazon 2018
@@ -216,7 +248,7 @@ def load_amazon(path, percentile: str = "") -> Interactions:
     """Amazon 2018 reviews (JSON lines) or ratings only (CSV), and meta_<category>.json beside them for the titles."""
     patterns = ("*_5.json*", "[!m]*.json*", "[!m]*.csv*")
     file = find_file(path, patterns, "reviews (Books.json.gz, Books_5.json.gz) or ratings (Books.csv)")
-    category = re.sub(r"(_5)?\.(json|csv)(\.gz)?$", "", file.name)
+    category = re.sub(r"^ratings_|(_5)?\.(json|csv)(\.gz)?$", "", file.name)  # ratings_Books.csv is the name of 2014
     meta = [f for f in sorted(file.parent.glob("meta_*.json*")) if f.name.split(".")[0] == f"meta_{category}"]
     meta = meta or sorted(file.parent.glob("meta_*.json*"))
     if len(meta) != 1:
@@ -338,14 +370,14 @@ def load_beeradvocate(path, percentile: str = "", title: str = "full") -> Intera
         records = _beer_rows(file, builder.bad)
     rows, titles = Rows(builder), {}
     for number, r in records:
-        user, item = (str(r.get(key, "")).strip() for key in ("user", "item"))
-        name, style = (mend_encoding(str(r.get(key, ""))).strip() for key in ("name", "style"))
+        user, item = (str(r.get(key) or "").strip() for key in ("user", "item"))
+        name, style = (mend_encoding(str(r.get(key) or "")).strip() for key in ("name", "style"))
         if not user and item:
             builder.skip("reviews without a user name")
             continue
         rows.add(number, user, item, r.get("rating"), r.get("time"))
         if item not in titles and name:
-            titles[item] = beer_title(name, str(r.get("abv", "")), style) if title == "full" else name
+            titles[item] = beer_title(name, str(r.get("abv") or ""), style) if title == "full" else name
     rows.flush()
     return builder.finish(titles, "beeradvocate", percentile)
 

@@ -18,13 +18,14 @@ from interactions import Interactions, LineCount, LogBuilder, clean_title
 from loaders import CHUNK, Chunk, brief, find_file, json_record, read_records, read_table, table_chunks
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
-USUAL = {  # names without case, blanks and underscores
-    "user": ("user", "userid", "uid", "username", "reviewerid", "customerid", "visitorid"),
-    "item": ("item", "itemid", "iid", "movieid", "productid", "asin", "sku", "bookid", "trackid", "artistid"),
+USUAL = {  # names without case, blanks and underscores; the surer ones first
+    "user": ("userid", "uid", "username", "reviewerid", "customerid", "visitorid", "user", "customer"),
+    "item": ("itemid", "iid", "movieid", "productid", "asin", "sku", "bookid", "trackid", "artistid", "item", "product"),
     "rating": ("rating", "stars", "score", "overall", "hours", "plays", "playcount", "count", "amount"),
     "timestamp": ("timestamp", "time", "date", "datetime", "unixreviewtime", "ts"),
-    "title": ("title", "name", "itemname", "movietitle", "productname", "itemtitle"),
+    "title": ("title", "itemtitle", "movietitle", "booktitle", "producttitle", "itemname", "productname", "moviename", "name"),
 }
+AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -34,6 +35,8 @@ def parse_columns(text: str) -> dict[str, str]:
         field, equals, name = part.partition("=")
         if not equals or field.strip() not in FIELDS or not name.strip():
             raise ValueError(f"--columns: {part!r} is not one of {', '.join(f'{f}=NAME' for f in FIELDS)}")
+        if name.strip() in columns.values():
+            raise ValueError(f"--columns: {name.strip()} is named twice")
         columns[field.strip()] = name.strip()
     return columns
 
@@ -53,9 +56,13 @@ def load_own_log(
     if not rated:
         percentile, repeats = percentile or "item", "sum"
         print0("note: no rating column; how often a user chose an item became its rating, by rank (--percentile)")
+    elif plain_name(fields["rating"]) in AMOUNTS and not percentile:
+        percentile = "item"
+        print0(f"note: {fields['rating']} are amounts: ranked among those of the same item they become ratings (--percentile)")
     if not timed:
         print0("note: no timestamp column; the order of the file is taken as the order in time")
-    builder = LogBuilder(file, f"rows with {', '.join(fields)}", repeats, amounts=bool(percentile))
+    meaning = {"rating": "rating (a number)", "timestamp": "timestamp (seconds, or an ISO date like 2024-12-31)"}
+    builder = LogBuilder(file, f"rows with {', '.join(meaning.get(f, f) for f in fields)}", repeats, amounts=bool(percentile))
     titles: dict[int, str] = {}
     for numbers, table, bad in chunks:
         for number, why in bad:
@@ -66,8 +73,11 @@ def load_own_log(
         codes = builder.add(numbers, table["user"], table["item"], ratings, table["timestamp"] if timed else numbers)
         if "title" in table:
             for code, title in zip(codes.tolist(), table["title"], strict=True):
-                if code not in titles and title not in ("", None):
-                    titles[code] = str(title)
+                if titles.get(code) != title and title not in (
+                    "",
+                    None,
+                ):  # of several the smallest: the order of lines is nothing
+                    titles[code] = min(titles.get(code, str(title)), str(title))
     names: dict[str, str] | None = {builder.items.ids[code]: title for code, title in titles.items() if code >= 0}
     if item_file:
         names = read_item_file(Path(item_file), kind, given, builder)
@@ -93,7 +103,7 @@ def read_item_file(file: Path, kind: str, given: dict[str, str], builder: LogBui
         raise ValueError(f"--item_file {file}: no such file")
     if kind != "recbole":
         kind = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", file.name) else "csv"
-    wanted = {field: name for field, name in given.items() if field in ("item", "title")}
+    wanted = {field: name for field, name in given.items() if field in ("item", "title") and not name.isdigit()}
     _, chunks = open_table(file, kind, wanted, ("item", "title"), only=("item", "title"))
     count, titles = LineCount(file, "rows with item, title"), {}
     for numbers, table, bad in chunks:
@@ -103,23 +113,38 @@ def read_item_file(file: Path, kind: str, given: dict[str, str], builder: LogBui
         for item, title in zip(table["item"], table["title"], strict=True) if numbers else ():
             item = str(item).strip()
             if item in builder.items and title not in ("", None):
-                titles.setdefault(item, str(title))
+                titles[item] = min(titles.get(item, str(title)), str(title))
     count.check()
     return titles
 
 
 # ------------------------------------------------------------------------------------------------ tables in chunks
+MAX_BAD_IN_A_ROW = 10_000  # bad JSON lines before a good one
+
+
+def plain_name(name: str) -> str:
+    return re.sub(r"[\s_\-]", "", name).lower()
+
+
 def open_table(
     file: Path, kind: str, given: dict[str, str], required: tuple[str, ...], only: tuple[str, ...] = FIELDS
 ) -> tuple[dict[str, str], Iterator[Chunk]]:
     """Names of the columns that hold each field, and the table's rows, CHUNK lines at a time."""
     if kind == "jsonl":
         bad: list[tuple[int, str]] = []
-        parsed = read_records(file, json_record, (), lambda number, line: bad.append((number, line)))
-        first = list(itertools.islice(parsed, 1))
-        names = list(first[0][1]) if first else []
+
+        def note(number: int, line: str) -> None:
+            bad.append((number, line[:80]))
+            if len(bad) > MAX_BAD_IN_A_ROW:
+                raise ValueError(
+                    f"{file}: {len(bad):,} lines together are no JSON objects, first line {bad[0][0]}: {bad[0][1]!r}"
+                )
+
+        parsed = read_records(file, json_record, (), note)
+        first = list(itertools.islice(parsed, 1000))  # a key may be missing in some
+        names = list(dict.fromkeys(name for _, record in first for name in record))
         if not first:
-            raise ValueError(f"{file}: no line is a JSON object{f'; line {bad[0][0]}: {bad[0][1][:80]!r}' if bad else ''}")
+            raise ValueError(f"{file}: no line is a JSON object{f'; line {bad[0][0]}: {bad[0][1]!r}' if bad else ''}")
         fields = find_columns(file, names, given, required, only)
         return fields, _json_chunks(itertools.chain(first, parsed), fields, bad)
     rows = read_table(file, "\t" if kind == "recbole" else "")
@@ -141,13 +166,14 @@ def find_columns(file: Path, names: list[str], given: dict[str, str], required, 
     """Field -> column: the given ones, the others under their usual names; ValueError lists what there is."""
     fields = {}
     for field in only:
-        if field in given:
+        if field in given and (given[field] in names or only == FIELDS):  # an item file may name the item otherwise
             if given[field] not in names:
                 raise ValueError(f"{file}: --columns {field}={given[field]}: no such column; there are {brief(names)}")
             fields[field] = given[field]
             continue
-        plain = {re.sub(r"[\s_\-]", "", name).lower(): name for name in reversed(names)}
-        found = [plain[usual] for usual in USUAL[field] if usual in plain and plain[usual] not in given.values()]
+        plain = {plain_name(name): name for name in reversed(names)}
+        usual_names = (*USUAL[field], "id") if field == "item" and only != FIELDS else USUAL[field]
+        found = [plain[usual] for usual in usual_names if usual in plain and plain[usual] not in given.values()]
         if field == "title" and not found:
             found = [name for name in names if "title" in name.lower()]
         if found:
@@ -155,7 +181,7 @@ def find_columns(file: Path, names: list[str], given: dict[str, str], required, 
     if missing := [field for field in required if field not in fields]:
         raise ValueError(
             f"{file}: which column is the {missing[0]}? Say --columns {','.join(f'{field}=NAME' for field in missing)}; "
-            f"there are {brief(names)}"
+            f"there are {brief(names)}. If the file has no header line, count its columns: --columns user=1,item=2"
         )
     return fields
 
