@@ -162,8 +162,16 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     return min(1.0, 2 * tail)
 
 
+def same_seeds(a: Method, b: Method) -> tuple[Method, Method]:
+    """Both without the runs whose seed the other one lacks, where they share some: a stage starts from its seed's SFT result."""
+    seeds = [{r.config.get("seed", 0) for r in m.results} for m in (a, b)]
+    shared = seeds[0] & seeds[1] or seeds[0] | seeds[1]
+    return tuple(Method(m.name, [r for r in m.results if r.config.get("seed", 0) in shared]) for m in (a, b))
+
+
 def compare(a: Method, b: Method, measure: str) -> tuple[str, float, tuple[float, float]]:
     """ "higher", "lower" or "not distinguishable", the mean difference a - b, and its 95 % interval over users."""
+    a, b = same_seeds(a, b)
     difference = a.per_user(measure) - b.per_user(measure)
     low, high = bootstrap(difference)
     verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
@@ -178,7 +186,7 @@ def cell(method: Method, measure: str) -> str:
 
 
 def main_table(methods: dict[str, Method], dataset: str) -> str:
-    """Table 1: every method, the paper's figure, and a paired comparison with the best other one."""
+    """Table 1: every method, a paired comparison with the best other one, and the paper's figure."""
     some = next(iter(methods.values())).results[0]
     paper = PAPER.get(dataset, {})
     lines = [
@@ -199,12 +207,13 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
             best = max(others, key=lambda m: m.mean(key))
             verdict, difference, (low, high) = compare(method, best, key)
             versus = f"{difference:+.4f} [{low:+.3f}, {high:+.3f}] to {best.name}: {verdict}"
-            if len(method.results) == len(best.results) == 1:
-                versus += f" (McNemar p {mcnemar(method.results[0].values[key], best.results[0].values[key]):.3f})"
+            one, other = same_seeds(method, best)
+            if len(one.results) == len(other.results) == 1:
+                versus += f" (McNemar p {mcnemar(one.results[0].values[key], other.results[0].values[key]):.3f})"
         theirs = paper.get(name)
         printed = "" if theirs is None else f"{theirs[0]:.4f}" + ("" if theirs[1] is None else f", {theirs[1]:.4f}")
         cells = [cell(method, measure) for measure in MEASURES]
-        lines.append(f"| {name} | {' | '.join(cells)} | {versus} | {printed} |")
+        lines.append(f"| {' | '.join([name, *cells, versus, *([printed] if paper else [])])} |")
     return "\n".join(lines)
 
 

@@ -82,7 +82,9 @@ def test_differences_are_paired_and_named():
     """A difference that every user shares is seen although both intervals overlap; noise is not distinguishable."""
 
     def method(name: str, values) -> Method:
-        return Method(name, [Result(name, Path(), {}, Path(), {"hit_ratio@1": np.array(v, float)}, "", {}) for v in values])
+        return Method(
+            name, [Result(name, Path(), {"seed": 0}, Path(), {"hit_ratio@1": np.array(v, float)}, "", {}) for v in values]
+        )
 
     base = np.random.default_rng(2).integers(0, 2, 400)
     better = base.copy()
@@ -91,6 +93,10 @@ def test_differences_are_paired_and_named():
     assert compare(method("b", [base]), method("a", [better]), "hit_ratio@1")[0] == "lower"
     other = np.random.default_rng(3).permutation(base)
     assert compare(method("a", [base]), method("b", [other]), "hit_ratio@1")[0] == "not distinguishable"
+    three, one = method("a", [base, better, better]), method("b", [base])
+    for seed, result in enumerate(three.results):
+        result.config["seed"] = seed
+    assert compare(three, one, "hit_ratio@1")[1] == 0  # seed 0 against seed 0 alone
     seeds = method("a", [base, better])
     assert seeds.per_user("hit_ratio@1").tolist() == ((base + better) / 2).tolist()
 
@@ -131,7 +137,7 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
     done = report(tmp_path, "--note", "made up")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/report.md").read_text()
-    for part in ("made up", "| Markov | | | 0.3000", "to recpo: lower", "HR@1 of recpo above sdpo | held", "HR@1 of sdpo above sft | not distinguishable",
+    for part in ("made up", "| Markov | | | 0.3000 | |", "to recpo: lower", "HR@1 of recpo above sdpo | held", "HR@1 of sdpo above sft | not distinguishable",
                  "λ lowers ValidRatio (0 to 4) | held", "adherence (hit_ratio@1) of recpo above sft | held", "avoidance (avoidance) of recpo above sft | not held",
                  "**adherence**"):  # fmt: skip
         assert part in text, part
