@@ -1,7 +1,8 @@
 """Run all that a table needs, one command each, in order: training runs, traditional baselines, probes. Then report.py.
 
     python tables.py configs/tables/planted.json --output_dir runs/planted-table
-    python tables.py configs/tables/movielens.json --output_dir runs/movielens-table --nproc_per_node 8 --data_dir ml-1m.zip
+    python tables.py configs/tables/paper.json --output_dir runs/paper-table --nproc_per_node 8 --dataset movielens --data_dir ml-1m.zip \\
+        --model meta-llama/Llama-3.1-8B
 
 A table is a JSON file: "common" options of every run, and "runs", each with a name, a script (train.py unless it says so), its own
 options, and perhaps "after": "run/stage", whose result it starts from. What is finished is skipped, what was interrupted
@@ -72,13 +73,21 @@ def main() -> None:
     parser.add_argument("table", type=Path, help="JSON file of the table's runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of a training run")
-    parser.add_argument("--data_dir", default="", help="raw data, if the table's data set needs it")
+    parser.add_argument("--dataset", default="", help="data set, where the table leaves it open")
+    parser.add_argument("--data_dir", default="", help="raw data, if the data set needs it")
+    parser.add_argument("--model", default="", help="model that training runs begin with, where the table leaves it open")
     parser.add_argument("--prepared_dir", default="prepared")
     args = parser.parse_args()
     table = read_json(args.table)
     folder: Path = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    extra = {"prepared_dir": args.prepared_dir} | ({"data_dir": args.data_dir} if args.data_dir else {})
+    extra = {"prepared_dir": args.prepared_dir} | {k: v for k in ("dataset", "data_dir") if (v := getattr(args, k))}
+    if not (table["common"] | extra).get("dataset"):
+        raise ValueError(f"{args.table} leaves the data set open: --dataset")
+    if args.model:
+        table["training"] = table.get("training", {}) | {"model": args.model}
+    if any(run.get("script", "train.py") == "train.py" for run in table["runs"]) and "model" not in table.get("training", {}):
+        raise ValueError(f"{args.table} leaves the model open: --model, a Hugging Face directory or hub name")
     names = [run["name"] for run in table["runs"]]
     if len(set(names)) < len(names):
         raise ValueError(f"{args.table}: names of runs must differ: {names}")

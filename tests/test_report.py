@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from options import TrainConfig
 from report import Method, Result, bootstrap, check_candidates, collect, compare, grouped, mcnemar, method_name
+from sequential import BaselineConfig
 from tables import command_of, flags_of, is_finished
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +168,25 @@ def test_commands_carry_common_and_own_options(tmp_path):
     command, _ = command_of(table, {"name": "b", "script": "sequential.py", "method": "caser"}, tmp_path, {}, 2)
     assert command[1:] == [str(ROOT / "sequential.py"), "--dataset=planted", "--method=caser", f"--output_dir={tmp_path / 'b'}"]
     assert not is_finished(tmp_path / "first", {}, "train.py")
+
+
+@pytest.mark.parametrize("name", ["planted", "movielens", "paper", "inputs"])
+def test_committed_tables_hold_options_that_exist(name):
+    """Every option of every run is one of its script; what a table leaves open is asked for by name."""
+    table = json.loads((ROOT / f"configs/tables/{name}.json").read_text())
+    for run in table["runs"]:
+        own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
+        if run.get("script") == "sequential.py":
+            BaselineConfig(**table["common"] | own | {"dataset": "planted"})
+        else:
+            TrainConfig(**table["common"] | table["training"] | own | {"dataset": "planted"})
+        assert run.get("after", "first/sft").split("/")[0] in [r["name"] for r in table["runs"]] or "after" not in run
+
+
+def test_an_open_table_asks_for_model_and_data():
+    command = [sys.executable, str(ROOT / "tables.py"), str(ROOT / "configs/tables/paper.json"), f"--output_dir={ROOT}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "leaves the data set open: --dataset" in done.stderr
 
 
 @pytest.mark.slow
