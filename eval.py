@@ -327,10 +327,12 @@ def load_stage(folder: Path) -> tuple[Path, Path | None]:
         raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
     if (folder / "config.json").exists():
         return folder, None
-    base = folder / read_json(folder / "base.json")["base"]  # an absolute path stays as it is
+    facts = read_json(folder / "base.json")
+    base = folder / facts["base"]  # an absolute path stays as it is
     if not base.is_dir():
         raise ValueError(f"{folder}: its base model {base} is gone")
-    return Path(os.path.normpath(base)), folder
+    adapter = folder if (folder / "adapter_config.json").exists() else Path(facts["adapter"]) if "adapter" in facts else None
+    return Path(os.path.normpath(base)), adapter
 
 
 def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:

@@ -33,7 +33,7 @@ class TrainConfig(DataConfig):
     tiny_vocab_size: int = arg(1024, "tiny model: tokens of its tokenizer")
     stages: str = arg(
         "sft,recpo",
-        f"comma-separated: sft and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
+        f"comma-separated: raw (test the model as it is), sft, and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
         group="objective",
     )
     beta: float = arg(1.0, "strength of the KL anchor: reward = beta * log-ratio")
@@ -94,9 +94,13 @@ class TrainConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         stages = self.stage_list
-        if not stages or len(set(stages)) < len(stages) or set(stages) - {"sft", *PREFERENCE_LOSSES} or "sft" in stages[1:]:
+        order = [s for s in ("raw", "sft") if s in stages]
+        known = set(stages) <= {"raw", "sft", *PREFERENCE_LOSSES}
+        if not stages or len(set(stages)) < len(stages) or not known or stages[: len(order)] != order:
             allowed = ", ".join(PREFERENCE_LOSSES)
-            raise ValueError(f"--stages: sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}")
+            raise ValueError(
+                f"--stages: raw and sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}"
+            )
         check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
         check_choice(self, "margin", MARGINS)
         check_choice(self, "negative_source", ("both", "random", "follow"))

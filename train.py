@@ -213,7 +213,6 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
 
     With --resume it goes on from a checkpoint, by default the newest whole one that an earlier start left."""
     config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
-    final = run.folder / stage
     folder = run.folder / f"{stage}.unfinished"
     if is_main():
         if not config.resume:
@@ -315,7 +314,12 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
 
     with writing(folder):
         save_stage(run, model, base, folder)
-    metrics = test_stage(run, model, folder)
+    finish_stage(run, stage, model, folder)
+
+
+def finish_stage(run: Run, stage: str, model: Transformer, folder: Path) -> None:
+    """Test it; then its folder gets its name."""
+    metrics, final = test_stage(run, model, folder), run.folder / stage
     if is_main():
         with writing(final):
             for done in checkpoints(folder):
@@ -323,6 +327,17 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
             folder.rename(final)
         print0(results_table({stage: metrics}))
     dist.barrier()
+
+
+def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
+    """The model that training starts from, tested as it is: the raw language model of the paper's Table 1."""
+    folder = run.folder / "raw.unfinished"
+    print0(f"\n== raw: nothing is trained, {base}{f' + {adapter}' if adapter else ''} is tested as it is")
+    model, _ = load_policy(run.config, "raw", base, adapter, run.device)
+    if is_main():
+        folder.mkdir(exist_ok=True)
+        write_base(run, base, folder, adapter)
+    finish_stage(run, "raw", model, folder)
 
 
 def resume_stage(run: Run, folder: Path, model, optimizer, objective: SFT, identity: dict) -> int | None:
@@ -378,9 +393,15 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path) -> None:
         if is_main():
             copy_tokenizer(base, folder)
     if is_main():
-        inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
-        stored = os.path.relpath(base, folder) if inside else str(base.resolve())
-        (folder / "base.json").write_text(json.dumps({"base": stored}) + "\n")
+        write_base(run, base, folder)
+
+
+def write_base(run: Run, base: Path, folder: Path, adapter: Path | None = None) -> None:
+    """base.json: the model that a stage's adapter stands on, and another stage's or run's adapter, if that is what was tested."""
+    inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
+    facts = {"base": os.path.relpath(base, folder) if inside else str(base.resolve())}
+    facts |= {"adapter": str(adapter.resolve())} if adapter else {}
+    (folder / "base.json").write_text(json.dumps(facts) + "\n")
 
 
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
@@ -475,6 +496,8 @@ def main() -> None:
     for stage in config.stage_list:
         if (folder / stage / "eval" / "metrics.json").exists():
             print0(f"\n== {stage}: finished before, in {folder / stage}")
+        elif stage == "raw":
+            test_raw(run, *start)
         else:
             run_stage(run, stage, *start)
             if config.resume:  # a named checkpoint is that of one stage; those behind it have none yet, or their newest

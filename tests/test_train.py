@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import DataConfig, Tokenizer, build_examples, encode_split, prepare
+from eval import load_stage
 from loaders import load_movielens
 from losses import target_margins
 from objectives import SFT, Preference
@@ -192,12 +193,26 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
     assert "trained on another base" in output and "Traceback" not in output
 
 
+def test_raw_tests_what_training_starts_from(one_process, tmp_path):
+    """--stages raw: the start's own answers, here those of a finished stage; its row is in the table, and eval.py finds it."""
+    run = one_process[0] / "one"
+    demo = f"--config={ROOT / 'configs/demo.json'}"
+    output, metrics = run_train(tmp_path, "raw", f"--adapter={run / 'recpo'}", "--stages=raw,dpo", "--max_steps=1", demo)
+    assert "nothing is trained" in output and "\n| raw |" in output and not metrics.get("raw")
+    before, after = ((f / "eval/predictions.jsonl").read_text() for f in (run / "recpo", tmp_path / "raw/raw"))
+    for a, b in zip(*([json.loads(line) for line in text.splitlines()] for text in (before, after)), strict=True):
+        assert a["answer"] == b["answer"] and np.allclose(a["logps"], b["logps"], atol=1e-4)
+    assert load_stage(tmp_path / "raw/raw") == (run / "sft", run / "recpo")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--num_negatives=0"], "--num_negatives must be >= 1"),
         (["--no_such_flag=1"], "unrecognized arguments: --no_such_flag"),
         (["--stages=recpo,sft"], "--stages"),
+        (["--stages=sft,raw"], "--stages: raw and sft first"),
+        (["--prompt_weight=-1"], "--prompt_weight must be >= 0"),
         (["--model=/no/such/model"], "no such directory"),
         (["--dataset=movielens"], "needs --data_dir"),
         (["--dataset=movielens", "--data_dir=/no/such/folder"], "ratings.dat"),
