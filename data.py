@@ -116,6 +116,14 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     return _read_prepared(folder, check)
 
 
+def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
+    """Prepared examples with this hash (or its beginning) below the folder, if there are any; the raw files are not asked for."""
+    for meta in sorted(Path(prepared_dir).glob("*/meta.json")):
+        if read_json(meta)["hash"].startswith(content_hash):
+            return _read_prepared(meta.parent, check=False)
+    return None
+
+
 PREPARED_FORMAT = 2  # raised when the same options give other examples than before
 LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
 LOG_TEXTS = ("titles", "user_ids", "item_ids")

@@ -7,7 +7,8 @@ their mean. All must have been tested on the same users, candidates and targets;
 Differences are paired over users: McNemar's exact test for one run against one run, and the 95 % bootstrap interval of
 the mean difference over users (seeds averaged first) for all. Where the interval holds 0 the two are "not distinguishable".
 
-Writes report.md and, with matplotlib, curves.png, lambda.png, length.png, inputs.png, margins.png.
+Writes report.md and, with matplotlib, curves.png, margins.png and, where there are runs for them, a picture of each swept option
+(margin_lambda, num_negatives, decay), inputs.png and length.png.
 
 References: the paper's Tables 1 and 2 (LLaMA3-8B rows; they are other candidates and another model: context, not a target).
 """
@@ -18,29 +19,32 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import read_json, run_cli
+from data import DataConfig, find_prepared
+from inspection import statistics
 from losses import MARGINS, preference_score, target_margins
 
 PAPER = {  # HR@1 and ValidRatio of Table 1, the LLaMA3-8B rows; margins from Table 2
-    "movielens": {"gru4rec": (0.2664, 1), "caser": (0.2714, 1), "sasrec": (0.2671, 1), "sft": (0.2478, 0.9985), "dpo": (0.2809, 0.9970),
+    "movielens": {"gru4rec": (0.2664, 1), "caser": (0.2714, 1), "sasrec": (0.2671, 1), "raw": (0.0929, 0.7351), "sft": (0.2478, 0.9985), "dpo": (0.2809, 0.9970),
                   "simpo": (0.2974, 0.9725), "sdpo": (0.2902, 0.9983), "recpo": (0.3451, 0.9969), "recpo log_diff": (0.3160, None),
                   "recpo log_ratio": (0.3247, None)},
-    "amazon_books": {"gru4rec": (0.1310, 1), "caser": (0.1538, 1), "sasrec": (0.1559, 1), "sft": (0.4447, 0.9974), "dpo": (0.5049, 0.9887),
+    "amazon_books": {"gru4rec": (0.1310, 1), "caser": (0.1538, 1), "sasrec": (0.1559, 1), "raw": (0.0654, 0.6165), "sft": (0.4447, 0.9974), "dpo": (0.5049, 0.9887),
                      "simpo": (0.5129, 0.9564), "sdpo": (0.5065, 0.9880), "recpo": (0.5802, 0.9851), "recpo log_diff": (0.5370, None),
                      "recpo log_ratio": (0.5455, None)},
-    "beeradvocate": {"gru4rec": (0.3708, 1), "caser": (0.3757, 1), "sasrec": (0.3800, 1), "sft": (0.2645, 0.9936), "dpo": (0.4412, 0.9875),
+    "beeradvocate": {"gru4rec": (0.3708, 1), "caser": (0.3757, 1), "sasrec": (0.3800, 1), "raw": (0.0686, 0.6617), "sft": (0.2645, 0.9936), "dpo": (0.4412, 0.9875),
                      "simpo": (0.4020, 0.9250), "sdpo": (0.4698, 0.9903), "recpo": (0.5771, 0.9887), "recpo log_diff": (0.5023, None),
                      "recpo log_ratio": (0.5257, None)},
-    "steam": {"gru4rec": (0.4584, 1), "caser": (0.4394, 1), "sasrec": (0.4587, 1), "sft": (0.3122, 0.9990), "dpo": (0.3340, 0.9980),
+    "steam": {"gru4rec": (0.4584, 1), "caser": (0.4394, 1), "sasrec": (0.4587, 1), "raw": (0.0852, 0.8672), "sft": (0.3122, 0.9990), "dpo": (0.3340, 0.9980),
               "simpo": (0.3401, 0.9766), "sdpo": (0.3588, 0.9990), "recpo": (0.4672, 0.9985), "recpo log_diff": (0.4284, None),
               "recpo log_ratio": (0.4517, None)},
-    "lastfm": {"gru4rec": (0.6630, 1), "caser": (0.6716, 1), "sasrec": (0.6659, 1), "sft": (0.5076, 1), "dpo": (0.5719, 1),
+    "lastfm": {"gru4rec": (0.6630, 1), "caser": (0.6716, 1), "sasrec": (0.6659, 1), "raw": (0.1264, 0.6147), "sft": (0.5076, 1), "dpo": (0.5719, 1),
                "simpo": (0.5759, 0.9419), "sdpo": (0.5719, 0.9990), "recpo": (0.6830, 0.9959), "recpo log_diff": (0.5912, None),
                "recpo log_ratio": (0.6388, None)},
 }  # fmt: skip
@@ -136,7 +140,7 @@ def grouped(results: list[Result]) -> dict[str, Method]:
     methods: dict[str, Method] = {}
     for r in results:
         methods.setdefault(r.method, Method(r.method)).results.append(r)
-    order = ["random", "popularity", "item-knn", "markov", "gru4rec", "caser", "sasrec", "base", "sft", "dpo", "ipo", "simpo", "cpo",
+    order = ["random", "popularity", "item-knn", "markov", "gru4rec", "caser", "sasrec", "raw", "sft", "dpo", "ipo", "simpo", "cpo",
              "odpo", "kto", "sdpo", "recpo"]  # fmt: skip
     rank = {name: i for i, name in enumerate(order)}
     return dict(sorted(methods.items(), key=lambda item: (rank.get(item[0].split(" ")[0].split(",")[0], 99), item[0])))
@@ -193,12 +197,11 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
         f"n = {len(some.values['hit_ratio@1']):,} test users, 20 candidates, the same for all (hash {some.candidates[:12]}).",
         "",
     ]
-    lines.append(
-        "| method | HR@1 written | ValidRatio | HR@1 ranked first | against the best other, ranked first | paper: HR@1, ValidRatio |"
-    )
-    lines.append("|---|---|---|---|---|---|")
+    columns = ["method", "HR@1 written", "ValidRatio", "HR@1 ranked first", "against the best other, ranked first"]
+    columns += ["paper: HR@1, ValidRatio"] if paper else []
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, value in some.metrics["baselines"].items():
-        lines.append(f"| {name} | | | {value:.4f} | | |")
+        lines.append(f"| {name} | | | {value:.4f} |" + " |" * (len(columns) - 4))
     key = "ranking/hit_ratio@1"
     for name, method in methods.items():
         others = [m for m in methods.values() if m is not method]
@@ -215,6 +218,15 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
         cells = [cell(method, measure) for measure in MEASURES]
         lines.append(f"| {' | '.join([name, *cells, versus, *([printed] if paper else [])])} |")
     return "\n".join(lines)
+
+
+def data_table(config: dict, data_hash: str) -> str:
+    """Table 3: sizes of the data set here and in the paper; only a line if its prepared examples are not at hand."""
+    prepared = data_hash and find_prepared(config.get("prepared_dir", "prepared"), data_hash)
+    if not prepared:
+        return f"The prepared examples {data_hash} are not at hand; `python data.py` prints their statistics."
+    known = {f.name for f in fields(DataConfig)}
+    return statistics(DataConfig(**{k: v for k, v in config.items() if k in known}), prepared)
 
 
 def probe_tables(folder: Path) -> str:
@@ -267,7 +279,7 @@ def claims(methods: dict[str, Method], folder: Path) -> str:
                 verdict, difference, (low, high) = compare(methods[better], methods[worse], measure)
                 cells.append(f"{said[verdict]}: {difference:+.4f} [{low:+.3f}, {high:+.3f}]")
             lines.append(f"| HR@1 of {better} above {worse} | {' | '.join(cells)} |")
-    ladder = lambda_sweep(methods)
+    ladder = sweep(methods, "margin_lambda")
     if len(ladder) > 2:
         low, high = ladder[0][1], ladder[-1][1]
         cells = []
@@ -305,16 +317,20 @@ def probe_values(folder: Path, stage: str, probe: str) -> list[dict[str, np.ndar
     return out
 
 
-def lambda_sweep(methods: dict[str, Method]) -> list[tuple[float, Method]]:
-    """(λ, method) of RecPO with its own margin, λ = 0 being S-DPO, in order of λ. From one SFT result: the first seed each."""
-    found = []
-    for name, method in methods.items():
-        config = method.results[0].config
-        if name == "sdpo" or (
-            name.split(" ")[0] == "recpo" and config.get("margin", "ratio") == "ratio" and "," not in name and "K=" not in name
-        ):
-            found.append((0.0 if name == "sdpo" else config["margin_lambda"], Method(name, method.results[:1])))
-    return sorted(found, key=lambda pair: pair[0])
+SWEPT = {"margin_lambda": "λ", "num_negatives": "K", "decay": "decay"}
+
+
+def sweep(methods: dict[str, Method], option: str) -> list[tuple[float, Method]]:
+    """(value, method) of RecPO with one option changed, in order of its value; from one SFT result: the first seed each."""
+    start = f"recpo {SWEPT[option]}="
+    found = [
+        (m.results[0].config[option], m)
+        for name, m in methods.items()
+        if name == "recpo" or (name.startswith(start) and name.count(" ") == 1)
+    ]
+    if option == "margin_lambda" and "sdpo" in methods:
+        found.append((0.0, methods["sdpo"]))
+    return sorted(((value, Method(m.name, m.results[:1])) for value, m in found), key=lambda pair: pair[0])
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -355,7 +371,8 @@ def draw_curves(plt, methods: dict[str, Method], file: Path) -> None:
     plt.close(figure)
 
 
-def draw_lambda(plt, sweep: list[tuple[float, Method]], file: Path) -> None:
+def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -> None:
+    """HR@1 and ValidRatio over the values of one option, with 95 % intervals."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     values = [value for value, _ in sweep]
     for axis, keys in ((axes[0], ("hit_ratio@1", "ranking/hit_ratio@1")), (axes[1], ("valid_ratio",))):
@@ -363,9 +380,9 @@ def draw_lambda(plt, sweep: list[tuple[float, Method]], file: Path) -> None:
             means = [m.mean(key) for _, m in sweep]
             spans = [bootstrap(m.per_user(key)) for _, m in sweep]
             errors = np.abs(np.array(spans).T - means)
-            label = {"hit_ratio@1": "HR@1 written", "ranking/hit_ratio@1": "HR@1 ranked first"}.get(key, "ValidRatio")
-            axis.errorbar(values, means, errors, marker="o", capsize=3, label=label)
-        axis.set(xlabel="λ (0: S-DPO)", ylim=(0, None))
+            what = {"hit_ratio@1": "HR@1 written", "ranking/hit_ratio@1": "HR@1 ranked first"}.get(key, "ValidRatio")
+            axis.errorbar(values, means, errors, marker="o", capsize=3, label=what)
+        axis.set(xlabel=f"{label}{' (0: S-DPO)' if label == 'λ' else ''}", ylim=(0, None))
         axis.legend()
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -450,6 +467,7 @@ def main() -> None:
     parts += [args.note, ""] if args.note else []
     parts += [f"{len(results)} tested models in {len({r.run for r in results})} runs, data hash {', '.join(hashes)}.", "",
               "## Methods (the paper's Tables 1 and 2)", "", main_table(methods, name)]  # fmt: skip
+    parts += ["", "## Data (the paper's Table 3)", "", data_table(config, hashes[0] if hashes else "")]
     if probes := probe_tables(args.folder):
         parts += ["", "## Probes", probes]
     verdicts = claims(methods, args.folder)
@@ -458,10 +476,11 @@ def main() -> None:
     plt, pictures = pyplot(), []
     if plt:
         inputs = {n: m for n, m in methods.items() if n.split(",")[0] == "sft"}
-        sweep = lambda_sweep(methods)
         drawn = [("curves.png", "Training curves of the preference stages", lambda f: draw_curves(plt, methods, f))]
-        if len(sweep) > 2:
-            drawn.append(("lambda.png", "λ against HR@1 and ValidRatio (Figure 6)", lambda f: draw_lambda(plt, sweep, f)))
+        titles = ("λ (Figure 6)", "Rejected titles per prompt, K", "Decay of the preference score")
+        for (option, label), title in zip(SWEPT.items(), titles, strict=True):
+            if len(points := sweep(methods, option)) > 2:
+                drawn.append((f"{option}.png", title, partial(draw_sweep, plt, points, label)))
         if len(inputs) > 1:
             drawn.append(("inputs.png", "Input configurations (Figure 2)", lambda f: draw_bars(plt, inputs, f)))
         if list(args.folder.glob("**/probes/*/length/metrics.json")):

@@ -10,8 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import DataConfig, prepare
 from options import TrainConfig
-from report import Method, Result, bootstrap, check_candidates, collect, compare, grouped, mcnemar, method_name
+from report import (
+    Method,
+    Result,
+    bootstrap,
+    check_candidates,
+    collect,
+    compare,
+    data_table,
+    grouped,
+    mcnemar,
+    method_name,
+    sweep,
+)
 from sequential import BaselineConfig
 from tables import command_of, flags_of, is_finished
 
@@ -23,7 +36,15 @@ def write_stage(
 ):
     """A finished stage whose predictions hit where `hits` says so."""
     run = folder / f"{stage}-{config.get('name', '')}{config.get('seed', 0)}"
-    settings = {"dataset": "planted", "stages": stage, "seed": 0, "margin": "ratio", "margin_lambda": 2.0} | config
+    settings = {
+        "dataset": "planted",
+        "stages": stage,
+        "seed": 0,
+        "margin": "ratio",
+        "margin_lambda": 2.0,
+        "num_negatives": 3,
+        "decay": 0.5,
+    } | config
     (run / stage / "eval").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(settings))
     records = []
@@ -145,8 +166,32 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
         assert part in text, part
     pytest.importorskip("matplotlib")
     pictures = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
-    assert {"curves.png", "lambda.png", "margins.png"} <= set(pictures)
+    assert {"curves.png", "margin_lambda.png", "margins.png"} <= set(pictures)
     assert all((tmp_path / "out" / p).stat().st_size > 10_000 for p in pictures)
+
+
+def test_table_3_stands_beside_the_paper_s(tmp_path):
+    """The prepared examples are found by their hash; without them a line says how to get the statistics."""
+    config = DataConfig(planted_users=100, followers=3, train_size=12, prepared_dir=str(tmp_path))
+    made = prepare(config)
+    text = data_table(vars(config), made.hash[:12])
+    assert "| after --core 0 | 100 |" in text and "train: 12 examples" in text
+    assert "not at hand" in data_table(vars(config), "0123456789ab")
+
+
+def test_a_sweep_changes_one_option():
+    """λ = 0 is S-DPO; other margins, losses and inputs stay outside."""
+
+    def method(stage, **config):
+        config = {"margin": "ratio", "margin_lambda": 2.0, "num_negatives": 3, "decay": 0.5} | config
+        return Result(method_name(stage, config), Path(), config, Path(), {}, "", {})
+
+    results = [method("sdpo"), method("recpo"), method("recpo", margin_lambda=4.0), method("recpo", num_negatives=1),
+               method("recpo", decay=1.0), method("recpo", margin="log_diff"), method("recpo", margin_lambda=1.0, num_negatives=5),
+               method("recpo", margin_lambda=1.0, ratings=False), method("sft")]  # fmt: skip
+    methods = grouped(results)
+    assert [(v, m.name) for v, m in sweep(methods, "margin_lambda")] == [(0.0, "sdpo"), (2.0, "recpo"), (4.0, "recpo λ=4")]
+    assert [v for v, _ in sweep(methods, "num_negatives")] == [1, 3] and [v for v, _ in sweep(methods, "decay")] == [0.5, 1.0]
 
 
 # ------------------------------------------------------------------------------------------------ the runner
