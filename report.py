@@ -226,7 +226,8 @@ def data_table(config: dict, data_hash: str) -> str:
     if not prepared:
         return f"The prepared examples {data_hash} are not at hand; `python data.py` prints their statistics."
     known = {f.name for f in fields(DataConfig)}
-    return statistics(DataConfig(**{k: v for k, v in config.items() if k in known}), prepared)
+    lines = statistics(DataConfig(**{k: v for k, v in config.items() if k in known}), prepared).splitlines()
+    return "\n".join(f"- {line.strip()}" if line and not line.startswith("|") else line for line in lines)
 
 
 def probe_tables(folder: Path) -> str:
@@ -351,17 +352,19 @@ def smooth(values: Iterable[float], width: int) -> np.ndarray:
     return np.convolve(values, np.ones(width) / width, "valid")
 
 
+def preference_logs(methods: dict[str, Method]) -> dict[str, list[dict]]:
+    """The steps of each preference stage, of the first seed."""
+    logs = {name: method.results[0].folder / "metrics.jsonl" for name, method in methods.items()}
+    entries = {name: [json.loads(line) for line in log.read_text().splitlines()] for name, log in logs.items() if log.exists()}
+    return {name: steps for name, lines in entries.items() if (steps := [e for e in lines if "rewards/margins" in e])}
+
+
 def draw_curves(plt, methods: dict[str, Method], file: Path) -> None:
     """Loss, rewards, margins and log-probs of every preference stage."""
     panels = (("loss", "loss"), ("rewards/margins", "reward gap, nats"), ("rewards/accuracies", "chosen beats all rejected"),
               ("logps/chosen", "log-prob of chosen"), ("logps/rejected", "log-prob of rejected"), ("margins/satisfied", "margins satisfied"))  # fmt: skip
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for name, method in methods.items():
-        log = method.results[0].folder / "metrics.jsonl"
-        entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        entries = [e for e in entries if "rewards/margins" in e]
-        if not entries:
-            continue
+    for name, entries in preference_logs(methods).items():
         width = max(1, len(entries) // 15)
         for axis, (key, title) in zip(axes.flat, panels, strict=True):
             axis.plot(smooth((e[key] for e in entries), width), label=name)
@@ -476,7 +479,9 @@ def main() -> None:
     plt, pictures = pyplot(), []
     if plt:
         inputs = {n: m for n, m in methods.items() if n.split(",")[0] == "sft"}
-        drawn = [("curves.png", "Training curves of the preference stages", lambda f: draw_curves(plt, methods, f))]
+        drawn = []
+        if preference_logs(methods):
+            drawn.append(("curves.png", "Training curves of the preference stages", lambda f: draw_curves(plt, methods, f)))
         titles = ("λ (Figure 6)", "Rejected titles per prompt, K", "Decay of the preference score")
         for (option, label), title in zip(SWEPT.items(), titles, strict=True):
             if len(points := sweep(methods, option)) > 2:
