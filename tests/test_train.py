@@ -212,7 +212,6 @@ def test_raw_tests_what_training_starts_from(one_process, tmp_path):
         (["--no_such_flag=1"], "unrecognized arguments: --no_such_flag"),
         (["--stages=recpo,sft"], "--stages"),
         (["--stages=sft,raw"], "--stages: raw and sft first"),
-        (["--prompt_weight=-1"], "--prompt_weight must be >= 0"),
         (["--model=/no/such/model"], "no such directory"),
         (["--dataset=movielens"], "needs --data_dir"),
         (["--dataset=movielens", "--data_dir=/no/such/folder"], "ratings.dat"),
