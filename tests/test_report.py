@@ -215,7 +215,7 @@ def test_commands_carry_common_and_own_options(tmp_path):
     assert not is_finished(tmp_path / "first", {}, "train.py")
 
 
-@pytest.mark.parametrize("name", ["planted", "movielens", "paper", "inputs"])
+@pytest.mark.parametrize("name", ["planted", "planted-sweeps", "movielens", "paper", "inputs"])
 def test_committed_tables_hold_options_that_exist(name):
     """Every option of every run is one of its script; what a table leaves open is asked for by name."""
     table = json.loads((ROOT / f"configs/tables/{name}.json").read_text())
