@@ -212,7 +212,8 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
             versus = f"{difference:+.4f} [{low:+.3f}, {high:+.3f}] to {best.name}: {verdict}"
             one, other = same_seeds(method, best)
             if len(one.results) == len(other.results) == 1:
-                versus += f" (McNemar p {mcnemar(one.results[0].values[key], other.results[0].values[key]):.3f})"
+                p = mcnemar(one.results[0].values[key], other.results[0].values[key])
+                versus += f" (McNemar p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
         theirs = paper.get(name)
         printed = "" if theirs is None else f"{theirs[0]:.4f}" + ("" if theirs[1] is None else f", {theirs[1]:.4f}")
         cells = [cell(method, measure) for measure in MEASURES]
