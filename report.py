@@ -399,9 +399,11 @@ def draw_bars(plt, methods: dict[str, Method], file: Path) -> None:
         for j, key in enumerate(("hit_ratio@1", "ranking/hit_ratio@1")):
             low, high = bootstrap(method.per_user(key))
             mean = method.mean(key)
-            axis.bar(i + 0.4 * j - 0.2, mean, 0.38, yerr=[[mean - low], [high - mean]], capsize=3, color=f"C{j}")
+            name = ("written", "ranked first")[j] if i == 0 else None
+            axis.bar(i + 0.4 * j - 0.2, mean, 0.38, yerr=[[mean - low], [high - mean]], capsize=3, color=f"C{j}", label=name)
     axis.set_xticks(range(len(methods)), [name.replace(", ", ",\n") for name in methods], fontsize=8)
-    axis.set(ylabel="HR@1: written, ranked first")
+    axis.set(ylabel="HR@1")
+    axis.legend()
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

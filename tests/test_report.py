@@ -246,7 +246,7 @@ def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
         "copy_steps": 3,
         "max_steps": 2,
     }
-    table = {"common": {"planted_users": 150, "train_size": 20, "test_size": 8}, "training": training, "probes": ["adherence"], "probed": ["a"],
+    table = {"common": {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}, "training": training, "probes": ["adherence"], "probed": ["a"],
              "runs": [{"name": "a", "stages": "sft,sdpo"}, {"name": "b", "after": "a/sft", "stages": "recpo"},
                       {"name": "m", "script": "sequential.py", "method": "markov"}]}  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps(table))
