@@ -60,17 +60,23 @@ def item_knn(examples: Examples) -> np.ndarray:
         first_row, second_row = known[first], known[second]
         both = np.zeros(len(first))
         words = max(1, min((log.num_users + 63) // 64, BITS_BYTES // (8 * len(asked))))
-        for lowest in range(0, log.num_users, 64 * words):  # users in blocks: their bits must fit into memory
+        for lowest in range(
+            0, log.num_users, 64 * words
+        ):  # users in blocks: their bits must fit into memory
             inside = (user >= lowest) & (user < lowest + 64 * words) & (known[item] >= 0)
             u, rows = user[inside] - lowest, known[item[inside]]
             bits = np.zeros(len(asked) * words, np.uint64)  # one bit per item and user
-            np.bitwise_or.at(bits, rows * words + u // 64, np.uint64(1) << (u % 64).astype(np.uint64))
+            np.bitwise_or.at(
+                bits, rows * words + u // 64, np.uint64(1) << (u % 64).astype(np.uint64)
+            )
             bits = bits.reshape(len(asked), words)
             step = max(1, CHUNK_WORDS // words)
             for at in range(0, len(first), step):
                 shared = bits[first_row[at : at + step]] & bits[second_row[at : at + step]]
                 both[at : at + step] += np.bitwise_count(shared).sum(1)
-        return both / np.sqrt(np.maximum(counts[first] * counts[second], 1))  # 0 for an item without users
+        return both / np.sqrt(
+            np.maximum(counts[first] * counts[second], 1)
+        )  # 0 for an item without users
 
     return _sum_over_history(examples, cosine)
 
@@ -87,7 +93,9 @@ def markov(examples: Examples) -> np.ndarray:
         for distance in range(1, MAX_DISTANCE + 1):
             pairs = item[:-distance] * log.num_items + item[distance:]
             pairs = np.sort(pairs[user[:-distance] == user[distance:]])
-            weights += (np.searchsorted(pairs, wanted, "right") - np.searchsorted(pairs, wanted)) / distance
+            weights += (
+                np.searchsorted(pairs, wanted, "right") - np.searchsorted(pairs, wanted)
+            ) / distance
         return weights / np.sqrt(np.maximum(counts[second], 1))
 
     return _sum_over_history(examples, transitions)
@@ -95,7 +103,9 @@ def markov(examples: Examples) -> np.ndarray:
 
 def _sum_over_history(
     examples: Examples,
-    pair_values: Callable[[np.ndarray, np.ndarray], np.ndarray],  # item codes (P,), (P,) -> (P,), in order of the pair
+    pair_values: Callable[
+        [np.ndarray, np.ndarray], np.ndarray
+    ],  # item codes (P,), (P,) -> (P,), in order of the pair
 ) -> np.ndarray:
     """(E, n) sum over the shown history of DECAY^age * pair_values(item, candidate), each distinct pair valued once."""
     log = examples.log
@@ -103,7 +113,9 @@ def _sum_over_history(
     rows = examples.position[:, None] - 1 - age  # (E, A), newest first
     first_rows = log.start[log.user[examples.position]][:, None]
     weights = np.where(rows >= first_rows, DECAY**age, 0.0)
-    items = log.item[np.maximum(rows, first_rows)].astype(np.int64)  # int64: the product below passes 2**31
+    items = log.item[np.maximum(rows, first_rows)].astype(
+        np.int64
+    )  # int64: the product below passes 2**31
     keys = items[:, :, None] * log.num_items + examples.candidates[:, None, :]  # (E, A, n)
     wanted, which = np.unique(keys, return_inverse=True)
     values = pair_values(*np.divmod(wanted, log.num_items))[which].reshape(keys.shape)
@@ -112,7 +124,11 @@ def _sum_over_history(
 
 def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
     """Scores (E, n) of every counting recommender, by the name it has in a result table."""
-    return {"popularity": popularity(examples), "item-kNN": item_knn(examples), "Markov": markov(examples)}
+    return {
+        "popularity": popularity(examples),
+        "item-kNN": item_knn(examples),
+        "Markov": markov(examples),
+    }
 
 
 def ranking_metrics(
@@ -127,12 +143,17 @@ def ranking_metrics(
     scores, target = np.asarray(scores), np.asarray(target)
     if np.isnan(scores).any():
         bad = np.flatnonzero(np.isnan(scores).any(1))
-        raise ValueError(f"{len(bad)} of {len(scores)} examples have a score that is not a number, first {bad[0]}")
+        raise ValueError(
+            f"{len(bad)} of {len(scores)} examples have a score that is not a number, first {bad[0]}"
+        )
     own = np.take_along_axis(scores, target[:, None], 1)
     better = (scores > own).sum(1, keepdims=True)
     tied = (scores == own).sum(1, keepdims=True)  # at least 1: the target itself
     rank = np.arange(1, scores.shape[1] + 1)
     possible = (better < rank) & (rank <= better + tied)  # (E, n) over ranks
     gains = {f"hit_ratio@{k}": rank <= k for k in (1, 3, 5)}
-    gains |= {"ndcg@5": (rank <= 5) / np.log2(1 + rank), "mrr": 1 / rank}  # one relevant item: the ideal DCG is 1
+    gains |= {
+        "ndcg@5": (rank <= 5) / np.log2(1 + rank),
+        "mrr": 1 / rank,
+    }  # one relevant item: the ideal DCG is 1
     return {name: (possible * gain).sum(1) / tied[:, 0] for name, gain in gains.items()}

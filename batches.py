@@ -28,7 +28,9 @@ class PromptTree:
 
     def to(self, device) -> "PromptTree":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PromptTree(**{k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return PromptTree(
+            **{k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        )
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
         """(M,) token log-probs -> (B, N) sums per completion."""
@@ -43,12 +45,20 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The last prompt token
     predicts the first token of every completion."""
     if not prompts or len(prompts) != len(completions):
-        raise ValueError(f"expected one list of completions per prompt, got {len(completions)} for {len(prompts)} prompts")
+        raise ValueError(
+            f"expected one list of completions per prompt, got {len(completions)} for {len(prompts)} prompts"
+        )
     N = len(completions[0])
     if N == 0 or any(len(group) != N for group in completions):
-        raise ValueError(f"every prompt needs the same number of completions, at least 1; got {[len(g) for g in completions]}")
-    if any(len(p) == 0 for p in prompts) or any(len(c) == 0 for group in completions for c in group):
-        raise ValueError("empty prompt or completion: a prompt needs a token, a completion at least its EOS")
+        raise ValueError(
+            f"every prompt needs the same number of completions, at least 1; got {[len(g) for g in completions]}"
+        )
+    if any(len(p) == 0 for p in prompts) or any(
+        len(c) == 0 for group in completions for c in group
+    ):
+        raise ValueError(
+            "empty prompt or completion: a prompt needs a token, a completion at least its EOS"
+        )
     B, P = len(prompts), max(map(len, prompts))
     C = max(sum(len(c) - 1 for c in group) for group in completions)
     input_ids = np.zeros((B, P + C), np.int64)
@@ -70,7 +80,14 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
             labels += completion
             sequence_ids += [b * N + n] * len(completion)
             at += inner
-    tensors = (input_ids, position_ids, branch_ids, np.array(rows), np.array(labels), np.array(sequence_ids))
+    tensors = (
+        input_ids,
+        position_ids,
+        branch_ids,
+        np.array(rows),
+        np.array(labels),
+        np.array(sequence_ids),
+    )
     return PromptTree(*map(torch.from_numpy, tensors), prompt_width=P, num_completions=N)
 
 

@@ -31,7 +31,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, replicas: int, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, model, optimizer, state: dict, replicas: int, keep: int
+) -> Path:
     """Write checkpoint-<step> under `folder`; every rank must call it. `keep` newest ones stay."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     final = folder / f"checkpoint-{step}"
@@ -59,7 +61,9 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, repl
         with writing(beside):
             write_json(beside / "state.json", state | {"step": step, "world_size": world_size})
             files = sorted(f for f in beside.iterdir())
-            write_json(beside / "manifest.json", {f.name: [f.stat().st_size, sha256(f)] for f in files})
+            write_json(
+                beside / "manifest.json", {f.name: [f.stat().st_size, sha256(f)] for f in files}
+            )
             flush(beside)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
             beside.rename(final)
@@ -76,7 +80,9 @@ def trained(model) -> dict[str, Tensor]:
 
 def random_state() -> dict[str, Tensor]:
     """Generators that dropout draws from."""
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    )
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -95,7 +101,11 @@ def flush(path: Path) -> None:
 
 def sha256(file: Path) -> str:
     with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256(f)
+        )
 
 
 def _sha256(f) -> str:  # Python 3.10
@@ -152,10 +162,15 @@ def load_checkpoint(folder: Path, model, optimizer, expected: dict) -> dict:
     state = read_json(folder / "state.json")
     for key, value in expected.items():
         if state.get(key) != value:
-            raise ValueError(f"{folder}: made with another {key} ({str(state.get(key))[:40]} instead of {str(value)[:40]})")
+            raise ValueError(
+                f"{folder}: made with another {key} ({str(state.get(key))[:40]} instead of {str(value)[:40]})"
+            )
     try:
         handles = [open_safetensors(f) for f in sorted(folder.glob("rank-*.safetensors"))]
-        held = [{name: tuple(span) for name, span in json.loads(h.metadata()["rows"]).items()} for h in handles]
+        held = [
+            {name: tuple(span) for name, span in json.loads(h.metadata()["rows"]).items()}
+            for h in handles
+        ]
         for name, p in trained(model).items():
 
             def rows(start: int, stop: int, key: str, name=name) -> Tensor:
@@ -164,7 +179,9 @@ def load_checkpoint(folder: Path, model, optimizer, expected: dict) -> dict:
                 for handle, spans in zip(handles, held, strict=True):
                     low, high = spans.get(name, (0, 0))
                     if max(start, low) < min(stop, high):
-                        parts.append(handle.get_slice(key)[max(start, low) - low : min(stop, high) - low])
+                        parts.append(
+                            handle.get_slice(key)[max(start, low) - low : min(stop, high) - low]
+                        )
                 return torch.cat(parts)
 
             fill(p, lambda start, stop, name=name: rows(start, stop, name))

@@ -46,15 +46,25 @@ def read_json(file) -> dict:
 def parse_config(cls, argv=None):
     """One --flag per dataclass field; --config file.json first, flags override it. Unknown flags and keys are errors."""
     types = get_type_hints(cls)
-    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage="%(prog)s [--option value ...]")
-    parser.add_argument("--config", help="JSON file with any of the options below; flags override it")
+    parser = argparse.ArgumentParser(
+        description=cls.__doc__, allow_abbrev=False, usage="%(prog)s [--option value ...]"
+    )
+    parser.add_argument(
+        "--config", help="JSON file with any of the options below; flags override it"
+    )
     section = parser
     for f in fields(cls):
         if f.metadata["group"]:
             section = parser.add_argument_group(f.metadata["group"])
-        help = (f.metadata["help"] + ("" if f.default in (MISSING, "") else f" (default: {f.default})")).replace("%", "%%")
+        help = (
+            f.metadata["help"] + ("" if f.default in (MISSING, "") else f" (default: {f.default})")
+        ).replace("%", "%%")
         kind = types[f.name]
-        value = {"action": Switch} if kind is bool else {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        value = (
+            {"action": Switch}
+            if kind is bool
+            else {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        )
         section.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **value)
     given = vars(parser.parse_args(argv))
     if file := given.pop("config", None):
@@ -77,7 +87,9 @@ def writing(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be written ({error}); what was written before is untouched") from None
+        raise ValueError(
+            f"{path} cannot be written ({error}); what was written before is untouched"
+        ) from None
 
 
 class Stopped(Exception):
@@ -103,7 +115,9 @@ def run_cli(main) -> None:
         code = 130
     if code:
         sys.stdout.flush()
-        os._exit(code)  # other ranks may wait in a collective: do not wait for them here, torchrun ends them
+        os._exit(
+            code
+        )  # other ranks may wait in a collective: do not wait for them here, torchrun ends them
     if dist.is_initialized():
         # All is written and the ranks have met. Leave without the interpreter's teardown: with gloo's and FSDP's threads
         # still about, it aborts now and then ("terminate called without an active exception"), and fails a finished run.
@@ -129,14 +143,22 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.device_count() >= local_world  # NCCL wants a GPU per process
     if torch.cuda.is_available() and not cuda:
-        print0(f"note: {local_world} processes but {torch.cuda.device_count()} GPU(s) on this machine: running on the CPU")
+        print0(
+            f"note: {local_world} processes but {torch.cuda.device_count()} GPU(s) on this machine: running on the CPU"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        single = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **single)
-    if local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; use all cores instead
+        single = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **single
+        )
+    if (
+        local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+    ):  # torchrun's default; use all cores instead
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     return dist.get_rank(), dist.get_world_size(), device
 

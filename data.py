@@ -49,7 +49,14 @@ from examples import (
 )
 from foreign import read_foreign_examples
 from interactions import Interactions, k_core
-from loaders import download_movielens, load_amazon, load_beeradvocate, load_lastfm, load_movielens, load_steam
+from loaders import (
+    download_movielens,
+    load_amazon,
+    load_beeradvocate,
+    load_lastfm,
+    load_movielens,
+    load_steam,
+)
 from ownlog import load_own_log
 from planted import World, planted_world
 from tokenizer import Tokenizer
@@ -76,7 +83,9 @@ class Prepared:
 def load_log(config: DataConfig) -> Interactions:
     path, percentile = config.data_dir, config.percentile
     usual = gc.get_threshold()
-    gc.set_threshold(200_000, 20, 100)  # as usual it walks through short-lived rows again and again, and doubles the time
+    gc.set_threshold(
+        200_000, 20, 100
+    )  # as usual it walks through short-lived rows again and again, and doubles the time
     try:
         if config.dataset == "planted":
             return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
@@ -85,8 +94,12 @@ def load_log(config: DataConfig) -> Interactions:
         if config.dataset == "beeradvocate":
             return load_beeradvocate(path, percentile, config.beer_title)
         if config.dataset in ("csv", "jsonl", "recbole"):
-            return load_own_log(path, config.dataset, config.columns, config.item_file, percentile, config.repeats)
-        return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](path, percentile)
+            return load_own_log(
+                path, config.dataset, config.columns, config.item_file, percentile, config.repeats
+            )
+        return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](
+            path, percentile
+        )
     finally:
         gc.set_threshold(*usual)
 
@@ -97,12 +110,21 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     Arrays stay in the file and are mapped into memory: processes share them, and touch only the rows they use. `check`
     compares them with their hash, which reads them all."""
     if config.dataset != "planted" and not config.data_dir:
-        raise ValueError(f"--dataset {config.dataset} needs --data_dir, the folder or zip with its raw files")
-    options = {f.name: getattr(config, f.name) for f in fields(DataConfig) if f.name not in ("prepared_dir", "download")}
+        raise ValueError(
+            f"--dataset {config.dataset} needs --data_dir, the folder or zip with its raw files"
+        )
+    options = {
+        f.name: getattr(config, f.name)
+        for f in fields(DataConfig)
+        if f.name not in ("prepared_dir", "download")
+    }
     if config.download and config.dataset == "movielens":
         download_movielens(Path(config.data_dir))
     options |= {"format": PREPARED_FORMAT, "source": _file_facts(config) if config.data_dir else []}
-    folder = Path(config.prepared_dir) / f"{config.dataset}-{_sha256(json.dumps(options, sort_keys=True).encode())[:12]}"
+    folder = (
+        Path(config.prepared_dir)
+        / f"{config.dataset}-{_sha256(json.dumps(options, sort_keys=True).encode())[:12]}"
+    )
     if not (folder / "meta.json").exists():
         if config.dataset == "prepared":
             log, splits = read_foreign_examples(config)
@@ -129,7 +151,18 @@ LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
 LOG_TEXTS = ("titles", "user_ids", "item_ids")
 
 
-DATA_SUFFIXES = (".dat", ".zip", ".gz", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".inter", ".item")
+DATA_SUFFIXES = (
+    ".dat",
+    ".zip",
+    ".gz",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".inter",
+    ".item",
+)
 COMPANIONS = ("meta_*", "steam_games*", "*.item")  # beside a raw file that was given by name
 
 
@@ -137,21 +170,39 @@ def _file_facts(config: DataConfig) -> list:
     """Names, sizes and times of the raw files: other files are prepared anew."""
     path = Path(config.data_dir)
     given = {path, Path(config.item_file)}
-    beside = path.rglob("*") if path.is_dir() else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
-    files = sorted(f for f in given | {f for f in beside if f.suffix in DATA_SUFFIXES} if f.is_file())
+    beside = (
+        path.rglob("*")
+        if path.is_dir()
+        else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
+    )
+    files = sorted(
+        f for f in given | {f for f in beside if f.suffix in DATA_SUFFIXES} if f.is_file()
+    )
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
 
 
 def _write_prepared(folder: Path, log: Interactions, splits, options: dict, counts: dict) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))  # renamed into place when it is whole
+    beside = Path(
+        tempfile.mkdtemp(prefix=folder.name, dir=folder.parent)
+    )  # renamed into place when it is whole
     beside.chmod(0o755)
     arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
-    arrays |= {f"{split}.{name}": getattr(ex, name) for split, ex in splits.items() for name in Examples.ARRAYS}
+    arrays |= {
+        f"{split}.{name}": getattr(ex, name)
+        for split, ex in splits.items()
+        for name in Examples.ARRAYS
+    }
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     texts = {name: getattr(log, name) for name in LOG_TEXTS}
     facts = _prompt_facts(log.name, splits["test"])
-    meta = {"options": options, "hash": _content_hash(arrays, texts | facts), "raw_counts": counts, "notes": log.notes, **facts}
+    meta = {
+        "options": options,
+        "hash": _content_hash(arrays, texts | facts),
+        "raw_counts": counts,
+        "notes": log.notes,
+        **facts,
+    }
     for name, values in texts.items():
         arrays |= Texts.arrays(name, values)
     try:
@@ -168,22 +219,44 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
     meta = read_json(folder / "meta.json")
     arrays = map_arrays(folder / "examples.safetensors")
     try:
-        texts = {name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends")) for name in LOG_TEXTS}
-        facts = {name: meta[name] for name in ("name", "history", "min_shown_rating", "ratings") if name in meta}
+        texts = {
+            name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
+            for name in LOG_TEXTS
+        }
+        facts = {
+            name: meta[name]
+            for name in ("name", "history", "min_shown_rating", "ratings")
+            if name in meta
+        }
         shown = {name: facts[name] for name in ("min_shown_rating", "ratings") if name in facts}
-        if check and _content_hash(arrays, {n: list(t) for n, t in texts.items()} | facts) != meta["hash"]:
-            raise ValueError(f"{folder}: prepared examples do not match their hash; delete the folder")
+        if (
+            check
+            and _content_hash(arrays, {n: list(t) for n, t in texts.items()} | facts)
+            != meta["hash"]
+        ):
+            raise ValueError(
+                f"{folder}: prepared examples do not match their hash; delete the folder"
+            )
         log = Interactions(
-            **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS}, **texts, name=meta["name"], notes=meta["notes"]
+            **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS},
+            **texts,
+            name=meta["name"],
+            notes=meta["notes"],
         )
         splits = {
             split: Examples(
-                log, split, meta["history"], **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS}, **shown
+                log,
+                split,
+                meta["history"],
+                **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS},
+                **shown,
             )
             for split in ("train", "val", "test")
         }
     except (KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}: prepared examples are damaged ({error}); delete the folder") from None
+        raise ValueError(
+            f"{folder}: prepared examples are damaged ({error}); delete the folder"
+        ) from None
     return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"])
 
 
@@ -191,7 +264,11 @@ def _prompt_facts(name: str, examples: Examples) -> dict:
     """What shapes the prompts besides the arrays; what is as usual is not named, and leaves the hash as it was."""
     facts = {"name": name, "history": examples.history}
     usual = {"min_shown_rating": 0.0, "ratings": True}
-    return facts | {key: getattr(examples, key) for key, value in usual.items() if getattr(examples, key) != value}
+    return facts | {
+        key: getattr(examples, key)
+        for key, value in usual.items()
+        if getattr(examples, key) != value
+    }
 
 
 class Texts(Sequence):
@@ -231,9 +308,14 @@ def map_arrays(file: Path) -> dict[str, np.ndarray]:
         content = np.memmap(file, np.uint8, "r").view(np.ndarray)[8 + size :]
         header.pop("__metadata__", None)
         spans = {name: (entry, slice(*entry["data_offsets"])) for name, entry in header.items()}
-        return {n: content[span].view(kinds[entry["dtype"]]).reshape(entry["shape"]) for n, (entry, span) in spans.items()}
+        return {
+            n: content[span].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+            for n, (entry, span) in spans.items()
+        }
     except (ValueError, KeyError, TypeError, OSError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{file}: damaged ({error}); delete its folder, it will be made again") from None
+        raise ValueError(
+            f"{file}: damaged ({error}); delete its folder, it will be made again"
+        ) from None
 
 
 def _sha256(data) -> str:
@@ -264,19 +346,41 @@ class Encoded:
 
     def tree(self, batch: list[int], slots) -> "PromptTree":
         """One PromptTree of the examples in `batch`, each with its row of `slots` (E, N) as completions."""
-        return build_tree([self.prompts[e] for e in batch], [self.slots(e, slots[e]) for e in batch])
+        return build_tree(
+            [self.prompts[e] for e in batch], [self.slots(e, slots[e]) for e in batch]
+        )
 
 
 def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """encode_examples, kept in the prepared folder: a run, its other ranks and the next run with this tokenizer read it."""
     examples = prepared.splits[split]
-    facts = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, ALL_TEMPLATES, WITHOUT_RATINGS, WORDS]
-    file = prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
+    facts = [
+        ENCODED_FORMAT,
+        prepared.hash,
+        split,
+        tokenizer.fingerprint,
+        max_length,
+        ALL_TEMPLATES,
+        WITHOUT_RATINGS,
+        WORDS,
+    ]
+    file = (
+        prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
+    )
     if file.exists():
         arrays = map_arrays(file)
-        texts = zip(arrays["items"].tolist(), Ragged(arrays["completions"], arrays["completion_lengths"]), strict=True)
+        texts = zip(
+            arrays["items"].tolist(),
+            Ragged(arrays["completions"], arrays["completion_lengths"]),
+            strict=True,
+        )
         prompts = Ragged(arrays["prompts"], arrays["prompt_lengths"])
-        return Encoded(examples, prompts, {item: ids.tolist() for item, ids in texts}, *arrays["counts"].tolist())
+        return Encoded(
+            examples,
+            prompts,
+            {item: ids.tolist() for item, ids in texts},
+            *arrays["counts"].tolist(),
+        )
 
     encoded = encode_examples(examples, tokenizer, max_length)
     completions = list(encoded.completions.values())
@@ -289,7 +393,9 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         "counts": np.array([encoded.num_shortened, encoded.num_dropped]),
     }
     beside = file.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError, SafetensorError):  # a read-only folder of prepared examples: go on without
+    with contextlib.suppress(
+        OSError, SafetensorError
+    ):  # a read-only folder of prepared examples: go on without
         save_file(arrays, beside)
         beside.rename(file)
     return encoded
@@ -314,7 +420,9 @@ class Ragged(Sequence):
 
 def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
     """(E, 2) tokens of each example's row with completions at `slots` (E, N): prompt, and all completions together."""
-    inner = np.zeros(encoded.examples.log.num_items, np.int64)  # tokens that a title takes on the tree: EOS is no input
+    inner = np.zeros(
+        encoded.examples.log.num_items, np.int64
+    )  # tokens that a title takes on the tree: EOS is no input
     inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
     items = np.take_along_axis(encoded.examples.candidates, np.asarray(slots), 1)
     prompts = encoded.prompts
@@ -339,7 +447,9 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
         candidates, skip = encoded.slots(e, range(NUM_CANDIDATES)), 0
         if len(set(map(tuple, candidates))) < NUM_CANDIDATES:
             names = examples[e].candidates
-            raise ValueError(f"user {examples[e].user}: two candidates have the same tokens, titles must differ: {names}")
+            raise ValueError(
+                f"user {examples[e].user}: two candidates have the same tokens, titles must differ: {names}"
+            )
         room = max_length - max(map(len, candidates))
         while len(prompt) > room:
             skip += 1
@@ -352,10 +462,16 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
         encoded.num_shortened += skip > 0
         encoded.num_dropped += skip
         if e < BOUNDARY_CHECKS:
-            text = f"{render_prompt(examples[e], skip)} {examples[e].candidates[examples.target[e]]}"
+            text = (
+                f"{render_prompt(examples[e], skip)} {examples[e].candidates[examples.target[e]]}"
+            )
             if prompt + candidates[examples.target[e]][:-1] != tokenizer.encode_prompts([text])[0]:
-                raise ValueError(f"prompt and completion tokenise differently together: ...{text[-80:]!r}")
-        prompts[e] = np.array(prompt, np.int32)  # lists of Python integers take ten times the memory
+                raise ValueError(
+                    f"prompt and completion tokenise differently together: ...{text[-80:]!r}"
+                )
+        prompts[e] = np.array(
+            prompt, np.int32
+        )  # lists of Python integers take ten times the memory
     return encoded
 
 

@@ -90,7 +90,11 @@ def fake_step(
 ) -> Step:
     """Run two steps on fake tensors (the second one finds the moments in place) and add up what is alive."""
     tree = build_tree([[0] * P] * B, [[[0] * n for n in completions]] * B)
-    with FakeTensorMode(), LiveBytes() as alive, _imitate_gpu() if gpu else contextlib.nullcontext():
+    with (
+        FakeTensorMode(),
+        LiveBytes() as alive,
+        _imitate_gpu() if gpu else contextlib.nullcontext(),
+    ):
         torch.set_default_dtype(dtype)
         try:
             model = Transformer(config)
@@ -107,7 +111,10 @@ def fake_step(
             setattr(tree, name, torch.empty(getattr(tree, name).shape, dtype=torch.long))
         inplace = {torch.ops.aten.addmm_: lambda c, a, b, *rest, **kwargs: 2 * a[0] * a[1] * b[1]}
         counter = FlopCounterMode(display=False, custom_mapping=inplace)
-        for counted in (counter, contextlib.nullcontext()):  # the counter keeps tensors alive, so it goes first and alone
+        for counted in (
+            counter,
+            contextlib.nullcontext(),
+        ):  # the counter keeps tensors alive, so it goes first and alone
             alive.peak = alive.live
             with counted:
                 logps = tree.sum_logps(model.train()(tree)[0])
@@ -134,7 +141,11 @@ def _imitate_gpu():
     def mm_fp32(a, b):
         return torch.mm(a.to(b.dtype), b).to(torch.float32)
 
-    with patch("model.attend", attend), patch("kernels.logps.mm_fp32", mm_fp32), patch("kernels.lora.mm_fp32", mm_fp32):
+    with (
+        patch("model.attend", attend),
+        patch("kernels.logps.mm_fp32", mm_fp32),
+        patch("kernels.lora.mm_fp32", mm_fp32),
+    ):
         yield
 
 
@@ -169,7 +180,10 @@ def report(
     width = prompt + sum(n - 1 for n in completions)
     B = max(1, micro_batch_tokens // width)
     one, two = (
-        {c: fake_step(config, dtype, r, targets, dropout, c, b, prompt, completions, gpu) for c in (False, True)}
+        {
+            c: fake_step(config, dtype, r, targets, dropout, c, b, prompt, completions, gpu)
+            for c in (False, True)
+        }
         for b in (1, 2)
     )
     whole = gathered_bytes(config, dtype)
@@ -183,7 +197,13 @@ def report(
         slope = two[checkpointing].passing - one[checkpointing].passing
         return f"{int(1 + room / slope) * width:,}" if room > 0 else "does not fit"
 
-    columns = ["ranks", "--shard", "weights", "adapter, gradients, moments" if r else "gradients, moments", "gathered"]
+    columns = [
+        "ranks",
+        "--shard",
+        "weights",
+        "adapter, gradients, moments" if r else "gradients, moments",
+        "gathered",
+    ]
     columns += ["activations", "total GB", "activations, checkpointed", "total GB"]
     columns += ["largest --micro_batch_tokens", "checkpointed"] if gpu_memory else []
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -193,8 +213,16 @@ def report(
             G = ranks if mode == "full" else 1
             step, beside = one[False], whole if G > 1 else 0
             persistent = (step.weights + step.trained) / G + beside
-            cells = [ranks, mode, *(f"{n / GB:.2f}" for n in (step.weights / G, step.trained / G, beside, plain))]
-            cells += [f"{(persistent + plain) / GB:.2f}", f"{checkpointed / GB:.2f}", f"{(persistent + checkpointed) / GB:.2f}"]
+            cells = [
+                ranks,
+                mode,
+                *(f"{n / GB:.2f}" for n in (step.weights / G, step.trained / G, beside, plain)),
+            ]
+            cells += [
+                f"{(persistent + plain) / GB:.2f}",
+                f"{checkpointed / GB:.2f}",
+                f"{(persistent + checkpointed) / GB:.2f}",
+            ]
             if gpu_memory:
                 cells += [largest(persistent, False), largest(persistent, True)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -205,7 +233,9 @@ def report(
         "",
         f"a micro-batch of {B} x {width} tokens; a step of {batch_size} prompts of {mean_tokens:.0f} tokens: {flops / 1e12:,.1f} TFLOP, "
         f"{extra:.2f} times that with checkpointing; at {tflops:g} TFLOP/s a rank: "
-        + ", ".join(f"{flops / tflops / 1e12 / n:.2f} s on {n}" for n in sorted({1, 8, world_size})),
+        + ", ".join(
+            f"{flops / tflops / 1e12 / n:.2f} s on {n}" for n in sorted({1, 8, world_size})
+        ),
     ]
     return "\n".join(lines)
 
@@ -226,13 +256,19 @@ def device_memory(device) -> int:
     """Bytes of a GPU, or of this process's share of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (
+        os.sysconf("SC_PAGE_SIZE")
+        * os.sysconf("SC_PHYS_PAGES")
+        // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
 
 
 def dry_run(run: Run) -> None:
     """What a careful user looks at before paying for GPUs; runs the step on fake tensors, reads no weights."""
     config, model_config = run.config, ModelConfig.from_pretrained(run.base)
-    print0(f"prompt and completion tokenise alike together and apart: checked on {BOUNDARY_CHECKS} examples of each split")
+    print0(
+        f"prompt and completion tokenise alike together and apart: checked on {BOUNDARY_CHECKS} examples of each split"
+    )
     gpu = run.device.type == "cuda" or config.gpu_memory > 0
     for stage in config.stage_list:
         r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
@@ -240,15 +276,35 @@ def dry_run(run: Run) -> None:
         if stage != "sft":
             objective = Preference(config, stage, None, run.train, run.device)
             if objective.has_reference:
-                print0(f"\n{stage}: the first loss must be {objective.first_loss():.4f}: the policy is still its reference")
+                print0(
+                    f"\n{stage}: the first loss must be {objective.first_loss():.4f}: the policy is still its reference"
+                )
         widths = tree_widths(run.train, objective.slots)
-        completions = [len(ids) for ids in run.train.slots(int(widths[:, 1].argmax()), objective.slots[widths[:, 1].argmax()])]
-        dtype = (torch.bfloat16 if gpu else torch.float32) if config.dtype == "auto" else getattr(torch, config.dtype)
+        completions = [
+            len(ids)
+            for ids in run.train.slots(
+                int(widths[:, 1].argmax()), objective.slots[widths[:, 1].argmax()]
+            )
+        ]
+        dtype = (
+            (torch.bfloat16 if gpu else torch.float32)
+            if config.dtype == "auto"
+            else getattr(torch, config.dtype)
+        )
         targets = [t.strip() for t in config.lora_target_modules.split(",")]
         dropout = config.lora_dropout if stage == "sft" else 0.0
-        print0(f"\n{stage}: memory of a rank in GB ({'LoRA' if r else 'full training'}, {dtype}, step run on fake tensors)\n")
+        print0(
+            f"\n{stage}: memory of a rank in GB ({'LoRA' if r else 'full training'}, {dtype}, step run on fake tensors)\n"
+        )
         lengths = (int(widths[:, 0].max()), completions, float(widths.sum(1).mean()))
-        limits = (config.micro_batch_tokens, config.batch_size, gpu, config.gpu_memory, config.tflops, run.world_size)
+        limits = (
+            config.micro_batch_tokens,
+            config.batch_size,
+            gpu,
+            config.gpu_memory,
+            config.tflops,
+            run.world_size,
+        )
         print0(report(model_config, dtype, r, targets, dropout, *lengths, *limits))
     print0(
         f"\n--gradient_checkpointing is {'on' if config.gradient_checkpointing else 'off'}, --shard {config.shard}; nothing was trained"

@@ -60,7 +60,11 @@ NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of co
 class EvalConfig(DataConfig):
     """Evaluate a run folder, a Hugging Face directory or a PEFT adapter, or rank one user's candidates."""
 
-    run: str = arg("", "run folder of train.py: model, adapter and data options are read from it", group="what is evaluated")
+    run: str = arg(
+        "",
+        "run folder of train.py: model, adapter and data options are read from it",
+        group="what is evaluated",
+    )
     stage: str = arg("", "stage of the run; empty = all finished ones")
     model: str = arg("", "Hugging Face directory or hub name, instead of --run")
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
@@ -68,13 +72,21 @@ class EvalConfig(DataConfig):
     split: str = arg("test", "val or test")
     probe: str = arg("", f"{', '.join(PROBE_NAMES)} instead of a split (probes.py)")
     decode: str = arg(
-        "greedy", "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)", group="how"
+        "greedy",
+        "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)",
+        group="how",
     )
-    decode_rest: bool = arg(True, "generate an answer where no candidate verifies; off: count it invalid")
+    decode_rest: bool = arg(
+        True, "generate an answer where no candidate verifies; off: count it invalid"
+    )
     dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU")
-    max_length: int = arg(1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history")
+    max_length: int = arg(
+        1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history"
+    )
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass")
-    output_dir: str = arg("", "where metrics.json and predictions.jsonl of each stage go; empty = only print")
+    output_dir: str = arg(
+        "", "where metrics.json and predictions.jsonl of each stage go; empty = only print"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +102,9 @@ class EvalConfig(DataConfig):
 
 def check_choice(config, name: str, allowed: tuple[str, ...]) -> None:
     if getattr(config, name) not in allowed:
-        raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+        raise ValueError(
+            f"--{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ one batch
@@ -146,20 +160,33 @@ def predict(
     end_ids = torch.tensor(sorted(stop_ids), device=device)
     records: dict[int, dict] = {}
     todo = [batch for batch in micro_batches(widths, indices, 1, micro_batch_tokens)[0] if batch]
-    dummy = [0]  # ranks that are done go on with it, so that all make the same number of forward passes
+    dummy = [
+        0
+    ]  # ranks that are done go on with it, so that all make the same number of forward passes
     trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), todo[::-1])
     while any_rank(bool(todo)):
         batch = todo.pop() if todo else dummy
         tree = next(trees, None) or encoded.tree(batch, all_slots).to(device)
         token_logps, greedy_ids = model(tree)
-        logps, verified = tree.sum_logps(token_logps).cpu(), verified_branch(tree, greedy_ids, end_ids).cpu()
+        logps, verified = (
+            tree.sum_logps(token_logps).cpu(),
+            verified_branch(tree, greedy_ids, end_ids).cpu(),
+        )
         per_token = iter(token_logps.tolist() if decode == "trie" else [])
         for b, e in enumerate(batch):
             slot = int(verified[b])
             if decode == "trie":
                 completions = encoded.slots(e, all_slots[e])
-                slot = trie_walk(completions, [[next(per_token) for _ in ids] for ids in completions])
-            records[e] = _record(encoded.examples, e, slot, "trie" if decode == "trie" else "verified", logps[b].tolist())
+                slot = trie_walk(
+                    completions, [[next(per_token) for _ in ids] for ids in completions]
+                )
+            records[e] = _record(
+                encoded.examples,
+                e,
+                slot,
+                "trie" if decode == "trie" else "verified",
+                logps[b].tolist(),
+            )
     wanted = set(indices)
     records = {e: record for e, record in records.items() if e in wanted}
 
@@ -172,18 +199,24 @@ def predict(
     while any_rank(bool(todo)):
         batch = todo.pop() if todo else dummy
         # twice the longest title: another spelling takes more tokens than the usual one
-        outputs = generate(model, [encoded.prompts[e].tolist() for e in batch], 2 * longest, stop_ids, any_rank)
+        outputs = generate(
+            model, [encoded.prompts[e].tolist() for e in batch], 2 * longest, stop_ids, any_rank
+        )
         for e, ids in zip(batch, outputs, strict=True):
             if e in wanted:
                 answer = tokenizer.answer(ids)
                 titles = [encoded.examples.log.titles[c] for c in encoded.examples.candidates[e]]
                 slot = match_title(answer, titles)
-                record = _record(encoded.examples, e, slot, "generated", records[e]["logps"], answer)
+                record = _record(
+                    encoded.examples, e, slot, "generated", records[e]["logps"], answer
+                )
                 records[e] = record | {"one_pass": records[e]["answer"], "ids": ids}
     return [records[e] for e in sorted(records)]
 
 
-def _record(examples: Examples, e: int, slot: int, how: str, logps: list[float], answer: str | None = None) -> dict:
+def _record(
+    examples: Examples, e: int, slot: int, how: str, logps: list[float], answer: str | None = None
+) -> dict:
     titles = [examples.log.titles[c] for c in examples.candidates[e]]
     target = int(examples.target[e])
     return {
@@ -219,7 +252,9 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
         metrics[name] = float(values.mean())
         is_share = ((values == 0) | (values == 1)).all()
         half = 1.96 * values.std() / math.sqrt(n)
-        metrics[f"{name}_ci95"] = wilson(values.mean(), n) if is_share else [values.mean() - half, values.mean() + half]
+        metrics[f"{name}_ci95"] = (
+            wilson(values.mean(), n) if is_share else [values.mean() - half, values.mean() + half]
+        )
 
     put("hit_ratio@1", [r["hit"] for r in records])
     put("valid_ratio", [r["valid"] for r in records])
@@ -228,7 +263,9 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
     targets = np.array([r["target_slot"] for r in records])
     for name, values in ranking_metrics(np.array([r["logps"] for r in records]), targets).items():
         put(f"ranking/{name}", values)
-    metrics["answers_generated"] = sum(r["how"] == "generated" and r.get("one_pass") is None for r in records)
+    metrics["answers_generated"] = sum(
+        r["how"] == "generated" and r.get("one_pass") is None for r in records
+    )
     metrics["baselines"] = {"chance": 1 / NUM_CANDIDATES}
     for name, scores in (baselines or {}).items():
         metrics["baselines"][name] = float(ranking_metrics(scores, targets)["hit_ratio@1"].mean())
@@ -251,16 +288,22 @@ def evaluate(
     model.eval()
     device = model.inv_freq.device
     indices = range(len(examples))
-    records = predict(model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens, device=device)
+    records = predict(
+        model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens, device=device
+    )
     model.train(training)
     metrics = summarise(records, counting_baselines(examples))
     if decode == "generate":
-        metrics |= compare_with_one_pass(model, encoded, records, tokenizer.stop_ids | tokenizer.newline_ids())
+        metrics |= compare_with_one_pass(
+            model, encoded, records, tokenizer.stop_ids | tokenizer.newline_ids()
+        )
     return metrics, records
 
 
 @torch.no_grad()
-def compare_with_one_pass(model: Transformer, encoded: Encoded, records: list[dict], stop_ids) -> dict:
+def compare_with_one_pass(
+    model: Transformer, encoded: Encoded, records: list[dict], stop_ids
+) -> dict:
     """How often free generation and the one pass name different titles, and how many of those are near-ties.
 
     They differ too where generation spelt a candidate that the one pass did not verify. A near-tie: somewhere along the
@@ -271,11 +314,17 @@ def compare_with_one_pass(model: Transformer, encoded: Encoded, records: list[di
         spellings = [c[:-1] for c in encoded.slots(r["example"], range(NUM_CANDIDATES))]
         return r["one_pass"] is None and ended and r["ids"][:-1] in spellings
 
-    differing = [r for r in records if missed(r) or (r["one_pass"] is not None and r["one_pass"] != r["answer"])]
+    differing = [
+        r
+        for r in records
+        if missed(r) or (r["one_pass"] is not None and r["one_pass"] != r["answer"])
+    ]
     near = 0
     for r in differing:
         prompt = encoded.prompts[r["example"]].tolist()
-        logits = model.logits(torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device))[0, len(prompt) - 1 :]
+        logits = model.logits(torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device))[
+            0, len(prompt) - 1 :
+        ]
         best = logits.topk(2, dim=-1).values
         near += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
     return {"one_pass_differs": len(differing), "one_pass_near_ties": near}
@@ -285,7 +334,9 @@ def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "predictions.jsonl", "w") as f:
         for record in records:
-            f.write(json.dumps({k: v for k, v in record.items() if k not in ("ids", "one_pass")}) + "\n")
+            f.write(
+                json.dumps({k: v for k, v in record.items() if k not in ("ids", "one_pass")}) + "\n"
+            )
     (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
@@ -316,7 +367,10 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
     lines += [table_rows(name, metrics) for name, metrics in rows.items()]
     lines += [f"| {name} | | | {value:.4f} | | |" for name, value in (bounds or {}).items()]
     written = ", ".join(f"{name} {metrics['answers_generated']}" for name, metrics in rows.items())
-    lines += ["", f"answers written out token by token, because no candidate verified in the one pass: {written}"]
+    lines += [
+        "",
+        f"answers written out token by token, because no candidate verified in the one pass: {written}",
+    ]
     return "\n".join(lines)
 
 
@@ -331,7 +385,13 @@ def load_stage(folder: Path) -> tuple[Path, Path | None]:
     base = folder / facts["base"]  # an absolute path stays as it is
     if not base.is_dir():
         raise ValueError(f"{folder}: its base model {base} is gone")
-    adapter = folder if (folder / "adapter_config.json").exists() else Path(facts["adapter"]) if "adapter" in facts else None
+    adapter = (
+        folder
+        if (folder / "adapter_config.json").exists()
+        else Path(facts["adapter"])
+        if "adapter" in facts
+        else None
+    )
     return Path(os.path.normpath(base)), adapter
 
 
@@ -354,8 +414,13 @@ def with_run_options(config: EvalConfig) -> EvalConfig:
     if not config.run:
         return config
     saved = read_json(Path(config.run) / "config.json")
-    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {"dtype", "max_length"}
-    return replace(config, **{name: saved[name] for name in names if name in saved})  # older runs have fewer options
+    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {
+        "dtype",
+        "max_length",
+    }
+    return replace(
+        config, **{name: saved[name] for name in names if name in saved}
+    )  # older runs have fewer options
 
 
 def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
@@ -371,7 +436,9 @@ def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, devi
         candidates = [" ".join(c.split()) for c in candidates]
         assert len(candidates) >= 2 and len(set(candidates)) == len(candidates)
     except (TypeError, KeyError, ValueError, AttributeError, AssertionError):
-        raise ValueError(f"{config.recommend}: expected {shape}, with at least two different candidates") from None
+        raise ValueError(
+            f"{config.recommend}: expected {shape}, with at least two different candidates"
+        ) from None
     example = Example(config.dataset, "", history[-config.history :], candidates, 0, [], 0)
     completions = tokenizer.encode_completions(candidates)
     tree = build_tree(tokenizer.encode_prompts([render_prompt(example)]), [completions]).to(device)
@@ -379,14 +446,21 @@ def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, devi
         logps = tree.sum_logps(model(tree)[0])[0]  # (N,)
     shares = logps.softmax(0).tolist()
     order = logps.argsort(descending=True).tolist()
-    lines = [f"{rank:3}. {shares[n]:6.1%}  log-prob {logps[n]:8.2f}  {candidates[n]}" for rank, n in enumerate(order, 1)]
+    lines = [
+        f"{rank:3}. {shares[n]:6.1%}  log-prob {logps[n]:8.2f}  {candidates[n]}"
+        for rank, n in enumerate(order, 1)
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig))
     _, _, device = setup_distributed()
-    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = (
+        config.dtype
+        if config.dtype != "auto"
+        else ("bfloat16" if device.type == "cuda" else "float32")
+    )
     sources = sources_of(config)
     if config.recommend:
         sources = dict([list(sources.items())[-1]])
@@ -402,9 +476,16 @@ def main() -> None:
         from probes import probe_table, run_probe  # it builds on this module
 
         models = {name: partial(load, *source) for name, source in sources.items()}
-        examples, rows, records = run_probe(config.probe, config, prepared, models, vars(config), device)
+        examples, rows, records = run_probe(
+            config.probe, config, prepared, models, vars(config), device
+        )
         for name in sources if config.output_dir else ():
-            metrics = {"probe": config.probe, "n": len(examples), "data_hash": prepared.hash, "rows": rows}
+            metrics = {
+                "probe": config.probe,
+                "n": len(examples),
+                "data_hash": prepared.hash,
+                "rows": rows,
+            }
             save_predictions(Path(config.output_dir) / name / config.probe, metrics, records[name])
         print(
             f"\n{config.dataset}, data {prepared.hash[:12]}, decode {config.decode}\n\n{probe_table(config.probe, examples, rows)}"
@@ -419,7 +500,11 @@ def main() -> None:
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
         encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
         metrics, records = evaluate(model, tokenizer, encoded.examples, *options, encoded)
-        rows[name] = metrics | {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
+        rows[name] = metrics | {
+            "data_hash": prepared.hash,
+            "decode": config.decode,
+            "split": config.split,
+        }
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name, rows[name], records)
         if config.decode == "generate":
@@ -427,7 +512,9 @@ def main() -> None:
                 f"{name}: one pass and generation differ on {metrics['one_pass_differs']} of {metrics['n']} answers, "
                 f"{metrics['one_pass_near_ties']} of them near-ties (two best logits within {NEAR_TIE})"
             )
-    print(f"\n{config.dataset}, {config.split} split, data {prepared.hash[:12]}, decode {config.decode}\n")
+    print(
+        f"\n{config.dataset}, {config.split} split, data {prepared.hash[:12]}, decode {config.decode}\n"
+    )
     print(results_table(rows))
 
 

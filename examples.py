@@ -20,39 +20,66 @@ from ownlog import parse_columns
 
 NUM_CANDIDATES = 20
 DISLIKED = 2.0  # highest rating of a disliked item
-DATASETS = ("planted", "movielens", "amazon", "steam", "beeradvocate", "lastfm", "csv", "jsonl", "recbole", "prepared")
+DATASETS = (
+    "planted",
+    "movielens",
+    "amazon",
+    "steam",
+    "beeradvocate",
+    "lastfm",
+    "csv",
+    "jsonl",
+    "recbole",
+    "prepared",
+)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Turn a raw interaction log into frozen examples; print its statistics and one rendered example."""
 
-    dataset: str = arg("planted", f"one of {', '.join(DATASETS)} (loaders.py, ownlog.py)", group="data")
+    dataset: str = arg(
+        "planted", f"one of {', '.join(DATASETS)} (loaders.py, ownlog.py)", group="data"
+    )
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
-    columns: str = arg("", "csv, jsonl, recbole: names of your columns, user=...,item=...,rating=...,timestamp=...,title=...")
+    columns: str = arg(
+        "",
+        "csv, jsonl, recbole: names of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
+    )
     item_file: str = arg("", "csv, jsonl, recbole: a second file, with item and title")
     percentile: str = arg(
         "",
         "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; empty: steam, lastfm by item",
     )
-    repeats: str = arg("last", "csv, jsonl, recbole: of a repeated user-item pair the last counts, or the sum of its amounts")
+    repeats: str = arg(
+        "last",
+        "csv, jsonl, recbole: of a repeated user-item pair the last counts, or the sum of its amounts",
+    )
     beer_title: str = arg("full", "beeradvocate: full (name, strength, style) or name")
     download: bool = arg(False, "fetch MovieLens-1M to data_dir first, and check its checksum")
     planted_users: int = arg(4000, "users of the planted world")
-    core: int = arg(0, "keep users and items with at least this many interactions (iterated k-core); 0 = all")
+    core: int = arg(
+        0, "keep users and items with at least this many interactions (iterated k-core); 0 = all"
+    )
     train_size: int = arg(10000, "training examples, drawn from all prefixes; 0 = all")
     test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all")
     history: int = arg(20, "most recent interactions shown in a prompt")
     history_items: str = arg("all", "items of a history: all, or positive (only liked ones)")
     ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
     min_history: int = arg(5, "interactions that must lie before an example")
-    followers: int = arg(10, "later interactions among the training candidates; random items fill up to 20")
-    positive: str = arg("argmax", "chosen training item: argmax of the preference score, or the first one liked")
+    followers: int = arg(
+        10, "later interactions among the training candidates; random items fill up to 20"
+    )
+    positive: str = arg(
+        "argmax", "chosen training item: argmax of the preference score, or the first one liked"
+    )
     min_rating: float = arg(4.0, "lowest rating of a liked item")
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay")
     neg_rating: float = arg(3.0, "rating given to random candidates")
     neg_step: int = arg(10, "steps given to random candidates")
-    exclude: str = arg("all", "random candidates exclude all items of the user, or only those seen in the prompt")
+    exclude: str = arg(
+        "all", "random candidates exclude all items of the user, or only those seen in the prompt"
+    )
     negatives: str = arg("uniform", "random candidates are drawn uniform or by popularity")
     num_templates: int = arg(0, "prompt templates in use; 0 = all")
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
@@ -71,7 +98,9 @@ class DataConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} must be one of {', '.join(filter(None, allowed))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"--{name} must be one of {', '.join(filter(None, allowed))}, got {getattr(self, name)!r}"
+                )
         own = self.dataset in ("csv", "jsonl", "recbole")
         for name, fits in (
             ("columns", own),
@@ -82,19 +111,29 @@ class DataConfig:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default and not fits:
                 raise ValueError(f"--{name} has no effect with --dataset {self.dataset}")
         if self.percentile and self.dataset in ("planted", "movielens", "prepared"):
-            raise ValueError(f"--percentile has no effect with --dataset {self.dataset}, which has ratings")
+            raise ValueError(
+                f"--percentile has no effect with --dataset {self.dataset}, which has ratings"
+            )
         if self.core and self.dataset == "prepared":
-            raise ValueError("--core has no effect with --dataset prepared: its candidates are fixed")
+            raise ValueError(
+                "--core has no effect with --dataset prepared: its candidates are fixed"
+            )
         parse_columns(self.columns)
         if not 1 <= self.followers < NUM_CANDIDATES:
-            raise ValueError(f"--followers must be between 1 and {NUM_CANDIDATES - 1}, got {self.followers}")
+            raise ValueError(
+                f"--followers must be between 1 and {NUM_CANDIDATES - 1}, got {self.followers}"
+            )
         if not 1 <= self.min_history <= self.history:
-            raise ValueError(f"--min_history must be between 1 and --history {self.history}, got {self.min_history}")
+            raise ValueError(
+                f"--min_history must be between 1 and --history {self.history}, got {self.min_history}"
+            )
         for name in ("core", "train_size", "test_size", "num_templates", "neg_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
         if self.num_templates > len(TEMPLATES):
-            raise ValueError(f"--num_templates must be at most {len(TEMPLATES)}, got {self.num_templates}")
+            raise ValueError(
+                f"--num_templates must be at most {len(TEMPLATES)}, got {self.num_templates}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ examples
@@ -138,7 +177,10 @@ class Examples:
         return Example(
             dataset=log.name,
             user=log.user_ids[log.user[self.position[e]]],
-            history=[(log.titles[log.item[r]], float(log.rating[r]) if self.ratings else nan) for r in rows],
+            history=[
+                (log.titles[log.item[r]], float(log.rating[r]) if self.ratings else nan)
+                for r in rows
+            ],
             candidates=[log.titles[c] for c in self.candidates[e]],
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
@@ -150,7 +192,9 @@ class Examples:
         p = int(self.position[e])
         start = int(self.log.start[self.log.user[p]])
         if self.min_shown_rating:
-            return (start + np.flatnonzero(self.log.rating[start:p] >= self.min_shown_rating))[-self.history :].tolist()
+            return (start + np.flatnonzero(self.log.rating[start:p] >= self.min_shown_rating))[
+                -self.history :
+            ].tolist()
         return range(max(start, p - self.history), p)
 
     def select(self, indices) -> "Examples":
@@ -166,7 +210,9 @@ class Examples:
         else:
             allowed = np.take_along_axis(self.is_random, self.others, 1) == (source == "random")
         if allowed.sum(1).min(initial=num_negatives) < num_negatives:
-            raise ValueError(f"--num_negatives {num_negatives}: an example has only {allowed.sum(1).min()} ({source})")
+            raise ValueError(
+                f"--num_negatives {num_negatives}: an example has only {allowed.sum(1).min()} ({source})"
+            )
         first = np.argsort(~allowed, axis=1, kind="stable")[:, :num_negatives]
         return np.take_along_axis(self.others, first, 1)
 
@@ -183,8 +229,12 @@ def build_examples(log: Interactions, config: DataConfig | None = None) -> dict[
     candidates = {
         # followers must end before the user's last two interactions, which belong to validation and test
         "train": position[(age >= config.min_history) & (room >= config.followers + 2)],
-        "val": position[(age >= config.min_history) & (room == 2) & (log.rating >= config.min_rating)],
-        "test": position[(age >= config.min_history) & (room == 1) & (log.rating >= config.min_rating)],
+        "val": position[
+            (age >= config.min_history) & (room == 2) & (log.rating >= config.min_rating)
+        ],
+        "test": position[
+            (age >= config.min_history) & (room == 1) & (log.rating >= config.min_rating)
+        ],
     }
     keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
     splits = {}
@@ -192,11 +242,15 @@ def build_examples(log: Interactions, config: DataConfig | None = None) -> dict[
         rng = np.random.default_rng([config.data_seed, number])
         if split == "train":
             steps, size, places = np.arange(config.followers), config.train_size, len(rows)
-            parts = np.array_split(rows, len(rows) // 2**20 + 1)  # all prefixes at once would take 200 bytes each
+            parts = np.array_split(
+                rows, len(rows) // 2**20 + 1
+            )  # all prefixes at once would take 200 bytes each
             rows = np.concatenate([part[_chosen_follower(log, part, config)[1]] for part in parts])
         else:
             steps, size = np.arange(1), config.test_size
-            places = int(((age >= config.min_history) & (room == (2 if split == "val" else 1))).sum())
+            places = int(
+                ((age >= config.min_history) & (room == (2 if split == "val" else 1))).sum()
+            )
         rows = rng.permutation(rows)
         rows = rows[:size] if size else rows
         if len(rows) == 0 and places:
@@ -251,7 +305,9 @@ def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Example
     return examples
 
 
-def _chosen_follower(log: Interactions, rows: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+def _chosen_follower(
+    log: Interactions, rows: np.ndarray, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """Which follower is chosen (E,), and whether the example counts (E,): its chosen item must be a liked one."""
     ratings = log.rating[rows[:, None] + np.arange(config.followers)]
     if config.positive == "first":
@@ -261,23 +317,35 @@ def _chosen_follower(log: Interactions, rows: np.ndarray, config: DataConfig) ->
     chosen = scores.argmax(1)  # the first of equal ones: the sooner
     best = np.take_along_axis(scores, chosen[:, None], 1)[:, 0]
     beats_random = best > config.neg_rating / (1 + config.neg_step) ** config.decay
-    return chosen, beats_random & (np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating)
+    return chosen, beats_random & (
+        np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
+    )
 
 
 def _freeze(log, split, rows, steps, keys, config: DataConfig, rng) -> Examples:
     """Draw the random candidates, score and shuffle all 20, and draw the order of negatives and the template."""
     E, F = len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
-    seen_rows = np.maximum(rows[:, None] - 1 - np.arange(config.history), log.start[log.user[rows]][:, None])
-    seen = np.concatenate([log.item[seen_rows], log.item[follow]], 1) if config.exclude == "seen" else None
-    randoms = _draw_unseen(log, log.user[rows], NUM_CANDIDATES - F, keys, seen, config.negatives, rng)
+    seen_rows = np.maximum(
+        rows[:, None] - 1 - np.arange(config.history), log.start[log.user[rows]][:, None]
+    )
+    seen = (
+        np.concatenate([log.item[seen_rows], log.item[follow]], 1)
+        if config.exclude == "seen"
+        else None
+    )
+    randoms = _draw_unseen(
+        log, log.user[rows], NUM_CANDIDATES - F, keys, seen, config.negatives, rng
+    )
     items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
     ratings = np.concatenate([log.rating[follow], np.full(randoms.shape, config.neg_rating)], 1)
     delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, config.neg_step)], 1)
     scores = (ratings / (1 + delays) ** config.decay).astype(np.float32)
     chosen = _chosen_follower(log, rows, config)[0] if split == "train" else np.zeros(E, np.int64)
 
-    order = rng.permuted(np.tile(np.arange(NUM_CANDIDATES), (E, 1)), axis=1)  # shown slot -> drawn slot
+    order = rng.permuted(
+        np.tile(np.arange(NUM_CANDIDATES), (E, 1)), axis=1
+    )  # shown slot -> drawn slot
     target = (order == chosen[:, None]).argmax(1)
     slots = np.tile(np.arange(NUM_CANDIDATES), (E, 1))
     others = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
@@ -305,7 +373,11 @@ def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarr
         n = int(open_cells.sum())
         if n == 0:
             return drawn
-        drawn[open_cells] = rng.integers(log.num_items, size=n) if kind == "uniform" else rng.choice(log.item, size=n)
+        drawn[open_cells] = (
+            rng.integers(log.num_items, size=n)
+            if kind == "uniform"
+            else rng.choice(log.item, size=n)
+        )
         row, _ = np.nonzero(open_cells)
         if seen is None:
             key = users[row].astype(np.int64) * log.num_items + drawn[open_cells]
@@ -320,16 +392,29 @@ def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarr
         again = repeated.copy()
         again[open_cells] |= bad
         open_cells = again
-    weights = np.ones(log.num_items) if kind == "uniform" else np.bincount(log.item, minlength=log.num_items).astype(float)
-    for e in np.flatnonzero(open_cells.any(1)):  # chance finds the last few of them too slowly: take from what is left
-        touched = log.item[log.start[users[e]] : log.start[users[e] + 1]] if seen is None else seen[e]
+    weights = (
+        np.ones(log.num_items)
+        if kind == "uniform"
+        else np.bincount(log.item, minlength=log.num_items).astype(float)
+    )
+    for e in np.flatnonzero(
+        open_cells.any(1)
+    ):  # chance finds the last few of them too slowly: take from what is left
+        touched = (
+            log.item[log.start[users[e]] : log.start[users[e] + 1]] if seen is None else seen[e]
+        )
         left = np.setdiff1d(np.arange(log.num_items), touched)
         if len(left) < count:
-            user, what = log.user_ids[users[e]], "this user never touched" if seen is None else "are not in the prompt"
+            user, what = (
+                log.user_ids[users[e]],
+                "this user never touched" if seen is None else "are not in the prompt",
+            )
             raise ValueError(
                 f"user {user}: fewer than {count} items left that {what} ({log.num_items} in all); lower --core, or raise --followers"
             )
-        drawn[e] = rng.choice(left, size=count, replace=False, p=weights[left] / weights[left].sum())
+        drawn[e] = rng.choice(
+            left, size=count, replace=False, p=weights[left] / weights[left].sum()
+        )
     return drawn
 
 
@@ -381,7 +466,15 @@ def render_prompt(example: Example, skip: int = 0) -> str:
     """The prompt text without its `skip` oldest history items. It ends in "Answer:", the completion begins with a space."""
     things, did, do = WORDS.get(example.dataset, ("items", "chose", "choose"))
     shown = example.history[skip:]
-    history = "\n".join(title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown)
+    history = "\n".join(
+        title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown
+    )
     candidates = "\n".join(example.candidates)
-    templates = WITHOUT_RATINGS if example.history and all(isnan(rating) for _, rating in example.history) else ALL_TEMPLATES
-    return templates[example.template].format(things=things, did=did, do=do, history=history, candidates=candidates)
+    templates = (
+        WITHOUT_RATINGS
+        if example.history and all(isnan(rating) for _, rating in example.history)
+        else ALL_TEMPLATES
+    )
+    return templates[example.template].format(
+        things=things, did=did, do=do, history=history, candidates=candidates
+    )

@@ -25,19 +25,30 @@ def read_foreign_examples(config: DataConfig) -> tuple[Interactions, dict[str, E
     """(log, splits) of a folder of prepared JSON. Validation falls back to the last tenth of the training entries."""
     path = Path(config.data_dir)
     if not path.is_dir():
-        raise ValueError(f"--data_dir {path}: a folder with a *train*.json and a *test*.json is needed")
-    entries = {split: read_entries(find_file(path, (f"*{split}*.json*",), f"{split} file")) for split in ("train", "test")}
+        raise ValueError(
+            f"--data_dir {path}: a folder with a *train*.json and a *test*.json is needed"
+        )
+    entries = {
+        split: read_entries(find_file(path, (f"*{split}*.json*",), f"{split} file"))
+        for split in ("train", "test")
+    }
     if list(path.glob("*val*.json*")):
         entries["val"] = read_entries(find_file(path, ("*val*.json*",), "val file"))
     else:
         cut = max(1, len(entries["train"]) // 10)
         entries["val"], entries["train"] = entries["train"][-cut:], entries["train"][:-cut]
-        print0(f"note: no *val*.json in {path}; the last {cut} training entries are the validation split")
+        print0(
+            f"note: no *val*.json in {path}; the last {cut} training entries are the validation split"
+        )
     rated = any(entry["ratings"] for part in entries.values() for entry in part)
     if not any(entry["scores"] for part in entries.values() for entry in part):
-        print0("note: no itemScoreList, so all preference scores are 1 and RecPO's margins say nothing; S-DPO needs none")
+        print0(
+            "note: no itemScoreList, so all preference scores are 1 and RecPO's margins say nothing; S-DPO needs none"
+        )
 
-    titles = sorted({t for part in entries.values() for e in part for t in (*e["history"], *e["candidates"])})
+    titles = sorted(
+        {t for part in entries.values() for e in part for t in (*e["history"], *e["candidates"])}
+    )
     code = {title: i for i, title in enumerate(titles)}
     item, rating, lengths, names = [], [], [], []
     splits, at = {}, 0
@@ -62,20 +73,32 @@ def read_foreign_examples(config: DataConfig) -> tuple[Interactions, dict[str, E
         target = np.array([entry["target"] for entry in part], np.int32)
         arrays = {
             "position": np.array(position, np.int64),
-            "candidates": np.array([[code[t] for t in entry["candidates"]] for entry in part], np.int32),
+            "candidates": np.array(
+                [[code[t] for t in entry["candidates"]] for entry in part], np.int32
+            ),
             "target": target,
-            "scores": np.array([entry["scores"] or [1.0] * NUM_CANDIDATES for entry in part], np.float32),
+            "scores": np.array(
+                [entry["scores"] or [1.0] * NUM_CANDIDATES for entry in part], np.float32
+            ),
             "is_random": np.array([entry["is_random"] for entry in part]),
-            "others": rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1).astype(np.int32),
-            "template": rng.integers(config.num_templates or len(TEMPLATES), size=E).astype(np.int32),
+            "others": rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1).astype(
+                np.int32
+            ),
+            "template": rng.integers(config.num_templates or len(TEMPLATES), size=E).astype(
+                np.int32
+            ),
         }
         splits[split] = arrays
     start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     user = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     timestamp = (np.arange(len(user)) - start[user]).astype(np.int64)  # only the order is known
     rating = np.array(rating, np.float32) if rated else np.full(len(user), np.nan, np.float32)
-    log = Interactions(user, np.array(item, np.int32), rating, timestamp, start, titles, names, titles, "prepared")
-    return log, {split: Examples(log, split, config.history, **arrays) for split, arrays in splits.items()}
+    log = Interactions(
+        user, np.array(item, np.int32), rating, timestamp, start, titles, names, titles, "prepared"
+    )
+    return log, {
+        split: Examples(log, split, config.history, **arrays) for split, arrays in splits.items()
+    }
 
 
 def read_entries(file: Path) -> list[dict]:
@@ -90,7 +113,12 @@ def read_entries(file: Path) -> list[dict]:
         )
     except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: not a JSON list of examples ({error})") from None
-    count, entries = LineCount(file, f"entries with historyList, itemList ({NUM_CANDIDATES} titles), trueSelection"), []
+    count, entries = (
+        LineCount(
+            file, f"entries with historyList, itemList ({NUM_CANDIDATES} titles), trueSelection"
+        ),
+        [],
+    )
     for number, entry in enumerate(raw, 1):
         try:
             entries.append(_entry(number, entry))
@@ -105,13 +133,20 @@ def read_entries(file: Path) -> list[dict]:
 
 def _entry(number: int, entry: dict) -> dict:
     history = entry["historyList"]
-    history = [clean_title(t) for t in (history.split("::") if isinstance(history, str) else history)]
+    history = [
+        clean_title(t) for t in (history.split("::") if isinstance(history, str) else history)
+    ]
     candidates = [clean_title(t) for t in entry["itemList"]]
     target = clean_title(entry["trueSelection"])
     ratings = [float(r) for r in entry.get("historyRatingList") or []]
     scores = [float(s) for s in entry.get("itemScoreList") or []]
     random = {clean_title(t) for t in entry.get("randomNegative") or []}
-    if not history or not all(history) or not all(candidates) or len(set(candidates)) != NUM_CANDIDATES:
+    if (
+        not history
+        or not all(history)
+        or not all(candidates)
+        or len(set(candidates)) != NUM_CANDIDATES
+    ):
         raise ValueError(f"needs a history and {NUM_CANDIDATES} different candidates")
     if target not in candidates:
         raise ValueError("trueSelection is not in itemList")

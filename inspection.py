@@ -28,7 +28,10 @@ PAPER_TABLE_3 = {
         (3171, 4251, 82072),
         "19.3 per item is below 20: no 20-core; with one more interaction per user it would be 20.05",
     ),
-    "beeradvocate": ((4724, 6105, 91207), "14.9 per item is below 20: no 20-core, but a sample of users"),
+    "beeradvocate": (
+        (4724, 6105, 91207),
+        "14.9 per item is below 20: no 20-core, but a sample of users",
+    ),
     "lastfm": (
         (982, 107296, 307829),
         "2.9 per item: no 20-core; 107,296 is about Celma's count of artists with a MusicBrainz id (107,528 of 992 users), so items "
@@ -41,8 +44,14 @@ PAPER_TABLE_3 = {
 class InspectConfig(DataConfig):
     """Prepare examples; print the data's statistics, what was dropped, and rendered examples with their token boundaries."""
 
-    tokenizer: str = arg("", "directory whose tokenizer cuts the shown examples; empty = one made from this data", group="show")
-    max_length: int = arg(1024, "tokens of prompt and longest candidate, for the count of shortened prompts")
+    tokenizer: str = arg(
+        "",
+        "directory whose tokenizer cuts the shown examples; empty = one made from this data",
+        group="show",
+    )
+    max_length: int = arg(
+        1024, "tokens of prompt and longest candidate, for the count of shortened prompts"
+    )
     show: int = arg(0, "index of the first of three training examples that are shown")
     plots: str = arg("", "folder for pictures of ratings, lengths and times (needs matplotlib)")
 
@@ -77,12 +86,18 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
     rated = log.rating[~np.isnan(log.rating)]
     values, counts = np.unique(rated, return_counts=True)
     if len(values) > 12:
-        values, counts = np.arange(1, 6), np.bincount(np.clip(np.rint(rated), 1, 5).astype(int), minlength=6)[1:]
-    shares = ", ".join(f"{v:g}: {c / max(1, len(rated)):.1%}" for v, c in zip(values, counts, strict=True))
+        values, counts = (
+            np.arange(1, 6),
+            np.bincount(np.clip(np.rint(rated), 1, 5).astype(int), minlength=6)[1:],
+        )
+    shares = ", ".join(
+        f"{v:g}: {c / max(1, len(rated)):.1%}" for v, c in zip(values, counts, strict=True)
+    )
     out += ["", f"ratings {shares or 'none'}"]
     for name, counts in (("user", per_user), ("item", per_item)):
         out.append(
-            f"interactions per {name}: " + ", ".join(f"{q}% {np.percentile(counts, q):.0f}" for q in (0, 25, 50, 75, 100))
+            f"interactions per {name}: "
+            + ", ".join(f"{q}% {np.percentile(counts, q):.0f}" for q in (0, 25, 50, 75, 100))
         )
     same = log.user[1:] == log.user[:-1]
     tied = (log.timestamp[1:] == log.timestamp[:-1]) & same
@@ -103,10 +118,15 @@ def title_lines(prepared: Prepared) -> list[str]:
     titles = list(prepared.log.titles)
     numbered = sum(t.endswith(")") and t.rpartition(" (")[2][:-1].isdigit() and t.rpartition(" (")[0] in taken
                    for taken in [set(titles)] for t in titles)  # fmt: skip
-    out = [f"titles: {len(titles):,}, {numbered:,} of them told apart by a number; longest {max(map(len, titles))} characters"]
+    out = [
+        f"titles: {len(titles):,}, {numbered:,} of them told apart by a number; longest {max(map(len, titles))} characters"
+    ]
     test = prepared.splits["test"]
     lists = test.candidates[:5000]
-    inside = sum(any(a != b and a in b for a in names for b in names) for names in ([titles[c] for c in row] for row in lists))
+    inside = sum(
+        any(a != b and a in b for a in names for b in names)
+        for names in ([titles[c] for c in row] for row in lists)
+    )
     out.append(
         f"candidate lists in which one title stands inside another: {inside / len(lists):.1%} of {len(lists):,} test lists"
     )
@@ -119,11 +139,16 @@ def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
         if not config.tokenizer:
             from tiny import make_base_model  # it builds on data.py
 
-            make_base_model(scratch, examples, hidden_size=64, num_layers=1, vocab_size=4096, seed=0)
+            make_base_model(
+                scratch, examples, hidden_size=64, num_layers=1, vocab_size=4096, seed=0
+            )
         tokenizer = Tokenizer(config.tokenizer or scratch)
     encoded = encode_examples(examples, tokenizer, config.max_length)
     lengths = [len(ids) for ids in encoded.prompts]
-    print(f"\nprompt tokens ({config.tokenizer or 'a tokenizer of 4,096 tokens made from this data'}): ", end="")
+    print(
+        f"\nprompt tokens ({config.tokenizer or 'a tokenizer of 4,096 tokens made from this data'}): ",
+        end="",
+    )
     print(", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (0, 5, 50, 95, 99, 100)))
     print(
         f"prompts shortened to --max_length {config.max_length}: {encoded.num_shortened} ({encoded.num_dropped} history items)"
@@ -131,7 +156,9 @@ def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
     for e in range(config.show, min(config.show + 3, len(examples))):
         example = examples[e]
         print(f"\n---- training example {e}, user {example.user}:\n\n{render_prompt(example)}")
-        print(f"\nchosen:   {example.candidates[example.target]!r}, score {example.scores[example.target]:.3f}")
+        print(
+            f"\nchosen:   {example.candidates[example.target]!r}, score {example.scores[example.target]:.3f}"
+        )
         for slot in examples.negatives(3)[e]:
             kind = "random" if examples.is_random[e, slot] else "follows"
             margin = example.scores[example.target] / example.scores[slot]
@@ -140,8 +167,13 @@ def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
             )
         (completion,) = encoded.slots(e, [example.target])
         ids = (encoded.prompts[e].tolist()[-3:], completion)
-        shown = [" ".join(repr(tokenizer.inner.decode([i], skip_special_tokens=False)) for i in part) for part in ids]
-        print(f"boundary: ... {shown[0]} || {shown[1]}   (|| ends the prompt; all behind it is scored)")
+        shown = [
+            " ".join(repr(tokenizer.inner.decode([i], skip_special_tokens=False)) for i in part)
+            for part in ids
+        ]
+        print(
+            f"boundary: ... {shown[0]} || {shown[1]}   (|| ends the prompt; all behind it is scored)"
+        )
     return lengths
 
 
@@ -159,10 +191,19 @@ def draw(folder: Path, log: Interactions, prompt_tokens: list[int]) -> None:
     ratings = Counter(np.rint(log.rating[~np.isnan(log.rating)] * 2).astype(int).tolist())
     axes[0, 0].bar([r / 2 for r in ratings], ratings.values(), width=0.4)
     axes[0, 0].set(title="Ratings", xlabel="rating", ylabel="interactions", xlim=(0, 5.5))
-    for axis, counts, what in ((axes[0, 1], np.diff(log.start), "user"), (axes[1, 0], np.bincount(log.item), "item")):
+    for axis, counts, what in (
+        (axes[0, 1], np.diff(log.start), "user"),
+        (axes[1, 0], np.bincount(log.item), "item"),
+    ):
         edges = np.geomspace(1, max(2, counts.max() + 1), 40)
         axis.hist(counts, bins=np.unique(edges.round()))
-        axis.set(title=f"Interactions per {what}", xlabel="interactions", ylabel=f"{what}s", xscale="log", yscale="log")
+        axis.set(
+            title=f"Interactions per {what}",
+            xlabel="interactions",
+            ylabel=f"{what}s",
+            xscale="log",
+            yscale="log",
+        )
     axes[1, 1].hist(prompt_tokens, bins=40)
     axes[1, 1].set(title="Training prompts", xlabel="tokens", ylabel="prompts")
     users, items = f"{log.num_users:,} users", f"{log.num_items:,} items"

@@ -17,7 +17,9 @@ import numpy as np
 
 MAX_BAD_SHARE = 0.01  # of the lines; with more of them the file is not what it was taken for
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
-MAX_SECONDS = 1e11  # the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
+MAX_SECONDS = (
+    1e11  # the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
+)
 
 
 @dataclass
@@ -33,7 +35,9 @@ class Interactions:
     user_ids: list[str]
     item_ids: list[str]
     name: str = ""  # of the data set; chooses the words of the prompts
-    notes: dict[str, int] = field(default_factory=dict)  # what the loader left out or changed -> how often
+    notes: dict[str, int] = field(
+        default_factory=dict
+    )  # what the loader left out or changed -> how often
 
     @property
     def num_users(self) -> int:
@@ -44,7 +48,9 @@ class Interactions:
         return len(self.titles)
 
 
-def make_interactions(user, item, rating, timestamp, titles: Mapping, name: str = "") -> Interactions:
+def make_interactions(
+    user, item, rating, timestamp, titles: Mapping, name: str = ""
+) -> Interactions:
     """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns; `titles` maps item id to title."""
     user_ids, user = np.unique(np.asarray(user), return_inverse=True)
     item_ids, item = np.unique(np.asarray(item), return_inverse=True)
@@ -123,7 +129,9 @@ def k_core(log: Interactions, k: int) -> Interactions:
             break
         keep = smaller
     if not keep.any():
-        raise ValueError(f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all")
+        raise ValueError(
+            f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all"
+        )
     return log if keep.all() else select_rows(log, keep)
 
 
@@ -155,7 +163,9 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
     n = len(g)
     first = np.flatnonzero(np.append(True, g[1:] != g[:-1]))  # of each group
     size = np.diff(np.append(first, n))
-    tie = np.flatnonzero(np.append(True, (g[1:] != g[:-1]) | (a[1:] != a[:-1])))  # first row of each set of equal ones
+    tie = np.flatnonzero(
+        np.append(True, (g[1:] != g[:-1]) | (a[1:] != a[:-1]))
+    )  # first row of each set of equal ones
     length = np.diff(np.append(tie, n))
     start = np.repeat(first, size)[tie]
     # rows before it in its group, and half of its own: (r - 1/2) / n is the share of the group that lies below
@@ -242,14 +252,19 @@ def _convert(convert, missing, values: Sequence) -> np.ndarray:
         if len(values) == 1:
             return np.array([missing])
         middle = len(values) // 2
-        return np.concatenate([_convert(convert, missing, part) for part in (values[:middle], values[middle:])])
+        return np.concatenate(
+            [_convert(convert, missing, part) for part in (values[:middle], values[middle:])]
+        )
 
 
 class LineCount:
     """Counts the lines of a file, names the first bad ones, and stops where they are more than chance."""
 
     def __init__(self, source, expected: str):
-        self.source, self.expected = str(source), expected  # `expected`: what a line should be, for messages
+        self.source, self.expected = (
+            str(source),
+            expected,
+        )  # `expected`: what a line should be, for messages
         self.lines, self.num_bad, self.hint = 0, 0, ""
         self.first_bad: list[tuple[int, str]] = []
 
@@ -261,7 +276,9 @@ class LineCount:
     def _bad(self, number: int, why: str) -> None:
         self.num_bad += 1
         self.first_bad = sorted([*self.first_bad, (number, why[:80])])[:3]
-        if self.num_bad > 1000 and self.lines >= 100_000:  # a bad beginning may yet be less than 1 % of the whole
+        if (
+            self.num_bad > 1000 and self.lines >= 100_000
+        ):  # a bad beginning may yet be less than 1 % of the whole
             self.check()
 
     def bad_lines(self) -> str:
@@ -269,7 +286,10 @@ class LineCount:
 
     def check(self) -> None:
         if self.num_bad > MAX_BAD_SHARE * max(1, self.lines):
-            what = self.hint or f"these are not {self.expected}; this looks like another file or format"
+            what = (
+                self.hint
+                or f"these are not {self.expected}; this looks like another file or format"
+            )
             raise ValueError(
                 f"{self.source}: {self.num_bad:,} of {self.lines:,} lines cannot be used (up to {MAX_BAD_SHARE:.0%} would be passed "
                 f"over): {self.bad_lines()}: {what}"
@@ -288,7 +308,12 @@ class LogBuilder(LineCount):
         self.repeats, self.amounts = repeats, amounts
         self.users, self.items = Codes(), Codes()
         none, nan = np.int32(-1), np.float32("nan")
-        self.converters = ((self.users.encode, none), (self.items.encode, none), (parse_amounts, nan), (parse_times, np.nan))
+        self.converters = (
+            (self.users.encode, none),
+            (self.items.encode, none),
+            (parse_amounts, nan),
+            (parse_times, np.nan),
+        )
         self.chunks: list[tuple[np.ndarray, ...]] = []  # (user, item, amount, time) each
         self.pending, self.kept, self.largest = 0, 0, 0.0
         self.notes: Counter[str] = Counter()
@@ -298,26 +323,45 @@ class LogBuilder(LineCount):
         self.lines += 1
         self.notes[why] += 1
 
-    def add(self, numbers: Sequence[int], users: Sequence, items: Sequence, amounts: Sequence, times: Sequence) -> np.ndarray:
+    def add(
+        self,
+        numbers: Sequence[int],
+        users: Sequence,
+        items: Sequence,
+        amounts: Sequence,
+        times: Sequence,
+    ) -> np.ndarray:
         """Add rows as read, line `numbers` beside them; returns their item codes, -1 where the row is bad."""
         self.lines += len(numbers)
         raw = (users, items, amounts, times)
-        columns = tuple(_convert(*converter, values) for converter, values in zip(self.converters, raw, strict=True))
+        columns = tuple(
+            _convert(*converter, values)
+            for converter, values in zip(self.converters, raw, strict=True)
+        )
         user, item, amount, time = columns
-        good = (user >= 0) & (item >= 0) & (amount >= 0) & (amount < np.inf) & (time >= 0)  # NaN is none of it
+        good = (
+            (user >= 0) & (item >= 0) & (amount >= 0) & (amount < np.inf) & (time >= 0)
+        )  # NaN is none of it
         inside = good
         if not self.amounts:
             self.largest = max(self.largest, float(amount[good].max(initial=0)))
             if self.largest > 5:
-                self.hint = (
-                    f"ratings go up to {self.largest:g} instead of 5; --percentile item makes ratings of hours, plays or scores"
-                )
+                self.hint = f"ratings go up to {self.largest:g} instead of 5; --percentile item makes ratings of hours, plays or scores"
             good = good & (amount <= 5)
             inside = good & (amount > 0)  # BeerAdvocate has some zeros
             self.notes["lines with rating 0, which means none"] += int(good.sum() - inside.sum())
         for row in np.flatnonzero(~good):
-            fine = (user[row] >= 0, item[row] >= 0, 0 <= amount[row] <= (np.inf if self.amounts else 5), time[row] >= 0)
-            wrong = [f"{name} {values[row]!r}" for name, values, ok in zip(FIELDS, raw, fine, strict=True) if not ok]
+            fine = (
+                user[row] >= 0,
+                item[row] >= 0,
+                0 <= amount[row] <= (np.inf if self.amounts else 5),
+                time[row] >= 0,
+            )
+            wrong = [
+                f"{name} {values[row]!r}"
+                for name, values, ok in zip(FIELDS, raw, fine, strict=True)
+                if not ok
+            ]
             self._bad(numbers[row], ", ".join(wrong))
         if inside.all():
             self.chunks.append(columns)
@@ -333,7 +377,9 @@ class LogBuilder(LineCount):
         """Merge repeated pairs; the rows that stay keep their order."""
         if not self.chunks:
             return
-        user, item, amount, time = (np.concatenate(parts) for parts in zip(*self.chunks, strict=True))
+        user, item, amount, time = (
+            np.concatenate(parts) for parts in zip(*self.chunks, strict=True)
+        )
         self.chunks = []
         if self.repeats == "last":
             keep = last_of_each_pair(user, item, time)
@@ -343,18 +389,26 @@ class LogBuilder(LineCount):
             pairs, which = np.unique(key, return_inverse=True)
             sums = np.bincount(which, weights=amount, minlength=len(pairs))
             amount = sums[which].astype(np.float32)
-        merged = "repeated pairs of user and item, of which the last counts" if self.repeats == "last" else "repeats, added up"
+        merged = (
+            "repeated pairs of user and item, of which the last counts"
+            if self.repeats == "last"
+            else "repeats, added up"
+        )
         self.notes[merged] += int(len(keep) - keep.sum())
         self.chunks = [tuple(column[keep] for column in (user, item, amount, time))]
         self.kept, self.pending = int(keep.sum()), 0
 
-    def finish(self, titles: Mapping[str, str] | None, name: str, percentile: str = "") -> Interactions:
+    def finish(
+        self, titles: Mapping[str, str] | None, name: str, percentile: str = ""
+    ) -> Interactions:
         """The sorted log. `titles` by item id; None: ids are titles; items without one are dropped, and counted.
         `percentile` item, user or all: amounts become ratings by rank inside such a group."""
         self.check()
         self.compact()
         if not self.kept:
-            raise ValueError(f"{self.source}: no interaction found in {self.lines:,} lines; expected {self.expected}")
+            raise ValueError(
+                f"{self.source}: no interaction found in {self.lines:,} lines; expected {self.expected}"
+            )
         (columns,) = self.chunks
         user, item, amount, time = columns
         self.chunks = []
@@ -370,7 +424,9 @@ class LogBuilder(LineCount):
         if not keep.all():
             self.notes["interactions with an item that has no title"] = int(len(keep) - keep.sum())
             if not keep.any():
-                raise ValueError(f"{self.source}: not one of its {len(names):,} items has a title; first {self.items.ids[:3]}")
+                raise ValueError(
+                    f"{self.source}: not one of its {len(names):,} items has a title; first {self.items.ids[:3]}"
+                )
             user, item, amount, time = (column[keep] for column in (user, item, amount, time))
         if self.num_bad:
             self.notes[f"lines that could not be read ({self.bad_lines()})"] = self.num_bad

@@ -48,7 +48,9 @@ CHUNK = 1 << 13  # lines that are converted together
 MAX_LINE = 1 << 20  # bytes; longer lines are passed over as bad ones
 MAX_RECORD_LINES = 50  # of one row of CSV with line breaks inside quotes
 
-codecs.register_error("latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
+codecs.register_error(
+    "latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end)
+)
 csv.field_size_limit(MAX_LINE)
 
 
@@ -58,7 +60,11 @@ def open_bytes(path: Path) -> io.BufferedReader:
     try:
         with open(path, "rb") as f:
             gzipped = f.read(2) == b"\x1f\x8b"
-        return io.BufferedReader(gzip.open(path), 1 << 20) if gzipped else open(path, "rb", buffering=1 << 20)
+        return (
+            io.BufferedReader(gzip.open(path), 1 << 20)
+            if gzipped
+            else open(path, "rb", buffering=1 << 20)
+        )
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened ({error.strerror or error})") from None
 
@@ -69,7 +75,9 @@ def read_lines(path: Path, source=None) -> Iterator[str]:
         try:
             start = f.peek(2)[:2]
             if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                yield from (line.rstrip("\r\n") for line in io.TextIOWrapper(f, "utf-16", errors="replace"))
+                yield from (
+                    line.rstrip("\r\n") for line in io.TextIOWrapper(f, "utf-16", errors="replace")
+                )
                 return
             first = True
             while line := f.readline(MAX_LINE):
@@ -82,7 +90,9 @@ def read_lines(path: Path, source=None) -> Iterator[str]:
                         pass
                 yield line.decode("utf-8", "latin-1").rstrip("\r\n")
         except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-            raise ValueError(f"{path}: the compressed file is damaged or cut off ({error}); fetch it again") from None
+            raise ValueError(
+                f"{path}: the compressed file is damaged or cut off ({error}); fetch it again"
+            ) from None
 
 
 def brief(names: list[str]) -> list[str]:
@@ -247,23 +257,37 @@ def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
 def load_amazon(path, percentile: str = "") -> Interactions:
     """Amazon 2018 reviews (JSON lines) or ratings only (CSV), and meta_<category>.json beside them for the titles."""
     patterns = ("*_5.json*", "[!m]*.json*", "[!m]*.csv*")
-    file = find_file(path, patterns, "reviews (Books.json.gz, Books_5.json.gz) or ratings (Books.csv)")
-    category = re.sub(r"^ratings_|(_5)?\.(json|csv)(\.gz)?$", "", file.name)  # ratings_Books.csv is the name of 2014
-    meta = [f for f in sorted(file.parent.glob("meta_*.json*")) if f.name.split(".")[0] == f"meta_{category}"]
+    file = find_file(
+        path, patterns, "reviews (Books.json.gz, Books_5.json.gz) or ratings (Books.csv)"
+    )
+    category = re.sub(
+        r"^ratings_|(_5)?\.(json|csv)(\.gz)?$", "", file.name
+    )  # ratings_Books.csv is the name of 2014
+    meta = [
+        f
+        for f in sorted(file.parent.glob("meta_*.json*"))
+        if f.name.split(".")[0] == f"meta_{category}"
+    ]
     meta = meta or sorted(file.parent.glob("meta_*.json*"))
     if len(meta) != 1:
         raise ValueError(
             f"{file.parent}: titles need meta_{category}.json.gz beside {file.name}; found {[f.name for f in meta]}"
         )
     is_csv = ".csv" in file.suffixes
-    expected = "item,user,rating,timestamp" if is_csv else "JSON with reviewerID, asin, overall, unixReviewTime"
+    expected = (
+        "item,user,rating,timestamp"
+        if is_csv
+        else "JSON with reviewerID, asin, overall, unixReviewTime"
+    )
     builder = LogBuilder(str(file), expected, amounts=bool(percentile))
     if is_csv:
         rows = read_table(file)
         head = list(itertools.islice(rows, 1000))
         full = [row for row in head if len(row) == 4]
         # 2018: item first; 2014: user first. An item has 10 characters, a reviewer A and 9 to 20 more
-        item_first = sum(len(row[0]) == 10 for row in full) >= sum(len(row[1]) == 10 for row in full)
+        item_first = sum(len(row[0]) == 10 for row in full) >= sum(
+            len(row[1]) == 10 for row in full
+        )
         positions = {"user": int(item_first), "item": int(not item_first), "rating": 2, "time": 3}
         for numbers, table, bad in table_chunks(itertools.chain(head, rows), positions, 4, 1):
             for number, why in bad:
@@ -280,7 +304,9 @@ def load_amazon(path, percentile: str = "") -> Interactions:
     for item, title in read_titles(meta[0], json_record, "asin", ("title",)):
         if item in ids and title and "<span" not in title:  # pieces of a page instead of a title
             titles.setdefault(item, title)
-    return builder.finish(titles, "amazon_books" if category.startswith("Books") else "amazon", percentile)
+    return builder.finish(
+        titles, "amazon_books" if category.startswith("Books") else "amazon", percentile
+    )
 
 
 def read_titles(file: Path, parse, key: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -290,32 +316,56 @@ def read_titles(file: Path, parse, key: str, names: tuple[str, ...]) -> Iterator
         count.lines += 1
         item = record.get(key)
         if isinstance(item, (str, int)):  # two lines of Steam's games have no id
-            yield str(item), next((record[n] for n in names if isinstance(record.get(n), str) and record[n].strip()), "")
+            yield (
+                str(item),
+                next(
+                    (
+                        record[n]
+                        for n in names
+                        if isinstance(record.get(n), str) and record[n].strip()
+                    ),
+                    "",
+                ),
+            )
     count.check()
 
 
-Chunk = tuple[Sequence[int], dict[str, Sequence], list[tuple[int, str]]]  # line numbers, values by field, bad lines
+Chunk = tuple[
+    Sequence[int], dict[str, Sequence], list[tuple[int, str]]
+]  # line numbers, values by field, bad lines
 
 
-def table_chunks(rows: Iterator[list[str]], positions: dict[str, int], width: int, first_line: int) -> Iterator[Chunk]:
+def table_chunks(
+    rows: Iterator[list[str]], positions: dict[str, int], width: int, first_line: int
+) -> Iterator[Chunk]:
     """The columns at `positions` of a table's rows, CHUNK rows at a time; rows of another width are bad."""
     while chunk := list(itertools.islice(rows, CHUNK)):
         numbers, bad = range(first_line, first_line + len(chunk)), []
         first_line += len(chunk)
         if set(map(len, chunk)) != {width}:
             pairs = list(zip(numbers, chunk, strict=True))
-            bad = [(number, ",".join(row)) for number, row in pairs if len(row) != width and row not in ([], [""])]
+            bad = [
+                (number, ",".join(row))
+                for number, row in pairs
+                if len(row) != width and row not in ([], [""])
+            ]
             pairs = [(number, row) for number, row in pairs if len(row) == width]
             numbers, chunk = [number for number, _ in pairs], [row for _, row in pairs]
         columns = list(zip(*chunk, strict=True))
-        yield numbers, {field: columns[at] for field, at in positions.items()} if columns else {}, bad
+        yield (
+            numbers,
+            {field: columns[at] for field, at in positions.items()} if columns else {},
+            bad,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ Steam
 def load_steam(path, percentile: str = "") -> Interactions:
     """steam_reviews.json and steam_games.json (Python literals, gzipped or not) of a folder. The amount is hours of play."""
     file = find_file(path, ("steam_reviews*", "*reviews*"), "steam_reviews.json.gz")
-    games = find_file(file.parent, ("steam_games*", "*games*"), "steam_games.json.gz, for the titles")
+    games = find_file(
+        file.parent, ("steam_games*", "*games*"), "steam_games.json.gz, for the titles"
+    )
     builder = LogBuilder(file, "a Python dict with username, product_id, hours, date", amounts=True)
     rows, keys = Rows(builder), ("username", "product_id", "hours", "date")
     for number, record in read_records(file, literal_record, keys, builder.bad):
@@ -360,10 +410,15 @@ def load_beeradvocate(path, percentile: str = "", title: str = "full") -> Intera
     file = find_file(path, patterns, "beeradvocate.json, beeradvocate.txt or beer_reviews.csv")
     lines = read_lines(file)
     start = next((line for line in lines if line.strip()), "").lstrip()
-    builder = LogBuilder(file, "a review with user, beer, overall rating and time", amounts=bool(percentile))
+    builder = LogBuilder(
+        file, "a review with user, beer, overall rating and time", amounts=bool(percentile)
+    )
     if start.startswith("{"):
         parsed = read_records(file, literal_record, BEER_KEYS, builder.bad)
-        records = ((number, {BEER_KEYS[key]: value for key, value in record.items()}) for number, record in parsed)
+        records = (
+            (number, {BEER_KEYS[key]: value for key, value in record.items()})
+            for number, record in parsed
+        )
     elif start.startswith(("beer/", "review/")):
         records = _beer_blocks(file)
     else:
@@ -377,7 +432,9 @@ def load_beeradvocate(path, percentile: str = "", title: str = "full") -> Intera
             continue
         rows.add(number, user, item, r.get("rating"), r.get("time"))
         if item not in titles and name:
-            titles[item] = beer_title(name, str(r.get("abv") or ""), style) if title == "full" else name
+            titles[item] = (
+                beer_title(name, str(r.get("abv") or ""), style) if title == "full" else name
+            )
     rows.flush()
     return builder.finish(titles, "beeradvocate", percentile)
 
@@ -400,7 +457,9 @@ def _beer_rows(file: Path, bad) -> Iterator[tuple[int, dict]]:
     rows = read_table(file)
     header = next(rows, [])
     if missing := BEER_CSV.keys() - set(header):
-        raise ValueError(f"{file}: line 1 is no header of beer reviews: no column {sorted(missing)}, found {brief(header)}")
+        raise ValueError(
+            f"{file}: line 1 is no header of beer reviews: no column {sorted(missing)}, found {brief(header)}"
+        )
     columns = {header.index(name): key for name, key in BEER_CSV.items()}
     for number, row in enumerate(rows, 2):
         if len(row) == len(header):
@@ -419,7 +478,9 @@ def mend_encoding(text: str) -> str:
 
 def beer_title(name: str, abv: str, style: str) -> str:
     """Name, strength and style, as the paper's prompts have them: "Sausa Weizen (5% ABV, Hefeweizen)"."""
-    name = " ".join(re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name)).split()) or name  # some names repeat the strength
+    name = (
+        " ".join(re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name)).split()) or name
+    )  # some names repeat the strength
     try:
         strength = f"{float(abv):g}% ABV" if float(abv) > 0 else ""
     except ValueError:  # missing
@@ -435,7 +496,9 @@ def load_lastfm(path, percentile: str = "") -> Interactions:
     An interaction is a user's first play of an artist that has a MusicBrainz id; its amount is the number of all plays."""
     what = "userid-timestamp-artid-artname-traid-traname.tsv, or lastfm-dataset-1K.tar.gz"
     file = find_file(path, ("userid-timestamp*", "lastfm-dataset-1K*"), what)
-    builder = LogBuilder(file, "user, time, artist id, artist, track id, track between tabs", "sum", amounts=True)
+    builder = LogBuilder(
+        file, "user, time, artist id, artist, track id, track between tabs", "sum", amounts=True
+    )
     rows, titles = Rows(builder), {}
     for number, line in enumerate(read_lines(file, _lastfm_member(file)), 1):
         fields = line.split("\t")
@@ -461,7 +524,9 @@ def _lastfm_member(file: Path):
             raise ValueError(f"{file}: holds no userid-timestamp-artid-artname-traid-traname.tsv")
         return archive.extractfile(member)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{file}: the archive is damaged or cut off ({error}); fetch it again") from None
+        raise ValueError(
+            f"{file}: the archive is damaged or cut off ({error}); fetch it again"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ MovieLens-1M
@@ -473,27 +538,47 @@ def load_movielens(path) -> Interactions:
     for number, line in enumerate(movies.decode("latin-1").splitlines(), 1):
         parts = line.split("::")
         if len(parts) != 3 or not parts[0].isdigit() or not parts[1].strip():
-            raise ValueError(f"{movies_name}: line {number} is not MovieID::Title::Genres: {line[:80]!r}")
+            raise ValueError(
+                f"{movies_name}: line {number} is not MovieID::Title::Genres: {line[:80]!r}"
+            )
         names[int(parts[0])] = clean_title(parts[1])
 
     first = ratings[:200].split(b"\n", 1)[0]
     if first.count(b"::") != 3:
-        raise ValueError(f"{ratings_name}: line 1 is not UserID::MovieID::Rating::Timestamp: {first[:80]!r}")
+        raise ValueError(
+            f"{ratings_name}: line 1 is not UserID::MovieID::Rating::Timestamp: {first[:80]!r}"
+        )
     if not ratings.endswith(b"\n"):
-        raise ValueError(f"{ratings_name}: ends in the middle of line {ratings.count(10) + 1}: truncated? Fetch it again")
+        raise ValueError(
+            f"{ratings_name}: ends in the middle of line {ratings.count(10) + 1}: truncated? Fetch it again"
+        )
     try:
-        table = np.loadtxt(io.BytesIO(ratings.replace(b"::", b"\t")), delimiter="\t", comments=None, ndmin=2)
+        table = np.loadtxt(
+            io.BytesIO(ratings.replace(b"::", b"\t")), delimiter="\t", comments=None, ndmin=2
+        )
     except ValueError:  # its message counts lines from 0 or 1 and recommends its own options
         record = re.compile(rb"\d+::\d+::\d+(\.\d+)?::\d+")
-        number, line = next((n, line) for n, line in enumerate(ratings.splitlines(), 1) if not record.fullmatch(line))
-        raise ValueError(f"{ratings_name}: line {number} is not UserID::MovieID::Rating::Timestamp: {line[:80]!r}") from None
+        number, line = next(
+            (n, line)
+            for n, line in enumerate(ratings.splitlines(), 1)
+            if not record.fullmatch(line)
+        )
+        raise ValueError(
+            f"{ratings_name}: line {number} is not UserID::MovieID::Rating::Timestamp: {line[:80]!r}"
+        ) from None
     user, item, rating, timestamp = table.T
-    bad = np.flatnonzero(~((rating >= 1) & (rating <= 5) & (user > 0) & (item > 0) & (timestamp > 0)))
+    bad = np.flatnonzero(
+        ~((rating >= 1) & (rating <= 5) & (user > 0) & (item > 0) & (timestamp > 0))
+    )
     if len(bad):
-        raise ValueError(f"{ratings_name}: line {bad[0] + 1}: expected ids > 0, rating 1 to 5, time > 0: {table[bad[0]]}")
+        raise ValueError(
+            f"{ratings_name}: line {bad[0] + 1}: expected ids > 0, rating 1 to 5, time > 0: {table[bad[0]]}"
+        )
     try:
         titles = movielens_titles(names)
-        return make_interactions(user.astype(np.int64), item.astype(np.int64), rating, timestamp, titles, "movielens")
+        return make_interactions(
+            user.astype(np.int64), item.astype(np.int64), rating, timestamp, titles, "movielens"
+        )
     except ValueError as error:
         raise ValueError(f"{movies_name}: {error}") from None
 
@@ -505,14 +590,23 @@ def _movielens_file(path: Path, name: str) -> tuple[bytes, str]:
             return (folder / name).read_bytes(), str(folder / name)
     archive = path / "ml-1m.zip" if path.is_dir() else path
     if not archive.is_file():
-        raise ValueError(f"{path}: no {name} and no ml-1m.zip there; give the MovieLens-1M folder or zip, or --download")
+        raise ValueError(
+            f"{path}: no {name} and no ml-1m.zip there; give the MovieLens-1M folder or zip, or --download"
+        )
     try:
         with zipfile.ZipFile(archive) as z:
             inside = [n for n in z.namelist() if n.rpartition("/")[2] == name]
             if not inside:
                 raise ValueError(f"{archive}: holds no {name}; expected the MovieLens-1M zip")
             return z.read(inside[0]), f"{archive}:{inside[0]}"
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise ValueError(f"{archive}: not a whole zip file ({error}); fetch it again") from None
 
 
@@ -521,7 +615,10 @@ def movielens_titles(names: dict[int, str]) -> dict[int, str]:
     plain = {}
     for movie, name in names.items():
         title = re.sub(r"\s*\(\d{4}\)$", "", name)
-        article = re.fullmatch(r"(.+), (The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una)( \(.*\))?", title)
+        article = re.fullmatch(
+            r"(.+), (The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una)( \(.*\))?",
+            title,
+        )
         if article:
             head, word, rest = article.groups(default="")
             title = f"{word}{'' if word.endswith(chr(39)) else ' '}{head}{rest}"
@@ -545,8 +642,12 @@ def download_movielens(path: Path) -> None:
                     out.write(block)
                     bar.update(len(block))
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{MOVIELENS_URL}: {error}; fetch it by hand and give it as --data_dir") from None
+        raise ValueError(
+            f"{MOVIELENS_URL}: {error}; fetch it by hand and give it as --data_dir"
+        ) from None
     found = hashlib.md5(part.read_bytes()).hexdigest()
     if found != MOVIELENS_MD5:
-        raise ValueError(f"{part}: md5 {found}, published {MOVIELENS_MD5}: damaged or changed; not used")
+        raise ValueError(
+            f"{part}: md5 {found}, published {MOVIELENS_MD5}: damaged or changed; not used"
+        )
     part.rename(target)

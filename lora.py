@@ -38,8 +38,12 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         device = linear.weight.device
-        self.lora_A = nn.Linear(linear.in_features, r, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(r, linear.out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_A = nn.Linear(
+            linear.in_features, r, bias=False, device=device, dtype=torch.float32
+        )
+        self.lora_B = nn.Linear(
+            r, linear.out_features, bias=False, device=device, dtype=torch.float32
+        )
         self.scaling, self.dropout = scaling, dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +56,9 @@ class LoRALinear(nn.Linear):
         As = [layer.lora_A.weight if layer in lora else None for layer in layers]
         Bs = [layer.lora_B.weight if layer in lora else None for layer in layers]
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        dropout = lora[0].dropout if lora[0].training else 0.0  # all adapters of a model share it, and the scaling
+        dropout = (
+            lora[0].dropout if lora[0].training else 0.0
+        )  # all adapters of a model share it, and the scaling
         return adapted_projections(x, weights, biases, As, Bs, lora[0].scaling, dropout)
 
     def draw_A(self, name: str, seed: int) -> Tensor:
@@ -60,7 +66,9 @@ class LoRALinear(nn.Linear):
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         bound = 1 / math.sqrt(self.in_features)
-        return torch.empty(self.lora_A.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        return torch.empty(self.lora_A.weight.shape, device="cpu").uniform_(
+            -bound, bound, generator=generator
+        )
 
     @torch.no_grad()
     def reset_parameters(self, name: str, seed: int) -> None:
@@ -83,7 +91,9 @@ def apply_lora(
     if getattr(model, "lora_config", None):
         raise ValueError("the model already carries LoRA adapters: merge_lora them first")
     targets = _find_targets(model, target_modules)
-    short = sorted({name.rpartition(".")[2] for name in targets})  # whole paths only where these would select more
+    short = sorted(
+        {name.rpartition(".")[2] for name in targets}
+    )  # whole paths only where these would select more
     model.requires_grad_(False)
     scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
     for name in targets:
@@ -103,7 +113,9 @@ def apply_lora(
 
 
 def _find_targets(model: Transformer, target_modules) -> list[str]:
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+    linears = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"
+    ]
     if isinstance(target_modules, str):
         if target_modules == "all-linear":
             return linears
@@ -111,9 +123,13 @@ def _find_targets(model: Transformer, target_modules) -> list[str]:
         unused = [] if found else [target_modules]
     else:
         found = [name for name in linears if any(_is_path_end(t, name) for t in target_modules)]
-        unused = sorted(t for t in target_modules if not any(_is_path_end(t, name) for name in found))
+        unused = sorted(
+            t for t in target_modules if not any(_is_path_end(t, name) for name in found)
+        )
     if unused or not found:
-        raise ValueError(f"target_modules {unused or list(target_modules)} match no linear layer; known: {TARGET_MODULES}")
+        raise ValueError(
+            f"target_modules {unused or list(target_modules)} match no linear layer; known: {TARGET_MODULES}"
+        )
     return found
 
 
@@ -140,9 +156,15 @@ def base_fingerprint(path) -> str:
 def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = None) -> None:
     """Write PEFT's two files. `state` overrides the weights (gathered ones, when the model is sharded)."""
     if not getattr(model, "lora_config", None):
-        raise ValueError("the model carries no LoRA adapter: call apply_lora first, or save_pretrained for full weights")
+        raise ValueError(
+            "the model carries no LoRA adapter: call apply_lora first, or save_pretrained for full weights"
+        )
     state = model.state_dict() if state is None else state
-    tensors = {PEFT_PREFIX + n: t.detach().float().cpu().contiguous() for n, t in state.items() if ".lora_" in n}
+    tensors = {
+        PEFT_PREFIX + n: t.detach().float().cpu().contiguous()
+        for n, t in state.items()
+        if ".lora_" in n
+    }
     metadata = {"format": "pt"}
     if model.source:
         metadata["base_fingerprint"] = base_fingerprint(model.source)
@@ -189,7 +211,9 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
         tensors = {name: f.get_tensor(name) for name in f.keys()}
     if fingerprint and model.source and fingerprint != base_fingerprint(model.source):
         trained_on = config.get("base_model_name_or_path")
-        raise ValueError(f"{path}: this adapter was trained on another base ({trained_on}), not on {model.name_or_path}")
+        raise ValueError(
+            f"{path}: this adapter was trained on another base ({trained_on}), not on {model.name_or_path}"
+        )
 
     r, targets = config.get("r", 8), config.get("target_modules") or ("q_proj", "v_proj")
     expected = {}
@@ -198,14 +222,19 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
         expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, linear.in_features)
         expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, r)
     if expected.keys() != tensors.keys():
-        missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        missing, unexpected = (
+            sorted(expected.keys() - tensors.keys()),
+            sorted(tensors.keys() - expected.keys()),
+        )
         raise ValueError(
             f"{file}: adapter keys do not match the model: {len(missing)} missing (first {missing[:2]}), "
             f"{len(unexpected)} unexpected (first {unexpected[:2]})"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
-            raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs {expected[name]}")
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs {expected[name]}"
+            )
     settings = {
         "r": r,
         "lora_alpha": config.get("lora_alpha", 8),
@@ -221,7 +250,9 @@ def read_adapter_config(path) -> dict:
     file = Path(path) / "adapter_config.json"
     config = read_json(file)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type {config.get('peft_type')!r} is not supported, only LORA")
+        raise ValueError(
+            f"{file}: peft_type {config.get('peft_type')!r} is not supported, only LORA"
+        )
     unsupported = [
         "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layers_to_transform",
         "layers_pattern", "layer_replication", "fan_in_fan_out", "exclude_modules", "target_parameters",
@@ -229,12 +260,20 @@ def read_adapter_config(path) -> dict:
         "lora_ga_config", "kasa_config", "velora_config", "monteclora_config", "arrow_config", "use_bdlora",
     ]  # fmt: skip
     needed = [key for key in unsupported if config.get(key)]
-    if isinstance(init := config.get("init_lora_weights"), str) and init not in ("gaussian", "orthogonal", "eva"):
-        needed.append(f"init_lora_weights={init}")  # PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA: they change the base too
+    if isinstance(init := config.get("init_lora_weights"), str) and init not in (
+        "gaussian",
+        "orthogonal",
+        "eva",
+    ):
+        needed.append(
+            f"init_lora_weights={init}"
+        )  # PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA: they change the base too
     if config.get("bias", "none") != "none":
         needed.append(f"bias={config['bias']}")
     if needed:
-        raise ValueError(f"{file}: {', '.join(needed)} not supported; only plain LoRA and rsLoRA adapters are")
+        raise ValueError(
+            f"{file}: {', '.join(needed)} not supported; only plain LoRA and rsLoRA adapters are"
+        )
     return config
 
 
@@ -247,7 +286,9 @@ def merge_lora(model: Transformer) -> Transformer:
     for name, layer in layers.items():
         delta = layer.scaling * layer.lora_B.weight.float() @ layer.lora_A.weight.float()
         layer.weight.copy_(layer.weight.float() + delta)
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
         linear.weight, linear.bias = layer.weight, layer.bias
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
     model.lora_config = None

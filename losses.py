@@ -43,7 +43,9 @@ def target_margins(
     chosen = chosen_scores[:, None]
     if kind == "ratio":  # the method, eq. 4
         return chosen / rejected_scores
-    if kind == "log_diff":  # the authors' log(1 + φ_w - φ_l); the clamp keeps it finite where the rejected scores higher
+    if (
+        kind == "log_diff"
+    ):  # the authors' log(1 + φ_w - φ_l); the clamp keeps it finite where the rejected scores higher
         return torch.log((1 + chosen - rejected_scores).clamp(min=1e-3))
     if kind == "log_ratio":
         return torch.log(chosen / rejected_scores)
@@ -85,7 +87,9 @@ def sdpo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> tup
 def _gap(policy_logps: Tensor, reference_logps: Tensor, name: str) -> Tensor:
     """(B,) Δ_w - Δ_l of methods that compare two completions."""
     if policy_logps.shape[1] != 2:
-        raise ValueError(f"{name} compares two completions, got {policy_logps.shape[1]}: set num_negatives to 1, or use sdpo")
+        raise ValueError(
+            f"{name} compares two completions, got {policy_logps.shape[1]}: set num_negatives to 1, or use sdpo"
+        )
     logratios = policy_logps - reference_logps  # (B, 2)
     return logratios[:, 0] - logratios[:, 1]
 

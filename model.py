@@ -37,7 +37,11 @@ from kernels.logps import label_logps, mm_fp32
 # cuDNN's attention gives NaN gradients with a mask at some lengths on Hopper (pytorch #196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -69,7 +73,9 @@ class ModelConfig:
         raw = read_json(file)
 
         def refuse(what: str):
-            raise ValueError(f"{file}: {what} is not supported; this project runs Llama 2/3, Qwen2/2.5 and Qwen3")
+            raise ValueError(
+                f"{file}: {what} is not supported; this project runs Llama 2/3, Qwen2/2.5 and Qwen3"
+            )
 
         kind = raw.get("model_type")
         architectures = raw.get("architectures") or [ARCHITECTURES.get(kind)]
@@ -89,13 +95,26 @@ class ModelConfig:
             refuse(f"rope_type {rope_type!r}")
         if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
             refuse("partial_rotary_factor")
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        required = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
         missing = [key for key in required if raw.get(key) is None]
         if missing:
             raise ValueError(f"{file}: missing {', '.join(missing)}")
-        llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        llama3 = (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
         if rope_type == "llama3" and any(key not in rope for key in llama3):
-            raise ValueError(f"{file}: rope_type llama3 needs {', '.join(llama3)}; found {sorted(rope)}")
+            raise ValueError(
+                f"{file}: rope_type llama3 needs {', '.join(llama3)}; found {sorted(rope)}"
+            )
 
         heads = raw["num_attention_heads"]
         default_head_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads
@@ -106,7 +125,9 @@ class ModelConfig:
             head_dim=raw.get("head_dim") or default_head_dim,
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling={"rope_type": "llama3"} | {key: rope[key] for key in llama3} if rope_type == "llama3" else None,
+            rope_scaling={"rope_type": "llama3"} | {key: rope[key] for key in llama3}
+            if rope_type == "llama3"
+            else None,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             attention_bias=kind == "qwen2" or bool(raw.get("attention_bias")),
             max_position_embeddings=raw.get("max_position_embeddings", 4096),
@@ -116,9 +137,17 @@ class ModelConfig:
 
     def to_dict(self) -> dict:
         """A `config.json` that transformers 4 and 5 both read: rope parameters stand in both layouts."""
-        same = {key: value for key, value in vars(self).items() if key not in ("rope_scaling", "attention_bias")}
+        same = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("rope_scaling", "attention_bias")
+        }
         rope = {"rope_theta": self.rope_theta} | (self.rope_scaling or {"rope_type": "default"})
-        out = {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu", "initializer_range": 0.02}
+        out = {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+        }
         out |= same | {"rope_scaling": self.rope_scaling, "rope_parameters": rope}
         if self.model_type != "qwen2":
             out["attention_bias"] = self.attention_bias
@@ -137,12 +166,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)  # computes in fp32 and rounds once
+        return self.weight * F.rms_norm(
+            x, x.shape[-1:], eps=self.eps
+        )  # computes in fp32 and rounds once
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Rotary frequencies (Dh / 2,) in fp32, with Llama-3.1's scaling, which changes every position, not only late ones."""
-    exponents = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32) / config.head_dim
+    exponents = (
+        torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32) / config.head_dim
+    )
     inv_freq = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return inv_freq
@@ -154,7 +187,9 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     return (1 - keep) * inv_freq / s["factor"] + keep * inv_freq
 
 
-def rotary_tables(inv_freq: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    inv_freq: Tensor, position_ids: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin (B, 1, T, Dh), computed in fp32."""
     angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, Dh / 2)
     angles = torch.cat([angles, angles], dim=-1)
@@ -177,7 +212,10 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.layers[layer] is None:
             B, Hkv, _, Dh = k.shape
-            self.layers[layer] = (k.new_zeros(B, Hkv, self.width, Dh), v.new_zeros(B, Hkv, self.width, Dh))
+            self.layers[layer] = (
+                k.new_zeros(B, Hkv, self.width, Dh),
+                v.new_zeros(B, Hkv, self.width, Dh),
+            )
         keys, values = self.layers[layer]
         keys[:, :, self.start : self.start + k.shape[2]] = k
         values[:, :, self.start : self.start + v.shape[2]] = v
@@ -197,7 +235,9 @@ class AttentionPlan:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
     """Scaled dot-product attention of H query heads on Hkv key-value heads."""
-    if torch.compiler.is_compiling():  # else inductor asserts the strides of the first length it saw (torch 2.13)
+    if (
+        torch.compiler.is_compiling()
+    ):  # else inductor asserts the strides of the first length it saw (torch 2.13)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if q.is_cuda:  # with a mask or in fp32, enable_gqa falls back to the slow path there
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -274,8 +314,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    checkpointing = False  # activation checkpointing: keep the block's input, run it again in backward
-    compiled: Callable | None = None  # `compute` by torch.compile; decoding, one token at a time, never takes it
+    checkpointing = (
+        False  # activation checkpointing: keep the block's input, run it again in backward
+    )
+    compiled: Callable | None = (
+        None  # `compute` by torch.compile; decoding, one token at a time, never takes it
+    )
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -302,7 +346,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, plan: AttentionPlan) -> Tensor:
@@ -330,14 +376,18 @@ class Transformer(nn.Module):
     def forward(self, tree) -> tuple[Tensor, Tensor]:
         """Score a `data.PromptTree`: (token_logps (M,) fp32, greedy_ids (M,)), one entry per scored token."""
         mask = branch_mask(tree.branch_ids, tree.prompt_width)
-        hidden = self.hidden_states(tree.input_ids, tree.position_ids, tree.prompt_width, mask)  # (B, T, D)
+        hidden = self.hidden_states(
+            tree.input_ids, tree.position_ids, tree.prompt_width, mask
+        )  # (B, T, D)
         rows = hidden.flatten(0, 1).index_select(0, tree.rows)  # (M, D)
         return label_logps(rows, self.lm_head.weight, tree.labels)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Plain causal logits (B, T, V) in fp32 of whole sequences (B, T): for tests and for reading, not for training."""
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(
+                input_ids
+            )
         hidden = self.hidden_states(input_ids, position_ids, input_ids.shape[1], None)
         return mm_fp32(hidden.flatten(0, 1), self.lm_head.weight.T).view(*input_ids.shape, -1)
 
@@ -372,21 +422,34 @@ def resolve_path(name, weights: bool = True) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
-        raise ValueError(f"{name}: no such directory, and not a hub name like meta-llama/Llama-3.1-8B")
+        raise ValueError(
+            f"{name}: no such directory, and not a hub name like meta-llama/Llama-3.1-8B"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"] if weights else ["*.json"]))
+        return Path(
+            snapshot_download(
+                str(name), allow_patterns=["*.json", "*.safetensors"] if weights else ["*.json"]
+            )
+        )
     except (GatedRepoError, RepositoryNotFoundError) as error:  # 401, 403, 404
         raise ValueError(
             f"{name}: no such directory, and the hub refuses it ({type(error).__name__}). Check the spelling; for a gated model "
             "accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):  # an expired token, say
-            raise ValueError(f"{name}: the hub refuses access ({error}); log in with `hf auth login` or set HF_TOKEN") from None
-        raise ValueError(f"{name}: no such directory, and not to be downloaded ({error}); give a local directory") from None
+        if getattr(getattr(error, "response", None), "status_code", None) in (
+            401,
+            403,
+        ):  # an expired token, say
+            raise ValueError(
+                f"{name}: the hub refuses access ({error}); log in with `hf auth login` or set HF_TOKEN"
+            ) from None
+        raise ValueError(
+            f"{name}: no such directory, and not to be downloaded ({error}); give a local directory"
+        ) from None
 
 
 def weight_files(path) -> dict[str, Path]:
@@ -397,8 +460,14 @@ def weight_files(path) -> dict[str, Path]:
         return {name: path / file for name, file in read_json(index)["weight_map"].items()}
     if not single.exists():
         pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pth"))
-        hint = f"; {pickled[0].name} is pickled, which can run code: convert it to safetensors" if pickled else ""
-        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json found{hint}")
+        hint = (
+            f"; {pickled[0].name} is pickled, which can run code: convert it to safetensors"
+            if pickled
+            else ""
+        )
+        raise ValueError(
+            f"{path}: neither model.safetensors nor model.safetensors.index.json found{hint}"
+        )
     with open_safetensors(single) as f:
         return dict.fromkeys(f.keys(), single)
 
@@ -407,7 +476,9 @@ def open_safetensors(file: Path):
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error}); download or save it again") from None
+        raise ValueError(
+            f"{file}: not a readable safetensors file ({error}); download or save it again"
+        ) from None
 
 
 def check_weights(path: Path, config: ModelConfig) -> dict[str, Path]:
@@ -418,18 +489,24 @@ def check_weights(path: Path, config: ModelConfig) -> dict[str, Path]:
     for name in ignored:
         del expected[name]
     files = weight_files(path)
-    found = {name for name in files if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
+    found = {
+        name for name in files if name not in ignored and not name.endswith("rotary_emb.inv_freq")
+    }
     if missing := sorted(expected.keys() - found):
         raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[:3]}")
     if unexpected := sorted(found - expected.keys()):
-        raise ValueError(f"{path}: {len(unexpected)} weights do not belong to this architecture, first {unexpected[:3]}")
+        raise ValueError(
+            f"{path}: {len(unexpected)} weights do not belong to this architecture, first {unexpected[:3]}"
+        )
     handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
     for name, shape in expected.items():
         if name not in handles[files[name]].keys():
             raise ValueError(f"{files[name]}: {name} is listed in the index but not in the file")
         stored = tuple(handles[files[name]].get_slice(name).get_shape())
         if stored != shape:
-            raise ValueError(f"{files[name]}: {name} has shape {stored}, config.json asks for {shape}")
+            raise ValueError(
+                f"{files[name]}: {name} has shape {stored}, config.json asks for {shape}"
+            )
     return {name: files[name] for name in expected}
 
 
@@ -462,7 +539,9 @@ def init_weights(config: ModelConfig, seed: int) -> Transformer:
     for name, p in model.named_parameters():
         if p.ndim == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = config.hidden_size**-0.5 / ((2 * config.num_hidden_layers) ** 0.5 if residual else 1)
+            std = config.hidden_size**-0.5 / (
+                (2 * config.num_hidden_layers) ** 0.5 if residual else 1
+            )
             nn.init.normal_(p, std=std, generator=generator)
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
@@ -483,7 +562,9 @@ def save_pretrained(
     path = Path(path)
     shapes = dict(model.state_dict())
     if any(".lora_" in name for name in shapes):
-        raise ValueError("the model carries LoRA adapters: save_adapter writes them, merge_lora folds them in first")
+        raise ValueError(
+            "the model carries LoRA adapters: save_adapter writes them, merge_lora folds them in first"
+        )
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     files, sizes = [[]], [0]  # which tensors go into which file
@@ -499,7 +580,11 @@ def save_pretrained(
         path.mkdir(parents=True, exist_ok=True)
         config = model.config.to_dict() | {"torch_dtype": dtype, "dtype": dtype}
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for old in (*path.glob("model-*-of-*.safetensors"), path / "model.safetensors", path / "model.safetensors.index.json"):
+        for old in (
+            *path.glob("model-*-of-*.safetensors"),
+            path / "model.safetensors",
+            path / "model.safetensors.index.json",
+        ):
             old.unlink(missing_ok=True)  # a reader might prefer them to what is written now
 
     names = ["model.safetensors"]
@@ -511,7 +596,9 @@ def save_pretrained(
         if name not in of_file or not write:
             continue
         held[name] = tensor.detach().cpu().contiguous()
-        if len(held) == len(files[names.index(of_file[name])]):  # tensors come in the order of the files
+        if len(held) == len(
+            files[names.index(of_file[name])]
+        ):  # tensors come in the order of the files
             save_file(held, path / of_file[name], metadata={"format": "pt"})
             held = {}
     if write and len(files) > 1:
@@ -526,7 +613,9 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     stop_ids,  # ids that end an answer
-    any_rank: Callable[[bool], bool] = bool,  # sharded models: true while any rank still needs the forward pass
+    any_rank: Callable[
+        [bool], bool
+    ] = bool,  # sharded models: true while any rank still needs the forward pass
 ) -> list[list[int]]:
     """Greedy decoding of a batch with a KV cache: per prompt its new ids, the stop id included when one was reached."""
     if not prompts or any(not ids for ids in prompts):
@@ -535,7 +624,9 @@ def generate(
     stop_ids = set(stop_ids)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
     B, P = len(prompts), max(map(len, prompts))
-    input_ids = torch.tensor([ids + [0] * (P - len(ids)) for ids in prompts], device=device)  # right-padded
+    input_ids = torch.tensor(
+        [ids + [0] * (P - len(ids)) for ids in prompts], device=device
+    )  # right-padded
     cache = KVCache(model.config.num_hidden_layers, P + max_new_tokens)
     slots = torch.arange(cache.width, device=device)
     visible = slots < lengths[:, None]  # (B, width): the real prompt, then every generated slot

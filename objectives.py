@@ -31,7 +31,14 @@ from losses import (
 )
 
 PREFERENCE_LOSSES = ("dpo", "ipo", "simpo", "cpo", "odpo", "kto", "sdpo", "recpo")
-PAIRWISE = ("dpo", "ipo", "simpo", "cpo", "odpo", "kto")  # one rejected title, whatever --num_negatives says
+PAIRWISE = (
+    "dpo",
+    "ipo",
+    "simpo",
+    "cpo",
+    "odpo",
+    "kto",
+)  # one rejected title, whatever --num_negatives says
 WITHOUT_REFERENCE = ("simpo", "cpo")
 COPY_TITLES = 5  # other titles on the tree of an SFT example with --copy_weight
 
@@ -64,21 +71,30 @@ class SFT:
 
     def __init__(self, config, model, encoded: Encoded, device):
         self.config, self.model, self.encoded, self.device = config, model, encoded, device
-        self.slots = encoded.examples.target[:, None]  # (E, N) candidates that become completions, chosen first
+        self.slots = encoded.examples.target[
+            :, None
+        ]  # (E, N) candidates that become completions, chosen first
         if config.copy_weight:
             self.slots = np.concatenate([self.slots, encoded.examples.others[:, :COPY_TITLES]], 1)
 
     def num_tokens(self, examples, columns=slice(0, 1)) -> int:
         """Target tokens of these columns of `slots`; by default those of the chosen titles."""
-        return sum(len(ids) for e in examples for ids in self.encoded.slots(int(e), self.slots[e][columns]))
+        return sum(
+            len(ids) for e in examples for ids in self.encoded.slots(int(e), self.slots[e][columns])
+        )
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
         weight, batch = float(bool(batch)), batch or [int(step_examples[0])]
         tree = self.encoded.tree(batch, self.slots)
         chosen = tree.sequence_ids % tree.num_completions == 0
-        indices = [torch.nonzero(mask).squeeze(1) for mask in (chosen, ~chosen & after_first(tree.sequence_ids))]
+        indices = [
+            torch.nonzero(mask).squeeze(1)
+            for mask in (chosen, ~chosen & after_first(tree.sequence_ids))
+        ]
         rest = slice(1, None)
-        num_others = self.num_tokens(step_examples, rest) - len(step_examples) * (self.slots.shape[1] - 1)
+        num_others = self.num_tokens(step_examples, rest) - len(step_examples) * (
+            self.slots.shape[1] - 1
+        )
         return MicroBatch(
             tree.to(self.device),
             weight,
@@ -93,8 +109,12 @@ class SFT:
         token_logps, greedy_ids = self.model(tree)
         chosen_logps = token_logps[batch.chosen]
         loss = sft_loss(chosen_logps, batch.num_tokens)
-        if self.config.copy_weight:  # how the other listed titles go on once begun: nothing about which to choose
-            loss = loss + self.config.copy_weight * sft_loss(token_logps[batch.others], batch.num_others)
+        if (
+            self.config.copy_weight
+        ):  # how the other listed titles go on once begun: nothing about which to choose
+            loss = loss + self.config.copy_weight * sft_loss(
+                token_logps[batch.others], batch.num_others
+            )
         right = (greedy_ids == tree.labels)[batch.chosen]
         count = weight * len(batch.chosen)
         sums = {
@@ -128,7 +148,9 @@ class Preference(SFT):
             mismatched = np.where(others[:, :1] == rejected, others[:, 1:2], others[:, :1])
             self.slots = np.concatenate([self.slots, mismatched], 1)
         self.reference_logps = torch.zeros(self.slots.shape)  # (E, N)
-        self.first_rewards: list[Tensor] | None = [] if self.has_reference else None  # of the first step: they must be zero
+        self.first_rewards: list[Tensor] | None = (
+            [] if self.has_reference else None
+        )  # of the first step: they must be zero
         self.kl = torch.zeros((), device=device)  # of the step before
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
@@ -140,13 +162,17 @@ class Preference(SFT):
         prepared.lengths = to_device(torch.tensor(lengths), self.device)
         return prepared
 
-    def losses(self, policy_logps: Tensor, reference_logps: Tensor, margins: Tensor, lengths: Tensor):
+    def losses(
+        self, policy_logps: Tensor, reference_logps: Tensor, margins: Tensor, lengths: Tensor
+    ):
         """losses (B,), rewards (B, 1 + K); arguments (B, 1 + K), margins (B, K)."""
         config, logps = self.config, (policy_logps, reference_logps)
         if self.loss == "dpo":
             return dpo_loss(*logps, config.beta, config.label_smoothing)
         if self.loss == "ipo":
-            return ipo_loss(*((t / lengths for t in logps) if config.ipo_average else logps), config.beta)
+            return ipo_loss(
+                *((t / lengths for t in logps) if config.ipo_average else logps), config.beta
+            )
         if self.loss == "simpo":
             return simpo_loss(policy_logps, lengths, config.beta, config.simpo_gamma)
         if self.loss == "cpo":
@@ -154,7 +180,9 @@ class Preference(SFT):
         if self.loss == "odpo":
             return odpo_loss(*logps, margins, config.beta)
         if self.loss == "kto":
-            return kto_loss(*logps, self.kl, config.beta, config.kto_desirable, config.kto_undesirable)
+            return kto_loss(
+                *logps, self.kl, config.beta, config.kto_desirable, config.kto_undesirable
+            )
         if self.loss == "sdpo":
             return sdpo_loss(*logps, config.beta)
         return recpo_loss(*logps, margins, config.beta)
@@ -172,7 +200,9 @@ class Preference(SFT):
         all_logps = tree.sum_logps(token_logps)  # (B, N)
         pair = slice(0, 1 + self.K)
         policy_logps, reference_logps = all_logps[:, pair], batch.reference_logps[:, pair]
-        losses, rewards = self.losses(policy_logps, reference_logps, margins, batch.lengths[:, pair])
+        losses, rewards = self.losses(
+            policy_logps, reference_logps, margins, batch.lengths[:, pair]
+        )
         loss = losses.sum() / batch.num_examples
         if self.sft_weight:
             loss = loss + self.sft_weight * sft_loss(token_logps[batch.chosen], batch.num_tokens)
@@ -194,7 +224,10 @@ class Preference(SFT):
         }
         if self.loss == "kto":
             per_example["kl"] = all_logps[:, -1] - batch.reference_logps[:, -1]
-        sums = {name: (weight * values.detach().sum(), weight * len(losses)) for name, values in per_example.items()}
+        sums = {
+            name: (weight * values.detach().sum(), weight * len(losses))
+            for name, values in per_example.items()
+        }
         sums["nll_loss"] = (-weight * policy_logps[:, 0].detach().sum(), weight * len(batch.chosen))
         return weight * loss, sums
 
@@ -213,9 +246,14 @@ class Schedule:
     def examples(self, step: int) -> np.ndarray:
         epoch, t = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.widths))
+            self.epoch, self.order = (
+                epoch,
+                np.random.default_rng([self.config.seed, epoch]).permutation(len(self.widths)),
+            )
         return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        plan = micro_batches(self.widths, self.examples(step), self.world_size, self.config.micro_batch_tokens)
+        plan = micro_batches(
+            self.widths, self.examples(step), self.world_size, self.config.micro_batch_tokens
+        )
         return plan[rank]

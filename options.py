@@ -18,15 +18,24 @@ class TrainConfig(DataConfig):
     """SFT, then preference training, from a Hugging Face checkpoint; without --model and --config, the demo."""
 
     model: str = arg(
-        "tiny", "Hugging Face directory or hub name; tiny = a small random model, or the base of --adapter", group="model"
+        "tiny",
+        "Hugging Face directory or hub name; tiny = a small random model, or the base of --adapter",
+        group="model",
     )
-    adapter: str = arg("", "PEFT adapter to start from: the policy and, without an sft stage, the reference")
-    dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)")
+    adapter: str = arg(
+        "", "PEFT adapter to start from: the policy and, without an sft stage, the reference"
+    )
+    dtype: str = arg(
+        "auto",
+        "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)",
+    )
     lora_r: int = arg(8, "LoRA rank; 0 = train all parameters")
     sft_lora_r: int = arg(-1, "LoRA rank of the sft stage; -1 = lora_r, 0 = all parameters")
     lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r")
     lora_dropout: float = arg(0.1, "dropout on the adapter's input, in the sft stage only")
-    lora_target_modules: str = arg(",".join(TARGET_MODULES), "comma-separated linear layers that get an adapter")
+    lora_target_modules: str = arg(
+        ",".join(TARGET_MODULES), "comma-separated linear layers that get an adapter"
+    )
     use_rslora: bool = arg(False, "scaling = alpha / sqrt(r)")
     tiny_hidden_size: int = arg(128, "tiny model: width, a multiple of 64")
     tiny_layers: int = arg(4, "tiny model: blocks")
@@ -40,54 +49,101 @@ class TrainConfig(DataConfig):
     margin_lambda: float = arg(2.0, "weight of the target margin in recpo; 0 is S-DPO")
     margin: str = arg("ratio", f"target margin of recpo: {', '.join(MARGINS)}")
     num_negatives: int = arg(3, "rejected titles per prompt (recpo, sdpo; the others take 1)")
-    negative_source: str = arg("both", "rejected titles are both, only random, or only follow(-ups)")
-    reference_free: bool = arg(False, "preference losses without a reference policy; simpo and cpo never have one")
+    negative_source: str = arg(
+        "both", "rejected titles are both, only random, or only follow(-ups)"
+    )
+    reference_free: bool = arg(
+        False, "preference losses without a reference policy; simpo and cpo never have one"
+    )
     label_smoothing: float = arg(0.0, "dpo: probability that a preference is the wrong way round")
     ipo_average: bool = arg(False, "ipo: log-probs as means over tokens instead of sums")
-    simpo_gamma: float = arg(2.0, "simpo: target margin; gamma / beta between 0.25 and 1 is advised, the paper has 2")
-    odpo_offset: str = arg("log_gap", "odpo: log_gap = log(chosen - rejected score), or log_ratio = log(chosen / rejected)")
+    simpo_gamma: float = arg(
+        2.0, "simpo: target margin; gamma / beta between 0.25 and 1 is advised, the paper has 2"
+    )
+    odpo_offset: str = arg(
+        "log_gap",
+        "odpo: log_gap = log(chosen - rejected score), or log_ratio = log(chosen / rejected)",
+    )
     odpo_alpha: float = arg(1.0, "odpo: weight of the offset")
     kto_desirable: float = arg(1.0, "kto: weight of chosen titles")
     kto_undesirable: float = arg(1.0, "kto: weight of rejected titles")
-    sft_weight: float = arg(-1.0, "weight of the chosen title's mean NLL added to a preference loss; -1: 1 for cpo, else 0")
-    copy_steps: int = arg(
-        0, "tiny models: at most so many steps of copying practice before SFT (see tiny.py); real models need none"
+    sft_weight: float = arg(
+        -1.0,
+        "weight of the chosen title's mean NLL added to a preference loss; -1: 1 for cpo, else 0",
     )
-    copy_weight: float = arg(0.0, "tiny models: weight of copying practice on the listed titles during SFT (see tiny.py)")
-    sft_epochs: float = arg(5.0, "epochs of the sft stage; a fraction is fine", group="optimisation")
+    copy_steps: int = arg(
+        0,
+        "tiny models: at most so many steps of copying practice before SFT (see tiny.py); real models need none",
+    )
+    copy_weight: float = arg(
+        0.0, "tiny models: weight of copying practice on the listed titles during SFT (see tiny.py)"
+    )
+    sft_epochs: float = arg(
+        5.0, "epochs of the sft stage; a fraction is fine", group="optimisation"
+    )
     epochs: float = arg(3.0, "epochs of a preference stage; a fraction is fine")
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off")
     batch_size: int = arg(128, "prompts per optimizer step, over all processes")
-    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass per process; more only costs memory")
+    micro_batch_tokens: int = arg(
+        8192, "padded tokens of one forward pass per process; more only costs memory"
+    )
     sft_learning_rate: float = arg(1e-5, "peak learning rate of the sft stage")
     learning_rate: float = arg(1e-5, "peak learning rate of a preference stage")
-    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; a cosine to 0 follows")
+    warmup_ratio: float = arg(
+        0.05, "share of the steps with rising learning rate; a cosine to 0 follows"
+    )
     weight_decay: float = arg(0.0, "AdamW weight decay")
     adam_beta2: float = arg(0.999, "AdamW second-moment decay")
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off")
     shard: str = arg(
-        "full", "full: split all weights over the processes; none: a replica each, faster where it fits; hybrid: see next"
+        "full",
+        "full: split all weights over the processes; none: a replica each, faster where it fits; hybrid: see next",
     )
-    shard_group_size: int = arg(0, "hybrid: processes that share one copy; 0 = those of a machine (LOCAL_WORLD_SIZE)")
-    gradient_checkpointing: bool = arg(False, "recompute each block in backward: less memory, about a third slower")
-    compile: bool = arg(False, "torch.compile the blocks: a minute or two of compilation, then fewer passes over memory")
-    max_length: int = arg(1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history")
+    shard_group_size: int = arg(
+        0, "hybrid: processes that share one copy; 0 = those of a machine (LOCAL_WORLD_SIZE)"
+    )
+    gradient_checkpointing: bool = arg(
+        False, "recompute each block in backward: less memory, about a third slower"
+    )
+    compile: bool = arg(
+        False,
+        "torch.compile the blocks: a minute or two of compilation, then fewer passes over memory",
+    )
+    max_length: int = arg(
+        1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history"
+    )
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
-    decode: str = arg("greedy", "how test answers are found: greedy (one pass), generate, trie", group="evaluation and output")
-    decode_rest: bool = arg(True, "generate an answer where no candidate verifies; off: count it invalid")
-    dry_run: bool = arg(
-        False, "train nothing: show an example, first losses, memory of a rank and time of a step; needs no weights"
+    decode: str = arg(
+        "greedy",
+        "how test answers are found: greedy (one pass), generate, trie",
+        group="evaluation and output",
     )
-    gpu_memory: float = arg(0.0, "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked")
-    tflops: float = arg(395.0, "dry run: achieved TFLOP/s of a device (395 is half of an H200's matrix rate)")
+    decode_rest: bool = arg(
+        True, "generate an answer where no candidate verifies; off: count it invalid"
+    )
+    dry_run: bool = arg(
+        False,
+        "train nothing: show an example, first losses, memory of a rank and time of a step; needs no weights",
+    )
+    gpu_memory: float = arg(
+        0.0, "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked"
+    )
+    tflops: float = arg(
+        395.0, "dry run: achieved TFLOP/s of a device (395 is half of an H200's matrix rate)"
+    )
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
-    save_steps: int = arg(100, "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)")
+    save_steps: int = arg(
+        100,
+        "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)",
+    )
     save_total_limit: int = arg(2, "checkpoints kept per stage")
     resume: str = arg(
-        "", "auto: go on with the first unfinished stage of output_dir, from its newest whole checkpoint; or a checkpoint"
+        "",
+        "auto: go on with the first unfinished stage of output_dir, from its newest whole checkpoint; or a checkpoint",
     )
     max_skipped_steps: int = arg(
-        0, "steps with a loss or gradient that is not finite which may be left out; one more stops the run"
+        0,
+        "steps with a loss or gradient that is not finite which may be left out; one more stops the run",
     )
     logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step")
 
@@ -96,7 +152,12 @@ class TrainConfig(DataConfig):
         stages = self.stage_list
         order = [s for s in ("raw", "sft") if s in stages]
         known = set(stages) <= {"raw", "sft", *PREFERENCE_LOSSES}
-        if not stages or len(set(stages)) < len(stages) or not known or stages[: len(order)] != order:
+        if (
+            not stages
+            or len(set(stages)) < len(stages)
+            or not known
+            or stages[: len(order)] != order
+        ):
             allowed = ", ".join(PREFERENCE_LOSSES)
             raise ValueError(
                 f"--stages: raw and sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}"
@@ -123,19 +184,30 @@ class TrainConfig(DataConfig):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}")
         if self.num_negatives > 19:
-            raise ValueError(f"--num_negatives must be <= 19, got {self.num_negatives}: a list has 20 candidates")
+            raise ValueError(
+                f"--num_negatives must be <= 19, got {self.num_negatives}: a list has 20 candidates"
+            )
         check_choice(self, "odpo_offset", OFFSETS)
         if self.sft_weight < 0 and self.sft_weight != -1:
-            raise ValueError(f"--sft_weight must be >= 0, or -1 for the loss's own, got {self.sft_weight}")
+            raise ValueError(
+                f"--sft_weight must be >= 0, or -1 for the loss's own, got {self.sft_weight}"
+            )
         only = {  # options of one loss
             "label_smoothing": "dpo", "ipo_average": "ipo", "simpo_gamma": "simpo", "odpo_offset": "odpo", "odpo_alpha": "odpo",
             "kto_desirable": "kto", "kto_undesirable": "kto",
         }  # fmt: skip
         for name, loss in only.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default and loss not in stages:
-                raise ValueError(f"--{name} belongs to {loss}, which is not among the stages {self.stages}")
+            if (
+                getattr(self, name) != type(self).__dataclass_fields__[name].default
+                and loss not in stages
+            ):
+                raise ValueError(
+                    f"--{name} belongs to {loss}, which is not among the stages {self.stages}"
+                )
         if self.tiny_hidden_size % 64:
-            raise ValueError(f"--tiny_hidden_size must be a multiple of 64, got {self.tiny_hidden_size}")
+            raise ValueError(
+                f"--tiny_hidden_size must be a multiple of 64, got {self.tiny_hidden_size}"
+            )
 
     @property
     def stage_list(self) -> list[str]:

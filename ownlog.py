@@ -15,15 +15,65 @@ from pathlib import Path
 
 from common import print0
 from interactions import Interactions, LineCount, LogBuilder, clean_title
-from loaders import CHUNK, Chunk, brief, find_file, json_record, read_records, read_table, table_chunks
+from loaders import (
+    CHUNK,
+    Chunk,
+    brief,
+    find_file,
+    json_record,
+    read_records,
+    read_table,
+    table_chunks,
+)
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
 USUAL = {  # names without case, blanks and underscores; the surer ones first
-    "user": ("userid", "uid", "username", "reviewerid", "customerid", "visitorid", "user", "customer"),
-    "item": ("itemid", "iid", "movieid", "productid", "asin", "sku", "bookid", "trackid", "artistid", "item", "product"),
-    "rating": ("rating", "stars", "score", "overall", "hours", "plays", "playcount", "count", "amount"),
+    "user": (
+        "userid",
+        "uid",
+        "username",
+        "reviewerid",
+        "customerid",
+        "visitorid",
+        "user",
+        "customer",
+    ),
+    "item": (
+        "itemid",
+        "iid",
+        "movieid",
+        "productid",
+        "asin",
+        "sku",
+        "bookid",
+        "trackid",
+        "artistid",
+        "item",
+        "product",
+    ),
+    "rating": (
+        "rating",
+        "stars",
+        "score",
+        "overall",
+        "hours",
+        "plays",
+        "playcount",
+        "count",
+        "amount",
+    ),
     "timestamp": ("timestamp", "time", "date", "datetime", "unixreviewtime", "ts"),
-    "title": ("title", "itemtitle", "movietitle", "booktitle", "producttitle", "itemname", "productname", "moviename", "name"),
+    "title": (
+        "title",
+        "itemtitle",
+        "movietitle",
+        "booktitle",
+        "producttitle",
+        "itemname",
+        "productname",
+        "moviename",
+        "name",
+    ),
 }
 AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
@@ -34,7 +84,9 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         field, equals, name = part.partition("=")
         if not equals or field.strip() not in FIELDS or not name.strip():
-            raise ValueError(f"--columns: {part!r} is not one of {', '.join(f'{f}=NAME' for f in FIELDS)}")
+            raise ValueError(
+                f"--columns: {part!r} is not one of {', '.join(f'{f}=NAME' for f in FIELDS)}"
+            )
         if name.strip() in columns.values():
             raise ValueError(f"--columns: {name.strip()} is named twice")
         columns[field.strip()] = name.strip()
@@ -42,27 +94,57 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def load_own_log(
-    path, kind: str, columns: str = "", item_file: str = "", percentile: str = "", repeats: str = "last"
+    path,
+    kind: str,
+    columns: str = "",
+    item_file: str = "",
+    percentile: str = "",
+    repeats: str = "last",
 ) -> Interactions:
     """`kind` csv, jsonl or recbole; `columns` as in parse_columns; `repeats` of a pair: last, or sum of the amounts."""
-    patterns = {"csv": ("*.csv*", "*.tsv*"), "jsonl": ("*.jsonl*", "*.json*"), "recbole": ("*.inter",)}[kind]
-    file = find_file(path, patterns, {"csv": "a CSV file", "jsonl": "a file of JSON lines", "recbole": "a .inter file"}[kind])
+    patterns = {
+        "csv": ("*.csv*", "*.tsv*"),
+        "jsonl": ("*.jsonl*", "*.json*"),
+        "recbole": ("*.inter",),
+    }[kind]
+    file = find_file(
+        path,
+        patterns,
+        {"csv": "a CSV file", "jsonl": "a file of JSON lines", "recbole": "a .inter file"}[kind],
+    )
     if kind == "recbole" and not item_file and file.with_suffix(".item").exists():
         item_file = str(file.with_suffix(".item"))
     given = parse_columns(columns)
-    fields, chunks = open_table(file, kind, {f: n for f, n in given.items() if f != "title" or not item_file}, ("user", "item"))
+    fields, chunks = open_table(
+        file,
+        kind,
+        {f: n for f, n in given.items() if f != "title" or not item_file},
+        ("user", "item"),
+    )
     rated, timed = "rating" in fields, "timestamp" in fields
     print0(f"{file}: columns {', '.join(f'{field}={name}' for field, name in fields.items())}")
     if not rated:
         percentile, repeats = percentile or "item", "sum"
-        print0("note: no rating column; how often a user chose an item became its rating, by rank (--percentile)")
+        print0(
+            "note: no rating column; how often a user chose an item became its rating, by rank (--percentile)"
+        )
     elif plain_name(fields["rating"]) in AMOUNTS and not percentile:
         percentile = "item"
-        print0(f"note: {fields['rating']} are amounts: ranked among those of the same item they become ratings (--percentile)")
+        print0(
+            f"note: {fields['rating']} are amounts: ranked among those of the same item they become ratings (--percentile)"
+        )
     if not timed:
         print0("note: no timestamp column; the order of the file is taken as the order in time")
-    meaning = {"rating": "rating (a number)", "timestamp": "timestamp (seconds, or an ISO date like 2024-12-31)"}
-    builder = LogBuilder(file, f"rows with {', '.join(meaning.get(f, f) for f in fields)}", repeats, amounts=bool(percentile))
+    meaning = {
+        "rating": "rating (a number)",
+        "timestamp": "timestamp (seconds, or an ISO date like 2024-12-31)",
+    }
+    builder = LogBuilder(
+        file,
+        f"rows with {', '.join(meaning.get(f, f) for f in fields)}",
+        repeats,
+        amounts=bool(percentile),
+    )
     titles: dict[int, str] = {}
     for numbers, table, bad in chunks:
         for number, why in bad:
@@ -70,7 +152,9 @@ def load_own_log(
         if not numbers:
             continue
         ratings = table["rating"] if rated else [1.0] * len(numbers)
-        codes = builder.add(numbers, table["user"], table["item"], ratings, table["timestamp"] if timed else numbers)
+        codes = builder.add(
+            numbers, table["user"], table["item"], ratings, table["timestamp"] if timed else numbers
+        )
         if "title" in table:
             for code, title in zip(codes.tolist(), table["title"], strict=True):
                 if titles.get(code) != title and title not in (
@@ -78,7 +162,9 @@ def load_own_log(
                     None,
                 ):  # of several the smallest: the order of lines is nothing
                     titles[code] = min(titles.get(code, str(title)), str(title))
-    names: dict[str, str] | None = {builder.items.ids[code]: title for code, title in titles.items() if code >= 0}
+    names: dict[str, str] | None = {
+        builder.items.ids[code]: title for code, title in titles.items() if code >= 0
+    }
     if item_file:
         names = read_item_file(Path(item_file), kind, given, builder)
     if not names:
@@ -93,17 +179,25 @@ def load_own_log(
         names |= {i: i for i in untitled}
     log = builder.finish(names, kind, percentile)
     if not rated and len(set(log.rating[:100_000].tolist())) == 1:
-        print0("note: nobody chose an item twice, so all ratings are 3 and none is liked: --min_rating 3")
+        print0(
+            "note: nobody chose an item twice, so all ratings are 3 and none is liked: --min_rating 3"
+        )
     return log
 
 
-def read_item_file(file: Path, kind: str, given: dict[str, str], builder: LogBuilder) -> dict[str, str]:
+def read_item_file(
+    file: Path, kind: str, given: dict[str, str], builder: LogBuilder
+) -> dict[str, str]:
     """Titles by item id of the items that the log has."""
     if not file.is_file():
         raise ValueError(f"--item_file {file}: no such file")
     if kind != "recbole":
         kind = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", file.name) else "csv"
-    wanted = {field: name for field, name in given.items() if field in ("item", "title") and not name.isdigit()}
+    wanted = {
+        field: name
+        for field, name in given.items()
+        if field in ("item", "title") and not name.isdigit()
+    }
     _, chunks = open_table(file, kind, wanted, ("item", "title"), only=("item", "title"))
     count, titles = LineCount(file, "rows with item, title"), {}
     for numbers, table, bad in chunks:
@@ -127,7 +221,11 @@ def plain_name(name: str) -> str:
 
 
 def open_table(
-    file: Path, kind: str, given: dict[str, str], required: tuple[str, ...], only: tuple[str, ...] = FIELDS
+    file: Path,
+    kind: str,
+    given: dict[str, str],
+    required: tuple[str, ...],
+    only: tuple[str, ...] = FIELDS,
 ) -> tuple[dict[str, str], Iterator[Chunk]]:
     """Names of the columns that hold each field, and the table's rows, CHUNK lines at a time."""
     if kind == "jsonl":
@@ -144,17 +242,25 @@ def open_table(
         first = list(itertools.islice(parsed, 1000))  # a key may be missing in some
         names = list(dict.fromkeys(name for _, record in first for name in record))
         if not first:
-            raise ValueError(f"{file}: no line is a JSON object{f'; line {bad[0][0]}: {bad[0][1]!r}' if bad else ''}")
+            raise ValueError(
+                f"{file}: no line is a JSON object{f'; line {bad[0][0]}: {bad[0][1]!r}' if bad else ''}"
+            )
         fields = find_columns(file, names, given, required, only)
         return fields, _json_chunks(itertools.chain(first, parsed), fields, bad)
     rows = read_table(file, "\t" if kind == "recbole" else "")
     header = [name.strip() for name in next(rows, [])]
     if kind == "recbole":
         header = [name.partition(":")[0] for name in header]
-    numbered = bool(given) and all(name.isdigit() for name in given.values()) and not set(given.values()) & set(header)
+    numbered = (
+        bool(given)
+        and all(name.isdigit() for name in given.values())
+        and not set(given.values()) & set(header)
+    )
     if numbered:  # no header: columns are counted from 1
         if outside := [name for name in given.values() if not 1 <= int(name) <= len(header)]:
-            raise ValueError(f"{file}: --columns asks for column {outside[0]}, the first line has {len(header)}")
+            raise ValueError(
+                f"{file}: --columns asks for column {outside[0]}, the first line has {len(header)}"
+            )
         rows, header = itertools.chain([header], rows), [str(i) for i in range(1, len(header) + 1)]
         only = tuple(given)
     fields = find_columns(file, header, given, required, only)
@@ -162,18 +268,28 @@ def open_table(
     return fields, table_chunks(rows, positions, len(header), 1 if numbered else 2)
 
 
-def find_columns(file: Path, names: list[str], given: dict[str, str], required, only) -> dict[str, str]:
+def find_columns(
+    file: Path, names: list[str], given: dict[str, str], required, only
+) -> dict[str, str]:
     """Field -> column: the given ones, the others under their usual names; ValueError lists what there is."""
     fields = {}
     for field in only:
-        if field in given and (given[field] in names or only == FIELDS):  # an item file may name the item otherwise
+        if field in given and (
+            given[field] in names or only == FIELDS
+        ):  # an item file may name the item otherwise
             if given[field] not in names:
-                raise ValueError(f"{file}: --columns {field}={given[field]}: no such column; there are {brief(names)}")
+                raise ValueError(
+                    f"{file}: --columns {field}={given[field]}: no such column; there are {brief(names)}"
+                )
             fields[field] = given[field]
             continue
         plain = {plain_name(name): name for name in reversed(names)}
         usual_names = (*USUAL[field], "id") if field == "item" and only != FIELDS else USUAL[field]
-        found = [plain[usual] for usual in usual_names if usual in plain and plain[usual] not in given.values()]
+        found = [
+            plain[usual]
+            for usual in usual_names
+            if usual in plain and plain[usual] not in given.values()
+        ]
         if field == "title" and not found:
             found = [name for name in names if "title" in name.lower()]
         if found:

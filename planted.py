@@ -38,7 +38,9 @@ class World:
     num_genres: int = 20
     stories_per_genre: int = 16
     words_per_genre: int = 6  # first words and second words each; their pairs are the titles
-    min_length: int = 13  # interactions per user, drawn uniformly; the longest history must fit a prompt whole
+    min_length: int = (
+        13  # interactions per user, drawn uniformly; the longest history must fit a prompt whole
+    )
     max_length: int = 17
     stay: float = 0.65
     successor: float = 0.3
@@ -69,10 +71,17 @@ class World:
         rng = np.random.default_rng(self.seed)
         count = 2 * self.num_genres * self.words_per_genre
         pairs = rng.permutation(len(SYLLABLES) ** 2)[:count]
-        words = [(SYLLABLES[p // len(SYLLABLES)] + SYLLABLES[p % len(SYLLABLES)]).capitalize() for p in pairs]
+        words = [
+            (SYLLABLES[p // len(SYLLABLES)] + SYLLABLES[p % len(SYLLABLES)]).capitalize()
+            for p in pairs
+        ]
         first, second = np.array(words).reshape(2, self.num_genres, self.words_per_genre)
         W, pairs = self.words_per_genre, range(self.stories_per_genre)
-        return [f"{first[g, j % W]} {second[g, (j // W + j) % W]}" for g in range(self.num_genres) for j in pairs]
+        return [
+            f"{first[g, j % W]} {second[g, (j // W + j) % W]}"
+            for g in range(self.num_genres)
+            for j in pairs
+        ]
 
 
 def planted_world(world: World) -> Interactions:
@@ -80,7 +89,10 @@ def planted_world(world: World) -> Interactions:
     rng = np.random.default_rng([world.seed, 1])
     U, G, L = world.num_users, world.num_genres, world.max_length
     per_genre = world.stories_per_genre
-    transition, genre_given_taste = world.transition().cumsum(1), world.genre_given_taste().cumsum(1)
+    transition, genre_given_taste = (
+        world.transition().cumsum(1),
+        world.genre_given_taste().cumsum(1),
+    )
     lengths = rng.integers(world.min_length, L + 1, size=U)
     taste = rng.integers(G, size=U)
     read = np.zeros((U, G * per_genre), bool)
@@ -93,9 +105,13 @@ def planted_world(world: World) -> Interactions:
         stories = genre[:, None] * per_genre + np.arange(per_genre)
         keys = rng.random(stories.shape) + read[np.arange(U)[:, None], stories]
         items[:, t] = stories[np.arange(U), keys.argmin(1)]
-        lengths = np.where(read[np.arange(U), items[:, t]], np.minimum(lengths, t), lengths)  # genre read out: the log ends
+        lengths = np.where(
+            read[np.arange(U), items[:, t]], np.minimum(lengths, t), lengths
+        )  # genre read out: the log ends
         read[np.arange(U), items[:, t]] = True
-        ratings[:, t] = 1 + (rng.random(U)[:, None] > world.rating_given(genre == taste).cumsum(1)).sum(1).clip(max=4)
+        ratings[:, t] = 1 + (
+            rng.random(U)[:, None] > world.rating_given(genre == taste).cumsum(1)
+        ).sum(1).clip(max=4)
     shown = np.arange(L) < lengths[:, None]
     user, step = np.nonzero(shown)
     timestamp = 1_000_000_000 + 86_400 * step
@@ -103,7 +119,9 @@ def planted_world(world: World) -> Interactions:
     return make_interactions(user, items[shown], ratings[shown], timestamp, titles, "planted")
 
 
-def bayes_scores(world: World, examples: Examples, min_rating: float = 4.0, max_rating: float = 5.0) -> np.ndarray:
+def bayes_scores(
+    world: World, examples: Examples, min_rating: float = 4.0, max_rating: float = 5.0
+) -> np.ndarray:
     """(E, 20) log P(next story = candidate, min_rating <= rating <= max_rating | the whole history), by the forward algorithm."""
     log = examples.log
     titles = {title: i for i, title in enumerate(world.titles())}
@@ -115,17 +133,25 @@ def bayes_scores(world: World, examples: Examples, min_rating: float = 4.0, max_
         p = int(examples.position[e])
         rows = slice(int(log.start[log.user[p]]), p)
         if p - rows.start > examples.history:
-            raise ValueError(f"a history of {p - rows.start} stories is not shown whole (--history {examples.history})")
+            raise ValueError(
+                f"a history of {p - rows.start} stories is not shown whole (--history {examples.history})"
+            )
         taste = np.full(world.num_genres, 1 / world.num_genres)
-        remaining = np.full(world.num_genres, world.stories_per_genre, float)  # unread stories per genre
+        remaining = np.full(
+            world.num_genres, world.stories_per_genre, float
+        )  # unread stories per genre
         genres = world.genre(story[log.item[rows]])
         for genre, rating in zip(genres, log.rating[rows].astype(int), strict=True):
             in_taste = np.arange(world.num_genres) == genre
             # P(this genre, this story of it, this rating | taste); the 1 / remaining is the same for every taste
-            taste = taste * genre_given_taste[:, genre] * world.rating_given(in_taste)[:, rating - 1]
+            taste = (
+                taste * genre_given_taste[:, genre] * world.rating_given(in_taste)[:, rating - 1]
+            )
             taste = taste @ transition / taste.sum()
             remaining[genre] -= 1
         # P(a certain unread story of genre g, rated high): sum over tastes
-        high = genre_given_taste * (world.rating_given(np.eye(world.num_genres, dtype=bool)) * liked).sum(-1)
+        high = genre_given_taste * (
+            world.rating_given(np.eye(world.num_genres, dtype=bool)) * liked
+        ).sum(-1)
         scores[e] = np.log((taste @ high) / remaining)[world.genre(story[examples.candidates[e]])]
     return scores

@@ -52,7 +52,9 @@ def outcomes(probe: str, examples: Examples, choice: np.ndarray) -> dict[str, np
     if probe in ("adherence", "temptation"):
         follows = ~examples.is_random
         follows[np.arange(len(own)), examples.target] = False
-        found["takes the later one" if probe == "adherence" else "takes the disliked one"] = (choice * follows).sum(1)
+        found["takes the later one" if probe == "adherence" else "takes the disliked one"] = (
+            choice * follows
+        ).sum(1)
     return found
 
 
@@ -65,8 +67,14 @@ def by_length(examples: Examples, hits: np.ndarray) -> dict:
     """HR@1 in each bin of LENGTH_BINS that has users, and how much it varies over them."""
     lengths, bins = history_lengths(examples), {}
     edges = np.array(LENGTH_BINS)
-    if np.count_nonzero(np.histogram(lengths, edges)[0]) < 2:  # all in one bin: fifths of the users instead
-        edges = np.unique(np.append(np.quantile(lengths, [0, 0.2, 0.4, 0.6, 0.8], method="lower"), lengths.max() + 1))
+    if (
+        np.count_nonzero(np.histogram(lengths, edges)[0]) < 2
+    ):  # all in one bin: fifths of the users instead
+        edges = np.unique(
+            np.append(
+                np.quantile(lengths, [0, 0.2, 0.4, 0.6, 0.8], method="lower"), lengths.max() + 1
+            )
+        )
     for low, high in zip(edges.tolist(), edges.tolist()[1:], strict=False):
         inside = (lengths >= low) & (lengths < high)
         if inside.any():
@@ -84,7 +92,10 @@ def reference_choices(probe: str, examples: Examples, config: DataConfig) -> dic
     """Choices of chance, the counting recommenders and, where it is known, the recommender with the highest possible HR@1."""
     sign = -1 if probe == "aversion" else 1
     choices = {"chance": np.full(examples.candidates.shape, 1 / NUM_CANDIDATES)}
-    choices |= {name: choice_of_scores(sign * scores) for name, scores in counting_baselines(examples).items()}
+    choices |= {
+        name: choice_of_scores(sign * scores)
+        for name, scores in counting_baselines(examples).items()
+    }
     if config.dataset == "planted" and config.history >= World.max_length - 1:
         world = World(num_users=config.planted_users, seed=config.data_seed)
         limits = (1.0, DISLIKED) if probe == "aversion" else (config.min_rating, 5.0)
@@ -103,12 +114,21 @@ def measure(probe: str, examples: Examples, choice: np.ndarray) -> dict:
     return figures
 
 
-def run_probe(probe: str, config: DataConfig, prepared, models: dict, options: dict, device) -> tuple[Examples, dict, dict]:
+def run_probe(
+    probe: str, config: DataConfig, prepared, models: dict, options: dict, device
+) -> tuple[Examples, dict, dict]:
     """(examples, rows of the table, records) of a probe; models: name -> function that gives (model, tokenizer).
 
     Every model has two rows: what it writes (greedy), and what it ranks first."""
-    examples = prepared.splits["test"] if probe == "length" else probe_examples(prepared.log, config, probe)
-    rows = {name: measure(probe, examples, choice) for name, choice in reference_choices(probe, examples, config).items()}
+    examples = (
+        prepared.splits["test"]
+        if probe == "length"
+        else probe_examples(prepared.log, config, probe)
+    )
+    rows = {
+        name: measure(probe, examples, choice)
+        for name, choice in reference_choices(probe, examples, config).items()
+    }
     records = {}
     for name, load in models.items():
         model, tokenizer = load()
@@ -136,14 +156,23 @@ def probe_table(probe: str, examples: Examples, rows: dict[str, dict]) -> str:
         )
         lines.append("|---" * (len(names) + 3) + "|")
         for name, row in rows.items():
-            cells = [f"{row['bins'][n]['hit_ratio@1']:.3f}" for n in names] + [f"{row['std']:.3f}", f"{row['cv']:.3f}"]
+            cells = [f"{row['bins'][n]['hit_ratio@1']:.3f}" for n in names] + [
+                f"{row['std']:.3f}",
+                f"{row['cv']:.3f}",
+            ]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
     figures = [name for name in some if not name.endswith("_ci95")]
     lines += ["| | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for name, row in rows.items():
-        cells = [f"{row[f]:.4f} [{row[f'{f}_ci95'][0]:.3f}, {row[f'{f}_ci95'][1]:.3f}]" for f in figures]
-        lines.append(f"| {name} | " + " | ".join(cells if name != "chance" else [f"{row[f]:.4f}" for f in figures]) + " |")
+        cells = [
+            f"{row[f]:.4f} [{row[f'{f}_ci95'][0]:.3f}, {row[f'{f}_ci95'][1]:.3f}]" for f in figures
+        ]
+        lines.append(
+            f"| {name} | "
+            + " | ".join(cells if name != "chance" else [f"{row[f]:.4f}" for f in figures])
+            + " |"
+        )
     return "\n".join(lines)
 
 

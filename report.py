@@ -104,14 +104,26 @@ def collect(folder: Path) -> list[Result]:
     results = []
     for file in sorted(folder.glob("**/eval/metrics.json")):
         stage = file.parent.parent
-        run = stage if (stage / "config.json").exists() and "method" in read_json(stage / "config.json") else stage.parent
+        run = (
+            stage
+            if (stage / "config.json").exists() and "method" in read_json(stage / "config.json")
+            else stage.parent
+        )
         if not (run / "config.json").exists():
             continue
         config = read_json(run / "config.json")
         name = config["method"] if run == stage else method_name(stage.name, config)
-        records = [json.loads(line) for line in (file.parent / "predictions.jsonl").read_text().splitlines()]
-        values = {"hit_ratio@1": [r["hit"] for r in records], "valid_ratio": [r["valid"] for r in records]}
-        values["ranking/hit_ratio@1"] = [_share_of_best(r["logps"], r["target_slot"]) for r in records]
+        records = [
+            json.loads(line)
+            for line in (file.parent / "predictions.jsonl").read_text().splitlines()
+        ]
+        values = {
+            "hit_ratio@1": [r["hit"] for r in records],
+            "valid_ratio": [r["valid"] for r in records],
+        }
+        values["ranking/hit_ratio@1"] = [
+            _share_of_best(r["logps"], r["target_slot"]) for r in records
+        ]
         facts = [[r["user"], r["candidates"], r["target"]] for r in records]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         arrays = {key: np.array(v, float) for key, v in values.items()}
@@ -132,8 +144,12 @@ def check_candidates(results: list[Result]) -> None:
     for r in results:
         groups[r.candidates].append(str(r.folder))
     if len(groups) > 1:
-        what = "; ".join(f"{digest[:12]}: {', '.join(folders[:3])}" for digest, folders in groups.items())
-        raise ValueError(f"these were tested on different users or candidates and cannot stand in one table: {what}")
+        what = "; ".join(
+            f"{digest[:12]}: {', '.join(folders[:3])}" for digest, folders in groups.items()
+        )
+        raise ValueError(
+            f"these were tested on different users or candidates and cannot stand in one table: {what}"
+        )
 
 
 def grouped(results: list[Result]) -> dict[str, Method]:
@@ -143,7 +159,12 @@ def grouped(results: list[Result]) -> dict[str, Method]:
     order = ["random", "popularity", "item-knn", "markov", "gru4rec", "caser", "sasrec", "raw", "sft", "dpo", "ipo", "simpo", "cpo",
              "odpo", "kto", "sdpo", "recpo"]  # fmt: skip
     rank = {name: i for i, name in enumerate(order)}
-    return dict(sorted(methods.items(), key=lambda item: (rank.get(item[0].split(" ")[0].split(",")[0], 99), item[0])))
+    return dict(
+        sorted(
+            methods.items(),
+            key=lambda item: (rank.get(item[0].split(" ")[0].split(",")[0], 99), item[0]),
+        )
+    )
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -161,7 +182,8 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     n, k = only_a + only_b, min(only_a, only_b)
     tail = sum(
-        math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)) for i in range(k + 1)
+        math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
+        for i in range(k + 1)
     )
     return min(1.0, 2 * tail)
 
@@ -170,7 +192,9 @@ def same_seeds(a: Method, b: Method) -> tuple[Method, Method]:
     """Both without the runs whose seed the other one lacks, where they share some: a stage starts from its seed's SFT result."""
     seeds = [{r.config.get("seed", 0) for r in m.results} for m in (a, b)]
     shared = seeds[0] & seeds[1] or seeds[0] | seeds[1]
-    return tuple(Method(m.name, [r for r in m.results if r.config.get("seed", 0) in shared]) for m in (a, b))
+    return tuple(
+        Method(m.name, [r for r in m.results if r.config.get("seed", 0) in shared]) for m in (a, b)
+    )
 
 
 def compare(a: Method, b: Method, measure: str) -> tuple[str, float, tuple[float, float]]:
@@ -186,7 +210,9 @@ def compare(a: Method, b: Method, measure: str) -> tuple[str, float, tuple[float
 def cell(method: Method, measure: str) -> str:
     low, high = bootstrap(method.per_user(measure))
     seeds = [f"{r.values[measure].mean():.3f}" for r in method.results]
-    return f"{method.mean(measure):.4f} [{low:.3f}, {high:.3f}]" + (f" (seeds {', '.join(seeds)})" if len(seeds) > 1 else "")
+    return f"{method.mean(measure):.4f} [{low:.3f}, {high:.3f}]" + (
+        f" (seeds {', '.join(seeds)})" if len(seeds) > 1 else ""
+    )
 
 
 def main_table(methods: dict[str, Method], dataset: str) -> str:
@@ -197,7 +223,13 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
         f"n = {len(some.values['hit_ratio@1']):,} test users, 20 candidates, the same for all (hash {some.candidates[:12]}).",
         "",
     ]
-    columns = ["method", "HR@1 written", "ValidRatio", "HR@1 ranked first", "against the best other, ranked first"]
+    columns = [
+        "method",
+        "HR@1 written",
+        "ValidRatio",
+        "HR@1 ranked first",
+        "against the best other, ranked first",
+    ]
     columns += ["paper: HR@1, ValidRatio"] if paper else []
     lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, value in some.metrics["baselines"].items():
@@ -215,7 +247,11 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
                 p = mcnemar(one.results[0].values[key], other.results[0].values[key])
                 versus += f" (McNemar p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
         theirs = paper.get(name)
-        printed = "" if theirs is None else f"{theirs[0]:.4f}" + ("" if theirs[1] is None else f", {theirs[1]:.4f}")
+        printed = (
+            ""
+            if theirs is None
+            else f"{theirs[0]:.4f}" + ("" if theirs[1] is None else f", {theirs[1]:.4f}")
+        )
         cells = [cell(method, measure) for measure in MEASURES]
         lines.append(f"| {' | '.join([name, *cells, versus, *([printed] if paper else [])])} |")
     return "\n".join(lines)
@@ -227,8 +263,12 @@ def data_table(config: dict, data_hash: str) -> str:
     if not prepared:
         return f"The prepared examples {data_hash} are not at hand; `python data.py` prints their statistics."
     known = {f.name for f in fields(DataConfig)}
-    lines = statistics(DataConfig(**{k: v for k, v in config.items() if k in known}), prepared).splitlines()
-    return "\n".join(f"- {line.strip()}" if line and not line.startswith("|") else line for line in lines)
+    lines = statistics(
+        DataConfig(**{k: v for k, v in config.items() if k in known}), prepared
+    ).splitlines()
+    return "\n".join(
+        f"- {line.strip()}" if line and not line.startswith("|") else line for line in lines
+    )
 
 
 def probe_tables(folder: Path) -> str:
@@ -266,7 +306,11 @@ def probe_tables(folder: Path) -> str:
                 mean = np.mean([g[key] for g in group])
                 width = np.mean([g[f"{key}_ci95"][1] - g[f"{key}_ci95"][0] for g in group]) / 2
                 cells.append(f"{mean:.4f} ± {width:.3f}" if name != "chance" else f"{mean:.4f}")
-            lines.append(f"| {name}{f' (mean of {seeds} seeds)' if seeds > 1 else ''} | " + " | ".join(cells) + " |")
+            lines.append(
+                f"| {name}{f' (mean of {seeds} seeds)' if seeds > 1 else ''} | "
+                + " | ".join(cells)
+                + " |"
+            )
     return "\n".join(lines)
 
 
@@ -274,7 +318,13 @@ def claims(methods: dict[str, Method], folder: Path) -> str:
     """The paper's claims, each held, not held or not distinguishable here."""
     said = {"higher": "held", "lower": "not held", "not distinguishable": "not distinguishable"}
     lines = ["| claim of the paper | written | ranked first |", "|---|---|---|"]
-    for better, worse in (("recpo", "sdpo"), ("sdpo", "sft"), ("recpo", "sft"), ("recpo", "dpo"), ("recpo", "simpo")):
+    for better, worse in (
+        ("recpo", "sdpo"),
+        ("sdpo", "sft"),
+        ("recpo", "sft"),
+        ("recpo", "dpo"),
+        ("recpo", "simpo"),
+    ):
         if better in methods and worse in methods:
             cells = []
             for measure in ("hit_ratio@1", "ranking/hit_ratio@1"):
@@ -288,7 +338,9 @@ def claims(methods: dict[str, Method], folder: Path) -> str:
         for measure in ("hit_ratio@1", "ranking/hit_ratio@1"):
             verdict, difference, (a, b) = compare(high, low, measure)
             cells.append(f"{said[verdict]}: {difference:+.4f} [{a:+.3f}, {b:+.3f}]")
-        lines.append(f"| λ raises HR@1 ({ladder[0][0]:g} to {ladder[-1][0]:g}) | {' | '.join(cells)} |")
+        lines.append(
+            f"| λ raises HR@1 ({ladder[0][0]:g} to {ladder[-1][0]:g}) | {' | '.join(cells)} |"
+        )
         verdict, difference, (a, b) = compare(low, high, "valid_ratio")
         lines.append(
             f"| λ lowers ValidRatio ({ladder[0][0]:g} to {ladder[-1][0]:g}) | {said[verdict]}: {-difference:+.4f} [{-b:+.3f}, {-a:+.3f}] | |"
@@ -299,9 +351,13 @@ def claims(methods: dict[str, Method], folder: Path) -> str:
             if per_user["recpo"] and per_user[worse]:
                 cells = []
                 for how in ("written", "ranked"):
-                    difference = np.mean([v[how] for v in per_user["recpo"]], 0) - np.mean([v[how] for v in per_user[worse]], 0)
+                    difference = np.mean([v[how] for v in per_user["recpo"]], 0) - np.mean(
+                        [v[how] for v in per_user[worse]], 0
+                    )
                     low, high = bootstrap(difference)
-                    verdict = "held" if low > 0 else "not held" if high < 0 else "not distinguishable"
+                    verdict = (
+                        "held" if low > 0 else "not held" if high < 0 else "not distinguishable"
+                    )
                     cells.append(f"{verdict}: {difference.mean():+.4f} [{low:+.3f}, {high:+.3f}]")
                 lines.append(f"| {probe} ({figure}) of recpo above {worse} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -312,7 +368,9 @@ def probe_values(folder: Path, stage: str, probe: str) -> list[dict[str, np.ndar
     out = []
     for file in sorted(folder.glob(f"**/probes/{stage}/{probe}/predictions.jsonl")):
         records = [json.loads(line) for line in file.read_text().splitlines()]
-        written = [(r["valid"] and not r["hit"]) if probe == "avoidance" else r["hit"] for r in records]
+        written = [
+            (r["valid"] and not r["hit"]) if probe == "avoidance" else r["hit"] for r in records
+        ]
         ranked = [_share_of_best(r["logps"], r["target_slot"]) for r in records]
         ranked = np.array(ranked) if probe != "avoidance" else 1 - np.array(ranked)
         out.append({"written": np.array(written, float), "ranked": ranked})
@@ -332,7 +390,9 @@ def sweep(methods: dict[str, Method], option: str) -> list[tuple[float, Method]]
     ]
     if option == "margin_lambda" and "sdpo" in methods:
         found.append((0.0, methods["sdpo"]))
-    return sorted(((value, Method(m.name, m.results[:1])) for value, m in found), key=lambda pair: pair[0])
+    return sorted(
+        ((value, Method(m.name, m.results[:1])) for value, m in found), key=lambda pair: pair[0]
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -356,8 +416,16 @@ def smooth(values: Iterable[float], width: int) -> np.ndarray:
 def preference_logs(methods: dict[str, Method]) -> dict[str, list[dict]]:
     """The steps of each preference stage, of the first seed."""
     logs = {name: method.results[0].folder / "metrics.jsonl" for name, method in methods.items()}
-    entries = {name: [json.loads(line) for line in log.read_text().splitlines()] for name, log in logs.items() if log.exists()}
-    return {name: steps for name, lines in entries.items() if (steps := [e for e in lines if "rewards/margins" in e])}
+    entries = {
+        name: [json.loads(line) for line in log.read_text().splitlines()]
+        for name, log in logs.items()
+        if log.exists()
+    }
+    return {
+        name: steps
+        for name, lines in entries.items()
+        if (steps := [e for e in lines if "rewards/margins" in e])
+    }
 
 
 def draw_curves(plt, methods: dict[str, Method], file: Path) -> None:
@@ -379,12 +447,17 @@ def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -
     """HR@1 and ValidRatio over the values of one option, with 95 % intervals."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     values = [value for value, _ in sweep]
-    for axis, keys in ((axes[0], ("hit_ratio@1", "ranking/hit_ratio@1")), (axes[1], ("valid_ratio",))):
+    for axis, keys in (
+        (axes[0], ("hit_ratio@1", "ranking/hit_ratio@1")),
+        (axes[1], ("valid_ratio",)),
+    ):
         for key in keys:
             means = [m.mean(key) for _, m in sweep]
             spans = [bootstrap(m.per_user(key)) for _, m in sweep]
             errors = np.abs(np.array(spans).T - means)
-            what = {"hit_ratio@1": "HR@1 written", "ranking/hit_ratio@1": "HR@1 ranked first"}.get(key, "ValidRatio")
+            what = {"hit_ratio@1": "HR@1 written", "ranking/hit_ratio@1": "HR@1 ranked first"}.get(
+                key, "ValidRatio"
+            )
             axis.errorbar(values, means, errors, marker="o", capsize=3, label=what)
         axis.set(xlabel=f"{label}{' (0: S-DPO)' if label == 'λ' else ''}", ylim=(0, None))
         axis.legend()
@@ -400,8 +473,18 @@ def draw_bars(plt, methods: dict[str, Method], file: Path) -> None:
             low, high = bootstrap(method.per_user(key))
             mean = method.mean(key)
             name = ("written", "ranked first")[j] if i == 0 else None
-            axis.bar(i + 0.4 * j - 0.2, mean, 0.38, yerr=[[mean - low], [high - mean]], capsize=3, color=f"C{j}", label=name)
-    axis.set_xticks(range(len(methods)), [name.replace(", ", ",\n") for name in methods], fontsize=8)
+            axis.bar(
+                i + 0.4 * j - 0.2,
+                mean,
+                0.38,
+                yerr=[[mean - low], [high - mean]],
+                capsize=3,
+                color=f"C{j}",
+                label=name,
+            )
+    axis.set_xticks(
+        range(len(methods)), [name.replace(", ", ",\n") for name in methods], fontsize=8
+    )
     axis.set(ylabel="HR@1")
     axis.legend()
     figure.savefig(file, dpi=110)
@@ -438,7 +521,9 @@ def draw_margins(plt, file: Path) -> None:
     kinds = [kind for kind in MARGINS if kind != "none"]
     figure, axes = plt.subplots(2, len(kinds), figsize=(13, 7), layout="constrained")
     for column, kind in enumerate(kinds):
-        margins = 2.0 * target_margins(chosen.expand(scores.numel()), scores.reshape(-1, 1), kind).view(scores.shape)
+        margins = 2.0 * target_margins(
+            chosen.expand(scores.numel()), scores.reshape(-1, 1), kind
+        ).view(scores.shape)
         # -d loss / d (reward gap) of one pair that is 4 nats apart: sigma(margin - gap)
         weights = torch.sigmoid(margins - 4.0)
         for axis, values, title in (
@@ -447,7 +532,11 @@ def draw_margins(plt, file: Path) -> None:
         ):
             image = axis.pcolormesh(steps, ratings, values, shading="nearest")
             figure.colorbar(image, ax=axis)
-            axis.set(title=f"{kind}, λ = 2: {title}", xlabel="steps until the rejected item", ylabel="its rating")
+            axis.set(
+                title=f"{kind}, λ = 2: {title}",
+                xlabel="steps until the rejected item",
+                ylabel="its rating",
+            )
     figure.suptitle("Chosen item rated 5 and next; over rating and latency of the rejected one")
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -456,7 +545,9 @@ def draw_margins(plt, file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the report
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="folder of run folders, as tables.py leaves it")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -473,27 +564,63 @@ def main() -> None:
     parts += [args.note, ""] if args.note else []
     parts += [f"{len(results)} tested models in {len({r.run for r in results})} runs, data hash {', '.join(hashes)}.", "",
               "## Methods (the paper's Tables 1 and 2)", "", main_table(methods, name)]  # fmt: skip
-    parts += ["", "## Data (the paper's Table 3)", "", data_table(config, hashes[0] if hashes else "")]
+    parts += [
+        "",
+        "## Data (the paper's Table 3)",
+        "",
+        data_table(config, hashes[0] if hashes else ""),
+    ]
     if probes := probe_tables(args.folder):
         parts += ["", "## Probes", probes]
     verdicts = claims(methods, args.folder)
     if verdicts.count("\n") > 1:
-        parts += ["", "## Claims", "", "Paired over the same users, 95 % bootstrap interval of the difference.", "", verdicts]
+        parts += [
+            "",
+            "## Claims",
+            "",
+            "Paired over the same users, 95 % bootstrap interval of the difference.",
+            "",
+            verdicts,
+        ]
     plt, pictures = pyplot(), []
     if plt:
         inputs = {n: m for n, m in methods.items() if n.split(",")[0] == "sft"}
         drawn = []
         if preference_logs(methods):
-            drawn.append(("curves.png", "Training curves of the preference stages", lambda f: draw_curves(plt, methods, f)))
+            drawn.append(
+                (
+                    "curves.png",
+                    "Training curves of the preference stages",
+                    lambda f: draw_curves(plt, methods, f),
+                )
+            )
         titles = ("λ (Figure 6)", "Rejected titles per prompt, K", "Decay of the preference score")
         for (option, label), title in zip(SWEPT.items(), titles, strict=True):
             if len(points := sweep(methods, option)) > 2:
                 drawn.append((f"{option}.png", title, partial(draw_sweep, plt, points, label)))
         if len(inputs) > 1:
-            drawn.append(("inputs.png", "Input configurations (Figure 2)", lambda f: draw_bars(plt, inputs, f)))
+            drawn.append(
+                (
+                    "inputs.png",
+                    "Input configurations (Figure 2)",
+                    lambda f: draw_bars(plt, inputs, f),
+                )
+            )
         if list(args.folder.glob("**/probes/*/length/metrics.json")):
-            drawn.append(("length.png", "HR@1 by history length (Figure 4 d)", lambda f: draw_length(plt, args.folder, f)))
-        drawn.append(("margins.png", "What each margin demands, and how hard it pulls", lambda f: draw_margins(plt, f)))
+            drawn.append(
+                (
+                    "length.png",
+                    "HR@1 by history length (Figure 4 d)",
+                    lambda f: draw_length(plt, args.folder, f),
+                )
+            )
+        drawn.append(
+            (
+                "margins.png",
+                "What each margin demands, and how hard it pulls",
+                lambda f: draw_margins(plt, f),
+            )
+        )
         for file, title, make in drawn:
             make(args.output_dir / file)
             pictures += ["", f"### {title}", "", f"![{title}]({file})"]

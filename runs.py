@@ -30,7 +30,9 @@ class Logger:
         if phase != self.phase:
             self.close_bar()
             self.phase, self.start, self.first = phase, time.time(), step
-            self.bar = tqdm(total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False)
+            self.bar = tqdm(
+                total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False
+            )
         with writing(self.file.name):
             self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
             self.file.flush()
@@ -117,15 +119,25 @@ def open_run_folder(config: TrainConfig) -> Path:
     file = folder / "config.json"
     settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
     # a start that failed at once (wrong path, no access to the model) leaves its options alone: no run yet
-    started = folder.is_dir() and any(f.name not in ("config.json", "lock") for f in folder.iterdir())
+    started = folder.is_dir() and any(
+        f.name not in ("config.json", "lock") for f in folder.iterdir()
+    )
     if file.exists() and started:
         if not config.resume:
-            raise ValueError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir")
+            raise ValueError(
+                f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir"
+            )
         before = asdict(TrainConfig()) | read_json(file)  # older runs have fewer options
-        changed = sorted(k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and before[k] != v)
+        changed = sorted(
+            k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and before[k] != v
+        )
         if changed:
-            raise ValueError(f"{file}: the run was started with other values of {', '.join(changed)}")
-        if dropped := [s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list]:
+            raise ValueError(
+                f"{file}: the run was started with other values of {', '.join(changed)}"
+            )
+        if dropped := [
+            s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list
+        ]:
             raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
     elif started:
         raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
@@ -143,4 +155,6 @@ def lock_folder(folder: Path) -> None:
     try:
         fcntl.flock(run_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process is running in this folder; wait for it, or choose another") from None
+        raise ValueError(
+            f"{folder}: another process is running in this folder; wait for it, or choose another"
+        ) from None

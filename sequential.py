@@ -42,18 +42,24 @@ WINDOW = 5  # items that Caser's filters see
 class BaselineConfig(DataConfig):
     """Train and test a traditional sequential recommender, or count, on the frozen examples of these data options."""
 
-    method: str = arg("sasrec", f"one of {', '.join((*NEURAL, 'random', *COUNTING))}", group="method")
+    method: str = arg(
+        "sasrec", f"one of {', '.join((*NEURAL, 'random', *COUNTING))}", group="method"
+    )
     hidden_size: int = arg(64, "width of items and hidden states")
     num_layers: int = arg(2, "blocks of SASRec, layers of GRU4Rec")
     dropout: float = arg(0.2, "dropout")
     max_items: int = arg(50, "most recent items that a model sees")
-    num_sampled: int = arg(512, "items drawn per batch that the next one is compared with; 0 = all items")
+    num_sampled: int = arg(
+        512, "items drawn per batch that the next one is compared with; 0 = all items"
+    )
     epochs: int = arg(200, "at most so many epochs", group="optimisation")
     patience: int = arg(10, "epochs without a better validation HR@1 before training stops")
     batch_size: int = arg(256, "windows per step")
     learning_rate: float = arg(1e-3, "Adam's learning rate")
     seed: int = arg(0, "seed of weights, order, samples and dropout")
-    output_dir: str = arg("", "folder of config.json, metrics.jsonl and eval/; empty = only print", group="output")
+    output_dir: str = arg(
+        "", "folder of config.json, metrics.jsonl and eval/; empty = only print", group="output"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,7 +87,13 @@ class GRU4Rec(Recommender):
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
         D = config.hidden_size
-        self.gru = nn.GRU(D, D, config.num_layers, batch_first=True, dropout=config.dropout if config.num_layers > 1 else 0.0)
+        self.gru = nn.GRU(
+            D,
+            D,
+            config.num_layers,
+            batch_first=True,
+            dropout=config.dropout if config.num_layers > 1 else 0.0,
+        )
 
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
         return self.gru(self.dropout(self.items(items)))[0]
@@ -90,14 +102,25 @@ class GRU4Rec(Recommender):
 class Caser(Recommender):
     """Horizontal filters of every height find patterns among the last items, vertical ones weigh them; then the user."""
 
-    def __init__(self, config: BaselineConfig, num_items: int, num_users: int, filters: int = 16, vertical: int = 4):
+    def __init__(
+        self,
+        config: BaselineConfig,
+        num_items: int,
+        num_users: int,
+        filters: int = 16,
+        vertical: int = 4,
+    ):
         super().__init__(config, num_items, num_users)
         D = config.hidden_size
         self.users = nn.Embedding(num_users, D)
-        self.horizontal = nn.ModuleList(nn.Conv2d(1, filters, (height, D)) for height in range(1, WINDOW + 1))
+        self.horizontal = nn.ModuleList(
+            nn.Conv2d(1, filters, (height, D)) for height in range(1, WINDOW + 1)
+        )
         self.vertical = nn.Conv2d(1, vertical, (WINDOW, 1))
         self.hidden = nn.Linear(filters * WINDOW + vertical * D, D)
-        self.mix = nn.Linear(2 * D, D)  # the paper scores with vectors of width 2 D; this keeps one embedding per item
+        self.mix = nn.Linear(
+            2 * D, D
+        )  # the paper scores with vectors of width 2 D; this keeps one embedding per item
 
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
         B, T = items.shape
@@ -115,7 +138,11 @@ class Block(nn.Module):
     def __init__(self, config: BaselineConfig):
         super().__init__()
         D = config.hidden_size
-        self.norm1, self.norm2, self.dropout = nn.LayerNorm(D), nn.LayerNorm(D), nn.Dropout(config.dropout)
+        self.norm1, self.norm2, self.dropout = (
+            nn.LayerNorm(D),
+            nn.LayerNorm(D),
+            nn.Dropout(config.dropout),
+        )
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
@@ -139,7 +166,9 @@ class SASRec(Recommender):
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
         T = items.shape[1]
         x = self.items(items) * math.sqrt(self.items.embedding_dim)
-        x = self.dropout(x + self.positions.weight[-T:])  # counted from the end: windows are filled from the right
+        x = self.dropout(
+            x + self.positions.weight[-T:]
+        )  # counted from the end: windows are filled from the right
         order = torch.arange(T)
         mask = (order <= order[:, None]) & (items != 0)[:, None, None]  # (B, 1, T, T)
         mask = mask | torch.eye(T, dtype=torch.bool)  # padding sees itself, so that no row is empty
@@ -187,7 +216,9 @@ def hit_ratio(scores: np.ndarray, examples: Examples) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ training
-def step_loss(model: Recommender, windows: Tensor, users: Tensor, num_sampled: int, generator: torch.Generator) -> Tensor:
+def step_loss(
+    model: Recommender, windows: Tensor, users: Tensor, num_sampled: int, generator: torch.Generator
+) -> Tensor:
     """Cross-entropy of the next item among itself and the items drawn for this batch; mean over predicted positions."""
     states = model(windows[:, :-1], users)
     target = windows[:, 1:]
@@ -198,16 +229,22 @@ def step_loss(model: Recommender, windows: Tensor, users: Tensor, num_sampled: i
         return F.cross_entropy(states @ model.items.weight[1:].T, target - 1)
     sampled = torch.randint(1, num_items + 1, (num_sampled,), generator=generator)
     logits = states @ model.items(sampled).T
-    logits = logits.masked_fill(sampled == target[:, None], -1e9)  # the target itself, drawn by chance
+    logits = logits.masked_fill(
+        sampled == target[:, None], -1e9
+    )  # the target itself, drawn by chance
     own = (states * model.items(target)).sum(1, keepdim=True)
     return F.cross_entropy(torch.cat([own, logits], 1), torch.zeros(len(target), dtype=torch.long))
 
 
-def train(config: BaselineConfig, log: Interactions, val: Examples, report=print) -> tuple[Recommender, list[dict]]:
+def train(
+    config: BaselineConfig, log: Interactions, val: Examples, report=print
+) -> tuple[Recommender, list[dict]]:
     """The model of the best epoch on the validation split, and one entry per epoch. Test data is never seen here."""
     torch.manual_seed(config.seed)
     generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
-    model = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method](config, log.num_items, log.num_users)
+    model = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method](
+        config, log.num_items, log.num_users
+    )
     for name, p in model.named_parameters():
         if name in ("items.weight", "users.weight", "positions.weight"):
             nn.init.normal_(p, std=0.02)
@@ -230,7 +267,12 @@ def train(config: BaselineConfig, log: Interactions, val: Examples, report=print
             losses.append(loss.item())
         found = hit_ratio(candidate_scores(model, val, config.max_items), val)
         history.append(
-            {"epoch": epoch, "loss": float(np.mean(losses)), "val_hit_ratio@1": found, "seconds": time.time() - started}
+            {
+                "epoch": epoch,
+                "loss": float(np.mean(losses)),
+                "val_hit_ratio@1": found,
+                "seconds": time.time() - started,
+            }
         )
         better = found > best
         report(
@@ -238,7 +280,10 @@ def train(config: BaselineConfig, log: Interactions, val: Examples, report=print
         )
         if better:
             best, best_state = found, {name: t.clone() for name, t in model.state_dict().items()}
-        elif epoch - next(e["epoch"] for e in history if e["val_hit_ratio@1"] == best) >= config.patience:
+        elif (
+            epoch - next(e["epoch"] for e in history if e["val_hit_ratio@1"] == best)
+            >= config.patience
+        ):
             break
     model.load_state_dict(best_state)
     return model, history
@@ -275,14 +320,21 @@ def main() -> None:
         "seconds": round(time.time() - started, 1),
     }
     if history:
-        metrics |= {"best_epoch": max(history, key=lambda h: h["val_hit_ratio@1"])["epoch"], "epochs": len(history)}
-    print(f"\n{config.dataset}, data {prepared.hash[:12]}, {metrics['seconds']} s\n\n{results_table({config.method: metrics})}")
+        metrics |= {
+            "best_epoch": max(history, key=lambda h: h["val_hit_ratio@1"])["epoch"],
+            "epochs": len(history),
+        }
+    print(
+        f"\n{config.dataset}, data {prepared.hash[:12]}, {metrics['seconds']} s\n\n{results_table({config.method: metrics})}"
+    )
     if config.output_dir:
         folder = Path(config.output_dir)
         with writing(folder):
             save_predictions(folder / "eval", metrics, records)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+            (folder / "metrics.jsonl").write_text(
+                "".join(json.dumps(entry) + "\n" for entry in history)
+            )
         print(f"\nwritten to {folder}")
 
 

@@ -34,11 +34,15 @@ def shard_group(mode: str, group_size: int, world_size: int) -> int:
     size = group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if world_size % size:
         fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise ValueError(f"--shard_group_size {size} does not divide the {world_size} processes; try one of {fitting}")
+        raise ValueError(
+            f"--shard_group_size {size} does not divide the {world_size} processes; try one of {fitting}"
+        )
     return size
 
 
-def shard(model: Transformer, mode: str, group_size: int, device, compute_dtype: torch.dtype | None = None) -> int:
+def shard(
+    model: Transformer, mode: str, group_size: int, device, compute_dtype: torch.dtype | None = None
+) -> int:
     """Split blocks and root in place; returns R, the number of replicas. Gradients are reduced in fp32.
 
     compute_dtype: full training in bf16 keeps fp32 weights and computes in this; None leaves frozen bf16 base and fp32
@@ -52,11 +56,15 @@ def shard(model: Transformer, mode: str, group_size: int, device, compute_dtype:
         mesh = init_device_mesh(kind, (world_size,))
     else:
         mesh = init_device_mesh(kind, (world_size // G, G), mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     blocks = list(model.model.layers)
     for block in blocks:
         # backward begins with the last block: what it would free is needed again at once
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1])
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1]
+        )
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for block, following in zip(blocks, blocks[1:], strict=False):
         block.set_modules_to_forward_prefetch([following])
@@ -102,7 +110,9 @@ def materialize(model: Transformer, device) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def read_weights(model: Transformer, path: Path, merge: dict[str, tuple[Tensor, Tensor, float]] | None = None) -> None:
+def read_weights(
+    model: Transformer, path: Path, merge: dict[str, tuple[Tensor, Tensor, float]] | None = None
+) -> None:
     """Fill in the base weights, each rank its rows; `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
     files = check_weights(path, model.config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -122,13 +132,23 @@ def read_weights(model: Transformer, path: Path, merge: dict[str, tuple[Tensor, 
         fill(parameters[name], rows)
 
 
-def merged_on_reading(settings: dict, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
+def merged_on_reading(
+    settings: dict, tensors: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor, float]]:
     """`merge` of read_weights for an adapter that read_adapter gave: full training goes on from base + adapter."""
     r = settings["r"]
     scaling = settings["lora_alpha"] / (math.sqrt(r) if settings["use_rslora"] else r)
-    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    pairs = {name: (tensors[f"{name}.lora_B.weight"].float(), tensors[f"{name}.lora_A.weight"].float()) for name in names}
-    return {f"{name.removeprefix(PEFT_PREFIX)}.weight": (B, A, scaling) for name, (B, A) in pairs.items()}
+    names = [
+        name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
+    ]
+    pairs = {
+        name: (tensors[f"{name}.lora_B.weight"].float(), tensors[f"{name}.lora_A.weight"].float())
+        for name in names
+    }
+    return {
+        f"{name.removeprefix(PEFT_PREFIX)}.weight": (B, A, scaling)
+        for name, (B, A) in pairs.items()
+    }
 
 
 def init_adapter(model: Transformer, seed: int) -> None:
@@ -143,7 +163,9 @@ def fill_adapter(model: Transformer, tensors: dict[str, Tensor]) -> None:
     """A trained adapter's tensors, by PEFT's names, each rank its rows."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
-        fill(parameters[name.removeprefix(PEFT_PREFIX)], lambda start, stop, t=tensor: t[start:stop])
+        fill(
+            parameters[name.removeprefix(PEFT_PREFIX)], lambda start, stop, t=tensor: t[start:stop]
+        )
 
 
 # ------------------------------------------------------------------------------------------------ gathering

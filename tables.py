@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent
 
 def flags_of(options: dict) -> list[str]:
     """{"a": 1, "b": true, "c": false} -> --a=1 --b --no_c"""
-    return [f"--{k}={v}" if not isinstance(v, bool) else f"--{k}" if v else f"--no_{k}" for k, v in options.items()]
+    return [
+        f"--{k}={v}" if not isinstance(v, bool) else f"--{k}" if v else f"--no_{k}"
+        for k, v in options.items()
+    ]
 
 
 def start_options(folder: Path, after: str) -> dict:
@@ -39,7 +42,9 @@ def is_finished(folder: Path, run: dict, script: str) -> bool:
     return (folder / "results.md").exists()
 
 
-def command_of(table: dict, run: dict, folder: Path, extra: dict, processes: int) -> tuple[list[str], str]:
+def command_of(
+    table: dict, run: dict, folder: Path, extra: dict, processes: int
+) -> tuple[list[str], str]:
     """(command, script) of one run."""
     script = run.get("script", "train.py")
     own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
@@ -63,31 +68,45 @@ def execute(command: list[str], log: Path) -> None:
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
     if code:
         last = [line for line in log.read_text().splitlines() if "error" in line.lower()][:1]
-        raise ValueError(f"{log}: the run failed (exit code {code}){': ' + last[0] if last else ''}; the same command goes on")
+        raise ValueError(
+            f"{log}: the run failed (exit code {code}){': ' + last[0] if last else ''}; the same command goes on"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("table", type=Path, help="JSON file of the table's runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of a training run")
     parser.add_argument("--dataset", default="", help="data set, where the table leaves it open")
     parser.add_argument("--data_dir", default="", help="raw data, if the data set needs it")
-    parser.add_argument("--model", default="", help="model that training runs begin with, where the table leaves it open")
+    parser.add_argument(
+        "--model",
+        default="",
+        help="model that training runs begin with, where the table leaves it open",
+    )
     parser.add_argument("--prepared_dir", default="prepared")
     args = parser.parse_args()
     table = read_json(args.table)
     folder: Path = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    extra = {"prepared_dir": args.prepared_dir} | {k: v for k in ("dataset", "data_dir") if (v := getattr(args, k))}
+    extra = {"prepared_dir": args.prepared_dir} | {
+        k: v for k in ("dataset", "data_dir") if (v := getattr(args, k))
+    }
     if not (table["common"] | extra).get("dataset"):
         raise ValueError(f"{args.table} leaves the data set open: --dataset")
     if args.model:
         table["training"] = table.get("training", {}) | {"model": args.model}
-    if any(run.get("script", "train.py") == "train.py" for run in table["runs"]) and "model" not in table.get("training", {}):
-        raise ValueError(f"{args.table} leaves the model open: --model, a Hugging Face directory or hub name")
+    if any(
+        run.get("script", "train.py") == "train.py" for run in table["runs"]
+    ) and "model" not in table.get("training", {}):
+        raise ValueError(
+            f"{args.table} leaves the model open: --model, a Hugging Face directory or hub name"
+        )
     names = [run["name"] for run in table["runs"]]
     if len(set(names)) < len(names):
         raise ValueError(f"{args.table}: names of runs must differ: {names}")
@@ -102,7 +121,9 @@ def main() -> None:
     for name in table.get("probed", []):
         for probe in table.get("probes", []):
             out, started = folder / name / "probes", time.time()
-            stages = [s.strip() for s in read_json(folder / name / "config.json")["stages"].split(",")]
+            stages = [
+                s.strip() for s in read_json(folder / name / "config.json")["stages"].split(",")
+            ]
             if all((out / stage / probe / "metrics.json").exists() for stage in stages):
                 continue
             command = [

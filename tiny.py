@@ -31,23 +31,32 @@ EOS = "<|end_of_text|>"
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def make_base_model(path, examples: Examples, *, hidden_size: int, num_layers: int, vocab_size: int, seed: int):
+def make_base_model(
+    path, examples: Examples, *, hidden_size: int, num_layers: int, vocab_size: int, seed: int
+):
     """Write tokenizer and random weights to `path`; the tokenizer sees the titles and 1,000 training prompts."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace("\n", "\n ")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[EOS], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[EOS], show_progress=False
+    )
     texts = [" " + title for title in examples.log.titles]
     texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "model_max_length": 4096}, indent=2) + "\n")
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": EOS, "model_max_length": 4096}, indent=2) + "\n"
+    )
     config = ModelConfig(
         model_type="llama",
         vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,  # rounded up to whole tiles
@@ -72,9 +81,14 @@ class CopyTask:
     is easy, then stretched."""
 
     PROMPT_TOKENS = 1024  # of a step: many small steps find the circuit sooner than few large ones
-    POOL, GROWTH = 180, 1.2  # titles in play at first, and their growth with every list size: few tokens recur sooner
+    POOL, GROWTH = (
+        180,
+        1.2,
+    )  # titles in play at first, and their growth with every list size: few tokens recur sooner
     MASTERY = 0.7  # running accuracy of a title's second and later tokens, EOS apart, ...
-    LISTED = 0.3  # ... and running probability of beginning with a listed title that make the list grow
+    LISTED = (
+        0.3  # ... and running probability of beginning with a listed title that make the list grow
+    )
     LISTED_AT_LAST = 0.6  # the latter when lists of 20 end the practice
 
     def __init__(self, model, encoded: Encoded, tokenizer: Tokenizer, seed: int, device):
@@ -97,11 +111,16 @@ class CopyTask:
             history = [(title, float(rng.integers(1, 6))) for title in titles[self.list_size :]]
             template = int(rng.choice(self.examples.template))
             name = self.examples.log.name
-            prompts.append(render_prompt(Example(name, "", history, titles[: self.list_size], 0, [], template)))
+            prompts.append(
+                render_prompt(Example(name, "", history, titles[: self.list_size], 0, [], template))
+            )
             self.groups.append([self.completions[i] for i in drawn[: self.list_size]])
         self.prompts = self.tokenizer.encode_prompts(prompts)
         self.num_tokens = sum(len(ids) for group in self.groups for ids in group)
-        return [(len(p), sum(len(ids) - 1 for ids in g)) for p, g in zip(self.prompts, self.groups, strict=True)]
+        return [
+            (len(p), sum(len(ids) - 1 for ids in g))
+            for p, g in zip(self.prompts, self.groups, strict=True)
+        ]
 
     def __call__(self, batch: list[int]) -> tuple[Tensor, dict]:
         """Loss and metrics of a micro-batch, as in objectives.py."""
@@ -111,7 +130,9 @@ class CopyTask:
         later = torch.nonzero(~first & (tree.labels != self.tokenizer.eos_id)).squeeze(1)
         # titles that begin alike share one first token: count its probability once
         groups = [self.groups[i] for i in batch]
-        begins = torch.tensor([c[0] not in {o[0] for o in g[:n]} for g in groups for n, c in enumerate(g)])
+        begins = torch.tensor(
+            [c[0] not in {o[0] for o in g[:n]} for g in groups for n, c in enumerate(g)]
+        )
         begins = torch.nonzero(first).squeeze(1)[begins]
         tree, later, begins = (t.to(self.device) for t in (tree, later, begins))
         token_logps, greedy_ids = self.model(tree)
@@ -129,10 +150,15 @@ class CopyTask:
         self.accuracy += 0.1 * (metrics["copy_accuracy"] - self.accuracy)
         self.listed += 0.1 * (metrics["listed"] - self.listed)
         last = self.list_size == NUM_CANDIDATES
-        if self.accuracy < self.MASTERY or self.listed < (self.LISTED_AT_LAST if last else self.LISTED):
+        if self.accuracy < self.MASTERY or self.listed < (
+            self.LISTED_AT_LAST if last else self.LISTED
+        ):
             return False
         if last:
             return True
         self.list_size += 1
-        self.accuracy, self.listed = self.accuracy - 0.05, self.listed - 0.05  # a few steps on the new size at least
+        self.accuracy, self.listed = (
+            self.accuracy - 0.05,
+            self.listed - 0.05,
+        )  # a few steps on the new size at least
         return False

@@ -19,23 +19,37 @@ class Tokenizer:
     def __init__(self, path):
         path = Path(path)
         if not (path / "tokenizer.json").exists():
-            raise ValueError(f"{path / 'tokenizer.json'}: no such file; a Hugging Face tokenizer.json is needed")
+            raise ValueError(
+                f"{path / 'tokenizer.json'}: no such file; a Hugging Face tokenizer.json is needed"
+            )
         try:
             self.inner = HFTokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({error})") from None
+            raise ValueError(
+                f"{path / 'tokenizer.json'}: not a readable tokenizer ({error})"
+            ) from None
         self.inner.no_truncation()  # a saved state would apply silently
         self.inner.no_padding()
         self.bos_ids = self.inner.encode("").ids[:1]  # [bos], or [] for Qwen
-        self.inner.encode_special_tokens = True  # "<|eot_id|>" inside a title is text, not a control token
+        self.inner.encode_special_tokens = (
+            True  # "<|eot_id|>" inside a title is text, not a control token
+        )
         eos = _special_ids(path, self.inner)
         self.eos_id, self.stop_ids = eos[0], frozenset(eos)
         # of all that decides the ids of a text
-        self.fingerprint = hashlib.sha256((path / "tokenizer.json").read_bytes() + bytes(str(eos[0]), "ascii")).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            (path / "tokenizer.json").read_bytes() + bytes(str(eos[0]), "ascii")
+        ).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        chunks = (texts[i : i + 500] for i in range(0, len(texts), 500))  # the library's records of a text are large
-        return [e.ids for chunk in chunks for e in self.inner.encode_batch(chunk, add_special_tokens=False)]
+        chunks = (
+            texts[i : i + 500] for i in range(0, len(texts), 500)
+        )  # the library's records of a text are large
+        return [
+            e.ids
+            for chunk in chunks
+            for e in self.inner.encode_batch(chunk, add_special_tokens=False)
+        ]
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         return [self.bos_ids + ids for ids in self.encode(texts)]
@@ -44,9 +58,13 @@ class Tokenizer:
         """Ids of " " + title + EOS as they follow "Answer:"; ValueError names a title whose boundary would merge."""
         prefix = self.encode(["Answer:"])[0]
         out = []
-        for title, ids in zip(titles, self.encode([f"Answer: {title}" for title in titles]), strict=True):
+        for title, ids in zip(
+            titles, self.encode([f"Answer: {title}" for title in titles]), strict=True
+        ):
             if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
-                raise ValueError(f'title {title!r}: this tokenizer merges it with the prompt\'s final "Answer:"')
+                raise ValueError(
+                    f'title {title!r}: this tokenizer merges it with the prompt\'s final "Answer:"'
+                )
             out.append(ids[len(prefix) :] + [self.eos_id])
         return out
 
@@ -75,7 +93,9 @@ def _special_ids(path: Path, inner) -> list[int]:
         found += eos if isinstance(eos, list) else [eos]
     try:
         token = read_json(path / "tokenizer_config.json").get("eos_token")
-        found.append(inner.token_to_id(token["content"] if isinstance(token, dict) else token or ""))
+        found.append(
+            inner.token_to_id(token["content"] if isinstance(token, dict) else token or "")
+        )
     except ValueError:
         pass
     found = list(dict.fromkeys(i for i in found if i is not None))

@@ -37,7 +37,18 @@ from torch import Tensor
 
 from baselines import counting_baselines, ranking_metrics
 from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
-from common import Stopped, any_rank, first, is_main, parse_config, print0, read_json, run_cli, setup_distributed, writing
+from common import (
+    Stopped,
+    any_rank,
+    first,
+    is_main,
+    parse_config,
+    print0,
+    read_json,
+    run_cli,
+    setup_distributed,
+    writing,
+)
 from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
 from estimate import device_memory, dry_run, replica_note
 from eval import load_stage, predict, results_table, save_predictions, summarise
@@ -48,18 +59,31 @@ from options import TrainConfig, stored_dtype
 from planted import World, bayes_scores
 from reference import check_first_rewards, prepare_reference, print_preference_notes
 from runs import Logger, Run, StopRequest, line_step, open_run_folder
-from sharding import fill_adapter, gathered, init_adapter, local, materialize, merged_on_reading, read_weights, shard
+from sharding import (
+    fill_adapter,
+    gathered,
+    init_adapter,
+    local,
+    materialize,
+    merged_on_reading,
+    read_weights,
+    shard,
+)
 from tiny import CopyTask, make_base_model
 
 DEMO = Path(__file__).parent / "configs" / "demo.json"
 
 
 # ------------------------------------------------------------------------------------------------ the model
-def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | None, device) -> tuple[Transformer, int]:
+def load_policy(
+    config: TrainConfig, stage: str, base: Path, adapter: Path | None, device
+) -> tuple[Transformer, int]:
     """The stage's starting weights, sharded, and the number of replicas: base, plus the adapter it goes on from or a fresh one."""
     r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
     stored = stored_dtype(config, device)
-    full_bf16 = r == 0 and stored == torch.bfloat16  # full training keeps fp32 weights and computes in bf16
+    full_bf16 = (
+        r == 0 and stored == torch.bfloat16
+    )  # full training keeps fp32 weights and computes in bf16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
     torch.compiler.reset()  # what the stage before compiled
     dropout = config.lora_dropout if stage == "sft" else 0.0
@@ -68,7 +92,9 @@ def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | Non
         settings, tensors = read_adapter(model, adapter)
         if r > 0:
             apply_lora(model, **settings | {"lora_dropout": dropout})
-            print0(f"going on with the adapter {adapter}: its own r, alpha and target modules hold, not the options'")
+            print0(
+                f"going on with the adapter {adapter}: its own r, alpha and target modules hold, not the options'"
+            )
         else:
             merge = merged_on_reading(settings, tensors)
     elif r > 0:
@@ -78,7 +104,9 @@ def load_policy(config: TrainConfig, stage: str, base: Path, adapter: Path | Non
         block.checkpointing = config.gradient_checkpointing
         if config.compile:  # the arithmetic only: checkpointing and sharding stay outside; lengths differ from the start
             block.compiled = torch.compile(block.compute, dynamic=True)
-    replicas = shard(model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None)
+    replicas = shard(
+        model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None
+    )
     materialize(model, device)
     read_weights(model, model.source, merge)
     if r > 0:
@@ -122,7 +150,13 @@ class StepMetrics:
 
 
 def train_step(
-    model, optimizer, batches: list, compute: Callable, lr: float, config: TrainConfig, replicas: int | None = None
+    model,
+    optimizer,
+    batches: list,
+    compute: Callable,
+    lr: float,
+    config: TrainConfig,
+    replicas: int | None = None,
 ) -> StepMetrics:
     """Accumulate gradients over this rank's micro-batches, clip, step. Returns the metrics of the whole global batch.
 
@@ -137,7 +171,9 @@ def train_step(
         group["lr"] = lr
     for number, batch in enumerate(batches):
         if sharded:
-            model.set_requires_gradient_sync(number == len(batches) - 1)  # reduce gradients once per step
+            model.set_requires_gradient_sync(
+                number == len(batches) - 1
+            )  # reduce gradients once per step
         loss, sums = compute(batch)
         # Sharded gradients are averaged over ranks, but losses are divided by global counts already: undo the average.
         (loss * world_size).backward()
@@ -154,17 +190,25 @@ def train_step(
     own = [float(rank == dist.get_rank()) for rank in range(world_size)]
     known = torch.tensor([1.0 / world_size, *counts.values(), *own], dtype=torch.double)
     known = to_device(known, squared_norm.device)
-    not_finite = (~totals["loss"].isfinite()).double() * known[-world_size:]  # one flag per rank, its own set
-    reduced = torch.cat([torch.stack([squared_norm, *totals.values()]), known[:-world_size], not_finite])
+    not_finite = (~totals["loss"].isfinite()).double() * known[
+        -world_size:
+    ]  # one flag per rank, its own set
+    reduced = torch.cat(
+        [torch.stack([squared_norm, *totals.values()]), known[:-world_size], not_finite]
+    )
     dist.all_reduce(reduced)
     sums, device_counts, not_finite = reduced.split([1 + len(totals), 1 + len(totals), world_size])
     means = sums / device_counts
     means[0].sqrt_()
     grad_norm = means[0]
     if config.max_grad_norm:
-        torch._foreach_mul_(gradients, (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).float())
+        torch._foreach_mul_(
+            gradients, (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).float()
+        )
     finite = (grad_norm + means[1 + list(totals).index("loss")]).isfinite()
-    optimizer.found_inf = (~finite).float()  # fused AdamW leaves the whole update out where this is 1
+    optimizer.found_inf = (
+        ~finite
+    ).float()  # fused AdamW leaves the whole update out where this is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     # ------------------------- training step ends ---------------------------
@@ -177,7 +221,9 @@ def average_gradients(optimizer) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     parts = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    torch._foreach_copy_(
+        gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+    )
 
 
 def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:
@@ -190,12 +236,20 @@ def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float
 
 # ------------------------------------------------------------------------------------------------ before the loop
 def practise_copying(
-    config: TrainConfig, task: CopyTask, optimizer, rank: int, world_size: int, replicas: int, log: Callable
+    config: TrainConfig,
+    task: CopyTask,
+    optimizer,
+    rank: int,
+    world_size: int,
+    replicas: int,
+    log: Callable,
 ) -> None:
     """Warm-up of a random model (see tiny.py): until it copies out of lists of 20 titles, or --copy_steps are over."""
     for step in range(config.copy_steps):
         widths = task.draw(step)
-        batches = micro_batches(widths, range(len(widths)), world_size, config.micro_batch_tokens)[rank]
+        batches = micro_batches(widths, range(len(widths)), world_size, config.micro_batch_tokens)[
+            rank
+        ]
         lr = config.sft_learning_rate * min(1.0, (step + 1) / 30)
         metrics = train_step(task.model, optimizer, batches, task, lr, config, replicas).read()
         mastered = task.update(metrics)
@@ -222,11 +276,17 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     torch.manual_seed(config.seed + rank)  # dropout; everything else draws from its own generator
     model, replicas = load_policy(config, stage, base, adapter, device)
     if base == run.base and config.model != "tiny":
-        model.name_or_path = config.model  # a hub name, if it is one, and not the folder of its files
+        model.name_or_path = (
+            config.model
+        )  # a hub name, if it is one, and not the folder of its files
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if stage == "sft":
-        objective, epochs, peak = SFT(config, model, run.train, device), config.sft_epochs, config.sft_learning_rate
+        objective, epochs, peak = (
+            SFT(config, model, run.train, device),
+            config.sft_epochs,
+            config.sft_learning_rate,
+        )
     else:
         objective = Preference(config, stage, model, run.train, device)
         epochs, peak = config.epochs, config.learning_rate
@@ -241,13 +301,19 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         print0(replica_note(stored, 12 * trainable, world_size, device_memory(device)), end="")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=peak, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
+        parameters,
+        lr=peak,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
     identity = {"stage": stage, "data": run.data_hash}  # what a checkpoint must agree with
     if stage != "sft":
         identity["reference"] = (
-            prepare_reference(run, base, adapter, objective, schedule) if objective.has_reference else "none"
+            prepare_reference(run, base, adapter, objective, schedule)
+            if objective.has_reference
+            else "none"
         )
         print_preference_notes(config, objective)
     model.train()
@@ -256,8 +322,14 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     logger = Logger(folder / "metrics.jsonl", config.logging_steps)
 
     def save(step: int) -> None:
-        taken = next((int(state["step"]) for state in optimizer.state.values()), 0)  # fewer than `step` if some were skipped
-        facts = identity | {"optimizer_steps": taken} | ({"kl": objective.kl.item()} if stage == "kto" else {})
+        taken = next(
+            (int(state["step"]) for state in optimizer.state.values()), 0
+        )  # fewer than `step` if some were skipped
+        facts = (
+            identity
+            | {"optimizer_steps": taken}
+            | ({"kl": objective.kl.item()} if stage == "kto" else {})
+        )
         save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
 
     if start is None:
@@ -269,7 +341,10 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
                 save(0)
 
     def prepare(step: int) -> list[MicroBatch]:
-        return [objective.prepare(batch, schedule.examples(step)) for batch in schedule.micro_batches(step, rank)]
+        return [
+            objective.prepare(batch, schedule.examples(step))
+            for batch in schedule.micro_batches(step, rank)
+        ]
 
     skipped = 0
 
@@ -282,7 +357,9 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
             problem = f"{stage}, step {step + 1}, {where_not_finite(run, schedule, step, error.ranks)}: {error}"
             if skipped > config.max_skipped_steps:
                 last = next(iter(checkpoints(folder)), None)
-                raise ValueError(f"{problem}. Last checkpoint: {last or 'none'} (--max_skipped_steps goes on)") from None
+                raise ValueError(
+                    f"{problem}. Last checkpoint: {last or 'none'} (--max_skipped_steps goes on)"
+                ) from None
             print0(f"note: {problem}")
             return
         logger(step, schedule.num_steps, metrics, stage)
@@ -306,7 +383,9 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
             save(step + 1)
         if stopping:
             logger.close()
-            raise Stopped(f"stopped by SIGTERM after step {step + 1}, which is saved; --resume auto goes on from there")
+            raise Stopped(
+                f"stopped by SIGTERM after step {step + 1}, which is saved; --resume auto goes on from there"
+            )
     run.stop.in_loop = False
     if pending:
         log(step, pending)
@@ -332,7 +411,9 @@ def finish_stage(run: Run, stage: str, model: Transformer, folder: Path) -> None
 def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
     """The model that training starts from, tested as it is: the raw language model of the paper's Table 1."""
     folder = run.folder / "raw.unfinished"
-    print0(f"\n== raw: nothing is trained, {base}{f' + {adapter}' if adapter else ''} is tested as it is")
+    print0(
+        f"\n== raw: nothing is trained, {base}{f' + {adapter}' if adapter else ''} is tested as it is"
+    )
     model, _ = load_policy(run.config, "raw", base, adapter, run.device)
     if is_main():
         folder.mkdir(exist_ok=True)
@@ -340,7 +421,9 @@ def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
     finish_stage(run, "raw", model, folder)
 
 
-def resume_stage(run: Run, folder: Path, model, optimizer, objective: SFT, identity: dict) -> int | None:
+def resume_stage(
+    run: Run, folder: Path, model, optimizer, objective: SFT, identity: dict
+) -> int | None:
     """Load the checkpoint to go on from; the number of steps it has seen, or None to start from the beginning."""
     config, checkpoint = run.config, None
     if config.resume == "auto":
@@ -348,9 +431,13 @@ def resume_stage(run: Run, folder: Path, model, optimizer, objective: SFT, ident
     elif config.resume:
         checkpoint = Path(config.resume)
         if checkpoint.resolve().parent != folder.resolve():
-            raise ValueError(f"--resume {checkpoint}: not a checkpoint of the stage that comes next, {folder}")
+            raise ValueError(
+                f"--resume {checkpoint}: not a checkpoint of the stage that comes next, {folder}"
+            )
         if problem := damage(checkpoint):
-            raise ValueError(f"--resume {checkpoint}: damaged ({problem}); --resume auto takes the newest whole one")
+            raise ValueError(
+                f"--resume {checkpoint}: damaged ({problem}); --resume auto takes the newest whole one"
+            )
     metrics = folder / "metrics.jsonl"
     if checkpoint is None:
         if is_main():
@@ -360,23 +447,35 @@ def resume_stage(run: Run, folder: Path, model, optimizer, objective: SFT, ident
     if "kl" in state:
         objective.kl = torch.tensor(state["kl"], device=run.device)
     if is_main():
-        kept = [line for line in metrics.read_text().splitlines() if line_step(line) <= state["step"]]
+        kept = [
+            line for line in metrics.read_text().splitlines() if line_step(line) <= state["step"]
+        ]
         beside = metrics.with_suffix(".part")
         beside.write_text("".join(f"{line}\n" for line in kept))
         beside.rename(metrics)
     print0(f"going on from {checkpoint}, after step {state['step']}")
     if state["world_size"] != run.world_size:
         torch.manual_seed(
-            int.from_bytes(hashlib.sha256(f"{config.seed} {state['step']} {run.rank}".encode()).digest()[:6], "big")
+            int.from_bytes(
+                hashlib.sha256(f"{config.seed} {state['step']} {run.rank}".encode()).digest()[:6],
+                "big",
+            )
         )
-        print0(f"note: it was made by {state['world_size']} processes; dropout is seeded anew from seed, step and rank")
+        print0(
+            f"note: it was made by {state['world_size']} processes; dropout is seeded anew from seed, step and rank"
+        )
     return state["step"]
 
 
 def where_not_finite(run: Run, schedule: Schedule, step: int, ranks: list[int]) -> str:
     """The ranks whose own loss was not finite, and their examples."""
     who = f"rank {', '.join(map(str, ranks))}" if ranks else "the gradient only"
-    examples = [e for r in ranks or range(run.world_size) for batch in schedule.micro_batches(step, r) for e in batch]
+    examples = [
+        e
+        for r in ranks or range(run.world_size)
+        for batch in schedule.micro_batches(step, r)
+        for e in batch
+    ]
     log, position = run.train.examples.log, run.train.examples.position
     users = ", ".join(f"{e} (user {log.user_ids[log.user[position[e]]]})" for e in examples[:8])
     return f"{who}, examples {users}{' ...' if len(examples) > 8 else ''}"
@@ -411,21 +510,37 @@ def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
     count = len(run.test.prompts)
     mine = range(run.rank, count, run.world_size)
     records = predict(
-        model, run.tokenizer, run.test, mine, config.decode, config.decode_rest, config.micro_batch_tokens, any_rank, run.device
+        model,
+        run.tokenizer,
+        run.test,
+        mine,
+        config.decode,
+        config.decode_rest,
+        config.micro_batch_tokens,
+        any_rank,
+        run.device,
     )
     gathered = [None] * run.world_size if is_main() else None
     dist.gather_object(records, gathered)
     if not is_main():
         return None
     records = sorted((r for part in gathered for r in part), key=lambda r: r["example"])
-    metrics = summarise(records, run.baselines) | {"data_hash": run.data_hash, "seconds": round(time.time() - started, 1)}
+    metrics = summarise(records, run.baselines) | {
+        "data_hash": run.data_hash,
+        "seconds": round(time.time() - started, 1),
+    }
     with writing(folder / "eval"):
         save_predictions(folder / "eval", metrics, records)
     return metrics
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ):
         if (source / name).exists():
             shutil.copy(source / name, target / name)
 
@@ -435,23 +550,39 @@ def results(run: Run, prepared) -> str:
     """The run's table: chance and counting baselines, every finished stage, and the optimum where it is known."""
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
     bounds = {}
-    if run.config.dataset == "planted" and run.config.history >= World.max_length - 1:  # else it is not known
+    if (
+        run.config.dataset == "planted" and run.config.history >= World.max_length - 1
+    ):  # else it is not known
         world = World(num_users=run.config.planted_users, seed=run.config.data_seed)
         scores = bayes_scores(world, prepared.splits["test"], run.config.min_rating)
-        bounds["Bayes-optimal"] = float(ranking_metrics(scores, prepared.splits["test"].target)["hit_ratio@1"].mean())
+        bounds["Bayes-optimal"] = float(
+            ranking_metrics(scores, prepared.splits["test"].target)["hit_ratio@1"].mean()
+        )
     return results_table(rows, bounds)
 
 
 def main() -> None:
     argv = sys.argv[1:]
-    demo = not any(a.split("=")[0] in ("--config", "--model", "--adapter", "--help", "-h") for a in argv)
+    demo = not any(
+        a.split("=")[0] in ("--config", "--model", "--adapter", "--help", "-h") for a in argv
+    )
     config = parse_config(TrainConfig, ["--config", str(DEMO), *argv] if demo else argv)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.output_dir and not config.resume:
+    if (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        and config.output_dir
+        and not config.resume
+    ):
         config = replace(config, resume="auto")  # torchrun --max-restarts started this again
     if demo:
-        print0("no --model, --adapter or --config: the demo's options, configs/demo.json, are the defaults")
+        print0(
+            "no --model, --adapter or --config: the demo's options, configs/demo.json, are the defaults"
+        )
     rank, world_size, device = setup_distributed()
-    shared = [(Path(tempfile.mkdtemp()) if config.dry_run else open_run_folder(config)) if is_main() else None]
+    shared = [
+        (Path(tempfile.mkdtemp()) if config.dry_run else open_run_folder(config))
+        if is_main()
+        else None
+    ]
     dist.broadcast_object_list(shared)
     (folder,) = shared
     print0(
@@ -465,18 +596,44 @@ def main() -> None:
         if config.model == "tiny" and not config.adapter and not base.exists():
             size = {"hidden_size": config.tiny_hidden_size, "num_layers": config.tiny_layers}
             beside = folder / "base.unfinished"
-            make_base_model(beside, prepared.splits["train"], **size, vocab_size=config.tiny_vocab_size, seed=config.seed)
+            make_base_model(
+                beside,
+                prepared.splits["train"],
+                **size,
+                vocab_size=config.tiny_vocab_size,
+                seed=config.seed,
+            )
             beside.rename(base)
     if config.model != "tiny" or config.adapter:
-        name = config.model if config.model != "tiny" else read_adapter_config(config.adapter)["base_model_name_or_path"]
+        name = (
+            config.model
+            if config.model != "tiny"
+            else read_adapter_config(config.adapter)["base_model_name_or_path"]
+        )
         with first("LOCAL_RANK"):
             base = resolve_path(name, weights=not config.dry_run)
     tokenizer = Tokenizer(base)
     splits = prepared.splits
     with first():
-        train, test = (encode_split(prepared, split, tokenizer, config.max_length) for split in ("train", "test"))
+        train, test = (
+            encode_split(prepared, split, tokenizer, config.max_length)
+            for split in ("train", "test")
+        )
     baselines = counting_baselines(splits["test"]) if is_main() else {}
-    run = Run(config, rank, world_size, device, folder, base, tokenizer, prepared.hash, train, test, baselines, StopRequest())
+    run = Run(
+        config,
+        rank,
+        world_size,
+        device,
+        folder,
+        base,
+        tokenizer,
+        prepared.hash,
+        train,
+        test,
+        baselines,
+        StopRequest(),
+    )
 
     lengths = [len(p) for p in train.prompts]
     print0(
@@ -485,8 +642,13 @@ def main() -> None:
         f"by {train.num_dropped + test.num_dropped} history items to fit {config.max_length}"
     )
     example = splits["train"][0]
-    print0("\nfirst training prompt:\n" + tokenizer.inner.decode(train.prompts[0].tolist(), skip_special_tokens=False))
-    print0(f"chosen: {example.candidates[example.target]!r}, tokens {train.slots(0, [example.target])[0]}")
+    print0(
+        "\nfirst training prompt:\n"
+        + tokenizer.inner.decode(train.prompts[0].tolist(), skip_special_tokens=False)
+    )
+    print0(
+        f"chosen: {example.candidates[example.target]!r}, tokens {train.slots(0, [example.target])[0]}"
+    )
 
     if config.dry_run:
         dry_run(run)
@@ -506,7 +668,9 @@ def main() -> None:
             start = load_stage(folder / "sft")
     if is_main():
         table = results(run, prepared)
-        (folder / "results.md").write_text(f"# {config.dataset}, {config.model}, data {prepared.hash[:12]}\n\n{table}\n")
+        (folder / "results.md").write_text(
+            f"# {config.dataset}, {config.model}, data {prepared.hash[:12]}\n\n{table}\n"
+        )
         print0(f"\n{table}\n\nwritten to {folder / 'results.md'}")
     dist.barrier()
 

@@ -31,7 +31,18 @@ from train import TrainConfig, train_step
 
 NUM_NEGATIVES = 3
 RANKS = {8, 16, 24}  # r = 8, stacked for two or three projections
-PARTS = ("projections", "adapters", "attention", "head", "norm", "rotary", "SwiGLU", "optimizer", "loader", "other")
+PARTS = (
+    "projections",
+    "adapters",
+    "attention",
+    "head",
+    "norm",
+    "rotary",
+    "SwiGLU",
+    "optimizer",
+    "loader",
+    "other",
+)
 
 
 def gemm_flops(name: str, shapes: list) -> int:
@@ -73,7 +84,9 @@ def main() -> None:
     one_process()
     config, model = SHAPES[args.shape], make_model(args).train()
     prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True
+    )
     options = TrainConfig()
 
     def compute(tree):
@@ -97,29 +110,45 @@ def main() -> None:
     tree = tree_of(args, prompts, completions)
     times, flops = defaultdict(float), defaultdict(float)
     for event in profiled.key_averages(group_by_input_shape=True):
-        if event.device_type != DeviceType.CPU:  # kernels: their time stands at the operations that launched them, too
+        if (
+            event.device_type != DeviceType.CPU
+        ):  # kernels: their time stands at the operations that launched them, too
             continue
-        own = event.self_cpu_time_total if "loader" in event.key or not cuda else event.self_device_time_total
+        own = (
+            event.self_cpu_time_total
+            if "loader" in event.key or not cuda
+            else event.self_device_time_total
+        )
         part = part_of(event.key, event.input_shapes or [], config, len(tree.labels))
         times[part] += own / 1e6 / args.repeats
-        flops[part] += gemm_flops(event.key, [s for s in event.input_shapes or [] if s]) * event.count / args.repeats
+        flops[part] += (
+            gemm_flops(event.key, [s for s in event.input_shapes or [] if s])
+            * event.count
+            / args.repeats
+        )
     total = sum(times.values())
     rate = matrix_rate(args, tree.input_ids.numel())
 
     note = f"Shape {args.shape}, a step of {args.batch} prompts: {tuple(tree.input_ids.shape)} tokens with padding, "
-    note += (
-        f"{len(tree.labels)} scored rows; median {1000 * seconds:.0f} ms unprofiled. One large GEMM: {rate / 1e9:.0f} GFLOP/s."
-    )
+    note += f"{len(tree.labels)} scored rows; median {1000 * seconds:.0f} ms unprofiled. One large GEMM: {rate / 1e9:.0f} GFLOP/s."
     header("Where the time of a step goes", args, note)
     rows = []
     for part in PARTS:
         reached = flops[part] / times[part] if times[part] else 0
-        rows.append([part, f"{100 * times[part] / total:.1f} %", f"{flops[part] / 1e9:.1f}" if flops[part] else ""])
+        rows.append(
+            [
+                part,
+                f"{100 * times[part] / total:.1f} %",
+                f"{flops[part] / 1e9:.1f}" if flops[part] else "",
+            ]
+        )
         rows[-1].append(f"{100 * reached / rate:.0f} %" if flops[part] else "")
     if cuda:
         rows.append(["GPU idle", f"{100 * (1 - total / seconds):.1f} % of the step", "", ""])
     reached = sum(flops.values()) / seconds
-    rows.append(["whole step", "100 %", f"{sum(flops.values()) / 1e9:.1f}", f"{100 * reached / rate:.0f} %"])
+    rows.append(
+        ["whole step", "100 %", f"{sum(flops.values()) / 1e9:.1f}", f"{100 * reached / rate:.0f} %"]
+    )
     table(["part", "share of time", "GEMM GFLOP", "of the machine's matrix rate"], rows)
 
 

@@ -16,10 +16,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import dtype_of, header, interleaved, make_model, movielens, parser, table, transformers_model
+from harness import (
+    dtype_of,
+    header,
+    interleaved,
+    make_model,
+    movielens,
+    parser,
+    table,
+    transformers_model,
+)
 
 from common import read_json
-from data import NUM_CANDIDATES, DataConfig, Encoded, encode_split, micro_batches, prepare, tree_widths
+from data import (
+    NUM_CANDIDATES,
+    DataConfig,
+    Encoded,
+    encode_split,
+    micro_batches,
+    prepare,
+    tree_widths,
+)
 from eval import load_stage, predict
 from lora import load_adapter, lora_layers, merge_lora
 from model import generate, load_pretrained
@@ -38,7 +55,10 @@ def load(args):
     run = Path(args.run)
     settings = read_json(run / "config.json")
     known = {k: v for k, v in settings.items() if k in DataConfig.__dataclass_fields__}
-    known |= {"data_dir": args.data_dir or known["data_dir"], "prepared_dir": args.prepared_dir or known["prepared_dir"]}
+    known |= {
+        "data_dir": args.data_dir or known["data_dir"],
+        "prepared_dir": args.prepared_dir or known["prepared_dir"],
+    }
     prepared = prepare(DataConfig(**known))
     base, adapter = load_stage(run / args.stage)
     model = load_pretrained(base, dtype_of(args), args.device)
@@ -48,7 +68,11 @@ def load(args):
         merge_lora(model)
     tokenizer = Tokenizer(base)
     whole = encode_split(prepared, "test", tokenizer, settings["max_length"])
-    some = Encoded(whole.examples.select(np.arange(args.examples)), whole.prompts[: args.examples], whole.completions)
+    some = Encoded(
+        whole.examples.select(np.arange(args.examples)),
+        whole.prompts[: args.examples],
+        whole.completions,
+    )
     return model.eval(), tokenizer, some
 
 
@@ -68,15 +92,27 @@ def main() -> None:
     budget = args.micro_batch_tokens
 
     def one_pass(decode_rest=False):
-        return predict(model, tokenizer, encoded, range(n), "greedy", decode_rest, budget, device=device)
+        return predict(
+            model, tokenizer, encoded, range(n), "greedy", decode_rest, budget, device=device
+        )
 
     @torch.no_grad()
     def twenty_sequences():
         """(n, 20) log-probs, each candidate behind its own copy of the prompt."""
         singles = np.repeat(np.arange(n), NUM_CANDIDATES)
-        per_sequence = np.stack([widths[singles, 0], [len(encoded.slots(e, [s])[0]) - 1 for e in range(n) for s in ALL]], 1)
+        per_sequence = np.stack(
+            [
+                widths[singles, 0],
+                [len(encoded.slots(e, [s])[0]) - 1 for e in range(n) for s in ALL],
+            ],
+            1,
+        )
         out = torch.zeros(n * NUM_CANDIDATES)
-        copies = Encoded(encoded.examples.select(singles), [encoded.prompts[e] for e in singles], encoded.completions)
+        copies = Encoded(
+            encoded.examples.select(singles),
+            [encoded.prompts[e] for e in singles],
+            encoded.completions,
+        )
         one_slot = np.tile(np.arange(NUM_CANDIDATES), n)[:, None]
         for batch in micro_batches(per_sequence, range(len(singles)), 1, budget)[0]:
             tree = copies.tree(batch, one_slot).to(device)
@@ -97,9 +133,17 @@ def main() -> None:
         for start in range(0, n, 10):
             prompts = [p.tolist() for p in encoded.prompts[start : start + 10]]
             width = max(map(len, prompts))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-            settings = {"do_sample": False, "max_new_tokens": longest if stop else 128, "pad_token_id": 0}
+            ids = torch.tensor(
+                [[0] * (width - len(p)) + p for p in prompts], device=device
+            )  # left-padded
+            mask = torch.tensor(
+                [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
+            )
+            settings = {
+                "do_sample": False,
+                "max_new_tokens": longest if stop else 128,
+                "pad_token_id": 0,
+            }
             settings |= {"eos_token_id": sorted(stop_ids)} if stop else {"eos_token_id": None}
             outputs = theirs.generate(ids, attention_mask=mask, **settings)
             answers += [tokenizer.answer(row[width:].tolist()) for row in outputs]
@@ -119,7 +163,9 @@ def main() -> None:
     verified = sum(r["valid"] for r in records)
 
     def same(answers: list[str]) -> str:
-        return f"{sum(a == (b or '') for a, b in zip(answers, written, strict=True))} of {n} answers"
+        return (
+            f"{sum(a == (b or '') for a, b in zip(answers, written, strict=True))} of {n} answers"
+        )
 
     gap = (logps - full).abs().max().item()
     ranking = (logps.argmax(1) == full.argmax(1)).sum().item()
@@ -137,7 +183,11 @@ def main() -> None:
     note += f"hidden {config.hidden_size}, {config.num_hidden_layers} layers, V = {config.vocab_size}, {dtype_of(args)}, "
     note += f"{'trained' if args.run else 'random'} weights, {budget} tokens a micro-batch."
     header("Evaluation", args, note)
-    gives = {"one pass": "ranking, answer if listed", "one pass + rest": "ranking, answer", "20 sequences": "ranking"}
+    gives = {
+        "one pass": "ranking, answer if listed",
+        "one pass + rest": "ranking, answer",
+        "20 sequences": "ranking",
+    }
     rows = [
         [
             name,
@@ -149,7 +199,10 @@ def main() -> None:
         ]
         for name, s in seconds.items()
     ]
-    table(["way", "gives", "examples / s", "time / one pass", "time / one pass + rest", "agreement"], rows)
+    table(
+        ["way", "gives", "examples / s", "time / one pass", "time / one pass + rest", "agreement"],
+        rows,
+    )
 
 
 if __name__ == "__main__":

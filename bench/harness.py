@@ -31,29 +31,56 @@ from model import ModelConfig, Transformer  # noqa: E402
 from tiny import make_base_model  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 SHAPES = {
     "tiny": ModelConfig("llama", 8000, 384, 1024, 6, 6, 2, 64, max_position_embeddings=4096),
     "llama-3.1-8b": ModelConfig(
-        "llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+        "llama",
+        128256,
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        128,
+        1e-5,
+        5e5,
+        LLAMA3_ROPE | {"original_max_position_embeddings": 8192},
     ),
-    "qwen2.5-7b": ModelConfig("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, attention_bias=True),
+    "qwen2.5-7b": ModelConfig(
+        "qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, attention_bias=True
+    ),
 }
 
 
 def parser(description: str, **defaults) -> argparse.ArgumentParser:
     """The options of every benchmark; keyword arguments add integer options."""
     formatter = argparse.RawDescriptionHelpFormatter
-    out = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    out = argparse.ArgumentParser(
+        description=description, formatter_class=formatter, allow_abbrev=False
+    )
     archive = Path(os.environ.get("RECPO_DATA", ROOT.parent / "shared" / "data")) / "ml-1m.zip"
     cuda = torch.cuda.is_available()
     out.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b" if cuda else "tiny")
     out.add_argument("--layers", type=int, default=0, help="blocks; 0 = all of the shape")
     out.add_argument("--device", default="cuda" if cuda else "cpu")
-    out.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-    out.add_argument("--data_dir", default=str(archive) if archive.exists() else "", help="ml-1m.zip; empty = random ids")
+    out.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32"
+    )
+    out.add_argument(
+        "--data_dir",
+        default=str(archive) if archive.exists() else "",
+        help="ml-1m.zip; empty = random ids",
+    )
     out.add_argument("--prompt", type=int, default=400, help="prompt length of random ids")
-    out.add_argument("--completion", type=int, default=12, help="completion length of random ids, EOS included")
+    out.add_argument(
+        "--completion", type=int, default=12, help="completion length of random ids, EOS included"
+    )
     for name, default in defaults.items():
         out.add_argument(f"--{name}", type=int, default=default)
     return out
@@ -88,36 +115,54 @@ def transformers_model(ours: Transformer):
     try:
         import transformers
     except ImportError:
-        sys.exit("this benchmark compares with transformers and peft: pip install transformers peft")
+        sys.exit(
+            "this benchmark compares with transformers and peft: pip install transformers peft"
+        )
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     raw = {k: v for k, v in ours.config.to_dict().items() if k != "architectures"}
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     with torch.device(ours.inv_freq.device):
-        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=ours.lm_head.weight.dtype)
-    theirs.load_state_dict({name: p for name, p in ours.state_dict().items() if ".lora_" not in name})
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=ours.lm_head.weight.dtype
+        )
+    theirs.load_state_dict(
+        {name: p for name, p in ours.state_dict().items() if ".lora_" not in name}
+    )
     return theirs.eval()
 
 
 def movielens(args, count: int):
     """(encoded training examples, tokenizer) of the first `count` drawn; cut with 8,000 tokens made from the data."""
     scratch = Path(tempfile.gettempdir()) / "recpo-bench"
-    prepared = prepare(DataConfig(dataset="movielens", data_dir=args.data_dir, train_size=3000, prepared_dir=str(scratch)))
+    prepared = prepare(
+        DataConfig(
+            dataset="movielens", data_dir=args.data_dir, train_size=3000, prepared_dir=str(scratch)
+        )
+    )
     base = scratch / "tokenizer"
     if not (base / "tokenizer.json").exists():
-        make_base_model(base, prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=8000, seed=0)
+        make_base_model(
+            base, prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=8000, seed=0
+        )
     tokenizer = Tokenizer(base)
     prepared.splits["train"] = prepared.splits["train"].select(np.arange(count))
     prepared.hash = f"{prepared.hash}-{count}"
     return encode_split(prepared, "train", tokenizer, 1024), tokenizer
 
 
-def examples(args, count: int, num_completions: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+def examples(
+    args, count: int, num_completions: int
+) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Prompts and completions, chosen first: MovieLens-1M's, or random ids."""
     if args.data_dir:
         encoded, _ = movielens(args, count)
-        slots = np.concatenate([encoded.examples.target[:, None], encoded.examples.negatives(num_completions - 1)], 1)
-        return [p.tolist() for p in encoded.prompts], [encoded.slots(e, slots[e]) for e in range(count)]
+        slots = np.concatenate(
+            [encoded.examples.target[:, None], encoded.examples.negatives(num_completions - 1)], 1
+        )
+        return [p.tolist() for p in encoded.prompts], [
+            encoded.slots(e, slots[e]) for e in range(count)
+        ]
     generator = torch.Generator().manual_seed(2)
 
     def ids(length):
@@ -169,7 +214,9 @@ def peak_mib(way: Callable) -> float:
         way()
         synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held now
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the high-water mark starts again from what is held now
     before = _status("VmRSS")
     way()
     return _status("VmHWM") - before
@@ -177,7 +224,9 @@ def peak_mib(way: Callable) -> float:
 
 def _status(key: str) -> float:
     """A line of /proc/self/status in MiB (getrusage would start from the parent's peak)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -204,16 +253,24 @@ def matrix_rate(args, M: int, repeats: int = 20) -> float:
 def header(title: str, args, note: str = "") -> None:
     """What was measured, where, and at which commit."""
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+    ).stdout.strip()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if args.device == "cuda":
         machine = torch.cuda.get_device_name()
     print(
-        f"# {title}\n\n`python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`".rstrip(" `")
+        f"# {title}\n\n`python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`".rstrip(
+            " `"
+        )
         + "`\n"
     )
-    print(f"{machine}, torch {torch.__version__}, commit {commit}{' + changes' if changed else ''}. {note}\n")
+    print(
+        f"{machine}, torch {torch.__version__}, commit {commit}{' + changes' if changed else ''}. {note}\n"
+    )
 
 
 def table(columns: list[str], rows: list[list]) -> None:

@@ -19,7 +19,17 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import SHAPES, dtype_of, header, in_fresh_process, interleaved, matrix_rate, parser, peak_mib, table
+from harness import (
+    SHAPES,
+    dtype_of,
+    header,
+    in_fresh_process,
+    interleaved,
+    matrix_rate,
+    parser,
+    peak_mib,
+    table,
+)
 
 from kernels.logps import label_logps, mm_fp32
 
@@ -63,7 +73,9 @@ def peers() -> dict[str, Callable]:
         try:
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-            found["Liger"] = lambda h, w, y: -liger_fused_linear_cross_entropy(h, w, y, reduction="sum")[None]
+            found["Liger"] = lambda h, w, y: (
+                -liger_fused_linear_cross_entropy(h, w, y, reduction="sum")[None]
+            )
         except ImportError:
             pass
         try:
@@ -98,8 +110,16 @@ def gradient_call(way, hidden, weight, labels, upstream) -> Callable:
 
 def main() -> None:
     options = parser(__doc__, repeats=7)
-    options.add_argument("--rows", default="", help="comma-separated M; empty = 64 to 8,192 on a GPU, to 4,096 on a CPU")
-    options.add_argument("--peak_of", default="", help="print the peak memory of one way at the first of --rows and stop")
+    options.add_argument(
+        "--rows",
+        default="",
+        help="comma-separated M; empty = 64 to 8,192 on a GPU, to 4,096 on a CPU",
+    )
+    options.add_argument(
+        "--peak_of",
+        default="",
+        help="print the peak memory of one way at the first of --rows and stop",
+    )
     args = options.parse_args()
     config, cuda = SHAPES[args.shape], args.device == "cuda"
     D, V = config.hidden_size, config.vocab_size
@@ -111,7 +131,9 @@ def main() -> None:
     )
     ways |= peers()
     weight = (torch.randn(V, D, device=args.device) * D**-0.5).to(dtype_of(args))
-    counts = [int(m) for m in args.rows.split(",") if m] or [64, 208, 416, 832, 4096] + [8192] * cuda
+    counts = [int(m) for m in args.rows.split(",") if m] or [64, 208, 416, 832, 4096] + [
+        8192
+    ] * cuda
     if args.peak_of:
         hidden = torch.randn(counts[0], D, device=args.device).to(dtype_of(args))
         labels = torch.randint(V, (counts[0],), device=args.device)
@@ -135,7 +157,9 @@ def main() -> None:
                 errors[name] = f"{type(error).__name__}"
                 continue
             calls[name] = call
-            errors[name] = f"{(result.double() - exact).abs().max():.1e}" if len(result) == M else "only a sum"
+            errors[name] = (
+                f"{(result.double() - exact).abs().max():.1e}" if len(result) == M else "only a sum"
+            )
             if cuda:
                 peaks[name] = f"{peak_mib(call):.0f}"
             elif name != "compiled":  # a fresh process would show the compiler's memory
@@ -148,11 +172,25 @@ def main() -> None:
             if name in seconds:
                 s = seconds[name]
                 rows.append(
-                    [name, f"{1000 * s:.2f}", f"{s / first:.2f}", f"{100 * floor / s:.0f} %", peaks.get(name, ""), errors[name]]
+                    [
+                        name,
+                        f"{1000 * s:.2f}",
+                        f"{s / first:.2f}",
+                        f"{100 * floor / s:.0f} %",
+                        peaks.get(name, ""),
+                        errors[name],
+                    ]
                 )
             else:
                 rows.append([name, "", "", "", "", errors[name]])
-        columns = [f"M = {M}", "median ms", "this / here", "of the floor's rate", "peak MiB", "error of a log-prob"]
+        columns = [
+            f"M = {M}",
+            "median ms",
+            "this / here",
+            "of the floor's rate",
+            "peak MiB",
+            "error of a log-prob",
+        ]
         table(columns, rows)
 
 

@@ -21,18 +21,29 @@ from harness import header, parser, table
 
 from data import DataConfig, build_examples, load_log, prepare
 
-TEXT = 'A lot of foam. But a lot.\tIn the smell some banana, and then lactic and tart. It\'s "not" a good start. ' * 4
+TEXT = (
+    'A lot of foam. But a lot.\tIn the smell some banana, and then lactic and tart. It\'s "not" a good start. '
+    * 4
+)
 
 
 def csv_rows(rng, n: int) -> str:
-    user, item = (rng.random(n) ** 1.5 * 200_000).astype(int), (rng.random(n) ** 2 * 50_000).astype(int)
+    user, item = (
+        (rng.random(n) ** 1.5 * 200_000).astype(int),
+        (rng.random(n) ** 2 * 50_000).astype(int),
+    )
     columns = (user, item, rng.integers(1, 6, n), 10**9 + rng.integers(0, 5 * 10**8, n))
-    return "".join(f"u{u:07d},{i},{r},{t},Item number {i}\n" for u, i, r, t in zip(*(c.tolist() for c in columns), strict=True))
+    return "".join(
+        f"u{u:07d},{i},{r},{t},Item number {i}\n"
+        for u, i, r, t in zip(*(c.tolist() for c in columns), strict=True)
+    )
 
 
 def amazon_lines(rng, n: int) -> str:
     lines = []
-    for u, i, r in zip(*(rng.integers(0, m, n).tolist() for m in (100_000, 20_000, 5)), strict=True):
+    for u, i, r in zip(
+        *(rng.integers(0, m, n).tolist() for m in (100_000, 20_000, 5)), strict=True
+    ):
         record = {"overall": r + 1.0, "verified": True, "reviewTime": "09 4, 2015", "reviewerID": f"A{u:012d}", "asin": f"B{i:09d}",
                   "style": {"Format:": " Paperback"}, "reviewText": TEXT, "summary": "Five Stars", "unixReviewTime": 1441324800}  # fmt: skip
         lines.append(json.dumps(record))
@@ -41,7 +52,9 @@ def amazon_lines(rng, n: int) -> str:
 
 def steam_lines(rng, n: int) -> str:
     lines = []
-    for u, i, h in zip(*(rng.integers(0, m, n).tolist() for m in (100_000, 10_000, 900)), strict=True):
+    for u, i, h in zip(
+        *(rng.integers(0, m, n).tolist() for m in (100_000, 10_000, 900)), strict=True
+    ):
         record = {"username": f"Chaos {u}", "hours": h / 10, "products": 41, "product_id": str(i), "page_order": 0,
                   "date": "2017-12-17", "text": TEXT, "early_access": False, "page": 1}  # fmt: skip
         lines.append(repr(record))
@@ -61,7 +74,8 @@ def beer_lines(rng, n: int) -> str:
 def lastfm_lines(rng, n: int) -> str:
     columns = zip(*(rng.integers(0, m, n).tolist() for m in (990, 300, 28)), strict=True)
     return "".join(
-        f"user_{u:06d}\t2009-05-{d + 1:02d}T23:08:57Z\tmbid-{a:032d}\tArtist {a}\t\tSome track\n" for u, a, d in columns
+        f"user_{u:06d}\t2009-05-{d + 1:02d}T23:08:57Z\tmbid-{a:032d}\tArtist {a}\t\tSome track\n"
+        for u, a, d in columns
     )
 
 
@@ -79,7 +93,9 @@ def write(file: Path, make, size: int, unit: int, rows: int = 0, head: str = "")
 
 def child(dataset: str, path: str, step: str) -> None:
     """Load (and prepare) in this process, then print seconds, peak MiB and rows kept."""
-    config = DataConfig(dataset=dataset, data_dir=path, prepared_dir=str(Path(path).parent / "prepared"))
+    config = DataConfig(
+        dataset=dataset, data_dir=path, prepared_dir=str(Path(path).parent / "prepared")
+    )
     started, parts = time.perf_counter(), []
     if step == "prepare":
         log = prepare(config).log
@@ -99,7 +115,11 @@ def main() -> None:
     if args.child:
         child(*args.child)
         return
-    header("Loading", args, "Files of made-up rows in the published formats, read from a warm page cache.")
+    header(
+        "Loading",
+        args,
+        "Files of made-up rows in the published formats, read from a warm page cache.",
+    )
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -112,27 +132,64 @@ def main() -> None:
                 sys.exit(done.stderr[-2000:])
             seconds, peak, kept = map(float, done.stdout.split()[-3:])
             mb = file.stat().st_size / 1e6
-            rows.append([what, f"{mb:,.0f}", f"{seconds:.0f}", f"{mb / seconds:.0f}", f"{kept:,.0f}", f"{peak:,.0f}"])
+            rows.append(
+                [
+                    what,
+                    f"{mb:,.0f}",
+                    f"{seconds:.0f}",
+                    f"{mb / seconds:.0f}",
+                    f"{kept:,.0f}",
+                    f"{peak:,.0f}",
+                ]
+            )
 
-        file = write(folder / "log.csv", csv_rows, 0, 500_000, args.rows, "user,item,rating,timestamp,title\n")
+        file = write(
+            folder / "log.csv",
+            csv_rows,
+            0,
+            500_000,
+            args.rows,
+            "user,item,rating,timestamp,title\n",
+        )
         measure(f"own CSV, {args.rows:,} rows: read", "csv", file)
         measure("the same: read, examples drawn, hashed, written, mapped", "csv", file, "prepare")
         file.unlink()
         (folder / "amazon").mkdir()
-        titles = "".join(json.dumps({"asin": f"B{i:09d}", "title": f"Book {i}"}) + "\n" for i in range(20_000))
+        titles = "".join(
+            json.dumps({"asin": f"B{i:09d}", "title": f"Book {i}"}) + "\n" for i in range(20_000)
+        )
         (folder / "amazon/meta_Books.json").write_text(titles)
-        measure("Amazon, JSON lines", "amazon", write(folder / "amazon/Books.json", amazon_lines, size, 10_000))
+        measure(
+            "Amazon, JSON lines",
+            "amazon",
+            write(folder / "amazon/Books.json", amazon_lines, size, 10_000),
+        )
         (folder / "steam").mkdir()
         games = "".join(repr({"app_name": f"Game {i}", "id": str(i)}) + "\n" for i in range(10_000))
         (folder / "steam/steam_games.json").write_text(games)
-        measure("Steam, Python literals", "steam", write(folder / "steam/steam_reviews.json", steam_lines, size, 10_000))
-        measure("BeerAdvocate, Python literals", "beeradvocate", write(folder / "beeradvocate.json", beer_lines, size, 10_000))
+        measure(
+            "Steam, Python literals",
+            "steam",
+            write(folder / "steam/steam_reviews.json", steam_lines, size, 10_000),
+        )
+        measure(
+            "BeerAdvocate, Python literals",
+            "beeradvocate",
+            write(folder / "beeradvocate.json", beer_lines, size, 10_000),
+        )
         name = "userid-timestamp-artid-artname-traid-traname.tsv"
         for factor in (1, 3):
             (folder / str(factor)).mkdir()
             file = write(folder / str(factor) / name, lastfm_lines, factor * size, 100_000)
-            measure(f"LastFM, {'the' if factor == 1 else 'three times as many'} lines over the same pairs", "lastfm", file)
-    table(["what", "file, MB", "seconds", "MB/s", "interactions kept", "peak of the process, MiB"], rows)
+            measure(
+                f"LastFM, {'the' if factor == 1 else 'three times as many'} lines over the same pairs",
+                "lastfm",
+                file,
+            )
+    table(
+        ["what", "file, MB", "seconds", "MB/s", "interactions kept", "peak of the process, MiB"],
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ CONFIG = ModelConfig("llama", 64000, 2048, 5632, 20, 16, 8, 128)
 
 
 def anonymous() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -57,7 +61,9 @@ def worker(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--shard", default="full", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -72,18 +78,45 @@ def main() -> None:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         save_pretrained(model, folder, shard_bytes=500 * 10**6)
         del model
-        header("Loading a sharded model", args, f"A model of {size / 1e9:.2f} GB in bf16, 2 processes.")
+        header(
+            "Loading a sharded model", args, f"A model of {size / 1e9:.2f} GB in bf16, 2 processes."
+        )
         rows = []
         for mode in ("full", "none"):
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-            done = subprocess.run([*launcher, "--worker", folder, "--shard", mode], capture_output=True, text=True)
-            results = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+            launcher = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node=2",
+                __file__,
+            ]
+            done = subprocess.run(
+                [*launcher, "--worker", folder, "--shard", mode], capture_output=True, text=True
+            )
+            results = sorted(
+                line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")
+            )
             if len(results) < 2:
                 sys.exit(done.stderr[-3000:])
             for rank, own, largest, peak, seconds in results:
                 mib = [f"{int(n) / 2**20:,.0f}" for n in (own, largest, peak)]
-                rows.append([mode, rank, *mib, f"{int(peak) / (int(own) + int(largest)):.2f}", f"{float(seconds):.1f}"])
-        columns = ["--shard", "rank", "own weights, MiB", "largest slice, MiB", "peak anonymous memory, MiB"]
+                rows.append(
+                    [
+                        mode,
+                        rank,
+                        *mib,
+                        f"{int(peak) / (int(own) + int(largest)):.2f}",
+                        f"{float(seconds):.1f}",
+                    ]
+                )
+        columns = [
+            "--shard",
+            "rank",
+            "own weights, MiB",
+            "largest slice, MiB",
+            "peak anonymous memory, MiB",
+        ]
         table([*columns, "peak / (own + largest)", "seconds"], rows)
 
 

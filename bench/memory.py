@@ -20,8 +20,21 @@ def main() -> None:
         step, peak = estimated_and_measured(config, r, checkpointing, B, P)
         parts = [step.weights, step.trained, step.passing]
         what = f"{name}: d = {config.hidden_size}, V = {config.vocab_size:,}, {B} prompts of {P}"
-        rows.append([what, *(f"{n / 1e6:.0f}" for n in (*parts, sum(parts), peak)), f"{sum(parts) / peak:.3f}"])
-    columns = ["step", "weights", "trained, gradients, moments", "activations and scratch", "estimate", "measured"]
+        rows.append(
+            [
+                what,
+                *(f"{n / 1e6:.0f}" for n in (*parts, sum(parts), peak)),
+                f"{sum(parts) / peak:.3f}",
+            ]
+        )
+    columns = [
+        "step",
+        "weights",
+        "trained, gradients, moments",
+        "activations and scratch",
+        "estimate",
+        "measured",
+    ]
     table([*columns, "estimate / measured"], rows)
 
 

@@ -41,7 +41,9 @@ class Step:
         args.prompt = length
         drawn = examples(args, prompts, 1 + K)
         size = micro_batch or prompts
-        self.trees = [tree_of(args, *(part[i : i + size] for part in drawn)) for i in range(0, prompts, size)]
+        self.trees = [
+            tree_of(args, *(part[i : i + size] for part in drawn)) for i in range(0, prompts, size)
+        ]
         self.tokens = sum(tree.input_ids.numel() for tree in self.trees)
         self.model, self.prompts = model, prompts * dist.get_world_size()
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -67,11 +69,24 @@ def print_fit(column: str, steps: dict, seconds: dict, relative_to=None) -> None
     share = 1 - ((times - fitted) ** 2).sum() / ((times - times.mean()) ** 2).sum()
     base = seconds[relative_to if relative_to is not None else next(iter(steps))]
     rows = [
-        [name, n, f"{1000 * t:.0f}", f"{t / base:.2f}", f"{1e6 * t / n:.0f}", f"{100 * (t / f - 1):+.0f} %"]
+        [
+            name,
+            n,
+            f"{1000 * t:.0f}",
+            f"{t / base:.2f}",
+            f"{1e6 * t / n:.0f}",
+            f"{100 * (t / f - 1):+.0f} %",
+        ]
         for name, n, t, f in zip(steps, tokens, times, fitted, strict=True)
     ]
-    table([column, "tree tokens", "median ms", "relative", "µs per token", "from the linear fit"], rows)
-    print(f"linear fit: {1000 * start:.0f} ms + {1e6 * slope:.0f} µs per tree token, R² = {share:.4f}", end="")
+    table(
+        [column, "tree tokens", "median ms", "relative", "µs per token", "from the linear fit"],
+        rows,
+    )
+    print(
+        f"linear fit: {1000 * start:.0f} ms + {1e6 * slope:.0f} µs per tree token, R² = {share:.4f}",
+        end="",
+    )
     if len(steps) > 4:
         curved = np.polyval(np.polyfit(tokens, times, 2), tokens)
         share = 1 - ((times - curved) ** 2).sum() / ((times - times.mean()) ** 2).sum()
@@ -131,7 +146,10 @@ def main() -> None:
         models = {V: make_model_of(args, V).train() for V in vocabularies}
         steps = {V: Step(args, models[V], 512, 3, 2) for V in vocabularies}
         seconds = interleaved(steps, args.repeats)
-        hidden_flops = {V: 4 * len(steps[V].trees[0].labels) * config.hidden_size * V / 1e9 for V in vocabularies}
+        hidden_flops = {
+            V: 4 * len(steps[V].trees[0].labels) * config.hidden_size * V / 1e9
+            for V in vocabularies
+        }
         rows = [[f"{V:,}", f"{1000 * seconds[V]:.0f}", f"{seconds[V] / seconds[8000]:.2f}", f"{hidden_flops[V]:.1f}"]
                 for V in vocabularies]  # fmt: skip
         table(["vocabulary, 2 prompts of 512", "median ms", "relative", "GFLOP of the head"], rows)
@@ -142,12 +160,37 @@ def main() -> None:
     for ranks, threads, mode in ((1, 1, "none"), (1, 2, "none"), (2, 1, "none"), (2, 1, "full")):
         if args.device == "cuda" and (ranks > torch.cuda.device_count() or threads > 1):
             continue
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        worker = [script, *passed, "--of_ranks", str(ranks), "--threads", str(threads), "--shard", mode]
-        rows.append([ranks, threads if args.device == "cpu" else "", mode, in_fresh_process(worker, launcher)])
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
+        worker = [
+            script,
+            *passed,
+            "--of_ranks",
+            str(ranks),
+            "--threads",
+            str(threads),
+            "--shard",
+            mode,
+        ]
+        rows.append(
+            [
+                ranks,
+                threads if args.device == "cpu" else "",
+                mode,
+                in_fresh_process(worker, launcher),
+            ]
+        )
     base = rows[0][3]
     rows = [[*row[:3], f"{1000 * row[3]:.0f}", f"{base / row[3]:.2f}"] for row in rows]
-    table(["processes", "threads each", "--shard", "median ms, 8 prompts of 512", "times faster"], rows)
+    table(
+        ["processes", "threads each", "--shard", "median ms, 8 prompts of 512", "times faster"],
+        rows,
+    )
 
 
 def make_model_of(args, vocab_size: int):

@@ -44,7 +44,9 @@ def peft_model(ours: Transformer):
     model = transformers_model(ours)
     import peft
 
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=list(TARGET_MODULES))
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=list(TARGET_MODULES)
+    )
     model = peft.get_peft_model(model, settings)
     theirs = dict(model.named_parameters())
     with torch.no_grad():
@@ -61,8 +63,12 @@ def usual_logps(model, prompts, completions, device) -> torch.Tensor:
     width = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     positions = torch.arange(width, device=device)
-    lengths, starts = (torch.tensor(n, device=device)[:, None] for n in (list(map(len, rows)), starts))
-    logits = model(input_ids=input_ids, attention_mask=(positions < lengths).long(), use_cache=False).logits
+    lengths, starts = (
+        torch.tensor(n, device=device)[:, None] for n in (list(map(len, rows)), starts)
+    )
+    logits = model(
+        input_ids=input_ids, attention_mask=(positions < lengths).long(), use_cache=False
+    ).logits
     logits = logits[:, :-1].to(torch.float32)  # (B N, T - 1, V)
     token_logps = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
     scored = ((positions >= starts) & (positions < lengths))[:, 1:]
@@ -112,8 +118,12 @@ class Here:
         self.num_prompts, self.tokens = len(prompts), sum(len(group[0]) for group in completions)
         size = args.tree_batch or len(prompts)
         starts = range(0, len(prompts), size)
-        self.trees = [tree_of(args, prompts[i : i + size], completions[i : i + size]) for i in starts]
-        self.reference_logps = [torch.zeros(len(t.input_ids), t.num_completions, device=args.device) for t in self.trees]
+        self.trees = [
+            tree_of(args, prompts[i : i + size], completions[i : i + size]) for i in starts
+        ]
+        self.reference_logps = [
+            torch.zeros(len(t.input_ids), t.num_completions, device=args.device) for t in self.trees
+        ]
         self.config = TrainConfig(max_grad_norm=0.3)
 
     @torch.no_grad()
@@ -128,11 +138,16 @@ class Here:
         else:
             logps = tree.sum_logps(token_logps)
             margins = torch.full((len(logps), NUM_NEGATIVES), MARGIN, device=logps.device)
-            loss = recpo_loss(logps, self.reference_logps[number], margins, beta=1.0)[0].sum() / self.num_prompts
+            loss = (
+                recpo_loss(logps, self.reference_logps[number], margins, beta=1.0)[0].sum()
+                / self.num_prompts
+            )
         return loss, {"loss": (loss.detach(), 1.0 / len(self.trees))}
 
     def step(self) -> float:
-        return train_step(self.model, self.optimizer, range(len(self.trees)), self.compute, 1e-5, self.config).read()["loss"]
+        return train_step(
+            self.model, self.optimizer, range(len(self.trees)), self.compute, 1e-5, self.config
+        ).read()["loss"]
 
 
 def moved(model: Transformer) -> None:
@@ -147,7 +162,9 @@ def compare(kind: str, args) -> None:
     prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1)
     model = make_model(args)
     usual = {"plain": Usual(model, kind, checkpointing=False)}
-    usual["checkpointed"] = Usual(model, kind, checkpointing=True, reference=usual["plain"].reference)
+    usual["checkpointed"] = Usual(
+        model, kind, checkpointing=True, reference=usual["plain"].reference
+    )
     here = Here(model, kind, prompts, completions, args)
     if kind == "recpo":
         here.reference_pass()
@@ -175,13 +192,17 @@ def compare(kind: str, args) -> None:
         tried = {}
         for size in sizes:
             try:
-                tried |= interleaved({size: lambda size=size, u=u: u.step(prompts, completions, size)}, 1)
+                tried |= interleaved(
+                    {size: lambda size=size, u=u: u.step(prompts, completions, size)}, 1
+                )
             except torch.OutOfMemoryError:  # larger ones will not fit either
                 u.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 break
         best[name] = min(tried, key=tried.get)
-    ways = {name: lambda name=name: usual[name].step(prompts, completions, best[name]) for name in usual}
+    ways = {
+        name: lambda name=name: usual[name].step(prompts, completions, best[name]) for name in usual
+    }
     ways["here"] = here.step
     if kind == "recpo":
         ways["reference pass"] = here.reference_pass
@@ -196,20 +217,42 @@ def compare(kind: str, args) -> None:
     what = "transformers + peft, policy and reference" if kind == "recpo" else "transformers + peft"
     rows = [
         [f"{what}, micro-batch {best['plain']}", seconds["plain"], peak["plain"]],
-        [f"the same, checkpointing, micro-batch {best['checkpointed']}", seconds["checkpointed"], peak["checkpointed"]],
+        [
+            f"the same, checkpointing, micro-batch {best['checkpointed']}",
+            seconds["checkpointed"],
+            peak["checkpointed"],
+        ],
         ["here" + (", reference kept" if kind == "recpo" else ""), seconds["here"], peak["here"]],
     ]
     if kind == "recpo":
         rows.append(
-            ["here, reference pass spread over 3 epochs", seconds["here"] + seconds["reference pass"] / 3, peak["here"]]
+            [
+                "here, reference pass spread over 3 epochs",
+                seconds["here"] + seconds["reference pass"] / 3,
+                peak["here"],
+            ]
         )
     own = "nan" if loss is None else f"{loss.item():.6f}"
     name = "RecPO, K = 3" if kind == "recpo" else "SFT"
-    print(f"{name}: loss {usual_loss:.6f} (usual) and {own} (here); largest relative gradient difference {gap}\n")
+    print(
+        f"{name}: loss {usual_loss:.6f} (usual) and {own} (here); largest relative gradient difference {gap}\n"
+    )
     table(
-        [f"{name} step", "median ms", "plain / this", "checkpointed / this", "peak memory added, MiB"],
         [
-            [row, f"{1000 * s:.0f}", f"{seconds['plain'] / s:.1f}", f"{seconds['checkpointed'] / s:.1f}", f"{mib:.0f}"]
+            f"{name} step",
+            "median ms",
+            "plain / this",
+            "checkpointed / this",
+            "peak memory added, MiB",
+        ],
+        [
+            [
+                row,
+                f"{1000 * s:.0f}",
+                f"{seconds['plain'] / s:.1f}",
+                f"{seconds['checkpointed'] / s:.1f}",
+                f"{mib:.0f}",
+            ]
             for row, s, mib in rows
         ],
     )
@@ -218,13 +261,19 @@ def compare(kind: str, args) -> None:
 def main() -> None:
     options = parser(__doc__, batch=4, repeats=5, tree_batch=0, micro_batch=0)
     options.add_argument("--kind", choices=("both", "recpo", "sft"), default="both")
-    options.add_argument("--peak_of", choices=("plain", "checkpointed", "here"), help="print the peak of one side and stop")
+    options.add_argument(
+        "--peak_of",
+        choices=("plain", "checkpointed", "here"),
+        help="print the peak of one side and stop",
+    )
     args = options.parse_args()
     one_process()
     kinds = ["recpo", "sft"] if args.kind == "both" else [args.kind]
     if args.peak_of:
         (kind,) = kinds
-        prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1)
+        prompts, completions = examples(
+            args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1
+        )
         model = make_model(args)
         if args.peak_of == "here":
             here = Here(model, kind, prompts, completions, args)

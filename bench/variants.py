@@ -29,7 +29,12 @@ from step import NUM_NEGATIVES, Here
 from estimate import fake_step
 from lora import TARGET_MODULES
 
-WAYS = {"eager": (False, False), "checkpointing": (True, False), "compiled": (False, True), "both": (True, True)}
+WAYS = {
+    "eager": (False, False),
+    "checkpointing": (True, False),
+    "compiled": (False, True),
+    "both": (True, True),
+}
 
 
 def main() -> None:
@@ -65,19 +70,29 @@ def main() -> None:
         peak = {way: peak_mib(lambda way=way: run(way)) for way in WAYS}
     else:
         peak = {
-            way: in_fresh_process([*sys.argv, "--peak_of", way]) for way in ("eager", "checkpointing")
+            way: in_fresh_process([*sys.argv, "--peak_of", way])
+            for way in ("eager", "checkpointing")
         }  # the compiler's own
         # memory would hide that of compiled steps, which the high-water mark of a process cannot tell apart
     widest = max(completions, key=lambda group: sum(map(len, group)))
     shape = (args.batch, max(lengths), [len(ids) for ids in widest])
-    flops = fake_step(model.config, dtype_of(args), 8, TARGET_MODULES, 0.0, False, *shape, args.device == "cuda").flops
+    flops = fake_step(
+        model.config, dtype_of(args), 8, TARGET_MODULES, 0.0, False, *shape, args.device == "cuda"
+    ).flops
     rate = matrix_rate(args, tokens)
     rows = [
         [way, f"{1000 * s:.0f}", f"{seconds['eager'] / s:.2f}", f"{tokens / s:,.0f}", f"{flops / s / rate:.0%}", f"{peak[way]:.0f}" if way in peak else "",
          f"{compiling[way]:.0f}" if way in compiling else ""]
         for way, s in seconds.items()
     ]  # fmt: skip
-    columns = ["RecPO step", "median ms", "eager / this", "tokens/s", "of the GEMM's FLOP/s", "peak memory added, MiB"]
+    columns = [
+        "RecPO step",
+        "median ms",
+        "eager / this",
+        "tokens/s",
+        "of the GEMM's FLOP/s",
+        "peak memory added, MiB",
+    ]
     table([*columns, "first step, s"], rows)
 
 

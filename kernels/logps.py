@@ -49,11 +49,17 @@ def label_logps(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's label (M,) fp32, differentiable, and each row's argmax (M,) int64, lowest id first."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"expected hidden (M, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError(
+            f"expected hidden (M, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
     if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"expected labels of shape ({hidden.shape[0]},), got {tuple(labels.shape)}")
+        raise ValueError(
+            f"expected labels of shape ({hidden.shape[0]},), got {tuple(labels.shape)}"
+        )
     if hidden.dtype != weight.dtype:
-        raise ValueError(f"expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}")
+        raise ValueError(
+            f"expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}"
+        )
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}: use one of {', '.join(IMPLS)}")
     if impl == "reference":
@@ -61,7 +67,12 @@ def label_logps(
     if impl == "auto":
         impl = "triton" if hidden.is_cuda and HAS_TRITON else "slabs"
     # a frozen head's gradient is formed in the forward pass; "fused" never has the exponentials that it takes
-    form_gradient = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad and impl != "fused"
+    form_gradient = (
+        torch.is_grad_enabled()
+        and hidden.requires_grad
+        and not weight.requires_grad
+        and impl != "fused"
+    )
     return _LabelLogps.apply(hidden, weight, labels, impl, form_gradient)
 
 
@@ -75,7 +86,9 @@ def label_logps_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tup
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with fp32 sums and fp32 output, never rounded to the dtype of the inputs."""
     if b.is_cuda and a.dtype == b.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)  # products of two bf16 numbers are exact in fp32
+        return torch.mm(
+            a, b, out_dtype=torch.float32
+        )  # products of two bf16 numbers are exact in fp32
     return a.float() @ b.float()  # on CPU an fp32 GEMM is 5-7 times faster than a bf16 one
 
 
@@ -102,7 +115,8 @@ def _slab_statistics(
     label_logits: Tensor,  # (M,) fp32, filled in where the label lies in this slab
     start: int,  # vocabulary id of the first column
     running_max: Tensor,  # (M,) over all slabs so far
-    probs_dtype: torch.dtype | None,  # None: they are not wanted (here they are the sum's by-product, always fp32)
+    probs_dtype: torch.dtype
+    | None,  # None: they are not wanted (here they are the sum's by-product, always fp32)
 ) -> tuple[Tiles, Tensor, Tensor]:
     """One slab in PyTorch, a single tile: its statistics, the new running maximum (M,), and exp(logits - it) but for the
     label (M, S). The tile's `max` is the running one; the first tile that has the final maximum holds the argmax."""
@@ -114,12 +128,18 @@ def _slab_statistics(
     probs = logits.sub_(new_max[:, None]).exp_()
     kept = torch.where(in_slab, 0.0, probs.gather(1, index).squeeze(1))
     probs.scatter_(1, index, kept[:, None])
-    return (new_max[:, None], probs.sum(dim=1, keepdim=True), slab_best[:, None] + start), new_max, probs
+    return (
+        (new_max[:, None], probs.sum(dim=1, keepdim=True), slab_best[:, None] + start),
+        new_max,
+        probs,
+    )
 
 
 class _LabelLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, impl: str, grad_in_forward: bool):
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, impl: str, grad_in_forward: bool
+    ):
         M, D = hidden.shape
         statistics = _slab_statistics
         if impl in ("triton", "fused"):
@@ -138,14 +158,22 @@ class _LabelLogps(torch.autograd.Function):
             for start, stop in _slabs(M, weight.shape[0], hidden.element_size()):
                 slab = weight[start:stop]
                 logits = mm_fp32(hidden, slab.T)  # (M, S)
-                tile, new_max, probs = statistics(logits, labels, label_logits, start, running_max, probs_dtype)
+                tile, new_max, probs = statistics(
+                    logits, labels, label_logits, start, running_max, probs_dtype
+                )
                 tiles.append(tile)
                 if grad_in_forward:
-                    others.mul_(torch.exp(running_max - new_max)[:, None]).add_(mm_fp32(probs.to(_gemm_dtype(hidden)), slab))
+                    others.mul_(torch.exp(running_max - new_max)[:, None]).add_(
+                        mm_fp32(probs.to(_gemm_dtype(hidden)), slab)
+                    )
                 running_max = new_max
 
-        tile_max, tile_sum, tile_best = (torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True))  # (M, T)
-        max_logit, first = tile_max.max(dim=1, keepdim=True)  # the first of equals: the lowest id wins a tie
+        tile_max, tile_sum, tile_best = (
+            torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True)
+        )  # (M, T)
+        max_logit, first = tile_max.max(
+            dim=1, keepdim=True
+        )  # the first of equals: the lowest id wins a tie
         best = tile_best.gather(1, first).squeeze(1)
         others_sum = (tile_sum * torch.exp(tile_max - max_logit)).sum(dim=1)
         max_logit = max_logit.squeeze(1)
@@ -176,7 +204,9 @@ class _LabelLogps(torch.autograd.Function):
         scaled_hidden = (grad_logps[:, None] * hidden.float()).to(gemm_dtype)
         for start, stop in _slabs(len(hidden), weight.shape[0], hidden.element_size()):
             slab = weight[start:stop]
-            dlogits = mm_fp32(hidden, slab.T).sub_(max_logit[:, None]).exp_().div_(-total[:, None])  # (M, S)
+            dlogits = (
+                mm_fp32(hidden, slab.T).sub_(max_logit[:, None]).exp_().div_(-total[:, None])
+            )  # (M, S)
             in_slab = (labels >= start) & (labels < stop)
             index = torch.where(in_slab, labels - start, 0)
             dlogits[rows, index] = torch.where(in_slab, rest, dlogits[rows, index])

@@ -32,7 +32,9 @@ def _write_statistics(
     tl.store(tile_max + at, best_logit, mask=in_rows)
     tl.store(tile_sum + at, tl.sum(exps, axis=1), mask=in_rows)
     tl.store(tile_best + at, best.to(tl.int64) + first, mask=in_rows)
-    found = tl.sum(is_label.to(tl.int32), axis=1) > 0  # in one tile of the whole vocabulary: its program alone writes
+    found = (
+        tl.sum(is_label.to(tl.int32), axis=1) > 0
+    )  # in one tile of the whole vocabulary: its program alone writes
     tl.store(label_logits + rows, tl.sum(tl.where(is_label, z, 0.0), axis=1), mask=in_rows & found)
 
 
@@ -46,11 +48,27 @@ def _statistics_kernel(
     first = tl.program_id(1) * COLS
     cols = first + tl.arange(0, COLS)
     in_rows, in_cols = rows < M, cols < S
-    z = tl.load(logits + rows[:, None] * S + cols[None, :], mask=in_rows[:, None] & in_cols[None, :], other=0.0)
+    z = tl.load(
+        logits + rows[:, None] * S + cols[None, :],
+        mask=in_rows[:, None] & in_cols[None, :],
+        other=0.0,
+    )
     z = tl.where(in_cols[None, :], z, -float("inf"))
     label = tl.load(labels + rows, mask=in_rows, other=-1)
     at = rows * T + tl.program_id(1)
-    _write_statistics(z, first + start, cols + start, label, rows, in_rows, at, tile_max, tile_sum, tile_best, label_logits)
+    _write_statistics(
+        z,
+        first + start,
+        cols + start,
+        label,
+        rows,
+        in_rows,
+        at,
+        tile_max,
+        tile_sum,
+        tile_best,
+        label_logits,
+    )
 
 
 @triton.jit
@@ -86,16 +104,25 @@ def _fused_kernel(
     z = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for first in range(0, D, INNER):
         inner = first + tl.arange(0, INNER)
-        h_mask, w_mask = in_rows[:, None] & (inner < D)[None, :], (inner < D)[:, None] & in_cols[None, :]
-        h = tl.load(hidden + rows[:, None] * hidden_stride + inner[None, :], mask=h_mask, other=0.0)  # (ROWS, INNER)
-        w = tl.load(weight + cols[None, :] * weight_stride + inner[:, None], mask=w_mask, other=0.0)  # (INNER, COLS)
+        h_mask, w_mask = (
+            in_rows[:, None] & (inner < D)[None, :],
+            (inner < D)[:, None] & in_cols[None, :],
+        )
+        h = tl.load(
+            hidden + rows[:, None] * hidden_stride + inner[None, :], mask=h_mask, other=0.0
+        )  # (ROWS, INNER)
+        w = tl.load(
+            weight + cols[None, :] * weight_stride + inner[:, None], mask=w_mask, other=0.0
+        )  # (INNER, COLS)
         if UPCAST:
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w, acc=z, input_precision="ieee")  # fp32 inputs are not rounded to tf32
     z = tl.where(in_cols[None, :], z, -float("inf"))
     label = tl.load(labels + rows, mask=in_rows, other=-1)
     at = rows * T + tl.program_id(1)
-    _write_statistics(z, first_col, cols, label, rows, in_rows, at, tile_max, tile_sum, tile_best, label_logits)
+    _write_statistics(
+        z, first_col, cols, label, rows, in_rows, at, tile_max, tile_sum, tile_best, label_logits
+    )
 
 
 # ------------------------------------------------------------------------------------------------ launching
@@ -113,15 +140,23 @@ def _fused_tile(M: int, element_size: int) -> dict:
     """Tile of the fused kernel: its fp32 sums fill 64 registers of each of 128 threads, and few rows make V / 128 programs."""
     if INTERPRETED:
         return {"ROWS": min(32, triton.next_power_of_2(M)), "COLS": 4096, "INNER": 32}
-    return {"ROWS": 64, "COLS": 128, "INNER": 128 // element_size}  # 128 bytes of each row: fits every GPU's shared memory
+    return {
+        "ROWS": 64,
+        "COLS": 128,
+        "INNER": 128 // element_size,
+    }  # 128 bytes of each row: fits every GPU's shared memory
 
 
 def _grid_and_tiles(M: int, width: int, tile: dict, device) -> tuple:
     if device.type != "cuda" and not INTERPRETED:
-        raise ValueError("Triton needs a GPU; on a CPU use impl='slabs', or set TRITON_INTERPRET=1 before starting Python")
+        raise ValueError(
+            "Triton needs a GPU; on a CPU use impl='slabs', or set TRITON_INTERPRET=1 before starting Python"
+        )
     T = triton.cdiv(width, tile["COLS"])
     dtypes = (torch.float32, torch.float32, torch.int64)
-    return (triton.cdiv(M, tile["ROWS"]), T), tuple(torch.empty(M, T, device=device, dtype=dtype) for dtype in dtypes)
+    return (triton.cdiv(M, tile["ROWS"]), T), tuple(
+        torch.empty(M, T, device=device, dtype=dtype) for dtype in dtypes
+    )
 
 
 def slab_statistics(
@@ -147,7 +182,9 @@ def slab_statistics(
     return tiles, new_max, probs
 
 
-def fused_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, label_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fused_statistics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, label_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the whole vocabulary, (M, T) each, straight from hidden (M, D) and weight (V, D)."""
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     (M, D), V = hidden.shape, weight.shape[0]
@@ -155,5 +192,14 @@ def fused_statistics(hidden: Tensor, weight: Tensor, labels: Tensor, label_logit
     grid, tiles = _grid_and_tiles(M, V, tile, hidden.device)
     sizes = (M, D, V, grid[1], hidden.stride(0), weight.stride(0))
     with torch.cuda.device_of(hidden):
-        _fused_kernel[grid](hidden, weight, labels.contiguous(), *tiles, label_logits, *sizes, UPCAST=INTERPRETED, **tile)
+        _fused_kernel[grid](
+            hidden,
+            weight,
+            labels.contiguous(),
+            *tiles,
+            label_logits,
+            *sizes,
+            UPCAST=INTERPRETED,
+            **tile,
+        )
     return tiles

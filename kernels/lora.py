@@ -34,11 +34,15 @@ def adapted_projections(
     if any(t is not None and t.requires_grad for t in (*weights, *biases)):
         return adapted_projections_reference(x, weights, biases, As, Bs, scaling, dropout)
     flat = x.reshape(-1, x.shape[-1])
-    outputs = _AdaptedProjections.apply(flat, scaling, dropout, len(weights), *weights, *biases, *As, *Bs)
+    outputs = _AdaptedProjections.apply(
+        flat, scaling, dropout, len(weights), *weights, *biases, *As, *Bs
+    )
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
 
-def adapted_projections_reference(x, weights, biases, As, Bs, scaling, dropout=0.0) -> tuple[Tensor, ...]:
+def adapted_projections_reference(
+    x, weights, biases, As, Bs, scaling, dropout=0.0
+) -> tuple[Tensor, ...]:
     """The formula, one projection after the other."""
     dropped, outputs = F.dropout(x, dropout), []
     for W, b, A, B in zip(weights, biases, As, Bs, strict=True):
@@ -63,7 +67,13 @@ class _AdaptedProjections(torch.autograd.Function):
         for i, B, part in zip(adapted, Bs, low.split(ranks, dim=1), strict=True):
             outputs[i].addmm_(part, B.T)
         ctx.save_for_backward(x, mask, low, A, *Bs, *weights)
-        ctx.scaling, ctx.dropout, ctx.n, ctx.adapted, ctx.ranks = scaling, dropout, n, adapted, ranks
+        ctx.scaling, ctx.dropout, ctx.n, ctx.adapted, ctx.ranks = (
+            scaling,
+            dropout,
+            n,
+            adapted,
+            ranks,
+        )
         return tuple(outputs)
 
     @staticmethod
@@ -74,7 +84,9 @@ class _AdaptedProjections(torch.autograd.Function):
         dropped = x if mask is None else x * mask * keep
 
         # y = ... + low B^T, low = scaling · dropped A^T
-        grad_low = torch.cat([grads[i] @ B for i, B in zip(ctx.adapted, Bs, strict=True)], dim=1).mul_(ctx.scaling)  # (T, R)
+        grad_low = torch.cat(
+            [grads[i] @ B for i, B in zip(ctx.adapted, Bs, strict=True)], dim=1
+        ).mul_(ctx.scaling)  # (T, R)
         grad_As, grad_Bs = [None] * ctx.n, [None] * ctx.n
         rows = mm_fp32(grad_low.T, dropped).split(ctx.ranks)
         for i, row, part in zip(ctx.adapted, rows, low.split(ctx.ranks, dim=1), strict=True):

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run on the CPU; they read it when they are imported
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # Triton kernels run on the CPU; they read it when they are imported
+    )
 
 from model import ModelConfig, Transformer, save_pretrained
 
@@ -30,12 +32,25 @@ COMMON = {
     "eos_token_id": EOS,
     "initializer_range": 0.02,
 }
-LLAMA = COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+LLAMA = COMMON | {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "rms_norm_eps": 1e-5,
+}
 LLAMA |= {"attention_bias": False, "mlp_bias": False}
 LLAMA3 = LLAMA | {"rope_theta": 5e5}
-QWEN2 = COMMON | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+QWEN2 = COMMON | {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+}
 QWEN2 |= {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 2}
-QWEN3 = QWEN2 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False}
+QWEN3 = QWEN2 | {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -49,7 +64,8 @@ LLAMA3_ROPE = {
 FAMILIES = {
     "llama2": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "llama3.1": LLAMA3 | {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": False},
-    "llama3.2": LLAMA3 | {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 8},
+    "llama3.2": LLAMA3
+    | {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 8},
     "qwen2.5": QWEN2 | {"tie_word_embeddings": False},
     "qwen2.5-tied": QWEN2 | {"tie_word_embeddings": True},
     "qwen3": QWEN3 | {"tie_word_embeddings": True, "head_dim": 16},  # 16, not 32 / 4
@@ -81,7 +97,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 2:
                 drawn *= 0.2 if "embed" in name else p.shape[1] ** -0.5
-            p.copy_(drawn / 2 if name.endswith("bias") else 1 + 0.3 * drawn if p.ndim == 1 else drawn)
+            p.copy_(
+                drawn / 2 if name.endswith("bias") else 1 + 0.3 * drawn if p.ndim == 1 else drawn
+            )
     return model
 
 
@@ -105,7 +123,9 @@ def transformers_model(family: str, path: Path, seed: int = 0):
     """A random model made and saved at `path` by transformers, which reads the published config.json first."""
     transformers = pytest.importorskip("transformers")
     write_json(path / "config.json", FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(path)
+    )
     randomize(model.float().eval(), seed).save_pretrained(path)
     return model
 

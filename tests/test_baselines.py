@@ -27,7 +27,9 @@ def log_of(sequences: list[list[int]], num_items: int) -> Interactions:
     return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(num_items)})
 
 
-def examples_at(log: Interactions, positions: list[int], history: int, candidates: np.ndarray) -> Examples:
+def examples_at(
+    log: Interactions, positions: list[int], history: int, candidates: np.ndarray
+) -> Examples:
     E, n = candidates.shape
     return Examples(
         log,
@@ -48,7 +50,9 @@ def random_examples() -> Examples:
     """70 users (more than one word of bits) with 1 to 18 of 31 items; the last position of those with more than 3."""
     rng = np.random.default_rng(0)
     log = log_of([rng.permutation(31)[: rng.integers(1, 19)].tolist() for _ in range(70)], 31)
-    last = [end - 1 for start, end in zip(log.start[:-1], log.start[1:], strict=True) if end - start > 3]
+    last = [
+        end - 1 for start, end in zip(log.start[:-1], log.start[1:], strict=True) if end - start > 3
+    ]
     return examples_at(log, last, 6, np.array([rng.permutation(31)[:20] for _ in last]))
 
 
@@ -60,7 +64,10 @@ def training_sequences(log: Interactions) -> list[list[int]]:
 def scores_by_loop(examples: Examples, pair_value) -> list[list[float]]:
     return [
         [
-            sum(0.8**age * pair_value(int(examples.log.item[row]), int(c)) for age, row in enumerate(reversed(rows)))
+            sum(
+                0.8**age * pair_value(int(examples.log.item[row]), int(c))
+                for age, row in enumerate(reversed(rows))
+            )
             for c in examples.candidates[e]
         ]
         for e, rows in enumerate(map(examples.history_rows, range(len(examples))))
@@ -84,13 +91,18 @@ def test_item_knn_matches_a_dict_loop(random_examples):
     def cosine(a, b):
         return len(users[a] & users[b]) / math.sqrt(len(users[a]) * len(users[b]) or 1)
 
-    np.testing.assert_allclose(item_knn(random_examples), scores_by_loop(random_examples, cosine), rtol=1e-12)
+    np.testing.assert_allclose(
+        item_knn(random_examples), scores_by_loop(random_examples, cosine), rtol=1e-12
+    )
 
 
 def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
     """Chunks bound the memory and change nothing, down to one pair and 64 users at a time."""
     log = log_of([np.random.default_rng(n).permutation(15)[:6].tolist() for n in range(150)], 15)
-    for examples in (random_examples, examples_at(log, [400, 850], 20, np.array([[1, 2, 7, 9], [3, 2, 11, 14]]))):
+    for examples in (
+        random_examples,
+        examples_at(log, [400, 850], 20, np.array([[1, 2, 7, 9], [3, 2, 11, 14]])),
+    ):
         whole = item_knn(examples)
         with monkeypatch.context() as patch:
             patch.setattr("baselines.CHUNK_WORDS", 1)
@@ -111,7 +123,9 @@ def test_markov_matches_a_dict_loop(random_examples):
     def value(a, b):
         return transitions[a, b] / math.sqrt(count[b] or 1)
 
-    np.testing.assert_allclose(markov(random_examples), scores_by_loop(random_examples, value), rtol=1e-12)
+    np.testing.assert_allclose(
+        markov(random_examples), scores_by_loop(random_examples, value), rtol=1e-12
+    )
 
 
 def test_scores_do_not_depend_on_the_last_two(random_examples):
@@ -172,12 +186,23 @@ def movielens() -> Interactions:
     return load_movielens(MOVIELENS)
 
 
-@pytest.mark.skipif(not MOVIELENS.exists(), reason=f"{MOVIELENS} is absent; RECPO_DATA names the folder of ml-1m.zip")
+@pytest.mark.skipif(
+    not MOVIELENS.exists(),
+    reason=f"{MOVIELENS} is absent; RECPO_DATA names the folder of ml-1m.zip",
+)
 @pytest.mark.parametrize(
     "core, num_examples, expected",
     [
-        (0, 3563, {"popularity": (0.326, 0.012), "item-kNN": (0.498, 0.02), "Markov": (0.587, 0.015)}),
-        (20, 3548, {"popularity": (0.294, 0.012), "item-kNN": (0.468, 0.02), "Markov": (0.560, 0.015)}),
+        (
+            0,
+            3563,
+            {"popularity": (0.326, 0.012), "item-kNN": (0.498, 0.02), "Markov": (0.587, 0.015)},
+        ),
+        (
+            20,
+            3548,
+            {"popularity": (0.294, 0.012), "item-kNN": (0.468, 0.02), "Markov": (0.560, 0.015)},
+        ),
     ],
 )
 def test_movielens_reference_points(core, num_examples, expected):
@@ -187,4 +212,6 @@ def test_movielens_reference_points(core, num_examples, expected):
     assert len(test) == num_examples
     for name, scores in counting_baselines(test).items():
         figure, tolerance = expected[name]
-        assert ranking_metrics(scores, test.target)["hit_ratio@1"].mean() == pytest.approx(figure, abs=tolerance), name
+        assert ranking_metrics(scores, test.target)["hit_ratio@1"].mean() == pytest.approx(
+            figure, abs=tolerance
+        ), name

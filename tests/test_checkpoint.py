@@ -30,7 +30,10 @@ SAVING = ("--save_steps=2", "--sft_lora_r=4", "--lora_dropout=0.1", "--micro_bat
 
 def results_of(folder: Path) -> dict[str, torch.Tensor]:
     """What both stages have trained: adapters, or all weights."""
-    files = [folder / "sft" / "model.safetensors", *(folder / s / "adapter_model.safetensors" for s in ("sft", "recpo"))]
+    files = [
+        folder / "sft" / "model.safetensors",
+        *(folder / s / "adapter_model.safetensors" for s in ("sft", "recpo")),
+    ]
     return {f"{f.parent.name}/{n}": t for f in files if f.exists() for n, t in load_file(f).items()}
 
 
@@ -43,12 +46,24 @@ def assert_same_results(a: Path, b: Path, atol: float = 0.0) -> None:
 
 def start_train(tmp_path, name, *flags, processes=1) -> subprocess.Popen:
     """A run in a process group of its own, which can be killed as a whole."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *TINY]
-    command += [f"--output_dir={tmp_path / name}", f"--prepared_dir={tmp_path / 'prepared'}", *flags]
+    command += [
+        f"--output_dir={tmp_path / name}",
+        f"--prepared_dir={tmp_path / 'prepared'}",
+        *flags,
+    ]
     log = open(tmp_path / f"{name}.log", "a")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=env, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=tmp_path, env=env, start_new_session=True
+    )
 
 
 def kill_all(process: subprocess.Popen, folder: Path) -> None:
@@ -124,7 +139,11 @@ def test_kill_9_grid(whole, seed):
 
 @pytest.mark.parametrize(
     "stage, processes",
-    [pytest.param("sft", 1, marks=pytest.mark.slow), ("recpo", 1), pytest.param("sft", 2, marks=pytest.mark.slow)],
+    [
+        pytest.param("sft", 1, marks=pytest.mark.slow),
+        ("recpo", 1),
+        pytest.param("sft", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_sigterm_loses_no_step(whole, stage, processes):
     """SIGTERM saves at the next step and exits with 0; resuming gives the same bits, the deleted reference cache too."""
@@ -164,7 +183,10 @@ def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
         run_train(tmp_path, "all-weights", *flags)
     process = start_train(tmp_path, name, *flags, processes=2)
     folder = tmp_path / name / "sft.unfinished"
-    wait_for(lambda: len(checkpoints(folder)) > 0 and checkpoints(folder)[0].name != "checkpoint-0", process)
+    wait_for(
+        lambda: len(checkpoints(folder)) > 0 and checkpoints(folder)[0].name != "checkpoint-0",
+        process,
+    )
     kill_all(process, tmp_path / name)
     output, metrics = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
     assert "made by 2 processes" in output
@@ -185,7 +207,9 @@ def group():
 
 def model_and_optimizer(steps: int = 1):
     model = apply_lora(tiny_model(), r=4, lora_alpha=8)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True
+    )
     for _ in range(steps):
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.randn_like(p)
@@ -196,7 +220,11 @@ def model_and_optimizer(steps: int = 1):
 def save(folder: Path, step: int, keep: int = 2, **facts):
     model, optimizer = model_and_optimizer()
     state = {"stage": "sft", "data": "abc", "optimizer_steps": 1} | facts
-    return save_checkpoint(folder, step, model, optimizer, state, replicas=1, keep=keep), model, optimizer
+    return (
+        save_checkpoint(folder, step, model, optimizer, state, replicas=1, keep=keep),
+        model,
+        optimizer,
+    )
 
 
 def test_a_checkpoint_gives_back_every_bit(group, tmp_path):
@@ -274,11 +302,15 @@ def test_a_failed_save_leaves_the_earlier_ones(group, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ guards
 def test_a_loss_that_is_not_finite_names_step_rank_and_examples(tmp_path):
     """Both ranks stop with one message; --max_skipped_steps leaves so many steps out first, and says so."""
-    flags = ("--sft_learning_rate=1e30", "--max_grad_norm=0", "--copy_steps=0", "--save_steps=1", "--sft_epochs=4")
-    output, _ = run_train(tmp_path, "stops", *flags, processes=2, expect=1)
-    message = (
-        r"error \(rank [01]\): sft, step \d+, (rank [01, ]+|the gradient only), examples \d+ \(user .*not finite.*checkpoint-1"
+    flags = (
+        "--sft_learning_rate=1e30",
+        "--max_grad_norm=0",
+        "--copy_steps=0",
+        "--save_steps=1",
+        "--sft_epochs=4",
     )
+    output, _ = run_train(tmp_path, "stops", *flags, processes=2, expect=1)
+    message = r"error \(rank [01]\): sft, step \d+, (rank [01, ]+|the gradient only), examples \d+ \(user .*not finite.*checkpoint-1"
     assert re.search(message, output), output[-3000:]
     assert "Traceback (most recent" not in output.split("error (rank")[0]
     output, _ = run_train(tmp_path, "skips", *flags, "--max_skipped_steps=2", expect=1)
@@ -316,10 +348,15 @@ def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
     message = done.stderr.strip().splitlines()[0]
-    assert re.match(r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left.*untouched", message), message
+    assert re.match(
+        r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left.*untouched", message
+    ), message
     assert "Traceback" not in done.stderr and "going on from" in done.stdout
     for stage in ("sft", "recpo"):
-        ours, theirs = (load_file(f / stage / "adapter_model.safetensors") for f in (tmp_path / "disk-after", runs / "whole"))
+        ours, theirs = (
+            load_file(f / stage / "adapter_model.safetensors")
+            for f in (tmp_path / "disk-after", runs / "whole")
+        )
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -332,7 +369,9 @@ def test_a_run_folder_that_vanishes_is_one_message(whole):
     folder.rename(tmp_path / "elsewhere")
     assert process.wait(60) == 2
     log = (tmp_path / "vanishing.log").read_text()
-    assert re.search(r"error: .*vanishing/sft.unfinished\S* cannot be written .*No such file", log), log[-2000:]
+    assert re.search(
+        r"error: .*vanishing/sft.unfinished\S* cannot be written .*No such file", log
+    ), log[-2000:]
     assert "Traceback" not in log
     assert not damage_alone(checkpoints(tmp_path / "elsewhere" / "sft.unfinished")[0])
 
@@ -352,18 +391,29 @@ def test_a_rank_that_dies_ends_the_others(whole):
     process = start_train(tmp_path, "one-dies", *SAVING, "--sft_epochs=500", processes=2)
     folder = tmp_path / "one-dies" / "sft.unfinished"
     wait_for(lambda: len(checkpoints(folder)) > 0, process)
-    workers = sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    workers = sorted(
+        map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    )
     os.kill(workers[1], signal.SIGKILL)
     assert process.wait(60) != 0
     log = (tmp_path / "one-dies.log").read_text()
-    assert re.search(r"exitcode\s*: -9", log) and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert re.search(r"exitcode\s*: -9", log) and not any(
+        Path(f"/proc/{worker}").exists() for worker in workers
+    )
     assert not damage_alone(checkpoints(folder)[0])
 
 
 def test_torchrun_restarts_go_on_by_themselves(whole):
     """A worker is killed; with --max-restarts torchrun starts it again, which goes on, and the bits are the same."""
     tmp_path, name = whole[0], "restarted"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max-restarts=1"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+        "--max-restarts=1",
+    ]
     command = [*launcher, str(ROOT / "train.py"), *TINY, *SAVING, f"--output_dir={tmp_path / name}"]
     log = open(tmp_path / f"{name}.log", "w")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -388,7 +438,9 @@ def test_two_runs_in_one_folder_are_refused(whole):
     assert "another process is running in this folder" in output and "Traceback" not in output
     kill_all(first, tmp_path / "locked")
     with open(tmp_path / "locked" / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError if a dead process still held it
+        fcntl.flock(
+            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # BlockingIOError if a dead process still held it
 
 
 @pytest.mark.slow

@@ -39,19 +39,26 @@ ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
 
 
-def random_rows(seed: int, num_users: int = 40, num_items: int = 70, shortest: int = 4, longest: int = 45) -> list[tuple]:
+def random_rows(
+    seed: int, num_users: int = 40, num_items: int = 70, shortest: int = 4, longest: int = 45
+) -> list[tuple]:
     """(user, item, rating, timestamp): nobody repeats an item, times differ, some users are too short for any example."""
     rng = np.random.default_rng(seed)
     rows = []
     for u in range(num_users):
         items = rng.permutation(num_items)[: rng.integers(shortest, longest + 1)]
         times = np.sort(rng.permutation(10_000)[: len(items)])
-        rows += [(f"u{u}", int(i), int(rng.integers(1, 6)), int(t)) for i, t in zip(items, times, strict=True)]
+        rows += [
+            (f"u{u}", int(i), int(rng.integers(1, 6)), int(t))
+            for i, t in zip(items, times, strict=True)
+        ]
     return rows
 
 
 def log_of(rows: list[tuple]) -> Interactions:
-    return make_interactions(*zip(*rows, strict=True), {row[1]: f"Title {row[1]}" for row in rows}, "movielens")
+    return make_interactions(
+        *zip(*rows, strict=True), {row[1]: f"Title {row[1]}" for row in rows}, "movielens"
+    )
 
 
 def own_rows(log: Interactions, row: int) -> range:
@@ -95,7 +102,9 @@ CONFIGS = [
     DataConfig(train_size=0, decay=0.0),  # many followers with equal scores
     DataConfig(train_size=0, positive="first", followers=4, min_history=1, history=3),
     DataConfig(train_size=0, exclude="seen", history=8),
-    DataConfig(train_size=0, negatives="popularity", min_rating=3.0, decay=1.0, neg_rating=2.0, neg_step=19),
+    DataConfig(
+        train_size=0, negatives="popularity", min_rating=3.0, decay=1.0, neg_rating=2.0, neg_step=19
+    ),
 ]
 
 
@@ -119,22 +128,34 @@ def test_examples_equal_a_plain_loop(seed, config):
             if config.exclude == "all":
                 assert not randoms & set(log.item[rows.start : rows.stop].tolist())
             assert not randoms & set(log.item[max(rows.start, p - config.history) : p].tolist())
-            chosen = chosen_by_loop(log.rating[p : p + num_follow].tolist(), config) if split == "train" else 0
-            assert candidates[examples.target[e]] == log.item[p + chosen] and log.rating[p + chosen] >= config.min_rating
+            chosen = (
+                chosen_by_loop(log.rating[p : p + num_follow].tolist(), config)
+                if split == "train"
+                else 0
+            )
+            assert (
+                candidates[examples.target[e]] == log.item[p + chosen]
+                and log.rating[p + chosen] >= config.min_rating
+            )
             for slot, item in enumerate(candidates):
                 assert examples.is_random[e, slot] == (item in randoms)
                 s = follow.get(item)
                 score = random_score if s is None else log.rating[p + s] / (1 + s) ** config.decay
                 assert examples.scores[e, slot] == pytest.approx(score, rel=1e-6)
             if config.positive == "argmax":
-                assert examples.scores[e].max() == examples.scores[e, examples.target[e]] or split != "train"
+                assert (
+                    examples.scores[e].max() == examples.scores[e, examples.target[e]]
+                    or split != "train"
+                )
 
 
 def test_training_never_sees_the_last_two():
     """Histories and followers of training examples end before the user's last two interactions, whatever the options."""
     log = log_of(random_rows(0))
     for followers in (1, 10, 19):
-        examples = build_examples(log, DataConfig(train_size=0, followers=followers, min_history=1))["train"]
+        examples = build_examples(
+            log, DataConfig(train_size=0, followers=followers, min_history=1)
+        )["train"]
         ends = log.start[log.user[examples.position] + 1]
         assert (examples.position + followers).max() <= len(log.user) - 2
         assert (examples.position + followers <= ends - 2).all()
@@ -146,15 +167,26 @@ def test_default_scores_are_those_of_the_paper():
     examples = build_examples(log_of(random_rows(1)), DataConfig())["train"]
     assert examples.scores[examples.is_random] == pytest.approx(3 / np.sqrt(11), rel=1e-6)
     known = {rating / np.sqrt(1 + step) for rating in range(1, 6) for step in range(10)}
-    assert all(min(abs(score - k) for k in known) < 1e-6 for score in np.unique(examples.scores[~examples.is_random]))
+    assert all(
+        min(abs(score - k) for k in known) < 1e-6
+        for score in np.unique(examples.scores[~examples.is_random])
+    )
 
 
 def test_chosen_and_rejected_slots_are_uniform():
     """The place in the list says nothing about the target, nor about the first negative."""
-    splits = build_examples(log_of(random_rows(2, num_users=400, num_items=100)), DataConfig(train_size=0))
-    for slots in [slots for examples in splits.values() for slots in (examples.target, examples.negatives(1)[:, 0])]:
+    splits = build_examples(
+        log_of(random_rows(2, num_users=400, num_items=100)), DataConfig(train_size=0)
+    )
+    for slots in [
+        slots
+        for examples in splits.values()
+        for slots in (examples.target, examples.negatives(1)[:, 0])
+    ]:
         expected = len(slots) / NUM_CANDIDATES
-        chi_square = ((np.bincount(slots, minlength=NUM_CANDIDATES) - expected) ** 2 / expected).sum()
+        chi_square = (
+            (np.bincount(slots, minlength=NUM_CANDIDATES) - expected) ** 2 / expected
+        ).sum()
         assert chi_square < 43.8  # 19 degrees of freedom, p = 0.001
 
 
@@ -167,10 +199,18 @@ def test_random_candidates_have_the_stated_distribution(kind):
     for u in range(150):
         items = rng.choice(60, size=rng.integers(30, 36), replace=False, p=weights / weights.sum())
         rows += [(u, int(i), 5, t) for t, i in enumerate(items)]
-    rows += [(150, i, 5, i) for i in range(24)]  # too short for 19 followers; makes the popular ones more popular
+    rows += [
+        (150, i, 5, i) for i in range(24)
+    ]  # too short for 19 followers; makes the popular ones more popular
     log = log_of(rows)
-    examples = build_examples(log, DataConfig(train_size=0, test_size=1, followers=19, negatives=kind))["train"]
-    popularity = np.bincount(log.item, minlength=log.num_items) if kind == "popularity" else np.ones(log.num_items)
+    examples = build_examples(
+        log, DataConfig(train_size=0, test_size=1, followers=19, negatives=kind)
+    )["train"]
+    popularity = (
+        np.bincount(log.item, minlength=log.num_items)
+        if kind == "popularity"
+        else np.ones(log.num_items)
+    )
     mean, variance = np.zeros(log.num_items), np.zeros(log.num_items)
     for p in examples.position.tolist():
         share = popularity.astype(float)
@@ -190,14 +230,18 @@ def test_exclude_seen_admits_what_the_user_touched_elsewhere():
         for examples in build_examples(log, DataConfig(exclude=exclude, history=6)).values():
             for e, p in enumerate(examples.position.tolist()):
                 randoms = examples.candidates[e][examples.is_random[e]]
-                touched[exclude] += len(set(randoms.tolist()) & set(log.item[own_rows(log, p)].tolist()))
+                touched[exclude] += len(
+                    set(randoms.tolist()) & set(log.item[own_rows(log, p)].tolist())
+                )
     assert touched["all"] == 0 and touched["seen"] > 100
 
 
 def test_examples_are_a_function_of_the_seed():
     """The same seed draws the same examples, another one other candidates, orders and templates of other prefixes."""
     log = log_of(random_rows(5))
-    one, again, other = (build_examples(log, DataConfig(train_size=50, data_seed=seed)) for seed in (1, 1, 2))
+    one, again, other = (
+        build_examples(log, DataConfig(train_size=50, data_seed=seed)) for seed in (1, 1, 2)
+    )
     assert all_equal(one, again)
     for split in SPLITS:
         assert not np.array_equal(one[split].position, other[split].position)
@@ -234,7 +278,9 @@ def test_users_who_touched_almost_everything_are_named():
 def test_just_enough_random_candidates_are_found(kind):
     """A user who left exactly as many items as a list needs gets all of them, however rarely one is drawn by chance."""
     rows = [("greedy", i, 5, i) for i in range(281)] + [("other", i, 5, i) for i in range(270, 300)]
-    splits = build_examples(log_of(rows), DataConfig(followers=1, test_size=0, train_size=20, negatives=kind))
+    splits = build_examples(
+        log_of(rows), DataConfig(followers=1, test_size=0, train_size=20, negatives=kind)
+    )
     log = splits["test"].log
     (e,) = [e for e in range(len(splits["test"])) if splits["test"][e].user == "greedy"]
     left = {f"Title {i}" for i in range(281, 300)}
@@ -246,7 +292,11 @@ def test_no_example_is_an_error_that_names_the_split():
     rows = random_rows(9, shortest=12, longest=16)
     with pytest.raises(ValueError, match="no train example.*--min_history"):
         build_examples(log_of(rows))
-    last_two = {row for user in {row[0] for row in rows} for row in [row for row in rows if row[0] == user][-2:]}
+    last_two = {
+        row
+        for user in {row[0] for row in rows}
+        for row in [row for row in rows if row[0] == user][-2:]
+    }
     rows = [(u, i, 3 if (u, i, r, t) in last_two else r, t) for u, i, r, t in rows]
     with pytest.raises(ValueError, match="no val example"):
         build_examples(log_of(rows), DataConfig(followers=2))
@@ -264,9 +314,15 @@ def test_negatives_respect_their_source_and_are_nested():
             assert source == "both" or (is_random[row] == (source == "random")).all()
         for K in range(1, most):
             assert (examples.negatives(K, source) == whole[:, :K]).all()
-        with pytest.raises(ValueError, match=f"--num_negatives {most + 1}: an example has only {most}"):
+        with pytest.raises(
+            ValueError, match=f"--num_negatives {most + 1}: an example has only {most}"
+        ):
             examples.negatives(most + 1, source)
-    share = splits["train"].is_random[np.arange(len(splits["train"]))[:, None], splits["train"].negatives(3)].mean()
+    share = (
+        splits["train"]
+        .is_random[np.arange(len(splits["train"]))[:, None], splits["train"].negatives(3)]
+        .mean()
+    )
     assert share == pytest.approx(10 / 19, abs=0.05)  # drawn from both alike
 
 
@@ -303,7 +359,13 @@ def test_senseless_options_are_refused_by_name(options, culprit):
 # ------------------------------------------------------------------------------------------------ prepared once
 def small_config(tmp_path: Path, **options) -> DataConfig:
     return DataConfig(
-        **{"planted_users": 60, "train_size": 30, "followers": 4, "prepared_dir": str(tmp_path / "prepared")} | options
+        **{
+            "planted_users": 60,
+            "train_size": 30,
+            "followers": 4,
+            "prepared_dir": str(tmp_path / "prepared"),
+        }
+        | options
     )
 
 
@@ -312,20 +374,37 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
     first = prepare(small_config(tmp_path))
     monkeypatch.setattr("data.load_log", None)
     again = prepare(small_config(tmp_path))
-    assert (first.hash, first.raw_counts, first.folder) == (again.hash, again.raw_counts, again.folder)
+    assert (first.hash, first.raw_counts, first.folder) == (
+        again.hash,
+        again.raw_counts,
+        again.folder,
+    )
     assert all_equal(first.splits, again.splits)
     built = build_examples(again.log, small_config(tmp_path))
     assert all_equal(built, again.splits)
     assert [built[s][e] for s in SPLITS for e in range(len(built[s]))] == [again.splits[s][e] for s in SPLITS for e in range(len(built[s]))]  # fmt: skip
-    assert first.raw_counts == {"users": 60, "items": again.log.num_items, "interactions": len(again.log.user)}
+    assert first.raw_counts == {
+        "users": 60,
+        "items": again.log.num_items,
+        "interactions": len(again.log.user),
+    }
     assert list((tmp_path / "prepared").iterdir()) == [first.folder]
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
     """Equal examples have equal hashes wherever they lie; whatever changes a prompt or a list changes the hash."""
     prepared = prepare(small_config(tmp_path))
-    assert prepare(small_config(tmp_path, prepared_dir=str(tmp_path / "elsewhere"))).hash == prepared.hash
-    changes = ({"data_seed": 1}, {"train_size": 31}, {"decay": 0.4}, {"history": 6}, {"num_templates": 1})
+    assert (
+        prepare(small_config(tmp_path, prepared_dir=str(tmp_path / "elsewhere"))).hash
+        == prepared.hash
+    )
+    changes = (
+        {"data_seed": 1},
+        {"train_size": 31},
+        {"decay": 0.4},
+        {"history": 6},
+        {"num_templates": 1},
+    )
     prepared_others = [prepare(small_config(tmp_path, **change)) for change in changes]
     assert len({prepared.hash, *(other.hash for other in prepared_others)}) == 1 + len(changes)
     assert len({prepared.folder, *(other.folder for other in prepared_others)}) == 1 + len(changes)
@@ -345,7 +424,12 @@ def flip(file: Path) -> None:
         ("examples.safetensors", flip),
         ("examples.safetensors", Path.unlink),
         ("meta.json", lambda file: file.write_text(file.read_text()[:-50])),
-        ("meta.json", lambda file: file.write_text(file.read_text().replace('"history": 20', '"history": 21'))),
+        (
+            "meta.json",
+            lambda file: file.write_text(
+                file.read_text().replace('"history": 20', '"history": 21')
+            ),
+        ),
         ("meta.json", lambda file: file.write_text("{}")),
     ],
     ids=["cut", "empty", "flipped", "missing", "meta cut", "other history", "meta empty"],
@@ -362,7 +446,10 @@ def test_damaged_prepared_examples_are_refused(name, damage, tmp_path):
 def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
     """If writing fails, no temporary folder is left over and a later call starts afresh."""
     config = small_config(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="prepared/planted.*no space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="prepared/planted.*no space left"),
+    ):
 
         def full(*_):
             raise OSError("no space left on device")
@@ -376,18 +463,31 @@ def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ prompts
 def test_prompt_shows_history_then_candidates():
     """History lines are "Title | Rating: 4", oldest first, half stars kept; then the candidates; "Answer:" ends it."""
-    history, candidates = [("Alien: {0}", 4.0), ("M", 3.5), ("{history}", 5.0)], ["Élite", "% s", "12 Monkeys"]
+    history, candidates = (
+        [("Alien: {0}", 4.0), ("M", 3.5), ("{history}", 5.0)],
+        ["Élite", "% s", "12 Monkeys"],
+    )
     for template in range(len(TEMPLATES)):
-        lines = render_prompt(Example("movielens", "u", history, candidates, 0, [], template)).split("\n")
+        lines = render_prompt(
+            Example("movielens", "u", history, candidates, 0, [], template)
+        ).split("\n")
         at = lines.index("Alien: {0} | Rating: 4")
-        assert lines[at : at + 3] == ["Alien: {0} | Rating: 4", "M | Rating: 3.5", "{history} | Rating: 5"]
+        assert lines[at : at + 3] == [
+            "Alien: {0} | Rating: 4",
+            "M | Rating: 3.5",
+            "{history} | Rating: 5",
+        ]
         assert lines[-4:] == [*candidates, "Answer:"]
         assert "movies" in "\n".join(lines) and "{" not in "".join(lines[:at])
 
 
 def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
     """All or liked items, with or without ratings: same candidates and targets, another hash each, the words to match."""
-    inputs = [{"history_items": items, "ratings": ratings} for items in ("all", "positive") for ratings in (True, False)]
+    inputs = [
+        {"history_items": items, "ratings": ratings}
+        for items in ("all", "positive")
+        for ratings in (True, False)
+    ]
     prepared = [prepare(small_config(tmp_path, **options)) for options in inputs]
     assert len({p.hash for p in prepared}) == 4
     log = prepared[0].log
@@ -397,11 +497,18 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
             assert (getattr(test, name) == getattr(prepared[0].splits["test"], name)).all()
         for e in range(len(test)):
             at = int(test.position[e])
-            rows = [r for r in own_rows(log, at) if r < at and (options["history_items"] == "all" or log.rating[r] >= 4)][-20:]
+            rows = [
+                r
+                for r in own_rows(log, at)
+                if r < at and (options["history_items"] == "all" or log.rating[r] >= 4)
+            ][-20:]
             lines = render_prompt(test[e]).split("\n")
             form = "{} | Rating: {:g}" if options["ratings"] else "{}"
             shown = [form.format(log.titles[log.item[r]], log.rating[r]) for r in rows]
-            assert any(lines[i : i + len(shown)] == shown for i in range(len(lines))), (options, lines)
+            assert any(lines[i : i + len(shown)] == shown for i in range(len(lines))), (
+                options,
+                lines,
+            )
             if rows and not options["ratings"]:
                 assert not any(word in "\n".join(lines) for word in ("rated", "ratings", "Rating"))
 
@@ -413,7 +520,9 @@ def test_prompt_rows_are_those_before_the_position():
         for e, p in enumerate(examples.position.tolist()):
             rows = list(own_rows(log, p))
             shown = rows[: rows.index(p)][-7:]
-            assert examples[e].history == [(log.titles[log.item[r]], float(log.rating[r])) for r in shown]
+            assert examples[e].history == [
+                (log.titles[log.item[r]], float(log.rating[r])) for r in shown
+            ]
             assert examples[e].user == log.user_ids[log.user[p]]
 
 
@@ -427,11 +536,18 @@ def test_templates_differ_and_words_follow_the_data_set():
     assert len(set(prompts.values())) == len(prompts)
     log = log_of(random_rows(13))
     assert set(build_examples(log)["train"].template.tolist()) == set(range(len(TEMPLATES)))
-    assert set(build_examples(log, DataConfig(num_templates=2))["train"].template.tolist()) == {0, 1}
+    assert set(build_examples(log, DataConfig(num_templates=2))["train"].template.tolist()) == {
+        0,
+        1,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
-SPECIAL = {"llama3": "<|end_of_text|>", "qwen": "<|endoftext|>", "llama2": "</s>"}  # of each family, the EOS
+SPECIAL = {
+    "llama3": "<|end_of_text|>",
+    "qwen": "<|endoftext|>",
+    "llama2": "</s>",
+}  # of each family, the EOS
 NASTY = [
     "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys", "Alien", "Alien 3", "1984", "M",
     "2001: A Space Odyssey", "Star Wars: Episode IV", "Airplane II:", "Mr. & Mrs.", "E.T.", "What?", "$9.99", "Title  two spaces",
@@ -456,7 +572,10 @@ WORDS = [
     "oldest",
     "first",
 ]
-TEXTS = [render_prompt(Example("movielens", "u", [(t, 4.0) for t in NASTY], NASTY, 0, [], n)) for n in range(5)]
+TEXTS = [
+    render_prompt(Example("movielens", "u", [(t, 4.0) for t in NASTY], NASTY, 0, [], n))
+    for n in range(5)
+]
 TEXTS += [f" {a} {b}: {a}\n\n{b} 19{n}\n  \n" for n, a in enumerate(WORDS) for b in WORDS]
 
 
@@ -475,30 +594,49 @@ def byte_level(family: str) -> HFTokenizer:
     if family == "llama3":
         special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     if family == "llama3":
-        bos = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos])
+        bos = processors.TemplateProcessing(
+            "<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+        )
+        tokenizer.post_processor = processors.Sequence(
+            [processors.ByteLevel(trim_offsets=False), bos]
+        )
     return tokenizer
 
 
 def llama2_style() -> HFTokenizer:
     """Llama-2's pipeline as published: "▁" in front and for spaces, merges without pre-tokenizer, bytes for the rest."""
     tokenizer = HFTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁+|[:|.\n]"), "merged_with_next")  # in training only
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex("▁+|[:|.\n]"), "merged_with_next"
+    )  # in training only
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
     special = ["<unk>", "<s>", "</s>", *byte_tokens]
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, limit_alphabet=80, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, limit_alphabet=80, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     content = json.loads(tokenizer.to_str()) | {"pre_tokenizer": None}
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in byte_tokens]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] not in byte_tokens
+    ]
     return HFTokenizer.from_str(json.dumps(content))
 
 
@@ -510,7 +648,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         found[family] = tmp_path_factory.mktemp(family)
         inner = llama2_style() if family == "llama2" else byte_level(family)
         inner.save(str(found[family] / "tokenizer.json"))
-        write_json(found[family] / "config.json", {"eos_token_id": inner.token_to_id(SPECIAL[family])})
+        write_json(
+            found[family] / "config.json", {"eos_token_id": inner.token_to_id(SPECIAL[family])}
+        )
     return found
 
 
@@ -537,17 +677,24 @@ def test_bos_is_the_tokenizers_own(family, tokenizer, folders):
     prompt = "A user watched Alien 3 | Rating: 4\nAnswer:"
     (ids,) = tokenizer.encode_prompts([prompt])
     assert ids == inner.encode(prompt).ids
-    assert sum(ids.count(i) for i in range(3)) == (1 if bos else 0)  # ids 0 to 2 are the special tokens
+    assert sum(ids.count(i) for i in range(3)) == (
+        1 if bos else 0
+    )  # ids 0 to 2 are the special tokens
 
 
 @pytest.mark.parametrize("title", NASTY)
 def test_prompt_and_completion_make_the_joint_encoding(title, tokenizer):
     """Prompt ids + completion ids are what the tokenizer makes of the whole text, and the completion ends in EOS."""
     prompt = render_prompt(Example("movielens", "u", [(title, 4.0)], [title, "Alien 3"], 0, [], 0))
-    (prompt_ids,), (joint,) = tokenizer.encode_prompts([prompt]), tokenizer.encode_prompts([f"{prompt} {title}"])
+    (prompt_ids,), (joint,) = (
+        tokenizer.encode_prompts([prompt]),
+        tokenizer.encode_prompts([f"{prompt} {title}"]),
+    )
     (completion,) = tokenizer.encode_completions([title])
     assert prompt_ids + completion[:-1] == joint
-    assert completion[-1] == tokenizer.eos_id and tokenizer.eos_id not in prompt_ids + completion[:-1]
+    assert (
+        completion[-1] == tokenizer.eos_id and tokenizer.eos_id not in prompt_ids + completion[:-1]
+    )
 
 
 def test_joint_encoding_is_that_of_the_file(family, tokenizer, folders):
@@ -555,7 +702,10 @@ def test_joint_encoding_is_that_of_the_file(family, tokenizer, folders):
     inner = plain(folders[family])
     for title in NASTY:
         if "<" not in title:
-            (prompt,), (completion,) = tokenizer.encode_prompts(["Alien\nAnswer:"]), tokenizer.encode_completions([title])
+            (prompt,), (completion,) = (
+                tokenizer.encode_prompts(["Alien\nAnswer:"]),
+                tokenizer.encode_completions([title]),
+            )
             assert prompt + completion[:-1] == inner.encode(f"Alien\nAnswer: {title}").ids, title
 
 
@@ -566,7 +716,10 @@ def test_special_tokens_in_titles_stay_text(family, tokenizer, folders):
     assert SPECIAL[family] in specials
     for special in specials:
         title = f"Say {special} twice"
-        ids = tokenizer.encode_completions([title])[0][:-1] + tokenizer.encode_prompts([title])[0][len(tokenizer.bos_ids) :]
+        ids = (
+            tokenizer.encode_completions([title])[0][:-1]
+            + tokenizer.encode_prompts([title])[0][len(tokenizer.bos_ids) :]
+        )
         assert not {inner.token_to_id(s) for s in specials} & set(ids)
         assert tokenizer.answer(tokenizer.encode_completions([title])[0]) == title
 
@@ -594,12 +747,46 @@ def test_saved_truncation_and_padding_are_ignored(family, folders, tokenizer, tm
     [
         ({"config.json": '{"eos_token_id": 1}'}, 1, {1}),
         ({"config.json": '{"eos_token_id": [1, 2]}'}, 1, {1, 2}),
-        ({"config.json": '{"eos_token_id": 1}', "generation_config.json": '{"eos_token_id": [2, 1, 300]}'}, 1, {1, 2, 300}),
-        ({"config.json": '{"eos_token_id": 2}', "generation_config.json": '{"eos_token_id": 1,}'}, 2, {2}),
-        ({"config.json": '{"eos_token_id": null}', "generation_config.json": '{"eos_token_id": 2}'}, 2, {2}),
+        (
+            {
+                "config.json": '{"eos_token_id": 1}',
+                "generation_config.json": '{"eos_token_id": [2, 1, 300]}',
+            },
+            1,
+            {1, 2, 300},
+        ),
+        (
+            {
+                "config.json": '{"eos_token_id": 2}',
+                "generation_config.json": '{"eos_token_id": 1,}',
+            },
+            2,
+            {2},
+        ),
+        (
+            {
+                "config.json": '{"eos_token_id": null}',
+                "generation_config.json": '{"eos_token_id": 2}',
+            },
+            2,
+            {2},
+        ),
         ({"config.json": "{}", "tokenizer_config.json": '{"eos_token": "<|eot_id|>"}'}, 2, {2}),
-        ({"tokenizer_config.json": '{"eos_token": {"content": "<|end_of_text|>", "lstrip": false}}'}, 1, {1}),
-        ({"config.json": '{"eos_token_id": 1}', "tokenizer_config.json": '{"eos_token": "<|eot_id|>"}'}, 1, {1, 2}),
+        (
+            {
+                "tokenizer_config.json": '{"eos_token": {"content": "<|end_of_text|>", "lstrip": false}}'
+            },
+            1,
+            {1},
+        ),
+        (
+            {
+                "config.json": '{"eos_token_id": 1}',
+                "tokenizer_config.json": '{"eos_token": "<|eot_id|>"}',
+            },
+            1,
+            {1, 2},
+        ),
         ({"config.json": '{"eos_token_id": 0}'}, 0, {0}),
     ],
 )
@@ -613,7 +800,9 @@ def test_eos_and_stop_ids_come_from_the_configs(files, eos_id, stop_ids, folders
     assert all(type(i) is int for i in tokenizer.stop_ids)
 
 
-@pytest.mark.parametrize("files", [{}, {"tokenizer_config.json": '{"eos_token": "<nowhere>"}'}, {"config.json": "{}"}])
+@pytest.mark.parametrize(
+    "files", [{}, {"tokenizer_config.json": '{"eos_token": "<nowhere>"}'}, {"config.json": "{}"}]
+)
 def test_no_eos_is_an_error(files, folders, tmp_path):
     """Without any EOS the folder is refused, and the message says where one was looked for."""
     (tmp_path / "tokenizer.json").write_bytes((folders["llama3"] / "tokenizer.json").read_bytes())
@@ -636,7 +825,10 @@ def test_newline_ids_are_spaces_and_a_line_break(tokenizer):
     """Exactly the tokens that spell optional spaces and then a line break, the byte itself among them."""
     found = tokenizer.newline_ids()
     assert {tokenizer.encode(["a\nb"])[0][-2], tokenizer.encode(["a\rb"])[0][-2]} <= found
-    texts = {i: tokenizer.inner.decode(tokenizer.encode(["a"])[0] + [i])[1:] for i in range(tokenizer.inner.get_vocab_size())}
+    texts = {
+        i: tokenizer.inner.decode(tokenizer.encode(["a"])[0] + [i])[1:]
+        for i in range(tokenizer.inner.get_vocab_size())
+    }
     assert found == {i for i, text in texts.items() if text.lstrip(" ")[:1] in ("\n", "\r")}
     assert not found & tokenizer.stop_ids
 
@@ -658,18 +850,26 @@ def nasty_examples(rows=None, titles=None, **options) -> Examples:
     rows = rows or random_rows(14, num_users=15, num_items=50, shortest=8, longest=25)
     titles = titles or [*NASTY, *(f"{word} {n}" for n in range(3) for word in WORDS)]
     log = make_interactions(*zip(*rows, strict=True), dict(enumerate(titles)), "movielens")
-    return build_examples(log, DataConfig(followers=2, min_rating=1, min_history=3, history=9, **options))["test"]
+    return build_examples(
+        log, DataConfig(followers=2, min_rating=1, min_history=3, history=9, **options)
+    )["test"]
 
 
 def test_encoded_examples_equal_their_text(tokenizer):
     """With room enough, prompts are encoded whole, and every candidate's completion continues its prompt's text."""
     examples = nasty_examples()
     encoded = encode_examples(examples, tokenizer, 100_000)
-    assert (encoded.num_shortened, encoded.num_dropped) == (0, 0) and len(encoded.prompts) == len(examples) > 10
+    assert (encoded.num_shortened, encoded.num_dropped) == (0, 0) and len(encoded.prompts) == len(
+        examples
+    ) > 10
     for e in range(len(examples)):
         prompt = render_prompt(examples[e])
-        for title, ids in zip(examples[e].candidates, encoded.slots(e, range(NUM_CANDIDATES)), strict=True):
-            assert [*encoded.prompts[e], *ids] == tokenizer.encode_prompts([f"{prompt} {title}"])[0] + [tokenizer.eos_id]
+        for title, ids in zip(
+            examples[e].candidates, encoded.slots(e, range(NUM_CANDIDATES)), strict=True
+        ):
+            assert [*encoded.prompts[e], *ids] == tokenizer.encode_prompts([f"{prompt} {title}"])[
+                0
+            ] + [tokenizer.eos_id]
 
 
 def test_long_prompts_lose_their_oldest_history_only(tokenizer):
@@ -683,12 +883,19 @@ def test_long_prompts_lose_their_oldest_history_only(tokenizer):
     dropped = []
     for e in range(len(examples)):
         texts = [render_prompt(examples[e], skip) for skip in range(len(examples[e].history))]
-        fits = [skip for skip, ids in enumerate(tokenizer.encode_prompts(texts)) if len(ids) + longest[e] <= limit]
+        fits = [
+            skip
+            for skip, ids in enumerate(tokenizer.encode_prompts(texts))
+            if len(ids) + longest[e] <= limit
+        ]
         dropped.append(fits[0])
         assert list(encoded.prompts[e]) == tokenizer.encode_prompts(texts)[fits[0]]
         assert f"\n{examples[e].history[-1][0]} | Rating: " in texts[fits[0]]
         assert texts[fits[0]].endswith("\n".join([*examples[e].candidates, "Answer:"]))
-    assert (encoded.num_shortened, encoded.num_dropped) == (sum(d > 0 for d in dropped), sum(dropped))
+    assert (encoded.num_shortened, encoded.num_dropped) == (
+        sum(d > 0 for d in dropped),
+        sum(dropped),
+    )
     assert len(examples) / 2 < encoded.num_shortened < encoded.num_dropped
     assert encode_examples(examples, tokenizer, max(needed)).num_shortened == 0
     assert encode_examples(examples, tokenizer, max(needed) - 1).num_shortened >= 1
@@ -697,20 +904,27 @@ def test_long_prompts_lose_their_oldest_history_only(tokenizer):
 def test_a_prompt_that_never_fits_is_an_error(tokenizer):
     """If not even one history item fits, the user and the option are named; candidates are never cut."""
     examples = nasty_examples()
-    with pytest.raises(ValueError, match=r"user u\d+: .* do not fit --max_length 60 .*raise --max_length"):
+    with pytest.raises(
+        ValueError, match=r"user u\d+: .* do not fit --max_length 60 .*raise --max_length"
+    ):
         encode_examples(examples, tokenizer, 60)
 
 
 def test_candidates_with_equal_tokens_are_refused(folders):
     """Two spellings of one name that a normaliser makes equal could not be told apart: the user and title are named."""
     titles = ["Élite", unicodedata.normalize("NFD", "Élite"), *(f"Title {n}" for n in range(38))]
-    examples = nasty_examples([(u, i, 5, i) for u in range(4) for i in range(10 * u, 10 * u + 10)], titles)
+    examples = nasty_examples(
+        [(u, i, 5, i) for u in range(4) for i in range(10 * u, 10 * u + 10)], titles
+    )
     candidates = examples.candidates.copy()
     candidates[:] = np.arange(20, 40)
     candidates[-1] = np.arange(20)
     examples = replace(examples, candidates=candidates)
     encode_examples(examples, Tokenizer(folders["llama3"]), 10_000)
-    with pytest.raises(ValueError, match=f"user {examples[len(examples) - 1].user}: two candidates have the same tokens"):
+    with pytest.raises(
+        ValueError,
+        match=f"user {examples[len(examples) - 1].user}: two candidates have the same tokens",
+    ):
         encode_examples(examples, Tokenizer(folders["qwen"]), 10_000)
 
 
@@ -724,7 +938,12 @@ def hand_made(tmp_path: Path, words: list[str]) -> Tokenizer:
             merges.append(("".join(pieces), letter))
             pieces.append(letter)
     merges = list(dict.fromkeys(merges))
-    vocab = {token: i for i, token in enumerate(["</s>", *letters, *dict.fromkeys("".join(merge) for merge in merges)])}
+    vocab = {
+        token: i
+        for i, token in enumerate(
+            ["</s>", *letters, *dict.fromkeys("".join(merge) for merge in merges)]
+        )
+    }
     inner = HFTokenizer(models.BPE(vocab, merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -768,7 +987,9 @@ def test_micro_batches_divide_the_batch(num_ranks, num_examples, budget):
     flat = [i for batches in plan for batch in batches for i in batch]
     assert sorted(flat) == sorted(indices.tolist()) and all(type(i) is int for i in flat)
     for batches in plan:
-        assert all(len(batch) * widths[batch].max(0).sum() <= budget for batch in batches if len(batch) > 1)
+        assert all(
+            len(batch) * widths[batch].max(0).sum() <= budget for batch in batches if len(batch) > 1
+        )
         order = [widths[i].sum() for batch in batches for i in batch]
         assert order == sorted(order, reverse=True)
         sizes = [len(batch) for batch in batches]
@@ -799,7 +1020,10 @@ def test_tree_widths_are_those_of_the_tree(tokenizer):
     widths = tree_widths(encoded, slots)
     for e in range(len(slots)):
         tree = encoded.tree([e], slots)
-        assert widths[e].tolist() == [tree.prompt_width, tree.input_ids.shape[1] - tree.prompt_width]
+        assert widths[e].tolist() == [
+            tree.prompt_width,
+            tree.input_ids.shape[1] - tree.prompt_width,
+        ]
 
 
 def test_prefetch_keeps_the_order_and_runs_one_ahead():
@@ -818,7 +1042,9 @@ def test_prefetch_keeps_the_order_and_runs_one_ahead():
     with pytest.raises(ValueError, match="item 4"):
         for value in prefetch(make, range(6)):
             if value == 0:
-                assert made_next.wait(10)  # the first is in use, the second is made without being asked for
+                assert made_next.wait(
+                    10
+                )  # the first is in use, the second is made without being asked for
             assert max(started) <= value // 10 + 1
             seen.append(value)
     assert seen == [0, 10, 20, 30]
@@ -827,13 +1053,22 @@ def test_prefetch_keeps_the_order_and_runs_one_ahead():
 
 # ------------------------------------------------------------------------------------------------ cached tokens
 def same_encoding(a, b) -> bool:
-    prompts = all(np.array_equal(p, q) and p.dtype == q.dtype for p, q in zip(a.prompts, b.prompts, strict=True))
-    return prompts and a.completions == b.completions and (a.num_shortened, a.num_dropped) == (b.num_shortened, b.num_dropped)
+    prompts = all(
+        np.array_equal(p, q) and p.dtype == q.dtype
+        for p, q in zip(a.prompts, b.prompts, strict=True)
+    )
+    return (
+        prompts
+        and a.completions == b.completions
+        and (a.num_shortened, a.num_dropped) == (b.num_shortened, b.num_dropped)
+    )
 
 
 def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkeypatch):
     """The second time nothing is tokenised; another tokenizer, length or split has its own file."""
-    prepared = prepare(DataConfig(planted_users=80, followers=3, train_size=40, prepared_dir=str(tmp_path)))
+    prepared = prepare(
+        DataConfig(planted_users=80, followers=3, train_size=40, prepared_dir=str(tmp_path))
+    )
     whole = encode_split(prepared, "train", tokenizer, 10_000)
     limit = max(map(len, whole.prompts))
     first = encode_split(prepared, "train", tokenizer, limit)
@@ -844,14 +1079,18 @@ def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkey
     assert same_encoding(first, again)
     assert same_encoding(first, encode_examples(prepared.splits["train"], tokenizer, limit))
     encode_split(prepared, "test", tokenizer, 10_000)
-    other = next(Tokenizer(f) for f in folders.values() if Tokenizer(f).fingerprint != tokenizer.fingerprint)
+    other = next(
+        Tokenizer(f) for f in folders.values() if Tokenizer(f).fingerprint != tokenizer.fingerprint
+    )
     encode_split(prepared, "train", other, 10_000)
     assert len(list(prepared.folder.glob("tokens-*.safetensors"))) == 4
 
 
 def test_damaged_tokens_are_named(tokenizer, tmp_path):
     """A cut-off file is an error that names it and says what to do; a read-only folder only costs the cache."""
-    prepared = prepare(DataConfig(planted_users=80, followers=3, train_size=20, prepared_dir=str(tmp_path)))
+    prepared = prepare(
+        DataConfig(planted_users=80, followers=3, train_size=20, prepared_dir=str(tmp_path))
+    )
     encode_split(prepared, "train", tokenizer, 1024)
     (file,) = prepared.folder.glob("tokens-*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
@@ -865,24 +1104,39 @@ def test_damaged_tokens_are_named(tokenizer, tmp_path):
 def run_data(*flags, cwd: Path) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "RECPO_TRACEBACK"}
     command = [sys.executable, str(ROOT / "data.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment
+    )
 
 
 def test_data_py_prints_statistics_and_an_example(folders, tmp_path):
     """`python data.py` prepares the planted world and shows the table, the splits, one prompt and its token boundary."""
     done = run_data(
-        "--planted_users=80", "--train_size=40", "--followers=4", "--show=7", f"--tokenizer={folders['llama3']}", cwd=tmp_path
+        "--planted_users=80",
+        "--train_size=40",
+        "--followers=4",
+        "--show=7",
+        f"--tokenizer={folders['llama3']}",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "prepared").iterdir()
-    prepared = prepare(DataConfig(planted_users=80, train_size=40, followers=4, prepared_dir=str(tmp_path / "prepared")))
+    prepared = prepare(
+        DataConfig(
+            planted_users=80, train_size=40, followers=4, prepared_dir=str(tmp_path / "prepared")
+        )
+    )
     example, counts = prepared.splits["train"][7], prepared.raw_counts
     assert f"prepared in prepared/{folder.name}, hash {prepared.hash[:16]}" in done.stdout
     row = f"| {counts['users']:,} | {counts['items']:,} | {counts['interactions']:,} |"
     assert f"| read {row}\n| after --core 0 {row}" in done.stdout
     assert render_prompt(example) in done.stdout
     assert f"chosen:   {example.candidates[example.target]!r}" in done.stdout
-    kinds = Counter(line.split()[-4].strip("(),") for line in done.stdout.splitlines() if line.startswith("rejected: "))
+    kinds = Counter(
+        line.split()[-4].strip("(),")
+        for line in done.stdout.splitlines()
+        if line.startswith("rejected: ")
+    )
     assert sum(kinds.values()) == 9 and kinds.keys() <= {"random", "follows"}
     boundary, *_ = [line for line in done.stdout.splitlines() if line.startswith("boundary: ")]
     left, right = boundary.split(" || ")
@@ -893,7 +1147,11 @@ def test_data_py_prints_statistics_and_an_example(folders, tmp_path):
 def test_unknown_flags_are_refused(tmp_path):
     """A misspelt flag ends the program with a message that names it."""
     done = run_data("--planted_user=80", cwd=tmp_path)
-    assert done.returncode != 0 and "--planted_user=80" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode != 0
+        and "--planted_user=80" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_movielens_without_data_dir_is_one_line(tmp_path):

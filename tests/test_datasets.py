@@ -36,7 +36,9 @@ from tiny import make_base_model
 
 
 def needs(name: str):
-    return pytest.mark.skipif(not (DATA / name).exists(), reason=f"{DATA / name} is absent; RECPO_DATA names its folder")
+    return pytest.mark.skipif(
+        not (DATA / name).exists(), reason=f"{DATA / name} is absent; RECPO_DATA names its folder"
+    )
 
 
 def put(file: Path, text: str | bytes) -> Path:
@@ -48,18 +50,44 @@ def put(file: Path, text: str | bytes) -> Path:
 
 
 def rows_of(log) -> list[tuple]:
-    columns = zip(log.user.tolist(), log.item.tolist(), log.rating.tolist(), log.timestamp.tolist(), strict=True)
+    columns = zip(
+        log.user.tolist(),
+        log.item.tolist(),
+        log.rating.tolist(),
+        log.timestamp.tolist(),
+        strict=True,
+    )
     return [(log.user_ids[u], log.item_ids[i], r, t) for u, i, r, t in columns]
 
 
 # ------------------------------------------------------------------------------------------------ lines and literals
 def random_literal(rng: random.Random, depth: int = 0):
-    texts = ["", "it's", 'say "hi"', "both ' and \"", "back\\slash", "tab\there", "é ™ 坂", "{'a': 1}", "x, 'y': 2}", "u'"]
-    kinds = [lambda: rng.choice(texts), lambda: rng.uniform(-5, 5), lambda: rng.randrange(-99, 10**12)]
+    texts = [
+        "",
+        "it's",
+        'say "hi"',
+        "both ' and \"",
+        "back\\slash",
+        "tab\there",
+        "é ™ 坂",
+        "{'a': 1}",
+        "x, 'y': 2}",
+        "u'",
+    ]
+    kinds = [
+        lambda: rng.choice(texts),
+        lambda: rng.uniform(-5, 5),
+        lambda: rng.randrange(-99, 10**12),
+    ]
     kinds += [lambda: rng.choice([True, False, None]), lambda: 1e-7 * rng.random()]
     if depth < 2:
         kinds += [lambda: [random_literal(rng, depth + 1) for _ in range(rng.randrange(3))]]
-        kinds += [lambda: {rng.choice("abc") * 2: random_literal(rng, depth + 1) for _ in range(rng.randrange(3))}]
+        kinds += [
+            lambda: {
+                rng.choice("abc") * 2: random_literal(rng, depth + 1)
+                for _ in range(rng.randrange(3))
+            }
+        ]
     return rng.choice(kinds)()
 
 
@@ -67,7 +95,10 @@ def test_literal_lines_are_what_python_reads():
     """On 3,000 random dicts the wanted keys equal those of ast.literal_eval, with the u prefixes of Python 2 and without."""
     rng = random.Random(0)
     for _ in range(3000):
-        record = {key: random_literal(rng) for key in rng.sample(["a", "b/c", "hours", "it's", "u", "date"], 4)}
+        record = {
+            key: random_literal(rng)
+            for key in rng.sample(["a", "b/c", "hours", "it's", "u", "date"], 4)
+        }
         line = repr(record)
         if rng.random() < 0.3:
             line = re.sub(r"(?<=[{ ])'(\w+)'", r"u'\1'", line)
@@ -77,7 +108,16 @@ def test_literal_lines_are_what_python_reads():
 
 
 @pytest.mark.parametrize(
-    "line", ["__import__('os').system('true')", "{'a': open('x')}", "{'a': 1", "[1, 2]", "", "{'a': 1} 2", "{" * 500]
+    "line",
+    [
+        "__import__('os').system('true')",
+        "{'a': open('x')}",
+        "{'a': 1",
+        "[1, 2]",
+        "",
+        "{'a': 1} 2",
+        "{" * 500,
+    ],
 )
 def test_lines_that_are_no_literal_are_refused(line):
     """Code, cut-off dicts and other things are a ValueError; nothing is ever evaluated."""
@@ -88,7 +128,10 @@ def test_lines_that_are_no_literal_are_refused(line):
 def test_lines_are_unpacked_and_decoded(tmp_path):
     """Gzip, byte-order marks, UTF-16, stray latin-1 bytes, Windows line ends; a line without end is cut, not swallowed."""
     assert list(read_lines(put(tmp_path / "a.gz", "x\r\ny"))) == ["x", "y"]
-    assert list(read_lines(put(tmp_path / "b", b"\xef\xbb\xbfx\n\xc3\xa9 K\xf6lsch\n"))) == ["x", "é Kölsch"]
+    assert list(read_lines(put(tmp_path / "b", b"\xef\xbb\xbfx\n\xc3\xa9 K\xf6lsch\n"))) == [
+        "x",
+        "é Kölsch",
+    ]
     assert list(read_lines(put(tmp_path / "c", "x\né\n".encode("utf-16")))) == ["x", "é"]
     long = list(read_lines(put(tmp_path / "d", b"x" * (3 * MAX_LINE) + b"\nlast")))
     assert [len(line) for line in long] == [101, 4] and long[0][-1] == "\0"
@@ -129,7 +172,10 @@ def test_percentile_ratings_are_mid_ranks_of_the_group():
     rng = np.random.default_rng(0)
     for _ in range(20):
         n = int(rng.integers(1, 60))
-        amount, group = rng.integers(0, 12, n).astype(np.float32), rng.integers(0, 5, n).astype(np.int32)
+        amount, group = (
+            rng.integers(0, 12, n).astype(np.float32),
+            rng.integers(0, 5, n).astype(np.int32),
+        )
         found = percentile_ratings(amount, group)
         for i in range(n):
             inside = amount[group == group[i]]
@@ -175,15 +221,35 @@ def test_a_few_bad_lines_are_counted_and_many_are_an_error(tmp_path):
     (note,) = [why for why in log.notes if "could not be read" in why]
     assert log.notes[note] == 2 and "line 18" in note and "line 31" in note
     lines[40:60] = ["nonsense"] * 20
-    with pytest.raises(ValueError, match=r"b\.csv: 22 of 400 lines .*1%.*line 18.*not rows with user, item"):
+    with pytest.raises(
+        ValueError, match=r"b\.csv: 22 of 400 lines .*1%.*line 18.*not rows with user, item"
+    ):
         load_own_log(put(tmp_path / "b.csv", "\n".join(lines)), "csv")
 
 
 # ------------------------------------------------------------------------------------------------ files of ours
 AMAZON = [
-    {"overall": 5.0, "reviewerID": "A1", "asin": "B000000001", "unixReviewTime": 864000, "reviewText": 'quotes " and \n'},
-    {"overall": 2.0, "reviewerID": "A1", "asin": "B000000002", "unixReviewTime": 86400, "vote": "1,234"},
-    {"overall": 4.0, "reviewerID": "A2", "asin": "B000000001", "unixReviewTime": 86400, "style": {"Format:": " Kindle"}},
+    {
+        "overall": 5.0,
+        "reviewerID": "A1",
+        "asin": "B000000001",
+        "unixReviewTime": 864000,
+        "reviewText": 'quotes " and \n',
+    },
+    {
+        "overall": 2.0,
+        "reviewerID": "A1",
+        "asin": "B000000002",
+        "unixReviewTime": 86400,
+        "vote": "1,234",
+    },
+    {
+        "overall": 4.0,
+        "reviewerID": "A2",
+        "asin": "B000000001",
+        "unixReviewTime": 86400,
+        "style": {"Format:": " Kindle"},
+    },
     {"overall": 3.0, "reviewerID": "A2", "asin": "B000000001", "unixReviewTime": 172800},
     {"overall": 1.0, "reviewerID": "A2", "asin": "B000000003", "unixReviewTime": 172800},
 ]
@@ -195,9 +261,27 @@ AMAZON_META = [
     {"asin": "B000000009", "title": "unseen"},
 ]
 STEAM = [
-    {"username": "Chaos Syren", "hours": 0.1, "product_id": "10", "date": "2017-12-17", "text": "it's {'hours': 5.0}"},
-    {"username": "Chaos Syren", "hours": 8, "product_id": "20", "date": "2017-12-16", "early_access": False},
-    {"username": "Bob", "hours": 3.5, "product_id": "10", "date": "2017-12-18", "compensation": "Product received for free"},
+    {
+        "username": "Chaos Syren",
+        "hours": 0.1,
+        "product_id": "10",
+        "date": "2017-12-17",
+        "text": "it's {'hours': 5.0}",
+    },
+    {
+        "username": "Chaos Syren",
+        "hours": 8,
+        "product_id": "20",
+        "date": "2017-12-16",
+        "early_access": False,
+    },
+    {
+        "username": "Bob",
+        "hours": 3.5,
+        "product_id": "10",
+        "date": "2017-12-18",
+        "compensation": "Product received for free",
+    },
     {"username": "Bob", "product_id": "20", "date": "2017-12-18"},
     {"username": "Bob", "hours": 4.5, "product_id": "10", "date": "2017-12-19"},
 ]
@@ -232,21 +316,48 @@ def json_lines(records) -> str:
 
 def literal_lines(records) -> str:
     """As Python 2 wrote them."""
-    return "".join(re.sub(r"(?<=[{ ])'([\w/]+)':", r"u'\1':", repr(record)) + "\n" for record in records)
+    return "".join(
+        re.sub(r"(?<=[{ ])'([\w/]+)':", r"u'\1':", repr(record)) + "\n" for record in records
+    )
 
 
 def beer_blocks() -> str:
     names = {"user/profileName": "review/profileName", "review/timeUnix": "review/time"}
-    blocks = [[f"{names.get(k, k)}: {'' if v is None else v}" for k, v in r.items() if k != "review/timeStruct"] for r in BEER]
+    blocks = [
+        [
+            f"{names.get(k, k)}: {'' if v is None else v}"
+            for k, v in r.items()
+            if k != "review/timeStruct"
+        ]
+        for r in BEER
+    ]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n\n"
 
 
 def beer_csv() -> bytes:
-    names = ["review_time", "beer_name", "review_overall", "beer_style", "beer_abv", "review_profilename", "beer_beerid"]
-    keys = ["review/timeUnix", "beer/name", "review/overall", "beer/style", "beer/ABV", "user/profileName", "beer/beerId"]
+    names = [
+        "review_time",
+        "beer_name",
+        "review_overall",
+        "beer_style",
+        "beer_abv",
+        "review_profilename",
+        "beer_beerid",
+    ]
+    keys = [
+        "review/timeUnix",
+        "beer/name",
+        "review/overall",
+        "beer/style",
+        "beer/ABV",
+        "user/profileName",
+        "beer/beerId",
+    ]
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerows([["", *names], *([n, *(record.get(key) for key in keys)] for n, record in enumerate(BEER))])
+    writer.writerows(
+        [["", *names], *([n, *(record.get(key) for key in keys)] for n, record in enumerate(BEER))]
+    )
     return out.getvalue().encode("latin-1")
 
 
@@ -256,8 +367,16 @@ def test_amazon_reviews_and_titles(suffix, tmp_path):
     put(tmp_path / f"Books_5.json{suffix}", json_lines(AMAZON))
     put(tmp_path / f"meta_Books.json{suffix}", json_lines(AMAZON_META))
     log = load_amazon(tmp_path)
-    expected = [("A1", "B000000002", 2, 86400), ("A1", "B000000001", 5, 864000), ("A2", "B000000001", 3, 172800)]
-    assert rows_of(log) == expected and log.titles == ["Tom & Jerry", "Go"] and log.name == "amazon_books"
+    expected = [
+        ("A1", "B000000002", 2, 86400),
+        ("A1", "B000000001", 5, 864000),
+        ("A2", "B000000001", 3, 172800),
+    ]
+    assert (
+        rows_of(log) == expected
+        and log.titles == ["Tom & Jerry", "Go"]
+        and log.name == "amazon_books"
+    )
     assert log.notes["interactions with an item that has no title"] == 1
     check_table(log)
 
@@ -268,7 +387,10 @@ def test_amazon_ratings_only_come_in_two_orders(columns, tmp_path):
     rows = [",".join(str(r[c]) for c in (*columns, "overall", "unixReviewTime")) for r in AMAZON]
     put(tmp_path / "Books.csv", "\n".join(rows))
     put(tmp_path / "meta_Books.json", json_lines(AMAZON_META))
-    assert len(rows_of(load_amazon(tmp_path))) == 3 and load_amazon(tmp_path).user_ids == ["A1", "A2"]
+    assert len(rows_of(load_amazon(tmp_path))) == 3 and load_amazon(tmp_path).user_ids == [
+        "A1",
+        "A2",
+    ]
 
 
 def test_amazon_without_titles_says_what_is_missing(tmp_path):
@@ -287,7 +409,9 @@ def test_steam_hours_become_ratings_within_the_game(tmp_path):
         ("Chaos Syren", "20", 3, 1513382400),
         ("Chaos Syren", "10", 2, 1513468800),
     ]
-    assert log.titles == ["Sam & Max", "Portal™"] and log.notes["reviews without hours of play"] == 1
+    assert (
+        log.titles == ["Sam & Max", "Portal™"] and log.notes["reviews without hours of play"] == 1
+    )
     assert [r for *_, r, _ in rows_of(load_steam(tmp_path, "all"))] == [3, 5, 1]
 
 
@@ -296,15 +420,27 @@ def test_beeradvocate_in_three_forms(form, content, tmp_path):
     """Dict lines, text blocks and CSV give the same log; zeros and empty names are counted and left out."""
     put(tmp_path / form, content)
     log = load_beeradvocate(tmp_path)
-    assert rows_of(log) == BEER_ROWS and log.titles == ["Sausa Weizen (5% ABV, Hefeweizen)", "Pale Ale"]
-    assert log.notes == {"lines with rating 0, which means none": 1, "reviews without a user name": 1}
+    assert rows_of(log) == BEER_ROWS and log.titles == [
+        "Sausa Weizen (5% ABV, Hefeweizen)",
+        "Pale Ale",
+    ]
+    assert log.notes == {
+        "lines with rating 0, which means none": 1,
+        "reviews without a user name": 1,
+    }
     assert load_beeradvocate(tmp_path, title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
 
 
 def test_twice_encoded_names_are_mended():
     """UTF-8 read as latin-1 is put right; what was right stays."""
     names = ["KÃ¶lsch", "Kölsch", "Pale", "日本", "FÃ¸dselsdags"]
-    assert [mend_encoding(name) for name in names] == ["Kölsch", "Kölsch", "Pale", "日本", "Fødselsdags"]
+    assert [mend_encoding(name) for name in names] == [
+        "Kölsch",
+        "Kölsch",
+        "Pale",
+        "日本",
+        "Fødselsdags",
+    ]
 
 
 def test_beer_titles_hold_strength_and_style():
@@ -331,7 +467,10 @@ def test_lastfm_counts_plays_of_artists(form, tmp_path):
         ("user_000001", "mb-2", 3, second),
         ("user_000002", "mb-1", 2, other),
     ]
-    assert log.titles == ['Deep "Dish', "坂本龍一"] and log.notes["plays of an artist without MusicBrainz id"] == 1
+    assert (
+        log.titles == ['Deep "Dish', "坂本龍一"]
+        and log.notes["plays of an artist without MusicBrainz id"] == 1
+    )
 
 
 def test_recbole_atomic_files(tmp_path):
@@ -339,20 +478,35 @@ def test_recbole_atomic_files(tmp_path):
     put(tmp_path / "ml.inter", INTER)
     put(tmp_path / "ml.item", ITEM)
     log = load_own_log(tmp_path, "recbole")
-    assert rows_of(log) == [("u1", "20", 2.5, 50), ("u1", "10", 4, 100), ("u2", "10", 5, 70)] and log.titles == [
+    assert rows_of(log) == [
+        ("u1", "20", 2.5, 50),
+        ("u1", "10", 4, 100),
+        ("u2", "10", 5, 70),
+    ] and log.titles == [
         'The "M"',
         "Go",
     ]
 
 
 # ------------------------------------------------------------------------------------------------ own logs
-OWN = [("ann", "7", 4.5, 1600000000, "Go"), ("ann", "8", 2, 1600000100, 'say "A, B"'), ("bob", "7", 5, 1600000050, "Go")]
+OWN = [
+    ("ann", "7", 4.5, 1600000000, "Go"),
+    ("ann", "8", 2, 1600000100, 'say "A, B"'),
+    ("bob", "7", 5, 1600000050, "Go"),
+]
 OWN_ROWS = [("ann", "7", 4.5, 1600000000), ("ann", "8", 2, 1600000100), ("bob", "7", 5, 1600000050)]
 
 
-def own_csv(names=("user", "item", "rating", "timestamp", "title"), order=(0, 1, 2, 3, 4), delimiter=",", rows=OWN) -> str:
+def own_csv(
+    names=("user", "item", "rating", "timestamp", "title"),
+    order=(0, 1, 2, 3, 4),
+    delimiter=",",
+    rows=OWN,
+) -> str:
     out = io.StringIO()
-    csv.writer(out, delimiter=delimiter).writerows([[row[c] for c in order] for row in (names, *rows)])
+    csv.writer(out, delimiter=delimiter).writerows(
+        [[row[c] for c in order] for row in (names, *rows)]
+    )
     return out.getvalue()
 
 
@@ -367,13 +521,18 @@ def test_own_csv_in_any_order_and_dialect(delimiter, order, tmp_path):
     file = put(tmp_path / "named.csv", own_csv(names, order, delimiter))
     log = load_own_log(file, "csv", "user=who,item=what,rating=stars,timestamp=at,title=called")
     assert rows_of(log) == OWN_ROWS and log.titles == ["Go", 'say "A, B"']
-    with pytest.raises(ValueError, match=r"named\.csv: which column is the user\? Say --columns user=NAME,item=NAME.*who"):
+    with pytest.raises(
+        ValueError,
+        match=r"named\.csv: which column is the user\? Say --columns user=NAME,item=NAME.*who",
+    ):
         load_own_log(file, "csv")
 
 
 def test_own_csv_without_header_counts_columns(tmp_path):
     file = put(tmp_path / "log.csv", own_csv().split("\n", 1)[1])
-    assert rows_of(load_own_log(file, "csv", "user=1,item=2,rating=3,timestamp=4,title=5")) == OWN_ROWS
+    assert (
+        rows_of(load_own_log(file, "csv", "user=1,item=2,rating=3,timestamp=4,title=5")) == OWN_ROWS
+    )
     with pytest.raises(ValueError, match="asks for column 6, the first line has 5"):
         load_own_log(file, "csv", "user=1,item=6")
 
@@ -385,22 +544,33 @@ def test_own_json_lines_and_item_file(tmp_path):
     items = put(tmp_path / "items.csv", "item_id,name\n7,Go\n9,unseen\n")
     log = load_own_log(file, "jsonl", item_file=str(items))
     assert rows_of(log) == OWN_ROWS and log.titles == ["Go", "8"]
-    items = put(tmp_path / "items.jsonl", json_lines([{"item": 7, "title": "Go"}, {"item": "8", "title": "Stop"}]))
+    items = put(
+        tmp_path / "items.jsonl",
+        json_lines([{"item": 7, "title": "Go"}, {"item": "8", "title": "Stop"}]),
+    )
     assert load_own_log(file, "jsonl", item_file=str(items)).titles == ["Go", "Stop"]
 
 
 def test_own_hours_and_missing_columns(tmp_path, capsys):
     """Another scale says what to do; no rating, no time, no title each have a meaning, and a note."""
     scores = [(u, i, 10 * r, t, n) for u, i, r, t, n in OWN]
-    file = put(tmp_path / "scores.csv", own_csv(("user", "item", "score", "date", "title"), rows=scores))
+    file = put(
+        tmp_path / "scores.csv", own_csv(("user", "item", "score", "date", "title"), rows=scores)
+    )
     with pytest.raises(ValueError, match="ratings go up to 50 instead of 5; --percentile item"):
         load_own_log(file, "csv")
     assert [r for *_, r, _ in rows_of(load_own_log(file, "csv", percentile="item"))] == [2, 3, 4]
-    file = put(tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title")))  # below 5, but hours all the same
+    file = put(
+        tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title"))
+    )  # below 5, but hours all the same
     assert [r for *_, r, _ in rows_of(load_own_log(file, "csv"))] == [2, 3, 4]
     clicks = put(tmp_path / "clicks.csv", "user,item\nb,1\na,1\nb,2\nb,1\nb,1\n")
     log = load_own_log(clicks, "csv")
-    assert rows_of(log) == [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]  # times are line numbers
+    assert rows_of(log) == [
+        ("a", "1", 2, 3),
+        ("b", "1", 4, 2),
+        ("b", "2", 3, 4),
+    ]  # times are line numbers
     notes = capsys.readouterr().out
     assert all(text in notes for text in ("no rating column", "no timestamp column", "no titles"))
 
@@ -418,7 +588,9 @@ def test_a_quote_that_is_not_closed_costs_its_own_line_only(second, tmp_path):
     rows[100] = 'u1,i100,3,100,"Unclosed'
     if second:
         rows[110] = f"u2,i110,3,110,{second}"
-    log = load_own_log(put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *rows])), "csv")
+    log = load_own_log(
+        put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *rows])), "csv"
+    )
     assert len(log.user) == 1999 and sum(log.notes.values()) == 1
 
 
@@ -440,7 +612,9 @@ def test_columns_are_the_likely_ones(tmp_path):
     )
     log = load_own_log(put(tmp_path / "a.csv", text), "csv")
     assert log.user_ids == ["0", "1", "2"] and log.titles == ["Thing 0", "Thing 1", "Thing 2"]
-    lines = [{"user": "a", "item": "1"}] + [{"user": "a", "item": str(n), "rating": 2.5} for n in range(200)]
+    lines = [{"user": "a", "item": "1"}] + [
+        {"user": "a", "item": str(n), "rating": 2.5} for n in range(200)
+    ]
     log = load_own_log(put(tmp_path / "a.jsonl", json_lines(lines)), "jsonl")
     assert set(log.rating.tolist()) == {2.5} and len(log.user) == 200
     with pytest.raises(ValueError, match="item is named twice"):
@@ -454,8 +628,18 @@ def test_files_that_are_no_tables_say_so(tmp_path):
     with pytest.raises(ValueError, match="not text in UTF-8"):
         load_own_log(put(tmp_path / "b.csv", own_csv().encode("utf-16-le")), "csv")
     with pytest.raises(ValueError, match="lines together are no JSON objects, first line 2"):
-        load_own_log(put(tmp_path / "c.jsonl", json_lines([{"user": 1, "item": 2}]) + "u,i\n" * 20_000), "jsonl")
-    assert rows_of(load_own_log(put(tmp_path / "d.csv", "\nsep=;\n".lstrip() + own_csv(delimiter=";")), "csv")) == OWN_ROWS
+        load_own_log(
+            put(tmp_path / "c.jsonl", json_lines([{"user": 1, "item": 2}]) + "u,i\n" * 20_000),
+            "jsonl",
+        )
+    assert (
+        rows_of(
+            load_own_log(
+                put(tmp_path / "d.csv", "\nsep=;\n".lstrip() + own_csv(delimiter=";")), "csv"
+            )
+        )
+        == OWN_ROWS
+    )
 
 
 def test_an_item_file_may_name_the_item_otherwise(tmp_path):
@@ -467,9 +651,13 @@ def test_an_item_file_may_name_the_item_otherwise(tmp_path):
 
 def test_order_within_a_second_and_titles_that_change(tmp_path):
     """Milliseconds order a log although seconds are kept; of two titles of an item the same one is taken in any order."""
-    rows = [f"u,{n},4,{1600000000000 + 100 * (9 - n)},{'New' if n else 'Old'}" for n in range(9)] + ["v,0,4,1600000000000,New"]
+    rows = [
+        f"u,{n},4,{1600000000000 + 100 * (9 - n)},{'New' if n else 'Old'}" for n in range(9)
+    ] + ["v,0,4,1600000000000,New"]
     for lines in (rows, rows[::-1]):
-        log = load_own_log(put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *lines])), "csv")
+        log = load_own_log(
+            put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *lines])), "csv"
+        )
         assert [i for u, i, *_ in rows_of(log) if u == "u"] == [str(n) for n in range(8, -1, -1)]
         assert log.titles[0] == "New"
 
@@ -477,7 +665,11 @@ def test_order_within_a_second_and_titles_that_change(tmp_path):
 def test_a_renamed_or_rewritten_file_is_prepared_anew(tmp_path):
     """Whatever its suffix: other content means other examples."""
     config = DataConfig(
-        dataset="csv", data_dir=str(tmp_path / "events.data"), prepared_dir=str(tmp_path / "p"), followers=2, min_history=2
+        dataset="csv",
+        data_dir=str(tmp_path / "events.data"),
+        prepared_dir=str(tmp_path / "p"),
+        followers=2,
+        min_history=2,
     )
     rows = [(f"u{u}", f"i{(u * 7 + t) % 60}", 4 + t % 2, t, "") for u in range(9) for t in range(9)]
     put(Path(config.data_dir), own_csv(rows=rows))
@@ -490,9 +682,14 @@ def test_logs_without_a_liked_item_say_so(tmp_path):
     """Likes of 0 and 1, or nothing repeated: the message names --min_rating, not the length of the logs."""
     rows = [(f"u{u}", f"i{(u * 7 + t) % 60}", 1, t, "") for u in range(9) for t in range(20)]
     config = DataConfig(
-        dataset="csv", data_dir=str(put(tmp_path / "a.csv", own_csv(rows=rows))), prepared_dir=str(tmp_path / "p")
+        dataset="csv",
+        data_dir=str(put(tmp_path / "a.csv", own_csv(rows=rows))),
+        prepared_dir=str(tmp_path / "p"),
     )
-    with pytest.raises(ValueError, match="no train example: in none of .* places is the chosen item liked.*--min_rating"):
+    with pytest.raises(
+        ValueError,
+        match="no train example: in none of .* places is the chosen item liked.*--min_rating",
+    ):
         prepare(config)
 
 
@@ -505,8 +702,16 @@ def test_the_order_of_lines_changes_nothing(tmp_path):
     ]
     hashes = []
     for n in range(3):
-        file = put(tmp_path / f"{n}.csv", own_csv(rows=[rows[i] for i in rng.permutation(len(rows))]))
-        config = DataConfig(dataset="csv", data_dir=str(file), prepared_dir=str(tmp_path / "p"), followers=3, min_history=2)
+        file = put(
+            tmp_path / f"{n}.csv", own_csv(rows=[rows[i] for i in rng.permutation(len(rows))])
+        )
+        config = DataConfig(
+            dataset="csv",
+            data_dir=str(file),
+            prepared_dir=str(tmp_path / "p"),
+            followers=3,
+            min_history=2,
+        )
         hashes.append(prepare(config).hash)
     assert len(set(hashes)) == 1
 
@@ -514,7 +719,11 @@ def test_the_order_of_lines_changes_nothing(tmp_path):
 # ------------------------------------------------------------------------------------------------ prepared JSON
 def foreign_entry(n: int, scores: bool) -> dict:
     items = [f"T{(n + 3 * i) % 97}" for i in range(20)]
-    entry = {"historyList": [f"H{n}", f"T{n + 1}"], "itemList": items, "trueSelection": items[n % 20]}
+    entry = {
+        "historyList": [f"H{n}", f"T{n + 1}"],
+        "itemList": items,
+        "trueSelection": items[n % 20],
+    }
     if scores:
         entry |= {
             "historyRatingList": [4, 3.5],
@@ -529,16 +738,28 @@ def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
     """Lists, targets and scores are those of the files; without ratings a history line is the title alone."""
     parts = {"train": 40, "test": 15}
     for split, count in parts.items():
-        put(tmp_path / f"x-{split}.json", json.dumps([foreign_entry(n, scores) for n in range(count)]))
-    prepared = prepare(DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p")))
-    assert {split: len(e) for split, e in prepared.splits.items()} == {"train": 36, "val": 4, "test": 15}
+        put(
+            tmp_path / f"x-{split}.json",
+            json.dumps([foreign_entry(n, scores) for n in range(count)]),
+        )
+    prepared = prepare(
+        DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p"))
+    )
+    assert {split: len(e) for split, e in prepared.splits.items()} == {
+        "train": 36,
+        "val": 4,
+        "test": 15,
+    }
     assert "last 4 training entries" in capsys.readouterr().out
     test = prepared.splits["test"]
     for e in range(15):
         example = test[e]
         number = int(example.user.split()[-1]) - 1
         raw = foreign_entry(number, scores)
-        assert example.candidates == raw["itemList"] and example.candidates[example.target] == raw["trueSelection"]
+        assert (
+            example.candidates == raw["itemList"]
+            and example.candidates[example.target] == raw["trueSelection"]
+        )
         assert example.scores == pytest.approx(raw["itemScoreList"] if scores else [1.0] * 20)
         lines = render_prompt(example).splitlines()
         assert (f"H{number} | Rating: 4" if scores else f"H{number}") in lines
@@ -551,8 +772,12 @@ def test_prepared_json_that_does_not_fit_is_named(tmp_path):
     entries[3]["itemList"] = entries[3]["itemList"][:19]
     put(tmp_path / "train.json", json.dumps(entries))
     put(tmp_path / "test.json", json.dumps(entries[10:]))
-    with pytest.raises(ValueError, match=r"train\.json: 1 of 50 .*line 4.*20 different candidates.*itemList"):
-        prepare(DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p")))
+    with pytest.raises(
+        ValueError, match=r"train\.json: 1 of 50 .*line 4.*20 different candidates.*itemList"
+    ):
+        prepare(
+            DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p"))
+        )
 
 
 # ------------------------------------------------------------------------------------------------ real samples
@@ -565,8 +790,15 @@ def test_real_amazon_sample():
     pairs = {(r["reviewerID"], r["asin"]) for r in reviews if r["asin"] in titled}
     log = load_amazon(DATA / "amazon/Gift_Cards_5.json.gz")
     check_table(log)
-    assert (len(reviews), len(log.user), log.num_users, log.num_items) == (2972, len(pairs), 458, 148)
-    assert {(log.user_ids[u], log.item_ids[i]) for u, i in zip(log.user, log.item, strict=True)} == pairs
+    assert (len(reviews), len(log.user), log.num_users, log.num_items) == (
+        2972,
+        len(pairs),
+        458,
+        148,
+    )
+    assert {
+        (log.user_ids[u], log.item_ids[i]) for u, i in zip(log.user, log.item, strict=True)
+    } == pairs
 
 
 @needs("amazon/AMAZON_FASHION_5.json.gz")
@@ -585,33 +817,59 @@ def test_real_repeats_keep_the_last(tmp_path):
 @needs("steam/steam_games.json.gz")
 def test_real_steam_titles(tmp_path):
     """Every game of the original file, reviewed once each: app_name, else title, as ast.literal_eval reads them."""
-    lines = gzip.open(DATA / "steam/steam_games.json.gz", "rt", encoding="utf-8").read().splitlines()
+    lines = (
+        gzip.open(DATA / "steam/steam_games.json.gz", "rt", encoding="utf-8").read().splitlines()
+    )
     names = {}
     for line in lines[::8]:
         game = ast.literal_eval(line)
         if "id" in game and (game.get("app_name") or game.get("title")):
             names.setdefault(game["id"], clean_title(game.get("app_name") or game["title"]))
-    reviews = [{"username": f"u{n % 50}", "product_id": i, "hours": n, "date": "2017-01-01"} for n, i in enumerate(names)]
+    reviews = [
+        {"username": f"u{n % 50}", "product_id": i, "hours": n, "date": "2017-01-01"}
+        for n, i in enumerate(names)
+    ]
     put(tmp_path / "steam_reviews.json", literal_lines(reviews))
     put(tmp_path / "steam_games.json.gz", "\n".join(lines))
     log = load_steam(tmp_path)
     assert log.num_items == len(names) and len(lines) == 32135
     repeated = Counter(names.values())
     for item, title in zip(log.item_ids, log.titles, strict=True):
-        assert title == names[item] or (title.startswith(f"{names[item]} (") and repeated[names[item]] > 1)
+        assert title == names[item] or (
+            title.startswith(f"{names[item]} (") and repeated[names[item]] > 1
+        )
 
 
 @needs("beeradvocate/beeradvocate.sample.json")
 def test_real_beer_samples():
     """Dict lines and the CSV of an R export, counted with ast.literal_eval and the csv module."""
-    reviews = [ast.literal_eval(line) for line in (DATA / "beeradvocate/beeradvocate.sample.json").open(encoding="utf-8")]
-    pairs = {(r["user/profileName"], r["beer/beerId"]) for r in reviews if r["user/profileName"] and r["review/overall"]}
+    reviews = [
+        ast.literal_eval(line)
+        for line in (DATA / "beeradvocate/beeradvocate.sample.json").open(encoding="utf-8")
+    ]
+    pairs = {
+        (r["user/profileName"], r["beer/beerId"])
+        for r in reviews
+        if r["user/profileName"] and r["review/overall"]
+    }
     log = load_beeradvocate(DATA / "beeradvocate/beeradvocate.sample.json")
-    assert len(reviews) == 2469 and {(u, i) for u, i, *_ in rows_of(log)} == pairs and len(log.user) == len(pairs)
-    rows = list(csv.DictReader((DATA / "beeradvocate/beer_reviews.sample.csv").open(encoding="latin-1", newline="")))
+    assert (
+        len(reviews) == 2469
+        and {(u, i) for u, i, *_ in rows_of(log)} == pairs
+        and len(log.user) == len(pairs)
+    )
+    rows = list(
+        csv.DictReader(
+            (DATA / "beeradvocate/beer_reviews.sample.csv").open(encoding="latin-1", newline="")
+        )
+    )
     pairs = {(r["review_profilename"], r["beer_beerid"]) for r in rows if r["review_profilename"]}
     log = load_beeradvocate(DATA / "beeradvocate/beer_reviews.sample.csv")
-    assert len(rows) == 6627 and {(u, i) for u, i, *_ in rows_of(log)} == pairs and len(log.user) == len(pairs)
+    assert (
+        len(rows) == 6627
+        and {(u, i) for u, i, *_ in rows_of(log)} == pairs
+        and len(log.user) == len(pairs)
+    )
     assert any("Kölsch" in title for title in log.titles)
 
 
@@ -621,14 +879,18 @@ def test_real_lastfm_sample():
     (file,) = (DATA / "lastfm").glob("*.tsv")
     fields = [line.rstrip("\n").split("\t") for line in file.open(encoding="utf-8")]
     plays = Counter((f[0], f[2]) for f in fields if f[2])
-    first = {(f[0], f[2]): f[1] for f in fields if f[2]}  # newest first, so the last one met is the first play
+    first = {
+        (f[0], f[2]): f[1] for f in fields if f[2]
+    }  # newest first, so the last one met is the first play
     log = load_lastfm(DATA / "lastfm")
     assert (
         len(fields) == 5000
         and len(log.user) == len(plays)
         and log.notes["repeats, added up"] == sum(plays.values()) - len(plays)
     )
-    assert {(u, i): t for u, i, _, t in rows_of(log)} == {pair: int(parse_times([time])[0]) for pair, time in first.items()}
+    assert {(u, i): t for u, i, _, t in rows_of(log)} == {
+        pair: int(parse_times([time])[0]) for pair, time in first.items()
+    }
 
 
 @needs("sdpo/lastfm-test.json")
@@ -637,14 +899,18 @@ def test_real_sdpo_sample(tmp_path):
     raw = json.loads((DATA / "sdpo/lastfm-test.json").read_text())
     put(tmp_path / "lastfm-train.json", json.dumps(raw[:300]))
     put(tmp_path / "lastfm-test.json", json.dumps(raw))
-    prepared = prepare(DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p")))
+    prepared = prepare(
+        DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p"))
+    )
     test = prepared.splits["test"]
     assert len(raw) == len(test) == 2495
     for e in range(0, 2495, 50):
         example = test[e]
         entry = raw[int(example.user.split()[-1]) - 1]
         assert example.candidates == [clean_title(t) for t in entry["itemList"]]
-        assert [t for t, _ in example.history] == [clean_title(t) for t in entry["historyList"].split("::")][-20:]
+        assert [t for t, _ in example.history] == [
+            clean_title(t) for t in entry["historyList"].split("::")
+        ][-20:]
         assert example.candidates[example.target] == clean_title(entry["trueSelection"])
 
 
@@ -654,16 +920,29 @@ SPECIAL = "<|end_of_text|>"
 
 def many(records: list[dict], key: str, count: int = 60) -> list[dict]:
     """Enough users for splits: the records again and again, with other ids and times."""
-    return [record | {key: f"{record[key]}{n % 6}"} for n in range(count // len(records)) for record in records]
+    return [
+        record | {key: f"{record[key]}{n % 6}"}
+        for n in range(count // len(records))
+        for record in records
+    ]
 
 
 def sources() -> dict[str, tuple[dict[str, bytes], dict]]:
     """Per loader: whole files, and the options that load them."""
-    many_own = [(f"u{n % 5}", f"{n % 40}", 1 + n % 5, 1600000000 + n, f"T{n % 40} {SPECIAL}") for n in range(300)]
-    records = [dict(zip(("user", "item", "rating", "timestamp", "title"), row, strict=True)) for row in many_own]
+    many_own = [
+        (f"u{n % 5}", f"{n % 40}", 1 + n % 5, 1600000000 + n, f"T{n % 40} {SPECIAL}")
+        for n in range(300)
+    ]
+    records = [
+        dict(zip(("user", "item", "rating", "timestamp", "title"), row, strict=True))
+        for row in many_own
+    ]
     games = [game | {"tags": [f"tag {n}" for n in range(30)]} for game in STEAM_GAMES]
     lastfm = "".join(LASTFM.replace("mb-", f"mb-{n}") for n in range(30))
-    entries = {split: json.dumps([foreign_entry(n, True) for n in range(20)]) for split in ("train", "test")}
+    entries = {
+        split: json.dumps([foreign_entry(n, True) for n in range(20)])
+        for split in ("train", "test")
+    }
     return {
         name: ({file: text.encode() if isinstance(text, str) else text for file, text in files.items()}, options | {"dataset": kind})
         for name, kind, files, options in (
@@ -711,7 +990,8 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         elif kind == 6 and rng.random() < 0.1:
             content = (
                 content[:at]
-                + rng.choice((b"x", b'"', b"[", b"{'a': ", b"\n")) * rng.choice((300, 5000, 1 << 20))
+                + rng.choice((b"x", b'"', b"[", b"{'a': ", b"\n"))
+                * rng.choice((300, 5000, 1 << 20))
                 + content[at:]
             )
         elif kind == 7 and rng.random() < 0.3:
@@ -739,10 +1019,14 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
         victim = rng.choice(list(files))
         for file, content in files.items():
             (folder / file).write_bytes(mutate(content, rng) if file == victim else content)
-        config = DataConfig(data_dir=str(folder), followers=2, min_history=1, min_rating=1, **options)
+        config = DataConfig(
+            data_dir=str(folder), followers=2, min_history=1, min_rating=1, **options
+        )
         try:
             if options["dataset"] == "prepared":
-                config = DataConfig(data_dir=str(folder), prepared_dir=str(folder / f"p{seed}"), **options)
+                config = DataConfig(
+                    data_dir=str(folder), prepared_dir=str(folder / f"p{seed}"), **options
+                )
                 prepared = prepare(config)
                 log, splits = prepared.log, prepared.splits
                 outcomes[name, "loaded"] += 1
@@ -750,7 +1034,9 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
                 log = load_log(config)
                 outcomes[name, "loaded"] += 1
                 check_table(log)
-                assert (log.timestamp >= 0).all() and ((log.rating > 0) & (log.rating <= 5)).all(), (name, seed)
+                assert (log.timestamp >= 0).all() and (
+                    (log.rating > 0) & (log.rating <= 5)
+                ).all(), (name, seed)
                 splits = build_examples(log, config)
             titles = list(log.titles)
             assert all(t and t == clean_title(t) and len(t) <= 250 for t in titles), (name, seed)
@@ -758,7 +1044,15 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
             assert eos not in encoded.prompts[0].tolist(), (name, seed)
             outcomes["encoded"] += 1
         except ValueError as error:
-            own = (str(folder), "no train", "no val", "no test", "user ", "title ", "two candidates")
+            own = (
+                str(folder),
+                "no train",
+                "no val",
+                "no test",
+                "user ",
+                "title ",
+                "two candidates",
+            )
             assert str(error).startswith(own) and len(str(error)) < 3000, (name, seed, str(error))
             outcomes[name, "refused"] += 1
         except Exception as error:
@@ -771,7 +1065,9 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    examples = prepare(DataConfig(planted_users=60, train_size=30, followers=3, prepared_dir=str(folder / "p"))).splits["train"]
+    examples = prepare(
+        DataConfig(planted_users=60, train_size=30, followers=3, prepared_dir=str(folder / "p"))
+    ).splits["train"]
     make_base_model(folder, examples, hidden_size=64, num_layers=1, vocab_size=400, seed=0)
     return Tokenizer(folder)
 

@@ -47,14 +47,22 @@ STEPS = {
         2,
         256,
     ),
-    "all weights": (dataclasses.replace(SMALL, vocab_size=30000, hidden_size=512, intermediate_size=1408), 0, False, 2, 256),
+    "all weights": (
+        dataclasses.replace(SMALL, vocab_size=30000, hidden_size=512, intermediate_size=1408),
+        0,
+        False,
+        2,
+        256,
+    ),
 }
 COMPLETIONS = [12, 9, 14, 10]
 
 
 def estimated_and_measured(config, r, checkpointing, B, P) -> tuple[Step, int]:
     """The estimate, and the peak of live tensor bytes over two real steps, weights and moments included."""
-    step = fake_step(config, torch.float32, r, list(TARGET_MODULES), 0.0, checkpointing, B, P, COMPLETIONS)
+    step = fake_step(
+        config, torch.float32, r, list(TARGET_MODULES), 0.0, checkpointing, B, P, COMPLETIONS
+    )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with LiveBytes() as alive:
@@ -64,7 +72,9 @@ def estimated_and_measured(config, r, checkpointing, B, P) -> tuple[Step, int]:
             for block in model.model.layers:
                 block.checkpointing = checkpointing
             tree = build_tree([[1] * P] * B, [[[2] * n for n in COMPLETIONS]] * B)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+            optimizer = torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
+            )
 
             def compute(tree):
                 logps = tree.sum_logps(model(tree)[0])
@@ -90,15 +100,33 @@ def test_memory_of_an_8b_model_is_that_of_its_formulas():
     """Llama-3.1-8B in bf16: 16.06 GB of weights, 0.34 GB of adapter, gradients and moments at r = 8, both ways of 16 FLOP."""
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = ModelConfig(
-        "llama", 128256, 4096, 14336, 2, 32, 8, 128, 1e-5, 5e5, rope | {"original_max_position_embeddings": 8192}
+        "llama",
+        128256,
+        4096,
+        14336,
+        2,
+        32,
+        8,
+        128,
+        1e-5,
+        5e5,
+        rope | {"original_max_position_embeddings": 8192},
     )
-    step = fake_step(config, torch.bfloat16, 8, list(TARGET_MODULES), 0.0, False, 1, 512, [12] * 4, gpu=True)
-    linear = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)  # numbers in the projections of two layers
+    step = fake_step(
+        config, torch.bfloat16, 8, list(TARGET_MODULES), 0.0, False, 1, 512, [12] * 4, gpu=True
+    )
+    linear = 2 * (
+        4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
+    )  # numbers in the projections of two layers
     assert step.weights == 2 * (2 * 128256 * 4096 + linear + 5 * 4096)
     assert step.trained == 16 * 20_971_520 * 2 // 32
     tokens = 512 + 4 * 11
-    assert step.flops == pytest.approx(2 * 2 * linear * tokens, rel=0.15)  # forward and d x; attention, adapters, head besides
-    assert gathered_bytes(config, torch.bfloat16) == step.weights  # two blocks and the root are the whole of it
+    assert step.flops == pytest.approx(
+        2 * 2 * linear * tokens, rel=0.15
+    )  # forward and d x; attention, adapters, head besides
+    assert (
+        gathered_bytes(config, torch.bfloat16) == step.weights
+    )  # two blocks and the root are the whole of it
 
 
 def test_a_replica_that_fits_is_worth_a_note():
@@ -111,14 +139,31 @@ def test_a_replica_that_fits_is_worth_a_note():
 
 def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     """Example, boundary, truncation, first losses, memory table, step time: from config.json and tokenizer.json alone."""
-    data = {"planted_users": 150, "train_size": 20, "test_size": 8, "followers": 3, "prepared_dir": str(tmp_path / "p")}
+    data = {
+        "planted_users": 150,
+        "train_size": 20,
+        "test_size": 8,
+        "followers": 3,
+        "prepared_dir": str(tmp_path / "p"),
+    }
     bare = tmp_path / "bare"
     examples = prepare(DataConfig(**data)).splits["train"]
     make_base_model(bare, examples, hidden_size=64, num_layers=2, vocab_size=512, seed=0)
     (bare / "model.safetensors").unlink()
     flags = [f"--{name}={value}" for name, value in data.items()]
-    flags += ["--stages=sft,sdpo", "--dry_run", "--gpu_memory=2", f"--model={bare}", f"--output_dir={tmp_path / 'run'}"]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], capture_output=True, text=True, timeout=200)
+    flags += [
+        "--stages=sft,sdpo",
+        "--dry_run",
+        "--gpu_memory=2",
+        f"--model={bare}",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for text in ("first training prompt:", "shortened", "tokenise alike together", "the first loss must be 1.3863",
                  "| 8 | full |", "largest --micro_batch_tokens", "TFLOP", "nothing was trained"):  # fmt: skip

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from data import DataConfig, Tokenizer, build_examples, build_tree, encode_examples
-from eval import compare_with_one_pass, evaluate, match_title, predict, summarise, trie_walk, verified_branch, wilson
+from eval import (
+    compare_with_one_pass,
+    evaluate,
+    match_title,
+    predict,
+    summarise,
+    trie_walk,
+    verified_branch,
+    wilson,
+)
 from interactions import make_interactions
 from model import load_pretrained
 from tiny import make_base_model
@@ -26,22 +35,32 @@ def half_trained(tmp_path_factory):
     rng = np.random.default_rng(0)
     words = ["Red", "Sea", "Moon", "Fox", "Iron", "Day", "Sun", "Owl"]
     titles = [f"{a} {b}" for a in words for b in words if a != b]
-    titles = [f"{t}." if i % 7 == 0 else t for i, t in enumerate(titles)] + words + [f"{t} 2" for t in titles[:4]]
+    titles = (
+        [f"{t}." if i % 7 == 0 else t for i, t in enumerate(titles)]
+        + words
+        + [f"{t} 2" for t in titles[:4]]
+    )
     U, L = 330, 18
     item = np.argsort(rng.random((U, len(titles))), axis=1)[:, :L].ravel()
     user, time = np.repeat(np.arange(U), L), np.tile(np.arange(L), U) + 1
-    log = make_interactions(user, item, rng.integers(3, 6, U * L), time, dict(enumerate(titles)), "movielens")
+    log = make_interactions(
+        user, item, rng.integers(3, 6, U * L), time, dict(enumerate(titles)), "movielens"
+    )
     splits = build_examples(log, DataConfig(followers=3, history=5, train_size=400))
     folder = tmp_path_factory.mktemp("half-trained")
     make_base_model(folder, splits["train"], hidden_size=64, num_layers=2, vocab_size=400, seed=0)
     tokenizer, model = Tokenizer(folder), load_pretrained(folder)
     train, test = (encode_examples(splits[s], tokenizer, 512) for s in ("train", "test"))
-    newline = next(i for i in sorted(tokenizer.newline_ids()) if tokenizer.inner.decode([i]) == "\n")
+    newline = next(
+        i for i in sorted(tokenizer.newline_ids()) if tokenizer.inner.decode([i]) == "\n"
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(80):
         batch = [(16 * step + i) % len(train.prompts) for i in range(16)]
         groups = [train.slots(e, [train.examples.target[e]]) for e in batch]
-        groups = [[c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups]  # told by the first word
+        groups = [
+            [c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups
+        ]  # told by the first word
         loss = -model(build_tree([train.prompts[e] for e in batch], groups))[0].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -56,14 +75,23 @@ def test_one_pass_and_generation_agree(half_trained):
     assert len(indices) >= 200
     one_pass = predict(model, tokenizer, test, indices)
     generated = predict(model, tokenizer, test, indices, decode="generate")
-    compared = compare_with_one_pass(model, test, generated, tokenizer.stop_ids | tokenizer.newline_ids())
-    differ = [a["example"] for a, b in zip(one_pass, generated, strict=True) if a["answer"] != b["answer"]]
-    assert compared["one_pass_differs"] == compared["one_pass_near_ties"] and len(differ) <= compared["one_pass_near_ties"]
+    compared = compare_with_one_pass(
+        model, test, generated, tokenizer.stop_ids | tokenizer.newline_ids()
+    )
+    differ = [
+        a["example"] for a, b in zip(one_pass, generated, strict=True) if a["answer"] != b["answer"]
+    ]
+    assert (
+        compared["one_pass_differs"] == compared["one_pass_near_ties"]
+        and len(differ) <= compared["one_pass_near_ties"]
+    )
     if not differ:
         for name in ("hit_ratio@1", "valid_ratio"):
             assert summarise(one_pass)[name] == summarise(generated)[name]
     hows = {r["how"] for r in one_pass}
-    assert hows == {"verified", "generated"}, "the model should write some listed titles and some others"
+    assert hows == {"verified", "generated"}, (
+        "the model should write some listed titles and some others"
+    )
     endings = {bool(set(r["ids"]) & tokenizer.newline_ids()) for r in generated if r["valid"]}
     assert endings == {True, False}, "answers should end in a line break and in EOS"
     assert any(not r["valid"] for r in generated)
@@ -112,13 +140,21 @@ def test_verified_branch_needs_every_token_and_an_end():
     eos, newline = 9, 8
     tree = build_tree([[1, 2]] * 4, [[[3, eos], [3, 4, eos]]] * 4)
     # rows per example: candidate 0 (3, end), candidate 1 (3, 4, end)
-    greedy = torch.tensor([[3, eos, 3, eos, eos], [3, 4, 3, 4, newline], [3, 4, 3, 4, 5], [7, eos, 7, 4, eos]]).flatten()
+    greedy = torch.tensor(
+        [[3, eos, 3, eos, eos], [3, 4, 3, 4, newline], [3, 4, 3, 4, 5], [7, eos, 7, 4, eos]]
+    ).flatten()
     assert verified_branch(tree, greedy, torch.tensor([newline, eos])).tolist() == [0, 1, -1, -1]
 
 
 def test_trie_walk_takes_the_first_of_equals():
     """Ties go to the candidate that is listed first; a title that is a prefix of another is told apart by its end."""
-    assert trie_walk([[1, 2, 9], [1, 9], [3, 9]], [[-1.0, -1.0, -1.0], [-1.0, -0.5, 0.0], [-1.0, 0.0, 0.0]][:3]) == 1
+    assert (
+        trie_walk(
+            [[1, 2, 9], [1, 9], [3, 9]],
+            [[-1.0, -1.0, -1.0], [-1.0, -0.5, 0.0], [-1.0, 0.0, 0.0]][:3],
+        )
+        == 1
+    )
     assert trie_walk([[3, 9], [4, 9]], [[-1.0, 0.0], [-1.0, 0.0]]) == 0
 
 
@@ -147,7 +183,11 @@ def test_metrics_divide_by_all_cases():
     record = {"logps": [0.0, -1.0, -2.0], "target_slot": 0, "how": "verified"}
     records = [record | {"hit": i < 3, "valid": i < 6} for i in range(10)]
     metrics = summarise(records)
-    assert metrics["hit_ratio@1"] == 0.3 and metrics["valid_ratio"] == 0.6 and metrics["hit_ratio@1|valid"] == 0.5
+    assert (
+        metrics["hit_ratio@1"] == 0.3
+        and metrics["valid_ratio"] == 0.6
+        and metrics["hit_ratio@1|valid"] == 0.5
+    )
     assert metrics["ranking/hit_ratio@1"] == 1.0
     low, high = metrics["hit_ratio@1_ci95"]
     assert (round(low, 4), round(high, 4)) == (0.1078, 0.6032)  # Wilson, 3 of 10
@@ -170,7 +210,10 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
     model, tokenizer, _ = half_trained
     save_pretrained(model, tmp_path / "model")
     tokenizer.inner.save(str(tmp_path / "model" / "tokenizer.json"))
-    request = {"history": [{"title": "Red Sea", "rating": 5}], "candidates": ["Moon Fox", "Owl", "A film nobody listed"]}
+    request = {
+        "history": [{"title": "Red Sea", "rating": 5}],
+        "candidates": ["Moon Fox", "Owl", "A film nobody listed"],
+    }
     (tmp_path / "my.json").write_text(json.dumps(request))
     command = [
         sys.executable,
@@ -183,7 +226,11 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert all(title in done.stdout for title in request["candidates"])
-    shares = [float(line.split()[1].rstrip("%")) for line in done.stdout.splitlines() if "log-prob" in line]
+    shares = [
+        float(line.split()[1].rstrip("%"))
+        for line in done.stdout.splitlines()
+        if "log-prob" in line
+    ]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
     (tmp_path / "my.json").write_text('{"history": []}')
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -17,7 +17,12 @@ from kernels.logps import HAS_TRITON, label_logps, mm_fp32
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(64, 32, 1024), (1, 16, 1001), (37, 24, 1001), (37, 40, 32003)]  # M, D, V; ragged ones included
+SHAPES = [
+    (64, 32, 1024),
+    (1, 16, 1001),
+    (37, 24, 1001),
+    (37, 40, 32003),
+]  # M, D, V; ragged ones included
 WIDE = [(5, 8, 128256), (5, 8, 151936), (5, 8, 152064)]  # vocabularies of Llama 3 and Qwen2.5
 
 
@@ -37,7 +42,9 @@ NEEDS_TRITON = pytest.mark.skipif(bool(triton_problem()), reason=triton_problem(
 # (impl, device). Triton compiles for the GPU where there is one. WALKS cut the vocabulary into slabs and form a frozen
 # head's gradient in the forward pass; "fused" does neither.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WALKS = [("slabs", device) for device in DEVICES] + [pytest.param("triton", TRITON_DEVICE, marks=NEEDS_TRITON)]
+WALKS = [("slabs", device) for device in DEVICES] + [
+    pytest.param("triton", TRITON_DEVICE, marks=NEEDS_TRITON)
+]
 PATHS = [*WALKS, pytest.param("fused", TRITON_DEVICE, marks=NEEDS_TRITON)]
 
 
@@ -72,7 +79,10 @@ def slabs_of(monkeypatch, rows: int | None):
 
 def gradients(function, hidden, weight, labels, upstream, hidden_grad=True, weight_grad=True):
     """Gradients of sum(upstream * logps) by hidden and weight, None where not asked for; `function` may be an impl's name."""
-    hidden, weight = hidden.detach().requires_grad_(hidden_grad), weight.detach().requires_grad_(weight_grad)
+    hidden, weight = (
+        hidden.detach().requires_grad_(hidden_grad),
+        weight.detach().requires_grad_(weight_grad),
+    )
     if isinstance(function, str):
         function = partial(label_logps, impl=function)
     result = function(hidden, weight, labels)
@@ -100,7 +110,9 @@ def test_logps_and_argmax_equal_float64(impl, device, dtype, shape, slab, monkey
     logits = hidden.double() @ weight.double().T
     chosen = logits.gather(1, torch.stack([best, naive_best], 1))
     assert (logits.amax(1, keepdim=True) - chosen).max().item() < 1e-4
-    if dtype != torch.float32:  # exact products: no two logits are so close that the order of sums decides
+    if (
+        dtype != torch.float32
+    ):  # exact products: no two logits are so close that the order of sums decides
         assert (best == naive_best).float().mean().item() > 0.9
 
 
@@ -190,7 +202,9 @@ def test_without_gradients_there_is_one_gemm_per_slab(impl, device, monkeypatch)
 def test_mixed_dtypes_are_refused():
     """A head in another dtype than its rows would be rounded silently somewhere: a ValueError that names both."""
     with pytest.raises(ValueError, match="float32 and torch.bfloat16"):
-        label_logps(torch.zeros(2, 4), torch.zeros(9, 4, dtype=torch.bfloat16), torch.tensor([1, 2]))
+        label_logps(
+            torch.zeros(2, 4), torch.zeros(9, 4, dtype=torch.bfloat16), torch.tensor([1, 2])
+        )
 
 
 def test_rows_without_upstream_gradient_get_none():
@@ -202,7 +216,10 @@ def test_rows_without_upstream_gradient_get_none():
         assert not grad[upstream == 0].any() and grad[upstream != 0].any(dim=1).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", "slabs", *(pytest.param(i, marks=NEEDS_TRITON) for i in ("triton", "fused"))])
+@pytest.mark.parametrize(
+    "impl",
+    ["reference", "slabs", *(pytest.param(i, marks=NEEDS_TRITON) for i in ("triton", "fused"))],
+)
 @pytest.mark.parametrize("weight_grad", [False, True], ids=["frozen", "trained"])
 def test_gradient_equals_finite_differences(weight_grad, impl):
     """The slope along random directions equals the central difference of the float64 definition."""
@@ -218,8 +235,12 @@ def test_gradient_equals_finite_differences(weight_grad, impl):
         dh, dw = torch.randn_like(hidden).double(), torch.randn_like(weight).double() * weight_grad
         step = 1e-5
         h, w = hidden.double(), weight.double()
-        slope = (value(h + step * dh, w + step * dw) - value(h - step * dh, w - step * dw)) / (2 * step)
-        along = (grads[0].double() * dh).sum() + ((grads[1].double() * dw).sum() if weight_grad else 0)
+        slope = (value(h + step * dh, w + step * dw) - value(h - step * dh, w - step * dw)) / (
+            2 * step
+        )
+        along = (grads[0].double() * dh).sum() + (
+            (grads[1].double() * dw).sum() if weight_grad else 0
+        )
         assert along.item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-4)
 
 
@@ -248,7 +269,9 @@ def test_huge_logits_keep_logps_and_gradients(impl, device, weight_grad, label, 
     upstream = torch.ones(1, device=device)
     grads = gradients(impl, hidden, weight, labels, upstream, weight_grad=weight_grad)
     naive_grads = gradients(reference, hidden, weight, labels, upstream, weight_grad=weight_grad)
-    exact_grads = gradients(exact_logps, hidden.double(), weight.double(), labels, upstream, weight_grad=weight_grad)
+    exact_grads = gradients(
+        exact_logps, hidden.double(), weight.double(), labels, upstream, weight_grad=weight_grad
+    )
     for a, n, e in zip(grads, naive_grads, exact_grads, strict=True):
         if e is not None:
             assert a.isfinite().all()
@@ -260,14 +283,20 @@ def test_huge_logits_keep_logps_and_gradients(impl, device, weight_grad, label, 
 @pytest.mark.parametrize("slab", [None, 2])
 @pytest.mark.parametrize("weight_grad", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("impl, device", PATHS)
-def test_certain_labels_keep_precise_gradients(impl, device, weight_grad, slab, gap, offset, monkeypatch):
+def test_certain_labels_keep_precise_gradients(
+    impl, device, weight_grad, slab, gap, offset, monkeypatch
+):
     """Where the label's probability is 1 - 1e-4 to 1 - 1e-8, what is left of the gradient is right to 1 %."""
     slabs_of(monkeypatch, slab)
-    hidden, weight = row_of_logits(offset, offset - 1, offset + gap, offset - 3, offset, device=device)
+    hidden, weight = row_of_logits(
+        offset, offset - 1, offset + gap, offset - 3, offset, device=device
+    )
     labels = torch.tensor([2], device=device)
     upstream = torch.ones(1, device=device)
     grads = gradients(impl, hidden, weight, labels, upstream, weight_grad=weight_grad)
-    exact = gradients(exact_logps, hidden.double(), weight.double(), labels, upstream, weight_grad=weight_grad)
+    exact = gradients(
+        exact_logps, hidden.double(), weight.double(), labels, upstream, weight_grad=weight_grad
+    )
     for a, e in zip(grads, exact, strict=True):
         if e is not None:
             assert (a.double() - e).abs().max().item() <= 1e-2 * e.abs().max().item()
@@ -292,7 +321,9 @@ def test_results_are_deterministic(weight_grad, impl, device, monkeypatch):
     hidden, weight, labels = inputs(37, 24, 1001, torch.bfloat16, device)
     labels[:10] = labels[0]  # repeated labels must not race
     upstream = torch.randn(37, device=device)
-    runs = [gradients(impl, hidden, weight, labels, upstream, weight_grad=weight_grad) for _ in range(2)]
+    runs = [
+        gradients(impl, hidden, weight, labels, upstream, weight_grad=weight_grad) for _ in range(2)
+    ]
     logps = [label_logps(hidden, weight, labels, impl=impl)[0] for _ in range(2)]
     assert torch.equal(*logps) and torch.equal(runs[0][0], runs[1][0])
     assert not weight_grad or torch.equal(runs[0][1], runs[1][1])
@@ -303,8 +334,14 @@ def test_results_are_deterministic(weight_grad, impl, device, monkeypatch):
 def test_non_contiguous_inputs_are_read_right(weight_grad, impl, device, monkeypatch):
     """Transposed, strided and expanded inputs give what their contiguous copies give."""
     slabs_of(monkeypatch, 100)
-    hidden, weight = torch.randn(24, 37, device=device).T, torch.randn(1001, 48, device=device)[:, ::2]
-    labels, upstream = torch.randint(1001, (74,), device=device)[::2], torch.ones(1, device=device).expand(37)
+    hidden, weight = (
+        torch.randn(24, 37, device=device).T,
+        torch.randn(1001, 48, device=device)[:, ::2],
+    )
+    labels, upstream = (
+        torch.randint(1001, (74,), device=device)[::2],
+        torch.ones(1, device=device).expand(37),
+    )
     assert not (hidden.is_contiguous() or weight.is_contiguous() or labels.is_contiguous())
     actual = gradients(impl, hidden, weight, labels, upstream, weight_grad=weight_grad)
     copies = (t.contiguous() for t in (hidden, weight, labels, upstream))
@@ -336,7 +373,9 @@ def test_poisoned_padding_changes_nothing(weight_grad, impl, device, monkeypatch
         buffer = torch.full((t.shape[0] + 9, t.shape[1] + 40), torch.nan, device=device)
         buffer[3:-6, 8:-32] = t
         poisoned.append(buffer[3:-6, 8:-32])
-    for a, b in zip(label_logps(*clean, impl=impl), label_logps(*poisoned, clean[2], impl=impl), strict=True):
+    for a, b in zip(
+        label_logps(*clean, impl=impl), label_logps(*poisoned, clean[2], impl=impl), strict=True
+    ):
         torch.testing.assert_close(a, b)
     expected = gradients(impl, *clean, upstream, weight_grad=weight_grad)
     actual = gradients(impl, *poisoned, clean[2], upstream, weight_grad=weight_grad)
@@ -365,7 +404,9 @@ def test_impl_chooses_the_path(monkeypatch):
     for impl in ("auto", "slabs", "reference"):
         called.clear()
         result, best = label_logps(hidden, weight, labels, impl=impl)
-        torch.testing.assert_close(result, exact_logps(hidden, weight, labels).float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            result, exact_logps(hidden, weight, labels).float(), rtol=0, atol=1e-5
+        )
         assert torch.equal(best, (hidden @ weight.T).argmax(1))
         assert len(called) == (0 if impl == "reference" else 15)
     with pytest.raises(ValueError, match="'cuda'.*slabs"):
@@ -379,8 +420,14 @@ def test_triton_on_a_cpu_says_what_to_do():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for impl in ("triton", "fused"):
         command = [sys.executable, "-c", code.format(impl)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=env)
-        assert "ValueError" in done.stderr and "impl='slabs'" in done.stderr and "TRITON_INTERPRET=1" in done.stderr
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=env
+        )
+        assert (
+            "ValueError" in done.stderr
+            and "impl='slabs'" in done.stderr
+            and "TRITON_INTERPRET=1" in done.stderr
+        )
 
 
 @pytest.mark.parametrize(
@@ -396,4 +443,6 @@ def test_triton_on_a_cpu_says_what_to_do():
 def test_wrong_shapes_are_refused(hidden, weight, labels, message):
     """Shapes that do not belong together are a ValueError that holds them."""
     with pytest.raises(ValueError, match=message):
-        label_logps(torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.int64))
+        label_logps(
+            torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.int64)
+        )

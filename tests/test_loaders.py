@@ -22,7 +22,8 @@ from loaders import MOVIELENS_URL, download_movielens, load_movielens, movielens
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
 needs_movielens = pytest.mark.skipif(
-    not MOVIELENS.exists(), reason=f"{MOVIELENS} is absent; RECPO_DATA names the folder of ml-1m.zip"
+    not MOVIELENS.exists(),
+    reason=f"{MOVIELENS} is absent; RECPO_DATA names the folder of ml-1m.zip",
 )
 
 RATINGS = """\
@@ -52,7 +53,13 @@ def log_of(rows: list[tuple]) -> Interactions:
 
 def rows_of(log: Interactions) -> list[tuple]:
     """The log's rows in its order, codes turned back into ids."""
-    columns = zip(log.user.tolist(), log.item.tolist(), log.rating.tolist(), log.timestamp.tolist(), strict=True)
+    columns = zip(
+        log.user.tolist(),
+        log.item.tolist(),
+        log.rating.tolist(),
+        log.timestamp.tolist(),
+        strict=True,
+    )
     return [(log.user_ids[u], int(log.item_ids[i]), int(r), t) for u, i, r, t in columns]
 
 
@@ -63,7 +70,9 @@ def check_table(log: Interactions) -> None:
     assert sorted(set(log.item.tolist())) == list(range(log.num_items))
     assert len(set(log.titles)) == len(log.titles) == len(log.item_ids)
     for start, end in zip(log.start[:-1], log.start[1:], strict=True):
-        assert (np.diff(log.timestamp[start:end]) >= 0).all() and len(set(log.item[start:end])) == end - start > 0
+        assert (np.diff(log.timestamp[start:end]) >= 0).all() and len(
+            set(log.item[start:end])
+        ) == end - start > 0
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -94,7 +103,9 @@ def test_repeated_titles_get_numbers():
     assert unique_titles(["A", "A", "A (2)", "A (2)"]) == ["A", "A (3)", "A (2)", "A (2) (2)"]
     rng = np.random.default_rng(0)
     for _ in range(200):
-        titles = rng.choice(["A", "A (2)", "A (3)", "A (2) (2)", "B"], size=rng.integers(1, 9)).tolist()
+        titles = rng.choice(
+            ["A", "A (2)", "A (3)", "A (2) (2)", "B"], size=rng.integers(1, 9)
+        ).tolist()
         found = unique_titles(titles)
         assert len(set(found)) == len(titles) and unique_titles(found) == found, titles
         for title, name in zip(titles, found, strict=True):
@@ -113,7 +124,9 @@ def core_by_loop(rows: list[tuple], k: int) -> list[tuple]:
     """Remove one user or item with fewer than k rows at a time, until there is none."""
     while True:
         users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
-        poor = [(0, u) for u, n in users.items() if n < k] + [(1, i) for i, n in items.items() if n < k]
+        poor = [(0, u) for u, n in users.items() if n < k] + [
+            (1, i) for i, n in items.items() if n < k
+        ]
         if not poor:
             return rows
         column, value = poor[0]
@@ -178,7 +191,13 @@ def test_movielens_loads_from_folder_and_zip(tmp_path):
     write_movielens(tmp_path / "outer/ml-1m")
     (tmp_path / "zipped").mkdir()
     archive = zip_movielens(tmp_path / "zipped/ml-1m.zip")
-    for path in (tmp_path / "outer/ml-1m", tmp_path / "outer", archive, archive.parent, str(archive)):
+    for path in (
+        tmp_path / "outer/ml-1m",
+        tmp_path / "outer",
+        archive,
+        archive.parent,
+        str(archive),
+    ):
         check_small_movielens(load_movielens(path))
 
 
@@ -208,7 +227,13 @@ def test_year_goes_and_article_moves_to_the_front(name, title):
 
 def test_shared_names_keep_the_year():
     """Two movies of one name stay apart by their years, also when only the article's place differs."""
-    names = {1: "Titanic (1953)", 2: "Titanic (1997)", 3: "Robe, The (1953)", 4: "The Robe (1970)", 5: "Alien (1979)"}
+    names = {
+        1: "Titanic (1953)",
+        2: "Titanic (1997)",
+        3: "Robe, The (1953)",
+        4: "The Robe (1970)",
+        5: "Alien (1979)",
+    }
     titles = ["Titanic (1953)", "Titanic (1997)", "The Robe (1953)", "The Robe (1970)", "Alien"]
     assert list(movielens_titles(names).values()) == titles
 
@@ -253,7 +278,16 @@ def test_bad_ratings_are_named_by_file_and_line(ratings, culprit, tmp_path):
         (MOVIES[: MOVIES.index("3114")], "1 items of the log have no title.*3114"),
         ("", "3 items of the log have no title"),
     ],
-    ids=["separator", "number", "cut record", "cut", "no title", "blank title", "line gone", "empty"],
+    ids=[
+        "separator",
+        "number",
+        "cut record",
+        "cut",
+        "no title",
+        "blank title",
+        "line gone",
+        "empty",
+    ],
 )
 def test_bad_movies_are_named_by_file_and_line(movies, culprit, tmp_path):
     """Records without three fields, without a number or without a title are refused; so are rated movies not listed."""
@@ -337,13 +371,21 @@ def test_download_with_another_checksum_is_not_used(tmp_path, served):
     """Whatever is not the published file, whole, is refused with both checksums and not put in place."""
     content = zip_movielens(tmp_path / "made.zip").read_bytes()
     served(content, published=False)
-    with pytest.raises(ValueError, match=f"md5 {hashlib.md5(content).hexdigest()}, published c4d9eec"):
+    with pytest.raises(
+        ValueError, match=f"md5 {hashlib.md5(content).hexdigest()}, published c4d9eec"
+    ):
         download_movielens(tmp_path / "new")
     assert not (tmp_path / "new/ml-1m.zip").exists()
 
 
 @pytest.mark.parametrize(
-    "error", [URLError("no route"), TimeoutError("timed out"), ConnectionResetError("reset"), http.client.IncompleteRead(b"")]
+    "error",
+    [
+        URLError("no route"),
+        TimeoutError("timed out"),
+        ConnectionResetError("reset"),
+        http.client.IncompleteRead(b""),
+    ],
 )
 def test_broken_download_says_what_to_do(error, tmp_path, served):
     """No network, or one that breaks off, is one message with the address and the way out; a later try succeeds."""
@@ -377,39 +419,63 @@ def test_movielens_has_the_published_size():
 def test_movielens_titles_read_well():
     """No title keeps a moved article or white space; a year stays only where two movies share the name."""
     titles = movielens().titles
-    assert {"The Matrix", "An American in Paris", "Mystery, Alaska", "Titanic (1997)", "Les Misérables (1995)"} <= set(titles)
-    assert [t for t in titles if t != clean_title(t) or not t or t.endswith((", The", ", A", ", An"))] == []
+    assert {
+        "The Matrix",
+        "An American in Paris",
+        "Mystery, Alaska",
+        "Titanic (1997)",
+        "Les Misérables (1995)",
+    } <= set(titles)
+    assert [
+        t for t in titles if t != clean_title(t) or not t or t.endswith((", The", ", A", ", An"))
+    ] == []
     with_year = Counter(match[1] for t in titles if (match := re.fullmatch(r"(.+) \(\d{4}\)", t)))
     assert (len(with_year), sum(with_year.values()), min(with_year.values())) == (38, 80, 2)
 
 
 @needs_movielens
 @pytest.mark.parametrize(
-    "core, size, num_val, num_test", [(0, (6040, 3706, 1000209), 3486, 3563), (20, (6022, 3043, 995154), 3486, 3548)]
+    "core, size, num_val, num_test",
+    [(0, (6040, 3706, 1000209), 3486, 3563), (20, (6022, 3043, 995154), 3486, 3548)],
 )
 def test_movielens_splits_have_the_known_sizes(core, size, num_val, num_test):
     """The k-core and the number of users whose last (test) or last but one (validation) item is liked."""
     started = time.perf_counter()
     log = k_core(load_movielens(MOVIELENS), core)
     splits = build_examples(log, DataConfig(dataset="movielens", data_dir=str(DATA), core=core))
-    print(f"MovieLens-1M, core {core}: {time.perf_counter() - started:.1f} s from the zip to frozen examples")
+    print(
+        f"MovieLens-1M, core {core}: {time.perf_counter() - started:.1f} s from the zip to frozen examples"
+    )
     assert (log.num_users, log.num_items, len(log.user)) == size
-    assert {split: len(examples) for split, examples in splits.items()} == {"train": 10000, "val": num_val, "test": num_test}
+    assert {split: len(examples) for split, examples in splits.items()} == {
+        "train": 10000,
+        "val": num_val,
+        "test": num_test,
+    }
 
 
 @needs_movielens
 def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatch):
     """5 interactions before, 10 after and before the user's last two: 903,569; the chosen one of the ten must be liked."""
     with zipfile.ZipFile(MOVIELENS) as z:
-        lengths = Counter(line.split(b"::", 1)[0] for line in z.read("ml-1m/ratings.dat").splitlines())
+        lengths = Counter(
+            line.split(b"::", 1)[0] for line in z.read("ml-1m/ratings.dat").splitlines()
+        )
     assert sum(max(0, n - 2 - 10 - 5 + 1) for n in lengths.values()) == 903569
-    monkeypatch.setattr("examples._freeze", lambda log, split, rows, *rest: rows)  # counting needs no candidates
+    monkeypatch.setattr(
+        "examples._freeze", lambda log, split, rows, *rest: rows
+    )  # counting needs no candidates
     log, options = movielens(), {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0}
     rows = build_examples(log, DataConfig(**options, min_rating=0))["train"]
     assert len(rows) == len(set(rows.tolist())) == 903569
     ratings = log.rating[rows[:, None] + np.arange(10)].astype(int)
-    squares = ratings**2 * (2520 // np.arange(1, 11))  # of the scores, times 2520: integers, so that ties are exact
+    squares = ratings**2 * (
+        2520 // np.arange(1, 11)
+    )  # of the scores, times 2520: integers, so that ties are exact
     best = np.take_along_axis(ratings, squares.argmax(1)[:, None], 1)
     for positive, liked, share in (("argmax", best >= 4, 0.716), ("first", ratings >= 4, 0.959)):
-        assert len(build_examples(log, DataConfig(**options, positive=positive))["train"]) == liked.any(1).sum()
+        assert (
+            len(build_examples(log, DataConfig(**options, positive=positive))["train"])
+            == liked.any(1).sum()
+        )
         assert liked.any(1).mean() == pytest.approx(share, abs=5e-4)

@@ -49,7 +49,11 @@ def logits(model) -> torch.Tensor:
     """Logits of fixed ids in evaluation mode; ours or transformers'."""
     model.eval()
     with torch.no_grad():
-        return model(INPUT_IDS).logits if hasattr(model, "generation_config") else model.logits(INPUT_IDS)
+        return (
+            model(INPUT_IDS).logits
+            if hasattr(model, "generation_config")
+            else model.logits(INPUT_IDS)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the formula
@@ -68,7 +72,9 @@ def test_lora_is_identity_at_init():
 @pytest.mark.parametrize("bias", [False, True])
 def test_adapted_layer_computes_its_formula(use_rslora, scaling, bias):
     """y = W x + b + scaling B A x, with scaling alpha / r, or alpha / sqrt(r) for rsLoRA."""
-    model = adapted(family="qwen2.5" if bias else "llama3.1", r=4, lora_alpha=16, use_rslora=use_rslora)
+    model = adapted(
+        family="qwen2.5" if bias else "llama3.1", r=4, lora_alpha=16, use_rslora=use_rslora
+    )
     layer = model.model.layers[1].self_attn.q_proj
     x = torch.randn(3, 5, 32)
     A, B = layer.lora_A.weight, layer.lora_B.weight
@@ -99,7 +105,9 @@ def test_dropout_touches_only_the_adapter_input():
     actual = layer(x)
     torch.manual_seed(7)
     low_rank = F.dropout(x, 0.5) @ layer.lora_A.weight.T @ layer.lora_B.weight.T
-    torch.testing.assert_close(actual, x @ layer.weight.T + layer.scaling * low_rank, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        actual, x @ layer.weight.T + layer.scaling * low_rank, rtol=1e-5, atol=1e-5
+    )
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     exact = x @ (layer.weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).T
@@ -123,7 +131,12 @@ def test_parameter_count_of_llama_8b():
     """r = 8 on the seven linear layers of Llama-3.1-8B trains 20,971,520 parameters."""
     config = tiny_config("llama3.1")
     config.hidden_size, config.intermediate_size, config.vocab_size = 4096, 14336, 128256
-    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, config.head_dim = 32, 32, 8, 128
+    (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    ) = 32, 32, 8, 128
     with torch.device("meta"):
         model = apply_lora(type(tiny_model())(config), r=8, lora_alpha=32)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 20_971_520
@@ -141,7 +154,9 @@ def test_every_construction_draws_the_same_a():
         assert torch.equal(A, again[name].lora_A.weight)
         assert name not in partial or torch.equal(A, partial[name].lora_A.weight)
         assert not torch.equal(A, other[name].lora_A.weight)
-        assert 0.5 / math.sqrt(layer.in_features) < A.abs().max() <= 1 / math.sqrt(layer.in_features)
+        assert (
+            0.5 / math.sqrt(layer.in_features) < A.abs().max() <= 1 / math.sqrt(layer.in_features)
+        )
         assert not layer.lora_B.weight.any()
     same_shape = [layer.lora_A.weight for layer in first.values() if layer.in_features == 32]
     assert len({tuple(A.flatten().tolist()) for A in same_shape}) == len(same_shape)
@@ -159,12 +174,19 @@ def test_adapter_stays_fp32_over_a_bf16_base(tmp_path):
     save_adapter(half, tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float32}
-    assert max_diff(logits(randomize_adapter(half)), logits(model)) < 0.3  # bf16, but the same model
+    assert (
+        max_diff(logits(randomize_adapter(half)), logits(model)) < 0.3
+    )  # bf16, but the same model
 
 
 @pytest.mark.parametrize(
     "targets, count",
-    [(["q_proj", "v_proj"], 4), ("all-linear", 14), (r".*layers\.1\.mlp\..*", 3), (r".*\.(q|o)_proj", 4)],
+    [
+        (["q_proj", "v_proj"], 4),
+        ("all-linear", 14),
+        (r".*layers\.1\.mlp\..*", 3),
+        (r".*\.(q|o)_proj", 4),
+    ],
 )
 def test_target_modules_choose_the_layers(targets, count):
     """A list of names, "all-linear" or a regular expression over module paths; the head is never adapted."""
@@ -204,20 +226,30 @@ def test_merging_keeps_the_logits(family):
     assert max_diff(before, base) > 0.1
     merge_lora(model)
     assert max_diff(logits(model), before) < 1e-5
-    assert not lora_layers(model) and model.state_dict().keys() == tiny_model(family).state_dict().keys()
+    assert (
+        not lora_layers(model)
+        and model.state_dict().keys() == tiny_model(family).state_dict().keys()
+    )
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
     apply_lora(model, 2, 4)
     assert max_diff(logits(model), before) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ one function per group
-def group(adapters=(1, 1, 1), dtype=torch.float32, bias=True, width=32, widths=(48, 16, 16), x_grad=True):
+def group(
+    adapters=(1, 1, 1), dtype=torch.float32, bias=True, width=32, widths=(48, 16, 16), x_grad=True
+):
     """x (2, 5, in), and weights, biases, As, Bs of projections, those with a 0 in `adapters` without an adapter."""
     x = torch.randn(2, 5, width, dtype=dtype, requires_grad=x_grad)
     weights = [torch.randn(out, width).mul(width**-0.5).to(dtype) for out in widths]
     biases = [torch.randn(out).to(dtype) if bias else None for out in widths]
-    As = [torch.randn(4, width).mul(width**-0.5).requires_grad_() if has else None for has in adapters]
-    Bs = [torch.randn(out, 4).requires_grad_() if has else None for out, has in zip(widths, adapters, strict=True)]
+    As = [
+        torch.randn(4, width).mul(width**-0.5).requires_grad_() if has else None for has in adapters
+    ]
+    Bs = [
+        torch.randn(out, 4).requires_grad_() if has else None
+        for out, has in zip(widths, adapters, strict=True)
+    ]
     return x, weights, biases, As, Bs
 
 
@@ -228,7 +260,9 @@ def outputs_and_gradients(function, x, weights, biases, As, Bs, **kwargs):
     generator = torch.Generator().manual_seed(3)
     upstream = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
     reached = [i for i in range(len(outputs)) if x.requires_grad or As[i] is not None]
-    return outputs, torch.autograd.grad([outputs[i] for i in reached], inputs, [upstream[i] for i in reached])
+    return outputs, torch.autograd.grad(
+        [outputs[i] for i in reached], inputs, [upstream[i] for i in reached]
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -252,9 +286,13 @@ def test_group_gradients_equal_finite_differences():
     weights = [w.double() for w in weights]
 
     def function(x, *adapters):
-        return adapted_projections_reference(x, weights, [None] * 3, adapters[:3], adapters[3:], 2.0)
+        return adapted_projections_reference(
+            x, weights, [None] * 3, adapters[:3], adapters[3:], 2.0
+        )
 
-    torch.autograd.gradcheck(function, arguments)  # the reference; the function itself computes gradients in fp32
+    torch.autograd.gradcheck(
+        function, arguments
+    )  # the reference; the function itself computes gradients in fp32
     exact = torch.autograd.grad(sum(y.sum() for y in function(*arguments)), arguments)
     outputs = adapted_projections(x, [w.float() for w in weights], [None] * 3, As, Bs, 2.0)
     actual = torch.autograd.grad(sum(y.sum() for y in outputs), (x, *As, *Bs))
@@ -271,8 +309,16 @@ def test_half_precision_base_errs_no_more_than_the_naive_form(dtype):
     exact_inputs = [x, *As, *Bs]
     exact_inputs = [t.detach().double().requires_grad_() for t in exact_inputs]
     doubles = [[t.double() for t in ts] for ts in (weights, biases)]
-    exact = outputs_and_gradients(adapted_projections_reference, exact_inputs[0], *doubles, exact_inputs[1:4], exact_inputs[4:])
-    for a, n, e in zip((*actual[0], *actual[1]), (*naive[0], *naive[1]), (*exact[0], *exact[1]), strict=True):
+    exact = outputs_and_gradients(
+        adapted_projections_reference,
+        exact_inputs[0],
+        *doubles,
+        exact_inputs[1:4],
+        exact_inputs[4:],
+    )
+    for a, n, e in zip(
+        (*actual[0], *actual[1]), (*naive[0], *naive[1]), (*exact[0], *exact[1]), strict=True
+    ):
         assert a.dtype == n.dtype
         assert max_diff(a, e) <= 2 * max_diff(n, e) + 1e-6
     assert all(g.dtype == torch.float32 for g in actual[1][1:])
@@ -306,7 +352,9 @@ def test_model_gradients_equal_those_of_the_naive_form(setting, monkeypatch):
     def run(model):
         token_logps, _ = model(tree)
         token_logps.sum().backward()
-        return token_logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        return token_logps.detach(), {
+            n: p.grad for n, p in model.named_parameters() if p.requires_grad
+        }
 
     model = adapted(lora_dropout=0.0)
     if setting == "checkpointing":
@@ -336,14 +384,18 @@ def test_compiled_blocks_follow_changing_lengths(checkpointing):
             model.zero_grad()
             token_logps, _ = model(tree)
             token_logps.sum().backward()
-            results.append((token_logps.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+            results.append(
+                (token_logps.detach(), [p.grad for p in model.parameters() if p.requires_grad])
+            )
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
 
 
 # ------------------------------------------------------------------------------------------------ our files
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("targets", [TARGET_MODULES, ["q_proj", "v_proj"], "all-linear"], ids=["seven", "two", "all"])
+@pytest.mark.parametrize(
+    "targets", [TARGET_MODULES, ["q_proj", "v_proj"], "all-linear"], ids=["seven", "two", "all"]
+)
 def test_saved_adapter_loads_back(targets, use_rslora, tmp_path):
     """save_adapter, then load_adapter on a fresh base, gives bitwise the same logits, ready to train on."""
     base = write_checkpoint(tmp_path / "base")
@@ -375,7 +427,9 @@ def test_adapter_of_another_base_is_refused(tmp_path):
     other = load_pretrained(write_checkpoint(tmp_path / "other", seed=1))
     with pytest.raises(ValueError, match="another base") as error:
         load_adapter(other, tmp_path / "adapter")
-    assert str(tmp_path / "base") in str(error.value) and str(tmp_path / "other") in str(error.value)
+    assert str(tmp_path / "base") in str(error.value) and str(tmp_path / "other") in str(
+        error.value
+    )
     # a base with one weight changed inside: its first row is enough to tell
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0] += 1e-3
@@ -390,7 +444,10 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     "change, culprit",
     [
-        (lambda t: t.pop(f"{PREFIX}.lora_B.weight"), r"1 missing.*layers\.0\.self_attn\.q_proj\.lora_B"),
+        (
+            lambda t: t.pop(f"{PREFIX}.lora_B.weight"),
+            r"1 missing.*layers\.0\.self_attn\.q_proj\.lora_B",
+        ),
         (lambda t: t.update({f"{PREFIX}.lora_C.weight": torch.zeros(1)}), r"1 unexpected.*lora_C"),
         (
             lambda t: t.update({"model." + n: t.pop(n) for n in list(t)}),
@@ -475,15 +532,29 @@ def test_a_refused_adapter_leaves_the_model_alone(tmp_path):
 
 def test_keys_and_config_are_those_of_peft(tmp_path):
     """The two files hold PEFT's names, fp32 tensors and every setting that its older readers look for."""
-    save_adapter(adapted(write_checkpoint(tmp_path / "base"), target_modules=["q_proj"]), tmp_path / "adapter")
+    save_adapter(
+        adapted(write_checkpoint(tmp_path / "base"), target_modules=["q_proj"]),
+        tmp_path / "adapter",
+    )
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as f:
         assert f.metadata()["format"] == "pt"
         layers = [f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
         assert set(f.keys()) == {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
-    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
-    expected |= {"use_rslora": False, "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": None}
+    expected = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+    }
+    expected |= {
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
     assert expected.items() <= config.items() and config["target_modules"] == ["q_proj"]
 
 
@@ -518,12 +589,21 @@ def test_saved_adapter_loads_in_peft(family, targets, use_rslora, tmp_path):
     "settings",
     [
         {"r": 4, "lora_alpha": 8, "target_modules": list(TARGET_MODULES)},
-        {"r": 4, "lora_alpha": 8, "target_modules": list(TARGET_MODULES), "use_rslora": True, "lora_dropout": 0.1},
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": list(TARGET_MODULES),
+            "use_rslora": True,
+            "lora_dropout": 0.1,
+        },
         {"r": 3, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
         {"target_modules": None},  # PEFT's defaults: r = 8, alpha = 8, q_proj and v_proj
         {"r": 4, "target_modules": "all-linear"},
         {"r": 4, "target_modules": r".*self_attn\.(q|o)_proj"},
-        {"r": 4, "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]},  # PEFT matches endings of paths
+        {
+            "r": 4,
+            "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"],
+        },  # PEFT matches endings of paths
     ],
     ids=["seven", "rslora", "two", "defaults", "all-linear", "regex", "endings"],
 )
@@ -532,7 +612,9 @@ def test_adapter_of_peft_loads_here(family, settings, tmp_path):
     """An adapter that PEFT saved gives PEFT's logits here."""
     library = peft()
     base = transformers_model(family, tmp_path / "base")
-    theirs = randomize_adapter(library.get_peft_model(base, library.LoraConfig(task_type="CAUSAL_LM", **settings)))
+    theirs = randomize_adapter(
+        library.get_peft_model(base, library.LoraConfig(task_type="CAUSAL_LM", **settings))
+    )
     theirs.save_pretrained(tmp_path / "adapter")
     plain = load_pretrained(tmp_path / "base")
     before = logits(plain)

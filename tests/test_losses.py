@@ -36,14 +36,18 @@ def recpo(kind: str, margin_lambda: float, beta: float, num_negatives: int = 3) 
     return recpo_loss(POLICY[:, :N], REFERENCE[:, :N], margin_lambda * margins, beta)[0]
 
 
-@pytest.mark.parametrize("beta, golden", [(0.1, [0.6563501408, 0.7313501408]), (1.0, [0.3868710061, 1.1368710061])])
+@pytest.mark.parametrize(
+    "beta, golden", [(0.1, [0.6563501408, 0.7313501408]), (1.0, [0.3868710061, 1.1368710061])]
+)
 def test_dpo_equals_stored_numbers(beta, golden):
     """DPO against the first rejected item alone."""
     losses, _ = dpo_loss(POLICY[:, :2], REFERENCE[:, :2], beta)
     assert losses.tolist() == pytest.approx(golden, abs=1e-6)
 
 
-@pytest.mark.parametrize("beta, golden", [(1.0, [2.3523408786, 1.4348666480]), (0.1, [1.4351838872, 1.3498079891])])
+@pytest.mark.parametrize(
+    "beta, golden", [(1.0, [2.3523408786, 1.4348666480]), (0.1, [1.4351838872, 1.3498079891])]
+)
 def test_sdpo_equals_stored_numbers(beta, golden):
     """S-DPO against three rejected items."""
     assert sdpo_loss(POLICY, REFERENCE, beta)[0].tolist() == pytest.approx(golden, abs=1e-6)
@@ -107,9 +111,11 @@ def test_kto_without_a_positive_baseline_is_that_of_zero():
 
 @pytest.mark.parametrize("loss", [ipo_loss, odpo_loss, kto_loss, simpo_loss, dpo_loss])
 def test_pairwise_losses_refuse_more_than_two(loss):
-    arguments = {odpo_loss: (torch.zeros(2, 3), 1.0), simpo_loss: (1.0, 1.0), kto_loss: (torch.tensor(0.0), 1.0)}.get(
-        loss, (1.0,)
-    )
+    arguments = {
+        odpo_loss: (torch.zeros(2, 3), 1.0),
+        simpo_loss: (1.0, 1.0),
+        kto_loss: (torch.tensor(0.0), 1.0),
+    }.get(loss, (1.0,))
     logps = (POLICY, torch.ones_like(POLICY)) if loss is simpo_loss else (POLICY, REFERENCE)
     with pytest.raises(ValueError, match="compares two completions, got 4"):
         loss(*logps, *arguments)
@@ -119,7 +125,10 @@ def test_pairwise_losses_refuse_more_than_two(loss):
 def test_recpo_without_margin_is_sdpo(beta):
     """lambda = 0, or the margin `none`, leaves S-DPO."""
     expected, expected_rewards = sdpo_loss(POLICY, REFERENCE, beta)
-    for margins in (0.0 * REJECTED_SCORES, 2.0 * target_margins(CHOSEN_SCORES, REJECTED_SCORES, "none")):
+    for margins in (
+        0.0 * REJECTED_SCORES,
+        2.0 * target_margins(CHOSEN_SCORES, REJECTED_SCORES, "none"),
+    ):
         losses, rewards = recpo_loss(POLICY, REFERENCE, margins, beta)
         assert torch.equal(losses, expected) and torch.equal(rewards, expected_rewards)
 
@@ -131,7 +140,10 @@ def test_recpo_with_one_negative_and_no_margin_is_dpo(beta):
     ours = recpo_loss(policy, REFERENCE[:, :2], torch.zeros(2, 1, dtype=torch.float64), beta)[0]
     dpo = dpo_loss(policy, REFERENCE[:, :2], beta)[0]
     assert ours.tolist() == pytest.approx(dpo.tolist(), abs=1e-12)
-    (grad_ours,), (grad_dpo,) = torch.autograd.grad(ours.sum(), policy), torch.autograd.grad(dpo.sum(), policy)
+    (grad_ours,), (grad_dpo,) = (
+        torch.autograd.grad(ours.sum(), policy),
+        torch.autograd.grad(dpo.sum(), policy),
+    )
     torch.testing.assert_close(grad_ours, grad_dpo, rtol=0, atol=1e-12)
 
 
@@ -172,15 +184,22 @@ def test_loss_and_gradient_stay_finite_far_apart(gap):
         losses, rewards = loss(policy, torch.zeros(1, 4))
         (gradient,) = torch.autograd.grad(losses.sum(), policy)
         assert losses.isfinite().all() and gradient.isfinite().all() and rewards.isfinite().all()
-        assert losses.item() == pytest.approx(500, rel=0.05) if gap < 0 else 0 <= losses.item() < 1e-6
-        assert gradient[0, 0].item() == pytest.approx(-1.0 if gap < 0 else 0.0, abs=1e-4)  # 500 is known to 3e-5
+        assert (
+            losses.item() == pytest.approx(500, rel=0.05) if gap < 0 else 0 <= losses.item() < 1e-6
+        )
+        assert gradient[0, 0].item() == pytest.approx(
+            -1.0 if gap < 0 else 0.0, abs=1e-4
+        )  # 500 is known to 3e-5
         assert gradient.sum().item() == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 def test_bounded_and_quadratic_losses_stay_finite_far_apart(gap):
     """KTO saturates with slope 0; IPO's square grows."""
-    for loss in (lambda p, r: kto_loss(p, r, torch.tensor(1.0), 1.0), lambda p, r: ipo_loss(p, r, 0.1)):
+    for loss in (
+        lambda p, r: kto_loss(p, r, torch.tensor(1.0), 1.0),
+        lambda p, r: ipo_loss(p, r, 0.1),
+    ):
         policy = torch.tensor([[gap, 0.0]], requires_grad=True)
         losses, _ = loss(policy, torch.zeros(1, 2))
         (gradient,) = torch.autograd.grad(losses.sum(), policy)
@@ -192,7 +211,11 @@ def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     pytest.importorskip("trl", reason="the extra `peers` has trl")
     (chosen, rejected), (ref_chosen, ref_rejected) = PAIR.T, PAIR_REFERENCE.T
     trainer = MagicMock(
-        beta=0.7, label_smoothing=0.0, alpha=0.0, simpo_gamma=0.9, loss_type="sigmoid" if name == "cpo" else name
+        beta=0.7,
+        label_smoothing=0.0,
+        alpha=0.0,
+        simpo_gamma=0.9,
+        loss_type="sigmoid" if name == "cpo" else name,
     )
     trainer.accelerator.device = "cpu"
     trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
@@ -201,15 +224,25 @@ def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
         of_lengths = PAIR / LENGTHS if name == "simpo" else PAIR
         theirs = CPOTrainer.cpo_loss(trainer, *of_lengths.T)[0].mean()
-        return (cpo_loss(PAIR, 0.7) if name == "cpo" else simpo_loss(PAIR, LENGTHS, 0.7, 0.9))[0].mean(), theirs
+        return (cpo_loss(PAIR, 0.7) if name == "cpo" else simpo_loss(PAIR, LENGTHS, 0.7, 0.9))[
+            0
+        ].mean(), theirs
     # log-probs of a sequence stand at its first scored token; masks count its tokens; chosen ones come first
     lengths = LENGTHS.T.flatten().long()
     mask = torch.cat([torch.zeros(4, 1), (torch.arange(5) < lengths[:, None]).double()], 1)
     log_probs = torch.zeros(4, 5, dtype=torch.float64)
     log_probs[:, 0] = torch.cat([chosen, rejected])
-    rest = {"entropy": torch.zeros(4, 5), "mean_logits": torch.zeros(4, 5), "is_top1": torch.zeros(4, 5).bool()}
+    rest = {
+        "entropy": torch.zeros(4, 5),
+        "mean_logits": torch.zeros(4, 5),
+        "is_top1": torch.zeros(4, 5).bool(),
+    }
     outputs = MagicMock(log_probs=log_probs, aux_loss=None, **rest)
-    inputs = {"input_ids": torch.zeros(4, 6).long(), "attention_mask": torch.ones(4, 6), "completion_mask": mask}
+    inputs = {
+        "input_ids": torch.zeros(4, 6).long(),
+        "attention_mask": torch.ones(4, 6),
+        "completion_mask": mask,
+    }
     trainer.configure_mock(
         ld_alpha=None, precompute_ref_logps=True, aux_loss_enabled=False, f_divergence_type="reverse_kl", use_weighting=False,
         loss_types=["sigmoid" if name == "dpo" else "ipo"], loss_weights=[1.0], desirable_weight=1.0, undesirable_weight=1.0,
@@ -219,7 +252,10 @@ def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         from trl import KTOTrainer
 
         trainer._compute_kl_logps = lambda *_: torch.tensor([-9.0, -1.0], dtype=torch.float64)
-        inputs |= {"label": torch.tensor([True, True, False, False]), "ref_logps": torch.cat([ref_chosen, ref_rejected])}
+        inputs |= {
+            "label": torch.tensor([True, True, False, False]),
+            "ref_logps": torch.cat([ref_chosen, ref_rejected]),
+        }
         inputs |= {"ref_KL_logps": torch.tensor([-9.5, -1.25], dtype=torch.float64)}
         theirs = KTOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
         return kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.375), 0.7)[0].mean(), theirs
@@ -244,7 +280,9 @@ def test_gradient_of_recpo_equals_finite_differences():
     policy, reference = POLICY.clone().requires_grad_(), REFERENCE.clone().requires_grad_()
     margins = 2.0 * target_margins(CHOSEN_SCORES, REJECTED_SCORES, "log_diff")
     assert torch.autograd.gradcheck(lambda p: recpo_loss(p, REFERENCE, margins, 0.5)[0], policy)
-    assert torch.autograd.gradcheck(lambda p: dpo_loss(p[:, :2], REFERENCE[:, :2], 0.5, 0.1)[0], policy)
+    assert torch.autograd.gradcheck(
+        lambda p: dpo_loss(p[:, :2], REFERENCE[:, :2], 0.5, 0.1)[0], policy
+    )
     assert not recpo_loss(policy, reference, margins, 0.5)[1].requires_grad
     assert not dpo_loss(policy[:, :2], reference[:, :2], 0.5)[1].requires_grad
 
@@ -256,16 +294,25 @@ def test_rewards_are_beta_times_log_ratios():
         recpo_loss(POLICY, REFERENCE, torch.ones(2, 3), 0.5),
     ):
         assert rewards.tolist() == [[-0.5, -0.875, 0.5, -0.25], [0.25, 0.625, 0.25, -1.0]]
-    assert dpo_loss(POLICY[:, :2], REFERENCE[:, :2], 0.5)[1].tolist() == [[-0.5, -0.875], [0.25, 0.625]]
+    assert dpo_loss(POLICY[:, :2], REFERENCE[:, :2], 0.5)[1].tolist() == [
+        [-0.5, -0.875],
+        [0.25, 0.625],
+    ]
 
 
 def test_label_smoothing_mixes_both_directions():
     """Conservative DPO: a share of the labels is taken to be the other way round; at one half order stops to count."""
     policy, reference = POLICY[:, :2], REFERENCE[:, :2]
-    straight, swapped = dpo_loss(policy, reference, 1.0)[0], dpo_loss(policy.flip(1), reference.flip(1), 1.0)[0]
+    straight, swapped = (
+        dpo_loss(policy, reference, 1.0)[0],
+        dpo_loss(policy.flip(1), reference.flip(1), 1.0)[0],
+    )
     smoothed = dpo_loss(policy, reference, 1.0, label_smoothing=0.2)[0]
     assert smoothed.tolist() == pytest.approx((0.8 * straight + 0.2 * swapped).tolist(), abs=1e-12)
-    half = dpo_loss(policy, reference, 1.0, 0.5)[0], dpo_loss(policy.flip(1), reference.flip(1), 1.0, 0.5)[0]
+    half = (
+        dpo_loss(policy, reference, 1.0, 0.5)[0],
+        dpo_loss(policy.flip(1), reference.flip(1), 1.0, 0.5)[0],
+    )
     assert half[0].tolist() == pytest.approx(half[1].tolist(), abs=1e-12)
 
 
@@ -281,15 +328,21 @@ def test_target_margins_by_hand():
     log = math.log
     assert target_margins(chosen, rejected)[0].tolist() == [4, 2, 1]  # ratio is the default
     assert target_margins(chosen, rejected, "ratio")[0].tolist() == [4, 2, 1]
-    assert target_margins(chosen, rejected, "log_diff")[0].tolist() == pytest.approx([log(4), log(3), 0])
-    assert target_margins(chosen, rejected, "log_ratio")[0].tolist() == pytest.approx([log(4), log(2), 0])
+    assert target_margins(chosen, rejected, "log_diff")[0].tolist() == pytest.approx(
+        [log(4), log(3), 0]
+    )
+    assert target_margins(chosen, rejected, "log_ratio")[0].tolist() == pytest.approx(
+        [log(4), log(2), 0]
+    )
     assert target_margins(chosen, rejected, "none")[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", MARGINS)
 def test_margins_stay_finite_where_a_rejected_item_scores_higher(kind):
     """The first liked item may score below a rejected one; no margin becomes NaN or infinite for that."""
-    margins = target_margins(torch.tensor([0.5, 5.0]), torch.tensor([[1.5, 5.0, 0.5], [5.0, 0.3, 0.5]]), kind)
+    margins = target_margins(
+        torch.tensor([0.5, 5.0]), torch.tensor([[1.5, 5.0, 0.5], [5.0, 0.3, 0.5]]), kind
+    )
     assert margins.shape == (2, 3) and margins.isfinite().all()
 
 

@@ -51,7 +51,9 @@ def test_logits_equal_transformers(family, tmp_path):
         position_ids = position_ids.expand(2, 7)
         with torch.no_grad():
             # an explicit attention_mask, or transformers takes a jump in the positions for the start of a new sequence
-            expected = theirs(input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)).logits
+            expected = theirs(
+                input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)
+            ).logits
             actual = ours.logits(input_ids, position_ids)
         assert actual.dtype == torch.float32
         assert max_diff(actual, expected) < 1e-4
@@ -69,7 +71,9 @@ def test_saved_checkpoint_loads_in_transformers(family, shard_bytes, tmp_path):
     assert not any(info.values()), info
     input_ids, position_ids = torch.randint(131, (2, 7)), LATE_POSITIONS.expand(2, 7)
     with torch.no_grad():
-        expected = theirs(input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)).logits
+        expected = theirs(
+            input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)
+        ).logits
         assert max_diff(ours.logits(input_ids, position_ids), expected) < 1e-4
 
 
@@ -90,7 +94,9 @@ def test_logits_equal_stored_ones(family):
     model = Transformer(tiny_config(family))
     with torch.no_grad():
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
-            wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (0.37 + 0.01 * i) + i).view(p.shape)
+            wave = torch.sin(
+                torch.arange(p.numel(), dtype=torch.float64) * (0.37 + 0.01 * i) + i
+            ).view(p.shape)
             p.copy_(1 + 0.3 * wave if name.endswith("norm.weight") else 0.3 * wave)
         logits = model.logits(GOLDEN_IDS, LATE_POSITIONS)[0, -1, [0, 7, 64, 130]]
     assert max_diff(logits, torch.tensor(GOLDEN_LOGITS[family])) < 1e-4
@@ -126,7 +132,9 @@ def test_init_weights_is_a_function_of_the_seed(config):
     assert torch.equal(a.model.norm.weight, torch.ones(64))
     wide, residual = a.model.layers[0].mlp.up_proj.weight, a.model.layers[0].mlp.down_proj.weight
     assert wide.std().item() == pytest.approx(64**-0.5, rel=0.05)
-    assert residual.std().item() == pytest.approx(wide.std().item() / 2, rel=0.05)  # sqrt(2 x 2 layers)
+    assert residual.std().item() == pytest.approx(
+        wide.std().item() / 2, rel=0.05
+    )  # sqrt(2 x 2 layers)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -137,19 +145,29 @@ def test_sharded_checkpoint_loads_back(family, tmp_path):
     write_checkpoint(tmp_path / "many", family, shard_bytes=20_000)
     assert (tmp_path / "one" / "model.safetensors").exists()
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
-    one, many, saved = load_pretrained(tmp_path / "one"), load_pretrained(tmp_path / "many"), tiny_model(family)
+    one, many, saved = (
+        load_pretrained(tmp_path / "one"),
+        load_pretrained(tmp_path / "many"),
+        tiny_model(family),
+    )
     for name, p in saved.state_dict().items():
-        assert torch.equal(one.state_dict()[name], p) and torch.equal(many.state_dict()[name], p), name
+        assert torch.equal(one.state_dict()[name], p) and torch.equal(many.state_dict()[name], p), (
+            name
+        )
 
 
-@pytest.mark.parametrize("first, second", [(20_000, 10**9), (10**9, 20_000)], ids=["over-shards", "over-single"])
+@pytest.mark.parametrize(
+    "first, second", [(20_000, 10**9), (10**9, 20_000)], ids=["over-shards", "over-single"]
+)
 def test_saving_again_replaces_the_old_weights(first, second, tmp_path):
     """What is loaded, here and in transformers, is what was saved last, whichever way the files were split."""
     write_checkpoint(tmp_path, seed=0, shard_bytes=first)
     write_checkpoint(tmp_path, seed=1, shard_bytes=second)
     assert torch.equal(load_pretrained(tmp_path).lm_head.weight, tiny_model(seed=1).lm_head.weight)
     # transformers prefers model.safetensors to an index
-    assert (tmp_path / "model.safetensors").exists() != (tmp_path / "model.safetensors.index.json").exists()
+    assert (tmp_path / "model.safetensors").exists() != (
+        tmp_path / "model.safetensors.index.json"
+    ).exists()
 
 
 def test_tied_head_is_not_stored_and_tied_again(tmp_path):
@@ -159,7 +177,10 @@ def test_tied_head_is_not_stored_and_tied_again(tmp_path):
     weights = load_file(file)
     assert "lm_head.weight" not in weights
     embedding = weights["model.embed_tokens.weight"]
-    extra = {"lm_head.weight": embedding.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    extra = {
+        "lm_head.weight": embedding.clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
     save_file(weights | extra, file, metadata={"format": "pt"})
     model = load_pretrained(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -182,7 +203,10 @@ def version_5_layout(raw: dict) -> dict:
     raw = dict(raw)
     scaling = raw.pop("rope_scaling", None) or {"rope_type": "default"}
     layers = ["full_attention"] * raw["num_hidden_layers"]
-    return raw | {"rope_parameters": {"rope_theta": raw.pop("rope_theta", 1e4)} | scaling, "layer_types": layers}
+    return raw | {
+        "rope_parameters": {"rope_theta": raw.pop("rope_theta", 1e4)} | scaling,
+        "layer_types": layers,
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +218,10 @@ def test_both_config_layouts_mean_the_same(family, tmp_path):
     assert ModelConfig.from_pretrained(tmp_path / "4") == tiny_config(family)
     assert ModelConfig.from_pretrained(tmp_path / "5") == tiny_config(family)
     if raw.get("rope_scaling"):
-        scaling = {"type" if key == "rope_type" else key: value for key, value in raw["rope_scaling"].items()}
+        scaling = {
+            "type" if key == "rope_type" else key: value
+            for key, value in raw["rope_scaling"].items()
+        }
         write_json(tmp_path / "legacy" / "config.json", raw | {"rope_scaling": scaling})
         assert ModelConfig.from_pretrained(tmp_path / "legacy") == tiny_config(family)
 
@@ -362,7 +389,9 @@ def test_tree_equals_separate_sequences(family, num_completions, longest):
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    names, parameters = zip(
+        *((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True
+    )
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
@@ -384,10 +413,14 @@ def test_tree_gradients_equal_separate_sequences(family, frozen_head, checkpoint
         runs.clear()
         actual = gradients(model, (weights * logps).sum())
         assert len(runs) == 2 * checkpointing  # both blocks are run again in backward, or none
-        expected = gradients(model, (weights * full_sequence_logps(model, prompts, groups)[0]).sum())
+        expected = gradients(
+            model, (weights * full_sequence_logps(model, prompts, groups)[0]).sum()
+        )
         assert actual.keys() == expected.keys()
         for name, gradient in expected.items():
-            if gradient.abs().max() > 0:  # one-token prompts of one completion leave queries and keys without gradient
+            if (
+                gradient.abs().max() > 0
+            ):  # one-token prompts of one completion leave queries and keys without gradient
                 assert max_diff(actual[name], gradient) <= 1e-4 * gradient.abs().max().item(), name
 
 
@@ -457,7 +490,9 @@ def test_swiglu_equals_its_formula_and_keeps_two_tensors(dtype):
     exact = torch.nn.functional.silu(exact_inputs[0]) * exact_inputs[1]
     truth = torch.autograd.grad(exact, exact_inputs, upstream.double())
     naive = torch.autograd.grad(expected, (gate, up), upstream)
-    for a, n, e in zip(torch.autograd.grad(actual, (gate, up), upstream), naive, truth, strict=True):
+    for a, n, e in zip(
+        torch.autograd.grad(actual, (gate, up), upstream), naive, truth, strict=True
+    ):
         assert max_diff(a, e) <= 2 * max_diff(n, e) + 1e-6
 
 
@@ -467,7 +502,9 @@ def test_rms_norm_rounds_where_the_published_models_do(dtype):
     norm = randomize(RMSNorm(48, 1e-5)).to(dtype)
     x = (5 * torch.randn(7, 48)).to(dtype)
     wide = x.float()
-    expected = norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    expected = norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(
+        dtype
+    )
     assert torch.equal(norm(x), expected)
 
 
@@ -513,7 +550,9 @@ def test_generate_makes_no_more_passes_than_needed(monkeypatch):
     everything = range(131)
     steps = []
     decode_step = Transformer.decode_step
-    monkeypatch.setattr(Transformer, "decode_step", lambda *args: steps.append(1) or decode_step(*args))
+    monkeypatch.setattr(
+        Transformer, "decode_step", lambda *args: steps.append(1) or decode_step(*args)
+    )
     assert [len(ids) for ids in generate(model, prompts, 12, everything)] == [1, 1]
     assert len(steps) == 1
 
@@ -530,13 +569,17 @@ def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
     """Configuration and tokenizer; the weights only where they are asked for; never a pickle."""
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path,
     )
     assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
     assert asked == [("org/model", ["*.json", "*.safetensors"]), ("org/model", ["*.json"])]
 
 
-@pytest.mark.parametrize("status, kind", [(403, "GatedRepoError"), (404, "RepositoryNotFoundError"), (401, "HfHubHTTPError")])
+@pytest.mark.parametrize(
+    "status, kind",
+    [(403, "GatedRepoError"), (404, "RepositoryNotFoundError"), (401, "HfHubHTTPError")],
+)
 def test_a_refused_hub_name_says_how_to_log_in(status, kind, monkeypatch):
     """Gated, unknown, or an expired token: what to do, without a traceback of the client."""
     from huggingface_hub import errors

@@ -12,7 +12,9 @@ from interactions import Interactions, k_core, make_interactions
 from planted import World, bayes_scores, planted_world
 
 
-def examples_at(log: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20) -> Examples:
+def examples_at(
+    log: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20
+) -> Examples:
     E, n = candidates.shape
     return Examples(
         log,
@@ -42,7 +44,9 @@ def test_nobody_reads_a_story_twice(seed):
     assert len(np.unique(log.user.astype(np.int64) * log.num_items + log.item)) == len(log.user)
     assert world.min_length <= lengths.min() and lengths.max() <= world.max_length
     day = (log.timestamp - log.timestamp.min()) // 86_400
-    assert (day == np.arange(len(day)) - log.start[log.user]).all()  # a dropped repetition would leave a gap
+    assert (
+        day == np.arange(len(day)) - log.start[log.user]
+    ).all()  # a dropped repetition would leave a gap
 
 
 def test_the_world_is_a_function_of_its_seed():
@@ -61,7 +65,9 @@ def test_k_core_keeps_the_whole_world():
     assert np.bincount(log.item).min() >= 20
 
 
-@pytest.mark.parametrize("world", [World(), World(seed=5), World(num_genres=40, stories_per_genre=36)])
+@pytest.mark.parametrize(
+    "world", [World(), World(seed=5), World(num_genres=40, stories_per_genre=36)]
+)
 def test_titles_are_unique_and_give_the_genre_away(world):
     """No title repeats, and each of its two words belongs to one genre and one place."""
     titles = world.titles()
@@ -77,18 +83,37 @@ def test_titles_are_unique_and_give_the_genre_away(world):
 def test_probabilities_sum_to_one():
     """Transitions, genres and ratings are distributions; a taste stays, moves to its successor or jumps anywhere."""
     world = World(num_genres=5)
-    for rows in (world.transition(), world.genre_given_taste(), world.rating_given(np.array([True, False]))):
+    for rows in (
+        world.transition(),
+        world.genre_given_taste(),
+        world.rating_given(np.array([True, False])),
+    ):
         assert (rows >= 0).all() and np.allclose(rows.sum(1), 1)
     jump = (1 - world.stay - world.successor) / 5
-    assert np.allclose(world.transition()[4], [world.successor + jump, jump, jump, jump, world.stay + jump])
-    assert np.allclose(world.genre_given_taste()[1], [world.curiosity / 4, 1 - world.curiosity] + 3 * [world.curiosity / 4])
+    assert np.allclose(
+        world.transition()[4], [world.successor + jump, jump, jump, jump, world.stay + jump]
+    )
+    assert np.allclose(
+        world.genre_given_taste()[1],
+        [world.curiosity / 4, 1 - world.curiosity] + 3 * [world.curiosity / 4],
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the optimal policy
-TINY = World(num_users=300, num_genres=2, stories_per_genre=6, words_per_genre=3, min_length=4, max_length=5, curiosity=0.25)
+TINY = World(
+    num_users=300,
+    num_genres=2,
+    stories_per_genre=6,
+    words_per_genre=3,
+    min_length=4,
+    max_length=5,
+    curiosity=0.25,
+)
 
 
-def brute_force(world: World, stories: list[int], ratings: list[int], unread: int, min_rating: float) -> float:
+def brute_force(
+    world: World, stories: list[int], ratings: list[int], unread: int, min_rating: float
+) -> float:
     """P(next story = unread and rating >= min_rating | history), as a sum over every hidden path of tastes."""
     G, after = world.num_genres, len(stories)
 
@@ -105,16 +130,26 @@ def brute_force(world: World, stories: list[int], ratings: list[int], unread: in
     for path in product(range(G), repeat=after + 1):
         p = 1 / G
         for a, b in zip(path, path[1:], strict=False):
-            p *= world.stay * (a == b) + world.successor * (b == (a + 1) % G) + (1 - world.stay - world.successor) / G
+            p *= (
+                world.stay * (a == b)
+                + world.successor * (b == (a + 1) % G)
+                + (1 - world.stay - world.successor) / G
+            )
         for t in range(after):
-            p *= p_step(path[t], stories[t], stories[:t]) * p_rating(path[t], stories[t], ratings[t])
+            p *= p_step(path[t], stories[t], stories[:t]) * p_rating(
+                path[t], stories[t], ratings[t]
+            )
         history += p
-        liked = sum(p_rating(path[-1], unread, rating) for rating in range(1, 6) if rating >= min_rating)
+        liked = sum(
+            p_rating(path[-1], unread, rating) for rating in range(1, 6) if rating >= min_rating
+        )
         joint += p * p_step(path[-1], unread, stories) * liked
     return joint / history
 
 
-@pytest.mark.parametrize("world", [TINY, replace(TINY, num_genres=3, min_length=3, max_length=4, stories_per_genre=4)])
+@pytest.mark.parametrize(
+    "world", [TINY, replace(TINY, num_genres=3, min_length=3, max_length=4, stories_per_genre=4)]
+)
 @pytest.mark.parametrize("min_rating", [4.0, 3.0])
 def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
     """The forward algorithm gives the log-probability that brute force gives, for every unread story and any history."""
@@ -123,7 +158,9 @@ def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
     story = np.array([titles[title] for title in log.titles])
     positions, candidates = [], []
     for user in range(40):
-        p = int(log.start[user]) + user % int(log.start[user + 1] - log.start[user])  # histories of 0, 1, 2, ...
+        p = int(log.start[user]) + user % int(
+            log.start[user + 1] - log.start[user]
+        )  # histories of 0, 1, 2, ...
         read = log.item[log.start[user] : p].tolist()
         positions.append(p)
         candidates.append([item for item in range(log.num_items) if item not in read][:6])
@@ -131,7 +168,9 @@ def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
     for e, p in enumerate(positions):
         rows = slice(int(log.start[log.user[p]]), p)
         stories, ratings = story[log.item[rows]].tolist(), log.rating[rows].astype(int).tolist()
-        expected = [brute_force(world, stories, ratings, int(story[c]), min_rating) for c in candidates[e]]
+        expected = [
+            brute_force(world, stories, ratings, int(story[c]), min_rating) for c in candidates[e]
+        ]
         np.testing.assert_allclose(np.exp(found[e]), expected, rtol=1e-9)
 
 
@@ -150,9 +189,16 @@ def test_bayes_scores_are_calibrated_on_the_log():
     genre_p = np.stack([p[:, genre_of == g].sum(1) for g in range(world.num_genres)], 1)
     events = {"liked": (p.sum(1), liked)}  # probability and outcome per user
     for rank, best in enumerate(np.argsort(-genre_p, axis=1)[:, :3].T):
-        events[f"liked, of genre {rank}"] = (genre_p[np.arange(len(p)), best], liked & (genre_of[item] == best))
+        events[f"liked, of genre {rank}"] = (
+            genre_p[np.arange(len(p)), best],
+            liked & (genre_of[item] == best),
+        )
     for name, (probability, outcome) in events.items():
-        error = (outcome - probability).mean() / np.sqrt((probability * (1 - probability)).sum()) * len(p)
+        error = (
+            (outcome - probability).mean()
+            / np.sqrt((probability * (1 - probability)).sum())
+            * len(p)
+        )
         assert abs(error) < 4, (name, probability.mean(), outcome.mean())
 
 
@@ -163,7 +209,9 @@ def test_bayes_scores_use_the_ratings():
     stories = list(range(len(titles)))
     scores = []
     for rating in (1, 5):
-        rows = [("a", 0, rating, 0), ("a", 23, 5, 1)] + [("b", story, 5, story) for story in stories]
+        rows = [("a", 0, rating, 0), ("a", 23, 5, 1)] + [
+            ("b", story, 5, story) for story in stories
+        ]
         log = make_interactions(*zip(*rows, strict=True), titles, "planted")
         scores.append(bayes_scores(world, examples_at(log, [1], np.array([[1, 7, 13]])))[0])
     assert scores[0][0] < scores[0][2] and scores[1][0] > scores[1][2]
@@ -174,16 +222,29 @@ def test_a_history_not_shown_whole_is_refused():
     log = planted_world(World(num_users=300))
     config = DataConfig(planted_users=300, followers=4, min_history=3)
     longest = int(np.diff(log.start).max()) - 1
-    bayes_scores(World(num_users=300), build_examples(log, replace(config, history=longest))["test"])
-    with pytest.raises(ValueError, match=f"history of {longest} stories is not shown whole .--history {longest - 1}"):
-        bayes_scores(World(num_users=300), build_examples(log, replace(config, history=longest - 1))["test"])
+    bayes_scores(
+        World(num_users=300), build_examples(log, replace(config, history=longest))["test"]
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"history of {longest} stories is not shown whole .--history {longest - 1}",
+    ):
+        bayes_scores(
+            World(num_users=300), build_examples(log, replace(config, history=longest - 1))["test"]
+        )
 
 
 def test_bayes_policy_beats_counting():
     """On the test candidates of the default world the optimum is far above popularity and Markov counts, and below 1."""
     world = World(num_users=1500)
-    examples = build_examples(planted_world(world), DataConfig(planted_users=1500, followers=4))["test"]
-    hits = {"Bayes": ranking_metrics(bayes_scores(world, examples), examples.target)["hit_ratio@1"].mean()}
+    examples = build_examples(planted_world(world), DataConfig(planted_users=1500, followers=4))[
+        "test"
+    ]
+    hits = {
+        "Bayes": ranking_metrics(bayes_scores(world, examples), examples.target)[
+            "hit_ratio@1"
+        ].mean()
+    }
     for name, scores in counting_baselines(examples).items():
         hits[name] = ranking_metrics(scores, examples.target)["hit_ratio@1"].mean()
     print(f"{len(examples)} users: " + ", ".join(f"{name} {hit:.3f}" for name, hit in hits.items()))

@@ -8,7 +8,14 @@ from eval import PROBE_NAMES, EvalConfig
 from examples import PROBES, probe_examples, render_prompt
 from interactions import make_interactions
 from planted import World, planted_world
-from probes import by_length, choice_of_answers, choice_of_scores, measure, outcomes, reference_choices
+from probes import (
+    by_length,
+    choice_of_answers,
+    choice_of_scores,
+    measure,
+    outcomes,
+    reference_choices,
+)
 
 
 def random_log(seed: int = 0, num_users: int = 60):
@@ -31,7 +38,10 @@ def test_probes_take_all_users_that_fit(probe):
         rows = list(range(log.start[u], log.start[u + 1]))
         before, last = log.rating[rows[-2]], log.rating[rows[-1]]
         count = 2 if probe in ("adherence", "temptation") else 1
-        fits = {"adherence": before >= 4 and last >= 4, "temptation": before >= 4 and last <= 2}.get(probe, last <= 2)
+        fits = {
+            "adherence": before >= 4 and last >= 4,
+            "temptation": before >= 4 and last <= 2,
+        }.get(probe, last <= 2)
         if fits and len(rows) - count >= 3:
             expected[u] = rows[-count:]
     users = log.user[examples.position].tolist()
@@ -41,7 +51,11 @@ def test_probes_take_all_users_that_fit(probe):
         assert examples.position[e] == rows[0]
         candidates = examples.candidates[e].tolist()
         assert candidates[examples.target[e]] == log.item[rows[0]] and len(set(candidates)) == 20
-        follows = [c for c, is_random in zip(candidates, examples.is_random[e], strict=True) if not is_random]
+        follows = [
+            c
+            for c, is_random in zip(candidates, examples.is_random[e], strict=True)
+            if not is_random
+        ]
         assert sorted(follows) == sorted(log.item[rows].tolist())
         touched = set(log.item[log.start[u] : log.start[u + 1]].tolist())
         assert not touched & {c for c in candidates if c not in follows}
@@ -62,7 +76,10 @@ def test_figures_count_what_their_names_say():
     config = DataConfig(min_history=3)
     examples = probe_examples(log, config, "adherence")
     E, rows = len(examples), np.arange(len(examples))
-    later = [int(np.flatnonzero(~examples.is_random[e] & (np.arange(20) != examples.target[e]))[0]) for e in rows]
+    later = [
+        int(np.flatnonzero(~examples.is_random[e] & (np.arange(20) != examples.target[e]))[0])
+        for e in rows
+    ]
     always_later = np.zeros((E, 20))
     always_later[rows, later] = 1
     found = outcomes("adherence", examples, always_later)
@@ -70,7 +87,9 @@ def test_figures_count_what_their_names_say():
     invalid = np.zeros((E, 20))
     assert (
         measure(
-            "avoidance", probe_examples(log, config, "avoidance"), np.zeros((len(probe_examples(log, config, "avoidance")), 20))
+            "avoidance",
+            probe_examples(log, config, "avoidance"),
+            np.zeros((len(probe_examples(log, config, "avoidance")), 20)),
         )["avoidance"]
         == 0
     )
@@ -99,7 +118,10 @@ def test_the_optimum_beats_counting_in_the_planted_world():
     log = planted_world(World(num_users=1500, seed=0))
     for probe in ("adherence", "temptation", "aversion"):
         examples = probe_examples(log, config, probe)
-        rows = {name: measure(probe, examples, c) for name, c in reference_choices(probe, examples, config).items()}
+        rows = {
+            name: measure(probe, examples, c)
+            for name, c in reference_choices(probe, examples, config).items()
+        }
         best = max(rows, key=lambda name: rows[name]["hit_ratio@1"])
         assert best == "Bayes-optimal", (probe, rows)
 
@@ -112,8 +134,13 @@ def test_length_bins_cover_every_user():
     examples = build_examples(planted_world(World(num_users=400, seed=0)), config)["test"]
     hits = np.random.default_rng(0).random(len(examples))
     found = by_length(examples, hits)
-    assert sum(b["n"] for b in found["bins"].values()) == len(examples) and 2 <= len(found["bins"]) <= 5
-    assert sum(b["n"] * b["hit_ratio@1"] for b in found["bins"].values()) / len(examples) == pytest.approx(hits.mean())
+    assert (
+        sum(b["n"] for b in found["bins"].values()) == len(examples)
+        and 2 <= len(found["bins"]) <= 5
+    )
+    assert sum(b["n"] * b["hit_ratio@1"] for b in found["bins"].values()) / len(
+        examples
+    ) == pytest.approx(hits.mean())
 
 
 def test_unknown_probes_are_refused():

@@ -32,7 +32,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_stage(
-    folder: Path, stage: str, hits: list[int], valid: float = 1.0, users: str = "u", probe_gain: int | None = None, **config
+    folder: Path,
+    stage: str,
+    hits: list[int],
+    valid: float = 1.0,
+    users: str = "u",
+    probe_gain: int | None = None,
+    **config,
 ):
     """A finished stage whose predictions hit where `hits` says so."""
     run = folder / f"{stage}-{config.get('name', '')}{config.get('seed', 0)}"
@@ -55,7 +61,9 @@ def write_stage(
                         "valid": n < valid * len(hits), "answer": "c3", "logps": logps})  # fmt: skip
     metrics = {"n": len(hits), "data_hash": "abc", "baselines": {"chance": 0.05, "Markov": 0.3}}
     (run / stage / "eval/metrics.json").write_text(json.dumps(metrics))
-    (run / stage / "eval/predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (run / stage / "eval/predictions.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records)
+    )
     steps = [{"phase": stage, "step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies": 0.5, "logps/chosen": -s,
               "logps/rejected": -2 * s, "margins/satisfied": 0.1} for s in range(1, 30)]  # fmt: skip
     (run / stage / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
@@ -67,13 +75,22 @@ def write_stage(
                 "chance": {"hit_ratio@1": 0.05, "hit_ratio@1_ci95": [0, 0.1]},
                 f"{stage}, written": {"hit_ratio@1": 0.2, "hit_ratio@1_ci95": [0.1, 0.3]},
             }
-            (out / "metrics.json").write_text(json.dumps({"probe": probe, "n": len(hits), "rows": rows}))
+            (out / "metrics.json").write_text(
+                json.dumps({"probe": probe, "n": len(hits), "rows": rows})
+            )
             probed = [r | {"hit": n < probe_gain} for n, r in enumerate(records)]
             (out / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in probed))
 
 
 def report(folder: Path, *flags) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "report.py"), str(folder), "--output_dir", str(folder / "out"), *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "report.py"),
+        str(folder),
+        "--output_dir",
+        str(folder / "out"),
+        *flags,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
@@ -84,7 +101,9 @@ def test_mcnemar_is_the_exact_binomial_test():
         a, b = rng.integers(0, 2, (2, 14))
         differ = np.flatnonzero(a != b)
         found = min(a[differ].sum(), len(differ) - a[differ].sum())
-        outcomes = [min(sum(o), len(o) - sum(o)) <= found for o in product((0, 1), repeat=len(differ))]
+        outcomes = [
+            min(sum(o), len(o) - sum(o)) <= found for o in product((0, 1), repeat=len(differ))
+        ]
         assert mcnemar(a, b) == pytest.approx(np.mean(outcomes), abs=1e-9)
     assert mcnemar(np.ones(40), np.zeros(40)) == pytest.approx(2 * 0.5**40)
     assert math.isclose(mcnemar(np.ones(5), np.ones(5)), 1.0)
@@ -106,7 +125,13 @@ def test_differences_are_paired_and_named():
 
     def method(name: str, values) -> Method:
         return Method(
-            name, [Result(name, Path(), {"seed": 0}, Path(), {"hit_ratio@1": np.array(v, float)}, "", {}) for v in values]
+            name,
+            [
+                Result(
+                    name, Path(), {"seed": 0}, Path(), {"hit_ratio@1": np.array(v, float)}, "", {}
+                )
+                for v in values
+            ],
         )
 
     base = np.random.default_rng(2).integers(0, 2, 400)
@@ -115,7 +140,10 @@ def test_differences_are_paired_and_named():
     assert compare(method("a", [better]), method("b", [base]), "hit_ratio@1")[0] == "higher"
     assert compare(method("b", [base]), method("a", [better]), "hit_ratio@1")[0] == "lower"
     other = np.random.default_rng(3).permutation(base)
-    assert compare(method("a", [base]), method("b", [other]), "hit_ratio@1")[0] == "not distinguishable"
+    assert (
+        compare(method("a", [base]), method("b", [other]), "hit_ratio@1")[0]
+        == "not distinguishable"
+    )
     three, one = method("a", [base, better, better]), method("b", [base])
     for seed, result in enumerate(three.results):
         result.config["seed"] = seed
@@ -131,10 +159,17 @@ def test_seeds_are_one_method_and_settings_are_named(tmp_path):
     write_stage(tmp_path, "recpo", [1, 1, 1], margin_lambda=4.0, name="l4")
     write_stage(tmp_path, "recpo", [0, 1, 1], margin="log_diff", name="diff")
     methods = grouped(collect(tmp_path))
-    assert {name: len(m.results) for name, m in methods.items()} == {"recpo": 3, "recpo log_diff": 1, "recpo λ=4": 1}
+    assert {name: len(m.results) for name, m in methods.items()} == {
+        "recpo": 3,
+        "recpo log_diff": 1,
+        "recpo λ=4": 1,
+    }
     assert methods["recpo"].mean("hit_ratio@1") == pytest.approx((1 + 0 + 1 / 3) / 3)
     assert method_name("sdpo", {"num_negatives": 7, "margin_lambda": 1.0}) == "sdpo K=7"
-    assert method_name("sft", {"history_items": "positive", "ratings": False}) == "sft, liked items only, no ratings"
+    assert (
+        method_name("sft", {"history_items": "positive", "ratings": False})
+        == "sft, liked items only, no ratings"
+    )
 
 
 def test_other_candidates_are_refused(tmp_path):
@@ -144,7 +179,11 @@ def test_other_candidates_are_refused(tmp_path):
     with pytest.raises(ValueError, match="different users or candidates.*sdpo"):
         check_candidates(collect(tmp_path))
     done = report(tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot stand in one table" in done.stderr
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and "cannot stand in one table" in done.stderr
+    )
     assert report(tmp_path / "nothing").returncode == 2
 
 
@@ -165,7 +204,9 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
                  "**adherence**"):  # fmt: skip
         assert part in text, part
     pytest.importorskip("matplotlib")
-    pictures = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    pictures = [
+        line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")
+    ]
     assert {"curves.png", "margin_lambda.png", "margins.png"} <= set(pictures)
     assert all((tmp_path / "out" / p).stat().st_size > 10_000 for p in pictures)
 
@@ -183,35 +224,60 @@ def test_a_sweep_changes_one_option():
     """λ = 0 is S-DPO; other margins, losses and inputs stay outside."""
 
     def method(stage, **config):
-        config = {"margin": "ratio", "margin_lambda": 2.0, "num_negatives": 3, "decay": 0.5} | config
+        config = {
+            "margin": "ratio",
+            "margin_lambda": 2.0,
+            "num_negatives": 3,
+            "decay": 0.5,
+        } | config
         return Result(method_name(stage, config), Path(), config, Path(), {}, "", {})
 
     results = [method("sdpo"), method("recpo"), method("recpo", margin_lambda=4.0), method("recpo", num_negatives=1),
                method("recpo", decay=1.0), method("recpo", margin="log_diff"), method("recpo", margin_lambda=1.0, num_negatives=5),
                method("recpo", margin_lambda=1.0, ratings=False), method("sft")]  # fmt: skip
     methods = grouped(results)
-    assert [(v, m.name) for v, m in sweep(methods, "margin_lambda")] == [(0.0, "sdpo"), (2.0, "recpo"), (4.0, "recpo λ=4")]
-    assert [v for v, _ in sweep(methods, "num_negatives")] == [1, 3] and [v for v, _ in sweep(methods, "decay")] == [0.5, 1.0]
+    assert [(v, m.name) for v, m in sweep(methods, "margin_lambda")] == [
+        (0.0, "sdpo"),
+        (2.0, "recpo"),
+        (4.0, "recpo λ=4"),
+    ]
+    assert [v for v, _ in sweep(methods, "num_negatives")] == [1, 3] and [
+        v for v, _ in sweep(methods, "decay")
+    ] == [0.5, 1.0]
 
 
 # ------------------------------------------------------------------------------------------------ the runner
 def test_commands_carry_common_and_own_options(tmp_path):
     """Flags of every kind; a run that goes on from another one's stage gets its model; baselines get no training options."""
-    assert flags_of({"a": 1, "b": True, "c": False, "d": "x"}) == ["--a=1", "--b", "--no_c", "--d=x"]
+    assert flags_of({"a": 1, "b": True, "c": False, "d": "x"}) == [
+        "--a=1",
+        "--b",
+        "--no_c",
+        "--d=x",
+    ]
     stage = tmp_path / "first/sft"
     stage.mkdir(parents=True)
     (stage / "base.json").write_text('{"base": "../base"}')
     (stage / "config.json").write_text("{}")
     table = {"common": {"dataset": "planted"}, "training": {"lora_r": 4}}
-    command, _ = command_of(table, {"name": "second", "after": "first/sft", "stages": "sdpo"}, tmp_path, {}, 2)
+    command, _ = command_of(
+        table, {"name": "second", "after": "first/sft", "stages": "sdpo"}, tmp_path, {}, 2
+    )
     assert (
         "--nproc_per_node=2" in command
         and f"--model={stage}" in command
         and "--lora_r=4" in command
         and "--resume=auto" in command
     )
-    command, _ = command_of(table, {"name": "b", "script": "sequential.py", "method": "caser"}, tmp_path, {}, 2)
-    assert command[1:] == [str(ROOT / "sequential.py"), "--dataset=planted", "--method=caser", f"--output_dir={tmp_path / 'b'}"]
+    command, _ = command_of(
+        table, {"name": "b", "script": "sequential.py", "method": "caser"}, tmp_path, {}, 2
+    )
+    assert command[1:] == [
+        str(ROOT / "sequential.py"),
+        "--dataset=planted",
+        "--method=caser",
+        f"--output_dir={tmp_path / 'b'}",
+    ]
     assert not is_finished(tmp_path / "first", {}, "train.py")
 
 
@@ -225,11 +291,19 @@ def test_committed_tables_hold_options_that_exist(name):
             BaselineConfig(**table["common"] | own | {"dataset": "planted"})
         else:
             TrainConfig(**table["common"] | table["training"] | own | {"dataset": "planted"})
-        assert run.get("after", "first/sft").split("/")[0] in [r["name"] for r in table["runs"]] or "after" not in run
+        assert (
+            run.get("after", "first/sft").split("/")[0] in [r["name"] for r in table["runs"]]
+            or "after" not in run
+        )
 
 
 def test_an_open_table_asks_for_model_and_data():
-    command = [sys.executable, str(ROOT / "tables.py"), str(ROOT / "configs/tables/paper.json"), f"--output_dir={ROOT}"]
+    command = [
+        sys.executable,
+        str(ROOT / "tables.py"),
+        str(ROOT / "configs/tables/paper.json"),
+        f"--output_dir={ROOT}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "leaves the data set open: --dataset" in done.stderr
 

@@ -31,7 +31,9 @@ SMALL = {"hidden_size": 32, "max_items": 8, "num_sampled": 30, "batch_size": 32,
 
 
 def log_of(sequences: list[list[int]]) -> Interactions:
-    rows = [(user, item, 5.0, t) for user, items in enumerate(sequences) for t, item in enumerate(items)]
+    rows = [
+        (user, item, 5.0, t) for user, items in enumerate(sequences) for t, item in enumerate(items)
+    ]
     return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(1000)})
 
 
@@ -54,7 +56,9 @@ def test_every_item_is_predicted_once_and_the_last_two_never(size):
         for row in windows[users == user]:
             shown = [(int(a), int(b)) for a, b in zip(row[:-1], row[1:], strict=True) if a and b]
             predicted += shown
-        expected = [(code[a] + 1, code[b] + 1) for a, b in zip(items[:-2], items[1:-2], strict=False)]
+        expected = [
+            (code[a] + 1, code[b] + 1) for a, b in zip(items[:-2], items[1:-2], strict=False)
+        ]
         assert sorted(predicted) == sorted(expected)
 
 
@@ -66,7 +70,9 @@ def test_a_test_case_shows_what_lies_before_it():
     for e, p in enumerate(examples.position.tolist()):
         start = int(log.start[log.user[p]])
         expected = (log.item[max(start, p - 12) : p] + 1).tolist()
-        assert items[e].tolist() == [0] * (12 - len(expected)) + expected and users[e] == log.user[p]
+        assert (
+            items[e].tolist() == [0] * (12 - len(expected)) + expected and users[e] == log.user[p]
+        )
 
 
 @pytest.mark.parametrize("name", NEURAL)
@@ -79,7 +85,9 @@ def test_states_do_not_see_later_items(name):
     users = torch.tensor([0, 2])
     with torch.no_grad():
         a, b = model(items, users), model(other, users)
-    assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6) and not torch.allclose(a[:, 5:], b[:, 5:], atol=1e-3)
+    assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6) and not torch.allclose(
+        a[:, 5:], b[:, 5:], atol=1e-3
+    )
     with torch.no_grad():
         assert model(torch.zeros(1, 8, dtype=torch.long), users[:1]).isfinite().all()
 
@@ -87,16 +95,27 @@ def test_states_do_not_see_later_items(name):
 def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
     """Without samples it is the full cross-entropy; a target drawn by chance does not compete with itself."""
     model = GRU4Rec(BaselineConfig(**SMALL), 6, 1).eval()
-    windows, users, generator = torch.tensor([[0, 1, 2, 3, 6]]), torch.tensor([0]), torch.Generator().manual_seed(0)
+    windows, users, generator = (
+        torch.tensor([[0, 1, 2, 3, 6]]),
+        torch.tensor([0]),
+        torch.Generator().manual_seed(0),
+    )
     full = step_loss(model, windows, users, 0, generator)
     states = model(windows[:, :-1], users)[0, 1:]
-    expected = torch.nn.functional.cross_entropy(states @ model.items.weight[1:].T, windows[0, 2:] - 1)
+    expected = torch.nn.functional.cross_entropy(
+        states @ model.items.weight[1:].T, windows[0, 2:] - 1
+    )
     torch.testing.assert_close(full, expected)
-    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: torch.tensor([3, 3, 3]))  # the target of one position
+    monkeypatch.setattr(
+        "torch.randint", lambda *args, **kwargs: torch.tensor([3, 3, 3])
+    )  # the target of one position
     sampled = step_loss(model, windows, users, 3, generator)
     logits = states @ model.items.weight[[2, 3, 6]].T  # rows predict 2, 3, 6
     own, three = logits.diagonal(), states @ model.items.weight[3]
-    against = [torch.stack([own[n], *[three[n]] * (0 if n == 1 else 3)]).logsumexp(0) - own[n] for n in range(3)]
+    against = [
+        torch.stack([own[n], *[three[n]] * (0 if n == 1 else 3)]).logsumexp(0) - own[n]
+        for n in range(3)
+    ]
     torch.testing.assert_close(sampled, torch.stack(against).mean())
 
 
@@ -107,7 +126,9 @@ def test_a_simple_rule_is_learnt(name):
     splits = build_examples(log, DataConfig(followers=2, min_history=2))
     config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=5, **SMALL)
     model, history = train(config, log, splits["val"], report=lambda line: None)
-    assert hit_ratio(candidate_scores(model, splits["test"], config.max_items), splits["test"]) > 0.9
+    assert (
+        hit_ratio(candidate_scores(model, splits["test"], config.max_items), splits["test"]) > 0.9
+    )
     assert history[0]["val_hit_ratio@1"] < history[-1]["val_hit_ratio@1"]
 
 
@@ -140,12 +161,27 @@ def test_the_command_writes_what_a_stage_writes(method, tmp_path):
         f"--output_dir={tmp_path / 'out'}",
     ]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "sequential.py"), f"--method={method}", *flags], capture_output=True, text=True, timeout=120
+        [sys.executable, str(ROOT / "sequential.py"), f"--method={method}", *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
-    records = [json.loads(line) for line in (tmp_path / "out/eval/predictions.jsonl").read_text().splitlines()]
-    assert {"hit_ratio@1", "hit_ratio@1_ci95", "valid_ratio", "ranking/ndcg@5", "data_hash", "baselines"} <= metrics.keys()
-    assert metrics["n"] == len(records) and all(len(r["logps"]) == len(r["candidates"]) == 20 for r in records)
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "out/eval/predictions.jsonl").read_text().splitlines()
+    ]
+    assert {
+        "hit_ratio@1",
+        "hit_ratio@1_ci95",
+        "valid_ratio",
+        "ranking/ndcg@5",
+        "data_hash",
+        "baselines",
+    } <= metrics.keys()
+    assert metrics["n"] == len(records) and all(
+        len(r["logps"]) == len(r["candidates"]) == 20 for r in records
+    )
     if method == "markov":
         assert metrics["ranking/hit_ratio@1"] == pytest.approx(metrics["baselines"]["Markov"])

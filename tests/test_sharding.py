@@ -73,9 +73,18 @@ def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
         save_adapter(model, tmp_path / "adapters" / family)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(script),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launcher, str(tmp_path)], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run(
+        [*launcher, str(tmp_path)], capture_output=True, text=True, timeout=300, env=env
+    )
     assert done.stdout.count("ALL GOOD") == processes, done.stderr[-3000:]
 
 
@@ -84,11 +93,19 @@ def test_groups_must_divide_the_world(monkeypatch):
     assert [shard_group(mode, 0, 8) for mode in ("full", "none")] == [8, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert shard_group("hybrid", 0, 8) == 4 and shard_group("hybrid", 2, 8) == 2
-    with pytest.raises(ValueError, match=r"shard_group_size 3 does not divide the 8.*\[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"shard_group_size 3 does not divide the 8.*\[1, 2, 4, 8\]"
+    ):
         shard_group("hybrid", 3, 8)
 
 
-LONG = ("--sft_epochs=7", "--epochs=7", "--micro_batch_tokens=1500", "--sft_lora_r=4", "--lora_dropout=0")  # 21 steps a stage
+LONG = (
+    "--sft_epochs=7",
+    "--epochs=7",
+    "--micro_batch_tokens=1500",
+    "--sft_lora_r=4",
+    "--lora_dropout=0",
+)  # 21 steps a stage
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +119,9 @@ def assert_same_run(tmp_path, name, metrics, expected) -> None:
     for stage in ("sft", "recpo"):
         assert len(expected[stage]) == 21 + 3 * (stage == "sft")  # copying practice besides
         np.testing.assert_allclose(losses(metrics, stage), losses(expected, stage), atol=1e-4)
-        ours, theirs = (load_file(tmp_path / n / stage / "adapter_model.safetensors") for n in (name, "alone"))
+        ours, theirs = (
+            load_file(tmp_path / n / stage / "adapter_model.safetensors") for n in (name, "alone")
+        )
         assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-5
 
 
@@ -115,7 +134,9 @@ def test_any_division_gives_the_same_run(alone, processes, mode):
     """20 steps a stage: losses to 1e-4, final adapters to 1e-5."""
     tmp_path, expected = alone
     name = f"{mode}-{processes}"
-    _, metrics = run_train(tmp_path, name, *LONG, f"--shard={mode}", "--shard_group_size=2", processes=processes)
+    _, metrics = run_train(
+        tmp_path, name, *LONG, f"--shard={mode}", "--shard_group_size=2", processes=processes
+    )
     assert_same_run(tmp_path, name, metrics, expected)
 
 
@@ -127,7 +148,13 @@ def test_two_agents_give_the_same_run(alone):
                "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo", str(ROOT / "train.py"), *TINY, *LONG, "--shard=hybrid",
                f"--output_dir={tmp_path / 'agents'}", f"--prepared_dir={tmp_path / 'prepared'}"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    agents = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) for _ in range(2)]
+    agents = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+        for _ in range(2)
+    ]
     assert [agent.wait(300) for agent in agents] == [0, 0]
-    metrics = {s: [json.loads(m) for m in (tmp_path / "agents" / s / "metrics.jsonl").open()] for s in ("sft", "recpo")}
+    metrics = {
+        s: [json.loads(m) for m in (tmp_path / "agents" / s / "metrics.jsonl").open()]
+        for s in ("sft", "recpo")
+    }
     assert_same_run(tmp_path, "agents", metrics, expected)

@@ -35,11 +35,19 @@ TINY = [
 def run_train(tmp_path, name, *flags, processes=1, expect=0):
     """One run of train.py in tmp_path/name; returns (output, metrics by stage)."""
     folder = tmp_path / name
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *TINY]
     command += [f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # these models are too small to divide over threads
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env
+    )
     output = done.stdout + done.stderr
     assert done.returncode == expect if expect == 0 else done.returncode != 0, output[-3000:]
     metrics = {}
@@ -75,13 +83,16 @@ def test_two_ranks_match_one(one_process, mode):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
-    "processes, flags", [(1, ()), (2, ("--shard=full", "--gradient_checkpointing")), (2, ("--shard=none",))]
+    "processes, flags",
+    [(1, ()), (2, ("--shard=full", "--gradient_checkpointing")), (2, ("--shard=none",))],
 )
 def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
     """--compile, with checkpointing and shards too: the eager losses, over micro-batches of several sizes."""
     tmp_path, _, eager = one_process
     name = f"compiled-{processes}{len(flags)}"
-    output, compiled = run_train(tmp_path, name, "--micro_batch_tokens=1500", "--compile", *flags, processes=processes)
+    output, compiled = run_train(
+        tmp_path, name, "--micro_batch_tokens=1500", "--compile", *flags, processes=processes
+    )
     assert "recompile_limit" not in output and "Traceback" not in output
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(compiled, stage), losses(eager, stage), atol=1e-4)
@@ -92,7 +103,10 @@ def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
 def test_compiled_checkpointing_draws_the_same_dropout(tmp_path):
     """What checkpointing runs again in a compiled block drops the same elements as the first time."""
     flags = ("--compile", "--sft_lora_r=4", "--lora_dropout=0.3", "--stages=sft")
-    runs = [run_train(tmp_path, n, *flags, *more)[1] for n, more in (("kept", ()), ("again", ("--gradient_checkpointing",)))]
+    runs = [
+        run_train(tmp_path, n, *flags, *more)[1]
+        for n, more in (("kept", ()), ("again", ("--gradient_checkpointing",)))
+    ]
     np.testing.assert_allclose(*(losses(metrics, "sft") for metrics in runs), atol=1e-5)
 
 
@@ -102,24 +116,36 @@ MORE = ("ipo", "simpo", "cpo", "odpo", "kto")
 def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
     """Each from the same SFT result; one big micro-batch and many small ones, on two ranks, give the same losses."""
     flags = ("--sft_epochs=1", "--epochs=1.5", "--beta=0.2", f"--stages=sft,{','.join(MORE)}")
-    output, small = run_train(tmp_path, "small", *flags, "--micro_batch_tokens=500", "--shard=none", processes=2)
+    output, small = run_train(
+        tmp_path, "small", *flags, "--micro_batch_tokens=500", "--shard=none", processes=2
+    )
     assert "SimPO's gamma / beta is 10" in output
     _, big = run_train(tmp_path, "big", *flags)
     for stage in MORE:
         assert len(big[stage]) == 5 and np.isfinite(losses(big, stage)).all()
         np.testing.assert_allclose(losses(small, stage), losses(big, stage), atol=1e-4)
     first = {stage: big[stage][0]["loss"] for stage in MORE}
-    assert first["ipo"] == pytest.approx((1 / 0.4) ** 2, abs=1e-5) and first["kto"] == pytest.approx(0.5, abs=1e-5)
+    assert first["ipo"] == pytest.approx((1 / 0.4) ** 2, abs=1e-5) and first[
+        "kto"
+    ] == pytest.approx(0.5, abs=1e-5)
     assert big["kto"][0]["kl"] == 0 and any(m["kl"] != 0 for m in big["kto"][1:])
     assert not list((tmp_path / "big").glob("simpo/reference*"))
 
 
 def test_a_reference_free_loss_is_the_loss_with_zeros(tmp_path):
     """--reference_free: the first loss follows from the log-probs that SFT left, and no reference pass runs."""
-    flags = ("--sft_epochs=1", "--max_steps=1", "--stages=sft,sdpo", "--reference_free", "--copy_steps=0")
+    flags = (
+        "--sft_epochs=1",
+        "--max_steps=1",
+        "--stages=sft,sdpo",
+        "--reference_free",
+        "--copy_steps=0",
+    )
     output, metrics = run_train(tmp_path, "free", *flags)
     assert not list((tmp_path / "free").glob("reference-*")) and "log-ratios before" not in output
-    assert metrics["sdpo"][0]["rewards/chosen"] == pytest.approx(metrics["sdpo"][0]["logps/chosen"], abs=1e-4)
+    assert metrics["sdpo"][0]["rewards/chosen"] == pytest.approx(
+        metrics["sdpo"][0]["logps/chosen"], abs=1e-4
+    )
 
 
 def test_one_big_batch_matches_accumulation(one_process):
@@ -144,21 +170,31 @@ def test_run_folder_holds_what_the_readme_promises(one_process):
                  "sft/tokenizer.json", "recpo/adapter_model.safetensors", "recpo/adapter_config.json",
                  "recpo/eval/metrics.json"):  # fmt: skip
         assert (folder / name).is_file(), name
-    records = [json.loads(line) for line in (folder / "recpo/eval/predictions.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (folder / "recpo/eval/predictions.jsonl").read_text().splitlines()
+    ]
     assert len(records) == 8
     assert all(len(r["logps"]) == 20 and r["target"] in r["candidates"] for r in records)
     table = (folder / "results.md").read_text()
-    assert all(word in table for word in ("chance", "popularity", "item-kNN", "Markov", "sft", "recpo", "Bayes-optimal"))
+    assert all(
+        word in table
+        for word in ("chance", "popularity", "item-kNN", "Markov", "sft", "recpo", "Bayes-optimal")
+    )
 
 
 def test_finished_stages_are_not_run_again(one_process):
     """--resume auto skips finished stages, starts an unfinished one anew, and adds stages to a run."""
     tmp_path, _, before = one_process
     (tmp_path / "one" / "sdpo.unfinished").mkdir()
-    output, after = run_train(tmp_path, "one", "--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto")
+    output, after = run_train(
+        tmp_path, "one", "--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto"
+    )
     assert "sft: finished before" in output and "recpo: finished before" in output
     assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
-    assert after["sdpo"][0]["loss"] == pytest.approx(np.log(4), abs=1e-6)  # K = 3 at policy = reference
+    assert after["sdpo"][0]["loss"] == pytest.approx(
+        np.log(4), abs=1e-6
+    )  # K = 3 at policy = reference
 
 
 def test_a_run_folder_in_use_is_not_overwritten(one_process):
@@ -185,7 +221,11 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
     """--stages recpo --adapter DIR: policy and reference are that adapter; an adapter of another base is refused."""
     run = one_process[0] / "one"
     demo = f"--config={ROOT / 'configs/demo.json'}"
-    flags = (f"--adapter={run / 'recpo'}", "--stages=sdpo", demo)  # the base is the one that the adapter names
+    flags = (
+        f"--adapter={run / 'recpo'}",
+        "--stages=sdpo",
+        demo,
+    )  # the base is the one that the adapter names
     output, metrics = run_train(tmp_path, "go-on", *flags)
     assert "before the first step: at most 0.0e+00 nats" in output
     assert metrics["sdpo"][0]["loss"] == pytest.approx(np.log(4), abs=1e-6)
@@ -197,10 +237,16 @@ def test_raw_tests_what_training_starts_from(one_process, tmp_path):
     """--stages raw: the start's own answers, here those of a finished stage; its row is in the table, and eval.py finds it."""
     run = one_process[0] / "one"
     demo = f"--config={ROOT / 'configs/demo.json'}"
-    output, metrics = run_train(tmp_path, "raw", f"--adapter={run / 'recpo'}", "--stages=raw,dpo", "--max_steps=1", demo)
+    output, metrics = run_train(
+        tmp_path, "raw", f"--adapter={run / 'recpo'}", "--stages=raw,dpo", "--max_steps=1", demo
+    )
     assert "nothing is trained" in output and "\n| raw |" in output and not metrics.get("raw")
-    before, after = ((f / "eval/predictions.jsonl").read_text() for f in (run / "recpo", tmp_path / "raw/raw"))
-    for a, b in zip(*([json.loads(line) for line in text.splitlines()] for text in (before, after)), strict=True):
+    before, after = (
+        (f / "eval/predictions.jsonl").read_text() for f in (run / "recpo", tmp_path / "raw/raw")
+    )
+    for a, b in zip(
+        *([json.loads(line) for line in text.splitlines()] for text in (before, after)), strict=True
+    ):
         assert a["answer"] == b["answer"] and np.allclose(a["logps"], b["logps"], atol=1e-4)
     assert load_stage(tmp_path / "raw/raw") == (run / "sft", run / "recpo")
 
@@ -242,9 +288,16 @@ class Reads(TorchDispatchMode):
     """Raises at what makes the host wait for a GPU: reading a value, or a result whose size depends on values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        indexed = str(function) in ("aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default")
+        indexed = str(function) in (
+            "aten.index.Tensor",
+            "aten.index_put.default",
+            "aten.index_put_.default",
+        )
         by_mask = indexed and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if by_mask or any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")):
+        if by_mask or any(
+            name in str(function)
+            for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+        ):
             raise AssertionError(f"{function} waits for the GPU")
         return function(*args, **(kwargs or {}))
 
@@ -253,9 +306,22 @@ class Reads(TorchDispatchMode):
 def small_world(tmp_path_factory):
     """Options, encoded training examples and a base model of the planted world, in a process group of one."""
     folder = tmp_path_factory.mktemp("world")
-    config = TrainConfig(planted_users=100, followers=3, train_size=12, prepared_dir=str(folder / "p"), copy_weight=0.3)
+    config = TrainConfig(
+        planted_users=100,
+        followers=3,
+        train_size=12,
+        prepared_dir=str(folder / "p"),
+        copy_weight=0.3,
+    )
     prepared = prepare(config)
-    make_base_model(folder / "base", prepared.splits["train"], hidden_size=64, num_layers=2, vocab_size=400, seed=0)
+    make_base_model(
+        folder / "base",
+        prepared.splits["train"],
+        hidden_size=64,
+        num_layers=2,
+        vocab_size=400,
+        seed=0,
+    )
     encoded = encode_split(prepared, "train", Tokenizer(folder / "base"), 1024)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield config, encoded, folder / "base"
@@ -275,16 +341,34 @@ def objective_and_optimizer(small_world, stage):
 def test_a_step_never_waits_for_the_gpu(small_world, stage):
     """Between its first forward and its update a step reads no value; its metrics are read afterwards."""
     objective, optimizer = objective_and_optimizer(small_world, stage)
-    batches = [objective.prepare([0, 1], range(4)), objective.prepare([2, 3], range(4)), objective.prepare([], range(4))]
+    batches = [
+        objective.prepare([0, 1], range(4)),
+        objective.prepare([2, 3], range(4)),
+        objective.prepare([], range(4)),
+    ]
     # gloo copies on the host, and the CPU's fused AdamW reads its flag there; on a GPU both stay on the device
-    with patch("torch.distributed.all_reduce"), patch.object(optimizer, "step") as step, Reads(), no_reading_methods():
+    with (
+        patch("torch.distributed.all_reduce"),
+        patch.object(optimizer, "step") as step,
+        Reads(),
+        no_reading_methods(),
+    ):
         result = train_step(objective.model, optimizer, batches, objective, 1e-3, small_world[0])
     assert step.called and optimizer.found_inf.item() == 0
     metrics = result.read()
     assert np.isfinite(list(metrics.values())).all() and metrics["learning_rate"] == 1e-3
 
 
-READING_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+READING_METHODS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+)
 
 
 @contextlib.contextmanager
@@ -301,7 +385,16 @@ def no_reading_methods():
 
 
 @pytest.mark.parametrize(
-    "read", ["x.sum().item()", "x.tolist()", "x.cpu()", "bool(x[0] > 0)", "x[x > 0]", "torch.nonzero(x)", "float(x[0])"]
+    "read",
+    [
+        "x.sum().item()",
+        "x.tolist()",
+        "x.cpu()",
+        "bool(x[0] > 0)",
+        "x[x > 0]",
+        "torch.nonzero(x)",
+        "float(x[0])",
+    ],
 )
 def test_the_guard_against_waiting_works(read):
     """Each way of reading a value is caught."""
@@ -317,7 +410,9 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
     model, config = objective.model, small_world[0]
 
     def step(compute):
-        return train_step(model, optimizer, [objective.prepare([0, 1], [0, 1])], compute, 1e-3, config)
+        return train_step(
+            model, optimizer, [objective.prepare([0, 1], [0, 1])], compute, 1e-3, config
+        )
 
     def poisoned(batch):
         loss, sums = objective(batch)
@@ -331,7 +426,10 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
     result = step(poisoned)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     assert all(
-        torch.equal(v, w) for v, w in zip(moments, (v for s in optimizer.state.values() for v in s.values()), strict=True)
+        torch.equal(v, w)
+        for v, w in zip(
+            moments, (v for s in optimizer.state.values() for v in s.values()), strict=True
+        )
     )
     with pytest.raises(NotFinite, match="not finite; this update was left out") as error:
         result.read()
@@ -350,7 +448,9 @@ def test_every_step_covers_each_example_once_per_epoch():
         steps = range(5 * epoch, 5 * epoch + 5)
         assert sorted(np.concatenate([one.examples(s) for s in steps])) == list(range(37))
         for s in steps:
-            taken = sorted(i for rank in range(3) for batch in three.micro_batches(s, rank) for i in batch)
+            taken = sorted(
+                i for rank in range(3) for batch in three.micro_batches(s, rank) for i in batch
+            )
             assert taken == sorted(one.examples(s))
     assert list(one.examples(0)) != list(one.examples(5))
 
@@ -359,7 +459,9 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     """5 % of the steps rise linearly to the peak, a cosine goes to zero."""
     rates = [get_lr(step, 100, 1.0, 0.05) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[4] == rates[5] == 1.0
-    assert rates[100] == pytest.approx(0.0) and all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert rates[100] == pytest.approx(0.0) and all(
+        a >= b for a, b in zip(rates[5:], rates[6:], strict=False)
+    )
 
 
 def test_first_movielens_losses_are_the_derived_ones():
@@ -371,4 +473,6 @@ def test_first_movielens_losses_are_the_derived_ones():
     slots = np.concatenate([examples.target[:, None], examples.negatives(3)], 1)
     scores = torch.from_numpy(np.take_along_axis(examples.scores, slots, 1))
     margins = 2.0 * target_margins(scores[:, 0], scores[:, 1:], "ratio")
-    assert torch.nn.functional.softplus(margins.logsumexp(1)).mean().item() == pytest.approx(10.04, abs=0.1)
+    assert torch.nn.functional.softplus(margins.logsumexp(1)).mean().item() == pytest.approx(
+        10.04, abs=0.1
+    )
