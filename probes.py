@@ -7,8 +7,8 @@
     temptation   the same with a disliked last item among the candidates: HR@1, and how often the disliked one is taken
     avoidance    users whose last item is disliked, among 19 random ones: share of all answers that are listed and another title
     aversion     the same sets, asked for the title that the user would rate lowest: share of answers that name it
-    length       HR@1 of the test split by the length of the user's whole history (in fifths of the users where all lengths are
-                 alike), its standard deviation over the bins, and that divided by the mean (coefficient of variation)
+    length       HR@1 of the test split in fifths of the users by the length of their whole history, with n and an interval each;
+                 how much it differs between the fifths beyond what sampling explains, with an interval, and that over the mean
 
 A good predictor of the next item has a *low* avoidance: the disliked item came next, after all. So chance, the counting
 recommenders and, in the planted world, the recommender with the highest possible HR@1 stand beside every figure (for
@@ -17,7 +17,11 @@ aversion the counting scores are turned round, and the optimum asks for the like
 Legend: E examples, 20 candidates; a choice (E, 20) holds the probability of each candidate to be taken, none where an answer is invalid.
 """
 
+import math
+from functools import lru_cache
+
 import numpy as np
+import torch
 
 from baselines import counting_baselines
 from data import Encoded, encode_examples
@@ -25,7 +29,7 @@ from eval import predict, wilson
 from examples import DISLIKED, NUM_CANDIDATES, PROBES, DataConfig, Examples, probe_examples
 from planted import World, bayes_scores
 
-LENGTH_BINS = (0, 10, 20, 50, 100, 10**9)  # interactions before the test item: 0 <= n < 10, ...
+NUM_BINS = 5  # of history lengths: equally many users each, but for equal lengths
 
 
 def choice_of_scores(scores: np.ndarray) -> np.ndarray:
@@ -64,28 +68,79 @@ def history_lengths(examples: Examples) -> np.ndarray:
 
 
 def by_length(examples: Examples, hits: np.ndarray) -> dict:
-    """HR@1 in each bin of LENGTH_BINS that has users, and how much it varies over them."""
+    """HR@1 in quantile bins of history length, and how much it differs between them."""
     lengths, bins = history_lengths(examples), {}
-    edges = np.array(LENGTH_BINS)
-    if (
-        np.count_nonzero(np.histogram(lengths, edges)[0]) < 2
-    ):  # all in one bin: fifths of the users instead
-        edges = np.unique(
-            np.append(
-                np.quantile(lengths, [0, 0.2, 0.4, 0.6, 0.8], method="lower"), lengths.max() + 1
-            )
-        )
-    for low, high in zip(edges.tolist(), edges.tolist()[1:], strict=False):
-        inside = (lengths >= low) & (lengths < high)
-        if inside.any():
-            name = f"{low}-{high - 1}" if high < 10**9 else f"{low}+"
-            bins[name] = {"n": int(inside.sum()), "hit_ratio@1": float(hits[inside].mean())}
-    values = np.array([entry["hit_ratio@1"] for entry in bins.values()])
-    return {
-        "bins": bins,
-        "std": float(values.std()),
-        "cv": float(values.std() / values.mean()) if values.mean() else float("nan"),
-    }
+    cuts = np.quantile(lengths, np.arange(NUM_BINS) / NUM_BINS, method="lower")
+    edges = np.append(np.unique(cuts), lengths.max() + 1)
+    which = np.searchsorted(edges, lengths, "right") - 1  # (E,)
+    counts = np.bincount(which)
+    means = np.bincount(which, hits) / counts
+    # one variance per user for all bins: a bin without a hit has no variance of its own
+    within = ((hits - means[which]) ** 2).sum() / max(1, len(hits) - len(counts))
+    for k, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+        bins[f"{low}-{high - 1}"] = {
+            "n": int(counts[k]),
+            "hit_ratio@1": float(means[k]),
+            "hit_ratio@1_ci95": wilson(float(means[k]), int(counts[k])),
+            "variance": float(within / counts[k]),  # of the bin's mean, by sampling alone
+        }
+    return {"bins": bins, **spread_of_bins(bins)}
+
+
+def spread_of_bins(bins: dict[str, dict]) -> dict:
+    """Standard deviation of HR@1 between bins beyond sampling, its 95 % interval, both over the mean too.
+
+    Model: a bin's mean is mu + t + e, e of the sampling variance v, t of variance tau^2. With weights 1/v the moment
+    estimate (DerSimonian and Laird 1986) is tau^2 = (Q - (B - 1)) / (sum w - sum w^2 / sum w), Q = sum w (mean - mu)^2,
+    at least 0. The interval is Viechtbauer's Q profile (2007): every tau^2 for which Q, weighted by 1 / (v + tau^2),
+    is no unlikely chi-square of B - 1 degrees. It begins at 0 where sampling alone explains the differences."""
+    means = np.array([b["hit_ratio@1"] for b in bins.values()])
+    variances = np.array([b["variance"] for b in bins.values()])
+    mean, degrees = float(means.mean()), len(means) - 1
+    if degrees == 0:
+        spread, interval = math.nan, [math.nan, math.nan]
+    elif not variances.all():  # no sampling error at all: what is seen is the spread
+        spread = float(means.std(ddof=1))
+        interval = [spread, spread]
+    else:
+        w = 1 / variances
+        excess = weighted_q(means, variances, 0.0) - degrees
+        spread = math.sqrt(max(0.0, excess / (w.sum() - (w**2).sum() / w.sum())))
+        interval = [solve_q(means, variances, chi2_quantile(p, degrees)) for p in (0.975, 0.025)]
+    relative = [x / mean if mean else math.nan for x in (spread, *interval)]
+    return {"spread": spread, "spread_ci95": interval, "cv": relative[0], "cv_ci95": relative[1:]}
+
+
+def weighted_q(means: np.ndarray, variances: np.ndarray, between: float) -> float:
+    """Sum of w (mean - mu)^2 with w = 1 / (variance + between), mu their weighted mean."""
+    w = 1 / (variances + between)
+    return float((w * (means - (w * means).sum() / w.sum()) ** 2).sum())
+
+
+def solve_q(means: np.ndarray, variances: np.ndarray, wanted: float) -> float:
+    """The between-bin standard deviation at which Q is `wanted`; Q falls with it; 0 if it is lower from the start."""
+    low, high = 0.0, 1.0
+    if weighted_q(means, variances, 0.0) <= wanted:
+        return 0.0
+    while weighted_q(means, variances, high**2) > wanted:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = weighted_q(means, variances, middle**2) > wanted
+        low, high = (middle, high) if above else (low, middle)
+    return high
+
+
+@lru_cache
+def chi2_quantile(p: float, degrees: int) -> float:
+    """By bisection of the distribution function, the regularised incomplete gamma function."""
+    half = torch.tensor(degrees / 2, dtype=torch.float64)
+    low, high = 0.0, 1000.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64)) < p
+        low, high = (middle, high) if below else (low, middle)
+    return high
 
 
 def reference_choices(probe: str, examples: Examples, config: DataConfig) -> dict[str, np.ndarray]:
@@ -143,25 +198,36 @@ def run_probe(
     return examples, rows, records
 
 
+def length_table(rows: dict[str, dict]) -> str:
+    some = next(iter(rows.values()))
+    names = [f"{name} (n = {entry['n']})" for name, entry in some["bins"].items()]
+    columns = ["HR@1 by history length", *names, *SPREAD_COLUMNS]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, row in rows.items():
+        cells = [
+            with_interval(b["hit_ratio@1"], b["hit_ratio@1_ci95"]) for b in row["bins"].values()
+        ]
+        lines.append(f"| {' | '.join([name, *cells, *spread_cells(row)])} |")
+    return "\n".join(lines)
+
+
+SPREAD_COLUMNS = ("spread beyond sampling", "spread / mean")
+
+
+def spread_cells(spread: dict) -> list[str]:
+    return [with_interval(spread[key], spread[f"{key}_ci95"]) for key in ("spread", "cv")]
+
+
+def with_interval(value: float, interval: list[float]) -> str:
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
 def probe_table(probe: str, examples: Examples, rows: dict[str, dict]) -> str:
     """Markdown."""
     some = next(iter(rows.values()))
     lines = [f"{probe}: n = {len(examples):,} users; [95 % interval]", ""]
     if probe == "length":
-        names = list(some["bins"])
-        lines.append(
-            "| HR@1 by history length | "
-            + " | ".join(f"{n} (n = {some['bins'][n]['n']})" for n in names)
-            + " | std | std / mean |"
-        )
-        lines.append("|---" * (len(names) + 3) + "|")
-        for name, row in rows.items():
-            cells = [f"{row['bins'][n]['hit_ratio@1']:.3f}" for n in names] + [
-                f"{row['std']:.3f}",
-                f"{row['cv']:.3f}",
-            ]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return "\n".join([*lines, length_table(rows)])
     figures = [name for name in some if not name.endswith("_ci95")]
     lines += ["| | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for name, row in rows.items():

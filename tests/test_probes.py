@@ -1,17 +1,21 @@
 """Probes: which users they take, what stands among the candidates, and what each figure counts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from data import DataConfig
-from eval import PROBE_NAMES, EvalConfig
+from data import DataConfig, build_examples
+from eval import PROBE_NAMES, EvalConfig, wilson
 from examples import PROBES, probe_examples, render_prompt
 from interactions import make_interactions
 from planted import World, planted_world
 from probes import (
     by_length,
+    chi2_quantile,
     choice_of_answers,
     choice_of_scores,
+    history_lengths,
     measure,
     outcomes,
     reference_choices,
@@ -127,20 +131,69 @@ def test_the_optimum_beats_counting_in_the_planted_world():
 
 
 def test_length_bins_cover_every_user():
-    """Bins add up to the mean; where all histories are about as long, fifths of the users are taken."""
+    """Bins add up to the mean, hold about as many users each, and carry n and an interval."""
     config = DataConfig(planted_users=400)
-    from data import build_examples
-
     examples = build_examples(planted_world(World(num_users=400, seed=0)), config)["test"]
-    hits = np.random.default_rng(0).random(len(examples))
-    found = by_length(examples, hits)
-    assert (
-        sum(b["n"] for b in found["bins"].values()) == len(examples)
-        and 2 <= len(found["bins"]) <= 5
-    )
-    assert sum(b["n"] * b["hit_ratio@1"] for b in found["bins"].values()) / len(
-        examples
-    ) == pytest.approx(hits.mean())
+    hits = np.random.default_rng(0).integers(0, 2, len(examples)).astype(float)
+    bins = by_length(examples, hits)["bins"]
+    assert sum(b["n"] for b in bins.values()) == len(examples) and 2 <= len(bins) <= 5
+    total = sum(b["n"] * b["hit_ratio@1"] for b in bins.values())
+    assert total / len(examples) == pytest.approx(hits.mean())
+    lengths = history_lengths(examples)
+    for name, entry in bins.items():
+        low, high = map(int, name.split("-"))
+        inside = (lengths >= low) & (lengths <= high)
+        assert entry["n"] == inside.sum()
+        assert entry["hit_ratio@1_ci95"] == wilson(hits[inside].mean(), inside.sum())
+
+
+def skewed_examples(num_users: int) -> SimpleNamespace:
+    """Users with one test case each whose history lengths are as skewed as MovieLens's: 18 to some 1,500."""
+    lengths = (18 + np.random.default_rng(0).lognormal(4, 1.2, num_users)).astype(int)
+    start = np.append(0, np.cumsum(lengths + 1))
+    log = SimpleNamespace(start=start, user=np.repeat(np.arange(num_users), lengths + 1))
+    return SimpleNamespace(log=log, position=start[1:] - 1)
+
+
+def test_bins_are_quantiles():
+    """Skewed lengths fall into five bins of about a fifth of the users each."""
+    bins = by_length(skewed_examples(1500), np.ones(1500))["bins"]
+    assert len(bins) == 5 and all(250 < b["n"] < 350 for b in bins.values())
+
+
+@pytest.mark.parametrize("hit_ratio", [0.05, 0.3])
+def test_equal_recommenders_have_no_spread(hit_ratio):
+    """HR equal in all bins: the interval of the spread begins at 0 in 97 % of 400 simulations or more."""
+    examples, rng = skewed_examples(1500), np.random.default_rng(1)
+    found = [by_length(examples, rng.random(1500) < hit_ratio) for _ in range(400)]
+    assert np.mean([f["spread_ci95"][0] > 0 for f in found]) < 0.05
+    assert np.median([f["cv"] for f in found]) < 0.12  # bins of equal width: .46 at HR .05
+
+
+@pytest.mark.parametrize("low, high", [(0.02, 0.14), (0.2, 0.6)])
+def test_unequal_recommenders_are_found(low, high):
+    """HR that rises over the fifths: the interval leaves 0 out and covers the true spread as often as it says."""
+    examples, rng = skewed_examples(1500), np.random.default_rng(2)
+    edges = [int(name.split("-")[0]) for name in by_length(examples, np.ones(1500))["bins"]]
+    which = np.searchsorted(edges, history_lengths(examples), "right") - 1
+    rates = np.linspace(low, high, 5)
+    found = [by_length(examples, rng.random(1500) < rates[which]) for _ in range(100)]
+    true = rates.std(ddof=1)
+    assert np.mean([f["spread_ci95"][0] > 0 for f in found]) > 0.95
+    covers = [f["spread_ci95"][0] < true < f["spread_ci95"][1] for f in found]
+    assert np.mean(covers) > 0.9
+    assert np.mean([f["spread"] for f in found]) == pytest.approx(true, rel=0.1)
+
+
+def test_chi_square_quantiles_are_the_published_ones():
+    for p, degrees, value in ((0.975, 4, 11.143), (0.025, 4, 0.484), (0.95, 1, 3.841)):
+        assert chi2_quantile(p, degrees) == pytest.approx(value, abs=1e-3)
+
+
+def test_a_score_without_sampling_error_keeps_its_spread():
+    """Chance has .05 for every user: spread 0, and no division by 0."""
+    found = by_length(skewed_examples(200), np.full(200, 0.05))
+    assert found["spread"] == pytest.approx(0) and found["cv_ci95"] == pytest.approx([0, 0])
 
 
 def test_unknown_probes_are_refused():
