@@ -2,10 +2,14 @@
 
     python report.py runs/planted-table --output_dir results/planted-table
 
-Every finished stage and baseline under the folder is a method; runs that differ in --seed alone are one method, its figures
-their mean. All must have been tested on the same users, candidates and targets; if not, the report refuses and names them.
-Differences are paired over users: McNemar's exact test for one run against one run, and the 95 % bootstrap interval of
-the mean difference over users (seeds averaged first) for all. Where the interval holds 0 the two are "not distinguishable".
+Every finished stage and baseline under the folder is a result. Results are one method, its figures their mean, if their
+whole configuration but seed and paths is equal, that of the stage they start from included; a method's name says what of its
+objective is not the paper's, and every other option in which it differs from most of its kind. A seed counts once. All must
+have been tested on the same users, candidates and targets; if not, the report refuses and names them.
+
+Differences are paired over users and over the seeds that both methods have (seeds averaged first); intervals resample
+users, so they say nothing of another seed: the number of training runs stands beside each. Where a table asks several
+questions, Holm's correction holds for all of them together. An interval that holds 0 is "not distinguishable".
 
 Writes report.md and, with matplotlib, curves.png, margins.png and, where there are runs for them, a picture of each swept option
 (margin_lambda, num_negatives, decay), inputs.png and length.png.
@@ -17,19 +21,25 @@ import argparse
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from baselines import ranking_metrics
 from common import read_json, run_cli
 from data import DataConfig, find_prepared
 from inspection import statistics
 from losses import MARGINS, preference_score, target_margins
+from objectives import PREFERENCE_LOSSES
+from options import TrainConfig
+from probes import SPREAD_COLUMNS, spread_cells, spread_of_bins
+from runs import FREE_TO_CHANGE
+from sequential import BaselineConfig
 
 PAPER = {  # HR@1 and ValidRatio of Table 1, the LLaMA3-8B rows; margins from Table 2
     "movielens": {"gru4rec": (0.2664, 1), "caser": (0.2714, 1), "sasrec": (0.2671, 1), "raw": (0.0929, 0.7351), "sft": (0.2478, 0.9985), "dpo": (0.2809, 0.9970),
@@ -56,13 +66,19 @@ MEASURES = ("hit_ratio@1", "valid_ratio", "ranking/hit_ratio@1")
 class Result:
     """One tested model: its values per user, and where it comes from."""
 
-    method: str
+    stage: str  # or the baseline's method
     run: Path  # folder of the run
     config: dict
     folder: Path  # with metrics.jsonl and eval/
+    settings: dict  # every option but seed and paths, and those of the stage it starts from
     values: dict[str, np.ndarray]  # measure -> (n,) per user
-    candidates: str  # hash of users, candidates and targets
+    candidates: dict[str, str]  # "test" or a probe -> hash of users, candidates and targets
     metrics: dict
+    probes: dict[str, dict] = field(default_factory=dict)  # probe -> its metrics.json
+
+    @property
+    def seed(self) -> int:
+        return self.config.get("seed", 0)
 
 
 @dataclass
@@ -71,6 +87,20 @@ class Method:
 
     name: str
     results: list[Result] = field(default_factory=list)
+    shown: dict = field(default_factory=dict)  # the options that the name shows
+    repeats: list[Result] = field(default_factory=list)  # of seeds that are there already
+
+    @property
+    def stage(self) -> str:
+        return self.results[0].stage
+
+    @property
+    def settings(self) -> dict:
+        return self.results[0].settings
+
+    @property
+    def seeds(self) -> list[int]:
+        return [r.seed for r in self.results]
 
     def per_user(self, measure: str) -> np.ndarray:
         return np.mean([r.values[measure] for r in self.results], axis=0)
@@ -78,103 +108,322 @@ class Method:
     def mean(self, measure: str) -> float:
         return float(self.per_user(measure).mean())
 
+    def measured(self, measure: str) -> bool:
+        return any(measure in r.values for r in self.results)
+
+
+# ------------------------------------------------------------------------------------------------ what makes a method
+# Not part of a method: the seed, paths, and what a run may change when it goes on.
+NOT_THE_METHOD = {"seed", "data_dir", "item_file", "download", *FREE_TO_CHANGE.split()}
+PREFERENCE_OPTIONS = [
+    "beta",
+    "margin",
+    "margin_lambda",
+    "num_negatives",
+    "negative_source",
+    "reference_free",
+    "label_smoothing",
+    "ipo_average",
+    "simpo_gamma",
+    "odpo_offset",
+    "odpo_alpha",
+    "kto_desirable",
+    "kto_undesirable",
+    "sft_weight",
+    "epochs",
+    "learning_rate",
+]
+# What only the stage sees that a preference stage starts from.
+START_OPTIONS = [
+    "model",
+    "adapter",
+    "tiny_hidden_size",
+    "tiny_layers",
+    "tiny_vocab_size",
+    "copy_steps",
+    "copy_weight",
+    "sft_lora_r",
+    "sft_epochs",
+    "sft_learning_rate",
+    "lora_dropout",
+]
+# Options of the objective: always named where they are not the paper's; of some losses only.
+SHOWN = {
+    "margin": ("recpo",),
+    "margin_lambda": ("recpo",),
+    "num_negatives": ("recpo", "sdpo"),
+    "beta": PREFERENCE_LOSSES,
+    "sft_weight": PREFERENCE_LOSSES,
+    "negative_source": PREFERENCE_LOSSES,
+    "reference_free": PREFERENCE_LOSSES,
+    "decay": ("sft", *PREFERENCE_LOSSES),
+    "history_items": ("sft", *PREFERENCE_LOSSES),
+    "ratings": ("sft", *PREFERENCE_LOSSES),
+}
+SIGNS = {"margin_lambda": "λ", "num_negatives": "K", "beta": "β"}
+ORDER = [
+    "random",
+    "popularity",
+    "item-knn",
+    "markov",
+    "gru4rec",
+    "caser",
+    "sasrec",
+    "raw",
+    "sft",
+    "dpo",
+    "ipo",
+    "simpo",
+    "cpo",
+    "odpo",
+    "kto",
+    "sdpo",
+    "recpo",
+]
+WORDS = {
+    ("history_items", "positive"): ", liked items only",
+    ("ratings", False): ", no ratings",
+    ("sft_weight", 1.0): " + NLL",
+}
+
+
+def defaults_of(config: dict) -> dict:
+    """Every option of the script that wrote this configuration, at its default."""
+    return asdict(BaselineConfig() if "method" in config else TrainConfig())
+
+
+def origin_of(run: Path, config: dict) -> Path | None:
+    """The stage of another run that this run starts from, wherever both have been moved together."""
+    start = Path(config.get("adapter") or config.get("model", ""))
+    for folder in (start, run.parent.joinpath(*start.parts[-2:])):
+        file = folder.parent / "config.json"
+        if folder.parent != run and file.exists() and "stages" in read_json(file):
+            return folder
+    return None
+
+
+def settings_of(stage: str, run: Path, config: dict) -> dict:
+    """Every option but seed and paths; what only an earlier stage has seen stands under its name."""
+    complete = defaults_of(config) | config
+    settings = {k: _number(v) for k, v in complete.items() if k not in NOT_THE_METHOD}
+    if stage not in PREFERENCE_LOSSES:
+        return settings
+    origin = origin_of(run, config)
+    if origin:
+        earlier = origin.name
+        start = settings_of(earlier, origin.parent, read_json(origin.parent / "config.json"))
+    else:
+        earlier = "sft" if "sft" in _stages(config) else "raw"
+        start = settings
+    if earlier not in PREFERENCE_LOSSES:
+        start = {k: v for k, v in start.items() if k not in PREFERENCE_OPTIONS}
+    own = {k: v for k, v in settings.items() if k not in START_OPTIONS}
+    return own | {f"{earlier} {k}": v for k, v in start.items()}
+
+
+def _number(value):
+    """1 and 1.0 are one value."""
+    return float(value) if type(value) is int else value
+
+
+def _stages(config: dict) -> list[str]:
+    return [s.strip() for s in config.get("stages", "").split(",")]
+
+
+def option_text(option: str, value) -> str:
+    """How a name shows an option: " λ=4", " log_diff", ", no ratings", ", learning_rate=0.001"."""
+    if (option, value) in WORDS:
+        return WORDS[option, value]
+    if option == "margin":
+        return f" {value}"
+    value = f"{value:g}" if isinstance(value, float) else value
+    if option in SIGNS or option in SHOWN:
+        return f" {SIGNS.get(option, option)}={value}"
+    return f", {option}={value}"
+
+
+def shown_options(settings: dict, stage: str, usual: dict) -> dict:
+    """Options in a name: of the objective what is not the paper's, of the rest what is not usual."""
+    defaults = asdict(TrainConfig())
+    shown = {}
+    for option, value in settings.items():
+        expected = defaults[option] if stage in SHOWN.get(option, ()) else usual.get(option)
+        if value != expected:
+            shown[option] = value
+    return dict(sorted(shown.items(), key=lambda pair: _place(pair[0])))
+
+
+def _place(option: str) -> int:
+    order = [o for o in SHOWN if o not in ("history_items", "ratings")]
+    return order.index(option) if option in order else len(order)
+
+
+def usual_values(group: list[Result]) -> dict:
+    """Of each option the value that most results have; among equals the default, then the first."""
+    defaults = defaults_of(group[0].config)
+    usual = {}
+    for option in {option: None for r in group for option in r.settings}:
+        counts = Counter(json.dumps(r.settings.get(option)) for r in group)
+        default = json.dumps(_number(defaults.get(option.split(" ")[-1])))
+        usual[option] = json.loads(max(counts, key=lambda v: (counts[v], v == default)))
+    return usual
+
+
+def method_name(stage: str, shown: dict) -> str:
+    return stage + "".join(option_text(option, value) for option, value in shown.items())
+
+
+def grouped(results: list[Result]) -> dict[str, Method]:
+    """Name -> method, in the order of the paper's tables; a seed that comes twice counts once."""
+    stages = defaultdict(list)
+    for r in results:
+        stages[r.stage].append(r)
+    methods: dict[str, Method] = {}
+    for stage, group in stages.items():
+        usual = usual_values(group)
+        for r in group:
+            shown = shown_options(r.settings, stage, usual)
+            name = method_name(stage, shown)
+            method = methods.setdefault(name, Method(name, shown=shown))
+            if r.seed in method.seeds:
+                method.repeats.append(r)
+            else:
+                method.results.append(r)
+    rank = {name: i for i, name in enumerate(ORDER)}
+    ordered = sorted(methods.values(), key=lambda m: (rank.get(m.stage, 99), len(m.shown), m.name))
+    return {m.name: m for m in ordered}
+
+
+def base_method(methods: dict[str, Method], stage: str) -> Method | None:
+    """The method of a stage that departs least from the paper and the usual, with the most runs."""
+    found = [m for m in methods.values() if m.stage == stage]
+    return min(found, key=lambda m: (len(m.shown), -len(m.results)), default=None)
+
+
+def shared_options(results: list[Result]) -> dict:
+    """Options that all trained stages share and that are not the default."""
+    trained = [r for r in results if "method" not in r.config]
+    if not trained:
+        return {}
+    defaults = asdict(TrainConfig())
+    first = trained[0].config
+    return {
+        k: v
+        for k, v in first.items()
+        if k in defaults
+        and k not in NOT_THE_METHOD
+        and v != defaults[k]
+        and all(r.config.get(k) == v for r in trained)
+    }
+
 
 # ------------------------------------------------------------------------------------------------ collecting
-def method_name(stage: str, config: dict) -> str:
-    """The stage, and what of its settings is not the paper's: "recpo", "recpo λ=1", "recpo log_diff"."""
-    name = stage
-    if stage == "recpo":
-        if config.get("margin", "ratio") != "ratio":
-            name += f" {config['margin']}"
-        if config.get("margin_lambda", 2.0) != 2.0:
-            name += f" λ={config['margin_lambda']:g}"
-    if stage in ("recpo", "sdpo") and config.get("num_negatives", 3) != 3:
-        name += f" K={config['num_negatives']}"
-    if config.get("decay", 0.5) != 0.5:
-        name += f" decay={config['decay']:g}"
-    if config.get("history_items", "all") != "all":
-        name += ", liked items only"
-    if not config.get("ratings", True):
-        name += ", no ratings"
-    return name
-
-
 def collect(folder: Path) -> list[Result]:
-    """Every stage and baseline below the folder that has been tested."""
+    """Every stage and baseline below the folder that has been tested, with its probes."""
     results = []
     for file in sorted(folder.glob("**/eval/metrics.json")):
         stage = file.parent.parent
-        run = (
-            stage
-            if (stage / "config.json").exists() and "method" in read_json(stage / "config.json")
-            else stage.parent
-        )
+        run = stage if _is_baseline(stage) else stage.parent
         if not (run / "config.json").exists():
             continue
         config = read_json(run / "config.json")
-        name = config["method"] if run == stage else method_name(stage.name, config)
-        records = [
-            json.loads(line)
-            for line in (file.parent / "predictions.jsonl").read_text().splitlines()
-        ]
-        values = {
-            "hit_ratio@1": [r["hit"] for r in records],
-            "valid_ratio": [r["valid"] for r in records],
-        }
-        values["ranking/hit_ratio@1"] = [
-            _share_of_best(r["logps"], r["target_slot"]) for r in records
-        ]
-        facts = [[r["user"], r["candidates"], r["target"]] for r in records]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        arrays = {key: np.array(v, float) for key, v in values.items()}
-        results.append(Result(name, run, config, stage, arrays, digest, read_json(file)))
+        name = config["method"] if run == stage else stage.name
+        results.append(read_result(name, run, config, stage))
     if not results:
         raise ValueError(f"{folder}: no finished stage of a run (eval/metrics.json) below it")
     return results
 
 
-def _share_of_best(scores: list[float], target: int) -> float:
-    """1 if the target has the best score; shared among equals."""
-    best = max(scores)
-    return (scores[target] == best) / scores.count(best)
+def _is_baseline(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.exists() and "method" in read_json(file)
+
+
+def read_result(stage: str, run: Path, config: dict, folder: Path) -> Result:
+    """A tested stage: test split and probes, each with the hash of what it was tested on."""
+    records = read_records(folder / "eval" / "predictions.jsonl")
+    values = {
+        "hit_ratio@1": np.array([r["hit"] for r in records], float),
+        "valid_ratio": np.array([r["valid"] for r in records], float),
+        "ranking/hit_ratio@1": ranked_first(records),
+    }
+    candidates = {"test": digest_of(records)}
+    probes = {}
+    for file in sorted((run / "probes" / stage).glob("*/metrics.json")):
+        probe, probed = file.parent.name, read_records(file.parent / "predictions.jsonl")
+        probes[probe] = read_probe(file)
+        candidates[probe] = digest_of(probed)
+        values |= probe_values(probe, probed)
+    settings = settings_of(stage, run, config)
+    metrics = read_json(folder / "eval" / "metrics.json")
+    return Result(stage, run, config, folder, settings, values, candidates, metrics, probes)
+
+
+def read_probe(file: Path) -> dict:
+    content = read_json(file)
+    if any("bins" in row and "spread" not in row for row in content["rows"].values()):
+        raise ValueError(f"{file}: bins of an older version, without intervals; measure it again")
+    return content
+
+
+def read_records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def digest_of(records: list[dict]) -> str:
+    facts = [[r["user"], r["candidates"], r["target"]] for r in records]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def ranked_first(records: list[dict]) -> np.ndarray:
+    """(n,) 1 where the target has the best score; shared among equals."""
+    scores = np.array([r["logps"] for r in records])
+    targets = np.array([r["target_slot"] for r in records])
+    return ranking_metrics(scores, targets)["hit_ratio@1"]
+
+
+def probe_values(probe: str, records: list[dict]) -> dict[str, np.ndarray]:
+    """What each user counts for in a probe, as written and as ranked first."""
+    hits = np.array([r["hit"] for r in records], float)
+    ranked = ranked_first(records)
+    if probe == "avoidance":  # a listed answer that is another title
+        hits = np.array([r["valid"] for r in records], float) - hits
+        ranked = 1 - ranked
+    return {f"{probe}/written": hits, f"{probe}/ranked": ranked}
 
 
 def check_candidates(results: list[Result]) -> None:
-    groups = defaultdict(list)
-    for r in results:
-        groups[r.candidates].append(str(r.folder))
-    if len(groups) > 1:
-        what = "; ".join(
-            f"{digest[:12]}: {', '.join(folders[:3])}" for digest, folders in groups.items()
-        )
-        raise ValueError(
-            f"these were tested on different users or candidates and cannot stand in one table: {what}"
-        )
-
-
-def grouped(results: list[Result]) -> dict[str, Method]:
-    methods: dict[str, Method] = {}
-    for r in results:
-        methods.setdefault(r.method, Method(r.method)).results.append(r)
-    order = ["random", "popularity", "item-knn", "markov", "gru4rec", "caser", "sasrec", "raw", "sft", "dpo", "ipo", "simpo", "cpo",
-             "odpo", "kto", "sdpo", "recpo"]  # fmt: skip
-    rank = {name: i for i, name in enumerate(order)}
-    return dict(
-        sorted(
-            methods.items(),
-            key=lambda item: (rank.get(item[0].split(" ")[0].split(",")[0], 99), item[0]),
-        )
-    )
+    """The test split, and each probe, must be the same users and candidates everywhere."""
+    for what in {name: None for r in results for name in r.candidates}:
+        groups = defaultdict(list)
+        for r in results:
+            if what in r.candidates:
+                groups[r.candidates[what]].append(str(r.folder))
+        if len(groups) > 1:
+            folders = "; ".join(f"{d[:12]}: {', '.join(f[:3])}" for d, f in groups.items())
+            raise ValueError(
+                f"these were tested on different users or candidates ({what}) "
+                f"and cannot stand in one table: {folders}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ statistics
-def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean over users, by resampling users."""
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(RESAMPLES,) means over users drawn with replacement."""
     rng, n, means = np.random.default_rng(seed), len(values), []
     for _ in range(RESAMPLES // 100):  # in portions: all draws at once would take gigabytes
         means.append(values[rng.integers(n, size=(100, n))].mean(1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return np.concatenate(means)
+
+
+def interval_of(means: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
+    low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2])
     return float(low), float(high)
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean over users, by resampling users."""
+    return interval_of(resampled_means(values, seed))
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
@@ -188,73 +437,155 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     return min(1.0, 2 * tail)
 
 
+@dataclass
+class Difference:
+    """One question: is a above b? The answer's interval depends on how many questions are asked."""
+
+    mean: float
+    means: np.ndarray  # of resampled users
+    runs: tuple[int, int]  # training runs on either side
+    interval: tuple[float, float] = (0.0, 0.0)
+    verdict: str = ""  # "higher", "lower", "not distinguishable"
+
+    @property
+    def p(self) -> float:
+        """Two-sided: how often the resampled mean lies on the other side of 0."""
+        beyond = min((self.means <= 0).mean(), (self.means >= 0).mean())
+        return min(1.0, 2 * float(beyond))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.mean:+.4f} [{low:+.3f}, {high:+.3f}]"
+
+
 def same_seeds(a: Method, b: Method) -> tuple[Method, Method]:
-    """Both without the runs whose seed the other one lacks, where they share some: a stage starts from its seed's SFT result."""
-    seeds = [{r.config.get("seed", 0) for r in m.results} for m in (a, b)]
-    shared = seeds[0] & seeds[1] or seeds[0] | seeds[1]
-    return tuple(
-        Method(m.name, [r for r in m.results if r.config.get("seed", 0) in shared]) for m in (a, b)
-    )
+    """Both without the runs whose seed the other one lacks, where they share some.
+
+    A stage starts from its seed's SFT result, so runs of one seed belong together."""
+    shared = set(a.seeds) & set(b.seeds)
+    if not shared:
+        return a, b
+    return tuple(Method(m.name, [r for r in m.results if r.seed in shared]) for m in (a, b))
 
 
-def compare(a: Method, b: Method, measure: str) -> tuple[str, float, tuple[float, float]]:
-    """ "higher", "lower" or "not distinguishable", the mean difference a - b, and its 95 % interval over users."""
+def difference_of(a: Method, b: Method, measure: str) -> Difference:
+    """a - b over the same users, seeds averaged first; judge() gives the interval and the verdict."""
+    a, b = (Method(m.name, [r for r in m.results if measure in r.values]) for m in (a, b))
     a, b = same_seeds(a, b)
-    difference = a.per_user(measure) - b.per_user(measure)
-    low, high = bootstrap(difference)
-    verdict = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
-    return verdict, float(difference.mean()), (low, high)
+    values = a.per_user(measure) - b.per_user(measure)
+    runs = len(a.results), len(b.results)
+    return Difference(float(values.mean()), resampled_means(values), runs)
+
+
+def judge(family: list[Difference], alpha: float = 0.05) -> None:
+    """Holm: of m questions the k-th clearest is judged at alpha / (m - k + 1).
+
+    Those behind the first that holds 0 are judged at its level, so that all their intervals hold 0 too."""
+    left = len(family)
+    for difference in sorted(family, key=lambda d: d.p):
+        low, high = difference.interval = interval_of(difference.means, alpha / left)
+        if low <= 0 <= high:
+            difference.verdict = "not distinguishable"
+        else:
+            difference.verdict = "higher" if low > 0 else "lower"
+            left -= 1
+
+
+def compare(a: Method, b: Method, measure: str) -> Difference:
+    """One question by itself: a - b with its 95 % interval."""
+    difference = difference_of(a, b, measure)
+    judge([difference])
+    return difference
 
 
 # ------------------------------------------------------------------------------------------------ tables
 def cell(method: Method, measure: str) -> str:
     low, high = bootstrap(method.per_user(measure))
-    seeds = [f"{r.values[measure].mean():.3f}" for r in method.results]
-    return f"{method.mean(measure):.4f} [{low:.3f}, {high:.3f}]" + (
-        f" (seeds {', '.join(seeds)})" if len(seeds) > 1 else ""
-    )
+    text = f"{method.mean(measure):.4f} [{low:.3f}, {high:.3f}]"
+    if len(method.results) > 1:
+        seeds = [f"{r.values[measure].mean():.3f}" for r in method.results]
+        text += f" (seeds {', '.join(seeds)})"
+    return text
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def best_other(method: Method, methods: dict[str, Method], measure: str) -> Method | None:
+    others = [m for m in methods.values() if m is not method]
+    return max(others, key=lambda m: m.mean(measure), default=None)
+
+
+def versus_best(methods: dict[str, Method], measure: str) -> dict[str, str]:
+    """Name -> the paired comparison with the best other method; Holm over all of them."""
+    pairs = {m.name: best_other(m, methods, measure) for m in methods.values()}
+    differences = {
+        name: difference_of(methods[name], best, measure) for name, best in pairs.items() if best
+    }
+    judge(list(differences.values()))
+    texts = {}
+    for name, difference in differences.items():
+        best = pairs[name]
+        texts[name] = f"{difference} to {best.name}: {difference.verdict}"
+        one, other = same_seeds(methods[name], best)
+        if len(one.results) == len(other.results) == 1:
+            p = mcnemar(one.results[0].values[measure], other.results[0].values[measure])
+            texts[name] += f" (McNemar p {f'{p:.3f}' if p >= 0.001 else '< 0.001'}, uncorrected)"
+    return texts
+
+
+def printed_in_paper(method: Method, paper: dict) -> str:
+    """HR@1 and ValidRatio of the paper's method of that name."""
+    if method.name not in paper:
+        return ""
+    hit_ratio, valid_ratio = paper[method.name]
+    return f"{hit_ratio:.4f}" if valid_ratio is None else f"{hit_ratio:.4f}, {valid_ratio:.4f}"
 
 
 def main_table(methods: dict[str, Method], dataset: str) -> str:
     """Table 1: every method, a paired comparison with the best other one, and the paper's figure."""
     some = next(iter(methods.values())).results[0]
     paper = PAPER.get(dataset, {})
-    lines = [
-        f"n = {len(some.values['hit_ratio@1']):,} test users, 20 candidates, the same for all (hash {some.candidates[:12]}).",
-        "",
-    ]
-    columns = [
-        "method",
-        "HR@1 written",
-        "ValidRatio",
-        "HR@1 ranked first",
-        "against the best other, ranked first",
-    ]
+    n = len(some.values["hit_ratio@1"])
+    columns = ["method", "runs", "HR@1 written", "ValidRatio", "HR@1 ranked first"]
+    columns += ["against the best other, ranked first"]
     columns += ["paper: HR@1, ValidRatio"] if paper else []
-    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for name, value in some.metrics["baselines"].items():
-        lines.append(f"| {name} | | | {value:.4f} |" + " |" * (len(columns) - 4))
-    key = "ranking/hit_ratio@1"
+        rows.append([name, "", "", "", f"{value:.4f}", *[""] * (len(columns) - 5)])
+    versus = versus_best(methods, MEASURES[-1])
     for name, method in methods.items():
-        others = [m for m in methods.values() if m is not method]
-        versus = ""
-        if others:
-            best = max(others, key=lambda m: m.mean(key))
-            verdict, difference, (low, high) = compare(method, best, key)
-            versus = f"{difference:+.4f} [{low:+.3f}, {high:+.3f}] to {best.name}: {verdict}"
-            one, other = same_seeds(method, best)
-            if len(one.results) == len(other.results) == 1:
-                p = mcnemar(one.results[0].values[key], other.results[0].values[key])
-                versus += f" (McNemar p {f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
-        theirs = paper.get(name)
-        printed = (
-            ""
-            if theirs is None
-            else f"{theirs[0]:.4f}" + ("" if theirs[1] is None else f", {theirs[1]:.4f}")
-        )
         cells = [cell(method, measure) for measure in MEASURES]
-        lines.append(f"| {' | '.join([name, *cells, versus, *([printed] if paper else [])])} |")
+        row = [name, str(len(method.results)), *cells, versus.get(name, "")]
+        rows.append([*row, printed_in_paper(method, paper)] if paper else row)
+    lines = [
+        f"n = {n:,} test users, 20 candidates, the same for all (hash {some.candidates['test'][:12]}).",
+        "Runs: training runs, one seed each. Intervals resample users, so they do not cover another seed; those of the",
+        f"comparisons with the best other method hold for all {len(versus)} of them together (Holm, 95 %).",
+        *shared_lines([r for m in methods.values() for r in m.results]),
+        *repeat_lines(methods),
+        "",
+        table(columns, rows),
+    ]
     return "\n".join(lines)
+
+
+def shared_lines(results: list[Result]) -> list[str]:
+    shared = shared_options(results)
+    text = ", ".join(f"{k} {v}" for k, v in shared.items())
+    return [f"Options of all trained stages that are not the defaults: {text}."] if shared else []
+
+
+def repeat_lines(methods: dict[str, Method]) -> list[str]:
+    repeats = [f"{r.folder} ({m.name}, seed {r.seed})" for m in methods.values() for r in m.repeats]
+    return (
+        [f"Not counted, because that seed is there already: {'; '.join(repeats)}."]
+        if repeats
+        else []
+    )
 
 
 def data_table(config: dict, data_hash: str) -> str:
@@ -263,136 +594,194 @@ def data_table(config: dict, data_hash: str) -> str:
     if not prepared:
         return f"The prepared examples {data_hash} are not at hand; `python data.py` prints their statistics."
     known = {f.name for f in fields(DataConfig)}
-    lines = statistics(
-        DataConfig(**{k: v for k, v in config.items() if k in known}), prepared
-    ).splitlines()
+    options = DataConfig(**{k: v for k, v in config.items() if k in known})
+    lines = statistics(options, prepared).splitlines()
     return "\n".join(
         f"- {line.strip()}" if line and not line.startswith("|") else line for line in lines
     )
 
 
-def probe_tables(folder: Path) -> str:
-    """The probes' rows, averaged over runs; counting and optimal recommenders are the same for all."""
-    found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    sizes: dict[str, int] = {}
-    for file in sorted(folder.glob("**/probes/*/*/metrics.json")):
-        content = read_json(file)
-        probe, stage = content["probe"], file.parent.parent.name
-        sizes[probe] = content["n"]
-        for name, row in content["rows"].items():
-            if name.split(",")[0] == stage or "," not in name:
-                found[probe][name].append(row)
-    lines = []
-    for probe, rows in found.items():
-        first = next(iter(rows.values()))[0]
-        lines += ["", f"**{probe}** (n = {sizes[probe]:,})", ""]
-        if probe == "length":
-            names = list(first["bins"])
-            lines += [
-                "| HR@1 by history length | " + " | ".join(names) + " | std | std / mean |",
-                "|---" * (len(names) + 3) + "|",
+def probe_rows(methods: dict[str, Method], probe: str) -> dict[str, list[dict]]:
+    """Name -> that row of each run: recommenders that need no training first, then every method."""
+    rows: dict[str, list[dict]] = {}
+    for method in methods.values():
+        contents = [r.probes[probe] for r in method.results if probe in r.probes]
+        for content in contents:
+            for name, row in content["rows"].items():
+                if "," not in name:
+                    rows.setdefault(name, [row])  # the same for every run
+    for method in methods.values():
+        contents = [r.probes[probe] for r in method.results if probe in r.probes]
+        for how in ("written", "ranked first"):
+            found = [
+                c["rows"][f"{method.stage}, {how}"]
+                for c in contents
+                if f"{method.stage}, {how}" in c["rows"]
             ]
-            for name, group in rows.items():
-                cells = [np.mean([g["bins"][b]["hit_ratio@1"] for g in group]) for b in names]
-                cells += [np.mean([g["std"] for g in group]), np.mean([g["cv"] for g in group])]
-                lines.append(f"| {name} | " + " | ".join(f"{c:.3f}" for c in cells) + " |")
-            continue
-        figures = [key for key in first if not key.endswith("_ci95")]
-        lines += ["| | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
-        for name, group in rows.items():
-            seeds = len(group) if "," in name else 1
-            cells = []
-            for key in figures:
-                mean = np.mean([g[key] for g in group])
-                width = np.mean([g[f"{key}_ci95"][1] - g[f"{key}_ci95"][0] for g in group]) / 2
-                cells.append(f"{mean:.4f} ± {width:.3f}" if name != "chance" else f"{mean:.4f}")
-            lines.append(
-                f"| {name}{f' (mean of {seeds} seeds)' if seeds > 1 else ''} | "
-                + " | ".join(cells)
-                + " |"
-            )
+            if found:
+                rows[f"{method.name}; {how}"] = found
+    return rows
+
+
+def probe_tables(methods: dict[str, Method]) -> str:
+    """The probes' rows, averaged over the runs of a method."""
+    sizes = {
+        probe: content["n"]
+        for m in methods.values()
+        for r in m.results
+        for probe, content in r.probes.items()
+    }
+    lines = []
+    for probe, n in sorted(sizes.items()):
+        rows = probe_rows(methods, probe)
+        text = length_table(rows) if probe == "length" else figures_table(rows)
+        lines += ["", f"**{probe}** (n = {n:,})", "", text]
     return "\n".join(lines)
 
 
-def claims(methods: dict[str, Method], folder: Path) -> str:
-    """The paper's claims, each held, not held or not distinguishable here."""
-    said = {"higher": "held", "lower": "not held", "not distinguishable": "not distinguishable"}
-    lines = ["| claim of the paper | written | ranked first |", "|---|---|---|"]
-    for better, worse in (
-        ("recpo", "sdpo"),
-        ("sdpo", "sft"),
-        ("recpo", "sft"),
-        ("recpo", "dpo"),
-        ("recpo", "simpo"),
-    ):
-        if better in methods and worse in methods:
-            cells = []
-            for measure in ("hit_ratio@1", "ranking/hit_ratio@1"):
-                verdict, difference, (low, high) = compare(methods[better], methods[worse], measure)
-                cells.append(f"{said[verdict]}: {difference:+.4f} [{low:+.3f}, {high:+.3f}]")
-            lines.append(f"| HR@1 of {better} above {worse} | {' | '.join(cells)} |")
+def row_name(name: str, group: list[dict]) -> str:
+    return name if len(group) == 1 else f"{name} (mean of {len(group)} runs)"
+
+
+def figures_table(rows: dict[str, list[dict]]) -> str:
+    first = next(iter(rows.values()))[0]
+    figures = [key for key in first if not key.endswith("_ci95")]
+    lines = []
+    for name, group in rows.items():
+        cells = []
+        for key in figures:
+            mean = np.mean([g[key] for g in group])
+            width = np.mean([g[f"{key}_ci95"][1] - g[f"{key}_ci95"][0] for g in group]) / 2
+            cells.append(f"{mean:.4f}" if name == "chance" else f"{mean:.4f} ± {width:.3f}")
+        lines.append([row_name(name, group), *cells])
+    return table(["", *figures], lines)
+
+
+def mean_bins(group: list[dict]) -> dict[str, dict]:
+    """One run's bins, with the means over runs; users are the same, so variances are averaged, not divided."""
+    bins = {}
+    for name, entry in group[0]["bins"].items():
+        entries = [g["bins"][name] for g in group]
+        means = {
+            key: float(np.mean([e[key] for e in entries])) for key in ("hit_ratio@1", "variance")
+        }
+        bins[name] = {"n": entry["n"], **means}
+    return bins
+
+
+def length_table(rows: dict[str, list[dict]]) -> str:
+    some = next(iter(rows.values()))[0]
+    columns = ["HR@1 by history length"]
+    columns += [f"{name} (n = {entry['n']})" for name, entry in some["bins"].items()]
+    columns += SPREAD_COLUMNS
+    lines = []
+    for name, group in rows.items():
+        bins = mean_bins(group)
+        spread = spread_of_bins(bins)
+        cells = [
+            f"{b['hit_ratio@1']:.3f} ± {1.96 * b['variance'] ** 0.5:.3f}" for b in bins.values()
+        ]
+        lines.append([row_name(name, group), *cells, *spread_cells(spread)])
+    return table(columns, lines)
+
+
+CLAIMS = (
+    ("recpo", "sdpo"),
+    ("sdpo", "sft"),
+    ("recpo", "sft"),
+    ("recpo", "dpo"),
+    ("recpo", "simpo"),
+)
+PROBE_CLAIMS = (("adherence", "hit_ratio@1"), ("avoidance", "avoidance"))
+HIT_RATIOS = ("hit_ratio@1", "ranking/hit_ratio@1")  # written, ranked first
+
+
+def asked(methods: dict[str, Method]) -> list[tuple[str, Method, Method, tuple[str, ...]]]:
+    """The paper's claims that these methods can answer: (text, better, worse, measures)."""
+    base = {m.stage: base_method(methods, m.stage) for m in methods.values()}
+    questions = []
+    for better, worse in CLAIMS:
+        if better in base and worse in base:
+            a, b = base[better], base[worse]
+            questions.append((f"HR@1 of {a.name} above {b.name}", a, b, HIT_RATIOS))
     ladder = sweep(methods, "margin_lambda")
     if len(ladder) > 2:
-        low, high = ladder[0][1], ladder[-1][1]
-        cells = []
-        for measure in ("hit_ratio@1", "ranking/hit_ratio@1"):
-            verdict, difference, (a, b) = compare(high, low, measure)
-            cells.append(f"{said[verdict]}: {difference:+.4f} [{a:+.3f}, {b:+.3f}]")
-        lines.append(
-            f"| λ raises HR@1 ({ladder[0][0]:g} to {ladder[-1][0]:g}) | {' | '.join(cells)} |"
-        )
-        verdict, difference, (a, b) = compare(low, high, "valid_ratio")
-        lines.append(
-            f"| λ lowers ValidRatio ({ladder[0][0]:g} to {ladder[-1][0]:g}) | {said[verdict]}: {-difference:+.4f} [{-b:+.3f}, {-a:+.3f}] | |"
-        )
-    for probe, figure in (("adherence", "hit_ratio@1"), ("avoidance", "avoidance")):
-        per_user = {stage: probe_values(folder, stage, probe) for stage in ("recpo", "sdpo", "sft")}
+        (lowest, low), (highest, high) = ladder[0], ladder[-1]
+        span = f"({lowest:g} to {highest:g})"
+        questions.append((f"λ raises HR@1 {span}", high, low, HIT_RATIOS))
+        questions.append((f"λ lowers ValidRatio {span}", low, high, ("valid_ratio",)))
+    for probe, figure in PROBE_CLAIMS:
+        measures = (f"{probe}/written", f"{probe}/ranked")
         for worse in ("sdpo", "sft"):
-            if per_user["recpo"] and per_user[worse]:
-                cells = []
-                for how in ("written", "ranked"):
-                    difference = np.mean([v[how] for v in per_user["recpo"]], 0) - np.mean(
-                        [v[how] for v in per_user[worse]], 0
-                    )
-                    low, high = bootstrap(difference)
-                    verdict = (
-                        "held" if low > 0 else "not held" if high < 0 else "not distinguishable"
-                    )
-                    cells.append(f"{verdict}: {difference.mean():+.4f} [{low:+.3f}, {high:+.3f}]")
-                lines.append(f"| {probe} ({figure}) of recpo above {worse} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            a, b = base.get("recpo"), base.get(worse)
+            if a and b and a.measured(measures[0]) and b.measured(measures[0]):
+                questions.append((f"{probe} ({figure}) of {a.name} above {b.name}", a, b, measures))
+    return questions
 
 
-def probe_values(folder: Path, stage: str, probe: str) -> list[dict[str, np.ndarray]]:
-    """Per run: what each user counts for in a probe, as written and as ranked first."""
-    out = []
-    for file in sorted(folder.glob(f"**/probes/{stage}/{probe}/predictions.jsonl")):
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        written = [
-            (r["valid"] and not r["hit"]) if probe == "avoidance" else r["hit"] for r in records
-        ]
-        ranked = [_share_of_best(r["logps"], r["target_slot"]) for r in records]
-        ranked = np.array(ranked) if probe != "avoidance" else 1 - np.array(ranked)
-        out.append({"written": np.array(written, float), "ranked": ranked})
-    return out
+def claims(methods: dict[str, Method]) -> str:
+    """The paper's claims, each held, not held or not distinguishable here; Holm over the whole table."""
+    said = {"higher": "held", "lower": "not held", "not distinguishable": "not distinguishable"}
+    answers = [
+        (text, [difference_of(a, b, measure) for measure in measures])
+        for text, a, b, measures in asked(methods)
+    ]
+    family = [difference for _, differences in answers for difference in differences]
+    judge(family)
+    rows = []
+    for text, differences in answers:
+        cells = [f"{said[d.verdict]}: {d}" for d in differences]
+        runs = " against ".join(str(n) for n in differences[0].runs)
+        rows.append([text, runs, *cells, *[""] * (2 - len(cells))])
+    if not rows:
+        return ""
+    return (
+        "Paired over the same users. Training runs: those that stand behind each side (of the seeds that both have). "
+        "Bootstrap intervals over users;\n"
+        f"they do not cover another training run, and hold for all {len(family)} comparisons of this table together (Holm, 95 %).\n\n"
+    ) + table(["claim of the paper", "training runs", "written", "ranked first"], rows)
 
 
 SWEPT = {"margin_lambda": "λ", "num_negatives": "K", "decay": "decay"}
 
 
 def sweep(methods: dict[str, Method], option: str) -> list[tuple[float, Method]]:
-    """(value, method) of RecPO with one option changed, in order of its value; from one SFT result: the first seed each."""
-    start = f"recpo {SWEPT[option]}="
+    """(value, method) of RecPO with one option changed, in order of its value; runs of one seed."""
+    base = base_method(methods, "recpo")
+    if base is None:
+        return []
     found = [
-        (m.results[0].config[option], m)
-        for name, m in methods.items()
-        if name == "recpo" or (name.startswith(start) and name.count(" ") == 1)
+        m
+        for m in methods.values()
+        if m.stage == "recpo" and differing(m.settings, base.settings) <= {option}
     ]
-    if option == "margin_lambda" and "sdpo" in methods:
-        found.append((0.0, methods["sdpo"]))
-    return sorted(
-        ((value, Method(m.name, m.results[:1])) for value, m in found), key=lambda pair: pair[0]
-    )
+    points = [(m.settings[option], m) for m in found]
+    plain = base_method(methods, "sdpo")
+    if option == "margin_lambda" and plain:
+        points.append((0.0, plain))
+    seeds = [set(m.seeds) for _, m in points]
+    shared = sorted(set.intersection(*seeds)) if seeds else []
+    if not shared:
+        return []
+    ladder = []
+    for value, m in sorted(points, key=lambda pair: pair[0]):
+        runs = [r for r in m.results if r.seed == shared[0]]
+        ladder.append((value, Method(m.name, runs, m.shown)))
+    return ladder
+
+
+def input_methods(methods: dict[str, Method]) -> dict[str, Method]:
+    """SFT results that differ in what a prompt shows alone."""
+    base = base_method(methods, "sft")
+    return {
+        m.name: m
+        for m in methods.values()
+        if m.stage == "sft" and differing(m.settings, base.settings) <= {"history_items", "ratings"}
+    }
+
+
+def differing(a: dict, b: dict) -> set[str]:
+    return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -491,26 +880,21 @@ def draw_bars(plt, methods: dict[str, Method], file: Path) -> None:
     plt.close(figure)
 
 
-def draw_length(plt, folder: Path, file: Path) -> bool:
-    rows: dict[str, list[dict]] = defaultdict(list)
-    for metrics in sorted(folder.glob("**/probes/*/length/metrics.json")):
-        for name, row in read_json(metrics)["rows"].items():
-            if name.split(",")[0] == metrics.parent.parent.name or "," not in name:
-                rows[name].append(row)
-    if not rows:
-        return False
+def draw_length(plt, methods: dict[str, Method], file: Path) -> None:
+    """HR@1 in each bin of history lengths, with 95 % intervals."""
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-    bins = list(next(iter(rows.values()))[0]["bins"])
-    for name, group in rows.items():
+    for name, group in probe_rows(methods, "length").items():
         if name.endswith("written"):
             continue
-        values = [np.mean([g["bins"][b]["hit_ratio@1"] for g in group]) for b in bins]
-        axis.plot(bins, values, marker="o", label=name, linestyle="-" if "," in name else ":")
+        bins = mean_bins(group)
+        values = [b["hit_ratio@1"] for b in bins.values()]
+        errors = [1.96 * b["variance"] ** 0.5 for b in bins.values()]
+        line = "-" if ";" in name else ":"
+        axis.errorbar(list(bins), values, errors, marker="o", capsize=3, label=name, linestyle=line)
     axis.set(xlabel="interactions before the test item", ylabel="HR@1", ylim=(0, None))
     axis.legend(fontsize=7)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-    return True
 
 
 def draw_margins(plt, file: Path) -> None:
@@ -570,21 +954,13 @@ def main() -> None:
         "",
         data_table(config, hashes[0] if hashes else ""),
     ]
-    if probes := probe_tables(args.folder):
+    if probes := probe_tables(methods):
         parts += ["", "## Probes", probes]
-    verdicts = claims(methods, args.folder)
-    if verdicts.count("\n") > 1:
-        parts += [
-            "",
-            "## Claims",
-            "",
-            "Paired over the same users, 95 % bootstrap interval of the difference.",
-            "",
-            verdicts,
-        ]
+    if verdicts := claims(methods):
+        parts += ["", "## Claims", "", verdicts]
     plt, pictures = pyplot(), []
     if plt:
-        inputs = {n: m for n, m in methods.items() if n.split(",")[0] == "sft"}
+        inputs = input_methods(methods)
         drawn = []
         if preference_logs(methods):
             drawn.append(
@@ -606,12 +982,12 @@ def main() -> None:
                     lambda f: draw_bars(plt, inputs, f),
                 )
             )
-        if list(args.folder.glob("**/probes/*/length/metrics.json")):
+        if probe_rows(methods, "length"):
             drawn.append(
                 (
                     "length.png",
                     "HR@1 by history length (Figure 4 d)",
-                    lambda f: draw_length(plt, args.folder, f),
+                    lambda f: draw_length(plt, methods, f),
                 )
             )
         drawn.append(

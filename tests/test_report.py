@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 from data import DataConfig, prepare
 from options import TrainConfig
 from report import (
+    NOT_THE_METHOD,
+    Difference,
     Method,
     Result,
     bootstrap,
@@ -21,8 +24,11 @@ from report import (
     compare,
     data_table,
     grouped,
+    judge,
+    main_table,
     mcnemar,
-    method_name,
+    option_text,
+    settings_of,
     sweep,
 )
 from sequential import BaselineConfig
@@ -41,16 +47,8 @@ def write_stage(
     **config,
 ):
     """A finished stage whose predictions hit where `hits` says so."""
-    run = folder / f"{stage}-{config.get('name', '')}{config.get('seed', 0)}"
-    settings = {
-        "dataset": "planted",
-        "stages": stage,
-        "seed": 0,
-        "margin": "ratio",
-        "margin_lambda": 2.0,
-        "num_negatives": 3,
-        "decay": 0.5,
-    } | config
+    run = folder / f"{stage}-{config.pop('name', '')}{config.get('seed', 0)}"
+    settings = {"dataset": "planted", "stages": stage, "seed": 0} | config
     (run / stage / "eval").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(settings))
     records = []
@@ -120,36 +118,77 @@ def test_bootstrap_interval_is_that_of_the_mean():
     assert bootstrap(values) == (low, high)
 
 
+def made(name: str, values, seeds=None) -> Method:
+    """A method whose runs have these values per user."""
+    results = []
+    for seed, v in zip(seeds or range(len(values)), values, strict=True):
+        hits = {"hit_ratio@1": np.array(v, float)}
+        results.append(Result(name, Path(), {"seed": seed}, Path(), {}, hits, {}, {}))
+    return Method(name, results)
+
+
 def test_differences_are_paired_and_named():
     """A difference that every user shares is seen although both intervals overlap; noise is not distinguishable."""
-
-    def method(name: str, values) -> Method:
-        return Method(
-            name,
-            [
-                Result(
-                    name, Path(), {"seed": 0}, Path(), {"hit_ratio@1": np.array(v, float)}, "", {}
-                )
-                for v in values
-            ],
-        )
-
     base = np.random.default_rng(2).integers(0, 2, 400)
     better = base.copy()
     better[np.flatnonzero(base == 0)[:20]] = 1
-    assert compare(method("a", [better]), method("b", [base]), "hit_ratio@1")[0] == "higher"
-    assert compare(method("b", [base]), method("a", [better]), "hit_ratio@1")[0] == "lower"
     other = np.random.default_rng(3).permutation(base)
-    assert (
-        compare(method("a", [base]), method("b", [other]), "hit_ratio@1")[0]
-        == "not distinguishable"
+    for a, b, expected in (
+        (better, base, "higher"),
+        (base, better, "lower"),
+        (base, other, "not distinguishable"),
+    ):
+        assert compare(made("a", [a]), made("b", [b]), "hit_ratio@1").verdict == expected
+
+
+def test_runs_are_paired_by_seed():
+    """A seed that one method lacks is left out of the comparison, and the runs behind it are counted."""
+    base = np.random.default_rng(2).integers(0, 2, 400)
+    better = np.maximum(base, np.arange(400) < 20)
+    found = compare(made("a", [base, better, better]), made("b", [base]), "hit_ratio@1")
+    assert found.mean == 0 and found.runs == (1, 1)
+    found = compare(
+        made("a", [better] * 2, [1, 2]), made("b", [base] * 3, [0, 1, 2]), "hit_ratio@1"
     )
-    three, one = method("a", [base, better, better]), method("b", [base])
-    for seed, result in enumerate(three.results):
-        result.config["seed"] = seed
-    assert compare(three, one, "hit_ratio@1")[1] == 0  # seed 0 against seed 0 alone
-    seeds = method("a", [base, better])
+    assert found.mean > 0 and found.runs == (2, 2)
+    seeds = made("a", [base, better])
     assert seeds.per_user("hit_ratio@1").tolist() == ((base + better) / 2).tolist()
+
+
+def test_holm_steps_down():
+    """The k-th clearest of m is judged at 5 % / (m - k + 1); what lies behind the first failure fails at its level."""
+    rng = np.random.default_rng(0)
+
+    def normal(z: float) -> Difference:
+        return Difference(z, z + rng.standard_normal(200_000), (1, 1))
+
+    # two-sided p of z: 4.0 6e-5, 2.6 .009, 2.1 .036, 2.05 .040
+    clear, second, third, fourth = family = [normal(z) for z in (4.0, 2.6, 2.1, 2.05)]
+    judge(family[::-1])
+    verdicts = [d.verdict for d in family]
+    assert verdicts == ["higher", "higher", "not distinguishable", "not distinguishable"]
+    # quantiles of the normal at 5 % / 4, / 3, / 2, / 2
+    for difference, z in ((clear, 2.498), (second, 2.394), (third, 2.241), (fourth, 2.241)):
+        low, high = difference.interval
+        assert (high - low) / 2 == pytest.approx(z, abs=0.04)
+    alone = normal(-2.1)
+    judge([alone])
+    assert alone.verdict == "lower"
+
+
+def test_holm_keeps_noise_out_of_the_claims():
+    """Of 300 tables of 8 comparisons without any difference at most about 5 % name one; uncorrected a third would."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(300):
+        family = [Difference(z, z + rng.standard_normal(4000), (1, 1)) for z in rng.normal(size=8)]
+        judge(family)
+        wrong += any(d.verdict != "not distinguishable" for d in family)
+    assert wrong / 300 < 0.09
+
+
+def names_of(folder: Path) -> dict[str, list[int]]:
+    return {name: sorted(m.seeds) for name, m in grouped(collect(folder)).items()}
 
 
 def test_seeds_are_one_method_and_settings_are_named(tmp_path):
@@ -158,18 +197,73 @@ def test_seeds_are_one_method_and_settings_are_named(tmp_path):
         write_stage(tmp_path, "recpo", [1, 0, seed % 2], seed=seed)
     write_stage(tmp_path, "recpo", [1, 1, 1], margin_lambda=4.0, name="l4")
     write_stage(tmp_path, "recpo", [0, 1, 1], margin="log_diff", name="diff")
-    methods = grouped(collect(tmp_path))
-    assert {name: len(m.results) for name, m in methods.items()} == {
-        "recpo": 3,
-        "recpo log_diff": 1,
-        "recpo λ=4": 1,
+    write_stage(tmp_path, "sdpo", [0, 1, 1], num_negatives=7, name="K")
+    inputs = {"history_items": "positive", "ratings": False}
+    write_stage(tmp_path, "sft", [0, 1, 1], **inputs)
+    assert names_of(tmp_path) == {
+        "sft, liked items only, no ratings": [0],
+        "sdpo K=7": [0],
+        "recpo": [0, 1, 2],
+        "recpo log_diff": [0],
+        "recpo λ=4": [0],
     }
+    methods = grouped(collect(tmp_path))
     assert methods["recpo"].mean("hit_ratio@1") == pytest.approx((1 + 0 + 1 / 3) / 3)
-    assert method_name("sdpo", {"num_negatives": 7, "margin_lambda": 1.0}) == "sdpo K=7"
-    assert (
-        method_name("sft", {"history_items": "positive", "ratings": False})
-        == "sft, liked items only, no ratings"
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [(f.name, f.default) for f in fields(TrainConfig) if f.name not in NOT_THE_METHOD],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_any_option_makes_a_method_of_its_own(option, value):
+    """Two runs that differ in any option but seed and paths never become one row, and the name shows the option."""
+    config = asdict(TrainConfig(stages="sft,recpo"))
+    other = (
+        not value if isinstance(value, bool) else value + 1 if not isinstance(value, str) else "x"
     )
+    results = []
+    for seed, changes in enumerate(({}, {}, {option: other})):
+        own = config | changes | {"seed": seed, "output_dir": f"runs/{seed}"}
+        settings = settings_of("recpo", Path(f"runs/{seed}"), own)
+        results.append(Result("recpo", Path(), own, Path(), settings, {}, {}, {}))
+    methods = grouped(results)
+    assert [m.seeds for m in methods.values()] == [[0, 1], [2]]
+    name = list(methods)[1]
+    shown = option_text(option, float(other) if type(other) is int else other)
+    assert shown in name or f"sft {option}=" in name
+
+
+def test_beta_weight_and_rate_are_three_methods(tmp_path):
+    """The three runs that once became one row of "seeds"."""
+    for seed, changes in enumerate(({"beta": 0.1}, {"sft_weight": 1.0}, {"learning_rate": 1e-3})):
+        write_stage(tmp_path, "recpo", [1, 0, 1], seed=seed, **changes)
+    write_stage(tmp_path, "recpo", [1, 0, 1], seed=3)
+    expected = {"recpo", "recpo β=0.1", "recpo + NLL", "recpo, learning_rate=0.001"}
+    assert set(names_of(tmp_path)) == expected
+
+
+def test_a_seed_counts_once(tmp_path):
+    """The same settings and seed tested twice are one run; the report names the one that is left out."""
+    write_stage(tmp_path, "recpo", [1, 0, 1], seed=0, name="a")
+    write_stage(tmp_path, "recpo", [1, 1, 1], seed=0, name="b")
+    write_stage(tmp_path, "recpo", [0, 0, 0], seed=1)
+    methods = grouped(collect(tmp_path))
+    assert names_of(tmp_path) == {"recpo": [0, 1]}
+    assert methods["recpo"].mean("hit_ratio@1") == pytest.approx((2 / 3 + 0) / 2)
+    assert "recpo-b0" in main_table(methods, "planted")
+
+
+def test_a_stage_carries_the_settings_that_it_started_from(tmp_path):
+    """Another SFT behind the same preference options is another method; the same one from another folder is not."""
+    write_stage(tmp_path, "recpo", [1, 0, 1], stages="sft,recpo", seed=0)
+    for folder, seed, epochs in (("same", 1, 5.0), ("longer", 2, 9.0)):
+        (tmp_path / folder / "sft").mkdir(parents=True)
+        started = {"stages": "sft", "dataset": "planted", "seed": seed, "sft_epochs": epochs}
+        (tmp_path / folder / "config.json").write_text(json.dumps(started))
+        model = str(tmp_path / folder / "sft")
+        write_stage(tmp_path, "recpo", [1, 0, 1], seed=seed, model=model)
+    assert names_of(tmp_path) == {"recpo": [0, 1], "recpo, sft sft_epochs=9": [2]}
 
 
 def test_other_candidates_are_refused(tmp_path):
@@ -187,6 +281,16 @@ def test_other_candidates_are_refused(tmp_path):
     assert report(tmp_path / "nothing").returncode == 2
 
 
+def test_length_bins_without_intervals_are_refused(tmp_path):
+    """A probe measured before bins had intervals is named, not guessed at."""
+    write_stage(tmp_path, "sft", [1, 0, 1], probe_gain=1)
+    file = tmp_path / "sft-0/probes/sft/adherence/metrics.json"
+    old = {"bins": {"0-9": {"n": 3, "hit_ratio@1": 0.5}}, "std": 0.1, "cv": 0.2}
+    file.write_text(json.dumps({"probe": "length", "n": 3, "rows": {"sft, written": old}}))
+    with pytest.raises(ValueError, match="adherence/metrics.json: bins of an older version"):
+        collect(tmp_path)
+
+
 def test_the_report_has_tables_claims_and_pictures(tmp_path):
     """Counting rows, intervals, paired verdicts, probes, the λ sweep; every picture named in it is there."""
     rng = np.random.default_rng(0)
@@ -199,9 +303,9 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
     done = report(tmp_path, "--note", "made up")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/report.md").read_text()
-    for part in ("made up", "| Markov | | | 0.3000 | |", "to recpo: lower", "HR@1 of recpo above sdpo | held", "HR@1 of sdpo above sft | not distinguishable",
-                 "λ lowers ValidRatio (0 to 4) | held", "adherence (hit_ratio@1) of recpo above sft | held", "avoidance (avoidance) of recpo above sft | not held",
-                 "**adherence**"):  # fmt: skip
+    for part in ("made up", "| Markov |  |  |  | 0.3000 |  |", "to recpo: lower", "HR@1 of recpo above sdpo | 1 against 1 | held", "HR@1 of sdpo above sft | 1 against 1 | not distinguishable",
+                 "λ lowers ValidRatio (0 to 4) | 1 against 1 | held", "adherence (hit_ratio@1) of recpo above sft | 1 against 1 | held", "avoidance (avoidance) of recpo above sft | 1 against 1 | not held",
+                 "**adherence**", "| recpo; written | 0.2000", "HR@1 of recpo above sft | 1 against 1 |", "for all 17 comparisons of this table together (Holm"):  # fmt: skip
         assert part in text, part
     pytest.importorskip("matplotlib")
     pictures = [
@@ -223,27 +327,26 @@ def test_table_3_stands_beside_the_paper_s(tmp_path):
 def test_a_sweep_changes_one_option():
     """λ = 0 is S-DPO; other margins, losses and inputs stay outside."""
 
-    def method(stage, **config):
-        config = {
-            "margin": "ratio",
-            "margin_lambda": 2.0,
-            "num_negatives": 3,
-            "decay": 0.5,
-        } | config
-        return Result(method_name(stage, config), Path(), config, Path(), {}, "", {})
+    def result(stage, **changes):
+        config = asdict(TrainConfig(stages="sft,sdpo,recpo")) | changes
+        # the swept runs go on from one SFT result; here its options are those of the run
+        settings = settings_of(stage, Path("r"), config)
+        settings |= {
+            k: v
+            for k, v in settings_of(stage, Path("r"), asdict(TrainConfig())).items()
+            if k.startswith("sft ")
+        }
+        return Result(stage, Path(), config, Path(), settings, {}, {}, {})
 
-    results = [method("sdpo"), method("recpo"), method("recpo", margin_lambda=4.0), method("recpo", num_negatives=1),
-               method("recpo", decay=1.0), method("recpo", margin="log_diff"), method("recpo", margin_lambda=1.0, num_negatives=5),
-               method("recpo", margin_lambda=1.0, ratings=False), method("sft")]  # fmt: skip
-    methods = grouped(results)
-    assert [(v, m.name) for v, m in sweep(methods, "margin_lambda")] == [
-        (0.0, "sdpo"),
-        (2.0, "recpo"),
-        (4.0, "recpo λ=4"),
-    ]
-    assert [v for v, _ in sweep(methods, "num_negatives")] == [1, 3] and [
-        v for v, _ in sweep(methods, "decay")
-    ] == [0.5, 1.0]
+    results = [result("sdpo"), result("recpo"), result("recpo", margin_lambda=4.0), result("recpo", num_negatives=1),
+               result("recpo", decay=1.0), result("recpo", margin="log_diff"), result("recpo", margin_lambda=1.0, num_negatives=5),
+               result("recpo", margin_lambda=1.0, ratings=False), result("recpo", margin_lambda=3.0, seed=5), result("sft")]  # fmt: skip
+    methods = grouped([r for r in results if r.seed == 0])
+    ladder = [(value, m.name) for value, m in sweep(methods, "margin_lambda")]
+    assert ladder == [(0.0, "sdpo"), (2.0, "recpo"), (4.0, "recpo λ=4")]
+    assert [value for value, _ in sweep(methods, "num_negatives")] == [1, 3]
+    assert [value for value, _ in sweep(methods, "decay")] == [0.5, 1.0]
+    assert sweep(grouped(results), "margin_lambda") == []  # no seed has them all
 
 
 # ------------------------------------------------------------------------------------------------ the runner
