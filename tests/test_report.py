@@ -384,6 +384,18 @@ def test_commands_carry_common_and_own_options(tmp_path):
     assert not is_finished(tmp_path / "first", {}, "train.py")
 
 
+def test_planted_tables_compare_the_losses_of_the_papers():
+    """No table adds the chosen title's NLL to a loss that is published without it."""
+    for file in (ROOT / "configs/tables").glob("*.json"):
+        assert "sft_weight" not in file.read_text(), file
+
+
+def test_planted_tables_compare_the_losses_of_the_papers():
+    """No table adds the chosen title's NLL to a loss that is published without it."""
+    for file in (ROOT / "configs/tables").glob("*.json"):
+        assert "sft_weight" not in file.read_text(), file
+
+
 @pytest.mark.parametrize("name", ["planted", "planted-sweeps", "movielens", "paper", "inputs"])
 def test_committed_tables_hold_options_that_exist(name):
     """Every option of every run is one of its script; what a table leaves open is asked for by name."""
