@@ -9,7 +9,7 @@
 All three turn a user's items into one vector per position and score an item by its inner product with that item's
 embedding. They train on every position before each user's last two interactions, in windows of --max_items, with Adam and a
 sampled softmax: the next item against --num_sampled items drawn uniformly for the batch, as the 19 others of a test
-list are. Ratings are not used: a low rating counts as an interaction, as in these papers. Training stops
+list are. A prompt shows --history items (20), these models --max_items of them (50; 0: as many as the prompt). Ratings are not used: a low rating counts as an interaction, as in these papers. Training stops
 when HR@1 on the validation split has not risen for --patience epochs; the best epoch's weights are then tested, once.
 
 Left out: session boundaries, BPR and top-1 losses, Caser's several targets per window.
@@ -48,7 +48,9 @@ class BaselineConfig(DataConfig):
     hidden_size: int = arg(64, "width of items and hidden states")
     num_layers: int = arg(2, "blocks of SASRec, layers of GRU4Rec")
     dropout: float = arg(0.2, "dropout")
-    max_items: int = arg(50, "most recent items that a model sees")
+    max_items: int = arg(
+        50, "most recent items that a model sees; 0 = as many as a prompt shows (--history)"
+    )
     num_sampled: int = arg(
         512, "items drawn per batch that the next one is compared with; 0 = all items"
     )
@@ -64,9 +66,22 @@ class BaselineConfig(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "method", (*NEURAL, "random", *COUNTING))
+        least = {"max_items": 0}
         for name in ("hidden_size", "num_layers", "max_items", "epochs", "patience", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be >= 1, got {getattr(self, name)}")
+            if getattr(self, name) < least.get(name, 1):
+                raise ValueError(
+                    f"--{name} must be >= {least.get(name, 1)}, got {getattr(self, name)}"
+                )
+        if self.max_items == 0 and self.history_items == "positive":
+            raise ValueError(
+                "--max_items 0 shows what a prompt shows, but these models read disliked items too, "
+                "and --history_items positive hides them from prompts: give a number"
+            )
+
+    @property
+    def num_shown(self) -> int:
+        """Items that a model sees."""
+        return self.max_items or self.history
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -159,7 +174,7 @@ class Block(nn.Module):
 class SASRec(Recommender):
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
-        self.positions = nn.Embedding(config.max_items, config.hidden_size)
+        self.positions = nn.Embedding(config.num_shown, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
 
@@ -250,7 +265,7 @@ def train(
             nn.init.normal_(p, std=0.02)
     with torch.no_grad():
         model.items.weight[0] = 0
-    windows, users = (torch.from_numpy(a) for a in training_windows(log, config.max_items))
+    windows, users = (torch.from_numpy(a) for a in training_windows(log, config.num_shown))
     if not len(windows):
         raise ValueError("no user has two interactions before the last two: nothing to train on")
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
@@ -265,7 +280,7 @@ def train(
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        found = hit_ratio(candidate_scores(model, val, config.max_items), val)
+        found = hit_ratio(candidate_scores(model, val, config.num_shown), val)
         history.append(
             {
                 "epoch": epoch,
@@ -309,7 +324,7 @@ def main() -> None:
     history, started = [], time.time()
     if config.method in NEURAL:
         model, history = train(config, log, val)
-        scores = candidate_scores(model, test, config.max_items)
+        scores = candidate_scores(model, test, config.num_shown)
     elif config.method == "random":
         scores = np.random.default_rng(config.seed).random(test.candidates.shape)
     else:

@@ -75,6 +75,23 @@ def test_a_test_case_shows_what_lies_before_it():
         )
 
 
+def test_a_model_can_see_exactly_what_a_prompt_shows():
+    """--max_items 0 takes --history: a model then reads the items of the prompt, no more and no fewer."""
+    log = log_of([list(range(30)), list(range(40, 65)), list(range(60, 68))])
+    config = BaselineConfig(max_items=0, history=12, followers=2, min_history=2)
+    examples = build_examples(log, config)["test"]
+    items, _ = shown_items(examples, config.num_shown)
+    for e in range(len(examples)):
+        rows = examples.history_rows(e)
+        assert items[e][items[e] > 0].tolist() == (log.item[list(rows)] + 1).tolist()
+    assert SASRec(config, 50, 3).positions.num_embeddings == 12
+    assert BaselineConfig().num_shown == 50
+    with pytest.raises(ValueError, match="max_items must be >= 0"):
+        BaselineConfig(max_items=-1)
+    with pytest.raises(ValueError, match="history_items positive hides them"):
+        BaselineConfig(max_items=0, history_items="positive")
+
+
 @pytest.mark.parametrize("name", NEURAL)
 def test_states_do_not_see_later_items(name):
     """Changing items from position 5 on changes no state before it; states after it do change."""
