@@ -476,6 +476,8 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
 
 
 if __name__ == "__main__":
-    from inspection import inspect  # it builds on this module, and on plots that need more packages
+    from studies.inspection import (
+        inspect,  # it builds on this module, and on plots that need more packages
+    )
 
     run_cli(inspect)

@@ -7,7 +7,7 @@ verifies are decoded for real, since another spelling of a title is possible and
 
     python eval.py --run runs/planted-1                      every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...        any Hugging Face directory, with or without a PEFT adapter
-    python eval.py --run runs/planted-1 --probe adherence    a probe instead of the test split (probes.py)
+    python eval.py --run runs/planted-1 --probe adherence    a probe instead of the test split (studies/probes.py)
     python eval.py --run runs/planted-1 --recommend my.json  rank the candidates of one user, with probabilities
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a listed title; ranking/* are
@@ -70,7 +70,7 @@ class EvalConfig(DataConfig):
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
     recommend: str = arg("", "JSON file with one user's history and candidates: rank them and stop")
     split: str = arg("test", "val or test")
-    probe: str = arg("", f"{', '.join(PROBE_NAMES)} instead of a split (probes.py)")
+    probe: str = arg("", f"{', '.join(PROBE_NAMES)} instead of a split (studies/probes.py)")
     decode: str = arg(
         "greedy",
         "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)",
@@ -473,7 +473,7 @@ def main() -> None:
         return model.eval(), Tokenizer(base)
 
     if config.probe:
-        from probes import probe_table, run_probe  # it builds on this module
+        from studies.probes import probe_table, run_probe  # it builds on this module
 
         models = {name: partial(load, *source) for name, source in sources.items()}
         examples, rows, records = run_probe(

@@ -10,7 +10,7 @@ from eval import PROBE_NAMES, EvalConfig, wilson
 from examples import PROBES, probe_examples, render_prompt
 from interactions import make_interactions
 from planted import World, planted_world
-from probes import (
+from studies.probes import (
     by_length,
     chi2_quantile,
     choice_of_answers,

@@ -13,7 +13,7 @@ import pytest
 
 from data import DataConfig, prepare
 from options import TrainConfig
-from report import (
+from studies.report import (
     NOT_THE_METHOD,
     Difference,
     Method,
@@ -31,8 +31,8 @@ from report import (
     settings_of,
     sweep,
 )
-from sequential import BaselineConfig
-from tables import command_of, flags_of, is_finished
+from studies.sequential import BaselineConfig
+from studies.tables import command_of, flags_of, is_finished
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,13 +83,14 @@ def write_stage(
 def report(folder: Path, *flags) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
-        str(ROOT / "report.py"),
+        "-m",
+        "studies.report",
         str(folder),
         "--output_dir",
         str(folder / "out"),
         *flags,
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -373,10 +374,11 @@ def test_commands_carry_common_and_own_options(tmp_path):
         and "--resume=auto" in command
     )
     command, _ = command_of(
-        table, {"name": "b", "script": "sequential.py", "method": "caser"}, tmp_path, {}, 2
+        table, {"name": "b", "script": "studies.sequential", "method": "caser"}, tmp_path, {}, 2
     )
     assert command[1:] == [
-        str(ROOT / "sequential.py"),
+        "-m",
+        "studies.sequential",
         "--dataset=planted",
         "--method=caser",
         f"--output_dir={tmp_path / 'b'}",
@@ -396,7 +398,7 @@ def test_committed_tables_hold_options_that_exist(name):
     table = json.loads((ROOT / f"configs/tables/{name}.json").read_text())
     for run in table["runs"]:
         own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
-        if run.get("script") == "sequential.py":
+        if run.get("script") == "studies.sequential":
             BaselineConfig(**table["common"] | own | {"dataset": "planted"})
         else:
             TrainConfig(**table["common"] | table["training"] | own | {"dataset": "planted"})
@@ -409,11 +411,12 @@ def test_committed_tables_hold_options_that_exist(name):
 def test_an_open_table_asks_for_model_and_data():
     command = [
         sys.executable,
-        str(ROOT / "tables.py"),
+        "-m",
+        "studies.tables",
         str(ROOT / "configs/tables/paper.json"),
         f"--output_dir={ROOT}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "leaves the data set open: --dataset" in done.stderr
 
 
@@ -431,11 +434,18 @@ def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
     }
     table = {"common": {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}, "training": training, "probes": ["adherence"], "probed": ["a"],
              "runs": [{"name": "a", "stages": "sft,sdpo"}, {"name": "b", "after": "a/sft", "stages": "recpo"},
-                      {"name": "m", "script": "sequential.py", "method": "markov"}]}  # fmt: skip
+                      {"name": "m", "script": "studies.sequential", "method": "markov"}]}  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps(table))
-    command = [sys.executable, str(ROOT / "tables.py"), "t.json", "--output_dir=runs"]
+    command = [
+        sys.executable,
+        "-m",
+        "studies.tables",
+        str(tmp_path / "t.json"),
+        f"--output_dir={tmp_path / 'runs'}",
+    ]
+    command.append(f"--prepared_dir={tmp_path / 'prepared'}")
     for again in (False, True):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("finished before") == (3 if again else 0)
     made = report(tmp_path / "runs")

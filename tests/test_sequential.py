@@ -11,7 +11,7 @@ import torch
 
 from data import DataConfig, build_examples
 from interactions import Interactions, make_interactions
-from sequential import (
+from studies.sequential import (
     NEURAL,
     BaselineConfig,
     Caser,
@@ -160,7 +160,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
         seen.append(scores)
         return next(script)
 
-    monkeypatch.setattr("sequential.hit_ratio", scripted)
+    monkeypatch.setattr("studies.sequential.hit_ratio", scripted)
     config = BaselineConfig(method="gru4rec", epochs=20, patience=3, **SMALL)
     model, history = train(config, log, splits["val"], report=lambda line: None)
     assert [h["val_hit_ratio@1"] for h in history] == [0.2, 0.5, 0.4, 0.3, 0.3]
@@ -178,7 +178,8 @@ def test_the_command_writes_what_a_stage_writes(method, tmp_path):
         f"--output_dir={tmp_path / 'out'}",
     ]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "sequential.py"), f"--method={method}", *flags],
+        [sys.executable, "-m", "studies.sequential", f"--method={method}", *flags],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,

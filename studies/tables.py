@@ -1,7 +1,7 @@
-"""Run all that a table needs, one command each, in order: training runs, traditional baselines, probes. Then report.py.
+"""Run all that a table needs, one command each, in order: training runs, traditional baselines, probes. Then studies/report.py.
 
-    python tables.py configs/tables/planted.json --output_dir runs/planted-table
-    python tables.py configs/tables/paper.json --output_dir runs/paper-table --nproc_per_node 8 --dataset movielens --data_dir ml-1m.zip \\
+    python -m studies.tables configs/tables/planted.json --output_dir runs/planted-table
+    python -m studies.tables configs/tables/paper.json --output_dir runs/paper-table --nproc_per_node 8 --dataset movielens --data_dir ml-1m.zip \\
         --model meta-llama/Llama-3.1-8B
 
 A table is a JSON file: "common" options of every run, and "runs", each with a name, a script (train.py unless it says so), its own
@@ -19,7 +19,7 @@ from pathlib import Path
 from common import read_json, run_cli
 from eval import load_stage
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def flags_of(options: dict) -> list[str]:
@@ -37,7 +37,7 @@ def start_options(folder: Path, after: str) -> dict:
 
 
 def is_finished(folder: Path, run: dict, script: str) -> bool:
-    if script == "sequential.py":
+    if script == "studies.sequential":
         return (folder / "eval" / "metrics.json").exists()
     return (folder / "results.md").exists()
 
@@ -57,7 +57,8 @@ def command_of(
     launcher = [sys.executable]
     if script == "train.py" and processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, str(ROOT / script), *flags_of(options)], script
+    where = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    return [*launcher, *where, *flags_of(options)], script
 
 
 def execute(command: list[str], log: Path) -> None:
@@ -135,7 +136,7 @@ def main() -> None:
             ]
             execute([*command, f"--prepared_dir={args.prepared_dir}"], folder / f"{name}.log")
             print(f"{name}, {probe}: {time.time() - started:.0f} s", flush=True)
-    print(f"all runs are in {folder}; python report.py {folder} makes the tables")
+    print(f"all runs are in {folder}; python -m studies.report {folder} makes the tables")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tables and pictures from run folders: measured values with intervals, the paper's figure beside, and which differences are real.
 
-    python report.py runs/planted-table --output_dir results/planted-table
+    python -m studies.report runs/planted-table --output_dir results/planted-table
 
 Every finished stage and baseline under the folder is a result. Results are one method, its figures their mean, if their
 whole configuration but seed and paths is equal, that of the stage they start from included; a method's name says what of its
@@ -33,13 +33,13 @@ import torch
 from baselines import ranking_metrics
 from common import read_json, run_cli
 from data import DataConfig, find_prepared
-from inspection import statistics
 from losses import MARGINS, preference_score, target_margins
 from objectives import PREFERENCE_LOSSES
 from options import TrainConfig
-from probes import SPREAD_COLUMNS, spread_cells, spread_of_bins
 from runs import FREE_TO_CHANGE
-from sequential import BaselineConfig
+from studies.inspection import statistics
+from studies.probes import SPREAD_COLUMNS, spread_cells, spread_of_bins
+from studies.sequential import BaselineConfig
 
 PAPER = {  # HR@1 and ValidRatio of Table 1, the LLaMA3-8B rows; margins from Table 2
     "movielens": {"gru4rec": (0.2664, 1), "caser": (0.2714, 1), "sasrec": (0.2671, 1), "raw": (0.0929, 0.7351), "sft": (0.2478, 0.9985), "dpo": (0.2809, 0.9970),
@@ -933,7 +933,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="folder of run folders, as tables.py leaves it")
+    parser.add_argument(
+        "folder", type=Path, help="folder of run folders, as studies.tables leaves it"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--note", default="", help="a line for the top: command, machine, commit")
     args = parser.parse_args()

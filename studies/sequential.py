@@ -1,6 +1,6 @@
 """GRU4Rec, Caser and SASRec, and the counting recommenders, as a table row each: same frozen candidates, same metrics.
 
-    python sequential.py --method sasrec --dataset movielens --data_dir ml-1m.zip --output_dir runs/ml1m-sasrec
+    python -m studies.sequential --method sasrec --dataset movielens --data_dir ml-1m.zip --output_dir runs/ml1m-sasrec
 
     GRU4Rec   a GRU over the items (arXiv:1511.06939)
     Caser     convolutions over the last WINDOW items, and the user's own vector (arXiv:1809.07426)
