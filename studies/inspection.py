@@ -11,33 +11,8 @@ from common import arg, parse_config
 from data import Prepared, encode_examples, prepare
 from examples import DataConfig, Examples, render_prompt
 from interactions import Interactions
+from studies.paper import TABLE_3
 from tokenizer import Tokenizer
-
-# users, items, interactions in the paper's Table 3, and how to read them (a 20-core needs 20 interactions per item and user)
-PAPER_TABLE_3 = {
-    "movielens": (
-        (6040, 3952, 994169),
-        "the unfiltered data less one interaction per user (1,000,209 - 6,040 = 994,169), with the largest movie id for items; "
-        "a 20-core (--core 20) would leave 6,022 users and 995,154 interactions",
-    ),
-    "amazon_books": (
-        (5103, 38203, 62290),
-        "1.6 interactions per item and 12 per user: no 20-core of anything; a sample of users, each less one interaction, fits",
-    ),
-    "steam": (
-        (3171, 4251, 82072),
-        "19.3 per item is below 20: no 20-core; with one more interaction per user it would be 20.05",
-    ),
-    "beeradvocate": (
-        (4724, 6105, 91207),
-        "14.9 per item is below 20: no 20-core, but a sample of users",
-    ),
-    "lastfm": (
-        (982, 107296, 307829),
-        "2.9 per item: no 20-core; 107,296 is about Celma's count of artists with a MusicBrainz id (107,528 of 992 users), so items "
-        "are artists",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +50,7 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
     per_user, per_item = np.diff(log.start), np.bincount(log.item, minlength=log.num_items)
     rows = [("read", raw["users"], raw["items"], raw["interactions"])]
     rows.append((f"after --core {config.core}", log.num_users, log.num_items, len(log.user)))
-    paper, reading = PAPER_TABLE_3.get(log.name, (None, ""))
+    paper, reading = TABLE_3.get(log.name, (None, ""))
     rows += [("paper, Table 3", *paper)] if paper else []
     out = ["|  | users | items | interactions |", "|---|---|---|---|"]
     out += [f"| {name} | {u:,} | {i:,} | {n:,} |" for name, u, i, n in rows]

@@ -17,17 +17,14 @@ aversion the counting scores are turned round, and the optimum asks for the like
 Legend: E examples, 20 candidates; a choice (E, 20) holds the probability of each candidate to be taken, none where an answer is invalid.
 """
 
-import math
-from functools import lru_cache
-
 import numpy as np
-import torch
 
 from baselines import counting_baselines
 from data import Encoded, encode_examples
 from eval import predict, wilson
 from examples import DISLIKED, NUM_CANDIDATES, PROBES, DataConfig, Examples, probe_examples
 from planted import World, bayes_scores
+from studies.statistics import spread_of_bins
 
 NUM_BINS = 5  # of history lengths: equally many users each, but for equal lengths
 
@@ -85,62 +82,6 @@ def by_length(examples: Examples, hits: np.ndarray) -> dict:
             "variance": float(within / counts[k]),  # of the bin's mean, by sampling alone
         }
     return {"bins": bins, **spread_of_bins(bins)}
-
-
-def spread_of_bins(bins: dict[str, dict]) -> dict:
-    """Standard deviation of HR@1 between bins beyond sampling, its 95 % interval, both over the mean too.
-
-    Model: a bin's mean is mu + t + e, e of the sampling variance v, t of variance tau^2. With weights 1/v the moment
-    estimate (DerSimonian and Laird 1986) is tau^2 = (Q - (B - 1)) / (sum w - sum w^2 / sum w), Q = sum w (mean - mu)^2,
-    at least 0. The interval is Viechtbauer's Q profile (2007): every tau^2 for which Q, weighted by 1 / (v + tau^2),
-    is no unlikely chi-square of B - 1 degrees. It begins at 0 where sampling alone explains the differences."""
-    means = np.array([b["hit_ratio@1"] for b in bins.values()])
-    variances = np.array([b["variance"] for b in bins.values()])
-    mean, degrees = float(means.mean()), len(means) - 1
-    if degrees == 0:
-        spread, interval = math.nan, [math.nan, math.nan]
-    elif not variances.all():  # no sampling error at all: what is seen is the spread
-        spread = float(means.std(ddof=1))
-        interval = [spread, spread]
-    else:
-        w = 1 / variances
-        excess = weighted_q(means, variances, 0.0) - degrees
-        spread = math.sqrt(max(0.0, excess / (w.sum() - (w**2).sum() / w.sum())))
-        interval = [solve_q(means, variances, chi2_quantile(p, degrees)) for p in (0.975, 0.025)]
-    relative = [x / mean if mean else math.nan for x in (spread, *interval)]
-    return {"spread": spread, "spread_ci95": interval, "cv": relative[0], "cv_ci95": relative[1:]}
-
-
-def weighted_q(means: np.ndarray, variances: np.ndarray, between: float) -> float:
-    """Sum of w (mean - mu)^2 with w = 1 / (variance + between), mu their weighted mean."""
-    w = 1 / (variances + between)
-    return float((w * (means - (w * means).sum() / w.sum()) ** 2).sum())
-
-
-def solve_q(means: np.ndarray, variances: np.ndarray, wanted: float) -> float:
-    """The between-bin standard deviation at which Q is `wanted`; Q falls with it; 0 if it is lower from the start."""
-    low, high = 0.0, 1.0
-    if weighted_q(means, variances, 0.0) <= wanted:
-        return 0.0
-    while weighted_q(means, variances, high**2) > wanted:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = weighted_q(means, variances, middle**2) > wanted
-        low, high = (middle, high) if above else (low, middle)
-    return high
-
-
-@lru_cache
-def chi2_quantile(p: float, degrees: int) -> float:
-    """By bisection of the distribution function, the regularised incomplete gamma function."""
-    half = torch.tensor(degrees / 2, dtype=torch.float64)
-    low, high = 0.0, 1000.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        below = torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64)) < p
-        low, high = (middle, high) if below else (low, middle)
-    return high
 
 
 def reference_choices(probe: str, examples: Examples, config: DataConfig) -> dict[str, np.ndarray]:

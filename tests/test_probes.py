@@ -12,7 +12,6 @@ from interactions import make_interactions
 from planted import World, planted_world
 from studies.probes import (
     by_length,
-    chi2_quantile,
     choice_of_answers,
     choice_of_scores,
     history_lengths,
@@ -20,6 +19,7 @@ from studies.probes import (
     outcomes,
     reference_choices,
 )
+from studies.statistics import chi2_quantile
 
 
 def random_log(seed: int = 0, num_users: int = 60):

@@ -13,25 +13,11 @@ import pytest
 
 from data import DataConfig, prepare
 from options import TrainConfig
-from studies.report import (
-    NOT_THE_METHOD,
-    Difference,
-    Method,
-    Result,
-    bootstrap,
-    check_candidates,
-    collect,
-    compare,
-    data_table,
-    grouped,
-    judge,
-    main_table,
-    mcnemar,
-    option_text,
-    settings_of,
-    sweep,
-)
+from studies.methods import Method, compare, grouped, option_text, sweep
+from studies.report import data_table, main_table
+from studies.results import NOT_THE_METHOD, Result, check_candidates, collect, settings_of
 from studies.sequential import BaselineConfig
+from studies.statistics import Difference, bootstrap, judge, mcnemar
 from studies.tables import command_of, flags_of, is_finished
 
 ROOT = Path(__file__).parents[1]
