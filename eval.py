@@ -7,7 +7,6 @@ verifies are decoded for real, since another spelling of a title is possible and
 
     python eval.py --run runs/planted-1                      every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...        any Hugging Face directory, with or without a PEFT adapter
-    python eval.py --run runs/planted-1 --probe adherence    a probe instead of the test split (studies/probes.py)
     python eval.py --run runs/planted-1 --recommend my.json  rank the candidates of one user, with probabilities
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a listed title; ranking/* are
@@ -22,7 +21,6 @@ import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +46,9 @@ from data import (
     render_prompt,
     tree_widths,
 )
-from examples import PROBES
 from lora import load_adapter, read_adapter_config
 from model import Transformer, generate, load_pretrained, resolve_path
 
-PROBE_NAMES = (*PROBES, "length")
 NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
 
 
@@ -70,7 +66,6 @@ class EvalConfig(DataConfig):
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
     recommend: str = arg("", "JSON file with one user's history and candidates: rank them and stop")
     split: str = arg("test", "val or test")
-    probe: str = arg("", f"{', '.join(PROBE_NAMES)} instead of a split (studies/probes.py)")
     decode: str = arg(
         "greedy",
         "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)",
@@ -94,9 +89,6 @@ class EvalConfig(DataConfig):
             raise ValueError("give either --run, or --model and/or --adapter")
         check_choice(self, "decode", ("greedy", "generate", "trie"))
         check_choice(self, "split", ("val", "test"))
-        check_choice(self, "probe", ("", *PROBE_NAMES))
-        if self.probe and self.dataset == "prepared" and self.probe != "length":
-            raise ValueError("--probe needs a log; prepared examples have their candidates already")
         check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
 
 
@@ -453,47 +445,30 @@ def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, devi
     return "\n".join(lines)
 
 
+def load_source(
+    config: EvalConfig, source: tuple[Path, Path | None], device: torch.device
+) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a (base, adapter), ready to be evaluated."""
+    base, adapter = source
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model = load_pretrained(base, getattr(torch, dtype), device)
+    if adapter:
+        load_adapter(model, adapter)
+    return model.eval(), Tokenizer(base)
+
+
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig))
     _, _, device = setup_distributed()
-    dtype = (
-        config.dtype
-        if config.dtype != "auto"
-        else ("bfloat16" if device.type == "cuda" else "float32")
-    )
     sources = sources_of(config)
     if config.recommend:
         sources = dict([list(sources.items())[-1]])
     prepared = None if config.recommend else prepare(config)
-
-    def load(base: Path, adapter: Path | None) -> tuple[Transformer, Tokenizer]:
-        model = load_pretrained(base, getattr(torch, dtype), device)
-        if adapter:
-            load_adapter(model, adapter)
-        return model.eval(), Tokenizer(base)
-
-    if config.probe:
-        from studies.probes import probe_table, run_probe  # it builds on this module
-
-        models = {name: partial(load, *source) for name, source in sources.items()}
-        examples, rows, records = run_probe(
-            config.probe, config, prepared, models, vars(config), device
-        )
-        for name in sources if config.output_dir else ():
-            metrics = {
-                "probe": config.probe,
-                "n": len(examples),
-                "data_hash": prepared.hash,
-                "rows": rows,
-            }
-            save_predictions(Path(config.output_dir) / name / config.probe, metrics, records[name])
-        print(
-            f"\n{config.dataset}, data {prepared.hash[:12]}, decode {config.decode}\n\n{probe_table(config.probe, examples, rows)}"
-        )
-        return
     rows = {}
     for name, source in sources.items():
-        model, tokenizer = load(*source)
+        model, tokenizer = load_source(config, source, device)
         if config.recommend:
             print(f"{name}:\n{recommend(config, model, tokenizer, device)}")
             return

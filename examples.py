@@ -19,7 +19,6 @@ from interactions import Interactions
 from ownlog import parse_columns
 
 NUM_CANDIDATES = 20
-DISLIKED = 2.0  # highest rating of a disliked item
 DATASETS = (
     "planted",
     "movielens",
@@ -265,44 +264,8 @@ def build_examples(log: Interactions, config: DataConfig | None = None) -> dict[
                 f"no {split} example: no user has {config.min_history} interactions before{after} a point (the longest log has "
                 f"{np.diff(log.start).max()}); lower {which}"
             )
-        splits[split] = _freeze(log, split, rows, steps, keys, config, rng)
+        splits[split] = freeze(log, split, rows, steps, keys, config, rng)
     return splits
-
-
-PROBES = {  # name -> (liked? of a user's last two interactions, None: any; which of them are candidates: 2 or 1 from the end)
-    "adherence": ((True, True), 2),
-    "temptation": ((True, False), 2),
-    "avoidance": ((None, False), 1),
-    "aversion": ((None, False), 1),
-}
-
-
-def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Examples:
-    """Frozen candidates of a probe, over all users that fit it; the target is the first candidate to come.
-
-    adherence    the last two are liked; both are candidates, the sooner is the target
-    temptation   the last but one is liked, the last disliked; both are candidates, the liked one is the target
-    avoidance    the last one is disliked and is a candidate: the target is what should not be chosen
-    aversion     the same sets, but the prompt asks for the title that the user would rate lowest
-    Random items fill up to 20. Disliked is a rating <= 2. Training never sees a user's last two interactions."""
-    (before_last, last), count = PROBES[probe]
-    ends = log.start[1:] - 1  # row of each user's last interaction
-    fits = ends - log.start[:-1] >= config.min_history + count - 1
-    for rows, wanted in ((ends - 1, before_last), (ends, last)):
-        if wanted is not None:
-            rating = log.rating[np.maximum(rows, 0)]
-            fits &= rating >= config.min_rating if wanted else rating <= DISLIKED
-    rows = (ends - count + 1)[fits]
-    rng = np.random.default_rng([config.data_seed, 10 + (probe == "temptation") + 2 * (count == 1)])
-    rows = rng.permutation(rows)
-    rows = rows[: config.test_size] if config.test_size else rows
-    if len(rows) == 0:
-        raise ValueError(f"--probe {probe}: no user's last two interactions fit it")
-    keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
-    examples = _freeze(log, probe, rows, np.arange(count), keys, config, rng)
-    if probe == "aversion":
-        examples.template = np.full(len(rows), LOWEST, np.int32)
-    return examples
 
 
 def _chosen_follower(
@@ -322,7 +285,7 @@ def _chosen_follower(
     )
 
 
-def _freeze(log, split, rows, steps, keys, config: DataConfig, rng) -> Examples:
+def freeze(log, split, rows, steps, keys, config: DataConfig, rng) -> Examples:
     """Draw the random candidates, score and shuffle all 20, and draw the order of negatives and the template."""
     E, F = len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log

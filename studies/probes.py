@@ -1,6 +1,6 @@
 """Probes: does a model follow the sooner liked item, avoid disliked ones, know them when asked, and hold up on long histories?
 
-    python eval.py --run runs/planted-1 --probe adherence
+    python -m studies.probes --run runs/planted-1 --probe adherence
 
     adherence    HR@1 on a user's last but one item, where the last one (liked too) is among the candidates; leak-free, because
                  training never sees the last two
@@ -17,16 +17,84 @@ aversion the counting scores are turned round, and the optimum asks for the like
 Legend: E examples, 20 candidates; a choice (E, 20) holds the probability of each candidate to be taken, none where an answer is invalid.
 """
 
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 
 from baselines import counting_baselines
-from data import Encoded, encode_examples
-from eval import predict, wilson
-from examples import DISLIKED, NUM_CANDIDATES, PROBES, DataConfig, Examples, probe_examples
+from common import arg, parse_config, run_cli, setup_distributed
+from data import Encoded, encode_examples, prepare
+from eval import (
+    EvalConfig,
+    check_choice,
+    load_source,
+    predict,
+    save_predictions,
+    sources_of,
+    wilson,
+    with_run_options,
+)
+from examples import LOWEST, NUM_CANDIDATES, DataConfig, Examples, freeze
+from interactions import Interactions
 from planted import World, bayes_scores
 from studies.statistics import spread_of_bins
 
+DISLIKED = 2.0  # highest rating of a disliked item
+PROBES = {  # name -> (liked? of a user's last two interactions, None: any; which of them are candidates: 2 or 1 from the end)
+    "adherence": ((True, True), 2),
+    "temptation": ((True, False), 2),
+    "avoidance": ((None, False), 1),
+    "aversion": ((None, False), 1),
+}
+PROBE_NAMES = (*PROBES, "length")
 NUM_BINS = 5  # of history lengths: equally many users each, but for equal lengths
+
+
+@dataclass(frozen=True)
+class ProbeConfig(EvalConfig):
+    """Measure a probe for every stage of a run folder, a Hugging Face directory or a PEFT adapter."""
+
+    probe: str = arg("", ", ".join(PROBE_NAMES), group="probe")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice(self, "probe", PROBE_NAMES)
+        if self.probe != "length" and self.dataset == "prepared":
+            raise ValueError("--probe needs a log; prepared examples have their candidates already")
+        if self.recommend or self.split != "test":
+            raise ValueError(
+                "--recommend and --split belong to eval.py; a probe has its own examples"
+            )
+
+
+def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Examples:
+    """Frozen candidates of a probe, over all users that fit it; the target is the first candidate to come.
+
+    adherence    the last two are liked; both are candidates, the sooner is the target
+    temptation   the last but one is liked, the last disliked; both are candidates, the liked one is the target
+    avoidance    the last one is disliked and is a candidate: the target is what should not be chosen
+    aversion     the same sets, but the prompt asks for the title that the user would rate lowest
+    Random items fill up to 20. Disliked is a rating <= 2. Training never sees a user's last two interactions."""
+    (before_last, last), count = PROBES[probe]
+    ends = log.start[1:] - 1  # row of each user's last interaction
+    fits = ends - log.start[:-1] >= config.min_history + count - 1
+    for rows, wanted in ((ends - 1, before_last), (ends, last)):
+        if wanted is not None:
+            rating = log.rating[np.maximum(rows, 0)]
+            fits &= rating >= config.min_rating if wanted else rating <= DISLIKED
+    rows = (ends - count + 1)[fits]
+    rng = np.random.default_rng([config.data_seed, 10 + (probe == "temptation") + 2 * (count == 1)])
+    rows = rng.permutation(rows)
+    rows = rows[: config.test_size] if config.test_size else rows
+    if len(rows) == 0:
+        raise ValueError(f"--probe {probe}: no user's last two interactions fit it")
+    keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
+    examples = freeze(log, probe, rows, np.arange(count), keys, config, rng)
+    if probe == "aversion":
+        examples.template = np.full(len(rows), LOWEST, np.int32)
+    return examples
 
 
 def choice_of_scores(scores: np.ndarray) -> np.ndarray:
@@ -183,4 +251,23 @@ def probe_table(probe: str, examples: Examples, rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["PROBES", "by_length", "measure", "outcomes", "probe_table", "run_probe"]
+def main() -> None:
+    config = with_run_options(parse_config(ProbeConfig))
+    _, _, device = setup_distributed()
+    sources = sources_of(config)
+    prepared = prepare(config)
+    models = {
+        name: partial(load_source, config, source, device) for name, source in sources.items()
+    }
+    examples, rows, records = run_probe(
+        config.probe, config, prepared, models, vars(config), device
+    )
+    facts = {"probe": config.probe, "n": len(examples), "data_hash": prepared.hash, "rows": rows}
+    for name in sources if config.output_dir else ():
+        save_predictions(Path(config.output_dir) / name / config.probe, facts, records[name])
+    print(f"\n{config.dataset}, data {prepared.hash[:12]}, decode {config.decode}\n")
+    print(probe_table(config.probe, examples, rows))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -129,7 +129,8 @@ def main() -> None:
                 continue
             command = [
                 sys.executable,
-                str(ROOT / "eval.py"),
+                "-m",
+                "studies.probes",
                 f"--run={folder / name}",
                 f"--probe={probe}",
                 f"--output_dir={out}",

@@ -6,17 +6,21 @@ import numpy as np
 import pytest
 
 from data import DataConfig, build_examples
-from eval import PROBE_NAMES, EvalConfig, wilson
-from examples import PROBES, probe_examples, render_prompt
+from eval import wilson
+from examples import render_prompt
 from interactions import make_interactions
 from planted import World, planted_world
 from studies.probes import (
+    PROBE_NAMES,
+    PROBES,
+    ProbeConfig,
     by_length,
     choice_of_answers,
     choice_of_scores,
     history_lengths,
     measure,
     outcomes,
+    probe_examples,
     reference_choices,
 )
 from studies.statistics import chi2_quantile
@@ -197,6 +201,13 @@ def test_a_score_without_sampling_error_keeps_its_spread():
 
 
 def test_unknown_probes_are_refused():
+    """The error lists the probes; options that a probe has no use for are named."""
     assert set(PROBE_NAMES) == {*PROBES, "length"}
-    with pytest.raises(ValueError, match="--probe must be one of"):
-        EvalConfig(run="x", probe="tempt")
+    for probe in ("tempt", ""):
+        with pytest.raises(ValueError, match="--probe must be one of adherence"):
+            ProbeConfig(run="x", probe=probe)
+    for options in ({"split": "val"}, {"recommend": "my.json"}):
+        with pytest.raises(ValueError, match="belong to eval.py"):
+            ProbeConfig(run="x", probe="length", **options)
+    with pytest.raises(ValueError, match="prepared examples have their candidates already"):
+        ProbeConfig(run="x", probe="avoidance", dataset="prepared")
