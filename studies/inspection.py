@@ -1,4 +1,4 @@
-"""What `python data.py` prints and draws: statistics of a data set, what was dropped and why, and rendered examples."""
+"""What `python data.py` prints and draws: statistics, what was dropped, rendered examples."""
 
 import tempfile
 from collections import Counter
@@ -17,7 +17,7 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class InspectConfig(DataConfig):
-    """Prepare examples; print the data's statistics, what was dropped, and rendered examples with their token boundaries."""
+    """Prepare examples; print statistics, what was dropped, and examples with token boundaries."""
 
     tokenizer: str = arg(
         "",
@@ -77,7 +77,8 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
     same = log.user[1:] == log.user[:-1]
     tied = (log.timestamp[1:] == log.timestamp[:-1]) & same
     out.append(
-        f"neighbours in a user's log with the same time: {tied.sum() / max(1, same.sum()):.1%} (the order of the file decides)"
+        f"neighbours in a user's log with the same time: {tied.sum() / max(1, same.sum()):.1%} "
+        "(the order of the file decides)"
     )
     out += title_lines(prepared)
     for split, examples in prepared.splits.items():
@@ -89,12 +90,15 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
 
 
 def title_lines(prepared: Prepared) -> list[str]:
-    """Titles that more than one item has, and how often a candidate's title stands inside another candidate's."""
+    """Titles that several items have, and how often a candidate's title stands inside another's."""
     titles = list(prepared.log.titles)
-    numbered = sum(t.endswith(")") and t.rpartition(" (")[2][:-1].isdigit() and t.rpartition(" (")[0] in taken
-                   for taken in [set(titles)] for t in titles)  # fmt: skip
+    taken, numbered = set(titles), 0
+    for title in titles:
+        name, _, number = title.rpartition(" (")
+        numbered += number.endswith(")") and number[:-1].isdigit() and name in taken
     out = [
-        f"titles: {len(titles):,}, {numbered:,} of them told apart by a number; longest {max(map(len, titles))} characters"
+        f"titles: {len(titles):,}, {numbered:,} of them told apart by a number; "
+        f"longest {max(map(len, titles))} characters"
     ]
     test = prepared.splits["test"]
     lists = test.candidates[:5000]
@@ -103,7 +107,8 @@ def title_lines(prepared: Prepared) -> list[str]:
         for names in ([titles[c] for c in row] for row in lists)
     )
     out.append(
-        f"candidate lists in which one title stands inside another: {inside / len(lists):.1%} of {len(lists):,} test lists"
+        f"candidate lists in which one title stands inside another: "
+        f"{inside / len(lists):.1%} of {len(lists):,} test lists"
     )
     return out
 
@@ -121,24 +126,28 @@ def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
     encoded = encode_examples(examples, tokenizer, config.max_length)
     lengths = [len(ids) for ids in encoded.prompts]
     print(
-        f"\nprompt tokens ({config.tokenizer or 'a tokenizer of 4,096 tokens made from this data'}): ",
+        f"\nprompt tokens ({config.tokenizer or 'a tokenizer of 4,096 tokens made from this data'})"
+        ": ",
         end="",
     )
     print(", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (0, 5, 50, 95, 99, 100)))
     print(
-        f"prompts shortened to --max_length {config.max_length}: {encoded.num_shortened} ({encoded.num_dropped} history items)"
+        f"prompts shortened to --max_length {config.max_length}: "
+        f"{encoded.num_shortened} ({encoded.num_dropped} history items)"
     )
     for e in range(config.show, min(config.show + 3, len(examples))):
         example = examples[e]
         print(f"\n---- training example {e}, user {example.user}:\n\n{render_prompt(example)}")
         print(
-            f"\nchosen:   {example.candidates[example.target]!r}, score {example.scores[example.target]:.3f}"
+            f"\nchosen:   {example.candidates[example.target]!r}, "
+            f"score {example.scores[example.target]:.3f}"
         )
         for slot in examples.negatives(3)[e]:
             kind = "random" if examples.is_random[e, slot] else "follows"
             margin = example.scores[example.target] / example.scores[slot]
             print(
-                f"rejected: {example.candidates[slot]!r}, score {example.scores[slot]:.3f} ({kind}), target margin {margin:.2f}"
+                f"rejected: {example.candidates[slot]!r}, "
+                f"score {example.scores[slot]:.3f} ({kind}), target margin {margin:.2f}"
             )
         (completion,) = encoded.slots(e, [example.target])
         ids = (encoded.prompts[e].tolist()[-3:], completion)
@@ -147,7 +156,8 @@ def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
             for part in ids
         ]
         print(
-            f"boundary: ... {shown[0]} || {shown[1]}   (|| ends the prompt; all behind it is scored)"
+            f"boundary: ... {shown[0]} || {shown[1]}   "
+            "(|| ends the prompt; all behind it is scored)"
         )
     return lengths
 

@@ -1,9 +1,9 @@
 """Results grouped into methods, their names, and which of them can be compared.
 
-Results are one method, its figures their mean, if their whole configuration but seed and paths is equal, that of the
-stage they start from included. A name says what of the objective is not the paper's, and every other option in
-which the method differs from most of its stage. A seed counts once.
-"""
+Results are one method, its figures their mean, if their whole configuration but seed and paths is
+equal, that of the stage they start from included. A name says what of the objective is not the
+paper's, and every other option in which the method differs from most of its stage. A seed counts
+once."""
 
 import json
 from collections import Counter, defaultdict
@@ -104,7 +104,7 @@ def option_text(option: str, value) -> str:
 
 
 def shown_options(settings: dict, stage: str, usual: dict) -> dict:
-    """Options in a name: of the objective what is not the paper's, of the rest what is not usual."""
+    """Options in a name: of the objective those not the paper's, of the rest those not usual."""
     defaults = asdict(TrainConfig())
     shown = {}
     for option, value in settings.items():
@@ -189,7 +189,7 @@ def same_seeds(a: Method, b: Method) -> tuple[Method, Method]:
 
 
 def difference_of(a: Method, b: Method, measure: str) -> Difference:
-    """a - b over the same users, seeds averaged first; judge() gives the interval and the verdict."""
+    """a - b over the same users, seeds averaged first; judge() gives interval and verdict."""
     a, b = (Method(m.name, [r for r in m.results if measure in r.values]) for m in (a, b))
     a, b = same_seeds(a, b)
     values = a.per_user(measure) - b.per_user(measure)
@@ -273,7 +273,7 @@ def probe_rows(methods: dict[str, Method], probe: str) -> dict[str, list[dict]]:
 
 
 def mean_bins(group: list[dict]) -> dict[str, dict]:
-    """One run's bins, with the means over runs; users are the same, so variances are averaged, not divided."""
+    """Means over runs; the users are the same, so variances are averaged, not divided."""
     bins = {}
     for name, entry in group[0]["bins"].items():
         entries = [g["bins"][name] for g in group]

@@ -46,8 +46,14 @@ def preference_logs(methods: dict[str, Method]) -> dict[str, list[dict]]:
 
 def draw_curves(plt, methods: dict[str, Method], file: Path) -> None:
     """Loss, rewards, margins and log-probs of every preference stage."""
-    panels = (("loss", "loss"), ("rewards/margins", "reward gap, nats"), ("rewards/accuracies", "chosen beats all rejected"),
-              ("logps/chosen", "log-prob of chosen"), ("logps/rejected", "log-prob of rejected"), ("margins/satisfied", "margins satisfied"))  # fmt: skip
+    panels = (
+        ("loss", "loss"),
+        ("rewards/margins", "reward gap, nats"),
+        ("rewards/accuracies", "chosen beats all rejected"),
+        ("logps/chosen", "log-prob of chosen"),
+        ("logps/rejected", "log-prob of rejected"),
+        ("margins/satisfied", "margins satisfied"),
+    )
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for name, entries in preference_logs(methods).items():
         width = max(1, len(entries) // 15)
@@ -125,7 +131,7 @@ def draw_length(plt, methods: dict[str, Method], file: Path) -> None:
 
 
 def draw_margins(plt, file: Path) -> None:
-    """The margin explorer: what each margin demands, and how hard it pulls, over the rejected item's rating and latency."""
+    """what each margin demands, and how hard it pulls, over the rejected item's rating and delay."""
     ratings, steps = torch.arange(1.0, 5.01, 0.25), torch.arange(0.0, 10.0)
     scores = preference_score(ratings[:, None], steps[None, :])  # (R, S)
     chosen = preference_score(torch.tensor(5.0), torch.tensor(0.0))

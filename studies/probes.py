@@ -1,21 +1,26 @@
-"""Probes: does a model follow the sooner liked item, avoid disliked ones, know them when asked, and hold up on long histories?
+"""Probes: the sooner liked item, disliked ones avoided or named when asked, and long histories.
 
     python -m studies.probes --run runs/planted-1 --probe adherence
 
-    adherence    HR@1 on a user's last but one item, where the last one (liked too) is among the candidates; leak-free, because
-                 training never sees the last two
-    temptation   the same with a disliked last item among the candidates: HR@1, and how often the disliked one is taken
-    avoidance    users whose last item is disliked, among 19 random ones: share of all answers that are listed and another title
-    aversion     the same sets, asked for the title that the user would rate lowest: share of answers that name it
-    length       HR@1 of the test split in fifths of the users by the length of their whole history, with n and an interval each;
-                 how much it differs between the fifths beyond what sampling explains, with an interval, and that over the mean
+    adherence    HR@1 on a user's last but one item, where the last one (liked too) is among the
+                 candidates; leak-free, because training never sees the last two
+    temptation   the same with a disliked last item among the candidates: HR@1, and how often the
+                 disliked one is taken
+    avoidance    users whose last item is disliked, among 19 random ones: share of all answers
+                 that are listed and another title
+    aversion     the same sets, asked for the title that the user would rate lowest: share of
+                 answers that name it
+    length       HR@1 of the test split in fifths of the users by the length of their whole
+                 history, with n and an interval each; how much it differs between the fifths
+                 beyond what sampling explains, with an interval, and that over the mean
 
-A good predictor of the next item has a *low* avoidance: the disliked item came next, after all. So chance, the counting
-recommenders and, in the planted world, the recommender with the highest possible HR@1 stand beside every figure (for
-aversion the counting scores are turned round, and the optimum asks for the likeliest disliked item).
+A good predictor of the next item has a *low* avoidance: the disliked item came next, after all.
+So chance, the counting recommenders and, in the planted world, the recommender with the highest
+possible HR@1 stand beside every figure (for aversion the counting scores are turned round, and
+the optimum asks for the likeliest disliked item).
 
-Legend: E examples, 20 candidates; a choice (E, 20) holds the probability of each candidate to be taken, none where an answer is invalid.
-"""
+Legend: E examples, 20 candidates; a choice (E, 20) holds the probability of each candidate to be
+taken, none where an answer is invalid."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +47,8 @@ from planted import World, bayes_scores
 from studies.statistics import spread_of_bins
 
 DISLIKED = 2.0  # highest rating of a disliked item
-PROBES = {  # name -> (liked? of a user's last two interactions, None: any; which of them are candidates: 2 or 1 from the end)
+# name -> (liked? of a user's last two interactions, None: any; how many are candidates)
+PROBES = {
     "adherence": ((True, True), 2),
     "temptation": ((True, False), 2),
     "avoidance": ((None, False), 1),
@@ -54,7 +60,7 @@ NUM_BINS = 5  # of history lengths: equally many users each, but for equal lengt
 
 @dataclass(frozen=True)
 class ProbeConfig(EvalConfig):
-    """Measure a probe for every stage of a run folder, a Hugging Face directory or a PEFT adapter."""
+    """Measure a probe for the stages of a run, a Hugging Face directory or a PEFT adapter."""
 
     probe: str = arg("", ", ".join(PROBE_NAMES), group="probe")
 
@@ -70,13 +76,14 @@ class ProbeConfig(EvalConfig):
 
 
 def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Examples:
-    """Frozen candidates of a probe, over all users that fit it; the target is the first candidate to come.
+    """Frozen candidates of a probe, over all users that fit it; target: the first to come.
 
     adherence    the last two are liked; both are candidates, the sooner is the target
-    temptation   the last but one is liked, the last disliked; both are candidates, the liked one is the target
-    avoidance    the last one is disliked and is a candidate: the target is what should not be chosen
+    temptation   the last but one is liked and the target, the last, a candidate too, disliked
+    avoidance    the last one is disliked and is a candidate: what should not be chosen
     aversion     the same sets, but the prompt asks for the title that the user would rate lowest
-    Random items fill up to 20. Disliked is a rating <= 2. Training never sees a user's last two interactions."""
+
+    Random items fill up to 20. Disliked is a rating <= 2. Training never sees the last two."""
     (before_last, last), count = PROBES[probe]
     ends = log.start[1:] - 1  # row of each user's last interaction
     fits = ends - log.start[:-1] >= config.min_history + count - 1
@@ -153,7 +160,7 @@ def by_length(examples: Examples, hits: np.ndarray) -> dict:
 
 
 def reference_choices(probe: str, examples: Examples, config: DataConfig) -> dict[str, np.ndarray]:
-    """Choices of chance, the counting recommenders and, where it is known, the recommender with the highest possible HR@1."""
+    """Choices of chance, counting and, where it is known, the optimal recommender."""
     sign = -1 if probe == "aversion" else 1
     choices = {"chance": np.full(examples.candidates.shape, 1 / NUM_CANDIDATES)}
     choices |= {
@@ -181,7 +188,8 @@ def measure(probe: str, examples: Examples, choice: np.ndarray) -> dict:
 def run_probe(
     probe: str, config: DataConfig, prepared, models: dict, options: dict, device
 ) -> tuple[Examples, dict, dict]:
-    """(examples, rows of the table, records) of a probe; models: name -> function that gives (model, tokenizer).
+    """(examples, rows of the table, records) of a probe; models: name -> function that gives
+    (model, tokenizer).
 
     Every model has two rows: what it writes (greedy), and what it ranks first."""
     examples = (
@@ -198,7 +206,8 @@ def run_probe(
         model, tokenizer = load()
         encoded: Encoded = encode_examples(examples, tokenizer, options["max_length"])
         records[name] = predict(
-            model, tokenizer, encoded, range(len(examples)), options["decode"], options["decode_rest"],
+            model, tokenizer, encoded, range(len(examples)), options["decode"],
+            options["decode_rest"],
             options["micro_batch_tokens"], device=device,
         )  # fmt: skip
         rows[f"{name}, written"] = measure(probe, examples, choice_of_answers(records[name]))

@@ -1,21 +1,24 @@
-"""Tables and pictures from run folders: measured values with intervals, the paper's figure beside, and which differences are real.
+"""Tables and pictures from run folders: measured values with intervals, the paper's figure
+beside, and which differences are real.
 
     python -m studies.report runs/planted-table --output_dir results/planted-table
 
-Every finished stage and baseline under the folder is a result. Results are one method, its figures their mean, if their
-whole configuration but seed and paths is equal, that of the stage they start from included; a method's name says what of its
-objective is not the paper's, and every other option in which it differs from most of its kind. A seed counts once. All must
-have been tested on the same users, candidates and targets; if not, the report refuses and names them.
+Every finished stage and baseline under the folder is a result. Results are one method, its
+figures their mean, if their whole configuration but seed and paths is equal, that of the stage
+they start from included; a method's name says what of its objective is not the paper's, and every
+other option in which it differs from most of its kind. A seed counts once. All must have been
+tested on the same users, candidates and targets; if not, the report refuses and names them.
 
-Differences are paired over users and over the seeds that both methods have (seeds averaged first); intervals resample
-users, so they say nothing of another seed: the number of training runs stands beside each. Where a table asks several
-questions, Holm's correction holds for all of them together. An interval that holds 0 is "not distinguishable".
+Differences are paired over users and over the seeds that both methods have (seeds averaged
+first); intervals resample users, so they say nothing of another seed: the number of training runs
+stands beside each. Where a table asks several questions, Holm's correction holds for all of them
+together. An interval that holds 0 is "not distinguishable".
 
-Writes report.md and, with matplotlib, curves.png, margins.png and, where there are runs for them, a picture of each swept option
-(margin_lambda, num_negatives, decay), inputs.png and length.png.
+Writes report.md and, with matplotlib, curves.png, margins.png and, where there are runs for them,
+a picture of each swept option (margin_lambda, num_negatives, decay), inputs.png and length.png.
 
-References: the paper's Tables 1 and 2 (LLaMA3-8B rows; they are other candidates and another model: context, not a target).
-"""
+References: the paper's Tables 1 and 2 (LLaMA3-8B rows; they are other candidates and another
+model: context, not a target)."""
 
 import argparse
 from dataclasses import fields
@@ -93,7 +96,7 @@ def printed_in_paper(method: Method, paper: dict) -> str:
 
 
 def main_table(methods: dict[str, Method], dataset: str) -> str:
-    """Table 1: every method, a paired comparison with the best other one, and the paper's figure."""
+    """Table 1: every method, compared in pairs with the best other one, and the paper's."""
     some = next(iter(methods.values())).results[0]
     paper = RESULTS.get(dataset, {})
     n = len(some.values["hit_ratio@1"])
@@ -109,9 +112,10 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
         row = [name, str(len(method.results)), *cells, versus.get(name, "")]
         rows.append([*row, printed_in_paper(method, paper)] if paper else row)
     lines = [
-        f"n = {n:,} test users, 20 candidates, the same for all (hash {some.candidates['test'][:12]}).",
-        "Runs: training runs, one seed each. Intervals resample users, so they do not cover another seed; those of the",
-        f"comparisons with the best other method hold for all {len(versus)} of them together (Holm, 95 %).",
+        f"n = {n:,} test users, 20 candidates, the same for all "
+        f"(hash {some.candidates['test'][:12]}).",
+        "Runs: training runs, one seed each. Intervals resample users, not seeds;",
+        f"those of the comparisons hold for all {len(versus)} of them together (Holm, 95 %).",
         *shared_lines([r for m in methods.values() for r in m.results]),
         *repeat_lines(methods),
         "",
@@ -136,10 +140,13 @@ def repeat_lines(methods: dict[str, Method]) -> list[str]:
 
 
 def data_table(config: dict, data_hash: str) -> str:
-    """Table 3: sizes of the data set here and in the paper; only a line if its prepared examples are not at hand."""
+    """Table 3: sizes of the data set here and in the paper, if its examples are at hand."""
     prepared = data_hash and find_prepared(config.get("prepared_dir", "prepared"), data_hash)
     if not prepared:
-        return f"The prepared examples {data_hash} are not at hand; `python data.py` prints their statistics."
+        return (
+            f"The prepared examples {data_hash} are not at hand; "
+            "`python data.py` prints their statistics."
+        )
     known = {f.name for f in fields(DataConfig)}
     options = DataConfig(**{k: v for k, v in config.items() if k in known})
     lines = statistics(options, prepared).splitlines()
@@ -235,7 +242,7 @@ def asked(methods: dict[str, Method]) -> list[tuple[str, Method, Method, tuple[s
 
 
 def claims(methods: dict[str, Method]) -> str:
-    """The paper's claims, each held, not held or not distinguishable here; Holm over the whole table."""
+    """The paper's claims, held, not held or not distinguishable; Holm over the whole table."""
     said = {"higher": "held", "lower": "not held", "not distinguishable": "not distinguishable"}
     answers = [
         (text, [difference_of(a, b, measure) for measure in measures])
@@ -251,9 +258,11 @@ def claims(methods: dict[str, Method]) -> str:
     if not rows:
         return ""
     return (
-        "Paired over the same users. Training runs: those that stand behind each side (of the seeds that both have). "
+        "Paired over the same users. Training runs: those that stand behind each side "
+        "(of the seeds that both have). "
         "Bootstrap intervals over users;\n"
-        f"they do not cover another training run, and hold for all {len(family)} comparisons of this table together (Holm, 95 %).\n\n"
+        f"they do not cover another training run, and hold for all {len(family)} "
+        "comparisons of this table together (Holm, 95 %).\n\n"
     ) + table(["claim of the paper", "training runs", "written", "ranked first"], rows)
 
 

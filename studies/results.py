@@ -1,4 +1,4 @@
-"""What run folders hold: one Result per tested stage or baseline, its values per user, and the settings behind it."""
+"""What run folders hold: a Result per tested stage or baseline, with the settings behind it."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def defaults_of(config: dict) -> dict:
 
 
 def origin_of(run: Path, config: dict) -> Path | None:
-    """The stage of another run that this run starts from, wherever both have been moved together."""
+    """The stage of another run that this run starts from, also where both were moved."""
     start = Path(config.get("adapter") or config.get("model", ""))
     for folder in (start, run.parent.joinpath(*start.parts[-2:])):
         file = folder.parent / "config.json"
@@ -89,7 +89,7 @@ def origin_of(run: Path, config: dict) -> Path | None:
 
 
 def settings_of(stage: str, run: Path, config: dict) -> dict:
-    """Every option but seed and paths; what only an earlier stage has seen stands under its name."""
+    """Every option but seed and paths; what only an earlier stage saw has its name in front."""
     complete = defaults_of(config) | config
     settings = {k: comparable(v) for k, v in complete.items() if k not in NOT_THE_METHOD}
     if stage not in PREFERENCE_LOSSES:

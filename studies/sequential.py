@@ -1,19 +1,25 @@
-"""GRU4Rec, Caser and SASRec, and the counting recommenders, as a table row each: same frozen candidates, same metrics.
+"""GRU4Rec, Caser and SASRec, and the counting recommenders, as a table row each: same frozen
+candidates, same metrics.
 
-    python -m studies.sequential --method sasrec --dataset movielens --data_dir ml-1m.zip --output_dir runs/ml1m-sasrec
+    python -m studies.sequential --method sasrec --dataset movielens \\
+        --data_dir ml-1m.zip --output_dir runs/ml1m-sasrec
 
     GRU4Rec   a GRU over the items (arXiv:1511.06939)
     Caser     convolutions over the last WINDOW items, and the user's own vector (arXiv:1809.07426)
     SASRec    causal self-attention over the items (arXiv:1808.09781)
 
-All three turn a user's items into one vector per position and score an item by its inner product with that item's
-embedding. They train on every position before each user's last two interactions, in windows of --max_items, with Adam and a
-sampled softmax: the next item against --num_sampled items drawn uniformly for the batch, as the 19 others of a test
-list are. A prompt shows --history items (20), these models --max_items of them (50; 0: as many as the prompt). Ratings are not used: a low rating counts as an interaction, as in these papers. Training stops
-when HR@1 on the validation split has not risen for --patience epochs; the best epoch's weights are then tested, once.
+All three turn a user's items into one vector per position and score an item by its inner product
+with that item's embedding. They train on every position before each user's last two interactions,
+in windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
+items drawn uniformly for the batch, as the 19 others of a test list are. A prompt shows --history
+items (20), these models --max_items of them (50; 0: as many as the prompt). Ratings are not used:
+a low rating counts as an interaction, as in these papers. Training stops when HR@1 on the
+validation split has not risen for --patience epochs; the best epoch's weights are then tested,
+once.
 
 Left out: session boundaries, BPR and top-1 losses, Caser's several targets per window.
-Legend: B windows of a batch, T positions of a window, D width, E examples, 0 is padding and item codes are shifted by one.
+Legend: B windows of a batch, T positions of a window, D width, E examples, 0 is padding and item
+codes are shifted by one.
 """
 
 import json
@@ -40,7 +46,7 @@ WINDOW = 5  # items that Caser's filters see
 
 @dataclass(frozen=True)
 class BaselineConfig(DataConfig):
-    """Train and test a traditional sequential recommender, or count, on the frozen examples of these data options."""
+    """Train and test a sequential recommender, or count, on frozen examples."""
 
     method: str = arg(
         "sasrec", f"one of {', '.join((*NEURAL, 'random', *COUNTING))}", group="method"
@@ -74,8 +80,8 @@ class BaselineConfig(DataConfig):
                 )
         if self.max_items == 0 and self.history_items == "positive":
             raise ValueError(
-                "--max_items 0 shows what a prompt shows, but these models read disliked items too, "
-                "and --history_items positive hides them from prompts: give a number"
+                "--max_items 0 shows what a prompt shows, but these models read disliked items "
+                "too, and --history_items positive hides them from prompts: give a number"
             )
 
     @property
@@ -84,9 +90,9 @@ class BaselineConfig(DataConfig):
         return self.max_items or self.history
 
 
-# ------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 class Recommender(nn.Module):
-    """Items (B, T) and users (B,) -> one vector per position (B, T, D); scores are inner products with the items'."""
+    """Items (B, T), users (B,) -> a vector per position (B, T, D); scores: inner products."""
 
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__()
@@ -115,7 +121,7 @@ class GRU4Rec(Recommender):
 
 
 class Caser(Recommender):
-    """Horizontal filters of every height find patterns among the last items, vertical ones weigh them; then the user."""
+    """Horizontal filters of every height find patterns, vertical ones weigh items."""
 
     def __init__(
         self,
@@ -192,11 +198,12 @@ class SASRec(Recommender):
         return self.norm(x)
 
 
-# ------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(W, size + 1) items before each user's last two interactions, cut from the end into windows that share one item, and (W,) users.
+    """(W, size + 1) items before each user's last two interactions, and (W,) users.
 
-    Filled from the right; position t predicts position t + 1, so that each item but a user's first is predicted once."""
+    A user's items are cut from the end into windows that share one item, filled from the right.
+    Position t predicts position t + 1, so each item but a user's first is predicted once."""
     windows, users = [], []
     for user in range(log.num_users):
         items = log.item[log.start[user] : log.start[user + 1] - 2] + 1
@@ -208,7 +215,7 @@ def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarr
 
 
 def shown_items(examples: Examples, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(E, size) last items before each example's position, filled from the right, and (E,) users."""
+    """(E, size) last items before each position, filled from the right, and (E,) users."""
     log, at = examples.log, np.asarray(examples.position)
     rows = at[:, None] - np.arange(size, 0, -1)
     users = log.user[at].astype(np.int64)
@@ -230,11 +237,11 @@ def hit_ratio(scores: np.ndarray, examples: Examples) -> float:
     return float(ranking_metrics(scores, examples.target)["hit_ratio@1"].mean())
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 def step_loss(
     model: Recommender, windows: Tensor, users: Tensor, num_sampled: int, generator: torch.Generator
 ) -> Tensor:
-    """Cross-entropy of the next item among itself and the items drawn for this batch; mean over predicted positions."""
+    """Cross-entropy of the next item among itself and the batch's samples; mean over positions."""
     states = model(windows[:, :-1], users)
     target = windows[:, 1:]
     known = (target != 0) & (windows[:, :-1] != 0)
@@ -254,7 +261,7 @@ def step_loss(
 def train(
     config: BaselineConfig, log: Interactions, val: Examples, report=print
 ) -> tuple[Recommender, list[dict]]:
-    """The model of the best epoch on the validation split, and one entry per epoch. Test data is never seen here."""
+    """The model of the best epoch on validation, an entry per epoch. Test data is not seen here."""
     torch.manual_seed(config.seed)
     generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
     model = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method](
@@ -291,7 +298,8 @@ def train(
         )
         better = found > best
         report(
-            f"{config.method} epoch {epoch:3} | loss {history[-1]['loss']:.4f} | validation HR@1 {found:.4f}{' *' if better else ''}"
+            f"{config.method} epoch {epoch:3} | loss {history[-1]['loss']:.4f} "
+            f"| validation HR@1 {found:.4f}{' *' if better else ''}"
         )
         if better:
             best, best_state = found, {name: t.clone() for name, t in model.state_dict().items()}
@@ -310,10 +318,19 @@ def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
     for e in range(len(examples)):
         example, slot = examples[e], int(scores[e].argmax())
         records.append(
-            {"example": e, "user": example.user, "target": example.candidates[example.target], "answer": example.candidates[slot],
-             "valid": True, "hit": slot == example.target, "how": "scored", "logps": scores[e].tolist(),
-             "candidates": example.candidates, "target_slot": example.target}
-        )  # fmt: skip
+            {
+                "example": e,
+                "user": example.user,
+                "target": example.candidates[example.target],
+                "answer": example.candidates[slot],
+                "valid": True,
+                "hit": slot == example.target,
+                "how": "scored",
+                "logps": scores[e].tolist(),
+                "candidates": example.candidates,
+                "target_slot": example.target,
+            }
+        )
     return records
 
 
@@ -340,7 +357,8 @@ def main() -> None:
             "epochs": len(history),
         }
     print(
-        f"\n{config.dataset}, data {prepared.hash[:12]}, {metrics['seconds']} s\n\n{results_table({config.method: metrics})}"
+        f"\n{config.dataset}, data {prepared.hash[:12]}, {metrics['seconds']} s\n\n"
+        f"{results_table({config.method: metrics})}"
     )
     if config.output_dir:
         folder = Path(config.output_dir)

@@ -29,7 +29,7 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p of as uneven a split of the users that one gets right and the other does not."""
+    """Exact two-sided p of so uneven a split of the users that only one of the two gets right."""
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     n, k = only_a + only_b, min(only_a, only_b)
     tail = sum(
@@ -63,7 +63,8 @@ class Difference:
 def judge(family: list[Difference], alpha: float = 0.05) -> None:
     """Holm: of m questions the k-th clearest is judged at alpha / (m - k + 1).
 
-    Those behind the first that holds 0 are judged at its level, so that all their intervals hold 0 too."""
+    Those behind the first that holds 0 are judged at its level, so that all their intervals hold
+    0 too."""
     left = len(family)
     for difference in sorted(family, key=lambda d: d.p):
         low, high = difference.interval = interval_of(difference.means, alpha / left)
@@ -75,12 +76,14 @@ def judge(family: list[Difference], alpha: float = 0.05) -> None:
 
 
 def spread_of_bins(bins: dict[str, dict]) -> dict:
-    """Standard deviation of HR@1 between bins beyond sampling, its 95 % interval, both over the mean too.
+    """Standard deviation of HR@1 between bins beyond sampling, its 95 % interval, both over the
+    mean too.
 
-    Model: a bin's mean is mu + t + e, e of the sampling variance v, t of variance tau^2. With weights 1/v the moment
-    estimate (DerSimonian and Laird 1986) is tau^2 = (Q - (B - 1)) / (sum w - sum w^2 / sum w), Q = sum w (mean - mu)^2,
-    at least 0. The interval is Viechtbauer's Q profile (2007): every tau^2 for which Q, weighted by 1 / (v + tau^2),
-    is no unlikely chi-square of B - 1 degrees. It begins at 0 where sampling alone explains the differences."""
+    Model: a bin's mean is mu + t + e, e of the sampling variance v, t of variance tau^2. With
+    weights 1/v the moment estimate (DerSimonian and Laird 1986) is tau^2 = (Q - (B - 1)) / (sum w
+    - sum w^2 / sum w), Q = sum w (mean - mu)^2, at least 0. The interval is Viechtbauer's Q
+    profile (2007): every tau^2 for which Q, weighted by 1 / (v + tau^2), is no unlikely
+    chi-square of B - 1 degrees. It begins at 0 where sampling alone explains the differences."""
     means = np.array([b["hit_ratio@1"] for b in bins.values()])
     variances = np.array([b["variance"] for b in bins.values()])
     mean, degrees = float(means.mean()), len(means) - 1
@@ -105,7 +108,7 @@ def weighted_q(means: np.ndarray, variances: np.ndarray, between: float) -> floa
 
 
 def solve_q(means: np.ndarray, variances: np.ndarray, wanted: float) -> float:
-    """The between-bin standard deviation at which Q is `wanted`; Q falls with it; 0 if it is lower from the start."""
+    """The between-bin standard deviation at which Q is `wanted`; 0 if Q is lower from the start."""
     low, high = 0.0, 1.0
     if weighted_q(means, variances, 0.0) <= wanted:
         return 0.0

@@ -1,13 +1,15 @@
-"""Run all that a table needs, one command each, in order: training runs, traditional baselines, probes. Then studies/report.py.
+"""Run all that a table needs, one command each: training runs, baselines, probes. Then the report.
 
     python -m studies.tables configs/tables/planted.json --output_dir runs/planted-table
-    python -m studies.tables configs/tables/paper.json --output_dir runs/paper-table --nproc_per_node 8 --dataset movielens --data_dir ml-1m.zip \\
+    python -m studies.tables configs/tables/paper.json --output_dir runs/paper-table \\
+        --nproc_per_node 8 --dataset movielens --data_dir ml-1m.zip \\
         --model meta-llama/Llama-3.1-8B
 
-A table is a JSON file: "common" options of every run, and "runs", each with a name, a script (train.py unless it says so), its own
-options, and perhaps "after": "run/stage", whose result it starts from. What is finished is skipped, what was interrupted
-goes on (train.py's --resume auto), so the command may be killed and given again at any time. "probes" are measured for
-every stage of the runs listed in "probed". Every run leaves its log beside its folder.
+A table is a JSON file: "common" options of every run, and "runs", each with a name, a script
+(train.py unless it says so), its own options, and perhaps "after": "run/stage", whose result it
+starts from. What is finished is skipped, what was interrupted goes on (train.py's --resume auto),
+so the command may be killed and given again at any time. "probes" are measured for every stage of
+the runs listed in "probed". Every run leaves its log beside its folder.
 """
 
 import argparse
@@ -70,7 +72,8 @@ def execute(command: list[str], log: Path) -> None:
     if code:
         last = [line for line in log.read_text().splitlines() if "error" in line.lower()][:1]
         raise ValueError(
-            f"{log}: the run failed (exit code {code}){': ' + last[0] if last else ''}; the same command goes on"
+            f"{log}: the run failed (exit code {code}){': ' + last[0] if last else ''}; "
+            "the same command goes on"
         )
 
 

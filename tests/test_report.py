@@ -336,7 +336,7 @@ def test_a_sweep_changes_one_option():
     assert sweep(grouped(results), "margin_lambda") == []  # no seed has them all
 
 
-# ------------------------------------------------------------------------------------------------ the runner
+# --------------------------------------------------------------------------------------- the runner
 def test_commands_carry_common_and_own_options(tmp_path):
     """Flags of every kind; a run that goes on from another one's stage gets its model; baselines get no training options."""
     assert flags_of({"a": 1, "b": True, "c": False, "d": "x"}) == [
