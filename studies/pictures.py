@@ -131,7 +131,7 @@ def draw_length(plt, methods: dict[str, Method], file: Path) -> None:
 
 
 def draw_margins(plt, file: Path) -> None:
-    """what each margin demands, and how hard it pulls, over the rejected item's rating and delay."""
+    """what each margin demands, and how hard it pulls, over the rejected's rating and delay."""
     ratings, steps = torch.arange(1.0, 5.01, 0.25), torch.arange(0.0, 10.0)
     scores = preference_score(ratings[:, None], steps[None, :])  # (R, S)
     chosen = preference_score(torch.tensor(5.0), torch.tensor(0.0))
