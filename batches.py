@@ -33,9 +33,19 @@ class PromptTree:
         )
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
-        """(M,) token log-probs -> (B, N) sums per completion."""
-        sums = token_logps.new_zeros(len(self.input_ids) * self.num_completions)
-        return sums.index_add(0, self.sequence_ids, token_logps).view(-1, self.num_completions)
+        """(M,) token log-probs -> (B, N) sums per completion, of the same bits whenever they are run.
+
+        One row per completion: no two tokens are added to the same place by threads in any order,
+        which is what index_add does on a GPU."""
+        B, N = len(self.input_ids), self.num_completions
+        width = self.input_ids.shape[1] - self.prompt_width + 1  # C inputs, and EOS: a title fits
+        sequences = torch.arange(B * N, device=self.sequence_ids.device)
+        starts = torch.searchsorted(self.sequence_ids, sequences)  # sequence_ids ascend
+        tokens = torch.arange(len(self.sequence_ids), device=self.sequence_ids.device)
+        places = tokens - starts[self.sequence_ids]  # (M,) of a token within its title
+        rows = token_logps.new_zeros(B * N * width)
+        rows = rows.scatter(0, self.sequence_ids * width + places, token_logps)
+        return rows.view(B, N, width).sum(2)
 
 
 def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
