@@ -3,7 +3,8 @@
     <stage>.unfinished/checkpoint-40/
         rank-00000.safetensors   rows [start, stop) of every trained tensor and of its two AdamW moments, and this rank's
                                  random state; as many files as there are ranks that hold different rows
-        state.json               step, process count, hashes of data and reference log-probs, options of the run
+        state.json               step, process count; hashes of the data, the starting weights and
+                                 what the reference log-probs were made from
         manifest.json            size and SHA-256 of every other file; written last
 
 A checkpoint is written beside (`.part`), flushed to disk, and renamed into place; older ones go only afterwards. Reading
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from common import print0, read_json, writing
 from model import open_safetensors
-from sharding import fill, local, own_rows
+from sharding import fill, local, own_rows, trained
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -72,10 +73,6 @@ def save_checkpoint(
             shutil.rmtree(old)
     dist.barrier()
     return final
-
-
-def trained(model) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def random_state() -> dict[str, Tensor]:
@@ -158,20 +155,26 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path, model, optimizer, expected: dict) -> dict:
-    """Fill in trained weights, moments and random state; returns state.json. `expected` must agree with it, by key."""
+    """Fill in trained weights, moments and random state; returns state.json.
+
+    `expected` must agree with it, by key. The optimizer must hold the model's own parameters."""
     state = read_json(folder / "state.json")
     for key, value in expected.items():
         if state.get(key) != value:
             raise ValueError(
-                f"{folder}: made with another {key} ({str(state.get(key))[:40]} instead of {str(value)[:40]})"
+                f"{folder}: made with another {key} "
+                f"({str(state.get(key))[:40]} instead of {str(value)[:40]})"
             )
+    parameters = trained(model)
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    assert stepped == set(parameters.values()), "moments would go where no step reads them"
     try:
         handles = [open_safetensors(f) for f in sorted(folder.glob("rank-*.safetensors"))]
         held = [
             {name: tuple(span) for name, span in json.loads(h.metadata()["rows"]).items()}
             for h in handles
         ]
-        for name, p in trained(model).items():
+        for name, p in parameters.items():
 
             def rows(start: int, stop: int, key: str, name=name) -> Tensor:
                 """Rows [start, stop) of a tensor, put together from the files that hold some of them."""

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from baselines import counting_baselines, ranking_metrics
-from common import arg, parse_config, read_json, run_cli, setup_distributed
+from common import arg, free_memory, parse_config, read_json, run_cli, setup_distributed
 from data import (
     NUM_CANDIDATES,
     DataConfig,
@@ -387,6 +387,24 @@ def load_stage(folder: Path) -> tuple[Path, Path | None]:
     return Path(os.path.normpath(base)), adapter
 
 
+def check_data(stage: Path, data_hash: str, way_out: str) -> None:
+    """ValueError if a finished stage was trained and tested on other data than there are now."""
+    before = read_json(stage / "eval" / "metrics.json")["data_hash"]
+    if before != data_hash:
+        raise ValueError(
+            f"{stage.name} was finished on data {before[:12]}, now it is {data_hash[:12]}: "
+            f"one table of both would compare different users, and {stage.name} may have seen "
+            f"some that are test users now. Put the old data back, or {way_out} ({stage})"
+        )
+
+
+def check_run_data(config: EvalConfig, stages: Iterable[str], data_hash: str) -> None:
+    """check_data for every stage of the run that is evaluated."""
+    way_out = "evaluate the stage on its own, by --model or --adapter"
+    for stage in stages if config.run else ():
+        check_data(Path(config.run) / stage, data_hash, way_out)
+
+
 def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
     """Name -> (base, adapter) of everything to evaluate."""
     if not config.run:
@@ -466,6 +484,8 @@ def main() -> None:
     if config.recommend:
         sources = dict([list(sources.items())[-1]])
     prepared = None if config.recommend else prepare(config)
+    if prepared:
+        check_run_data(config, sources, prepared.hash)
     rows = {}
     for name, source in sources.items():
         model, tokenizer = load_source(config, source, device)
@@ -475,6 +495,8 @@ def main() -> None:
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
         encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
         metrics, records = evaluate(model, tokenizer, encoded.examples, *options, encoded)
+        del model
+        free_memory()  # before the next one is loaded
         rows[name] = metrics | {
             "data_hash": prepared.hash,
             "decode": config.decode,

@@ -1,94 +1,184 @@
-"""Reference log-probs: those of the policy before its first step, computed once per run and kept in its folder.
+"""Reference log-probs: those of the policy before its first step, kept in the run folder.
 
-There is no second model. The file's name carries a hash of all that the log-probs depend on, so a run that goes on finds
-its own, and a deleted file is made again with the same bits.
+There is no second model. The file is an input of the stage, known by what it was made from:
+weights, token ids, dtype. How the work was divided is no part of that: a run that goes on reads it
+with any number of processes and micro-batches of any size. Where it is missing, it is computed
+again from the stage's starting weights, before any checkpoint is read.
+
+Legend: E training examples, N completions per example.
 """
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from common import any_rank, is_main, print0, writing
-from data import prefetch, to_device
-from lora import base_fingerprint
+from data import Encoded, prefetch, to_device
+from lora import base_fingerprint, read_adapter_config
+from model import ModelConfig, open_safetensors
 from objectives import Preference, Schedule
 from options import stored_dtype
 from runs import Run
+from sharding import reshard
+
+
+# ------------------------------------------------------------------------ what it was made from
+def weights_key(base: Path, adapter: Path | None) -> str:
+    """Hash of the weights that a stage starts from: base, and the adapter it goes on with."""
+    digest = hashlib.sha256(str(ModelConfig.from_pretrained(base)).encode())
+    digest.update(base_fingerprint(base).encode())
+    if adapter:
+        config = read_adapter_config(adapter)
+        names = ("r", "lora_alpha", "target_modules", "use_rslora")  # not the path of its base
+        digest.update(json.dumps([config.get(name) for name in names]).encode())
+        with open_safetensors(adapter / "adapter_model.safetensors") as f:
+            for name in sorted(f.keys()):
+                tensor = f.get_tensor(name)
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def reference_key(weights: str, encoded: Encoded, slots: np.ndarray, dtype: torch.dtype) -> str:
+    """Hash of all that the log-probs depend on: no computed number, no division of the work."""
+    digest = hashlib.sha256(f"{weights} {dtype}".encode())
+    for e, prompt in enumerate(encoded.prompts):
+        completions = encoded.slots(e, slots[e])  # ids of N titles
+        digest.update(f"{len(prompt)} {completions}".encode() + prompt.tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------ the file
+def write_reference(file: Path, key: str, logps: Tensor) -> None:
+    """The file appears whole or not at all. Its checksum tells of damage; it identifies nothing."""
+    beside = file.with_suffix(".part")
+    with writing(file):
+        save_file({"logps": logps}, beside, metadata={"key": key, "sha256": checksum(logps)})
+        beside.rename(file)
+
+
+def read_reference(file: Path, key: str, needed: Tensor, num_completions: int) -> Tensor | None:
+    """Stored log-probs (E, N), or None, with a note if a file is there; `needed` is (E,) bool."""
+    if not file.exists():
+        return None
+    try:
+        with open_safetensors(file) as f:
+            metadata = f.metadata() or {}
+            logps = f.get_tensor("logps").clone()  # not a view of the file, which may change
+    except (SafetensorError, OSError, ValueError) as error:
+        print0(f"note: {file} cannot be read ({error}); computing it again")
+        return None
+
+    problem = ""
+    if metadata.get("key") != key:
+        problem = "was made from other weights or examples"
+    elif logps.shape != (len(needed), num_completions) or logps.dtype != torch.float32:
+        problem = f"holds {tuple(logps.shape)} {logps.dtype} instead of log-probs per title"
+    elif metadata.get("sha256") != checksum(logps):
+        problem = "is damaged"
+    elif logps[needed].isnan().any():
+        problem = "lacks examples of this run"
+    if problem:
+        print0(f"note: {file} {problem}; computing it again")
+        return None
+    return logps
+
+
+def checksum(logps: Tensor) -> str:
+    return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------ the pass
+def first_epoch(schedule: Schedule) -> range:
+    """The steps in which each example that the stage ever sees comes once."""
+    return range(min(schedule.num_steps, schedule.steps_per_epoch))
+
+
+def needed_examples(schedule: Schedule) -> Tensor:
+    """(E,) True for the examples that the stage sees."""
+    needed = torch.zeros(len(schedule.widths), dtype=torch.bool)
+    for step in first_epoch(schedule):
+        needed[schedule.examples(step)] = True
+    return needed
 
 
 @torch.no_grad()
-def reference_pass(
-    objective: Preference, schedule: Schedule, rank: int, file: Path, key: str
-) -> None:
-    """Fill in the reference log-probs (E, 1 + K): those of the policy before its first step, computed once per run.
+def reference_pass(objective: Preference, schedule: Schedule, rank: int) -> Tensor:
+    """Log-probs (E, N) of the model as it is now; NaN for examples that the stage never sees.
 
-    The pass runs the very micro-batches of the first epoch, so that the rewards of the first step are exactly zero."""
-    if any_rank(
-        is_main() and file.exists()
-    ):  # rank 0 decides and reads: others may have another disk
-        if is_main():
-            objective.reference_logps = load_file(file)["logps"]
-        dist.broadcast(objective.reference_logps, 0)
-        return
-    device = objective.device
-    logps = torch.zeros(objective.reference_logps.shape, device=device)
-    steps, bar = (
-        range(min(schedule.num_steps, schedule.steps_per_epoch)),
-        is_main() and sys.stderr.isatty(),
-    )
+    It runs the very micro-batches of the first epoch, so that the first rewards are exactly zero."""
     planned = [
-        (b, schedule.examples(step)) for step in steps for b in schedule.micro_batches(step, rank)
+        (batch, schedule.examples(step))
+        for step in first_epoch(schedule)
+        for batch in schedule.micro_batches(step, rank)
     ]
     prepared = prefetch(lambda plan: objective.prepare(*plan), planned)
-    for (batch, _), micro_batch in zip(
-        tqdm(planned, "reference", disable=not bar), prepared, strict=True
-    ):
+    bar = tqdm(planned, "reference", disable=not (is_main() and sys.stderr.isatty()))
+
+    logps = torch.zeros(objective.slots.shape, device=objective.device)
+    for (batch, _), micro_batch in zip(bar, prepared, strict=True):
         sums = micro_batch.tree.sum_logps(objective.model(micro_batch.tree)[0])
         if batch:
-            logps[to_device(torch.tensor(batch), device)] = sums
-    dist.all_reduce(logps)
-    objective.reference_logps = logps.cpu()
-    if is_main():
-        beside = file.with_suffix(".part")
-        with writing(file):
-            save_file({"logps": objective.reference_logps}, beside, metadata={"key": key})
-            beside.rename(file)
-    dist.barrier()
+            logps[to_device(torch.tensor(batch), objective.device)] = sums
+    reshard(objective.model)
+
+    dist.all_reduce(logps)  # each example was scored on one rank
+    logps = logps.cpu()
+    logps[~needed_examples(schedule)] = torch.nan
+    return logps
 
 
+def prepare_reference(run: Run, weights: str, objective: Preference, schedule: Schedule) -> str:
+    """Fill in the log-probs of the starting weights, which the model still has; returns their key."""
+    dtype = stored_dtype(run.config, run.device)
+    key = reference_key(weights, run.train, objective.slots, dtype)
+    file = run.folder / f"reference-{key[:12]}.safetensors"
+
+    stored = None
+    if is_main():  # rank 0 decides and reads: others may have another disk
+        needed = needed_examples(schedule)
+        stored = read_reference(file, key, needed, objective.slots.shape[1])
+    if any_rank(stored is not None):
+        logps = torch.empty(objective.slots.shape) if stored is None else stored
+        dist.broadcast(logps, 0)
+    else:
+        objective.model.eval()
+        logps = reference_pass(objective, schedule, run.rank)
+        if is_main():
+            write_reference(file, key, logps)
+        dist.barrier()
+
+    objective.reference_logps = logps
+    return key
+
+
+# ------------------------------------------------------------------------ checks and notes
 def check_first_rewards(objective: Preference, exact: bool) -> None:
-    """At the first step the policy is the reference, so every reward must be zero (up to noise in bf16)."""
-    rewards = (
-        torch.cat([r.flatten() for r in objective.first_rewards]).double() / objective.config.beta
-    )
+    """Before the first update the policy is the reference: rewards are zero, in bf16 nearly so."""
+    rewards = torch.cat([r.flatten() for r in objective.first_rewards]).double()
+    rewards /= objective.config.beta
     objective.first_rewards = None
     worst = torch.stack([rewards.abs().max(), rewards.square().mean().sqrt()])
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     largest, rms = worst.tolist()
     print0(
-        f"log-ratios before the first step: at most {largest:.1e} nats per title (0: the policy is its reference)"
+        f"log-ratios before the first step: at most {largest:.1e} nats per title, rms {rms:.1e} "
+        "(0: the policy is its reference)"
     )
-    if largest >= 1e-3 if exact else rms > 0.5:
+    if not (largest < 1e-3 if exact else rms <= 0.5):
         raise ValueError(
-            f"policy and reference differ before training: max {largest:.2e}, rms {rms:.2e} nats per title"
+            f"policy and reference differ before training: max {largest:.2e}, rms {rms:.2e} nats "
+            "per title"
         )
-
-
-def prepare_reference(
-    run: Run, base: Path, adapter: Path | None, objective: Preference, schedule: Schedule
-) -> str:
-    """Fill in the reference log-probs from the starting weights, show the first example; returns the log-probs' SHA-256."""
-    objective.model.eval()
-    key = reference_key(run, base, adapter, objective)
-    reference_pass(
-        objective, schedule, run.rank, run.folder / f"reference-{key[:12]}.safetensors", key
-    )
-    return hashlib.sha256(objective.reference_logps.numpy().tobytes()).hexdigest()
 
 
 def print_preference_notes(config, objective: Preference) -> None:
@@ -114,35 +204,3 @@ def print_preference_notes(config, objective: Preference) -> None:
         )
     if objective.loss in ("ipo", "kto", "cpo") and config.beta > 0.5:
         print0(f"note: {objective.loss} is usually run at beta 0.1, here it is {config.beta:g}")
-
-
-def reference_key(run: Run, base: Path, adapter: Path | None, objective: Preference) -> str:
-    """Hash of all that the reference log-probs depend on, the division into micro-batches included."""
-    config, train = run.config, run.train
-    files = (
-        [adapter / name for name in ("adapter_model.safetensors", "adapter_config.json")]
-        if adapter
-        else []
-    )
-    settings = (stored_dtype(config, run.device), run.device.type, config.negative_source)
-    batches = (
-        config.seed,
-        config.batch_size,
-        config.micro_batch_tokens,
-        run.world_size,
-        config.epochs,
-        config.max_steps,
-    )
-    parts = [
-        base_fingerprint(base).encode(),
-        run.data_hash.encode(),
-        *(file.read_bytes() for file in files),
-    ]
-    parts += [ids.tobytes() for ids in train.prompts] + [
-        str(train.completions).encode(),
-        objective.slots.tobytes(),
-    ]
-    digest = hashlib.sha256(str((settings, batches)).encode())
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()

@@ -20,7 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from lora import PEFT_PREFIX, lora_layers
@@ -74,6 +79,32 @@ def shard(
     return world_size // G
 
 
+def reshard(model: Transformer) -> None:
+    """Free what a pass without backward leaves gathered: the root's weights and the last block's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def stored_parameters(model: Transformer) -> dict[str, Tensor]:
+    """Parameters by name, as model and optimizer keep them; a tied one under both of its names.
+
+    RuntimeError if a sharded model stands gathered: whatever is written into gathered weights is
+    thrown away at the next reshard."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if isinstance(model, FSDPModule):
+        for name, p in parameters.items():
+            if not isinstance(p, DTensor):
+                raise RuntimeError(f"{name} is gathered, not sharded: call reshard(model) first")
+    return parameters
+
+
+def trained(model: Transformer) -> dict[str, Tensor]:
+    """Those of stored_parameters that the optimizer changes, each once."""
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in stored_parameters(model).items() if name in names}
+
+
 # ------------------------------------------------------------------------------------------------ a rank's rows
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; a plain one as it is."""
@@ -115,7 +146,7 @@ def read_weights(
 ) -> None:
     """Fill in the base weights, each rank its rows; `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
     files = check_weights(path, model.config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = stored_parameters(model)
     handles = {}
     for name, file in files.items():
         if file not in handles:
@@ -153,19 +184,19 @@ def merged_on_reading(
 
 def init_adapter(model: Transformer, seed: int) -> None:
     """A fresh adapter: A drawn whole from (seed, name) on every rank and then cut, B zero."""
+    parameters = stored_parameters(model)
     for name, layer in lora_layers(model).items():
         A = layer.draw_A(name, seed)
-        fill(layer.lora_A.weight, lambda start, stop, A=A: A[start:stop])
-        nn.init.zeros_(local(layer.lora_B.weight))
+        fill(parameters[f"{name}.lora_A.weight"], lambda start, stop, A=A: A[start:stop])
+        nn.init.zeros_(local(parameters[f"{name}.lora_B.weight"]))
 
 
 def fill_adapter(model: Transformer, tensors: dict[str, Tensor]) -> None:
     """A trained adapter's tensors, by PEFT's names, each rank its rows."""
-    parameters = dict(model.named_parameters())
+    parameters = stored_parameters(model)
     for name, tensor in tensors.items():
-        fill(
-            parameters[name.removeprefix(PEFT_PREFIX)], lambda start, stop, t=tensor: t[start:stop]
-        )
+        p = parameters[name.removeprefix(PEFT_PREFIX)]
+        fill(p, lambda start, stop, t=tensor: t[start:stop])
 
 
 # ------------------------------------------------------------------------------------------------ gathering

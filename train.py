@@ -41,6 +41,7 @@ from common import (
     Stopped,
     any_rank,
     first,
+    free_memory,
     is_main,
     parse_config,
     print0,
@@ -51,13 +52,18 @@ from common import (
 )
 from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
 from estimate import device_memory, dry_run, replica_note
-from eval import load_stage, predict, results_table, save_predictions, summarise
+from eval import check_data, load_stage, predict, results_table, save_predictions, summarise
 from lora import apply_lora, read_adapter, read_adapter_config, save_adapter
 from model import Transformer, empty_model, resolve_path, save_pretrained
 from objectives import SFT, MicroBatch, Preference, Schedule
 from options import TrainConfig, stored_dtype
 from planted import World, bayes_scores
-from reference import check_first_rewards, prepare_reference, print_preference_notes
+from reference import (
+    check_first_rewards,
+    prepare_reference,
+    print_preference_notes,
+    weights_key,
+)
 from runs import Logger, Run, StopRequest, line_step, open_run_folder
 from sharding import (
     fill_adapter,
@@ -262,6 +268,25 @@ def practise_copying(
 
 
 # ------------------------------------------------------------------------------------------------ one stage
+def starting_weights(base: Path, adapter: Path | None) -> str:
+    """weights_key, for which rank 0 alone reads the files."""
+    shared = [weights_key(base, adapter) if is_main() else None]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
+    """A finished stage stands in one table with those to come, so it must have begun as they do."""
+    before = read_json(folder / "base.json").get("starting_weights")  # older runs have none
+    now = starting_weights(base, adapter)
+    if before and before != now:
+        raise ValueError(
+            f"{folder.name} was finished from weights {before[:12]}, now they are {now[:12]}: "
+            f"{base}{f' or {adapter}' if adapter else ''} has changed. Put it back, or choose "
+            f"another --output_dir; without {folder} the stage runs again"
+        )
+
+
 def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done.
 
@@ -308,13 +333,12 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         fused=True,
     )
 
-    identity = {"stage": stage, "data": run.data_hash}  # what a checkpoint must agree with
+    weights = starting_weights(base, adapter)
+    identity = {"stage": stage, "data": run.data_hash, "base or adapter to start from": weights}
     if stage != "sft":
-        identity["reference"] = (
-            prepare_reference(run, base, adapter, objective, schedule)
-            if objective.has_reference
-            else "none"
-        )
+        identity["reference"] = "none"
+        if objective.has_reference:
+            identity["reference"] = prepare_reference(run, weights, objective, schedule)
         print_preference_notes(config, objective)
     model.train()
 
@@ -392,7 +416,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     logger.close()
 
     with writing(folder):
-        save_stage(run, model, base, folder)
+        save_stage(run, model, base, folder, weights)
     finish_stage(run, stage, model, folder)
 
 
@@ -417,7 +441,7 @@ def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
     model, _ = load_policy(run.config, "raw", base, adapter, run.device)
     if is_main():
         folder.mkdir(exist_ok=True)
-        write_base(run, base, folder, adapter)
+        write_base(run, base, folder, weights_key(base, adapter), adapter)
     finish_stage(run, "raw", model, folder)
 
 
@@ -444,6 +468,8 @@ def resume_stage(
             metrics.unlink(missing_ok=True)
         return None
     state = load_checkpoint(checkpoint, model, optimizer, identity)
+    if isinstance(objective, Preference):
+        objective.first_rewards = None  # those of the first step, which is over
     if "kl" in state:
         objective.kl = torch.tensor(state["kl"], device=run.device)
     if is_main():
@@ -481,7 +507,7 @@ def where_not_finite(run: Run, schedule: Schedule, step: int, ranks: list[int]) 
     return f"{who}, examples {users}{' ...' if len(examples) > 8 else ''}"
 
 
-def save_stage(run: Run, model: Transformer, base: Path, folder: Path) -> None:
+def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: str) -> None:
     """Adapter in PEFT's format, or the whole model with its tokenizer, and which base it stands on."""
     if getattr(model, "lora_config", None):
         state = dict(gathered(model, only_adapter=True))
@@ -492,14 +518,19 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path) -> None:
         if is_main():
             copy_tokenizer(base, folder)
     if is_main():
-        write_base(run, base, folder)
+        write_base(run, base, folder, weights)
 
 
-def write_base(run: Run, base: Path, folder: Path, adapter: Path | None = None) -> None:
-    """base.json: the model that a stage's adapter stands on, and another stage's or run's adapter, if that is what was tested."""
+def write_base(
+    run: Run, base: Path, folder: Path, weights: str, adapter: Path | None = None
+) -> None:
+    """base.json: the model that a stage's adapter stands on, and what the stage started from.
+
+    `adapter` is another stage's or run's, if that is what was tested."""
     inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
     facts = {"base": os.path.relpath(base, folder) if inside else str(base.resolve())}
     facts |= {"adapter": str(adapter.resolve())} if adapter else {}
+    facts["starting_weights"] = weights
     (folder / "base.json").write_text(json.dumps(facts) + "\n")
 
 
@@ -655,8 +686,12 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)  # the tiny model's, if there was one
         return
     start = (base, Path(config.adapter) if config.adapter else None)
+    finished = [s for s in config.stage_list if (folder / s / "eval" / "metrics.json").exists()]
+    for stage in finished:
+        check_data(folder / stage, prepared.hash, "choose another --output_dir for the new data")
     for stage in config.stage_list:
-        if (folder / stage / "eval" / "metrics.json").exists():
+        if stage in finished:
+            check_start(folder / stage, *start)
             print0(f"\n== {stage}: finished before, in {folder / stage}")
         elif stage == "raw":
             test_raw(run, *start)
@@ -664,6 +699,7 @@ def main() -> None:
             run_stage(run, stage, *start)
             if config.resume:  # a named checkpoint is that of one stage; those behind it have none yet, or their newest
                 run.config = replace(config, resume="auto")
+        free_memory()  # of this stage's model and optimizer, before the next one's are made
         if stage == "sft":
             start = load_stage(folder / "sft")
     if is_main():

@@ -29,11 +29,12 @@ from pathlib import Path
 import numpy as np
 
 from baselines import counting_baselines
-from common import arg, parse_config, run_cli, setup_distributed
+from common import arg, free_memory, parse_config, run_cli, setup_distributed
 from data import Encoded, encode_examples, prepare
 from eval import (
     EvalConfig,
     check_choice,
+    check_run_data,
     load_source,
     predict,
     save_predictions,
@@ -210,6 +211,8 @@ def run_probe(
             options["decode_rest"],
             options["micro_batch_tokens"], device=device,
         )  # fmt: skip
+        del model
+        free_memory()  # before the next one is loaded
         rows[f"{name}, written"] = measure(probe, examples, choice_of_answers(records[name]))
         ranked = choice_of_scores(np.array([r["logps"] for r in records[name]]))
         rows[f"{name}, ranked first"] = measure(probe, examples, ranked)
@@ -265,6 +268,7 @@ def main() -> None:
     _, _, device = setup_distributed()
     sources = sources_of(config)
     prepared = prepare(config)
+    check_run_data(config, sources, prepared.hash)
     models = {
         name: partial(load_source, config, source, device) for name, source in sources.items()
     }

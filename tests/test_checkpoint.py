@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, bitwise resuming after any death, other numbers of processes, and the run folder's guards."""
 
 import fcntl
+import gc
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import TINY, losses, run_train
 
+import train
 from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
+from eval import main as evaluate_run
 from lora import apply_lora
+from model import load_pretrained
+from studies.probes import main as probe_run
 
 ROOT = Path(__file__).parents[1]
 # an adapter and dropout in SFT, so that random state matters; without --sft_lora_r it trains all weights, without dropout
@@ -194,6 +200,83 @@ def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(metrics, stage), losses(expected, stage), atol=1e-4)
     assert_same_results(tmp_path / name, tmp_path / "all-weights", atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ inside a preference stage
+# train.py whose every process dies, by kill -9, as soon as a certain checkpoint is in place
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+
+save_checkpoint = train.save_checkpoint
+
+def save_and_die(folder, step, *args):
+    save_checkpoint(folder, step, *args)
+    if folder.name == "recpo.unfinished" and step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train.save_checkpoint = save_and_die
+train.run_cli(train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(whole):
+    """The uninterrupted run's SFT stage, then RecPO on 2 sharded ranks, killed when 4 of its 6 steps are saved."""
+    tmp_path, folder = whole[0], whole[0] / "killed-in-recpo"
+    shutil.copytree(tmp_path / "whole", folder)
+    shutil.rmtree(folder / "recpo")
+    for file in folder.glob("reference-*"):
+        file.unlink()
+
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(script), *TINY, *SAVING, "--resume=auto"]
+    command += [f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    assert done.returncode != 0
+    assert [f.name for f in checkpoints(folder / "recpo.unfinished")][0] == "checkpoint-4"
+    return whole, folder
+
+
+def go_on(killed, reference: str, processes: int, budget: int) -> None:
+    """Resume a copy of the killed run, its reference file kept or deleted; compare with the uninterrupted run."""
+    (tmp_path, metrics, _), folder = killed
+    name = f"{reference}-{processes}-{budget}"
+    shutil.copytree(folder, tmp_path / name)
+    (cache,) = (tmp_path / name).glob("reference-*")
+    if reference == "deleted":
+        cache.unlink()
+
+    flags = (*SAVING, "--resume=auto", f"--micro_batch_tokens={budget}")
+    output, resumed = run_train(tmp_path, name, *flags, processes=processes)
+
+    assert "checkpoint-4, after step 4" in output
+    assert cache.exists()
+    expected = losses(metrics, "recpo")
+    np.testing.assert_allclose(losses(resumed, "recpo"), expected, rtol=0, atol=1e-4)
+    assert_same_results(tmp_path / name, tmp_path / "whole", atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "processes", "budget"), [("deleted", 2, 1500), ("kept", 1, 700)]
+)
+def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, processes, budget):
+    """Recomputed from the starting weights or read, however divided: the losses of the uninterrupted run."""
+    go_on(killed, reference, processes, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [500, 1500, 100_000])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("reference", ["deleted", "kept"])
+def test_a_kill_inside_a_preference_stage_grid(killed, reference, processes, budget):
+    """The same for every number of processes, and micro-batches of one prompt up to a whole step."""
+    go_on(killed, reference, processes, budget)
 
 
 # ------------------------------------------------------------------------------------------------ one checkpoint
@@ -463,3 +546,110 @@ def test_a_named_checkpoint_that_is_damaged_or_elsewhere_is_refused(whole, tmp_p
     (target / "state.json").write_bytes(state)
     run_train(runs, name, *SAVING, f"--resume={target}")
     assert_same_results(runs / name, runs / "whole")
+
+
+# ---------------------------------------------------------------------- several stages of one run
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """call(main, *flags): a script's main() in this process, in a process group that is its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *flags) -> None:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+        try:
+            main()
+        finally:
+            dist.destroy_process_group()
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+def write_log(file: Path, users: int) -> Path:
+    """A log of one's own in which every user saw 12 of 40 films."""
+    rows = ["user_id,item_id,rating,timestamp,title"]
+    for user in range(users):
+        for n in range(12):
+            item = (7 * user + 3 * n) % 40
+            rows.append(f"{user},{item},{1 + (user + n) % 5},{1_500_000_000 + n},Film {item}")
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+def test_a_run_over_data_that_grew_is_refused(in_process, tmp_path):
+    """Finished stages hold for their data: train.py and eval.py name both hashes, write nothing."""
+    log = write_log(tmp_path / "log.csv", 40)
+    flags = (*TINY, "--dataset=csv", f"--data_dir={log}", "--max_steps=1", "--core=2")
+    flags = (*flags, f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
+    in_process(train.main, *flags, "--stages=sft")
+    evaluation = (f"--run={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
+    in_process(evaluate_run, *evaluation)
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    before.pop(tmp_path / "run" / "config.json")  # the stages that were asked for
+
+    write_log(log, 50)
+    message = (
+        r"sft was finished on data [0-9a-f]{12}, now it is [0-9a-f]{12}: .*another --output_dir"
+    )
+    with pytest.raises(ValueError, match=message):
+        in_process(train.main, *flags, "--stages=sft,recpo", "--resume=auto")
+    with pytest.raises(ValueError, match=r"sft was finished on data \w+, now it is .*by --model"):
+        in_process(evaluate_run, *evaluation)
+    assert all(f.read_bytes() == content for f, content in before.items())
+    assert not (tmp_path / "run" / "recpo.unfinished").exists()
+
+
+def test_a_finished_stage_of_other_weights_is_refused(whole, in_process):
+    """A base or adapter that changed under a finished stage: both hashes, and what to do."""
+    tmp_path = whole[0]
+    folder = tmp_path / "other-weights"
+    shutil.copytree(tmp_path / "whole", folder)
+    file = folder / "sft" / "adapter_model.safetensors"
+    tensors = {name: tensor + 1e-3 for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    flags = (*TINY, *SAVING, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}")
+    with pytest.raises(ValueError, match=r"recpo was finished from weights \w+, now they are \w+"):
+        in_process(train.main, *flags, "--resume=auto")
+
+
+def test_models_and_optimizers_go_with_their_stage(whole, in_process, monkeypatch):
+    """When the next model is loaded none before it lives, in training, evaluation and probes."""
+    tmp_path = whole[0]
+    folder = tmp_path / "stage-after-stage"
+    shutil.copytree(tmp_path / "whole", folder)
+    shutil.rmtree(folder / "recpo")
+    made = []
+
+    def watched(make):
+        def wrapper(*args, **kwargs):
+            assert all(reference() is None for reference in made)
+            result = make(*args, **kwargs)
+            made.append(weakref.ref(result[0] if isinstance(result, tuple) else result))
+            return result
+
+        return wrapper
+
+    AdamW = torch.optim.AdamW
+
+    def watched_optimizer(*args, **kwargs):
+        optimizer = AdamW(*args, **kwargs)
+        optimizers.append(weakref.ref(optimizer))
+        return optimizer
+
+    optimizers = []
+    monkeypatch.setattr("train.load_policy", watched(train.load_policy))
+    monkeypatch.setattr("eval.load_pretrained", watched(load_pretrained))
+    monkeypatch.setattr("torch.optim.AdamW", watched_optimizer)
+    gc.disable()  # it might come by at the right moment by chance
+    try:
+        prepared = f"--prepared_dir={tmp_path / 'prepared'}"
+        flags = (*TINY, *SAVING, f"--output_dir={folder}", prepared, "--resume=auto")
+        in_process(train.main, *flags, "--stages=sft,recpo,sdpo")
+        assert len(made) == 2 and all(reference() is None for reference in made + optimizers)
+        in_process(evaluate_run, f"--run={folder}", prepared)
+        assert len(made) == 5 and made[-1]() is None
+        in_process(probe_run, f"--run={folder}", prepared, "--probe=length")
+        assert len(made) == 8 and made[-1]() is None
+    finally:
+        gc.enable()

@@ -9,13 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import FAMILIES, write_checkpoint
 from safetensors.torch import load_file
 from test_train import TINY, losses, run_train
+from torch.distributed.tensor import DTensor
 
+from checkpoint import load_checkpoint, save_checkpoint
+from data import build_tree
 from lora import apply_lora, save_adapter
 from model import load_pretrained
-from sharding import shard_group
+from sharding import (
+    fill_adapter,
+    init_adapter,
+    read_weights,
+    reshard,
+    shard,
+    shard_group,
+    trained,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,3 +170,63 @@ def test_two_agents_give_the_same_run(alone):
         for s in ("sft", "recpo")
     }
     assert_same_run(tmp_path, "agents", metrics, expected)
+
+
+# ---------------------------------------------------------------------- the real parameters
+@pytest.fixture
+def gathered_model(tmp_path):
+    """A sharded model as a pass without backward leaves it, in a group of one; also on disk."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    write_checkpoint(tmp_path / "base")
+    model = apply_lora(load_pretrained(tmp_path / "base"), 4, 8, seed=5)
+    save_adapter(model, tmp_path / "adapter")
+    shard(model, "full", 0, "cpu", torch.float32)  # a dtype: otherwise one rank needs no shards
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    with torch.no_grad():
+        model(build_tree([[5, 6]], [[[8, 2]]]))
+    yield tmp_path, model, optimizer
+    dist.destroy_process_group()
+
+
+STATE = {"optimizer_steps": 1}
+# what fills, or reads, weights or optimizer state: each a function of (folder, model, optimizer)
+ACCESS = {
+    "base weights": lambda folder, model, _: read_weights(model, folder / "base"),
+    "fresh adapter": lambda folder, model, _: init_adapter(model, 3),
+    "adapter": lambda folder, model, _: fill_adapter(
+        model, load_file(folder / "adapter" / "adapter_model.safetensors")
+    ),
+    "trained": lambda folder, model, _: trained(model),
+    "save": lambda folder, model, adamw: save_checkpoint(folder, 3, model, adamw, STATE, 1, 2),
+    "load": lambda folder, model, adamw: load_checkpoint(folder / "saved", model, adamw, {}),
+}
+
+
+@pytest.mark.parametrize("access", ACCESS)
+def test_gathered_weights_are_never_taken_for_the_real_ones(gathered_model, access):
+    """Before reshard every way to weights or moments raises, naming a parameter; then all work."""
+    folder, model, optimizer = gathered_model
+    (folder / "saved").mkdir()
+    (folder / "saved" / "state.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=r"(embed|lm_head|layers\.1).*gathered.*reshard"):
+        ACCESS[access](folder, model, optimizer)
+
+    reshard(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    for p in trained(model).values():
+        optimizer.state[p] = {m: torch.ones_like(p) for m in ("exp_avg", "exp_avg_sq")}
+    (folder / "saved" / "state.json").unlink()
+    (folder / "saved").rmdir()
+    save_checkpoint(folder, 3, model, optimizer, STATE, 1, 2).rename(folder / "saved")
+    ACCESS[access](folder, model, optimizer)
+
+
+def test_an_optimizer_of_other_parameters_is_refused(gathered_model):
+    """Moments are filled in for the parameters that the optimizer steps, or not at all."""
+    folder, model, optimizer = gathered_model
+    reshard(model)
+    saved = save_checkpoint(folder, 3, model, optimizer, {"optimizer_steps": 0}, 1, 2)
+    load_checkpoint(saved, model, optimizer, {})
+    optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(AssertionError, match="moments"):
+        load_checkpoint(saved, model, optimizer, {})

@@ -1,0 +1,299 @@
+"""Reference log-probs: whose they are, what identifies their file, and sums of the same bits."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import objective_and_optimizer, small_world  # noqa: F401  (a fixture)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from checkpoint import save_checkpoint
+from data import build_tree, tree_widths
+from lora import save_adapter
+from objectives import Schedule
+from reference import (
+    check_first_rewards,
+    prepare_reference,
+    read_reference,
+    reference_key,
+    weights_key,
+    write_reference,
+)
+from train import resume_stage
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------- sums over a title's tokens
+def ragged_tree():
+    """Titles of 1 to 9 tokens, in one example all of them of one token."""
+    prompts = [[5, 6, 7], [8], [9, 4]]
+    titles = [[[2], [3, 4, 5, 6, 7, 8, 9, 3, 2]], [[2], [2]], [[7, 2], [8, 8, 8, 2]]]
+    return build_tree(prompts, titles)
+
+
+def index_add(tree, token_logps):
+    """The plain form, whose order of additions a GPU does not fix."""
+    sums = token_logps.new_zeros(len(tree.input_ids) * tree.num_completions)
+    return sums.index_add(0, tree.sequence_ids, token_logps).view(-1, tree.num_completions)
+
+
+@pytest.mark.parametrize("tree", [ragged_tree(), build_tree([[5]], [[[2]]])], ids=["ragged", "one"])
+def test_sums_equal_those_of_index_add(tree):
+    """Forward and gradient; in fp32 as exact as adding one after the other."""
+    token_logps = torch.randn(len(tree.labels), requires_grad=True)
+    weights = torch.randn(len(tree.input_ids), tree.num_completions)
+
+    sums, plain = tree.sum_logps(token_logps), index_add(tree, token_logps)
+    exact = index_add(tree, token_logps.double())
+    assert sums.shape == plain.shape
+    assert (sums - exact).abs().max() <= (plain - exact).abs().max() + 1e-6
+
+    (gradient,) = torch.autograd.grad((sums * weights).sum(), token_logps)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), token_logps)
+    assert torch.equal(gradient, expected)
+
+
+class NoAtomics(TorchDispatchMode):
+    """Raises at operations whose CUDA kernels add to one place from several threads."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        adds = ("index_add", "scatter_add", "scatter_reduce", "bincount", "cumsum", "index_put")
+        assert not any(word in name for word in adds), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_sums_add_in_a_fixed_order():
+    """Neither forward nor backward uses an atomic addition; index_add, which does, is caught."""
+    tree = ragged_tree()
+    token_logps = torch.randn(len(tree.labels), requires_grad=True)
+    with NoAtomics():
+        tree.sum_logps(token_logps).sum().backward()
+        with pytest.raises(AssertionError, match="index_add"):
+            index_add(tree, token_logps)
+
+
+def test_sums_run_on_fake_tensors_and_compiled():
+    """A dry run holds no data, and torch.compile sees one graph."""
+    tree = ragged_tree()
+    token_logps = torch.randn(len(tree.labels))
+    compiled = torch.compile(tree.sum_logps, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(token_logps), tree.sum_logps(token_logps))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = tree.sum_logps(mode.from_tensor(token_logps))
+        assert fake.shape == (3, 2)
+
+
+# ---------------------------------------------------------------------- the pass
+@pytest.fixture
+def stage(small_world, tmp_path):  # noqa: F811
+    """make(**options) -> (run, objective, schedule) of a RecPO stage with those options changed."""
+    config, encoded, base = small_world
+
+    def make(world_size: int = 1, **options):
+        changed = replace(config, **{"batch_size": 5, "micro_batch_tokens": 500} | options)
+        world = (changed, encoded, base)
+        objective, _ = objective_and_optimizer(world, "recpo")
+        widths = tree_widths(encoded, objective.slots)
+        schedule = Schedule(changed, changed.epochs, widths, world_size)
+        run = SimpleNamespace(config=changed, device=CPU, train=encoded, folder=tmp_path, rank=0)
+        return run, objective, schedule
+
+    return make
+
+
+def one_by_one(objective) -> torch.Tensor:
+    """(E, N) log-probs, each title alone behind its prompt, none beside another."""
+    encoded, logps = objective.encoded, torch.zeros(objective.slots.shape)
+    with torch.no_grad():
+        for e, prompt in enumerate(encoded.prompts):
+            for n, ids in enumerate(encoded.slots(e, objective.slots[e])):
+                logps[e, n] = objective.model(build_tree([prompt], [[ids]]))[0].sum()
+    return logps
+
+
+def test_every_row_is_its_own_examples(stage):
+    """Each log-prob is that of its title alone behind its prompt, however the pass is divided."""
+    for budget in (500, 100_000):
+        run, objective, schedule = stage(micro_batch_tokens=budget)
+        prepare_reference(run, "w", objective, schedule)
+        torch.testing.assert_close(objective.reference_logps, one_by_one(objective))
+        for file in run.folder.glob("reference-*"):
+            file.unlink()
+
+
+def test_examples_that_a_short_stage_never_sees_stay_unknown(stage):
+    """With --max_steps 1 only the first step's examples are scored; the others are NaN, not 0."""
+    run, objective, schedule = stage(max_steps=1)
+    prepare_reference(run, "w", objective, schedule)
+    known = objective.reference_logps.isfinite().all(1).nonzero().squeeze(1).tolist()
+    assert known == sorted(schedule.examples(0))
+    assert objective.reference_logps.isnan().any(1).sum() == len(schedule.widths) - len(known)
+
+
+# ---------------------------------------------------------------------- the file
+def test_the_stored_file_is_read_whatever_the_division(stage, monkeypatch):
+    """Process count, batches, micro-batches, seed and epochs do not matter, and no pass runs."""
+    run, first, schedule = stage()
+    key = prepare_reference(run, "w", first, schedule)
+    monkeypatch.setattr("reference.reference_pass", None)  # calling it would be an error
+    others = ({"world_size": 3}, {"batch_size": 4}, {"micro_batch_tokens": 9000}, {"seed": 7})
+    for options in (*others, {"epochs": 1.0}):
+        run, objective, schedule = stage(**options)
+        assert prepare_reference(run, "w", objective, schedule) == key
+        assert torch.equal(objective.reference_logps, first.reference_logps)
+
+
+def test_the_key_names_all_that_the_log_probs_depend_on(stage):
+    """Other weights, tokens, titles, their order, or dtype: another key."""
+    run, objective, _ = stage()
+    encoded, slots = run.train, objective.slots
+    key = reference_key("w", encoded, slots, torch.float32)
+    assert key == reference_key("w", encoded, slots.copy(), torch.float32)
+
+    prompts = [p.copy() for p in encoded.prompts]
+    prompts[3][0] += 1
+    item = encoded.examples.candidates[2, slots[2, 0]]
+    completions = encoded.completions | {int(item): [9, 0]}
+    swapped = slots.copy()
+    swapped[5] = swapped[5][::-1]
+    others = [
+        reference_key("v", encoded, slots, torch.float32),
+        reference_key("w", encoded, slots, torch.bfloat16),
+        reference_key("w", replace(encoded, prompts=prompts), slots, torch.float32),
+        reference_key("w", replace(encoded, completions=completions), slots, torch.float32),
+        reference_key("w", encoded, swapped, torch.float32),
+    ]
+    assert len({key, *others}) == 6
+
+
+def test_the_weights_key_names_base_and_adapter(stage, tmp_path):
+    """Another base or adapter is another key; the path where they lie is not."""
+    _, objective, _ = stage()
+    model, base = objective.model, objective.model.source
+    save_adapter(model, tmp_path / "a")
+    model.name_or_path = "elsewhere"
+    save_adapter(model, tmp_path / "b")
+    for p in model.parameters():
+        p.data += 1e-3
+    save_adapter(model, tmp_path / "c")
+    keys = [weights_key(base, path and tmp_path / path) for path in (None, "a", "b", "c")]
+    assert keys[1] == keys[2] and len(set(keys)) == 3
+
+
+LOGPS = torch.arange(12.0).reshape(4, 3)
+NEEDED = torch.tensor([True, True, False, True])
+
+
+def other_content(file, how: str) -> None:
+    """Replace the file of LOGPS by one that must not be used."""
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-4])
+    elif how == "no safetensors":
+        file.write_text("no tensors here")
+    elif how == "flipped bit":
+        content = bytearray(file.read_bytes())
+        content[-10] ^= 4
+        file.write_bytes(content)
+    elif how == "other name":
+        save_file({"other": LOGPS}, file, metadata={"key": "k"})
+    elif how == "no key":
+        save_file({"logps": LOGPS}, file)
+    elif how == "other key":
+        write_reference(file, "l", LOGPS)
+    elif how == "rows":
+        write_reference(file, "k", LOGPS[1:])
+    elif how == "columns":
+        write_reference(file, "k", LOGPS[:, 1:].contiguous())
+    elif how == "dtype":
+        write_reference(file, "k", LOGPS.double())
+    elif how == "missing example":
+        write_reference(file, "k", LOGPS.where(LOGPS != 10.0, torch.nan))
+
+
+KINDS = ("cut", "no safetensors", "flipped bit", "other name", "no key", "other key", "rows")
+KINDS += ("columns", "dtype", "missing example")
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_a_file_of_other_content_is_never_used(tmp_path, how, capsys):
+    """Damaged, of another key or shape, or without an example of the stage: a note, and nothing."""
+    file = tmp_path / "reference.safetensors"
+    write_reference(file, "k", LOGPS)
+    assert torch.equal(read_reference(file, "k", NEEDED, 3), LOGPS)
+    assert not capsys.readouterr().out
+
+    other_content(file, how)
+    assert read_reference(file, "k", NEEDED, 3) is None
+    note = capsys.readouterr().out
+    assert f"note: {file}" in note and "computing it again" in note
+
+
+def test_what_is_not_used_is_computed_again(stage, capsys):
+    """A damaged file is replaced by one with the bits that it had."""
+    run, objective, schedule = stage()
+    prepare_reference(run, "w", objective, schedule)
+    (file,) = run.folder.glob("reference-*")
+    whole = objective.reference_logps
+    other_content(file, "flipped bit")
+    prepare_reference(run, "w", objective, schedule)
+    assert torch.equal(load_file(file)["logps"], whole)
+    assert torch.equal(objective.reference_logps, whole)
+    assert "is damaged; computing it again" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- the first step
+def first_rewards(stage, change=None, **options):
+    """The objective after its first step; its reference was filled by micro-batches of 1 prompt."""
+    run, objective, schedule = stage()
+    prepare_reference(run, "w", objective, schedule)
+    run, objective, schedule = stage(**options)
+    prepare_reference(run, "w", objective, schedule)
+    if change:
+        objective.reference_logps = change(objective.reference_logps)
+    with torch.no_grad():
+        for batch in schedule.micro_batches(0, 0):
+            objective(objective.prepare(batch, schedule.examples(0)))
+    return objective
+
+
+def test_first_rewards_are_zero_to_the_bit_or_to_rounding(stage, capsys):
+    """Exactly zero with the micro-batches that filled the file, below 1e-3 nats with others."""
+    check_first_rewards(first_rewards(stage), exact=True)
+    assert "at most 0.0e+00 nats per title" in capsys.readouterr().out
+    objective = first_rewards(stage, micro_batch_tokens=100_000)
+    largest = torch.cat(objective.first_rewards).abs().max().item()
+    check_first_rewards(objective, exact=True)
+    assert largest < 1e-4 and objective.first_rewards is None
+
+
+def test_a_reference_of_other_rows_or_weights_stops_before_training(stage):
+    """Shifted rows, or 0.01 nat off, are an error in fp32; bf16 lets 0.4 nat pass and 0.6 not."""
+    for change in (lambda logps: logps.roll(1, 0), lambda logps: logps + 0.01):
+        with pytest.raises(ValueError, match="differ before training"):
+            check_first_rewards(first_rewards(stage, change), exact=True)
+    check_first_rewards(first_rewards(stage, lambda logps: logps + 0.4), exact=False)
+    with pytest.raises(ValueError, match="differ before training"):
+        check_first_rewards(first_rewards(stage, lambda logps: logps + 0.6), exact=False)
+
+
+def test_after_a_resume_no_rewards_are_kept(stage, small_world):  # noqa: F811
+    """They are for the first step alone; after it, or after a checkpoint, nothing piles up."""
+    run, objective, schedule = stage()
+    prepare_reference(run, "w", objective, schedule)
+    parameters = [p for p in objective.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    save_checkpoint(run.folder, 3, objective.model, optimizer, {"optimizer_steps": 0}, 1, 1)
+    (run.folder / "metrics.jsonl").write_text("")
+
+    run.config, run.world_size = replace(run.config, resume="auto", output_dir="x"), 1
+    assert objective.first_rewards == []
+    assert resume_stage(run, run.folder, objective.model, optimizer, objective, {}) == 3
+    with torch.no_grad():
+        objective(objective.prepare([0, 1], np.arange(2)))
+    assert objective.first_rewards is None
