@@ -39,7 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import logps_triton  # noqa: E402
+from kernels import logps_triton, nf4_triton  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,17 @@ def head_launches(dtype: torch.dtype, aligned: bool) -> None:
     logps_triton.fused_statistics(hidden, weight, labels, label_logits)
 
 
-MODULES = {logps_triton: head_launches}
+def nf4_launches(dtype: torch.dtype, aligned: bool) -> None:
+    """A projection of an 8B model, or one that starts amid a buffer."""
+    shape = (4096, 14336) if aligned else (37, 192)
+    n = shape[0] * shape[1]
+    codes = rows_of(1, n // 2, torch.uint8, aligned).view(-1)
+    absmax = torch.empty(n // 64, device="cuda")
+    with patch.object(nf4_triton, "_table", lambda device: torch.empty(16, device=device)):
+        nf4_triton.dequantize(codes, absmax, shape, dtype, 64)
+
+
+MODULES = {logps_triton: head_launches, nf4_triton: nf4_launches}
 
 
 def recorded_launches() -> list[Launch]:
@@ -190,8 +200,9 @@ def compiled(job: tuple[Launch, int]) -> dict:
         "shared": shared,
         "occupancy": occupancy(CARDS[capability], registers, shared, warps),
         "matrix_units": matrix_units(ptx),
-        # a warp's widest access of global memory: 16 bytes a thread
+        # the widest access of global memory: 16 bytes a thread
         "vector_loads": bool(re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\S* .*0x10", ptx)),
+        "rounds_to_nearest": "cvt.rn.bf16" in ptx,
         "vector_stores": bool(re.search(r"st\.global\S*\.v4\.b32", ptx)),
     }
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
+WRITERS = ("_exponentials_kernel", "_dequantize_kernel")  # of whole tiles, in either dtype
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KB of shared memory that a block may have
 
 
@@ -78,5 +79,11 @@ def test_aligned_rows_move_16_bytes_at_a_time(records):
     """Where sizes are multiples of 16, loads and the stores of whole tiles are vectors."""
     aligned = [r for r in records if r["case"].endswith(" aligned")]
     assert aligned and not what(aligned, lambda r: not r["vector_loads"])
-    writers = [r for r in aligned if r["kernel"] == "_exponentials_kernel"]
+    writers = [r for r in aligned if r["kernel"] in WRITERS]
     assert writers and not what(writers, lambda r: not r["vector_stores"])
+
+
+def test_values_are_rounded_to_bf16_not_cut_off(records):
+    """The interpreter cuts off, so only compiled code shows that kernels round to bf16."""
+    writers = [r for r in records if r["kernel"] in WRITERS and "bfloat16" in r["case"]]
+    assert writers and not what(writers, lambda r: not r["rounds_to_nearest"])
