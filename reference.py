@@ -125,6 +125,7 @@ def reference_key(run: Run, base: Path, adapter: Path | None, objective: Prefere
         else []
     )
     settings = (stored_dtype(config, run.device), run.device.type, config.negative_source)
+    settings += (config.load_in_4bit,)
     batches = (
         config.seed,
         config.batch_size,
