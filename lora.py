@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import read_json
-from kernels.lora import adapted_projections
+from kernels.lora import adapted_4bit_projections, adapted_projections
 from model import Transformer, open_safetensors, weight_files
 from quantized import base_weight, unquantized
 
@@ -61,8 +61,11 @@ class LoRALinear(nn.Linear):
         dropout = (
             lora[0].dropout if lora[0].training else 0.0
         )  # all adapters of a model share it, and the scaling
+        arguments = (x, weights, biases, As, Bs, lora[0].scaling, dropout)
         absmaxes = [getattr(layer, "absmax", None) for layer in layers]
-        return adapted_projections(x, weights, biases, As, Bs, lora[0].scaling, dropout, absmaxes)
+        if any(absmax is not None for absmax in absmaxes):
+            return adapted_4bit_projections(*arguments, absmaxes)
+        return adapted_projections(*arguments)
 
     def draw_A(self, name: str, seed: int) -> Tensor:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name) so that every rank starts with the same."""

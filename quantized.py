@@ -6,10 +6,11 @@ read, so a rank holds its codes and one slice.
 
 A checkpoint may hold 16- or 32-bit weights, or be bitsandbytes' own, already quantised:
 
-    X.weight                                   (out · in / 2, 1) uint8
-    X.weight.absmax                            fp32, or uint8 where it is quantised itself (double quantisation):
-    X.weight.nested_absmax, .nested_quant_map  absmax = map[absmax] · nested_absmax[block of 256] + nested_offset
-    X.weight.quant_state.bitsandbytes__nf4     JSON in bytes: shape, blocksize, quant_type, nested_offset
+    X.weight             (out · in / 2, 1) uint8
+    X.weight.absmax      fp32, or uint8 where it is quantised itself (double quantisation):
+                         nested_quant_map[absmax] · nested_absmax[block of 256] + nested_offset
+    X.weight.quant_state.bitsandbytes__nf4
+                         JSON in bytes: shape, blocksize, quant_type, nested_offset
 """
 
 import json
@@ -33,7 +34,7 @@ STATE = ".quant_state.bitsandbytes__nf4"
 
 
 class Linear4bit(nn.Linear):
-    """A frozen linear layer whose `weight` is codes (out, in / 2) uint8, beside `absmax` (out, in / 64) fp32.
+    """Frozen: `weight` is codes (out, in / 2) uint8, beside it `absmax` (out, in / 64) fp32.
 
     Rows are whole blocks, so that they can be divided over ranks."""
 
@@ -57,7 +58,7 @@ class Linear4bit(nn.Linear):
 
 
 def to_4bit(model: Transformer) -> Transformer:
-    """Put a Linear4bit in place of each linear layer but the head; the model is on `meta`, or fake."""
+    """A Linear4bit in place of each linear layer but the head; the model is on `meta`, or fake."""
     linears = [
         name
         for name, module in model.named_modules()

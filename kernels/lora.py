@@ -30,7 +30,8 @@ def adapted_projections(
     Bs: list[Tensor | None],  # (out_i, r)
     scaling: float,
     dropout: float = 0.0,  # probability, 0 in evaluation
-    absmaxes: list[Tensor | None] | None = None,  # with one, its weight is 4-bit codes (kernels/nf4.py)
+    absmaxes: list[Tensor | None]
+    | None = None,  # with one, its weight is 4-bit codes (kernels/nf4.py)
 ) -> tuple[Tensor, ...]:  # (..., out_i)
     """All projections of x. Gradients reach x, the As and the Bs; the weights and biases must be frozen."""
     absmaxes = absmaxes or [None] * len(weights)
@@ -41,6 +42,10 @@ def adapted_projections(
         flat, scaling, dropout, len(weights), *weights, *biases, *As, *Bs, *absmaxes
     )
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+
+
+# Graphs of torch.compile would keep a dequantised weight from forward to backward: 16 bits after all.
+adapted_4bit_projections = torch.compiler.disable(adapted_projections)
 
 
 def adapted_projections_reference(

@@ -120,6 +120,7 @@ def dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize: int = BLOCK
 
 
 # ------------------------------------------------------------------------------------ projection
+@torch.compiler.disable  # a graph would keep the values for backward
 def linear_4bit(
     x: Tensor,  # (..., in)
     codes: Tensor,  # (out, in / 2) uint8

@@ -1,4 +1,6 @@
-"""A base in 4 bits: the logits of transformers + bitsandbytes, autograd's gradients, any ranks."""
+"""A base in 4 bits: logits of transformers + bitsandbytes, autograd's gradients, any ranks."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ def peer_in_4bit(path, double: bool):
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_logits_equal_transformers_and_bitsandbytes(family, double, wide, tmp_path):
-    """From 16- or 32-bit weights, and from what bitsandbytes itself stored, double quantised or not."""
+    """From 16- or 32-bit weights, and from what bitsandbytes stored, plain and double quantised."""
     pytest.importorskip("bitsandbytes")
     transformers_model(family, tmp_path / "whole")
     peer = peer_in_4bit(tmp_path / "whole", double)
@@ -98,6 +100,30 @@ def test_head_embedding_norms_and_biases_stay_as_they_are(wide, tmp_path):
             assert torch.equal(model.get_parameter(name), p)
     count = sum(isinstance(m, Linear4bit) for m in model.modules())
     assert count == 7 * model.config.num_hidden_layers
+
+
+def _keep(kept: list, tensor):
+    kept.append(tensor)
+    return tensor
+
+
+@pytest.mark.slow
+def test_compiled_blocks_keep_codes_and_no_values(wide, tmp_path):
+    """torch.compile changes neither log-probs nor what is held until backward."""
+    model = apply_lora(load_4bit(write_wide(tmp_path)), 4, 8).train()
+    shapes, results = [], []
+    for compiled in (False, True):
+        for block in model.model.layers:
+            block.compiled = torch.compile(block.compute, dynamic=True) if compiled else None
+        kept = []
+        keep = partial(_keep, kept)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            results.append(model(tree_of_two())[0].detach())
+        shapes.append({(tuple(t.shape), t.dtype) for t in kept if t.ndim == 2})
+    assert max_diff(*results) < 1e-5
+    values = {((m.out_features, m.in_features), torch.float32) for m in lora_layers(model).values()}
+    for held in shapes:
+        assert any(dtype == torch.uint8 for _, dtype in held) and not held & values
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -171,8 +197,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(wide, tmp_path):
 
 
 FOUR_BIT_RUN = [
-    "--load_in_4bit", "--tiny_hidden_size=64", "--sft_lora_r=4", "--lora_dropout=0", "--copy_steps=0",
-    "--sft_epochs=1", "--epochs=1",
+    "--load_in_4bit", "--tiny_hidden_size=64", "--sft_lora_r=4", "--lora_dropout=0",
+    "--copy_steps=0", "--sft_epochs=1", "--epochs=1",
 ]  # fmt: skip
 
 
