@@ -582,6 +582,11 @@ def save_pretrained(
         raise ValueError(
             "the model carries LoRA adapters: save_adapter writes them, merge_lora folds them in first"
         )
+    if any(name.endswith(".absmax") for name in shapes):
+        raise ValueError(
+            "the model's linear layers are in 4 bits: quantized.unquantized(model) gives them back "
+            "their 16 bits first"
+        )
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     files, sizes = [[]], [0]  # which tensors go into which file

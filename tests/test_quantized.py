@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, max_diff, tiny_model, transformers_model
 from safetensors.torch import load_file, save_file
+from test_checkpoint import kill_all, lines, start_train, wait_for
 from test_train import losses, run_train
 
 from data import build_tree
@@ -14,7 +15,7 @@ from kernels.nf4 import matrix, quantize_nf4
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_pretrained, save_pretrained
 from options import TrainConfig
-from quantized import Linear4bit, load_4bit
+from quantized import Linear4bit, load_4bit, unquantized
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
 PUBLISHED = ("llama3.1", "qwen2.5", "qwen3")
@@ -174,6 +175,18 @@ def test_without_the_original_weights_merging_dequantises(wide, tmp_path):
     assert max_diff(merge_lora(model).logits(ids), before) < 1e-5
 
 
+def test_what_is_saved_has_16_bits(wide, tmp_path):
+    """Codes are refused by save_pretrained; given back their bits they are the original weights."""
+    model = load_4bit(write_wide(tmp_path / "base", torch.bfloat16), torch.bfloat16)
+    with pytest.raises(ValueError, match="unquantized"):
+        save_pretrained(model, tmp_path / "saved")
+    save_pretrained(unquantized(model), tmp_path / "saved")
+    expected = load_file(tmp_path / "base" / "model.safetensors")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
     """The layer, its width and the block size are named."""
     save_pretrained(tiny_model(), tmp_path)
@@ -216,3 +229,19 @@ def test_two_ranks_match_one_in_4_bits(one_process, mode):
     _, two = run_train(tmp_path, mode, *FOUR_BIT_RUN, f"--shard={mode}", processes=2)
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(one_process, processes):
+    """Killed on 2 ranks amid a preference stage, resumed on 1 or 2: the losses of the whole run."""
+    tmp_path, one = one_process
+    name = f"killed-{processes}"
+    flags = [*FOUR_BIT_RUN, "--save_steps=1", "--gradient_checkpointing"]
+    process = start_train(tmp_path, name, *flags, processes=2)
+    file = tmp_path / name / "recpo.unfinished" / "metrics.jsonl"
+    wait_for(lambda: lines(file) >= 1, process)
+    kill_all(process, tmp_path / name)
+    _, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(one, stage), losses(resumed, stage), atol=1e-4)
