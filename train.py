@@ -57,7 +57,7 @@ from model import Transformer, empty_model, resolve_path, save_pretrained
 from objectives import SFT, MicroBatch, Preference, Schedule
 from options import TrainConfig, stored_dtype
 from planted import World, bayes_scores
-from quantized import read_4bit, to_4bit
+from quantized import give_back_freed_blocks, read_4bit, to_4bit
 from reference import check_first_rewards, prepare_reference, print_preference_notes
 from runs import Logger, Run, StopRequest, line_step, open_run_folder
 from sharding import (
@@ -88,6 +88,7 @@ def load_policy(
     )  # full training keeps fp32 weights and computes in bf16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
     if config.load_in_4bit:
+        give_back_freed_blocks(device)
         to_4bit(model)
     torch.compiler.reset()  # what the stage before compiled
     dropout = config.lora_dropout if stage == "sft" else 0.0

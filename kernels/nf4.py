@@ -106,17 +106,19 @@ def dequantize_nf4(
 
 
 def dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize: int = BLOCK) -> Tensor:
-    """The definition: look up, multiply, round."""
-    n = math.prod(shape)
+    """The definition: look up, multiply, round; a piece at a time, so that temporaries are small."""
+    n, size = math.prod(shape), max(1, PIECE // (2 * blocksize)) * 2 * blocksize
     code = torch.tensor(CODE, device=codes.device)
     pairs = torch.cartesian_prod(code, code)  # (256, 2): the two values of each byte
-    values = F.embedding(codes.reshape(-1).int(), pairs).view(-1)[:n]
-    whole = n // blocksize * blocksize
-    absmax = absmax.reshape(-1)
-    values[:whole].view(-1, blocksize).mul_(absmax[: whole // blocksize, None])
-    if whole < n:
-        values[whole:].mul_(absmax[-1])
-    return values.view(shape).to(dtype)
+    codes, absmax = codes.reshape(-1), absmax.reshape(-1)
+    values = torch.empty(n, dtype=dtype, device=codes.device)
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        piece = F.embedding(codes[start // 2 : (stop + 1) // 2].int(), pairs).view(-1)
+        scale = absmax[start // blocksize : -(-stop // blocksize)]
+        scale = scale.repeat_interleave(blocksize)[: stop - start]
+        values[start:stop] = piece[: stop - start] * scale
+    return values.view(shape)
 
 
 # ------------------------------------------------------------------------------------ projection
