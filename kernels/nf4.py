@@ -106,7 +106,7 @@ def dequantize_nf4(
 
 
 def dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize: int = BLOCK) -> Tensor:
-    """The definition: look up, multiply, round; a piece at a time, so that temporaries are small."""
+    """The definition: look up, multiply, round; in pieces, so that temporaries are small."""
     n, size = math.prod(shape), max(1, PIECE // (2 * blocksize)) * 2 * blocksize
     code = torch.tensor(CODE, device=codes.device)
     pairs = torch.cartesian_prod(code, code)  # (256, 2): the two values of each byte
