@@ -31,6 +31,7 @@ from data import BOUNDARY_CHECKS, build_tree, tree_widths
 from lora import apply_lora
 from model import ModelConfig, Transformer
 from objectives import SFT, Preference
+from quantized import to_4bit
 from runs import Run
 
 GB = 10**9
@@ -87,6 +88,7 @@ def fake_step(
     P: int,
     completions: list[int],  # tokens of each completion, EOS included
     gpu: bool = False,
+    load_in_4bit: bool = False,
 ) -> Step:
     """Run two steps on fake tensors (the second one finds the moments in place) and add up what is alive."""
     tree = build_tree([[0] * P] * B, [[[0] * n for n in completions]] * B)
@@ -100,6 +102,8 @@ def fake_step(
             model = Transformer(config)
         finally:
             torch.set_default_dtype(torch.float32)
+        if load_in_4bit:
+            to_4bit(model)
         if r:
             with patch("lora.LoRALinear.reset_parameters"):
                 apply_lora(model, r, 2 * r, dropout, targets)
@@ -141,8 +145,12 @@ def _imitate_gpu():
     def mm_fp32(a, b):
         return torch.mm(a.to(b.dtype), b).to(torch.float32)
 
+    def dequantize_nf4(codes, absmax, shape, dtype):  # the kernel has no temporaries
+        return torch.empty(shape, dtype=dtype)
+
     with (
         patch("model.attend", attend),
+        patch("kernels.nf4.dequantize_nf4", dequantize_nf4),
         patch("kernels.logps.mm_fp32", mm_fp32),
         patch("kernels.lora.mm_fp32", mm_fp32),
     ):
@@ -150,14 +158,16 @@ def _imitate_gpu():
 
 
 # ------------------------------------------------------------------------------------------------ for a run
-def gathered_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What a sharded rank holds whole while it computes: embedding, head and norm, and two blocks."""
+def gathered_bytes(config: ModelConfig, dtype: torch.dtype, load_in_4bit: bool = False) -> int:
+    """What a rank holds whole while it computes: embedding, head and norm, and two blocks."""
     with torch.device("meta"):
-        model = Transformer(config)
-    names = dict(model.named_parameters())
-    root = sum(p.numel() for name, p in names.items() if ".layers." not in name)
-    block = sum(p.numel() for name, p in names.items() if ".layers.0." in name)
-    return (root + 2 * block) * dtype.itemsize
+        model = Transformer(config).to(dtype)
+    if load_in_4bit:
+        to_4bit(model)
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    root = sum(size for name, size in sizes.items() if ".layers." not in name)
+    block = sum(size for name, size in sizes.items() if ".layers.0." in name)
+    return root + 2 * block
 
 
 def report(
@@ -175,18 +185,18 @@ def report(
     gpu_memory: float,  # GB; 0: no limit given
     tflops: float,
     world_size: int,
+    load_in_4bit: bool = False,
 ) -> str:
     """A Markdown table: memory of a rank for 1 to 8 ranks, sharded or not, with and without checkpointing; time of a step."""
     width = prompt + sum(n - 1 for n in completions)
     B = max(1, micro_batch_tokens // width)
-    one, two = (
-        {
-            c: fake_step(config, dtype, r, targets, dropout, c, b, prompt, completions, gpu)
-            for c in (False, True)
-        }
-        for b in (1, 2)
-    )
-    whole = gathered_bytes(config, dtype)
+
+    def step_of(checkpointing: bool, prompts: int) -> Step:
+        batch = (checkpointing, prompts, prompt, completions)
+        return fake_step(config, dtype, r, targets, dropout, *batch, gpu, load_in_4bit)
+
+    one, two = ({c: step_of(c, prompts) for c in (False, True)} for prompts in (1, 2))
+    whole = gathered_bytes(config, dtype, load_in_4bit)
 
     def passing(checkpointing: bool, prompts: float) -> float:  # it grows linearly with the prompts
         first, second = one[checkpointing].passing, two[checkpointing].passing
@@ -294,7 +304,8 @@ def dry_run(run: Run) -> None:
         targets = [t.strip() for t in config.lora_target_modules.split(",")]
         dropout = config.lora_dropout if stage == "sft" else 0.0
         print0(
-            f"\n{stage}: memory of a rank in GB ({'LoRA' if r else 'full training'}, {dtype}, step run on fake tensors)\n"
+            f"\n{stage}: memory of a rank in GB ({'LoRA' if r else 'full training'}, {dtype}"
+            f"{', base in 4 bits' if config.load_in_4bit else ''}, step run on fake tensors)\n"
         )
         lengths = (int(widths[:, 0].max()), completions, float(widths.sum(1).mean()))
         limits = (
@@ -304,6 +315,7 @@ def dry_run(run: Run) -> None:
             config.gpu_memory,
             config.tflops,
             run.world_size,
+            config.load_in_4bit,
         )
         print0(report(model_config, dtype, r, targets, dropout, *lengths, *limits))
     print0(

@@ -48,6 +48,7 @@ from data import (
 )
 from lora import load_adapter, read_adapter_config
 from model import Transformer, generate, load_pretrained, resolve_path
+from quantized import load_4bit
 
 NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
 
@@ -75,6 +76,7 @@ class EvalConfig(DataConfig):
         True, "generate an answer where no candidate verifies; off: count it invalid"
     )
     dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU")
+    load_in_4bit: bool = arg(False, "linear layers in 4 bits (NF4); a run's own choice with --run")
     max_length: int = arg(
         1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history"
     )
@@ -427,6 +429,7 @@ def with_run_options(config: EvalConfig) -> EvalConfig:
     names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {
         "dtype",
         "max_length",
+        "load_in_4bit",
     }
     return replace(
         config, **{name: saved[name] for name in names if name in saved}
@@ -471,7 +474,8 @@ def load_source(
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    model = load_pretrained(base, getattr(torch, dtype), device)
+    read = load_4bit if config.load_in_4bit else load_pretrained
+    model = read(base, getattr(torch, dtype), device)
     if adapter:
         load_adapter(model, adapter)
     return model.eval(), Tokenizer(base)

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import read_json
-from kernels.lora import adapted_projections
+from kernels.lora import adapted_4bit_projections, adapted_projections
 from model import Transformer, open_safetensors, weight_files
+from quantized import base_weight, unquantized
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
@@ -37,6 +38,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.absmax = getattr(linear, "absmax", None)  # with it, `weight` is 4-bit codes
         device = linear.weight.device
         self.lora_A = nn.Linear(
             linear.in_features, r, bias=False, device=device, dtype=torch.float32
@@ -59,7 +61,11 @@ class LoRALinear(nn.Linear):
         dropout = (
             lora[0].dropout if lora[0].training else 0.0
         )  # all adapters of a model share it, and the scaling
-        return adapted_projections(x, weights, biases, As, Bs, lora[0].scaling, dropout)
+        arguments = (x, weights, biases, As, Bs, lora[0].scaling, dropout)
+        absmaxes = [getattr(layer, "absmax", None) for layer in layers]
+        if any(absmax is not None for absmax in absmaxes):
+            return adapted_4bit_projections(*arguments, absmaxes)
+        return adapted_projections(*arguments)
 
     def draw_A(self, name: str, seed: int) -> Tensor:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name) so that every rank starts with the same."""
@@ -279,18 +285,27 @@ def read_adapter_config(path) -> dict:
 
 @torch.no_grad()
 def merge_lora(model: Transformer) -> Transformer:
-    """Fold every adapter into its weight, W += scaling * B A, and take the adapters off, in place; returns the model."""
+    """Fold every adapter into its weight, W += scaling * B A, and take it off, in place.
+
+    A 4-bit base becomes one of its compute dtype, from the original weights where they are at hand.
+    Returns the model."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model carries no LoRA adapter to merge")
     for name, layer in layers.items():
         delta = layer.scaling * layer.lora_B.weight.float() @ layer.lora_A.weight.float()
-        layer.weight.copy_(layer.weight.float() + delta)
+        if layer.absmax is None:
+            weight = layer.weight
+        else:
+            weight = nn.Parameter(base_weight(model, name, layer, model.model.norm.weight.dtype))
+            weight.requires_grad_(False)
+        weight.copy_(weight.float() + delta)
         linear = nn.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
         )
-        linear.weight, linear.bias = layer.weight, layer.bias
+        linear.weight, linear.bias = weight, layer.bias
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
+    unquantized(model)
     model.lora_config = None
     model.source, model.name_or_path = None, ""  # no longer the weights in that folder
     return model

@@ -81,8 +81,8 @@ class ModelConfig:
         architectures = raw.get("architectures") or [ARCHITECTURES.get(kind)]
         if kind not in ARCHITECTURES or architectures != [ARCHITECTURES[kind]]:
             refuse(f"model_type {kind!r}, architectures {architectures}")
-        if raw.get("quantization_config"):
-            refuse("quantization_config (quantised weights)")
+        if (quantised := raw.get("quantization_config")) and not is_nf4(quantised):
+            refuse("quantization_config (quantised weights, other than bitsandbytes' nf4)")
         if raw.get("hidden_act", "silu") != "silu":
             refuse(f"hidden_act {raw['hidden_act']!r}")
         if raw.get("mlp_bias"):
@@ -481,17 +481,34 @@ def open_safetensors(file: Path):
         ) from None
 
 
-def check_weights(path: Path, config: ModelConfig) -> dict[str, Path]:
-    """Name -> file of every weight that the architecture needs, without reading them; ValueError names what is wrong."""
+def is_nf4(quantization: dict) -> bool:
+    """Whether a config.json's quantization_config says bitsandbytes' 4-bit NormalFloat."""
+    kind = (quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type"))
+    return kind == ("bitsandbytes", "nf4")
+
+
+def check_weights(path: Path, config: ModelConfig, four_bit: bool = False) -> dict[str, Path]:
+    """Name -> file of every weight that the architecture needs, without reading them.
+
+    ValueError names what is wrong. `four_bit`: 4-bit weights of bitsandbytes may stand where 16-bit
+    ones are expected (quantized.py reads them); their absmax and states are among the names then."""
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in Transformer(config).state_dict().items()}
     ignored = {name for name in expected if config.tie_word_embeddings and name == "lm_head.weight"}
     for name in ignored:
         del expected[name]
     files = weight_files(path)
+    quantised = {name for name in expected if f"{name}.quant_state.bitsandbytes__nf4" in files}
+    if quantised and not four_bit:
+        raise ValueError(f"{path}: its weights are quantised to 4 bits; add --load_in_4bit")
+    beside = {name for name in files if name.partition(".weight.")[0] + ".weight" in quantised}
+    beside -= quantised
+    for name in quantised:
+        out, inputs = expected[name]
+        expected[name] = (out * inputs // 2, 1)
     found = {
         name for name in files if name not in ignored and not name.endswith("rotary_emb.inv_freq")
-    }
+    } - beside
     if missing := sorted(expected.keys() - found):
         raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[:3]}")
     if unexpected := sorted(found - expected.keys()):
@@ -507,7 +524,7 @@ def check_weights(path: Path, config: ModelConfig) -> dict[str, Path]:
             raise ValueError(
                 f"{files[name]}: {name} has shape {stored}, config.json asks for {shape}"
             )
-    return {name: files[name] for name in expected}
+    return {name: files[name] for name in (*expected, *sorted(beside))}
 
 
 def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
@@ -564,6 +581,11 @@ def save_pretrained(
     if any(".lora_" in name for name in shapes):
         raise ValueError(
             "the model carries LoRA adapters: save_adapter writes them, merge_lora folds them in first"
+        )
+    if any(name.endswith(".absmax") for name in shapes):
+        raise ValueError(
+            "the model's linear layers are in 4 bits: quantized.unquantized(model) gives them back "
+            "their 16 bits first"
         )
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)

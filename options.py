@@ -29,6 +29,9 @@ class TrainConfig(DataConfig):
         "auto",
         "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)",
     )
+    load_in_4bit: bool = arg(
+        False, "frozen linear layers in 4 bits (NF4): a quarter of the memory, slower; LoRA only"
+    )
     lora_r: int = arg(8, "LoRA rank; 0 = train all parameters")
     sft_lora_r: int = arg(-1, "LoRA rank of the sft stage; -1 = lora_r, 0 = all parameters")
     lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r")
@@ -163,6 +166,11 @@ class TrainConfig(DataConfig):
                 f"--stages: raw and sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}"
             )
         check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
+        if self.load_in_4bit and (self.lora_r == 0 or self.sft_lora_r == 0):
+            raise ValueError(
+                "--load_in_4bit freezes the base: it needs adapters in every stage, "
+                "so neither --lora_r nor --sft_lora_r may be 0"
+            )
         check_choice(self, "margin", MARGINS)
         check_choice(self, "negative_source", ("both", "random", "follow"))
         check_choice(self, "decode", ("greedy", "generate", "trie"))

@@ -48,9 +48,9 @@ def weights_key(base: Path, adapter: Path | None) -> str:
     return digest.hexdigest()
 
 
-def reference_key(weights: str, encoded: Encoded, slots: np.ndarray, dtype: torch.dtype) -> str:
+def reference_key(weights: str, encoded: Encoded, slots: np.ndarray, precision: str) -> str:
     """Hash of all that the log-probs depend on: no computed number, no division of the work."""
-    digest = hashlib.sha256(f"{weights} {dtype}".encode())
+    digest = hashlib.sha256(f"{weights} {precision}".encode())
     for e, prompt in enumerate(encoded.prompts):
         completions = encoded.slots(e, slots[e])  # ids of N titles
         digest.update(f"{len(prompt)} {completions}".encode() + prompt.tobytes())
@@ -139,8 +139,10 @@ def reference_pass(objective: Preference, schedule: Schedule, rank: int) -> Tens
 
 def prepare_reference(run: Run, weights: str, objective: Preference, schedule: Schedule) -> str:
     """Fill in the log-probs of the starting weights, which the model still has; returns their key."""
-    dtype = stored_dtype(run.config, run.device)
-    key = reference_key(weights, run.train, objective.slots, dtype)
+    precision = f"{stored_dtype(run.config, run.device)}"
+    if run.config.load_in_4bit:
+        precision += " nf4"
+    key = reference_key(weights, run.train, objective.slots, precision)
     file = run.folder / f"reference-{key[:12]}.safetensors"
 
     stored = None

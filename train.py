@@ -15,7 +15,7 @@ number of processes and micro-batches gives the same update.
 
 `--save_steps` leaves checkpoints inside a stage (checkpoint.py), SIGTERM one at the next step; `--resume auto` goes on.
 
-Left out: quantised weights.
+Left out: training of quantised weights themselves; --load_in_4bit keeps a frozen base in 4 bits.
 """
 
 import hashlib
@@ -58,6 +58,7 @@ from model import Transformer, empty_model, resolve_path, save_pretrained
 from objectives import SFT, MicroBatch, Preference, Schedule
 from options import TrainConfig, stored_dtype
 from planted import World, bayes_scores
+from quantized import give_back_freed_blocks, read_4bit, to_4bit
 from reference import (
     check_first_rewards,
     prepare_reference,
@@ -72,6 +73,7 @@ from sharding import (
     local,
     materialize,
     merged_on_reading,
+    own_rows,
     read_weights,
     shard,
 )
@@ -91,6 +93,9 @@ def load_policy(
         r == 0 and stored == torch.bfloat16
     )  # full training keeps fp32 weights and computes in bf16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
+    if config.load_in_4bit:
+        give_back_freed_blocks(device)
+        to_4bit(model)
     torch.compiler.reset()  # what the stage before compiled
     dropout = config.lora_dropout if stage == "sft" else 0.0
     merge, tensors = {}, {}
@@ -114,7 +119,10 @@ def load_policy(
         model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None
     )
     materialize(model, device)
-    read_weights(model, model.source, merge)
+    if config.load_in_4bit:
+        read_4bit(model, model.source, stored, own_rows, local)
+    else:
+        read_weights(model, model.source, merge)
     if r > 0:
         fill_adapter(model, tensors) if adapter else init_adapter(model, config.seed)
     return model, replicas

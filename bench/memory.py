@@ -9,7 +9,7 @@ from harness import ROOT, header, parser, table
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from test_estimate import STEPS, estimated_and_measured  # noqa: E402
+from test_estimate import FOUR_BIT, STEPS, estimated_and_measured  # noqa: E402
 
 
 def main() -> None:
@@ -17,7 +17,8 @@ def main() -> None:
     header("Estimated and measured memory of a step", args, "MB of tensors, fp32.")
     rows = []
     for name, (config, r, checkpointing, B, P) in STEPS.items():
-        step, peak = estimated_and_measured(config, r, checkpointing, B, P)
+        four_bit = name == FOUR_BIT
+        step, peak = estimated_and_measured(config, r, checkpointing, B, P, four_bit)
         parts = [step.weights, step.trained, step.passing]
         what = f"{name}: d = {config.hidden_size}, V = {config.vocab_size:,}, {B} prompts of {P}"
         rows.append(

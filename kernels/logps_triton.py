@@ -1,13 +1,16 @@
-"""The three Triton kernels of the head (see logps.py): statistics of logit tiles, their exponentials, and a fused GEMM.
+"""The three Triton kernels of the head (see logps.py): statistics, exponentials, a fused GEMM.
 
-    _statistics_kernel   a tile of logits -> max, argmax, Σ exp(z - max) but for the label, the label's logit
-    _exponentials_kernel a tile of logits -> exp(z - running max), 0 in the label's column: weights of the second GEMM
-    _fused_kernel        a tile of hidden @ weight.T, kept in registers -> the same statistics: logits never reach memory
+    _statistics_kernel    a tile of logits -> max, argmax, label's logit, Σ exp(z - max) of the rest
+    _exponentials_kernel  a tile of logits -> exp(z - running max), 0 in the label's column:
+                          weights of the second GEMM
+    _fused_kernel         a tile of hidden @ weight.T, kept in registers -> the same statistics:
+                          logits never reach memory
 
-One program owns one tile of ROWS x COLS and writes its own slots: no locks, no atomics, the same bits every time. There
-are as many programs as tiles, so that few rows on a wide vocabulary still fill the GPU. With TRITON_INTERPRET=1, set
-before this file is imported, the same kernels run on a CPU, for the tests; there a program costs milliseconds whatever
-its size, so tiles are large.
+One program owns one tile of ROWS x COLS and writes its own slots: no locks, no atomics, the same
+bits every time. There are as many programs as tiles, so that few rows on a wide vocabulary still
+fill the GPU. With TRITON_INTERPRET=1, set before this file is imported, the same kernels run on
+a CPU, for the tests; there a program costs milliseconds whatever its size, so tiles are large.
+tests/test_compiled.py compiles each launch for real GPUs.
 
 Legend: M rows, D hidden_size, V vocab_size, S columns of a slab, T tiles per row.
 """
@@ -19,26 +22,28 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 
-# ------------------------------------------------------------------------------------------------ kernels
+# -------------------------------------------------------------------------------------- kernels
 @triton.jit
 def _write_statistics(
-    z, first, cols, label, rows, in_rows, at,  # a tile (ROWS, COLS) of logits, the ids of its columns, the first one's
+    z, first, cols, end, label,  # logits (ROWS, COLS), the ids of their columns, where ids end
+    rows, in_rows, at,
     tile_max, tile_sum, tile_best, label_logits,
 ):  # fmt: skip
-    """Statistics of one tile, each row's at its slot `at`. Columns beyond the vocabulary hold -inf."""
+    """Statistics of one tile, each row's at its slot `at`. Columns from id `end` on hold -inf."""
     best_logit, best = tl.max(z, axis=1, return_indices=True)  # the lowest column wins a tie
-    is_label = cols[None, :] == label[:, None]
+    # padded columns bear the next slab's ids, among which the label may be: it is another program's
+    is_label = cols[None, :] == tl.where(label < end, label, -1)[:, None]
     exps = tl.where(is_label, 0.0, tl.exp(z - best_logit[:, None]))
     tl.store(tile_max + at, best_logit, mask=in_rows)
     tl.store(tile_sum + at, tl.sum(exps, axis=1), mask=in_rows)
     tl.store(tile_best + at, best.to(tl.int64) + first, mask=in_rows)
-    found = (
-        tl.sum(is_label.to(tl.int32), axis=1) > 0
-    )  # in one tile of the whole vocabulary: its program alone writes
+    # in one tile of the whole vocabulary: its program alone writes
+    found = tl.sum(is_label.to(tl.int32), axis=1) > 0
     tl.store(label_logits + rows, tl.sum(tl.where(is_label, z, 0.0), axis=1), mask=in_rows & found)
 
 
-@triton.jit
+# Sizes that no address depends on are not specialised: one kernel serves every M and vocabulary.
+@triton.jit(do_not_specialize=["M", "start", "T"])
 def _statistics_kernel(
     logits, labels, tile_max, tile_sum, tile_best, label_logits,  # pointers
     M, S, start, T,  # sizes; start: vocabulary id of column 0
@@ -48,30 +53,18 @@ def _statistics_kernel(
     first = tl.program_id(1) * COLS
     cols = first + tl.arange(0, COLS)
     in_rows, in_cols = rows < M, cols < S
-    z = tl.load(
-        logits + rows[:, None] * S + cols[None, :],
-        mask=in_rows[:, None] & in_cols[None, :],
-        other=0.0,
-    )
+    inside = in_rows[:, None] & in_cols[None, :]
+    z = tl.load(logits + rows[:, None] * S + cols[None, :], mask=inside, other=0.0)
     z = tl.where(in_cols[None, :], z, -float("inf"))
     label = tl.load(labels + rows, mask=in_rows, other=-1)
     at = rows * T + tl.program_id(1)
     _write_statistics(
-        z,
-        first + start,
-        cols + start,
-        label,
-        rows,
-        in_rows,
-        at,
-        tile_max,
-        tile_sum,
-        tile_best,
-        label_logits,
-    )
+        z, first + start, cols + start, S + start, label, rows, in_rows, at,
+        tile_max, tile_sum, tile_best, label_logits,
+    )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "start"])
 def _exponentials_kernel(
     logits, labels, running_max, probs,  # pointers
     M, S, start,  # sizes
@@ -88,7 +81,7 @@ def _exponentials_kernel(
     tl.store(probs + at, exps.to(probs.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "V", "T"])
 def _fused_kernel(
     hidden, weight, labels, tile_max, tile_sum, tile_best, label_logits,  # pointers
     M, D, V, T,  # sizes
@@ -96,7 +89,7 @@ def _fused_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter multiplies bf16 bit patterns
 ):  # fmt: skip
-    # neighbours share columns, so that a slice of the head is read from memory once and then from the cache
+    # neighbours share columns: a slice of the head is read from memory once, then from the cache
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_col = tl.program_id(1).to(tl.int64) * COLS
     cols = first_col + tl.arange(0, COLS)
@@ -104,16 +97,12 @@ def _fused_kernel(
     z = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for first in range(0, D, INNER):
         inner = first + tl.arange(0, INNER)
-        h_mask, w_mask = (
-            in_rows[:, None] & (inner < D)[None, :],
-            (inner < D)[:, None] & in_cols[None, :],
-        )
-        h = tl.load(
-            hidden + rows[:, None] * hidden_stride + inner[None, :], mask=h_mask, other=0.0
-        )  # (ROWS, INNER)
-        w = tl.load(
-            weight + cols[None, :] * weight_stride + inner[:, None], mask=w_mask, other=0.0
-        )  # (INNER, COLS)
+        h_at = rows[:, None] * hidden_stride + inner[None, :]  # (ROWS, INNER)
+        w_at = cols[None, :] * weight_stride + inner[:, None]  # (INNER, COLS)
+        h_mask = in_rows[:, None] & (inner < D)[None, :]
+        w_mask = (inner < D)[:, None] & in_cols[None, :]
+        h = tl.load(hidden + h_at, mask=h_mask, other=0.0)
+        w = tl.load(weight + w_at, mask=w_mask, other=0.0)
         if UPCAST:
             h, w = h.to(tl.float32), w.to(tl.float32)
         z = tl.dot(h, w, acc=z, input_precision="ieee")  # fp32 inputs are not rounded to tf32
@@ -121,11 +110,12 @@ def _fused_kernel(
     label = tl.load(labels + rows, mask=in_rows, other=-1)
     at = rows * T + tl.program_id(1)
     _write_statistics(
-        z, first_col, cols, label, rows, in_rows, at, tile_max, tile_sum, tile_best, label_logits
-    )
+        z, first_col, cols, V, label, rows, in_rows, at,
+        tile_max, tile_sum, tile_best, label_logits,
+    )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ launching
+# -------------------------------------------------------------------------------------- launching
 INTERPRETED = isinstance(_fused_kernel, InterpretedFunction)
 
 
@@ -137,20 +127,26 @@ def _tile(M: int) -> dict:
 
 
 def _fused_tile(M: int, element_size: int) -> dict:
-    """Tile of the fused kernel: its fp32 sums fill 64 registers of each of 128 threads, and few rows make V / 128 programs."""
+    """Tile of the fused kernel: 8 warps, because 4 spill registers where rows are not aligned.
+
+    Half precision has 32 fp32 sums for each of 256 threads. In fp32, without matrix units, half as
+    many leave room for a second block beside the first."""
     if INTERPRETED:
         return {"ROWS": min(32, triton.next_power_of_2(M)), "COLS": 4096, "INNER": 32}
+    # 128 bytes of each row: three stages of them fit every GPU's shared memory
     return {
         "ROWS": 64,
-        "COLS": 128,
+        "COLS": 256 // element_size,
         "INNER": 128 // element_size,
-    }  # 128 bytes of each row: fits every GPU's shared memory
+        "num_warps": 8,
+    }
 
 
 def _grid_and_tiles(M: int, width: int, tile: dict, device) -> tuple:
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
-            "Triton needs a GPU; on a CPU use impl='slabs', or set TRITON_INTERPRET=1 before starting Python"
+            "Triton needs a GPU; on a CPU use impl='slabs', "
+            "or set TRITON_INTERPRET=1 before starting Python"
         )
     T = triton.cdiv(width, tile["COLS"])
     dtypes = (torch.float32, torch.float32, torch.int64)
@@ -167,7 +163,9 @@ def slab_statistics(
     running_max: Tensor,
     probs_dtype: torch.dtype | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
-    """As logps._slab_statistics, with T tiles; the exponentials come in the dtype of the second GEMM, or not at all."""
+    """As logps._slab_statistics, with T tiles.
+
+    The exponentials come in the dtype of the second GEMM, or not at all."""
     M, S = logits.shape
     tile = _tile(M)
     grid, tiles = _grid_and_tiles(M, S, tile, logits.device)
@@ -185,7 +183,7 @@ def slab_statistics(
 def fused_statistics(
     hidden: Tensor, weight: Tensor, labels: Tensor, label_logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the whole vocabulary, (M, T) each, straight from hidden (M, D) and weight (V, D)."""
+    """Statistics of the whole vocabulary, (M, T) each, from hidden (M, D) and weight (V, D)."""
     hidden, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (hidden, weight))
     (M, D), V = hidden.shape, weight.shape[0]
     tile = _fused_tile(M, hidden.element_size())

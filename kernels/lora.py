@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.logps import mm_fp32
+from kernels.nf4 import matrix
 
 
 def adapted_projections(
@@ -29,44 +30,60 @@ def adapted_projections(
     Bs: list[Tensor | None],  # (out_i, r)
     scaling: float,
     dropout: float = 0.0,  # probability, 0 in evaluation
+    absmaxes: list[Tensor | None]
+    | None = None,  # with one, its weight is 4-bit codes (kernels/nf4.py)
 ) -> tuple[Tensor, ...]:  # (..., out_i)
     """All projections of x. Gradients reach x, the As and the Bs; the weights and biases must be frozen."""
+    absmaxes = absmaxes or [None] * len(weights)
     if any(t is not None and t.requires_grad for t in (*weights, *biases)):
-        return adapted_projections_reference(x, weights, biases, As, Bs, scaling, dropout)
+        return adapted_projections_reference(x, weights, biases, As, Bs, scaling, dropout, absmaxes)
     flat = x.reshape(-1, x.shape[-1])
     outputs = _AdaptedProjections.apply(
-        flat, scaling, dropout, len(weights), *weights, *biases, *As, *Bs
+        flat, scaling, dropout, len(weights), *weights, *biases, *As, *Bs, *absmaxes
     )
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
 
+# Graphs of torch.compile would keep a dequantised weight from forward to backward: 16 bits after all.
+adapted_4bit_projections = torch.compiler.disable(adapted_projections)
+
+
 def adapted_projections_reference(
-    x, weights, biases, As, Bs, scaling, dropout=0.0
+    x, weights, biases, As, Bs, scaling, dropout=0.0, absmaxes=None
 ) -> tuple[Tensor, ...]:
     """The formula, one projection after the other."""
     dropped, outputs = F.dropout(x, dropout), []
-    for W, b, A, B in zip(weights, biases, As, Bs, strict=True):
-        y = F.linear(x, W, b)
+    absmaxes = absmaxes or [None] * len(weights)
+    for W, b, A, B, absmax in zip(weights, biases, As, Bs, absmaxes, strict=True):
+        y = F.linear(x, _values(W, absmax, x.dtype), b)
         if A is not None:
             y = y + F.linear(scaling * F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))
         outputs.append(y)
     return tuple(outputs)
 
 
+def _values(weight: Tensor, absmax: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight as it is, or of its 4-bit codes; needed for one GEMM, and gone after it."""
+    return weight if absmax is None else matrix(weight, absmax, dtype)
+
+
 class _AdaptedProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scaling: float, dropout: float, n: int, *tensors):
-        weights, biases, As, Bs = (tensors[i * n : (i + 1) * n] for i in range(4))
+        weights, biases, As, Bs, absmaxes = (tensors[i * n : (i + 1) * n] for i in range(5))
         adapted = [i for i in range(n) if As[i] is not None]
         A = torch.cat([As[i] for i in adapted]).to(x.dtype)  # (R, in)
         Bs = [Bs[i].to(x.dtype) for i in adapted]
         ranks = [B.shape[1] for B in Bs]
         dropped, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
         low = (dropped @ A.T).mul_(scaling)  # (T, R)
-        outputs = [F.linear(x, W, b) for W, b in zip(weights, biases, strict=True)]
+        outputs = [
+            F.linear(x, _values(W, absmax, x.dtype), b)
+            for W, b, absmax in zip(weights, biases, absmaxes, strict=True)
+        ]
         for i, B, part in zip(adapted, Bs, low.split(ranks, dim=1), strict=True):
             outputs[i].addmm_(part, B.T)
-        ctx.save_for_backward(x, mask, low, A, *Bs, *weights)
+        ctx.save_for_backward(x, mask, low, A, *Bs, *weights, *absmaxes)
         ctx.scaling, ctx.dropout, ctx.n, ctx.adapted, ctx.ranks = (
             scaling,
             dropout,
@@ -79,7 +96,8 @@ class _AdaptedProjections(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, mask, low, A, *rest = ctx.saved_tensors
-        Bs, weights = rest[: len(ctx.adapted)], rest[len(ctx.adapted) :]
+        Bs, rest = rest[: len(ctx.adapted)], rest[len(ctx.adapted) :]
+        weights, absmaxes = rest[: ctx.n], rest[ctx.n :]
         keep = 1 / (1 - ctx.dropout) if mask is not None else 1.0
         dropped = x if mask is None else x * mask * keep
 
@@ -95,11 +113,12 @@ class _AdaptedProjections(torch.autograd.Function):
 
         grad_x = None
         if ctx.needs_input_grad[0]:  # the first block's input is the frozen embedding
-            grad_x = grads[0] @ weights[0]
-            for grad, W in zip(grads[1:], weights[1:], strict=True):
-                grad_x.addmm_(grad, W)
+            grad_x = grads[0] @ _values(weights[0], absmaxes[0], x.dtype)
+            for grad, W, absmax in zip(grads[1:], weights[1:], absmaxes[1:], strict=True):
+                grad_x.addmm_(grad, _values(W, absmax, x.dtype))
             if mask is None:
                 grad_x.addmm_(grad_low, A)
             else:
                 grad_x.addcmul_(grad_low @ A, mask.to(x.dtype), value=keep)
-        return grad_x, None, None, None, *[None] * (2 * ctx.n), *grad_As, *grad_Bs
+        none = [None] * ctx.n
+        return grad_x, None, None, None, *none, *none, *grad_As, *grad_Bs, *none

@@ -14,6 +14,7 @@ from estimate import LiveBytes, Step, fake_step, gathered_bytes, replica_note
 from lora import TARGET_MODULES, apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
+from quantized import Linear4bit, to_4bit
 from tiny import make_base_model
 from train import TrainConfig, train_step
 
@@ -55,18 +56,26 @@ STEPS = {
         256,
     ),
 }
+FOUR_BIT = "LoRA, base in 4 bits"
+STEPS[FOUR_BIT] = STEPS["LoRA"]
 COMPLETIONS = [12, 9, 14, 10]
 
 
-def estimated_and_measured(config, r, checkpointing, B, P) -> tuple[Step, int]:
+def estimated_and_measured(config, r, checkpointing, B, P, load_in_4bit=False) -> tuple[Step, int]:
     """The estimate, and the peak of live tensor bytes over two real steps, weights and moments included."""
-    step = fake_step(
-        config, torch.float32, r, list(TARGET_MODULES), 0.0, checkpointing, B, P, COMPLETIONS
-    )
+    batch = (checkpointing, B, P, COMPLETIONS, False, load_in_4bit)
+    step = fake_step(config, torch.float32, r, list(TARGET_MODULES), 0.0, *batch)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with LiveBytes() as alive:
             model = Transformer(config)
+            if load_in_4bit:
+                to_4bit(model)
+                for layer in model.modules():
+                    if isinstance(layer, Linear4bit):
+                        layer.weight.zero_()
+                        layer.absmax.zero_()
+                alive.peak = alive.live  # a real model is read into its codes
             if r:
                 apply_lora(model, r, 2 * r)
             for block in model.model.layers:
@@ -88,10 +97,12 @@ def estimated_and_measured(config, r, checkpointing, B, P) -> tuple[Step, int]:
     return step, alive.peak
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", [n if n != FOUR_BIT else pytest.param(n, marks=pytest.mark.slow) for n in STEPS]
+)
 def test_the_estimate_is_within_a_tenth_of_a_real_step(name):
     """On configurations of at least 500 MB."""
-    step, peak = estimated_and_measured(*STEPS[name])
+    step, peak = estimated_and_measured(*STEPS[name], load_in_4bit=name == FOUR_BIT)
     assert peak > 500e6
     assert step.weights + step.trained + step.passing == pytest.approx(peak, rel=0.1)
 
@@ -127,6 +138,21 @@ def test_memory_of_an_8b_model_is_that_of_its_formulas():
     assert (
         gathered_bytes(config, torch.bfloat16) == step.weights
     )  # two blocks and the root are the whole of it
+
+
+def test_a_base_in_4_bits_is_counted_as_codes_and_absmax():
+    """0.5625 bytes for each number of the projections; embedding, head and norms stay 16-bit."""
+    config = dataclasses.replace(SMALL, vocab_size=1000)
+    targets = list(TARGET_MODULES)
+    whole, four = (
+        fake_step(config, torch.bfloat16, 8, targets, 0.0, False, 1, 64, [4], True, bits)
+        for bits in (False, True)
+    )
+    D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    of_layer = 2 * D * D + 2 * D * kv + 3 * D * config.intermediate_size
+    saved = config.num_hidden_layers * of_layer * (2 - 0.5625)
+    assert whole.weights - four.weights == saved
+    assert whole.trained == four.trained and whole.flops == four.flops
 
 
 def test_a_replica_that_fits_is_worth_a_note():

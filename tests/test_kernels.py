@@ -134,6 +134,32 @@ def test_the_slabs_cover_the_vocabulary_once(monkeypatch):
         assert max(stop - start for start, stop in slabs) == min(expected, 1001)
 
 
+@NEEDS_TRITON
+def test_a_slab_leaves_labels_of_other_slabs_alone():
+    """Columns that pad a slab's last tile bear the next slab's ids; a label among them is not theirs.
+
+    So slabs may be walked in any order: here from the last one down."""
+    from kernels import logps_triton
+
+    hidden, weight, labels = inputs(6, 8, 3000, device=TRITON_DEVICE)
+    labels[:3] = torch.tensor([1500, 1024, 2999])
+    logits = mm_fp32(hidden, weight.T)
+    label_logits = torch.full((6,), torch.nan, device=TRITON_DEVICE)
+    running_max = torch.full((6,), -torch.inf, device=TRITON_DEVICE)
+    for start in (2048, 1024, 0):
+        slab = logits[:, start : start + 1024].contiguous()
+        before = label_logits.clone()
+        tiles, _, _ = logps_triton.slab_statistics(
+            slab, labels, label_logits, start, running_max, None
+        )
+        inside = (labels >= start) & (labels < start + slab.shape[1])
+        assert torch.equal(label_logits[~inside].nan_to_num(), before[~inside].nan_to_num())
+        ids = torch.arange(start, start + slab.shape[1], device=TRITON_DEVICE)
+        others = (slab - tiles[0]).exp() * (ids != labels[:, None])
+        torch.testing.assert_close(tiles[1].sum(1), others.sum(1))
+    assert torch.equal(label_logits, logits.gather(1, labels[:, None]).squeeze(1))
+
+
 def test_a_head_of_8b_is_one_slab_for_a_micro_batch_of_preferences():
     """650 scored rows, a dozen prompts, need one slab of Llama 3's vocabulary; 4,096 rows stay within the budget."""
     assert len(logps._slabs(650, 128256, 2)) == 1

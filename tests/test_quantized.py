@@ -1,0 +1,247 @@
+"""A base in 4 bits: logits of transformers + bitsandbytes, autograd's gradients, any ranks."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, max_diff, tiny_model, transformers_model
+from safetensors.torch import load_file, save_file
+from test_checkpoint import kill_all, lines, start_train, wait_for
+from test_train import losses, run_train
+
+from data import build_tree
+from kernels.nf4 import matrix, quantize_nf4
+from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
+from model import load_pretrained, save_pretrained
+from options import TrainConfig
+from quantized import Linear4bit, load_4bit, unquantized
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
+PUBLISHED = ("llama3.1", "qwen2.5", "qwen3")
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """The tiny families with rows that are whole blocks."""
+    for family, raw in FAMILIES.items():
+        monkeypatch.setitem(FAMILIES, family, raw | WIDE)
+
+
+def write_wide(path, dtype=torch.float32, family="llama3.1"):
+    save_pretrained(tiny_model(family).to(dtype), path)
+    return path
+
+
+def tree_of_two():
+    return build_tree([[5, 6, 7, 9], [8, 4]], [[[8, 9, 2], [2]], [[7, 7, 2], [11, 2]]])
+
+
+def peer_in_4bit(path, double: bool):
+    """transformers' model on bitsandbytes' layers, in fp32."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")  # transformers quantises by it
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=double,
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+    ).eval()
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_logits_equal_transformers_and_bitsandbytes(family, double, wide, tmp_path):
+    """From 16- or 32-bit weights, and from what bitsandbytes stored, plain and double quantised."""
+    pytest.importorskip("bitsandbytes")
+    transformers_model(family, tmp_path / "whole")
+    peer = peer_in_4bit(tmp_path / "whole", double)
+    peer.save_pretrained(tmp_path / "stored")
+    ids = torch.randint(3, 131, (2, 17))
+    with torch.no_grad():
+        expected = peer(ids).logits
+        assert max_diff(load_4bit(tmp_path / "stored").logits(ids), expected) < 1e-4
+        if not double:
+            assert max_diff(load_4bit(tmp_path / "whole").logits(ids), expected) < 1e-4
+
+
+def test_a_quantised_checkpoint_needs_the_option(wide, tmp_path):
+    """Read as 16 bits it is refused with the option to add; other quantisations by name."""
+    write_wide(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes, absmax = quantize_nf4(tensors[name])
+    tensors[name] = codes[:, None]
+    state = b'{"quant_type": "nf4", "blocksize": 64}'
+    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(state), dtype=torch.uint8)
+    tensors |= {f"{name}.absmax": absmax, f"{name}.quant_map": torch.zeros(16)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="--load_in_4bit"):
+        load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="up_proj.weight is quantised as nf4"):
+        load_4bit(tmp_path)  # its code is another
+
+
+def test_head_embedding_norms_and_biases_stay_as_they_are(wide, tmp_path):
+    """Only linear layers of the blocks are quantised, each to the values of its own weight."""
+    whole = load_pretrained(write_wide(tmp_path, torch.bfloat16, "qwen2.5"))
+    model = load_4bit(tmp_path)
+    for name, p in whole.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, Linear4bit) and name.endswith("weight"):
+            codes, absmax = quantize_nf4(p)
+            assert torch.equal(layer.weight.view(-1), codes)
+            assert torch.equal(layer.absmax.view(-1), absmax)
+        else:
+            assert torch.equal(model.get_parameter(name), p)
+    count = sum(isinstance(m, Linear4bit) for m in model.modules())
+    assert count == 7 * model.config.num_hidden_layers
+
+
+def _keep(kept: list, tensor):
+    kept.append(tensor)
+    return tensor
+
+
+@pytest.mark.slow
+def test_compiled_blocks_keep_codes_and_no_values(wide, tmp_path):
+    """torch.compile changes neither log-probs nor what is held until backward."""
+    model = apply_lora(load_4bit(write_wide(tmp_path)), 4, 8).train()
+    shapes, results = [], []
+    for compiled in (False, True):
+        for block in model.model.layers:
+            block.compiled = torch.compile(block.compute, dynamic=True) if compiled else None
+        kept = []
+        keep = partial(_keep, kept)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            results.append(model(tree_of_two())[0].detach())
+        shapes.append({(tuple(t.shape), t.dtype) for t in kept if t.ndim == 2})
+    assert max_diff(*results) < 1e-5
+    values = {((m.out_features, m.in_features), torch.float32) for m in lora_layers(model).values()}
+    for held in shapes:
+        assert any(dtype == torch.uint8 for _, dtype in held) and not held & values
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapter_gradients_equal_autograds_through_dequantised_weights(
+    checkpointing, wide, tmp_path
+):
+    """Within 1e-5 of the largest, for every A and B, with and without activation checkpointing."""
+    four, whole = load_4bit(write_wide(tmp_path)), load_pretrained(tmp_path)
+    for name, layer in four.named_modules():
+        if isinstance(layer, Linear4bit):
+            values = matrix(layer.weight, layer.absmax, torch.float32)
+            whole.get_submodule(name).weight.data = values
+    grads = []
+    for model in (four, whole):
+        apply_lora(model, 4, 8)
+        for layer in lora_layers(model).values():
+            generator = torch.Generator().manual_seed(layer.out_features)
+            layer.lora_B.weight.data.normal_(std=0.1, generator=generator)
+        for block in model.model.layers:
+            block.checkpointing = checkpointing
+        model.train()(tree_of_two())[0].sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
+        assert grad.any() and max_diff(grads[0][name], grad) <= 1e-5 * grad.abs().max()
+
+
+def test_an_adapter_on_4_bits_merges_into_the_original_weights(wide, tmp_path):
+    """What is saved is 16-bit base + adapter, not the rounded base, where the base is at hand."""
+    base = write_wide(tmp_path / "base", torch.bfloat16)
+    model = apply_lora(load_4bit(base, torch.bfloat16), 4, 8, target_modules=["q_proj", "up_proj"])
+    for layer in lora_layers(model).values():
+        layer.lora_B.weight.data.normal_(std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    expected = merge_lora(load_adapter(load_pretrained(base, torch.bfloat16), tmp_path / "adapter"))
+    save_pretrained(merge_lora(model), tmp_path / "merged")
+    merged = load_pretrained(tmp_path / "merged", torch.bfloat16)
+    for name, p in expected.named_parameters():
+        assert torch.equal(merged.get_parameter(name), p), name
+
+
+def test_without_the_original_weights_merging_dequantises(wide, tmp_path):
+    """A model whose source is gone keeps the values that it computed with."""
+    model = apply_lora(load_4bit(write_wide(tmp_path)), 4, 8)
+    ids = torch.randint(3, 131, (2, 9))
+    before = model.logits(ids)
+    model.source = None
+    assert max_diff(merge_lora(model).logits(ids), before) < 1e-5
+
+
+def test_what_is_saved_has_16_bits(wide, tmp_path):
+    """Codes are refused by save_pretrained; given back their bits they are the original weights."""
+    model = load_4bit(write_wide(tmp_path / "base", torch.bfloat16), torch.bfloat16)
+    with pytest.raises(ValueError, match="unquantized"):
+        save_pretrained(model, tmp_path / "saved")
+    save_pretrained(unquantized(model), tmp_path / "saved")
+    expected = load_file(tmp_path / "base" / "model.safetensors")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
+    """The layer, its width and the block size are named."""
+    save_pretrained(tiny_model(), tmp_path)
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj has 32 inputs.*64"):
+        load_4bit(tmp_path)
+
+
+def test_4_bits_need_adapters():
+    """A frozen base that nothing is trained on is refused before anything is read."""
+    with pytest.raises(ValueError, match="--sft_lora_r may be 0"):
+        TrainConfig(load_in_4bit=True, sft_lora_r=0)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(wide, tmp_path):
+    """The error names file and tensor."""
+    model = tiny_model()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="model.safetensors.*layers.1.mlp.down_proj.weight"):
+        load_4bit(tmp_path)
+
+
+FOUR_BIT_RUN = [
+    "--load_in_4bit", "--tiny_hidden_size=64", "--sft_lora_r=4", "--lora_dropout=0",
+    "--copy_steps=0", "--sft_epochs=1", "--epochs=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """SFT + RecPO on a base in 4 bits, in one process."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    return tmp_path, run_train(tmp_path, "one", *FOUR_BIT_RUN)[1]
+
+
+@pytest.mark.parametrize("mode", ["full", pytest.param("none", marks=pytest.mark.slow)])
+def test_two_ranks_match_one_in_4_bits(one_process, mode):
+    """Codes divided over 2 ranks, or replicated, give the losses of 1 process to 1e-4."""
+    tmp_path, one = one_process
+    _, two = run_train(tmp_path, mode, *FOUR_BIT_RUN, f"--shard={mode}", processes=2)
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(one_process, processes):
+    """Killed on 2 ranks amid a preference stage, resumed on 1 or 2: the losses of the whole run."""
+    tmp_path, one = one_process
+    name = f"killed-{processes}"
+    flags = [*FOUR_BIT_RUN, "--save_steps=1", "--gradient_checkpointing"]
+    process = start_train(tmp_path, name, *flags, processes=2)
+    file = tmp_path / name / "recpo.unfinished" / "metrics.jsonl"
+    wait_for(lambda: lines(file) >= 1, process)
+    kill_all(process, tmp_path / name)
+    _, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(one, stage), losses(resumed, stage), atol=1e-4)
