@@ -49,8 +49,10 @@ from data import (
     tree_widths,
 )
 from examples import PROBES
-from lora import load_adapter, read_adapter_config
-from model import Transformer, generate, load_pretrained, resolve_path
+from hub.adapter import read_adapter_config
+from hub.files import resolve_path
+from lora import load_adapter
+from model import Transformer, generate, load_pretrained
 
 PROBE_NAMES = (*PROBES, "length")
 NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them

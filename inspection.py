@@ -10,8 +10,8 @@ import numpy as np
 from common import arg, parse_config
 from data import Prepared, encode_examples, prepare
 from examples import DataConfig, Examples, render_prompt
+from hub.tokenizer import Tokenizer
 from interactions import Interactions
-from tokenizer import Tokenizer
 
 # users, items, interactions in the paper's Table 3, and how to read them (a 20-core needs 20 interactions per item and user)
 PAPER_TABLE_3 = {

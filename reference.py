@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common import any_rank, is_main, print0, writing
 from data import prefetch, to_device
-from lora import base_fingerprint
+from hub.adapter import base_fingerprint
 from objectives import Preference, Schedule
 from options import stored_dtype
 from runs import Run

@@ -23,8 +23,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from lora import PEFT_PREFIX, lora_layers
-from model import Transformer, check_weights, inverse_frequencies, open_safetensors
+from hub.adapter import PEFT_PREFIX
+from hub.files import check_weights, open_safetensors
+from lora import lora_layers, lora_scaling
+from model import Transformer, inverse_frequencies, weight_shapes
 
 
 def shard_group(mode: str, group_size: int, world_size: int) -> int:
@@ -114,7 +116,7 @@ def read_weights(
     model: Transformer, path: Path, merge: dict[str, tuple[Tensor, Tensor, float]] | None = None
 ) -> None:
     """Fill in the base weights, each rank its rows; `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
-    files = check_weights(path, model.config)
+    files = check_weights(path, weight_shapes(model.config))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     handles = {}
     for name, file in files.items():
@@ -136,8 +138,7 @@ def merged_on_reading(
     settings: dict, tensors: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """`merge` of read_weights for an adapter that read_adapter gave: full training goes on from base + adapter."""
-    r = settings["r"]
-    scaling = settings["lora_alpha"] / (math.sqrt(r) if settings["use_rslora"] else r)
+    scaling = lora_scaling(settings["r"], settings["lora_alpha"], settings["use_rslora"])
     names = [
         name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
     ]
