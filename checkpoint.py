@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import print0, read_json, writing
-from model import open_safetensors
+from hub.files import open_safetensors
 from sharding import fill, local, own_rows, trained
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -48,6 +48,7 @@ from examples import (
     render_prompt,
 )
 from foreign import read_foreign_examples
+from hub.tokenizer import Tokenizer
 from interactions import Interactions, k_core
 from loaders import (
     download_movielens,
@@ -59,7 +60,6 @@ from loaders import (
 )
 from ownlog import load_own_log
 from planted import World, planted_world
-from tokenizer import Tokenizer
 
 __all__ = [  # what other modules, tests and scripts find here
     "DataConfig", "Encoded", "Example", "Examples", "Interactions", "PromptTree", "Tokenizer", "build_examples", "build_tree",

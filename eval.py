@@ -46,8 +46,10 @@ from data import (
     render_prompt,
     tree_widths,
 )
-from lora import load_adapter, read_adapter_config
-from model import Transformer, generate, load_pretrained, resolve_path
+from hub.adapter import read_adapter_config
+from hub.files import resolve_path
+from lora import load_adapter
+from model import Transformer, generate, load_pretrained
 from quantized import load_4bit
 
 NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them

@@ -5,30 +5,32 @@
     A (r, in) starts uniform, B (out, r) starts at zero, so the adapted model starts as the base model;
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv:2312.03732).
 
-Projections of one input are computed together, as one autograd function (kernels/lora.py). A and B stay fp32 over a bf16 base and are cast per use. Files are `adapter_model.safetensors` and `adapter_config.json`
-as PEFT writes and reads them. Both ways are strict: a key that does not match is an error, never a warning.
-
-Left out, and refused by name when a foreign adapter needs it: DoRA, rank or alpha patterns, trained biases, saved
-modules, layer selection, adapters of embeddings.
+Projections of one input are computed together, as one autograd function (kernels/lora.py). A and B stay fp32 over a bf16 base and are cast per use. Files are PEFT's (hub/adapter.py).
 """
 
 import hashlib
-import json
 import math
 import re
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import read_json
+from hub.adapter import (
+    PEFT_PREFIX,
+    check_adapter_tensors,
+    read_adapter_config,
+    read_adapter_tensors,
+    write_adapter,
+)
 from kernels.lora import adapted_4bit_projections, adapted_projections
-from model import Transformer, open_safetensors, weight_files
+from model import Transformer
 from quantized import base_weight, unquantized
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PEFT_PREFIX = "base_model.model."
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 class LoRALinear(nn.Linear):
@@ -101,7 +103,7 @@ def apply_lora(
         {name.rpartition(".")[2] for name in targets}
     )  # whole paths only where these would select more
     model.requires_grad_(False)
-    scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+    scaling = lora_scaling(r, lora_alpha, use_rslora)
     for name in targets:
         parent = model.get_submodule(name.rpartition(".")[0])
         layer = LoRALinear(model.get_submodule(name), r, scaling, lora_dropout)
@@ -148,17 +150,6 @@ def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def base_fingerprint(path) -> str:
-    """SHA-256 over config-independent facts of a checkpoint: each tensor's name, shape and first row. Cheap at any size."""
-    digest = hashlib.sha256()
-    for name, file in sorted(weight_files(path).items()):
-        with open_safetensors(file) as f:
-            view = f.get_slice(name)
-            row = view[:1].float().contiguous().numpy().tobytes()
-            digest.update(f"{name} {view.get_shape()}".encode() + row)
-    return digest.hexdigest()
-
-
 def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = None) -> None:
     """Write PEFT's two files. `state` overrides the weights (gathered ones, when the model is sharded)."""
     if not getattr(model, "lora_config", None):
@@ -166,29 +157,8 @@ def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = Non
             "the model carries no LoRA adapter: call apply_lora first, or save_pretrained for full weights"
         )
     state = model.state_dict() if state is None else state
-    tensors = {
-        PEFT_PREFIX + n: t.detach().float().cpu().contiguous()
-        for n, t in state.items()
-        if ".lora_" in n
-    }
-    metadata = {"format": "pt"}
-    if model.source:
-        metadata["base_fingerprint"] = base_fingerprint(model.source)
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "adapter_model.safetensors", metadata=metadata)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name_or_path,
-        **model.lora_config,
-        "bias": "none",
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    write_adapter(path, tensors, model.lora_config, model.source, model.name_or_path)
 
 
 def load_adapter(model: Transformer, path, lora_dropout: float | None = None) -> Transformer:
@@ -207,19 +177,8 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
 
 def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
     """(arguments of apply_lora, tensors by PEFT's names) of an adapter, checked against the model, which may be on meta."""
-    path = Path(path)
     config = read_adapter_config(path)
-    file = path / "adapter_model.safetensors"
-    if not file.exists():
-        raise ValueError(f"{file}: no such file (pickled adapter_model.bin files are not read)")
-    with open_safetensors(file) as f:
-        fingerprint = (f.metadata() or {}).get("base_fingerprint")
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
-    if fingerprint and model.source and fingerprint != base_fingerprint(model.source):
-        trained_on = config.get("base_model_name_or_path")
-        raise ValueError(
-            f"{path}: this adapter was trained on another base ({trained_on}), not on {model.name_or_path}"
-        )
+    tensors = read_adapter_tensors(path, config, model.source, model.name_or_path)
 
     r, targets = config.get("r", 8), config.get("target_modules") or ("q_proj", "v_proj")
     expected = {}
@@ -227,20 +186,7 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
         linear = model.get_submodule(name)
         expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, linear.in_features)
         expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, r)
-    if expected.keys() != tensors.keys():
-        missing, unexpected = (
-            sorted(expected.keys() - tensors.keys()),
-            sorted(tensors.keys() - expected.keys()),
-        )
-        raise ValueError(
-            f"{file}: adapter keys do not match the model: {len(missing)} missing (first {missing[:2]}), "
-            f"{len(unexpected)} unexpected (first {unexpected[:2]})"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name]:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs {expected[name]}"
-            )
+    check_adapter_tensors(path, tensors, expected)
     settings = {
         "r": r,
         "lora_alpha": config.get("lora_alpha", 8),
@@ -249,38 +195,6 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
         "use_rslora": config.get("use_rslora", False),
     }
     return settings, tensors
-
-
-def read_adapter_config(path) -> dict:
-    """adapter_config.json, checked for everything this project does not support."""
-    file = Path(path) / "adapter_config.json"
-    config = read_json(file)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{file}: peft_type {config.get('peft_type')!r} is not supported, only LORA"
-        )
-    unsupported = [
-        "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layers_to_transform",
-        "layers_pattern", "layer_replication", "fan_in_fan_out", "exclude_modules", "target_parameters",
-        "trainable_token_indices", "use_qalora", "alora_invocation_tokens", "corda_config", "eva_config", "loftq_config",
-        "lora_ga_config", "kasa_config", "velora_config", "monteclora_config", "arrow_config", "use_bdlora",
-    ]  # fmt: skip
-    needed = [key for key in unsupported if config.get(key)]
-    if isinstance(init := config.get("init_lora_weights"), str) and init not in (
-        "gaussian",
-        "orthogonal",
-        "eva",
-    ):
-        needed.append(
-            f"init_lora_weights={init}"
-        )  # PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA: they change the base too
-    if config.get("bias", "none") != "none":
-        needed.append(f"bias={config['bias']}")
-    if needed:
-        raise ValueError(
-            f"{file}: {', '.join(needed)} not supported; only plain LoRA and rsLoRA adapters are"
-        )
-    return config
 
 
 @torch.no_grad()

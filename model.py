@@ -18,30 +18,28 @@ Legend: B examples, P prompt width, C completion width, T = P + C (or any sequen
 key-value heads, Dh head_dim, V vocab_size, M scored tokens.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import read_json
+from hub.config import read_config, write_config
+from hub.files import (
+    check_weights,
+    divide_weights,
+    open_safetensors,
+    remove_weights,
+    resolve_path,
+    write_weights,
+)
 from kernels.logps import label_logps, mm_fp32
 
 # cuDNN's attention gives NaN gradients with a mask at some lengths on Hopper (pytorch #196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -68,92 +66,8 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, path) -> "ModelConfig":
-        """Read `path/config.json` in the layout of transformers 4 or 5; ValueError names what is not supported."""
-        file = resolve_path(path) / "config.json"
-        raw = read_json(file)
-
-        def refuse(what: str):
-            raise ValueError(
-                f"{file}: {what} is not supported; this project runs Llama 2/3, Qwen2/2.5 and Qwen3"
-            )
-
-        kind = raw.get("model_type")
-        architectures = raw.get("architectures") or [ARCHITECTURES.get(kind)]
-        if kind not in ARCHITECTURES or architectures != [ARCHITECTURES[kind]]:
-            refuse(f"model_type {kind!r}, architectures {architectures}")
-        if (quantised := raw.get("quantization_config")) and not is_nf4(quantised):
-            refuse("quantization_config (quantised weights, other than bitsandbytes' nf4)")
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse(f"hidden_act {raw['hidden_act']!r}")
-        if raw.get("mlp_bias"):
-            refuse("mlp_bias")
-        if raw.get("use_sliding_window") or set(raw.get("layer_types") or []) - {"full_attention"}:
-            refuse("a sliding window (use_sliding_window, layer_types)")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            refuse(f"rope_type {rope_type!r}")
-        if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-            refuse("partial_rotary_factor")
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        missing = [key for key in required if raw.get(key) is None]
-        if missing:
-            raise ValueError(f"{file}: missing {', '.join(missing)}")
-        llama3 = (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-        if rope_type == "llama3" and any(key not in rope for key in llama3):
-            raise ValueError(
-                f"{file}: rope_type llama3 needs {', '.join(llama3)}; found {sorted(rope)}"
-            )
-
-        heads = raw["num_attention_heads"]
-        default_head_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads
-        return cls(
-            model_type=kind,
-            **{key: raw[key] for key in required},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or default_head_dim,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            rope_scaling={"rope_type": "llama3"} | {key: rope[key] for key in llama3}
-            if rope_type == "llama3"
-            else None,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=kind == "qwen2" or bool(raw.get("attention_bias")),
-            max_position_embeddings=raw.get("max_position_embeddings", 4096),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=raw.get("eos_token_id"),
-        )
-
-    def to_dict(self) -> dict:
-        """A `config.json` that transformers 4 and 5 both read: rope parameters stand in both layouts."""
-        same = {
-            key: value
-            for key, value in vars(self).items()
-            if key not in ("rope_scaling", "attention_bias")
-        }
-        rope = {"rope_theta": self.rope_theta} | (self.rope_scaling or {"rope_type": "default"})
-        out = {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "hidden_act": "silu",
-            "initializer_range": 0.02,
-        }
-        out |= same | {"rope_scaling": self.rope_scaling, "rope_parameters": rope}
-        if self.model_type != "qwen2":
-            out["attention_bias"] = self.attention_bias
-        if self.model_type != "llama":
-            out |= {"use_sliding_window": False, "sliding_window": None}
-        return out
+        """Read `path/config.json`; ValueError names what is not supported."""
+        return cls(**read_config(resolve_path(path)))
 
 
 # ------------------------------------------------------------------------------------------------ building blocks
@@ -237,11 +151,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
     """Scaled dot-product attention of H query heads on Hkv key-value heads."""
     if (
         torch.compiler.is_compiling()
-    ):  # else inductor asserts the strides of the first length it saw (torch 2.13)
+    ):  # else inductor asserts the strides of the first length (2.13)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if q.is_cuda:  # with a mask or in fp32, enable_gqa falls back to the slow path there
+    # On CUDA the flash path takes grouped heads; a mask or fp32 would fall back to the slow path.
+    grouped = not q.is_cuda or ("attn_mask" not in kwargs and q.dtype != torch.float32)
+    if not grouped:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=not q.is_cuda, **kwargs)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **kwargs)
 
 
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -417,120 +333,19 @@ def branch_mask(branch_ids: Tensor, prompt_width: int) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------ weights
-def resolve_path(name, weights: bool = True) -> Path:
-    """A local directory as it is; a hub name (org/model) becomes the folder with its downloaded files."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
-        raise ValueError(
-            f"{name}: no such directory, and not a hub name like meta-llama/Llama-3.1-8B"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(name), allow_patterns=["*.json", "*.safetensors"] if weights else ["*.json"]
-            )
-        )
-    except (GatedRepoError, RepositoryNotFoundError) as error:  # 401, 403, 404
-        raise ValueError(
-            f"{name}: no such directory, and the hub refuses it ({type(error).__name__}). Check the spelling; for a gated model "
-            "accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        if getattr(getattr(error, "response", None), "status_code", None) in (
-            401,
-            403,
-        ):  # an expired token, say
-            raise ValueError(
-                f"{name}: the hub refuses access ({error}); log in with `hf auth login` or set HF_TOKEN"
-            ) from None
-        raise ValueError(
-            f"{name}: no such directory, and not to be downloaded ({error}); give a local directory"
-        ) from None
-
-
-def weight_files(path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint directory, single or sharded."""
-    path = Path(path)
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.exists():
-        return {name: path / file for name, file in read_json(index)["weight_map"].items()}
-    if not single.exists():
-        pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pth"))
-        hint = (
-            f"; {pickled[0].name} is pickled, which can run code: convert it to safetensors"
-            if pickled
-            else ""
-        )
-        raise ValueError(
-            f"{path}: neither model.safetensors nor model.safetensors.index.json found{hint}"
-        )
-    with open_safetensors(single) as f:
-        return dict.fromkeys(f.keys(), single)
-
-
-def open_safetensors(file: Path):
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file}: not a readable safetensors file ({error}); download or save it again"
-        ) from None
-
-
-def is_nf4(quantization: dict) -> bool:
-    """Whether a config.json's quantization_config says bitsandbytes' 4-bit NormalFloat."""
-    kind = (quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type"))
-    return kind == ("bitsandbytes", "nf4")
-
-
-def check_weights(path: Path, config: ModelConfig, four_bit: bool = False) -> dict[str, Path]:
-    """Name -> file of every weight that the architecture needs, without reading them.
-
-    ValueError names what is wrong. `four_bit`: 4-bit weights of bitsandbytes may stand where 16-bit
-    ones are expected (quantized.py reads them); their absmax and states are among the names then."""
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that a checkpoint of this architecture holds; a tied head is left out."""
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in Transformer(config).state_dict().items()}
-    ignored = {name for name in expected if config.tie_word_embeddings and name == "lm_head.weight"}
-    for name in ignored:
-        del expected[name]
-    files = weight_files(path)
-    quantised = {name for name in expected if f"{name}.quant_state.bitsandbytes__nf4" in files}
-    if quantised and not four_bit:
-        raise ValueError(f"{path}: its weights are quantised to 4 bits; add --load_in_4bit")
-    beside = {name for name in files if name.partition(".weight.")[0] + ".weight" in quantised}
-    beside -= quantised
-    for name in quantised:
-        out, inputs = expected[name]
-        expected[name] = (out * inputs // 2, 1)
-    found = {
-        name for name in files if name not in ignored and not name.endswith("rotary_emb.inv_freq")
-    } - beside
-    if missing := sorted(expected.keys() - found):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[:3]}")
-    if unexpected := sorted(found - expected.keys()):
-        raise ValueError(
-            f"{path}: {len(unexpected)} weights do not belong to this architecture, first {unexpected[:3]}"
-        )
-    handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
-    for name, shape in expected.items():
-        if name not in handles[files[name]].keys():
-            raise ValueError(f"{files[name]}: {name} is listed in the index but not in the file")
-        stored = tuple(handles[files[name]].get_slice(name).get_shape())
-        if stored != shape:
-            raise ValueError(
-                f"{files[name]}: {name} has shape {stored}, config.json asks for {shape}"
-            )
-    return {name: files[name] for name in (*expected, *sorted(beside))}
+        state = Transformer(config).state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
     """Load a Hugging Face directory or hub name; ValueError names the file and the missing, unexpected or misshapen keys."""
     model = empty_model(path)
-    files = check_weights(model.source, model.config)
+    files = check_weights(model.source, weight_shapes(model.config))
     handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
     state = {name: handles[file].get_tensor(name).to(device, dtype) for name, file in files.items()}
     model.load_state_dict(state, strict=not model.config.tie_word_embeddings, assign=True)
@@ -574,58 +389,25 @@ def save_pretrained(
 ) -> None:
     """Write config.json and safetensors that transformers 4 and 5 read. Tokenizer files are the caller's to copy.
 
-    `tensors` overrides the weights, one after the other (whole ones gathered from a sharded model, where every rank calls
-    this and only the one with `write` writes). Files above `shard_bytes` are split; one file's tensors are in memory."""
-    path = Path(path)
-    shapes = dict(model.state_dict())
-    if any(".lora_" in name for name in shapes):
+    `tensors` overrides the weights, one after the other (whole ones gathered from a sharded model,
+    where every rank calls this and only the one with `write` writes)."""
+    weights = dict(model.state_dict())
+    if any(".lora_" in name for name in weights):
         raise ValueError(
             "the model carries LoRA adapters: save_adapter writes them, merge_lora folds them in first"
         )
-    if any(name.endswith(".absmax") for name in shapes):
+    if any(name.endswith(".absmax") for name in weights):
         raise ValueError(
             "the model's linear layers are in 4 bits: quantized.unquantized(model) gives them back "
             "their 16 bits first"
         )
     if model.config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    files, sizes = [[]], [0]  # which tensors go into which file
-    for name, tensor in shapes.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if sizes[-1] + nbytes > shard_bytes and files[-1]:
-            files.append([])
-            sizes.append(0)
-        files[-1].append(name)
-        sizes[-1] += nbytes
-    dtype = str(next(iter(shapes.values())).dtype).removeprefix("torch.")
+        weights.pop("lm_head.weight", None)
+    files = divide_weights(weights, shard_bytes)
     if write:
-        path.mkdir(parents=True, exist_ok=True)
-        config = model.config.to_dict() | {"torch_dtype": dtype, "dtype": dtype}
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for old in (
-            *path.glob("model-*-of-*.safetensors"),
-            path / "model.safetensors",
-            path / "model.safetensors.index.json",
-        ):
-            old.unlink(missing_ok=True)  # a reader might prefer them to what is written now
-
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    of_file = {name: file for file, group in zip(names, files, strict=True) for name in group}
-    held: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items() if tensors is None else tensors:
-        if name not in of_file or not write:
-            continue
-        held[name] = tensor.detach().cpu().contiguous()
-        if len(held) == len(
-            files[names.index(of_file[name])]
-        ):  # tensors come in the order of the files
-            save_file(held, path / of_file[name], metadata={"format": "pt"})
-            held = {}
-    if write and len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": of_file}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_config(path, vars(model.config), next(iter(weights.values())).dtype)
+        remove_weights(path)
+    write_weights(path, files, weights.items() if tensors is None else tensors, write)
 
 
 # ------------------------------------------------------------------------------------------------ generation

@@ -22,15 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hub.files import check_weights, open_safetensors, weight_files
 from kernels.nf4 import BLOCK, CODE, PIECE, dequantize_nf4, linear_4bit, quantize_nf4
-from model import (
-    Transformer,
-    check_weights,
-    empty_model,
-    inverse_frequencies,
-    open_safetensors,
-    weight_files,
-)
+from model import Transformer, empty_model, inverse_frequencies, weight_shapes
 
 STATE = ".quant_state.bitsandbytes__nf4"
 
@@ -78,7 +72,7 @@ class Reader:
     """Rows of a checkpoint's tensors; those of a linear layer as codes and absmax."""
 
     def __init__(self, path: Path, model: Transformer, dtype: torch.dtype):
-        self.files = check_weights(path, model.config, four_bit=True)
+        self.files = check_weights(path, weight_shapes(model.config), four_bit=True)
         self.handles = {f: open_safetensors(f) for f in sorted(set(self.files.values()))}
         self.dtype = dtype  # weights are rounded to it before they are quantised, as elsewhere
 

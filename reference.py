@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from common import any_rank, is_main, print0, writing
 from data import Encoded, prefetch, to_device
-from lora import base_fingerprint, read_adapter_config
-from model import ModelConfig, open_safetensors
+from hub.adapter import base_fingerprint, read_adapter_config
+from hub.files import open_safetensors
+from model import ModelConfig
 from objectives import Preference, Schedule
 from options import stored_dtype
 from runs import Run

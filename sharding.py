@@ -28,8 +28,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from lora import PEFT_PREFIX, lora_layers
-from model import Transformer, check_weights, inverse_frequencies, open_safetensors
+from hub.adapter import PEFT_PREFIX
+from hub.files import check_weights, open_safetensors
+from lora import lora_layers, lora_scaling
+from model import Transformer, inverse_frequencies, weight_shapes
 
 
 def shard_group(mode: str, group_size: int, world_size: int) -> int:
@@ -145,7 +147,7 @@ def read_weights(
     model: Transformer, path: Path, merge: dict[str, tuple[Tensor, Tensor, float]] | None = None
 ) -> None:
     """Fill in the base weights, each rank its rows; `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
-    files = check_weights(path, model.config)
+    files = check_weights(path, weight_shapes(model.config))
     parameters = stored_parameters(model)
     handles = {}
     for name, file in files.items():
@@ -167,8 +169,7 @@ def merged_on_reading(
     settings: dict, tensors: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """`merge` of read_weights for an adapter that read_adapter gave: full training goes on from base + adapter."""
-    r = settings["r"]
-    scaling = settings["lora_alpha"] / (math.sqrt(r) if settings["use_rslora"] else r)
+    scaling = lora_scaling(settings["r"], settings["lora_alpha"], settings["use_rslora"])
     names = [
         name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
     ]

@@ -53,8 +53,10 @@ from common import (
 from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
 from estimate import device_memory, dry_run, replica_note
 from eval import check_data, load_stage, predict, results_table, save_predictions, summarise
-from lora import apply_lora, read_adapter, read_adapter_config, save_adapter
-from model import Transformer, empty_model, resolve_path, save_pretrained
+from hub.adapter import read_adapter_config
+from hub.files import resolve_path
+from lora import apply_lora, read_adapter, save_adapter
+from model import Transformer, empty_model, save_pretrained
 from objectives import SFT, MicroBatch, Preference, Schedule
 from options import TrainConfig, stored_dtype
 from planted import World, bayes_scores

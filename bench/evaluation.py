@@ -38,9 +38,9 @@ from data import (
     tree_widths,
 )
 from eval import load_stage, predict
+from hub.tokenizer import Tokenizer
 from lora import load_adapter, lora_layers, merge_lora
 from model import generate, load_pretrained
-from tokenizer import Tokenizer
 
 ALL = range(NUM_CANDIDATES)
 

@@ -26,10 +26,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import DataConfig, build_tree, encode_split, prepare  # noqa: E402
+from hub.config import hf_config  # noqa: E402
+from hub.tokenizer import Tokenizer  # noqa: E402
 from lora import TARGET_MODULES, apply_lora  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from tiny import make_base_model  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -120,7 +121,7 @@ def transformers_model(ours: Transformer):
         )
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    raw = {k: v for k, v in ours.config.to_dict().items() if k != "architectures"}
+    raw = {k: v for k, v in hf_config(vars(ours.config)).items() if k != "architectures"}
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     with torch.device(ours.inv_freq.device):
         theirs = transformers.AutoModelForCausalLM.from_config(

@@ -10,9 +10,9 @@ import numpy as np
 from common import arg, parse_config
 from data import Prepared, encode_examples, prepare
 from examples import DataConfig, Examples, render_prompt
+from hub.tokenizer import Tokenizer
 from interactions import Interactions
 from studies.paper import TABLE_3
-from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 from data import PromptTree, build_tree
+from hub.files import resolve_path
 from model import (
     Block,
     ModelConfig,
@@ -31,7 +32,6 @@ from model import (
     init_weights,
     inverse_frequencies,
     load_pretrained,
-    resolve_path,
     save_pretrained,
 )
 
