@@ -16,10 +16,52 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+BOUNDS = {  # name of a bound -> how it reads, whether a value keeps it
+    "at_least": (">=", lambda value, bound: value >= bound),
+    "above": (">", lambda value, bound: value > bound),
+    "at_most": ("<=", lambda value, bound: value <= bound),
+    "below": ("<", lambda value, bound: value < bound),
+}
 
-def arg(default=MISSING, help="", group=""):
-    """A dataclass field that is an option; `group` starts a new heading in --help."""
-    return field(default=default, metadata={"help": help, "group": group})
+
+def arg(default=MISSING, help="", group="", choices=(), **bounds):
+    """A dataclass field that is an option; `group` starts a new heading in --help.
+
+    check_options holds it to its choices, and to bounds: at_least, above, at_most, below."""
+    assert bounds.keys() <= BOUNDS.keys(), bounds
+    metadata = {"help": help, "group": group, "choices": choices, "bounds": bounds}
+    return field(default=default, metadata=metadata)
+
+
+def check_options(config) -> None:
+    """ValueError names the first option that is none of its choices or out of its bounds."""
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            allowed = ", ".join(filter(None, choices))
+            raise ValueError(f"--{f.name} must be one of {allowed}, got {value!r}")
+        for name, bound in f.metadata["bounds"].items():
+            sign, keeps = BOUNDS[name]
+            if not keeps(value, bound):  # NaN keeps none
+                raise ValueError(f"--{f.name} must be {sign} {bound}, got {value}")
+
+
+def changed_options(config) -> set[str]:
+    """Names of the options that do not have their default."""
+    return {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+
+
+def describe_option(f) -> str:
+    """Help text: what it is, what it may be, what it is by default."""
+    parts = [f.metadata["help"]]
+    if choices := [choice for choice in f.metadata["choices"] if choice and choice not in parts[0]]:
+        parts.append(f"[{', '.join(choices)}]")
+    bounds = [f"{BOUNDS[name][0]} {bound}" for name, bound in f.metadata["bounds"].items()]
+    if f.default not in (MISSING, ""):
+        bounds.insert(0, f"default: {f.default}")
+    if bounds:
+        parts.append(f"({', '.join(bounds)})")
+    return " ".join(parts).replace("%", "%%")
 
 
 class Switch(argparse.Action):
@@ -57,16 +99,15 @@ def parse_config(cls, argv=None):
     for f in fields(cls):
         if f.metadata["group"]:
             section = parser.add_argument_group(f.metadata["group"])
-        help = (
-            f.metadata["help"] + ("" if f.default in (MISSING, "") else f" (default: {f.default})")
-        ).replace("%", "%%")
         kind = types[f.name]
         value = (
             {"action": Switch}
             if kind is bool
             else {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
         )
-        section.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **value)
+        section.add_argument(
+            f"--{f.name}", default=argparse.SUPPRESS, help=describe_option(f), **value
+        )
     given = vars(parser.parse_args(argv))
     if file := given.pop("config", None):
         from_file = read_json(file)

@@ -68,21 +68,28 @@ class EvalConfig(DataConfig):
     model: str = arg("", "Hugging Face directory or hub name, instead of --run")
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
     recommend: str = arg("", "JSON file with one user's history and candidates: rank them and stop")
-    split: str = arg("test", "val or test")
+    split: str = arg("test", "val or test", choices=("val", "test"))
     decode: str = arg(
         "greedy",
         "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)",
         group="how",
+        choices=("greedy", "generate", "trie"),
     )
     decode_rest: bool = arg(
         True, "generate an answer where no candidate verifies; off: count it invalid"
     )
-    dtype: str = arg("auto", "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU")
+    dtype: str = arg(
+        "auto",
+        "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU",
+        choices=("auto", "float32", "bfloat16"),
+    )
     load_in_4bit: bool = arg(False, "linear layers in 4 bits (NF4); a run's own choice with --run")
     max_length: int = arg(
-        1024, "tokens of prompt and longest candidate; longer prompts lose their oldest history"
+        1024,
+        "tokens of prompt and longest candidate; longer prompts lose their oldest history",
+        at_least=1,
     )
-    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass")
+    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
     output_dir: str = arg(
         "", "where metrics.json and predictions.jsonl of each stage go; empty = only print"
     )
@@ -91,16 +98,6 @@ class EvalConfig(DataConfig):
         super().__post_init__()
         if bool(self.run) == bool(self.model or self.adapter):
             raise ValueError("give either --run, or --model and/or --adapter")
-        check_choice(self, "decode", ("greedy", "generate", "trie"))
-        check_choice(self, "split", ("val", "test"))
-        check_choice(self, "dtype", ("auto", "float32", "bfloat16"))
-
-
-def check_choice(config, name: str, allowed: tuple[str, ...]) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(
-            f"--{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ one batch

@@ -14,8 +14,9 @@ from math import isnan, nan
 
 import numpy as np
 
-from common import arg
+from common import arg, changed_options, check_options
 from interactions import Interactions
+from losses import preference_score
 from ownlog import parse_columns
 
 NUM_CANDIDATES = 20
@@ -32,13 +33,18 @@ DATASETS = (
     "prepared",
 )
 
+NUM_TEMPLATES = 5  # as many as TEMPLATES has, below
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Turn a raw interaction log into frozen examples; print its statistics and one rendered example."""
 
     dataset: str = arg(
-        "planted", f"one of {', '.join(DATASETS)} (loaders.py, ownlog.py)", group="data"
+        "planted",
+        f"one of {', '.join(DATASETS)} (loaders.py, ownlog.py)",
+        group="data",
+        choices=DATASETS,
     )
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg(
@@ -49,65 +55,73 @@ class DataConfig:
     percentile: str = arg(
         "",
         "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; empty: steam, lastfm by item",
+        choices=("", "item", "user", "all"),
     )
     repeats: str = arg(
         "last",
         "csv, jsonl, recbole: of a repeated user-item pair the last counts, or the sum of its amounts",
+        choices=("last", "sum"),
     )
-    beer_title: str = arg("full", "beeradvocate: full (name, strength, style) or name")
+    beer_title: str = arg(
+        "full", "beeradvocate: full (name, strength, style) or name", choices=("full", "name")
+    )
     download: bool = arg(False, "fetch MovieLens-1M to data_dir first, and check its checksum")
-    planted_users: int = arg(4000, "users of the planted world")
+    planted_users: int = arg(4000, "users of the planted world", at_least=1)
     core: int = arg(
-        0, "keep users and items with at least this many interactions (iterated k-core); 0 = all"
+        0,
+        "keep users and items with at least this many interactions (iterated k-core); 0 = all",
+        at_least=0,
     )
-    train_size: int = arg(10000, "training examples, drawn from all prefixes; 0 = all")
-    test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all")
-    history: int = arg(20, "most recent interactions shown in a prompt")
-    history_items: str = arg("all", "items of a history: all, or positive (only liked ones)")
+    train_size: int = arg(10000, "training examples, drawn from all prefixes; 0 = all", at_least=0)
+    test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all", at_least=0)
+    history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
+    history_items: str = arg(
+        "all", "items of a history: all, or positive (only liked ones)", choices=("all", "positive")
+    )
     ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
-    min_history: int = arg(5, "interactions that must lie before an example")
+    min_history: int = arg(5, "interactions that must lie before an example", at_least=1)
     followers: int = arg(
-        10, "later interactions among the training candidates; random items fill up to 20"
+        10,
+        "later interactions among the training candidates; random items fill up to 20",
+        at_least=1,
+        at_most=NUM_CANDIDATES - 1,
     )
     positive: str = arg(
-        "argmax", "chosen training item: argmax of the preference score, or the first one liked"
+        "argmax",
+        "chosen training item: argmax of the preference score, or the first one liked",
+        choices=("argmax", "first"),
     )
-    min_rating: float = arg(4.0, "lowest rating of a liked item")
-    decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay")
-    neg_rating: float = arg(3.0, "rating given to random candidates")
-    neg_step: int = arg(10, "steps given to random candidates")
+    min_rating: float = arg(4.0, "lowest rating of a liked item", above=0)
+    decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
+    neg_rating: float = arg(3.0, "rating given to random candidates", above=0)
+    neg_step: int = arg(10, "steps given to random candidates", at_least=0)
     exclude: str = arg(
-        "all", "random candidates exclude all items of the user, or only those seen in the prompt"
+        "all",
+        "random candidates exclude all items of the user, or only those seen in the prompt",
+        choices=("all", "seen"),
     )
-    negatives: str = arg("uniform", "random candidates are drawn uniform or by popularity")
-    num_templates: int = arg(0, "prompt templates in use; 0 = all")
+    negatives: str = arg(
+        "uniform",
+        "random candidates are drawn uniform or by popularity",
+        choices=("uniform", "popularity"),
+    )
+    num_templates: int = arg(
+        0, "prompt templates in use; 0 = all", at_least=0, at_most=NUM_TEMPLATES
+    )
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
     prepared_dir: str = arg("prepared", "where prepared examples are kept")
 
     def __post_init__(self):
-        choices = {
-            "dataset": DATASETS,
-            "percentile": ("", "item", "user", "all"),
-            "repeats": ("last", "sum"),
-            "beer_title": ("full", "name"),
-            "positive": ("argmax", "first"),
-            "exclude": ("all", "seen"),
-            "history_items": ("all", "positive"),
-            "negatives": ("uniform", "popularity"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"--{name} must be one of {', '.join(filter(None, allowed))}, got {getattr(self, name)!r}"
-                )
+        check_options(self)
         own = self.dataset in ("csv", "jsonl", "recbole")
+        changed = changed_options(self)
         for name, fits in (
             ("columns", own),
             ("item_file", own),
             ("repeats", own),
             ("beer_title", self.dataset == "beeradvocate"),
         ):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default and not fits:
+            if name in changed and not fits:
                 raise ValueError(f"--{name} has no effect with --dataset {self.dataset}")
         if self.percentile and self.dataset in ("planted", "movielens", "prepared"):
             raise ValueError(
@@ -118,20 +132,9 @@ class DataConfig:
                 "--core has no effect with --dataset prepared: its candidates are fixed"
             )
         parse_columns(self.columns)
-        if not 1 <= self.followers < NUM_CANDIDATES:
-            raise ValueError(
-                f"--followers must be between 1 and {NUM_CANDIDATES - 1}, got {self.followers}"
-            )
         if not 1 <= self.min_history <= self.history:
             raise ValueError(
                 f"--min_history must be between 1 and --history {self.history}, got {self.min_history}"
-            )
-        for name in ("core", "train_size", "test_size", "num_templates", "neg_step"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
-        if self.num_templates > len(TEMPLATES):
-            raise ValueError(
-                f"--num_templates must be at most {len(TEMPLATES)}, got {self.num_templates}"
             )
 
 
@@ -276,10 +279,10 @@ def _chosen_follower(
     if config.positive == "first":
         liked = ratings >= config.min_rating
         return liked.argmax(1), liked.any(1)
-    scores = ratings / (1 + np.arange(config.followers)) ** config.decay
+    scores = preference_score(ratings, np.arange(config.followers), config.decay)
     chosen = scores.argmax(1)  # the first of equal ones: the sooner
     best = np.take_along_axis(scores, chosen[:, None], 1)[:, 0]
-    beats_random = best > config.neg_rating / (1 + config.neg_step) ** config.decay
+    beats_random = best > preference_score(config.neg_rating, config.neg_step, config.decay)
     return chosen, beats_random & (
         np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
     )
@@ -303,7 +306,7 @@ def freeze(log, split, rows, steps, keys, config: DataConfig, rng) -> Examples:
     items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
     ratings = np.concatenate([log.rating[follow], np.full(randoms.shape, config.neg_rating)], 1)
     delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, config.neg_step)], 1)
-    scores = (ratings / (1 + delays) ** config.decay).astype(np.float32)
+    scores = preference_score(ratings, delays, config.decay).astype(np.float32)
     chosen = _chosen_follower(log, rows, config)[0] if split == "train" else np.zeros(E, np.int64)
 
     order = rng.permuted(
@@ -403,6 +406,7 @@ TEMPLATES = (
     "History of a user ({things} and ratings, 1 = disliked, 5 = loved):\n{history}\n"
     "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\nAnswer:",
 )
+assert len(TEMPLATES) == NUM_TEMPLATES
 
 
 LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn

@@ -1,15 +1,20 @@
 """What one micro-batch contributes to a step: SFT on the chosen title, or a preference loss over chosen and rejected.
 
-An objective makes micro-batches, `prepare(examples, step_examples) -> MicroBatch`, which needs no GPU and runs ahead in the
-background, and is called with them: `objective(micro_batch) -> (loss, sums)`. The loss is already divided by the counts
-of the *global* batch (target tokens for SFT, examples for preferences), so micro-batches and ranks just add up to one big
-batch. `sums` maps metric names, TRL's where they exist, to (sum, count) pairs: a tensor and a number, so that nothing in
-here waits for the GPU. An empty micro-batch evens out ranks: it runs one example with weight 0.
+An objective makes micro-batches, `prepare(examples, step_examples) -> MicroBatch`, which needs no
+GPU and runs ahead in the background, and is called with them: `objective(micro_batch) -> (loss,
+sums)`. The loss is already divided by the counts of the *global* batch (target tokens for SFT,
+examples for preferences), so micro-batches and ranks just add up to one big batch. `sums` maps
+metric names, TRL's where they exist, to (sum, count) pairs: a tensor and a number, so that nothing
+in here waits for the GPU. An empty micro-batch evens out ranks: it runs one example with weight 0.
+
+What a preference loss knows of an example is one row of a PreferenceTable, frozen before the first
+step. From rows and log-probs on, all is a pure function: LOSSES[name].compute, then preference_metrics.
 
 Legend: E examples, B examples of the micro-batch, K rejected titles, N = 1 + K completions, M scored tokens.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,19 +35,129 @@ from losses import (
     target_margins,
 )
 
-PREFERENCE_LOSSES = ("dpo", "ipo", "simpo", "cpo", "odpo", "kto", "sdpo", "recpo")
-PAIRWISE = (
-    "dpo",
-    "ipo",
-    "simpo",
-    "cpo",
-    "odpo",
-    "kto",
-)  # one rejected title, whatever --num_negatives says
-WITHOUT_REFERENCE = ("simpo", "cpo")
 COPY_TITLES = 5  # other titles on the tree of an SFT example with --copy_weight
 
 
+# ------------------------------------------------------------------------ preference losses
+@dataclass
+class Rows:
+    """What a loss is a function of, for the B examples of a micro-batch; chosen first."""
+
+    policy_logps: Tensor  # (B, 1 + K)
+    reference_logps: Tensor  # (B, 1 + K), zeros without a reference
+    margins: Tensor  # (B, K), already times λ (or ODPO's α)
+    lengths: Tensor  # (B, 1 + K) tokens of each completion
+    kl: Tensor  # scalar, KTO's baseline
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A method: its loss, and what it asks of an example."""
+
+    compute: Callable  # (options, Rows) -> losses (B,), rewards (B, 1 + K) detached
+    pairwise: bool = True  # one rejected title, whatever --num_negatives says
+    has_reference: bool = True
+    sft_weight: float = 0.0  # where --sft_weight is left to the method
+
+
+def _ipo(options, rows: Rows) -> tuple[Tensor, Tensor]:
+    if not options.ipo_average:
+        return ipo_loss(rows.policy_logps, rows.reference_logps, options.beta)
+    policy_means, reference_means = (
+        logps / rows.lengths for logps in (rows.policy_logps, rows.reference_logps)
+    )
+    return ipo_loss(policy_means, reference_means, options.beta)
+
+
+def _kto(options, rows: Rows) -> tuple[Tensor, Tensor]:
+    weights = (options.kto_desirable, options.kto_undesirable)
+    return kto_loss(rows.policy_logps, rows.reference_logps, rows.kl, options.beta, *weights)
+
+
+LOSSES: dict[str, PreferenceLoss] = {
+    "dpo": PreferenceLoss(
+        lambda o, r: dpo_loss(r.policy_logps, r.reference_logps, o.beta, o.label_smoothing)
+    ),
+    "ipo": PreferenceLoss(_ipo),
+    "simpo": PreferenceLoss(
+        lambda o, r: simpo_loss(r.policy_logps, r.lengths, o.beta, o.simpo_gamma),
+        has_reference=False,
+    ),
+    "cpo": PreferenceLoss(
+        lambda o, r: cpo_loss(r.policy_logps, o.beta), has_reference=False, sft_weight=1.0
+    ),
+    "odpo": PreferenceLoss(
+        lambda o, r: odpo_loss(r.policy_logps, r.reference_logps, r.margins, o.beta)
+    ),
+    "kto": PreferenceLoss(_kto),
+    "sdpo": PreferenceLoss(
+        lambda o, r: sdpo_loss(r.policy_logps, r.reference_logps, o.beta), pairwise=False
+    ),
+    "recpo": PreferenceLoss(
+        lambda o, r: recpo_loss(r.policy_logps, r.reference_logps, r.margins, o.beta),
+        pairwise=False,
+    ),
+}
+PREFERENCE_LOSSES = tuple(LOSSES)
+REFERENCE_FREE = tuple(name for name, loss in LOSSES.items() if not loss.has_reference)
+PAIRWISE = tuple(name for name, loss in LOSSES.items() if loss.pairwise)
+
+
+def preference_metrics(rows: Rows, losses: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+    """Per example (B,), by TRL's names where they exist."""
+    gaps = rewards[:, :1] - rewards[:, 1:]  # (B, K)
+    return {
+        "preference_loss": losses,
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1:].mean(1),
+        "rewards/margins": gaps.mean(1),
+        "rewards/accuracies": (gaps > 0).all(1).float(),  # chosen beats all K
+        "rewards/pair_accuracies": (gaps > 0).float().mean(1),  # TRL's meaning
+        "margins/target": rows.margins.mean(1),
+        "margins/satisfied": (gaps > rows.margins).float().mean(1),
+        "logps/chosen": rows.policy_logps[:, 0],
+        "logps/rejected": rows.policy_logps[:, 1:].mean(1),
+    }
+
+
+# ------------------------------------------------------------------------ the frozen table
+def scaled_margins(options, loss: str, scores: Tensor) -> Tensor:
+    """(E, K) target margins of a loss, times their weight; scores (E, 1 + K), chosen first."""
+    chosen, rejected = scores[:, 0], scores[:, 1:]
+    if loss == "recpo":
+        return options.margin_lambda * target_margins(chosen, rejected, options.margin)
+    if loss == "odpo":
+        return options.odpo_alpha * target_margins(chosen, rejected, options.odpo_offset)
+    return target_margins(chosen, rejected, "none")
+
+
+def mismatched_slots(others: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    """(E, 1) for KTO's baseline: a listed title that is neither chosen nor rejected (E, 1)."""
+    return np.where(others[:, :1] == rejected, others[:, 1:2], others[:, :1])
+
+
+@dataclass
+class PreferenceTable:
+    """One row per training example, frozen before the first step.
+
+    slots (E, N): the candidates that become completions: chosen, K rejected, and for KTO one more."""
+
+    slots: np.ndarray
+    margins: Tensor  # (E, K)
+    num_negatives: int  # K
+
+    @classmethod
+    def of(cls, options, loss: str, examples) -> "PreferenceTable":
+        K = 1 if LOSSES[loss].pairwise else options.num_negatives
+        rejected = examples.negatives(K, options.negative_source)  # (E, K)
+        slots = np.concatenate([examples.target[:, None], rejected], 1)
+        scores = torch.from_numpy(np.take_along_axis(examples.scores, slots, 1))
+        if loss == "kto":
+            slots = np.concatenate([slots, mismatched_slots(examples.others, rejected)], 1)
+        return cls(slots, scaled_margins(options, loss, scores), K)
+
+
+# ------------------------------------------------------------------------ micro-batches
 def after_first(sequence_ids: Tensor) -> Tensor:
     """(M,) True for every scored token but the first of its completion."""
     mask = torch.zeros_like(sequence_ids, dtype=torch.bool)
@@ -71,37 +186,32 @@ class SFT:
 
     def __init__(self, config, model, encoded: Encoded, device):
         self.config, self.model, self.encoded, self.device = config, model, encoded, device
-        self.slots = encoded.examples.target[
-            :, None
-        ]  # (E, N) candidates that become completions, chosen first
+        # (E, N) candidates that become completions, chosen first
+        self.slots = encoded.examples.target[:, None]
         if config.copy_weight:
             self.slots = np.concatenate([self.slots, encoded.examples.others[:, :COPY_TITLES]], 1)
 
     def num_tokens(self, examples, columns=slice(0, 1)) -> int:
         """Target tokens of these columns of `slots`; by default those of the chosen titles."""
-        return sum(
-            len(ids) for e in examples for ids in self.encoded.slots(int(e), self.slots[e][columns])
-        )
+        groups = (self.encoded.slots(int(e), self.slots[e][columns]) for e in examples)
+        return sum(len(ids) for group in groups for ids in group)
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
+        """The micro-batch of these examples, in a step of `step_examples` over all ranks."""
         weight, batch = float(bool(batch)), batch or [int(step_examples[0])]
         tree = self.encoded.tree(batch, self.slots)
         chosen = tree.sequence_ids % tree.num_completions == 0
-        indices = [
-            torch.nonzero(mask).squeeze(1)
-            for mask in (chosen, ~chosen & after_first(tree.sequence_ids))
-        ]
-        rest = slice(1, None)
-        num_others = self.num_tokens(step_examples, rest) - len(step_examples) * (
-            self.slots.shape[1] - 1
-        )
+        others = ~chosen & after_first(tree.sequence_ids)
+
+        num_firsts = len(step_examples) * (self.slots.shape[1] - 1)
         return MicroBatch(
             tree.to(self.device),
             weight,
-            *(to_device(t, self.device) for t in indices),
-            len(step_examples),
-            self.num_tokens(step_examples),
-            num_others,
+            to_device(torch.nonzero(chosen).squeeze(1), self.device),
+            to_device(torch.nonzero(others).squeeze(1), self.device),
+            num_examples=len(step_examples),
+            num_tokens=self.num_tokens(step_examples),
+            num_others=self.num_tokens(step_examples, slice(1, None)) - num_firsts,
         )
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, dict]:
@@ -109,19 +219,28 @@ class SFT:
         token_logps, greedy_ids = self.model(tree)
         chosen_logps = token_logps[batch.chosen]
         loss = sft_loss(chosen_logps, batch.num_tokens)
-        if (
-            self.config.copy_weight
-        ):  # how the other listed titles go on once begun: nothing about which to choose
-            loss = loss + self.config.copy_weight * sft_loss(
-                token_logps[batch.others], batch.num_others
-            )
+        if self.config.copy_weight:  # how the other titles go on once begun, not which to choose
+            others = sft_loss(token_logps[batch.others], batch.num_others)
+            loss = loss + self.config.copy_weight * others
+
         right = (greedy_ids == tree.labels)[batch.chosen]
         count = weight * len(batch.chosen)
         sums = {
-            "loss": (-weight * chosen_logps.detach().sum(), count),
+            "loss": (weight * loss.detach(), count / batch.num_tokens),
+            "nll_loss": (-weight * chosen_logps.detach().sum(), count),
             "mean_token_accuracy": (weight * right.sum(), count),
         }
         return weight * loss, sums
+
+    def after_step(self, metrics: Callable[[str], Tensor]) -> None:
+        """What the next step must know of this one; metrics(name) stays on its device."""
+
+    def state(self) -> dict:
+        """What a checkpoint must keep of it, and load_state reads."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        pass
 
 
 class Preference(SFT):
@@ -133,103 +252,72 @@ class Preference(SFT):
 
     def __init__(self, config, loss: str, model, encoded: Encoded, device):
         super().__init__(config, model, encoded, device)
-        self.loss, examples = loss, encoded.examples
-        self.K = 1 if loss in PAIRWISE else config.num_negatives
-        self.sft_weight = config.sft_weight if config.sft_weight >= 0 else float(loss == "cpo")
-        self.has_reference = not (config.reference_free or loss in WITHOUT_REFERENCE)
-        rejected = examples.negatives(self.K, config.negative_source)
-        self.slots = np.concatenate([examples.target[:, None], rejected], 1)  # (E, 1 + K)
-        scores = torch.from_numpy(np.take_along_axis(examples.scores, self.slots, 1))
-        kind = {"recpo": config.margin, "odpo": config.odpo_offset}.get(loss, "none")
-        weight = config.odpo_alpha if loss == "odpo" else config.margin_lambda
-        self.margins = weight * target_margins(scores[:, 0], scores[:, 1:], kind)  # (E, K)
-        if loss == "kto":
-            others = examples.others  # the first that is not the rejected one
-            mismatched = np.where(others[:, :1] == rejected, others[:, 1:2], others[:, :1])
-            self.slots = np.concatenate([self.slots, mismatched], 1)
+        table = PreferenceTable.of(config, loss, encoded.examples)
+        self.loss, self.method = loss, LOSSES[loss]
+        self.slots, self.margins, self.K = table.slots, table.margins, table.num_negatives
+        self.sft_weight = config.sft_weight
+        if config.sft_weight < 0:
+            self.sft_weight = self.method.sft_weight
+        self.has_reference = self.method.has_reference and not config.reference_free
         self.reference_logps = torch.zeros(self.slots.shape)  # (E, N)
-        self.first_rewards: list[Tensor] | None = (
-            [] if self.has_reference else None
-        )  # of the first step: they must be zero
+        # of the first step, where they must be zero; None once they were checked
+        self.first_rewards: list[Tensor] | None = [] if self.has_reference else None
         self.kl = torch.zeros((), device=device)  # of the step before
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
         prepared = super().prepare(batch, step_examples)
-        rows = batch or [int(step_examples[0])]
-        prepared.reference_logps = to_device(self.reference_logps[rows], self.device)
-        prepared.margins = to_device(self.margins[rows], self.device)
-        lengths = [[len(ids) for ids in self.encoded.slots(e, self.slots[e])] for e in rows]
+        examples = batch or [int(step_examples[0])]
+        lengths = [[len(ids) for ids in self.encoded.slots(e, self.slots[e])] for e in examples]
+        prepared.reference_logps = to_device(self.reference_logps[examples], self.device)
+        prepared.margins = to_device(self.margins[examples], self.device)
         prepared.lengths = to_device(torch.tensor(lengths), self.device)
         return prepared
-
-    def losses(
-        self, policy_logps: Tensor, reference_logps: Tensor, margins: Tensor, lengths: Tensor
-    ):
-        """losses (B,), rewards (B, 1 + K); arguments (B, 1 + K), margins (B, K)."""
-        config, logps = self.config, (policy_logps, reference_logps)
-        if self.loss == "dpo":
-            return dpo_loss(*logps, config.beta, config.label_smoothing)
-        if self.loss == "ipo":
-            return ipo_loss(
-                *((t / lengths for t in logps) if config.ipo_average else logps), config.beta
-            )
-        if self.loss == "simpo":
-            return simpo_loss(policy_logps, lengths, config.beta, config.simpo_gamma)
-        if self.loss == "cpo":
-            return cpo_loss(policy_logps, config.beta)
-        if self.loss == "odpo":
-            return odpo_loss(*logps, margins, config.beta)
-        if self.loss == "kto":
-            return kto_loss(
-                *logps, self.kl, config.beta, config.kto_desirable, config.kto_undesirable
-            )
-        if self.loss == "sdpo":
-            return sdpo_loss(*logps, config.beta)
-        return recpo_loss(*logps, margins, config.beta)
 
     def first_loss(self) -> float:
         """What the mean loss must be before the first step, where the policy is the reference; NaN without one."""
         if not self.has_reference:
             return float("nan")
         zeros = torch.zeros(len(self.slots), 1 + self.K)
-        return self.losses(zeros, zeros, self.margins, torch.ones_like(zeros))[0].mean().item()
+        rows = Rows(zeros, zeros, self.margins, torch.ones_like(zeros), torch.zeros(()))
+        losses, _ = self.method.compute(self.config, rows)
+        return losses.mean().item()
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, dict]:
-        tree, weight, margins = batch.tree, batch.weight, batch.margins
-        token_logps, _ = self.model(tree)
-        all_logps = tree.sum_logps(token_logps)  # (B, N)
+        weight, B = batch.weight, len(batch.margins)
+        token_logps, _ = self.model(batch.tree)
+        logps = batch.tree.sum_logps(token_logps)  # (B, N)
         pair = slice(0, 1 + self.K)
-        policy_logps, reference_logps = all_logps[:, pair], batch.reference_logps[:, pair]
-        losses, rewards = self.losses(
-            policy_logps, reference_logps, margins, batch.lengths[:, pair]
-        )
+        reference_logps, lengths = batch.reference_logps[:, pair], batch.lengths[:, pair]
+        rows = Rows(logps[:, pair], reference_logps, batch.margins, lengths, self.kl)
+
+        losses, rewards = self.method.compute(self.config, rows)
         loss = losses.sum() / batch.num_examples
         if self.sft_weight:
             loss = loss + self.sft_weight * sft_loss(token_logps[batch.chosen], batch.num_tokens)
         if self.first_rewards is not None:
             self.first_rewards.append(weight * rewards)
 
-        gaps = rewards[:, :1] - rewards[:, 1:]  # (B, K)
-        per_example = {
-            "loss": losses,
-            "rewards/chosen": rewards[:, 0],
-            "rewards/rejected": rewards[:, 1:].mean(1),
-            "rewards/margins": gaps.mean(1),
-            "rewards/accuracies": (gaps > 0).all(1).float(),  # chosen beats all K
-            "rewards/pair_accuracies": (gaps > 0).float().mean(1),  # TRL's meaning
-            "margins/target": margins.mean(1),
-            "margins/satisfied": (gaps > margins).float().mean(1),
-            "logps/chosen": policy_logps[:, 0],
-            "logps/rejected": policy_logps[:, 1:].mean(1),
-        }
+        per_example = preference_metrics(rows, losses, rewards)
         if self.loss == "kto":
-            per_example["kl"] = all_logps[:, -1] - batch.reference_logps[:, -1]
-        sums = {
-            name: (weight * values.detach().sum(), weight * len(losses))
-            for name, values in per_example.items()
-        }
-        sums["nll_loss"] = (-weight * policy_logps[:, 0].detach().sum(), weight * len(batch.chosen))
+            per_example["kl"] = logps[:, -1] - batch.reference_logps[:, -1]
+        sums = {"loss": (weight * loss.detach(), weight * B / batch.num_examples)}
+        for name, values in per_example.items():
+            sums[name] = (weight * values.detach().sum(), weight * B)
+        chosen_logps = rows.policy_logps[:, 0].detach()
+        sums["nll_loss"] = (-weight * chosen_logps.sum(), weight * len(batch.chosen))
         return weight * loss, sums
+
+    def after_step(self, metrics: Callable[[str], Tensor]) -> None:
+        if self.loss == "kto":
+            self.kl = metrics("kl").nan_to_num(0.0).float()
+
+    def state(self) -> dict:
+        return {"kl": self.kl.item()} if self.loss == "kto" else {}
+
+    def load_state(self, state: dict) -> None:
+        self.first_rewards = None  # those of the first step, which is over
+        if "kl" in state:
+            self.kl = torch.tensor(state["kl"], device=self.device)
 
 
 class Schedule:
@@ -246,10 +334,8 @@ class Schedule:
     def examples(self, step: int) -> np.ndarray:
         epoch, t = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = (
-                epoch,
-                np.random.default_rng([self.config.seed, epoch]).permutation(len(self.widths)),
-            )
+            rng = np.random.default_rng([self.config.seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(len(self.widths))
         return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:

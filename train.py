@@ -26,6 +26,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,8 +143,9 @@ class NotFinite(ValueError):
 class StepMetrics:
     """Metrics of one step on their way to the host. Reading them one step later never waits for a busy GPU."""
 
-    def __init__(self, names: list[str], values: Tensor, lr: float):
-        self.names, self.lr, self.on_device = names, lr, values
+    def __init__(self, means: dict[str, Tensor], not_finite: Tensor, lr: float):
+        self.on_device, self.lr = means, lr
+        values = torch.cat([torch.stack(list(means.values())), not_finite])
         self.values = values.to("cpu", non_blocking=True)  # into pinned memory
         self.arrived = None
         if values.is_cuda:
@@ -155,14 +157,33 @@ class StepMetrics:
         if self.arrived:
             self.arrived.synchronize()
         values = self.values.tolist()  # the metrics, then a flag for each rank
-        metrics = dict(zip(self.names, values, strict=False)) | {"learning_rate": self.lr}
+        flags = values[len(self.on_device) :]
+        metrics = dict(zip(self.on_device, values, strict=False)) | {"learning_rate": self.lr}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise NotFinite(
-                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; this update was left out. "
-                "A smaller learning rate or --dtype float32 usually helps",
-                [rank for rank, flag in enumerate(values[len(self.names) :]) if flag],
+                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; "
+                "this update was left out. A smaller learning rate or --dtype float32 usually helps",
+                [rank for rank, flag in enumerate(flags) if flag],
             )
         return metrics
+
+
+def reduce_metrics(
+    sums: dict[str, Tensor],  # this rank's, on its device, float64
+    counts: dict[str, float],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Means over all ranks by name, and a flag per rank (R,): its own loss was not finite.
+
+    One all_reduce, and nothing is read."""
+    totals = torch.stack(list(sums.values()))
+    known = torch.tensor(list(counts.values()), dtype=torch.double)
+    own = torch.eye(dist.get_world_size(), dtype=torch.double)[dist.get_rank()]
+    flags = to_device(own, totals.device) * ~sums["loss"].isfinite()
+    reduced = torch.cat([totals, to_device(known, totals.device), flags])
+    dist.all_reduce(reduced)
+
+    totals, known, flags = reduced.split([len(sums), len(sums), len(own)])
+    return dict(zip(sums, totals / known, strict=True)), flags
 
 
 def train_step(
@@ -179,56 +200,42 @@ def train_step(
     `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so micro-batches and ranks add up
     to one big batch; `sums` maps metric names to (sum, count). Every rank brings equally many batches. `replicas` ranks hold
     the same rows of a gradient; None: all do. Nothing here waits for the GPU."""
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, float] = {}
-    world_size, sharded = dist.get_world_size(), hasattr(model, "set_requires_gradient_sync")
+    sums, counts = defaultdict(float), defaultdict(float)
+    sharded, world_size = hasattr(model, "set_requires_gradient_sync"), dist.get_world_size()
     # ------------------------- training step begins -------------------------
     for group in optimizer.param_groups:
         group["lr"] = lr
+
     for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
         if sharded:
-            model.set_requires_gradient_sync(
-                number == len(batches) - 1
-            )  # reduce gradients once per step
-        loss, sums = compute(batch)
-        # Sharded gradients are averaged over ranks, but losses are divided by global counts already: undo the average.
+            model.set_requires_gradient_sync(last)  # reduce gradients once per step
+        loss, metrics = compute(batch)
+        # Sharded gradients are averaged over ranks, but losses are divided by global counts
+        # already: undo the average.
         (loss * world_size).backward()
-        for name, (total, count) in sums.items():
-            totals[name] = totals.get(name, 0) + total.double()
-            counts[name] = counts.get(name, 0) + count
+        for name, (total, count) in metrics.items():
+            sums[name] += total.double()
+            counts[name] += count
     if not sharded and world_size > 1:
         average_gradients(optimizer)
-    # One all_reduce for the squared gradient norm and all metrics. Plain local tensors: DTensor's own clip_grad_norm_
-    # costs more than the whole step of a small model.
+
+    # Plain local tensors: DTensor's own clip_grad_norm_ costs more than a small model's whole step.
     gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"]]
-    squared_norm = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    squared_norm /= replicas or world_size  # so many ranks count the same rows
-    own = [float(rank == dist.get_rank()) for rank in range(world_size)]
-    known = torch.tensor([1.0 / world_size, *counts.values(), *own], dtype=torch.double)
-    known = to_device(known, squared_norm.device)
-    not_finite = (~totals["loss"].isfinite()).double() * known[
-        -world_size:
-    ]  # one flag per rank, its own set
-    reduced = torch.cat(
-        [torch.stack([squared_norm, *totals.values()]), known[:-world_size], not_finite]
-    )
-    dist.all_reduce(reduced)
-    sums, device_counts, not_finite = reduced.split([1 + len(totals), 1 + len(totals), world_size])
-    means = sums / device_counts
-    means[0].sqrt_()
-    grad_norm = means[0]
+    sums["grad_norm"] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    counts["grad_norm"] = (replicas or world_size) / world_size  # so many ranks hold the same rows
+    means, not_finite = reduce_metrics(sums, counts)
+    means["grad_norm"] = grad_norm = means["grad_norm"].sqrt()
+
     if config.max_grad_norm:
-        torch._foreach_mul_(
-            gradients, (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0).float()
-        )
-    finite = (grad_norm + means[1 + list(totals).index("loss")]).isfinite()
-    optimizer.found_inf = (
-        ~finite
-    ).float()  # fused AdamW leaves the whole update out where this is 1
+        clip = (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, clip.float())
+    # fused AdamW leaves the whole update out where this is 1
+    optimizer.found_inf = (~(grad_norm + means["loss"]).isfinite()).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     # ------------------------- training step ends ---------------------------
-    return StepMetrics(["grad_norm", *totals], torch.cat([means, not_finite]), lr)
+    return StepMetrics(means, not_finite, lr)
 
 
 def average_gradients(optimizer) -> None:
@@ -359,11 +366,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         taken = next(
             (int(state["step"]) for state in optimizer.state.values()), 0
         )  # fewer than `step` if some were skipped
-        facts = (
-            identity
-            | {"optimizer_steps": taken}
-            | ({"kl": objective.kl.item()} if stage == "kto" else {})
-        )
+        facts = identity | {"optimizer_steps": taken} | objective.state()
         save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
 
     if start is None:
@@ -403,8 +406,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     for step, batches in enumerate(prefetch(prepare, range(start, schedule.num_steps)), start):
         lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
         result = train_step(model, optimizer, batches, objective, lr, config, replicas)
-        if stage == "kto":  # read on the device, without waiting for it
-            objective.kl = result.on_device[result.names.index("kl")].nan_to_num(0.0).float()
+        objective.after_step(result.on_device.__getitem__)
         if step == 0 and stage != "sft" and objective.has_reference:
             check_first_rewards(objective, exact=stored_dtype(config, device) == torch.float32)
         if pending:
@@ -478,10 +480,7 @@ def resume_stage(
             metrics.unlink(missing_ok=True)
         return None
     state = load_checkpoint(checkpoint, model, optimizer, identity)
-    if isinstance(objective, Preference):
-        objective.first_rewards = None  # those of the first step, which is over
-    if "kl" in state:
-        objective.kl = torch.tensor(state["kl"], device=run.device)
+    objective.load_state(state)
     if is_main():
         kept = [
             line for line in metrics.read_text().splitlines() if line_step(line) <= state["step"]

@@ -33,7 +33,6 @@ from common import arg, free_memory, parse_config, run_cli, setup_distributed
 from data import Encoded, encode_examples, prepare
 from eval import (
     EvalConfig,
-    check_choice,
     check_run_data,
     load_source,
     predict,
@@ -63,11 +62,10 @@ NUM_BINS = 5  # of history lengths: equally many users each, but for equal lengt
 class ProbeConfig(EvalConfig):
     """Measure a probe for the stages of a run, a Hugging Face directory or a PEFT adapter."""
 
-    probe: str = arg("", ", ".join(PROBE_NAMES), group="probe")
+    probe: str = arg("", ", ".join(PROBE_NAMES), group="probe", choices=PROBE_NAMES)
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, "probe", PROBE_NAMES)
         if self.probe != "length" and self.dataset == "prepared":
             raise ValueError("--probe needs a log; prepared examples have their candidates already")
         if self.recommend or self.split != "test":

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from baselines import counting_baselines, item_knn, markov, popularity, ranking_metrics
 from common import arg, parse_config, run_cli, writing
 from data import DataConfig, Examples, Interactions, prepare
-from eval import check_choice, results_table, save_predictions, summarise
+from eval import results_table, save_predictions, summarise
 
 NEURAL = ("gru4rec", "caser", "sasrec")
 COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}
@@ -49,21 +49,28 @@ class BaselineConfig(DataConfig):
     """Train and test a sequential recommender, or count, on frozen examples."""
 
     method: str = arg(
-        "sasrec", f"one of {', '.join((*NEURAL, 'random', *COUNTING))}", group="method"
+        "sasrec",
+        f"one of {', '.join((*NEURAL, 'random', *COUNTING))}",
+        group="method",
+        choices=(*NEURAL, "random", *COUNTING),
     )
-    hidden_size: int = arg(64, "width of items and hidden states")
-    num_layers: int = arg(2, "blocks of SASRec, layers of GRU4Rec")
-    dropout: float = arg(0.2, "dropout")
+    hidden_size: int = arg(64, "width of items and hidden states", at_least=1)
+    num_layers: int = arg(2, "blocks of SASRec, layers of GRU4Rec", at_least=1)
+    dropout: float = arg(0.2, "dropout", at_least=0, below=1)
     max_items: int = arg(
-        50, "most recent items that a model sees; 0 = as many as a prompt shows (--history)"
+        50,
+        "most recent items that a model sees; 0 = as many as a prompt shows (--history)",
+        at_least=0,
     )
     num_sampled: int = arg(
-        512, "items drawn per batch that the next one is compared with; 0 = all items"
+        512, "items drawn per batch that the next one is compared with; 0 = all items", at_least=0
     )
-    epochs: int = arg(200, "at most so many epochs", group="optimisation")
-    patience: int = arg(10, "epochs without a better validation HR@1 before training stops")
-    batch_size: int = arg(256, "windows per step")
-    learning_rate: float = arg(1e-3, "Adam's learning rate")
+    epochs: int = arg(200, "at most so many epochs", group="optimisation", at_least=1)
+    patience: int = arg(
+        10, "epochs without a better validation HR@1 before training stops", at_least=1
+    )
+    batch_size: int = arg(256, "windows per step", at_least=1)
+    learning_rate: float = arg(1e-3, "Adam's learning rate", above=0)
     seed: int = arg(0, "seed of weights, order, samples and dropout")
     output_dir: str = arg(
         "", "folder of config.json, metrics.jsonl and eval/; empty = only print", group="output"
@@ -71,13 +78,6 @@ class BaselineConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, "method", (*NEURAL, "random", *COUNTING))
-        least = {"max_items": 0}
-        for name in ("hidden_size", "num_layers", "max_items", "epochs", "patience", "batch_size"):
-            if getattr(self, name) < least.get(name, 1):
-                raise ValueError(
-                    f"--{name} must be >= {least.get(name, 1)}, got {getattr(self, name)}"
-                )
         if self.max_items == 0 and self.history_items == "positive":
             raise ValueError(
                 "--max_items 0 shows what a prompt shows, but these models read disliked items "

@@ -124,7 +124,7 @@ def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
     for stage in MORE:
         assert len(big[stage]) == 5 and np.isfinite(losses(big, stage)).all()
         np.testing.assert_allclose(losses(small, stage), losses(big, stage), atol=1e-4)
-    first = {stage: big[stage][0]["loss"] for stage in MORE}
+    first = {stage: big[stage][0]["preference_loss"] for stage in MORE}
     assert first["ipo"] == pytest.approx((1 / 0.4) ** 2, abs=1e-5) and first[
         "kto"
     ] == pytest.approx(0.5, abs=1e-5)
@@ -192,7 +192,7 @@ def test_finished_stages_are_not_run_again(one_process):
     )
     assert "sft: finished before" in output and "recpo: finished before" in output
     assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
-    assert after["sdpo"][0]["loss"] == pytest.approx(
+    assert after["sdpo"][0]["preference_loss"] == pytest.approx(
         np.log(4), abs=1e-6
     )  # K = 3 at policy = reference
 
@@ -228,7 +228,7 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
     )  # the base is the one that the adapter names
     output, metrics = run_train(tmp_path, "go-on", *flags)
     assert "before the first step: at most 0.0e+00 nats" in output
-    assert metrics["sdpo"][0]["loss"] == pytest.approx(np.log(4), abs=1e-6)
+    assert metrics["sdpo"][0]["preference_loss"] == pytest.approx(np.log(4), abs=1e-6)
     output, _ = run_train(tmp_path, "refused", f"--model={run / 'base'}", *flags, expect=1)
     assert "trained on another base" in output and "Traceback" not in output
 
