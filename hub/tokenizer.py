@@ -174,7 +174,11 @@ def _eos_of(file: Path, inner) -> list[int]:
         return []
     if not isinstance(token, str):
         raise ValueError(f"{file}: eos_token must be a text, got {token!r}")
-    if (token_id := inner.token_to_id(token)) is None:
+    try:
+        token_id = inner.token_to_id(token)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        token_id = None
+    if token_id is None:
         note_once(f"{file}: its eos_token {token!r} is not in tokenizer.json and is left out")
         return []
     return [token_id]
