@@ -422,6 +422,8 @@ def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
     run = Path(config.run)
     with reading(run / "config.json"):
         listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
+    if any(not s or Path(s).name != s for s in listed):
+        raise ValueError(f"{run / 'config.json'}: stages {listed} are no names of folders")
     stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
     if not stages:
         raise ValueError(f"{run}: no stage of this run is finished yet")
