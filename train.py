@@ -52,6 +52,7 @@ from common import (
     writing,
 )
 from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
+from demo.planted import World, bayes_scores
 from estimate import device_memory, dry_run, replica_note
 from eval import check_data, load_stage, results_table, save_predictions, summarise
 from hub.adapter import read_adapter_config
@@ -60,7 +61,6 @@ from lora import apply_lora, read_adapter, save_adapter
 from model import Transformer, empty_model, save_pretrained
 from objectives import SFT, MicroBatch, Preference, Schedule
 from options import TrainConfig, stored_dtype
-from planted import World, bayes_scores
 from quantized import give_back_freed_blocks, read_4bit, to_4bit
 from reference import (
     check_first_rewards,
