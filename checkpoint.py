@@ -28,6 +28,7 @@ from common import print0, read_json, writing
 from hub.files import open_safetensors
 from sharding import fill, local, own_rows, trained
 
+WRONG_CONTENT = (KeyError, IndexError, TypeError, AttributeError)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -199,6 +200,6 @@ def load_checkpoint(folder: Path, model, optimizer, expected: dict) -> dict:
             torch.set_rng_state(mine.get_tensor("random.cpu"))
             if torch.cuda.is_available() and "random.cuda" in mine.keys():
                 torch.cuda.set_rng_state(mine.get_tensor("random.cuda"))
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, *WRONG_CONTENT) as error:
         raise ValueError(f"{folder}: cannot be read into this model ({error})") from None
     return state

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -78,12 +79,15 @@ class Switch(argparse.Action):
 
 
 def read_json(file) -> dict:
+    """The JSON object in a file, with or without a byte-order mark; ValueError names the file."""
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers without end
         raise ValueError(f"{file}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -116,14 +120,36 @@ def parse_config(cls, argv=None):
         from_file = read_json(file)
         if unknown := sorted(from_file.keys() - types.keys()):
             raise ValueError(f"{file}: unknown options {unknown}; --help lists the known ones")
-        for name, value in from_file.items():
-            number = types[name] is float and type(value) is int
-            if type(value) is not types[name] and not number:
-                raise ValueError(f"{file}: {name} must be {types[name].__name__}, got {value!r}")
+        check_types(file, from_file, types)
         given = from_file | given
     if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]:
         parser.error(f"missing --{', --'.join(missing)}")
     return cls(**given)
+
+
+def check_types(file, content: dict, types: dict[str, type]) -> None:
+    """ValueError unless every option of a file has the type of its field."""
+    for name, value in content.items():
+        number = types[name] is float and type(value) is int
+        if type(value) is not types[name] and not number:
+            raise ValueError(f"{file}: {name} must be {types[name].__name__}, got {value!r}")
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print a note, however often the same files are opened."""
+    print0(f"note: {text}")
+
+
+@contextlib.contextmanager
+def reading(file):
+    """JSON of the right syntax and the wrong content: one message that names the file."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{file}: its content is not what belongs there ({type(error).__name__}: {error})"
+        ) from None
 
 
 @contextlib.contextmanager

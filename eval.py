@@ -23,13 +23,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from baselines import counting_baselines, ranking_metrics
-from common import arg, free_memory, parse_config, progress, read_json, run_cli, setup_distributed
+from common import (
+    arg,
+    check_types,
+    free_memory,
+    parse_config,
+    progress,
+    read_json,
+    reading,
+    run_cli,
+    setup_distributed,
+)
 from data import (
     NUM_CANDIDATES,
     DataConfig,
@@ -47,7 +58,7 @@ from data import (
     render_prompt,
     tree_widths,
 )
-from hub.adapter import read_adapter_config
+from hub.adapter import base_of
 from hub.files import resolve_path
 from lora import load_adapter
 from model import Transformer, generate, load_pretrained
@@ -375,23 +386,20 @@ def load_stage(folder: Path) -> tuple[Path, Path | None]:
         raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
     if (folder / "config.json").exists():
         return folder, None
-    facts = read_json(folder / "base.json")
-    base = folder / facts["base"]  # an absolute path stays as it is
+    with reading(folder / "base.json"):
+        facts = read_json(folder / "base.json")
+        base = folder / facts["base"]  # an absolute path stays as it is
+        recorded = Path(facts["adapter"]) if "adapter" in facts else None
     if not base.is_dir():
         raise ValueError(f"{folder}: its base model {base} is gone")
-    adapter = (
-        folder
-        if (folder / "adapter_config.json").exists()
-        else Path(facts["adapter"])
-        if "adapter" in facts
-        else None
-    )
+    adapter = folder if (folder / "adapter_config.json").exists() else recorded
     return Path(os.path.normpath(base)), adapter
 
 
 def check_data(stage: Path, data_hash: str, way_out: str) -> None:
     """ValueError if a finished stage was trained and tested on other data than there are now."""
-    before = read_json(stage / "eval" / "metrics.json")["data_hash"]
+    with reading(stage / "eval" / "metrics.json"):
+        before = str(read_json(stage / "eval" / "metrics.json")["data_hash"])
     if before != data_hash:
         raise ValueError(
             f"{stage.name} was finished on data {before[:12]}, now it is {data_hash[:12]}: "
@@ -411,10 +419,11 @@ def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
     """Name -> (base, adapter) of everything to evaluate."""
     if not config.run:
         adapter = Path(config.adapter) if config.adapter else None
-        base = config.model or read_adapter_config(adapter).get("base_model_name_or_path") or ""
+        base = config.model or base_of(adapter)
         return {(adapter or Path(base)).name: (resolve_path(base), adapter)}
     run = Path(config.run)
-    listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
+    with reading(run / "config.json"):
+        listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
     stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
     if not stages:
         raise ValueError(f"{run}: no stage of this run is finished yet")
@@ -425,15 +434,19 @@ def with_run_options(config: EvalConfig) -> EvalConfig:
     """Data options, dtype and max_length of the run: its examples are evaluated, whatever else was given."""
     if not config.run:
         return config
-    saved = read_json(Path(config.run) / "config.json")
+    file = Path(config.run) / "config.json"
+    saved = read_json(file)
     names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {
         "dtype",
         "max_length",
         "load_in_4bit",
     }
-    return replace(
-        config, **{name: saved[name] for name in names if name in saved}
-    )  # older runs have fewer options
+    known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
+    check_types(file, known, get_type_hints(EvalConfig))
+    try:
+        return replace(config, **known)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:

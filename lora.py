@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hub.adapter import (
     PEFT_PREFIX,
+    adapter_settings,
     check_adapter_tensors,
     read_adapter_config,
     read_adapter_tensors,
@@ -121,24 +122,38 @@ def apply_lora(
 
 
 def _find_targets(model: Transformer, target_modules) -> list[str]:
-    linears = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"
-    ]
+    linears = _linears(model)
+    if target_modules == "all-linear":
+        return linears
     if isinstance(target_modules, str):
-        if target_modules == "all-linear":
-            return linears
-        found = [name for name in linears if re.fullmatch(target_modules, name)]
+        try:
+            found = [name for name in linears if re.fullmatch(target_modules, name)]
+        except re.error as error:
+            raise ValueError(f"target_modules {target_modules!r}: {error}") from None
         unused = [] if found else [target_modules]
     else:
         found = [name for name in linears if any(_is_path_end(t, name) for t in target_modules)]
-        unused = sorted(
-            t for t in target_modules if not any(_is_path_end(t, name) for name in found)
-        )
+        unused = sorted(set(target_modules) - set(_used_targets(model, target_modules)))
     if unused or not found:
         raise ValueError(
-            f"target_modules {unused or list(target_modules)} match no linear layer; known: {TARGET_MODULES}"
+            f"target_modules {unused or list(target_modules)} match no linear layer that can carry "
+            f"an adapter (lm_head and embeddings cannot); known: {TARGET_MODULES}"
         )
     return found
+
+
+def _linears(model: Transformer) -> list[str]:
+    modules = model.named_modules()
+    return [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
+
+
+def _used_targets(model: Transformer, targets):
+    """Those of a list that match something: PEFT ignores the others when it reads an adapter."""
+    if isinstance(targets, str):
+        return targets
+    linears = _linears(model)
+    used = [t for t in targets if any(_is_path_end(t, name) for name in linears)]
+    return used or targets
 
 
 def _is_path_end(target: str, name: str) -> bool:
@@ -178,22 +193,17 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
 def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
     """(arguments of apply_lora, tensors by PEFT's names) of an adapter, checked against the model, which may be on meta."""
     config = read_adapter_config(path)
-    tensors = read_adapter_tensors(path, config, model.source, model.name_or_path)
+    held = {} if model.source else model.state_dict()
+    tensors = read_adapter_tensors(path, config, model.source, model.name_or_path, held)
+    settings = adapter_settings(path, config)
+    settings["target_modules"] = _used_targets(model, settings["target_modules"])
 
-    r, targets = config.get("r", 8), config.get("target_modules") or ("q_proj", "v_proj")
-    expected = {}
-    for name in _find_targets(model, targets):
+    r, expected = settings["r"], {}
+    for name in _find_targets(model, settings["target_modules"]):
         linear = model.get_submodule(name)
         expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, linear.in_features)
         expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, r)
     check_adapter_tensors(path, tensors, expected)
-    settings = {
-        "r": r,
-        "lora_alpha": config.get("lora_alpha", 8),
-        "lora_dropout": config.get("lora_dropout", 0.0),
-        "target_modules": targets,
-        "use_rslora": config.get("use_rslora", False),
-    }
     return settings, tensors
 
 

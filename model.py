@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common import note_once
 from hub.config import read_config, write_config
 from hub.files import (
     check_weights,
@@ -34,6 +35,7 @@ from hub.files import (
     open_safetensors,
     remove_weights,
     resolve_path,
+    stored_head_differs,
     write_weights,
 )
 from kernels.logps import label_logps, mm_fp32
@@ -358,8 +360,15 @@ def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> T
 def empty_model(path, dtype: torch.dtype = torch.float32) -> Transformer:
     """The architecture of a checkpoint on the `meta` device: shapes without memory."""
     given, path = str(path), resolve_path(path)
+    config = ModelConfig.from_pretrained(path)
+    if config.tie_word_embeddings and stored_head_differs(path):
+        note_once(
+            f"{path}: config.json ties the output matrix to the embedding, but the weights hold "
+            "another lm_head.weight: it is used, as in transformers 5"
+        )
+        config.tie_word_embeddings = False
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_pretrained(path)).to(dtype)
+        model = Transformer(config).to(dtype)
     model.source, model.name_or_path = path, given
     return model
 

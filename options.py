@@ -60,7 +60,9 @@ class TrainConfig(DataConfig):
     lora_target_modules: str = arg(
         ",".join(TARGET_MODULES), "comma-separated linear layers that get an adapter"
     )
-    use_rslora: bool = arg(False, "scaling = alpha / sqrt(r)")
+    use_rslora: bool = arg(
+        False, "scaling = alpha / sqrt(r); llama.cpp ignores it: merge before converting"
+    )
     tiny_hidden_size: int = arg(128, "tiny model: width, a multiple of 64")
     tiny_layers: int = arg(4, "tiny model: blocks", at_least=1)
     tiny_vocab_size: int = arg(1024, "tiny model: tokens of its tokenizer", at_least=300)

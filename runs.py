@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import Stopped, hours, is_main, read_json, writing
+from common import Stopped, hours, is_main, read_json, reading, writing
 from data import Encoded, Tokenizer
 from options import TrainConfig
 
@@ -132,7 +132,9 @@ def open_run_folder(config: TrainConfig) -> Path:
             raise ValueError(
                 f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir"
             )
-        before = asdict(TrainConfig()) | read_json(file)  # older runs have fewer options
+        with reading(file):
+            before = asdict(TrainConfig()) | read_json(file)  # older runs have fewer options
+            stages = before["stages"].split(",")
         changed = sorted(
             k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and before[k] != v
         )
@@ -140,9 +142,7 @@ def open_run_folder(config: TrainConfig) -> Path:
             raise ValueError(
                 f"{file}: the run was started with other values of {', '.join(changed)}"
             )
-        if dropped := [
-            s for s in read_json(file)["stages"].split(",") if s.strip() not in config.stage_list
-        ]:
+        if dropped := [s for s in stages if s.strip() not in config.stage_list]:
             raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
     elif started:
         raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")

@@ -55,7 +55,7 @@ from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_d
 from demo.planted import World, bayes_scores
 from estimate import device_memory, dry_run, replica_note
 from eval import check_data, load_stage, results_table, save_predictions, summarise
-from hub.adapter import read_adapter_config
+from hub.adapter import base_of
 from hub.files import resolve_path
 from lora import apply_lora, read_adapter, save_adapter
 from model import Transformer, empty_model, save_pretrained
@@ -646,11 +646,7 @@ def main() -> None:
             )
             beside.rename(base)
     if config.model != "tiny" or config.adapter:
-        name = (
-            config.model
-            if config.model != "tiny"
-            else read_adapter_config(config.adapter)["base_model_name_or_path"]
-        )
+        name = config.model if config.model != "tiny" else base_of(config.adapter)
         with first("LOCAL_RANK"):
             base = resolve_path(name, weights=not config.dry_run)
     tokenizer = Tokenizer(base)

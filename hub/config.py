@@ -5,11 +5,12 @@ architectures, other rope types, sliding windows, quantised weights.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
 
-from common import read_json
+from common import read_json, reading
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -24,73 +25,125 @@ def is_nf4(quantization: dict) -> bool:
     return kind == ("bitsandbytes", "nf4")
 
 
+SIZES = {  # bounds keep a damaged file from asking for all memory or time
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2000,
+    "num_attention_heads": 2**16,
+}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def read_config(path) -> dict:
     """Fields of `model.ModelConfig` from `path/config.json`; ValueError names what is not supported."""
     file = Path(path) / "config.json"
-    raw = read_json(file)
-
-    def refuse(what: str):
+    if not file.exists() and (file.parent / "adapter_config.json").exists():
         raise ValueError(
-            f"{file}: {what} is not supported; this project runs Llama 2/3, Qwen2/2.5 and Qwen3"
+            f"{file}: no such file, but an adapter lies there: give it as --adapter, and its base "
+            "as --model"
         )
+    raw = read_json(file)
+    with reading(file):
+        refuse_unsupported(file, raw)
+        fields = _sizes(file, raw) | _rope(file, raw)
+    return fields | {
+        "model_type": raw["model_type"],
+        "rms_norm_eps": _number(file, raw, "rms_norm_eps", 1e-6),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
+        "attention_bias": raw["model_type"] == "qwen2" or bool(raw.get("attention_bias")),
+        "max_position_embeddings": _size(file, raw, "max_position_embeddings", 2**40, 4096),
+        "bos_token_id": raw.get("bos_token_id"),
+        "eos_token_id": raw.get("eos_token_id"),
+    }
 
+
+def refuse_unsupported(file: Path, raw: dict) -> None:
+    """ValueError if a config.json asks for anything that this project does not compute."""
     kind = raw.get("model_type")
-    architectures = raw.get("architectures") or [ARCHITECTURES.get(kind)]
-    if kind not in ARCHITECTURES or architectures != [ARCHITECTURES[kind]]:
-        refuse(f"model_type {kind!r}, architectures {architectures}")
-    if (quantised := raw.get("quantization_config")) and not is_nf4(quantised):
-        refuse("quantization_config (quantised weights, other than bitsandbytes' nf4)")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r}")
-    if raw.get("mlp_bias"):
-        refuse("mlp_bias")
-    if raw.get("use_sliding_window") or set(raw.get("layer_types") or []) - {"full_attention"}:
-        refuse("a sliding window (use_sliding_window, layer_types)")
+    known = ARCHITECTURES.get(kind if isinstance(kind, str) else "")
+    architectures = raw.get("architectures") or [known]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        refuse(f"rope_type {rope_type!r}")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        refuse("partial_rotary_factor")
-    required = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
+    if known is None or architectures != [known]:
+        what = f"model_type {kind!r}, architectures {architectures}"
+    elif raw.get("quantization_config") and not is_nf4(raw["quantization_config"]):
+        what = "quantization_config (quantised weights, other than bitsandbytes' nf4)"
+    elif (raw.get("hidden_act") or "silu") not in ("silu", "swish"):
+        what = f"hidden_act {raw['hidden_act']!r}"
+    elif raw.get("mlp_bias"):
+        what = "mlp_bias"
+    elif raw.get("use_sliding_window") or set(raw.get("layer_types") or []) - {"full_attention"}:
+        what = "a sliding window (use_sliding_window, layer_types)"
+    elif not isinstance(rope, dict) or _rope_type(rope) not in ("default", "llama3"):
+        what = f"rope_type {_rope_type(rope) if isinstance(rope, dict) else rope!r}"
+    elif rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        what = "partial_rotary_factor"
+    else:
+        return
+    raise ValueError(
+        f"{file}: {what} is not supported; this project runs Llama 2/3, Qwen2/2.5 and Qwen3"
     )
-    missing = [key for key in required if raw.get(key) is None]
+
+
+def _sizes(file: Path, raw: dict) -> dict:
+    missing = [key for key in SIZES if raw.get(key) is None]
     if missing:
         raise ValueError(f"{file}: missing {', '.join(missing)}")
-    llama3 = (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    )
-    if rope_type == "llama3" and any(key not in rope for key in llama3):
+    fields = {key: _size(file, raw, key, most) for key, most in SIZES.items()}
+    heads, hidden_size = fields["num_attention_heads"], fields["hidden_size"]
+    default = 128 if raw["model_type"] == "qwen3" else max(1, hidden_size // heads)
+    fields["num_key_value_heads"] = _size(file, raw, "num_key_value_heads", heads, heads)
+    fields["head_dim"] = _size(file, raw, "head_dim", 2**14, default)
+    if heads % fields["num_key_value_heads"]:
         raise ValueError(
-            f"{file}: rope_type llama3 needs {', '.join(llama3)}; found {sorted(rope)}"
+            f"{file}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+            f"{fields['num_key_value_heads']}"
         )
+    if fields["head_dim"] % 2:
+        raise ValueError(f"{file}: head_dim {fields['head_dim']} is odd; rotation needs pairs")
+    return fields
 
-    heads = raw["num_attention_heads"]
-    default_head_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads
-    return dict(
-        model_type=kind,
-        **{key: raw[key] for key in required},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or default_head_dim,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        rope_scaling={"rope_type": "llama3"} | {key: rope[key] for key in llama3}
-        if rope_type == "llama3"
-        else None,
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        attention_bias=kind == "qwen2" or bool(raw.get("attention_bias")),
-        max_position_embeddings=raw.get("max_position_embeddings", 4096),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=raw.get("eos_token_id"),
-    )
+
+def _rope_type(rope: dict):
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope(file: Path, raw: dict) -> dict:
+    """rope_theta and rope_scaling, from the layout of transformers 5 or of transformers 4."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    holder = rope if "rope_theta" in rope else raw
+    fields = {
+        "rope_theta": float(_number(file, holder, "rope_theta", 10000.0)),
+        "rope_scaling": None,
+    }
+    if _rope_type(rope) == "llama3":
+        if any(key not in rope for key in LLAMA3_ROPE):
+            raise ValueError(
+                f"{file}: rope_type llama3 needs {', '.join(LLAMA3_ROPE)}; found {sorted(rope)}"
+            )
+        scaling = {key: _number(file, rope, key) for key in LLAMA3_ROPE}
+        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise ValueError(f"{file}: high_freq_factor must be above low_freq_factor")
+        fields["rope_scaling"] = {"rope_type": "llama3"} | scaling
+    return fields
+
+
+def _size(file: Path, raw: dict, key: str, most: int, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{file}: {key} must be a whole number from 1 to {most:,}, got {value!r}")
+    return value
+
+
+def _number(file: Path, raw: dict, key: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{file}: {key} must be a number above 0, got {value!r}")
+    return value
 
 
 def hf_config(fields: dict) -> dict:

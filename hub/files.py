@@ -2,14 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import read_json
+from common import note_once, read_json
 
 
 def resolve_path(name, weights: bool = True) -> Path:
@@ -47,30 +48,62 @@ def resolve_path(name, weights: bool = True) -> Path:
         ) from None
 
 
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
 def weight_files(path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint directory, single or sharded."""
+    """Tensor name -> safetensors file of a checkpoint directory, single or sharded.
+
+    As in transformers, a whole file goes before an index."""
     path = Path(path)
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.exists():
-        return {name: path / file for name, file in read_json(index)["weight_map"].items()}
-    if not single.exists():
-        pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pth"))
-        hint = (
-            f"; {pickled[0].name} is pickled, which can run code: convert it to safetensors"
-            if pickled
-            else ""
-        )
+    if (path / WHOLE).exists():
+        with open_safetensors(path / WHOLE) as f:
+            files = dict.fromkeys(f.keys(), path / WHOLE)
+        if (path / INDEX).exists():
+            note_once(
+                f"{path}: {WHOLE} is read, as transformers does, and {INDEX} beside it is not: "
+                "delete the one that is out of date"
+            )
+        return files
+    if (path / INDEX).exists():
+        return read_index(path / INDEX)
+    raise ValueError(f"{path}: neither {WHOLE} nor {INDEX} found{_weights_hint(path)}")
+
+
+def read_index(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{path}: neither model.safetensors nor model.safetensors.index.json found{hint}"
+            f"{index}: no weight_map (tensor name -> file) in it; download or save it again"
         )
-    with open_safetensors(single) as f:
-        return dict.fromkeys(f.keys(), single)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file:
+            raise ValueError(
+                f"{index}: weight_map gives {file!r} for {name}; expected a file of this folder"
+            )
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def _weights_hint(path: Path) -> str:
+    """What lies in a folder instead of the weights, and the way out."""
+    shards = sorted(f.name for f in path.glob("*.safetensors"))
+    pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pth"))
+    if "adapter_model.safetensors" in shards:
+        return "; an adapter lies there: give it as --adapter, and its base as --model"
+    if shards:
+        return (
+            f", but {len(shards)} other safetensors files ({shards[0]}, ...): download the index "
+            "too, or save the model again with save_pretrained"
+        )
+    if pickled:
+        return f"; {pickled[0].name} is pickled, which can run code: convert it to safetensors"
+    return ""
 
 
 def open_safetensors(file: Path):
     try:
         return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{file}: not a readable safetensors file ({error}); download or save it again"
         ) from None
@@ -99,26 +132,78 @@ def check_weights(
     ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}
     found = files.keys() - ignored - beside
     if missing := sorted(expected.keys() - found):
-        raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[:3]}")
+        raise ValueError(
+            f"{path}: {len(missing)} weights are missing, first {missing[:3]}"
+            + _prefix_hint(missing, found)
+        )
     if unexpected := sorted(found - expected.keys()):
         raise ValueError(
             f"{path}: {len(unexpected)} weights do not belong to this architecture, "
             f"first {unexpected[:3]}"
         )
-    check_shapes(files, expected)
+    check_shapes(files, expected, quantised)
     return {name: files[name] for name in (*expected, *sorted(beside))}
 
 
-def check_shapes(files: dict[str, Path], expected: dict[str, tuple[int, ...]]) -> None:
+PREFIXES = {  # what stands before every key -> what put it there
+    "_orig_mod.": "saved from inside torch.compile",
+    "module.": "saved from inside DistributedDataParallel",
+    "base_model.model.": "saved from inside a PEFT model: merge_and_unload first",
+}
+
+
+def _prefix_hint(missing: list[str], found: Collection[str]) -> str:
+    """The cause, when the missing weights are there under names that are longer or shorter."""
+    for prefix, cause in PREFIXES.items():
+        if any(prefix + name in found for name in missing):
+            return f"; its keys begin with {prefix!r}, {cause}: save the inner model"
+    inner = [name for name in missing if name != "lm_head.weight"]
+    if inner and all(name.removeprefix("model.") in found for name in inner):
+        return "; its keys lack the prefix 'model.': save it with its language-model head"
+    return ""
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_shapes(
+    files: dict[str, Path], expected: dict[str, tuple[int, ...]], quantised: Collection[str] = ()
+) -> None:
+    """ValueError unless every expected tensor is in its file, with its shape, as floating point."""
     handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
     for name, shape in expected.items():
         if name not in handles[files[name]].keys():
             raise ValueError(f"{files[name]}: {name} is listed in the index but not in the file")
-        stored = tuple(handles[files[name]].get_slice(name).get_shape())
+        view = handles[files[name]].get_slice(name)
+        stored = tuple(view.get_shape())
         if stored != shape:
             raise ValueError(
                 f"{files[name]}: {name} has shape {stored}, config.json asks for {shape}"
             )
+        if view.get_dtype() not in FLOATS and name not in quantised:
+            raise ValueError(
+                f"{files[name]}: {name} is stored as {view.get_dtype()}; expected one of "
+                f"{', '.join(FLOATS)} (other quantised weights are not supported)"
+            )
+
+
+def stored_head_differs(path) -> bool:
+    """Whether a checkpoint holds an output matrix of its own, other than its embedding.
+
+    transformers 5 then uses it, though config.json says that the two are tied."""
+    files = weight_files(path)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if not all(name in files and files[name].exists() for name in names):
+        return False
+    handles = [open_safetensors(files[name]) for name in names]
+    if any(name not in handle.keys() for name, handle in zip(names, handles, strict=True)):
+        return False
+    head, embedding = (h.get_slice(name) for h, name in zip(handles, names, strict=True))
+    if head.get_shape() != embedding.get_shape():
+        return True
+    rows = head.get_shape()[0]
+    pieces = ((start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+    return any(not torch.equal(head[a:b].float(), embedding[a:b].float()) for a, b in pieces)
 
 
 # ------------------------------------------------------------------------------------------------ writing

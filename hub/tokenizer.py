@@ -4,13 +4,14 @@ Prompts end in "Answer:", completions begin with a space: ids("Answer: Toy Story
 supported tokenizer, which is checked for every title. Masks and labels come from lengths, never from searching ids.
 """
 
+import contextlib
 import hashlib
 import re
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from common import read_json
+from common import note_once, read_json
 
 
 class Tokenizer:
@@ -18,38 +19,55 @@ class Tokenizer:
 
     def __init__(self, path):
         path = Path(path)
-        if not (path / "tokenizer.json").exists():
-            raise ValueError(
-                f"{path / 'tokenizer.json'}: no such file; a Hugging Face tokenizer.json is needed"
-            )
-        try:
-            self.inner = HFTokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(
-                f"{path / 'tokenizer.json'}: not a readable tokenizer ({error})"
-            ) from None
-        self.inner.no_truncation()  # a saved state would apply silently
-        self.inner.no_padding()
-        self.bos_ids = self.inner.encode("").ids[:1]  # [bos], or [] for Qwen
-        self.inner.encode_special_tokens = (
-            True  # "<|eot_id|>" inside a title is text, not a control token
-        )
-        eos = _special_ids(path, self.inner)
-        self.eos_id, self.stop_ids = eos[0], frozenset(eos)
+        self.file = path / "tokenizer.json"
+        if not self.file.exists():
+            raise ValueError(f"{self.file}: no such file; a Hugging Face tokenizer.json is needed")
+        with self._library("not a readable tokenizer"):
+            self.inner = HFTokenizer.from_file(str(self.file))
+            self.inner.no_truncation()  # a saved state would apply silently
+            self.inner.no_padding()
+            first = _first_ids(self.inner)
+        # "<|eot_id|>" inside a title is text, not a control token
+        self.inner.encode_special_tokens = True
+        self.num_embeddings = _num_embeddings(path)
+        self.eos_id, self.stop_ids = _end_ids(path, self.inner, self.num_embeddings)
+        self.bos_ids = [i for i in first if i not in self.stop_ids]  # [bos], or [] for Qwen
+        if first != self.bos_ids:
+            note_once(f"{self.file}: begins a text with a token that ends one; it is left out")
+        self._check_range(self.bos_ids, "")
         # of all that decides the ids of a text
-        self.fingerprint = hashlib.sha256(
-            (path / "tokenizer.json").read_bytes() + bytes(str(eos[0]), "ascii")
-        ).hexdigest()
+        decisions = f"{self.eos_id} {self.bos_ids}"
+        self.fingerprint = hashlib.sha256(self.file.read_bytes() + decisions.encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        chunks = (
-            texts[i : i + 500] for i in range(0, len(texts), 500)
-        )  # the library's records of a text are large
-        return [
-            e.ids
-            for chunk in chunks
-            for e in self.inner.encode_batch(chunk, add_special_tokens=False)
-        ]
+        encoded = []
+        for i in range(0, len(texts), 500):  # the library's records of a text are large
+            with self._library("cannot encode a text"):
+                batch = self.inner.encode_batch(texts[i : i + 500], add_special_tokens=False)
+            encoded += [record.ids for record in batch]
+        for text, ids in zip(texts, encoded, strict=True):
+            self._check_range(ids, text)
+        return encoded
+
+    @contextlib.contextmanager
+    def _library(self, what: str):
+        """The library raises plain Exception, or panics, which is a BaseException of its own."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self.file}: {what} ({error})") from None
+
+    def _check_range(self, ids: list[int], text: str) -> None:
+        """ValueError if the model has no embedding for a token."""
+        if ids and self.num_embeddings and max(ids) >= self.num_embeddings:
+            token = self.inner.id_to_token(max(ids))
+            raise ValueError(
+                f"{self.file}: token {max(ids)} {token!r} (in {text[:60]!r}) is outside the model's "
+                f"vocab_size {self.num_embeddings}: the tokenizer was extended and the embedding "
+                "was not, or they belong to different models"
+            )
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         return [self.bos_ids + ids for ids in self.encode(texts)]
@@ -82,25 +100,99 @@ class Tokenizer:
         return frozenset(i for i in vocab if re.match(r" *[\n\r]", self.inner.decode([i]) or ""))
 
 
-def _special_ids(path: Path, inner) -> list[int]:
-    """Stop ids: the EOS to train on first, then every other one that config, generation_config and tokenizer name."""
-    found: list[int] = []
-    for name in ("config.json", "generation_config.json"):
-        try:
-            eos = read_json(path / name).get("eos_token_id")
-        except ValueError:  # optional, and has been shipped as invalid JSON
-            continue
-        found += eos if isinstance(eos, list) else [eos]
-    try:
-        token = read_json(path / "tokenizer_config.json").get("eos_token")
-        found.append(
-            inner.token_to_id(token["content"] if isinstance(token, dict) else token or "")
-        )
-    except ValueError:
-        pass
-    found = list(dict.fromkeys(i for i in found if i is not None))
-    if not found:
+# ------------------------------------------------------------------------ begin and end of a text
+SOURCES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "config.json",
+)  # the first is believed
+
+
+def _first_ids(inner) -> list[int]:
+    """Ids that the post-processor puts before a text: [bos] or []; what it puts behind is not among them."""
+    whole = inner.encode("Answer").ids
+    bare = inner.encode("Answer", add_special_tokens=False).ids
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return list(dict.fromkeys(whole[:start]))  # two of them are one too many
+    return []
+
+
+def _num_embeddings(path: Path) -> int | None:
+    """Rows of the model's embedding; None where the folder holds no model."""
+    if not (path / "config.json").exists():
+        return None
+    size = read_json(path / "config.json").get("vocab_size")
+    return size if type(size) is int else None
+
+
+def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozenset[int]]:
+    """(EOS to train on, every id that ends an answer), from all files that name one.
+
+    The EOS is the first that all of them hold, else the first; a note says who disagrees."""
+    sources = {name: _eos_of(path / name, inner) for name in SOURCES}
+    sources = {name: ids for name, ids in sources.items() if ids}
+    for name, ids in sources.items():
+        _check_end_ids(path / name, ids, inner, num_embeddings)
+    if not sources:
         raise ValueError(
-            f"{path}: no eos_token_id in config.json or generation_config.json, no eos_token in tokenizer_config.json"
+            f"{path}: no eos_token_id in config.json or generation_config.json, "
+            "no eos_token in tokenizer_config.json that tokenizer.json knows"
         )
-    return found
+    found = list(dict.fromkeys(i for ids in sources.values() for i in ids))
+    shared = [i for i in found if all(i in ids for ids in sources.values())]
+    eos_id = (shared or found)[0]
+    others = {name: ids for name, ids in sources.items() if eos_id not in ids}
+    if others:
+        named = "; ".join(f"{name} says {_spelled(ids, inner)}" for name, ids in others.items())
+        source = next(name for name, ids in sources.items() if eos_id in ids)
+        note_once(
+            f"{path}: {_spelled([eos_id], inner)} of {source} ends an answer; {named}. "
+            "Mend the file that is wrong"
+        )
+    # What config.json alone says may be an ordinary token, which would cut answers.
+    stops = [i for name, ids in sources.items() if name not in others for i in ids]
+    controls = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+    stops += [i for ids in others.values() for i in ids if i in controls]
+    return eos_id, frozenset(stops)
+
+
+def _eos_of(file: Path, inner) -> list[int]:
+    """The end tokens that a file names; the files are optional, and have been shipped as invalid JSON."""
+    try:
+        content = read_json(file)
+    except ValueError as error:
+        if file.exists():
+            note_once(f"{error}; its end token is not known")
+        return []
+    if file.name != "tokenizer_config.json":
+        eos = content.get("eos_token_id")
+        return eos if isinstance(eos, list) else [] if eos is None else [eos]
+    token = content.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return []
+    if not isinstance(token, str):
+        raise ValueError(f"{file}: eos_token must be a text, got {token!r}")
+    if (token_id := inner.token_to_id(token)) is None:
+        note_once(f"{file}: its eos_token {token!r} is not in tokenizer.json and is left out")
+        return []
+    return [token_id]
+
+
+def _check_end_ids(file: Path, ids: list, inner, num_embeddings: int | None) -> None:
+    size = num_embeddings or inner.get_vocab_size()
+    for i in ids:
+        if type(i) is not int:
+            raise ValueError(
+                f"{file}: eos_token_id must be a whole number or a list of them, got {i!r}"
+            )
+        if not 0 <= i < size or inner.id_to_token(i) is None:
+            raise ValueError(
+                f"{file}: end token {i} is outside the vocabulary (0 to {size - 1}); "
+                "give the id of the token that ends a text"
+            )
+
+
+def _spelled(ids: list[int], inner) -> str:
+    return ", ".join(f"{i} {inner.id_to_token(i)!r}" for i in ids)

@@ -784,14 +784,14 @@ def test_saved_truncation_and_padding_are_ignored(family, folders, tokenizer, tm
                 "config.json": '{"eos_token_id": 1}',
                 "tokenizer_config.json": '{"eos_token": "<|eot_id|>"}',
             },
-            1,
+            2,
             {1, 2},
         ),
         ({"config.json": '{"eos_token_id": 0}'}, 0, {0}),
     ],
 )
 def test_eos_and_stop_ids_come_from_the_configs(files, eos_id, stop_ids, folders, tmp_path):
-    """The first eos_token_id, a number or a list, is trained on; every other one stops an answer, too."""
+    """What all sources hold is trained on, else generation_config's, tokenizer's, config's; others stop."""
     (tmp_path / "tokenizer.json").write_bytes((folders["llama3"] / "tokenizer.json").read_bytes())
     for name, content in files.items():
         (tmp_path / name).write_text(content)

@@ -1,0 +1,190 @@
+"""Finding and checking weights: the precedence of transformers, or a message that names cause and way out."""
+
+import json
+
+import pytest
+import torch
+from conftest import max_diff, tiny_model, write_checkpoint, write_json
+from safetensors.torch import load_file, save_file
+
+from common import note_once, read_json
+from hub.config import read_config
+from model import load_pretrained
+
+INPUT_IDS = torch.arange(3, 17).view(2, 7)
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(autouse=True)
+def forget_notes():
+    note_once.cache_clear()
+
+
+def change_weights(path, change) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def transformers_logits(path):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(path)(INPUT_IDS).logits
+
+
+def test_a_whole_file_goes_before_an_index(tmp_path, capsys):
+    """As in transformers; the index beside it is said to be left out, once."""
+    path = write_checkpoint(tmp_path, seed=1, shard_bytes=20_000)
+    shards = {f.name: f.read_bytes() for f in path.glob("model-*")}
+    index = (path / INDEX).read_text()
+    write_checkpoint(path, seed=2)
+    for name, content in shards.items():
+        (path / name).write_bytes(content)
+    (path / INDEX).write_text(index)
+
+    logits = load_pretrained(path).logits(INPUT_IDS)
+    load_pretrained(path)
+    assert torch.equal(logits, tiny_model(seed=2).logits(INPUT_IDS))
+    assert max_diff(logits, transformers_logits(path)) < 1e-4
+    assert capsys.readouterr().out.count(f"{INDEX} beside it is not") == 1
+
+
+def test_shards_without_an_index_are_named(tmp_path):
+    """Their number and the way out, instead of 'not found'."""
+    path = write_checkpoint(tmp_path, shard_bytes=20_000)
+    count = len(list(path.glob("model-*")))
+    (path / INDEX).unlink()
+    with pytest.raises(ValueError, match=rf"{count} other safetensors.*download the index"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        None,
+        [],
+        {},
+        "x",
+        {"a": 1},
+        {"a": None},
+        {"a": "../x.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": ""},
+    ],
+)
+def test_an_index_without_a_sound_weight_map_is_named(weight_map, tmp_path):
+    """Not there, of another kind, or pointing out of the folder: one message with the file."""
+    path = write_checkpoint(tmp_path, shard_bytes=20_000)
+    write_json(path / INDEX, {} if weight_map is None else {"weight_map": weight_map})
+    with pytest.raises(ValueError, match=rf"{INDEX}: (no )?weight_map"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "prefix, cause",
+    [
+        ("_orig_mod.", "torch.compile"),
+        ("module.", "DistributedDataParallel"),
+        ("base_model.model.", "merge_and_unload"),
+    ],
+)
+def test_a_prefix_of_all_keys_is_refused_by_its_cause(prefix, cause, tmp_path):
+    """Names from inside a wrapper say which wrapper it was."""
+    path = write_checkpoint(tmp_path)
+
+    def wrap(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    change_weights(path, wrap)
+    with pytest.raises(ValueError, match=f"keys begin with '{prefix}', .*{cause}"):
+        load_pretrained(path)
+
+
+def test_weights_of_a_bare_decoder_are_refused_by_their_cause(tmp_path):
+    """Keys without `model.` come from a model saved without its head."""
+    path = write_checkpoint(tmp_path)
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_weights(path, strip)
+    with pytest.raises(ValueError, match="lack the prefix 'model.'"):
+        load_pretrained(path)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    """Integers are codes of a quantisation, never cast as they are."""
+    path = write_checkpoint(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(path, lambda t: t.update({name: t[name].to(torch.int8)}))
+    with pytest.raises(ValueError, match=f"{name} is stored as I8"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize("family", ["llama3.2", "qwen2.5-tied"])
+def test_a_stored_head_beside_a_tied_config_is_used_and_said(family, tmp_path, capsys):
+    """Another lm_head than the embedding: logits equal transformers' 5, and saving again unties."""
+    path = write_checkpoint(tmp_path, family)
+    embedding = "model.embed_tokens.weight"
+    change_weights(path, lambda t: t.update({"lm_head.weight": 2 * t[embedding]}))
+    model = load_pretrained(path)
+    assert "another lm_head.weight: it is used" in capsys.readouterr().out
+    assert max_diff(model.logits(INPUT_IDS), 2 * tiny_model(family).logits(INPUT_IDS)) < 1e-4
+    transformers = pytest.importorskip("transformers")
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        assert max_diff(model.logits(INPUT_IDS), transformers_logits(path)) < 1e-4
+
+
+def test_a_stored_copy_of_a_tied_head_stays_tied(tmp_path, capsys):
+    """An lm_head that equals the embedding changes nothing and is not worth a word."""
+    path = write_checkpoint(tmp_path, "llama3.2")
+    embedding = "model.embed_tokens.weight"
+    change_weights(path, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    model = load_pretrained(path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert capsys.readouterr().out == ""
+
+
+def test_an_adapter_given_as_model_is_named(tmp_path):
+    """A folder with an adapter alone says which option it belongs to."""
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
+    with pytest.raises(ValueError, match="give it as --adapter"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, culprit",
+    [
+        ({"vocab_size": "131"}, "vocab_size must be a whole number"),
+        ({"hidden_size": 32.5}, "hidden_size must be a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 2,000"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be"),
+        ({"num_attention_heads": True}, "num_attention_heads must be"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"rms_norm_eps": None, "rope_theta": "5e5"}, "rope_theta must be a number above 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
+        ({"rope_scaling": ["llama3"]}, "rope_type"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_type"),
+        ({"layer_types": [[]]}, "config.json: its content"),
+        ({"quantization_config": 4}, "config.json: its content"),
+    ],
+)
+def test_a_config_of_the_wrong_kind_is_named(changes, culprit, tmp_path):
+    """A field of the wrong type or size is one message with file and field, before memory is asked for."""
+    path = write_checkpoint(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config.pop("rope_parameters")
+    write_json(path / "config.json", config | changes)
+    with pytest.raises(ValueError, match=culprit):
+        read_config(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff[]", "\x00"])
+def test_json_that_cannot_be_read_is_one_message(text, tmp_path):
+    """Endless nesting and endless numbers included."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
+        read_json(tmp_path / "config.json")
