@@ -7,7 +7,9 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import get_type_hints
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 BOUNDS = {  # name of a bound -> how it reads, whether a value keeps it
     "at_least": (">=", lambda value, bound: value >= bound),
@@ -203,6 +206,32 @@ def is_main() -> bool:
 def print0(*args, **kwargs) -> None:
     if is_main():
         print(*args, **kwargs, flush=True)
+
+
+def hours(seconds: float) -> str:
+    """h:mm:ss"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def progress(items: Iterable, what: str, total: int, clock=time.monotonic) -> Iterator:
+    """The items, on rank 0 with a bar on a terminal, and with a printed line a minute without one.
+
+    What is over within a minute prints nothing; time left is that of rank 0's own items."""
+    if not is_main():
+        yield from items
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, leave=False)
+        return
+    started = printed = clock()
+    for done, item in enumerate(items):
+        now = clock()
+        if done and now - printed >= 60:
+            left = (now - started) / done * max(0, total - done)
+            print0(f"{what} {done:5}/{total} | {hours(now - started)} | left {hours(left)}")
+            printed = now
+        yield item
 
 
 def setup_distributed() -> tuple[int, int, torch.device]:

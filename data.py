@@ -36,6 +36,7 @@ from safetensors.numpy import save_file
 
 from batches import PromptTree, build_tree, micro_batches, prefetch, to_device
 from common import read_json, run_cli, writing
+from demo.planted import World, planted_world
 from examples import (
     ALL_TEMPLATES,
     NUM_CANDIDATES,
@@ -59,7 +60,6 @@ from loaders import (
     load_steam,
 )
 from ownlog import load_own_log
-from planted import World, planted_world
 
 __all__ = [  # what other modules, tests and scripts find here
     "DataConfig", "Encoded", "Example", "Examples", "Interactions", "PromptTree", "Tokenizer", "build_examples", "build_tree",

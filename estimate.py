@@ -170,6 +170,13 @@ def gathered_bytes(config: ModelConfig, dtype: torch.dtype, load_in_4bit: bool =
     return root + 2 * block
 
 
+def whole_gradients(step: Step, r: int, several: bool) -> int:
+    """Bytes of gradients that a sharded rank holds whole between the micro-batches of a step.
+
+    Those of adapters, where there are `several` micro-batches; full training reduces each one's."""
+    return step.trained // 4 if r and several else 0  # adapter, gradient, two moments
+
+
 def report(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -222,11 +229,12 @@ def report(
         for mode in ("none", "full") if ranks > 1 else ("none",):
             G = ranks if mode == "full" else 1
             step, beside = one[False], whole if G > 1 else 0
-            persistent = (step.weights + step.trained) / G + beside
+            held = step.trained / G + (1 - 1 / G) * whole_gradients(step, r, batch_size > ranks * B)
+            persistent = step.weights / G + held + beside
             cells = [
                 ranks,
                 mode,
-                *(f"{n / GB:.2f}" for n in (step.weights / G, step.trained / G, beside, plain)),
+                *(f"{n / GB:.2f}" for n in (step.weights / G, held, beside, plain)),
             ]
             cells += [
                 f"{(persistent + plain) / GB:.2f}",

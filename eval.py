@@ -19,7 +19,8 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -34,6 +35,7 @@ from common import (
     check_types,
     free_memory,
     parse_config,
+    progress,
     read_json,
     reading,
     run_cli,
@@ -144,6 +146,24 @@ def match_title(answer: str, titles: list[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ prediction
+DUMMY = [0]  # the example that a rank without work runs; nothing is recorded of it
+
+
+def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:
+    """This rank's micro-batches, narrow ones first."""
+    batches = micro_batches(widths, indices, 1, budget)[0]
+    return [batch for batch in reversed(batches) if batch]
+
+
+def rounds(batches: list[list[int]], any_rank: Callable[[bool], bool]) -> Iterator[list[int]]:
+    """The batches, then [] for as long as another rank has some left.
+
+    So every rank makes the same number of forward passes, as a sharded model needs."""
+    left = deque(batches)
+    while any_rank(bool(left)):
+        yield left.popleft() if left else []
+
+
 @torch.no_grad()
 def predict(
     model: Transformer,
@@ -155,65 +175,47 @@ def predict(
     micro_batch_tokens: int = 8192,
     any_rank: Callable[[bool], bool] = bool,
     device="cpu",
+    what: str = "evaluation",  # the name of its progress bar
 ) -> list[dict]:
-    """One record per example: answer, hit, valid, how it was found, and the log-probability of every candidate."""
+    """One record per example: answer, hit, valid, how it was found, every candidate's log-prob."""
     all_slots = np.tile(np.arange(NUM_CANDIDATES), (len(encoded.prompts), 1))
     widths = tree_widths(encoded, all_slots)
     stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
     end_ids = torch.tensor(sorted(stop_ids), device=device)
     records: dict[int, dict] = {}
-    todo = [batch for batch in micro_batches(widths, indices, 1, micro_batch_tokens)[0] if batch]
-    dummy = [
-        0
-    ]  # ranks that are done go on with it, so that all make the same number of forward passes
-    trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), todo[::-1])
-    while any_rank(bool(todo)):
-        batch = todo.pop() if todo else dummy
-        tree = next(trees, None) or encoded.tree(batch, all_slots).to(device)
+    batches = planned(widths, indices, micro_batch_tokens)
+    trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), batches)
+    for batch in progress(rounds(batches, any_rank), what, len(batches)):
+        tree = next(trees) if batch else encoded.tree(DUMMY, all_slots).to(device)
         token_logps, greedy_ids = model(tree)
-        logps, verified = (
-            tree.sum_logps(token_logps).cpu(),
-            verified_branch(tree, greedy_ids, end_ids).cpu(),
-        )
+        logps = tree.sum_logps(token_logps).cpu()
+        verified = verified_branch(tree, greedy_ids, end_ids).cpu()
         per_token = iter(token_logps.tolist() if decode == "trie" else [])
         for b, e in enumerate(batch):
-            slot = int(verified[b])
+            slot, how = int(verified[b]), "verified"
             if decode == "trie":
                 completions = encoded.slots(e, all_slots[e])
-                slot = trie_walk(
-                    completions, [[next(per_token) for _ in ids] for ids in completions]
-                )
-            records[e] = _record(
-                encoded.examples,
-                e,
-                slot,
-                "trie" if decode == "trie" else "verified",
-                logps[b].tolist(),
-            )
-    wanted = set(indices)
-    records = {e: record for e, record in records.items() if e in wanted}
+                branches = [[next(per_token) for _ in ids] for ids in completions]
+                slot, how = trie_walk(completions, branches), "trie"
+            records[e] = _record(encoded.examples, e, slot, how, logps[b].tolist())
 
     if decode == "generate":
         rest = sorted(records)
     else:
         rest = sorted(e for e, r in records.items() if r["answer"] is None and decode_rest)
     longest = max(map(len, encoded.completions.values()))
-    todo = [batch for batch in micro_batches(widths, rest, 1, micro_batch_tokens)[0] if batch]
-    while any_rank(bool(todo)):
-        batch = todo.pop() if todo else dummy
+    batches = planned(widths, rest, micro_batch_tokens)
+    for batch in progress(rounds(batches, any_rank), f"{what}, written out", len(batches)):
+        prompts = [encoded.prompts[e].tolist() for e in batch or DUMMY]
         # twice the longest title: another spelling takes more tokens than the usual one
-        outputs = generate(
-            model, [encoded.prompts[e].tolist() for e in batch], 2 * longest, stop_ids, any_rank
-        )
-        for e, ids in zip(batch, outputs, strict=True):
-            if e in wanted:
-                answer = tokenizer.answer(ids)
-                titles = [encoded.examples.log.titles[c] for c in encoded.examples.candidates[e]]
-                slot = match_title(answer, titles)
-                record = _record(
-                    encoded.examples, e, slot, "generated", records[e]["logps"], answer
-                )
-                records[e] = record | {"one_pass": records[e]["answer"], "ids": ids}
+        outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
+        for e, ids in zip(batch, outputs, strict=False):  # a dummy's output belongs to nobody
+            answer = tokenizer.answer(ids)
+            titles = [encoded.examples.log.titles[c] for c in encoded.examples.candidates[e]]
+            slot = match_title(answer, titles)
+            logps, one_pass = records[e]["logps"], records[e]["answer"]
+            record = _record(encoded.examples, e, slot, "generated", logps, answer)
+            records[e] = record | {"one_pass": one_pass, "ids": ids}
     return [records[e] for e in sorted(records)]
 
 

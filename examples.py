@@ -91,7 +91,7 @@ class DataConfig:
         "chosen training item: argmax of the preference score, or the first one liked",
         choices=("argmax", "first"),
     )
-    min_rating: float = arg(4.0, "lowest rating of a liked item", above=0)
+    min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
     neg_rating: float = arg(3.0, "rating given to random candidates", above=0)
     neg_step: int = arg(10, "steps given to random candidates", at_least=0)

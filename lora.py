@@ -196,14 +196,16 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
     held = {} if model.source else model.state_dict()
     tensors = read_adapter_tensors(path, config, model.source, model.name_or_path, held)
     settings = adapter_settings(path, config)
-    settings["target_modules"] = _used_targets(model, settings["target_modules"])
+    named = settings["target_modules"]
+    settings["target_modules"] = used = _used_targets(model, named)
+    ignored = [] if isinstance(named, str) else sorted(set(named) - set(used))
 
     r, expected = settings["r"], {}
     for name in _find_targets(model, settings["target_modules"]):
         linear = model.get_submodule(name)
         expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, linear.in_features)
         expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, r)
-    check_adapter_tensors(path, tensors, expected)
+    check_adapter_tensors(path, tensors, expected, ignored)
     return settings, tensors
 
 

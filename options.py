@@ -172,6 +172,19 @@ class TrainConfig(DataConfig):
     decode_rest: bool = arg(
         True, "generate an answer where no candidate verifies; off: count it invalid"
     )
+    val_size: int = arg(
+        200,
+        "validation users (a sample) of the curves; 0 = none. One pass: what it does not verify is invalid",
+        at_least=0,
+    )
+    eval_steps: int = arg(
+        0, "steps between validations; 0 = only at the end of each stage", at_least=0
+    )
+    keep: str = arg(
+        "last",
+        "weights that a stage saves and tests: its last, or the best by validation hit_ratio@1",
+        choices=("last", "best"),
+    )
     dry_run: bool = arg(
         False,
         "train nothing: show an example, first losses, memory of a rank and time of a step; needs no weights",
@@ -234,6 +247,8 @@ class TrainConfig(DataConfig):
             raise ValueError(
                 f"--sft_weight must be >= 0, or -1 for the loss's own, got {self.sft_weight}"
             )
+        if self.keep == "best" and not (self.eval_steps and self.val_size):
+            raise ValueError("--keep best needs --eval_steps and --val_size, by which it is found")
         self.refuse_inert()
         if self.tiny_hidden_size % 64:
             raise ValueError(

@@ -10,7 +10,6 @@ Legend: E training examples, N completions per example.
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from common import any_rank, is_main, print0, writing
+from common import any_rank, is_main, print0, progress, writing
 from data import Encoded, prefetch, to_device
 from hub.adapter import base_fingerprint, read_adapter_config
 from hub.files import open_safetensors
@@ -123,10 +121,10 @@ def reference_pass(objective: Preference, schedule: Schedule, rank: int) -> Tens
         for batch in schedule.micro_batches(step, rank)
     ]
     prepared = prefetch(lambda plan: objective.prepare(*plan), planned)
-    bar = tqdm(planned, "reference", disable=not (is_main() and sys.stderr.isatty()))
+    passes = progress(zip(planned, prepared, strict=True), "reference", len(planned))
 
     logps = torch.zeros(objective.slots.shape, device=objective.device)
-    for (batch, _), micro_batch in zip(bar, prepared, strict=True):
+    for (batch, _), micro_batch in passes:
         sums = micro_batch.tree.sum_logps(objective.model(micro_batch.tree)[0])
         if batch:
             logps[to_device(torch.tensor(batch), objective.device)] = sums

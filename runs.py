@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import Stopped, is_main, read_json, reading, writing
+from common import Stopped, hours, is_main, read_json, reading, writing
 from data import Encoded, Tokenizer
 from options import TrainConfig
 
@@ -20,16 +20,17 @@ from options import TrainConfig
 class Logger:
     """metrics.jsonl has every step; the screen an aligned line now and then, and a bar when it is a terminal."""
 
-    def __init__(self, file: Path, every: int):
+    def __init__(self, file: Path, every: int, clock=time.monotonic):
         self.file = open(file, "a") if is_main() else None
-        self.every, self.start, self.first, self.bar, self.phase = every, time.time(), 0, None, ""
+        self.every, self.clock, self.bar, self.phase = every, clock, None, ""
+        self.start, self.first = clock(), 0
 
     def __call__(self, step: int, num_steps: int, metrics: dict, phase: str) -> None:
         if not self.file:
             return
         if phase != self.phase:
             self.close_bar()
-            self.phase, self.start, self.first = phase, time.time(), step
+            self.phase, self.start, self.first = phase, self.clock(), step
             self.bar = tqdm(
                 total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False
             )
@@ -51,7 +52,10 @@ class Logger:
         }
         parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
         parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
-        parts += [f"{1000 * (time.time() - self.start) / max(1, step - self.first):5.0f} ms/step"]
+        seconds = (self.clock() - self.start) / max(1, step - self.first)  # a step
+        parts += [f"{1000 * seconds:5.0f} ms/step"]
+        if step > self.first:
+            parts += [f"left {hours(seconds * (num_steps - step - 1))}"]
         self.bar.write(" | ".join(parts), file=sys.stdout)
         sys.stdout.flush()
 
@@ -91,6 +95,7 @@ class Run:
     tokenizer: Tokenizer
     data_hash: str
     train: Encoded
+    val: Encoded | None  # a sample of the validation users
     test: Encoded
     baselines: dict[str, np.ndarray]
     stop: StopRequest

@@ -52,15 +52,15 @@ from common import (
     writing,
 )
 from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
+from demo.planted import World, bayes_scores
 from estimate import device_memory, dry_run, replica_note
-from eval import check_data, load_stage, predict, results_table, save_predictions, summarise
+from eval import check_data, load_stage, results_table, save_predictions, summarise
 from hub.adapter import base_of
 from hub.files import resolve_path
 from lora import apply_lora, read_adapter, save_adapter
 from model import Transformer, empty_model, save_pretrained
 from objectives import SFT, MicroBatch, Preference, Schedule
 from options import TrainConfig, stored_dtype
-from planted import World, bayes_scores
 from quantized import give_back_freed_blocks, read_4bit, to_4bit
 from reference import (
     check_first_rewards,
@@ -81,6 +81,7 @@ from sharding import (
     shard,
 )
 from tiny import CopyTask, make_base_model
+from validation import Validation, encode_sample, predict_on_all_ranks
 
 DEMO = Path(__file__).parent / "configs" / "demo.json"
 
@@ -202,14 +203,17 @@ def train_step(
     the same rows of a gradient; None: all do. Nothing here waits for the GPU."""
     sums, counts = defaultdict(float), defaultdict(float)
     sharded, world_size = hasattr(model, "set_requires_gradient_sync"), dist.get_world_size()
+    # Adapters are small: their gradients are reduced once per step. Those of all weights, whole in
+    # fp32, are what sharding is there to avoid: each micro-batch reduces its own.
+    only_adapters = bool(getattr(model, "lora_config", None))
     # ------------------------- training step begins -------------------------
     for group in optimizer.param_groups:
         group["lr"] = lr
 
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
-        if sharded:
-            model.set_requires_gradient_sync(last)  # reduce gradients once per step
+        if sharded:  # until they are reduced, gradients are whole on every rank
+            model.set_requires_gradient_sync(last or not only_adapters)
         loss, metrics = compute(batch)
         # Sharded gradients are averaged over ranks, but losses are divided by global counts
         # already: undo the average.
@@ -336,6 +340,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     schedule = Schedule(config, epochs, widths, world_size)
     print0(
         f"\n== {stage}: {len(widths):,} prompts, {schedule.num_steps} steps of {config.batch_size}, peak learning rate {peak:g}; "
+        f"validated on {len(run.val.prompts) if run.val else 0} users; "
         f"{trainable:,} of {total:,} parameters trained, from {base}{f' + {adapter}' if adapter else ''}"
     )
     if config.shard == "full" and world_size > 1:
@@ -361,6 +366,8 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
 
     start = resume_stage(run, folder, model, optimizer, objective, identity)
     logger = Logger(folder / "metrics.jsonl", config.logging_steps)
+    validation = Validation(run, stage, folder, model, optimizer, identity)
+    validation.resume(start or 0)
 
     def save(step: int) -> None:
         taken = next(
@@ -368,6 +375,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         )  # fewer than `step` if some were skipped
         facts = identity | {"optimizer_steps": taken} | objective.state()
         save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
+        validation.forget_worse()
 
     if start is None:
         start = 0
@@ -413,8 +421,13 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
             log(step - 1, pending)
         pending, stopping = result, any_rank(run.stop.asked)
         last = step + 1 == schedule.num_steps
-        if stopping or (config.save_steps and ((step + 1) % config.save_steps == 0 or last)):
+        if validation.due(step + 1, schedule.num_steps):
             log(step, pending)
+            pending = None
+            validation(step + 1, replicas)
+        if stopping or (config.save_steps and ((step + 1) % config.save_steps == 0 or last)):
+            if pending:
+                log(step, pending)
             pending = None
             save(step + 1)
         if stopping:
@@ -426,6 +439,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     if pending:
         log(step, pending)
     logger.close()
+    validation.load_best(schedule.num_steps)
 
     with writing(folder):
         save_stage(run, model, base, folder, weights)
@@ -439,6 +453,7 @@ def finish_stage(run: Run, stage: str, model: Transformer, folder: Path) -> None
         with writing(final):
             for done in checkpoints(folder):
                 shutil.rmtree(done)
+            shutil.rmtree(folder / "best", ignore_errors=True)
             folder.rename(final)
         print0(results_table({stage: metrics}))
     dist.barrier()
@@ -546,25 +561,11 @@ def write_base(
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
     """Evaluate on the test split, divided over ranks; metrics on rank 0, which also writes them."""
     config, started = run.config, time.time()
-    model.eval()
-    count = len(run.test.prompts)
-    mine = range(run.rank, count, run.world_size)
-    records = predict(
-        model,
-        run.tokenizer,
-        run.test,
-        mine,
-        config.decode,
-        config.decode_rest,
-        config.micro_batch_tokens,
-        any_rank,
-        run.device,
+    records = predict_on_all_ranks(
+        run, model, run.test, config.decode, config.decode_rest, "evaluation"
     )
-    gathered = [None] * run.world_size if is_main() else None
-    dist.gather_object(records, gathered)
     if not is_main():
         return None
-    records = sorted((r for part in gathered for r in part), key=lambda r: r["example"])
     metrics = summarise(records, run.baselines) | {
         "data_hash": run.data_hash,
         "seconds": round(time.time() - started, 1),
@@ -666,6 +667,7 @@ def main() -> None:
         tokenizer,
         prepared.hash,
         train,
+        encode_sample(splits["val"], tokenizer, config),
         test,
         baselines,
         StopRequest(),
@@ -673,7 +675,9 @@ def main() -> None:
 
     lengths = [len(p) for p in train.prompts]
     print0(
-        f"{config.dataset}: {len(train.prompts):,} training and {len(test.prompts):,} test examples, data hash {prepared.hash[:12]}; "
+        f"{config.dataset}: {len(train.prompts):,} training, "
+        f"{len(run.val.prompts) if run.val else 0:,} validation and {len(test.prompts):,} test examples, "
+        f"data hash {prepared.hash[:12]}; "
         f"prompts of {np.mean(lengths):.0f} tokens (longest {max(lengths)}), {train.num_shortened + test.num_shortened} shortened "
         f"by {train.num_dropped + test.num_dropped} history items to fit {config.max_length}"
     )

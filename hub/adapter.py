@@ -210,7 +210,12 @@ def _check_values(file: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def check_adapter_tensors(path, tensors: dict[str, Tensor], expected: dict[str, tuple]) -> None:
+def check_adapter_tensors(
+    path,
+    tensors: dict[str, Tensor],
+    expected: dict[str, tuple],
+    ignored: list[str],  # target modules that match no linear layer of the model
+) -> None:
     """ValueError unless the names and shapes are the expected ones."""
     file = Path(path) / "adapter_model.safetensors"
     if expected.keys() != tensors.keys():
@@ -218,6 +223,8 @@ def check_adapter_tensors(path, tensors: dict[str, Tensor], expected: dict[str, 
         unexpected = sorted(tensors.keys() - expected.keys())
         foreign = unexpected and not unexpected[0].startswith(PEFT_PREFIX)
         hint = f"; PEFT's keys begin with {PEFT_PREFIX!r}" if foreign else ""
+        if ignored:
+            hint += f"; target_modules {', '.join(ignored)} match no linear layer of this model"
         raise ValueError(
             f"{file}: adapter keys do not match the model: {len(missing)} missing (first {missing[:2]}), "
             f"{len(unexpected)} unexpected (first {unexpected[:2]}){hint}"

@@ -31,6 +31,7 @@ import numpy as np
 from baselines import counting_baselines
 from common import arg, free_memory, parse_config, run_cli, setup_distributed
 from data import Encoded, encode_examples, prepare
+from demo.planted import World, bayes_scores
 from eval import (
     EvalConfig,
     check_run_data,
@@ -43,7 +44,6 @@ from eval import (
 )
 from examples import LOWEST, NUM_CANDIDATES, DataConfig, Examples, freeze
 from interactions import Interactions
-from planted import World, bayes_scores
 from studies.statistics import spread_of_bins
 
 DISLIKED = 2.0  # highest rating of a disliked item

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data import DataConfig, build_tree, prepare
-from estimate import LiveBytes, Step, fake_step, gathered_bytes, replica_note
+from estimate import LiveBytes, Step, fake_step, gathered_bytes, replica_note, whole_gradients
 from lora import TARGET_MODULES, apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
@@ -195,3 +195,10 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
                  "| 8 | full |", "largest --micro_batch_tokens", "TFLOP", "nothing was trained"):  # fmt: skip
         assert text in done.stdout, text
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_gradients_are_whole_between_micro_batches():
+    """A quarter of adapter, gradient and moments; nothing with one micro-batch or full training."""
+    step = Step(weights=0, trained=16 * 100, passing=0, flops=0)
+    assert whole_gradients(step, 8, several=True) == 400
+    assert whole_gradients(step, 8, several=False) == whole_gradients(step, 0, several=True) == 0

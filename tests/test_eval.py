@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import chain, cycle, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,21 @@ def test_without_decoding_the_rest_counts_as_invalid(half_trained):
             assert a == b
         else:
             assert b["answer"] is None and not b["valid"] and not b["hit"] and b["how"] == "none"
+
+
+def test_rounds_for_other_ranks_leave_every_record_alone(half_trained):
+    """A rank that is done goes on with dummy rounds; its records, example 0's too, stay as they were."""
+    model, tokenizer, test = half_trained
+    unverified = predict(model, tokenizer, test, range(60), decode_rest=False)
+    first = next(i for i, r in enumerate(unverified) if r["how"] == "none")
+    order = [first, *(e for e in range(60) if e != first)]  # example 0 is written out
+    test = encode_examples(test.examples.select(order), tokenizer, 512)
+    alone = predict(model, tokenizer, test, range(60))
+    again = chain(islice(cycle([True, False]), 40), repeat(False))  # and then all are done
+    others = predict(model, tokenizer, test, range(60), any_rank=lambda busy: busy or next(again))
+    assert alone[0]["how"] == "generated"
+    assert summarise(others)["answers_generated"] == summarise(alone)["answers_generated"]
+    assert others == alone
 
 
 def test_micro_batches_do_not_change_predictions(half_trained):

@@ -8,8 +8,8 @@ import pytest
 
 from baselines import counting_baselines, ranking_metrics
 from data import DataConfig, Examples, build_examples
+from demo.planted import World, bayes_scores, planted_world
 from interactions import Interactions, k_core, make_interactions
-from planted import World, bayes_scores, planted_world
 
 
 def examples_at(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from data import DataConfig, build_examples
+from demo.planted import World, planted_world
 from eval import wilson
 from examples import render_prompt
 from interactions import make_interactions
-from planted import World, planted_world
 from studies.probes import (
     PROBE_NAMES,
     PROBES,

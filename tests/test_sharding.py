@@ -19,6 +19,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from data import build_tree
 from lora import apply_lora, save_adapter
 from model import load_pretrained
+from options import TrainConfig
 from sharding import (
     fill_adapter,
     init_adapter,
@@ -28,6 +29,7 @@ from sharding import (
     shard_group,
     trained,
 )
+from train import train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,10 +167,10 @@ def test_two_agents_give_the_same_run(alone):
         for _ in range(2)
     ]
     assert [agent.wait(300) for agent in agents] == [0, 0]
-    metrics = {
-        s: [json.loads(m) for m in (tmp_path / "agents" / s / "metrics.jsonl").open()]
-        for s in ("sft", "recpo")
-    }
+    metrics = {}
+    for stage in ("sft", "recpo"):
+        lines = [json.loads(m) for m in (tmp_path / "agents" / stage / "metrics.jsonl").open()]
+        metrics[stage] = [m for m in lines if m["phase"] != "val"]
     assert_same_run(tmp_path, "agents", metrics, expected)
 
 
@@ -230,3 +232,28 @@ def test_an_optimizer_of_other_parameters_is_refused(gathered_model):
     optimizer.param_groups[0]["params"].pop()
     with pytest.raises(AssertionError, match="moments"):
         load_checkpoint(saved, model, optimizer, {})
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_gradients_of_all_weights_are_reduced_after_every_micro_batch(tmp_path, r):
+    """Between micro-batches full training holds its rows only; adapters are reduced once per step."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        write_checkpoint(tmp_path / "base")
+        model = load_pretrained(tmp_path / "base")
+        if r:
+            apply_lora(model, r, 8)
+        shard(model, "full", 0, "cpu", torch.float32)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        reduced = []
+
+        def compute(batch):
+            reduced.append(all(p.grad is not None for p in parameters))
+            loss = -model(build_tree([[5, 6]], [[[8, 2]]]))[0].sum()
+            return loss, {"loss": (loss.detach(), 1.0)}
+
+        train_step(model, optimizer, [0, 1], compute, 1e-3, TrainConfig())
+        assert reduced == [False, r == 0]
+    finally:
+        dist.destroy_process_group()

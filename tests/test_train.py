@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import progress
 from data import DataConfig, Tokenizer, build_examples, encode_split, prepare
 from eval import load_stage
 from loaders import load_movielens
 from losses import target_margins
 from objectives import SFT, Preference
+from runs import Logger
 from tiny import make_base_model
 from train import NotFinite, Schedule, TrainConfig, get_lr, load_policy, train_step
 
@@ -52,7 +54,8 @@ def run_train(tmp_path, name, *flags, processes=1, expect=0):
     assert done.returncode == expect if expect == 0 else done.returncode != 0, output[-3000:]
     metrics = {}
     for file in folder.glob("*/metrics.jsonl"):
-        metrics[file.parent.name] = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        metrics[file.parent.name] = [m for m in lines if m["phase"] != "val"]
     return output, metrics
 
 
@@ -476,3 +479,26 @@ def test_first_movielens_losses_are_the_derived_ones():
     assert torch.nn.functional.softplus(margins.logsumexp(1)).mean().item() == pytest.approx(
         10.04, abs=0.1
     )
+
+
+def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
+    """Steps of 2 seconds: after 3 of 100 the stage has 97 * 2 s left."""
+    times = iter([0.0, 0.0, 4.0, 4.0])
+    logger = Logger(tmp_path / "m.jsonl", 3, clock=lambda: next(times))
+    for step in range(3):
+        logger(step, 100, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, "sft")
+    logger.close()
+    assert "3/100 | loss  1.0000" in (out := capsys.readouterr().out)
+    assert "2000 ms/step | left 0:03:14" in out
+
+
+def test_progress_prints_a_line_a_minute(capsys):
+    """Without a terminal: elapsed and left; what is over within a minute prints nothing."""
+    seconds = iter(range(0, 10**6, 40))
+    assert list(progress(range(4), "evaluation", 4, clock=lambda: next(seconds))) == [0, 1, 2, 3]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "evaluation     1/4 | 0:01:20 | left 0:04:00",
+        "evaluation     3/4 | 0:02:40 | left 0:00:53",
+    ]
+    assert list(progress(range(3), "short", 3)) == [0, 1, 2] and not capsys.readouterr().out

@@ -1,0 +1,73 @@
+"""The pretrained base of the demo: it reads, it has no taste, and it is made again by its command."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data import DataConfig, prepare
+from demo import pretrain
+from demo.pretrain import BASE, PretrainConfig
+from eval import evaluate
+from hub.tokenizer import Tokenizer
+from model import load_pretrained
+
+
+def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
+    """On prompts of the planted world it writes listed titles, and ranks the target by chance."""
+    config = DataConfig(planted_users=400, followers=3, min_history=4, prepared_dir=str(tmp_path))
+    val = prepare(config).splits["val"].select(np.arange(150))
+    model = load_pretrained(BASE)
+    metrics, records = evaluate(model, Tokenizer(BASE), val, decode_rest=False)
+    assert metrics["valid_ratio"] >= 0.95
+    low, high = metrics["ranking/hit_ratio@1_ci95"]
+    assert low <= 1 / 20 <= high
+    masses = [np.exp(r["logps"]).sum() for r in records]
+    assert np.mean(masses) > 0.75  # of all answers, on the 20 listed ones
+
+
+def test_the_base_is_small_and_encodes_any_text():
+    """16-bit weights of at most 6 MB; byte-level tokens, so other data sets' titles go through."""
+    assert sum(f.stat().st_size for f in BASE.iterdir()) <= 6 * 10**6
+    assert {t.dtype for t in load_file(BASE / "model.safetensors").values()} == {torch.float16}
+    tokenizer = Tokenizer(BASE)
+    for title in ("Amélie 2001", "東京物語", "Se7en | Rating: 4", "🎬"):
+        (ids,) = tokenizer.encode_completions([title])
+        assert tokenizer.answer(ids) == title
+
+
+def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """A checkpoint after every step; stopped after 3 of 5, the same command ends with the same bits."""
+    titles = tmp_path / "titles.txt"
+    titles.write_text("\n".join(f"Tale {n} of {n * n}" for n in range(200)))
+    small = {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "batch_tokens": 500,
+        "steps": 5,
+        "save_minutes": 0.0,
+    }
+    options = small | {"titles": str(titles), "dataset": "movielens", "vocab_size": 400}
+
+    whole = PretrainConfig(**options, output_dir=str(tmp_path / "whole"))
+    pretrain.pretrain(whole)
+    practise = pretrain.practise
+
+    def killed(model, optimizer, practice, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return practise(model, optimizer, practice, step)
+
+    again = PretrainConfig(**options, output_dir=str(tmp_path / "again"))
+    monkeypatch.setattr(pretrain, "practise", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(again)
+    monkeypatch.setattr(pretrain, "practise", practise)
+    with pytest.raises(ValueError, match="made with other options; delete it"):
+        pretrain.pretrain(
+            PretrainConfig(**options | {"seed": 1}, output_dir=str(tmp_path / "again"))
+        )
+    pretrain.pretrain(again)
+    ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    assert not (tmp_path / "again" / "pretraining.safetensors").exists()

@@ -1,0 +1,133 @@
+"""Validation users while a stage trains: a curve, and the weights of the best step.
+
+Every --eval_steps steps, and at the end of a stage, --val_size users of the validation split (the
+last interaction but one of each) are answered in one pass; an answer that no candidate verifies
+counts as invalid, so this costs a prefill. The test split is not touched. Curves are lines of
+phase "val" in metrics.jsonl.
+
+With --keep best the trained weights of the step with the highest hit_ratio@1 (the earlier of equal
+ones) are kept in <stage>.unfinished/best/ as a checkpoint, and are what is saved and tested.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch.distributed as dist
+
+from checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from common import any_rank, is_main, print0, read_json, writing
+from data import Encoded, Examples, encode_examples
+from eval import predict, summarise
+from sharding import reshard
+
+SHOWN = ("hit_ratio@1", "valid_ratio", "ranking/hit_ratio@1", "ranking/mrr")
+BEST_BY = "val/hit_ratio@1"
+
+
+def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
+    """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
+    size = min(config.val_size, len(val))
+    if size == 0:
+        return None
+    rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[:size]
+    return encode_examples(val.select(np.sort(rows)), tokenizer, config.max_length)
+
+
+def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest: bool, what: str):
+    """Records of all examples on rank 0, in their order, and None on the others.
+
+    The model is left resharded, and in the mode it came in."""
+    training = model.training
+    model.eval()
+    mine = range(run.rank, len(encoded.prompts), run.world_size)
+    budget = run.config.micro_batch_tokens
+    records = predict(
+        model, run.tokenizer, encoded, mine, decode, decode_rest, budget, any_rank, run.device, what
+    )
+    model.train(training)
+    reshard(model)
+    gathered = [None] * run.world_size if is_main() else None
+    dist.gather_object(records, gathered)
+    if not is_main():
+        return None
+    return sorted((r for part in gathered for r in part), key=lambda r: r["example"])
+
+
+class Validation:
+    """The validation of one stage."""
+
+    def __init__(self, run, stage: str, folder: Path, model, optimizer, identity: dict):
+        self.run, self.stage, self.model = run, stage, model
+        self.metrics, self.folder = folder / "metrics.jsonl", folder / "best"
+        # what a kept step consists of: weights alone, no moments
+        self.weights = SimpleNamespace(state={}, param_groups=optimizer.param_groups)
+        self.identity = identity
+        self.best: tuple[float, int] | None = None  # value, step
+
+    def due(self, step: int, num_steps: int) -> bool:
+        """Whether this many steps are to be validated."""
+        every = self.run.config.eval_steps
+        return self.run.val is not None and (step == num_steps or (every and step % every == 0))
+
+    def __call__(self, step: int, replicas: int) -> None:
+        """Evaluate after `step` steps, on all ranks; with --keep best the weights, if they are."""
+        records = predict_on_all_ranks(
+            self.run, self.model, self.run.val, "greedy", False, "validation"
+        )
+        shared = [None]
+        if is_main():
+            summary = summarise(records)
+            shared = [{"val/n": len(records)} | {f"val/{name}": summary[name] for name in SHOWN}]
+            self.log(step, shared[0])
+        dist.broadcast_object_list(shared)
+        value = shared[0][BEST_BY]
+        if self.run.config.keep == "best" and (self.best is None or value > self.best[0]):
+            self.best = (value, step)
+            if is_main():
+                with writing(self.folder):
+                    self.folder.mkdir(exist_ok=True)
+            dist.barrier()
+            facts = self.identity | {"optimizer_steps": 0, "value": value}
+            save_checkpoint(
+                self.folder, step, self.model, self.weights, facts, replicas, keep=10**9
+            )
+
+    def log(self, step: int, metrics: dict) -> None:
+        with writing(self.metrics), open(self.metrics, "a") as f:
+            f.write(json.dumps({"phase": "val", "step": step, **metrics}) + "\n")
+        shown = " | ".join(f"{name} {metrics[f'val/{name}']:.4f}" for name in SHOWN)
+        print0(f"{self.stage:5} {step:5} | val n {metrics['val/n']} | {shown}")
+
+    def forget_worse(self) -> None:
+        """Keep the best step's files only. Called when a checkpoint of the stage is whole: a run
+        that resumes from it may meet later steps again, but none before."""
+        if is_main() and self.best:
+            for kept in checkpoints(self.folder):
+                if kept.name != f"checkpoint-{self.best[1]}":
+                    shutil.rmtree(kept)
+
+    def resume(self, start: int) -> None:
+        """Find the best step among those that a resumed run has behind it, and drop later ones."""
+        if is_main() and self.folder.exists():
+            for kept in checkpoints(self.folder):
+                if read_json(kept / "state.json")["step"] > start:
+                    shutil.rmtree(kept)
+        dist.barrier()
+        for kept in reversed(checkpoints(self.folder)):  # the earliest first
+            state = read_json(kept / "state.json")
+            if self.best is None or state["value"] > self.best[0]:
+                self.best = (state["value"], state["step"])
+
+    def load_best(self, last: int) -> None:
+        """With --keep best put the best step's weights into the model."""
+        if self.best is None:
+            return
+        value, step = self.best
+        print0(f"{self.stage}: keeping step {step} of {last}, {BEST_BY} {value:.4f}")
+        if step != last:
+            load_checkpoint(
+                self.folder / f"checkpoint-{step}", self.model, self.weights, self.identity
+            )
