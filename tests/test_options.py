@@ -40,6 +40,8 @@ def test_every_training_run_of_a_committed_table_is_accepted(file):
         ({"warmup_ratio": -1.0}, "--warmup_ratio must be >= 0"),
         ({"warmup_ratio": float("nan")}, "--warmup_ratio must be >= 0"),
         ({"neg_rating": 0.0}, "--neg_rating must be > 0"),
+        ({"beta": float("inf")}, "--beta must be a finite number, got inf"),
+        ({"neg_rating": float("inf")}, "--neg_rating must be a finite number"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be < 1"),
         ({"num_negatives": 20}, "--num_negatives must be <= 19"),
         ({"lora_alpha": 0.0}, "--lora_alpha must be > 0"),
