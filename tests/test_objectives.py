@@ -357,6 +357,43 @@ def test_the_reference_is_that_of_the_same_example():
     assert abs(wrong.item() - right.item()) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "has_reference"),
+    [
+        ("recpo", {}, True),
+        ("recpo", {"reference_free": True}, False),
+        ("dpo", {"reference_free": True}, False),
+        ("kto", {}, True),
+        ("simpo", {}, False),
+        ("cpo", {}, False),
+    ],
+)
+def test_who_has_a_reference(loss, options, has_reference):
+    """The others keep the zeros that an objective begins with, and no first rewards to check."""
+    objective, _ = objective_of(loss, **options)
+    assert objective.has_reference == has_reference
+    assert (objective.first_rewards is not None) == has_reference
+    assert not objective.reference_logps.any() and objective.slots.shape[0] == 2
+    if has_reference:
+        return
+    batch = replace(batch_of(objective, [0, 1]), reference_logps=objective.reference_logps)
+    _, sums = objective(batch)
+    losses, *_ = first_losses(loss, **options)
+    assert sums["preference_loss"][0].item() == pytest.approx(sum(losses), rel=1e-5)
+    assert math.isnan(objective.first_loss())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_micro_batch_that_evens_out_ranks_adds_nothing(loss):
+    """Weight 0: no loss, no gradient, no reward, and 0 of 0 in every metric."""
+    objective, token_logps = objective_of(loss, sft_weight=1.0)
+    loss, sums = objective(replace(batch_of(objective, [0]), weight=0.0))
+    loss.backward()
+    assert loss.item() == 0 and not token_logps.grad.any()
+    assert all(total.item() == 0 and count == 0 for total, count in sums.values())
+    assert not any(rewards.any() for rewards in objective.first_rewards or [])
+
+
 def test_prepare_takes_each_examples_own_row():
     """Reference log-probs, margins and lengths of a micro-batch are rows of its examples."""
     objective, _ = objective_of("recpo")
