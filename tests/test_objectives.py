@@ -24,7 +24,7 @@ from objectives import (
     preference_metrics,
 )
 from options import TrainConfig
-from train import get_lr, train_step
+from train import get_lr, reduce_metrics, train_step
 
 # Two examples of five candidates. Ratings and steps until the interaction, by slot:
 RATINGS = np.array([[3.0, 5.0, 2.5, 4.0, 3.0], [4.0, 3.0, 3.0, 5.0, 1.0]])
@@ -461,6 +461,41 @@ def one_step(gradient, **options):
 
     result = train_step(torch.nn.Linear(1, 1), optimizer, [None], compute, 0.1, config)
     return weight.item(), result.read(), optimizer.state[weight]
+
+
+def reduced(rank_sums, rank_counts, monkeypatch):
+    """What each rank gets of reduce_metrics, their vectors added here as all_reduce does it."""
+    ranks, vectors = range(len(rank_sums)), []
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(ranks))
+
+    def call(rank, all_reduce):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        sums = {name: torch.tensor(v, dtype=torch.double) for name, v in rank_sums[rank].items()}
+        return reduce_metrics(sums, rank_counts[rank])
+
+    for rank in ranks:
+        call(rank, lambda vector: vectors.append(vector.clone()))
+    assert len(vectors) == len(ranks)  # one all_reduce each
+    return [call(rank, lambda vector: vector.copy_(sum(vectors))) for rank in ranks]
+
+
+def test_metrics_are_means_over_all_ranks_by_name(monkeypatch):
+    """Sums over sums of counts, not means of means; the same on every rank."""
+    sums = [{"loss": 2.0, "acc": 0.0}, {"loss": 7.0, "acc": 3.0}]
+    counts = [{"loss": 1.0, "acc": 4.0}, {"loss": 2.0, "acc": 1.0}]
+    for means, flags in reduced(sums, counts, monkeypatch):
+        assert {name: mean.item() for name, mean in means.items()} == {"loss": 3.0, "acc": 0.6}
+        assert flags.tolist() == [0, 0]
+
+
+def test_a_rank_whose_loss_is_not_finite_is_flagged(monkeypatch):
+    """The mean tells that there is one, its flag which."""
+    sums = [{"loss": 2.0, "acc": 0.0}, {"loss": math.nan, "acc": 3.0}]
+    counts = [{"loss": 1.0, "acc": 1.0}] * 2
+    for means, flags in reduced(sums, counts, monkeypatch):
+        assert math.isnan(means["loss"].item()) and means["acc"].item() == 1.5
+        assert flags.tolist() == [0, 1]
 
 
 def test_clipping_scales_what_is_above_and_only_that(alone):
