@@ -140,9 +140,9 @@ def steps(in_process, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_options_of_the_step_reach_every_step_of_their_stage(steps):
-    """20 prompts in steps of 8: 2 epochs of SFT are 6 steps, one of KTO is 3, each with its own peak.
+    """20 prompts in steps of 8: 2 epochs of SFT are 6 steps, one of KTO is 3, each with its peak.
 
-    Warm-up takes half of them, rounded up, then a half cosine; KTO's baseline is the last step's KL."""
+    Warm-up takes half of them, rounded up, then a half cosine; KTO's baseline is the last KL."""
     taken = steps(
         *("--stages=sft,kto", "--beta=0.1", "--sft_epochs=2", "--epochs=1", "--warmup_ratio=0.5"),
         *("--sft_learning_rate=3e-3", "--learning_rate=1e-3"),
