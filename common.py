@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import os
 import sys
 import time
@@ -38,7 +39,7 @@ def arg(default=MISSING, help="", group="", choices=(), **bounds):
 
 
 def check_options(config) -> None:
-    """ValueError names the first option that is none of its choices or out of its bounds."""
+    """ValueError names the first option that is none of its choices, out of bounds or infinite."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
@@ -48,6 +49,8 @@ def check_options(config) -> None:
             sign, keeps = BOUNDS[name]
             if not keeps(value, bound):  # NaN keeps none
                 raise ValueError(f"--{f.name} must be {sign} {bound}, got {value}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{f.name} must be a finite number, got {value}")
 
 
 def changed_options(config) -> set[str]:

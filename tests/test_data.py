@@ -81,7 +81,9 @@ def chosen_by_loop(ratings: list[float], config: DataConfig) -> int | None:
         return next((s for s, rating in enumerate(ratings) if rating >= config.min_rating), None)
     scores = [rating / (1 + s) ** config.decay for s, rating in enumerate(ratings)]
     best = scores.index(max(scores))  # the earliest of equal ones
-    return best if ratings[best] >= config.min_rating else None
+    random_score = config.neg_rating / (1 + config.neg_step) ** config.decay
+    counts = ratings[best] >= config.min_rating and scores[best] > random_score
+    return best if counts else None
 
 
 def positions_by_loop(log: Interactions, config: DataConfig) -> dict[str, list[int]]:
@@ -105,10 +107,14 @@ CONFIGS = [
     DataConfig(
         train_size=0, negatives="popularity", min_rating=3.0, decay=1.0, neg_rating=2.0, neg_step=19
     ),
+    # random candidates of 4.5 / 3 = 1.5: where the best follower scores less there is no example
+    DataConfig(train_size=0, min_rating=1.0, decay=1.0, neg_rating=4.5, neg_step=2),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["default", "ties", "first", "seen", "popularity"])
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=["default", "ties", "first", "seen", "popularity", "strong random"]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_examples_equal_a_plain_loop(seed, config):
     """Positions, candidates, chosen item, scores and flags of every example are what the definitions say."""

@@ -24,7 +24,7 @@ from objectives import (
     preference_metrics,
 )
 from options import TrainConfig
-from train import get_lr, train_step
+from train import get_lr, reduce_metrics, train_step
 
 # Two examples of five candidates. Ratings and steps until the interaction, by slot:
 RATINGS = np.array([[3.0, 5.0, 2.5, 4.0, 3.0], [4.0, 3.0, 3.0, 5.0, 1.0]])
@@ -357,6 +357,43 @@ def test_the_reference_is_that_of_the_same_example():
     assert abs(wrong.item() - right.item()) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "has_reference"),
+    [
+        ("recpo", {}, True),
+        ("recpo", {"reference_free": True}, False),
+        ("dpo", {"reference_free": True}, False),
+        ("kto", {}, True),
+        ("simpo", {}, False),
+        ("cpo", {}, False),
+    ],
+)
+def test_who_has_a_reference(loss, options, has_reference):
+    """The others keep the zeros that an objective begins with, and no first rewards to check."""
+    objective, _ = objective_of(loss, **options)
+    assert objective.has_reference == has_reference
+    assert (objective.first_rewards is not None) == has_reference
+    assert not objective.reference_logps.any() and objective.slots.shape[0] == 2
+    if has_reference:
+        return
+    batch = replace(batch_of(objective, [0, 1]), reference_logps=objective.reference_logps)
+    _, sums = objective(batch)
+    losses, *_ = first_losses(loss, **options)
+    assert sums["preference_loss"][0].item() == pytest.approx(sum(losses), rel=1e-5)
+    assert math.isnan(objective.first_loss())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_micro_batch_that_evens_out_ranks_adds_nothing(loss):
+    """Weight 0: no loss, no gradient, no reward, and 0 of 0 in every metric."""
+    objective, token_logps = objective_of(loss, sft_weight=1.0)
+    loss, sums = objective(replace(batch_of(objective, [0]), weight=0.0))
+    loss.backward()
+    assert loss.item() == 0 and not token_logps.grad.any()
+    assert all(total.item() == 0 and count == 0 for total, count in sums.values())
+    assert not any(rewards.any() for rewards in objective.first_rewards or [])
+
+
 def test_prepare_takes_each_examples_own_row():
     """Reference log-probs, margins and lengths of a micro-batch are rows of its examples."""
     objective, _ = objective_of("recpo")
@@ -424,6 +461,41 @@ def one_step(gradient, **options):
 
     result = train_step(torch.nn.Linear(1, 1), optimizer, [None], compute, 0.1, config)
     return weight.item(), result.read(), optimizer.state[weight]
+
+
+def reduced(rank_sums, rank_counts, monkeypatch):
+    """What each rank gets of reduce_metrics, their vectors added here as all_reduce does it."""
+    ranks, vectors = range(len(rank_sums)), []
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(ranks))
+
+    def call(rank, all_reduce):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        sums = {name: torch.tensor(v, dtype=torch.double) for name, v in rank_sums[rank].items()}
+        return reduce_metrics(sums, rank_counts[rank])
+
+    for rank in ranks:
+        call(rank, lambda vector: vectors.append(vector.clone()))
+    assert len(vectors) == len(ranks)  # one all_reduce each
+    return [call(rank, lambda vector: vector.copy_(sum(vectors))) for rank in ranks]
+
+
+def test_metrics_are_means_over_all_ranks_by_name(monkeypatch):
+    """Sums over sums of counts, not means of means; the same on every rank."""
+    sums = [{"loss": 2.0, "acc": 0.0}, {"loss": 7.0, "acc": 3.0}]
+    counts = [{"loss": 1.0, "acc": 4.0}, {"loss": 2.0, "acc": 1.0}]
+    for means, flags in reduced(sums, counts, monkeypatch):
+        assert {name: mean.item() for name, mean in means.items()} == {"loss": 3.0, "acc": 0.6}
+        assert flags.tolist() == [0, 0]
+
+
+def test_a_rank_whose_loss_is_not_finite_is_flagged(monkeypatch):
+    """The mean tells that there is one, its flag which."""
+    sums = [{"loss": 2.0, "acc": 0.0}, {"loss": math.nan, "acc": 3.0}]
+    counts = [{"loss": 1.0, "acc": 1.0}] * 2
+    for means, flags in reduced(sums, counts, monkeypatch):
+        assert math.isnan(means["loss"].item()) and means["acc"].item() == 1.5
+        assert flags.tolist() == [0, 1]
 
 
 def test_clipping_scales_what_is_above_and_only_that(alone):

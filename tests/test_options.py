@@ -5,7 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from test_checkpoint import in_process  # noqa: F401  (a fixture)
+from test_train import TINY
 
+import train
 from common import parse_config
 from options import READ_BY, TrainConfig
 
@@ -37,6 +40,8 @@ def test_every_training_run_of_a_committed_table_is_accepted(file):
         ({"warmup_ratio": -1.0}, "--warmup_ratio must be >= 0"),
         ({"warmup_ratio": float("nan")}, "--warmup_ratio must be >= 0"),
         ({"neg_rating": 0.0}, "--neg_rating must be > 0"),
+        ({"beta": float("inf")}, "--beta must be a finite number, got inf"),
+        ({"neg_rating": float("inf")}, "--neg_rating must be a finite number"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be < 1"),
         ({"num_negatives": 20}, "--num_negatives must be <= 19"),
         ({"lora_alpha": 0.0}, "--lora_alpha must be > 0"),
@@ -106,3 +111,51 @@ def test_help_shows_choices_and_bounds(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 3, >= 1, <= 19)" in text
     assert "ratio, log_diff, log_ratio, none" in text
+
+
+# ------------------------------------------------------------------------ from options to steps
+SHORT = ("--copy_steps=0", "--val_size=0", "--test_size=2", "--no_decode_rest", "--tiny_layers=1")
+
+
+@pytest.fixture
+def steps(in_process, tmp_path, monkeypatch):  # noqa: F811
+    """call(*flags): what run_stage hands to each step of a whole run, and the KL it brought."""
+    taken, inner = [], train.train_step
+
+    def spy(model, optimizer, batches, objective, lr, config, replicas):
+        (group,) = optimizer.param_groups
+        step = {"objective": objective, "lr": lr, "kl": getattr(objective, "kl", None)}
+        step |= {name: group[name] for name in ("betas", "weight_decay")}
+        result = inner(model, optimizer, batches, objective, lr, config, replicas)
+        taken.append(step | {"new_kl": result.on_device.get("kl")})
+        return result
+
+    def call(*flags) -> list[dict]:
+        monkeypatch.setattr(train, "train_step", spy)
+        folders = (f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}")
+        in_process(train.main, *TINY, *SHORT, *folders, *flags)
+        return taken
+
+    return call
+
+
+def test_options_of_the_step_reach_every_step_of_their_stage(steps):
+    """20 prompts in steps of 8: 2 epochs of SFT are 6 steps, one of KTO is 3, each with its peak.
+
+    Warm-up takes half of them, rounded up, then a half cosine; KTO's baseline is the last KL."""
+    taken = steps(
+        *("--stages=sft,kto", "--beta=0.1", "--sft_epochs=2", "--epochs=1", "--warmup_ratio=0.5"),
+        *("--sft_learning_rate=3e-3", "--learning_rate=1e-3"),
+        *("--adam_beta2=0.9", "--weight_decay=0.25"),
+    )
+    kto = [step for step in taken if step["new_kl"] is not None]
+    sft = [step for step in taken if step["new_kl"] is None]
+    assert taken == sft + kto
+    assert [step["lr"] for step in sft] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 2.25e-3, 0.75e-3])
+    assert [step["lr"] for step in kto] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert {(step["betas"], step["weight_decay"]) for step in taken} == {((0.9, 0.9), 0.25)}
+
+    assert kto[0]["kl"] == 0 and kto[0]["new_kl"] == 0  # the policy is its reference
+    assert kto[2]["kl"] != 0
+    for before, after in zip(kto, kto[1:], strict=False):
+        assert after["kl"] == before["new_kl"].float()
