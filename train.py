@@ -421,7 +421,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
             log(step - 1, pending)
         pending, stopping = result, any_rank(run.stop.asked)
         last = step + 1 == schedule.num_steps
-        if validation.due(step + 1, schedule.num_steps):
+        if not stopping and validation.due(step + 1, schedule.num_steps):  # else save and leave
             log(step, pending)
             pending = None
             validation(step + 1, replicas)

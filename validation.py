@@ -94,6 +94,8 @@ class Validation:
             save_checkpoint(
                 self.folder, step, self.model, self.weights, facts, replicas, keep=10**9
             )
+            if not self.run.config.save_steps:  # no checkpoint comes by at which to prune
+                self.forget_worse()
 
     def log(self, step: int, metrics: dict) -> None:
         with writing(self.metrics), open(self.metrics, "a") as f:
