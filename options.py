@@ -249,6 +249,8 @@ class TrainConfig(DataConfig):
             )
         if self.keep == "best" and not (self.eval_steps and self.val_size):
             raise ValueError("--keep best needs --eval_steps and --val_size, by which it is found")
+        if self.margin == "none" and "margin_lambda" in changed_options(self):
+            raise ValueError("--margin_lambda has no effect with --margin none: leave one out")
         self.refuse_inert()
         if self.tiny_hidden_size % 64:
             raise ValueError(

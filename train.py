@@ -373,7 +373,7 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
         taken = next(
             (int(state["step"]) for state in optimizer.state.values()), 0
         )  # fewer than `step` if some were skipped
-        facts = identity | {"optimizer_steps": taken} | objective.state()
+        facts = identity | {"optimizer_steps": taken} | objective.state() | validation.state()
         save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
         validation.forget_worse()
 

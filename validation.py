@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch.distributed as dist
 
-from checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from checkpoint import checkpoints, damage, load_checkpoint, save_checkpoint
 from common import any_rank, is_main, print0, read_json, writing
 from data import Encoded, Examples, encode_examples
 from eval import predict, summarise
@@ -61,7 +61,8 @@ class Validation:
 
     def __init__(self, run, stage: str, folder: Path, model, optimizer, identity: dict):
         self.run, self.stage, self.model = run, stage, model
-        self.metrics, self.folder = folder / "metrics.jsonl", folder / "best"
+        self.stage_folder, self.folder = folder, folder / "best"
+        self.metrics = folder / "metrics.jsonl"
         # what a kept step consists of: weights alone, no moments
         self.weights = SimpleNamespace(state={}, param_groups=optimizer.param_groups)
         self.identity = identity
@@ -97,6 +98,10 @@ class Validation:
             if not self.run.config.save_steps:  # no checkpoint comes by at which to prune
                 self.forget_worse()
 
+    def state(self) -> dict:
+        """What a checkpoint must keep of it: which step's weights were the best until then."""
+        return {"best_step": self.best[1]} if self.best else {}
+
     def log(self, step: int, metrics: dict) -> None:
         with writing(self.metrics), open(self.metrics, "a") as f:
             f.write(json.dumps({"phase": "val", "step": step, **metrics}) + "\n")
@@ -104,24 +109,35 @@ class Validation:
         print0(f"{self.stage:5} {step:5} | val n {metrics['val/n']} | {shown}")
 
     def forget_worse(self) -> None:
-        """Keep the best step's files only. Called when a checkpoint of the stage is whole: a run
-        that resumes from it may meet later steps again, but none before."""
-        if is_main() and self.best:
-            for kept in checkpoints(self.folder):
-                if kept.name != f"checkpoint-{self.best[1]}":
-                    shutil.rmtree(kept)
+        """Keep the best step's files, and those that a checkpoint of the stage names as its best:
+        a run may yet fall back to that one."""
+        if not is_main() or self.best is None:
+            return
+        states = [read_json(folder / "state.json") for folder in checkpoints(self.stage_folder)]
+        named = {self.best[1]} | {state.get("best_step") for state in states}
+        for kept in checkpoints(self.folder):
+            if int(kept.name.removeprefix("checkpoint-")) not in named:
+                shutil.rmtree(kept)
 
     def resume(self, start: int) -> None:
-        """Find the best step among those that a resumed run has behind it, and drop later ones."""
-        if is_main() and self.folder.exists():
-            for kept in checkpoints(self.folder):
-                if read_json(kept / "state.json")["step"] > start:
+        """Find the best step among those that a resumed run has behind it, and drop the others.
+
+        Damaged ones are named and passed over. Every rank must call it."""
+        shared = [checkpoints(self.folder) if is_main() else None]
+        dist.broadcast_object_list(shared)
+        for kept in reversed(shared[0]):  # the earliest first
+            problem = damage(kept)
+            if problem:
+                print0(f"note: {kept} is damaged ({problem}); --keep best goes on without it")
+            step = int(kept.name.removeprefix("checkpoint-"))
+            if problem or step > start:
+                if is_main():
                     shutil.rmtree(kept)
+                continue
+            value = read_json(kept / "state.json")["value"]
+            if self.best is None or value > self.best[0]:
+                self.best = (value, step)
         dist.barrier()
-        for kept in reversed(checkpoints(self.folder)):  # the earliest first
-            state = read_json(kept / "state.json")
-            if self.best is None or state["value"] > self.best[0]:
-                self.best = (state["value"], state["step"])
 
     def load_best(self, last: int) -> None:
         """With --keep best put the best step's weights into the model."""

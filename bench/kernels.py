@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import logps_triton, nf4_triton  # noqa: E402
+from kernels.nf4 import CODE  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ def nf4_launches(dtype: torch.dtype, aligned: bool) -> None:
     n = shape[0] * shape[1]
     codes = rows_of(1, n // 2, torch.uint8, aligned).view(-1)
     absmax = torch.empty(n // 64, device="cuda")
-    with patch.object(nf4_triton, "_table", lambda device: torch.empty(16, device=device)):
-        nf4_triton.dequantize(codes, absmax, shape, dtype, 64)
+    with patch.object(nf4_triton, "_table", lambda code, device: torch.empty(16, device=device)):
+        nf4_triton.dequantize(codes, absmax, shape, dtype, 64, CODE)
 
 
 MODULES = {logps_triton: head_launches, nf4_triton: nf4_launches}

@@ -102,7 +102,7 @@ def dequantize_nf4(
         return dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize)
     from kernels import nf4_triton
 
-    return nf4_triton.dequantize(codes, absmax, shape, dtype, blocksize)
+    return nf4_triton.dequantize(codes, absmax, shape, dtype, blocksize, CODE)
 
 
 def dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize: int = BLOCK) -> Tensor:

@@ -49,6 +49,10 @@ def test_every_training_run_of_a_committed_table_is_accepted(file):
         ({"followers": 20}, "--followers must be <= 19"),
         ({"num_templates": 6}, "--num_templates must be <= 5"),
         ({"margin": "square"}, "--margin must be one of ratio, log_diff, log_ratio, none"),
+        (
+            {"margin": "none", "margin_lambda": 1.0},
+            "--margin_lambda has no effect with --margin none",
+        ),
         ({"shard": "half"}, "--shard must be one of full, none, hybrid"),
     ],
 )

@@ -1,7 +1,10 @@
 """Validation while a stage trains: its users, its curve, that it changes nothing, and the best step's weights."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +18,22 @@ from test_train import TINY, losses, run_train
 
 import train
 import validation
+from checkpoint import save_checkpoint, sha256
 from data import DataConfig, prepare
 from options import TrainConfig
 
+# train.py in which the first validation is the best one
+DECREE = """
+import sys
+sys.path.insert(0, {root!r})
+import train, validation
+
+values = iter([0.9, 0.1])
+validation.summarise = lambda records: dict.fromkeys(validation.SHOWN, 0.0) | {{
+    "hit_ratio@1": next(values)
+}}
+train.run_cli(train.main)
+"""
 # an adapter and dropout in SFT, so that random state matters
 SHORT = ("--stages=sft", "--max_steps=4", "--sft_lora_r=4", "--copy_steps=0")
 
@@ -128,29 +144,119 @@ def test_the_best_step_is_kept_the_earlier_of_equal_ones(in_process, tmp_path, m
             for name, tensor in saved.items()
         ]
         assert all(equal) == same
-    assert [f.name for f in (folder / "best").iterdir()] == ["checkpoint-2"]
+    assert names(folder / "best") == {"checkpoint-1", "checkpoint-2"}  # checkpoint-1 names its own
 
 
-def test_a_resumed_run_forgets_steps_that_lie_ahead(tmp_path):
-    """Resumed after step 15: the best of steps 5 and 10 counts, step 20's files go."""
+def write_kept(folder: Path, **state) -> Path:
+    """A whole checkpoint that holds no weights."""
+    folder.mkdir(parents=True)
+    file = folder / "state.json"
+    file.write_text(json.dumps(state))
+    manifest = {"state.json": [file.stat().st_size, sha256(file)]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """The validation of a stage that kept steps 5, 10 and 20, and its folder."""
     for step, value in ((5, 0.3), (10, 0.3), (20, 0.9)):
-        folder = tmp_path / "best" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"step": step, "value": value}))
+        write_kept(tmp_path / "best" / f"checkpoint-{step}", step=step, value=value)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        optimizer = SimpleNamespace(param_groups=[])
-        kept = validation.Validation(None, "sft", tmp_path, None, optimizer, {})
-        kept.resume(15)
-    finally:
-        dist.destroy_process_group()
-    assert kept.best == (0.3, 5)
-    assert sorted(f.name for f in (tmp_path / "best").iterdir()) == [
-        "checkpoint-10",
-        "checkpoint-5",
-    ]
+    optimizer = SimpleNamespace(param_groups=[])
+    yield validation.Validation(None, "sft", tmp_path, None, optimizer, {}), tmp_path
+    dist.destroy_process_group()
+
+
+def names(folder: Path) -> set[str]:
+    return {f.name for f in folder.iterdir()}
+
+
+def test_a_resumed_run_forgets_steps_that_lie_ahead(kept):
+    """Resumed after step 15: the best of steps 5 and 10 counts, step 20's files go."""
+    kept, folder = kept
+    kept.resume(15)
+    assert kept.best == (0.3, 5) and kept.state() == {"best_step": 5}
+    assert names(folder / "best") == {"checkpoint-5", "checkpoint-10"}
     kept.forget_worse()
-    assert [f.name for f in (tmp_path / "best").iterdir()] == ["checkpoint-5"]
+    assert names(folder / "best") == {"checkpoint-5"}
+
+
+def test_a_checkpoint_to_fall_back_to_finds_its_own_best_step(kept):
+    """What checkpoint-15 named as its best is kept beside the newer best, until that one is gone."""
+    kept, folder = kept
+    older = write_kept(folder / "checkpoint-15", step=15, best_step=5)
+    kept.best = (0.9, 20)
+    kept.forget_worse()
+    assert names(folder / "best") == {"checkpoint-5", "checkpoint-20"}
+    shutil.rmtree(older)
+    kept.forget_worse()
+    assert names(folder / "best") == {"checkpoint-20"}
+
+
+def test_damaged_weights_of_a_kept_step_are_named_and_passed_over(kept, capsys):
+    """A flipped byte in best/ is no result: the next best step counts."""
+    kept, folder = kept
+    file = folder / "best" / "checkpoint-20" / "state.json"
+    file.write_text(file.read_text().replace("0.9", "0.8"))
+    kept.resume(30)
+    assert "checkpoint-20 is damaged (state.json has another SHA-256)" in capsys.readouterr().out
+    assert kept.best == (0.3, 5) and names(folder / "best") == {"checkpoint-5", "checkpoint-10"}
+
+
+def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkeypatch):  # noqa: F811
+    """Stopped after step 3 of 4, resumed: step 2's weights, no val line twice."""
+    values = {1: 0.2, 2: 0.5, 3: 0.1, 4: 0.3}
+
+    def run(name, *flags, die=0):
+        seen = []
+
+        def summary(records):
+            seen.append(1)
+            step = len(seen) + (3 if "--resume=auto" in flags else 0)
+            return dict.fromkeys(validation.SHOWN, 0.0) | {"hit_ratio@1": values[step]}
+
+        def save(folder, step, *args, **kwargs):
+            out = save_checkpoint(folder, step, *args, **kwargs)
+            if die and step == die and folder.name.endswith("unfinished"):
+                raise KeyboardInterrupt
+            return out
+
+        monkeypatch.setattr(validation, "summarise", summary)
+        monkeypatch.setattr(train, "save_checkpoint", save)
+        folder = tmp_path / name
+        options = (*TINY, *SHORT, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}")
+        options += ("--save_steps=1", "--eval_steps=1", "--keep=best", *flags)
+        in_process(train.main, *options)
+        return val_lines(folder / "sft"), load_file(folder / "sft" / "adapter_model.safetensors")
+
+    whole_lines, whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", die=3)
+    lines, resumed = run("killed", "--resume=auto")
+    assert lines == whole_lines and [m["step"] for m in lines] == [1, 2, 3, 4]
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_the_best_step_of_full_training_on_two_sharded_ranks(tmp_path):
+    """All weights, each rank its rows: step 1, the best by decree, is what both divisions save."""
+    script = tmp_path / "decree.py"
+    script.write_text(DECREE.format(root=str(Path(__file__).parents[1])))
+    saved = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={processes}", str(script), *TINY, *SHORT]
+        command += ["--sft_lora_r=0", "--max_steps=2", "--eval_steps=1", "--keep=best"]
+        command += [f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "keeping step 1 of 2" in done.stdout
+        saved[processes] = load_file(folder / "sft" / "model.safetensors")
+        assert not (folder / "sft" / "best").exists()
+    for name, tensor in saved[1].items():
+        torch.testing.assert_close(saved[2][name], tensor, atol=1e-4, rtol=0)
 
 
 def test_keeping_the_best_needs_validation():
