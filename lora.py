@@ -23,7 +23,8 @@ from hub.adapter import (
     read_adapter_tensors,
     write_adapter,
 )
-from kernels.lora import adapted_4bit_projections, adapted_projections
+from kernels.lora import adapted_projections
+from kernels.nf4 import outside_graphs
 from model import Transformer
 from quantized import base_weight, unquantized
 
@@ -42,6 +43,9 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.absmax = getattr(linear, "absmax", None)  # with it, `weight` is 4-bit codes
+        self.projections = adapted_projections
+        if self.absmax is not None:
+            self.projections = outside_graphs(adapted_projections)
         device = linear.weight.device
         self.lora_A = nn.Linear(
             linear.in_features, r, bias=False, device=device, dtype=torch.float32
@@ -65,10 +69,8 @@ class LoRALinear(nn.Linear):
             lora[0].dropout if lora[0].training else 0.0
         )  # all adapters of a model share it, and the scaling
         arguments = (x, weights, biases, As, Bs, lora[0].scaling, dropout)
-        absmaxes = [getattr(layer, "absmax", None) for layer in layers]
-        if any(absmax is not None for absmax in absmaxes):
-            return adapted_4bit_projections(*arguments, absmaxes)
-        return adapted_projections(*arguments)
+        absmaxes = [getattr(layer, "absmax", None) for layer in layers]  # of all layers, or of none
+        return lora[0].projections(*arguments, absmaxes)
 
     def draw_A(self, name: str, seed: int) -> Tensor:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name) so that every rank starts with the same."""

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from hub.files import check_weights, open_safetensors, weight_files
-from kernels.nf4 import BLOCK, CODE, PIECE, dequantize_nf4, linear_4bit, quantize_nf4
+from kernels.nf4 import (
+    BLOCK,
+    CODE,
+    PIECE,
+    dequantize_nf4,
+    linear_4bit,
+    outside_graphs,
+    quantize_nf4,
+)
 from model import Transformer, empty_model, inverse_frequencies, weight_shapes
 
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -48,9 +56,10 @@ class Linear4bit(nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.absmax = nn.Parameter(absmax, requires_grad=False)
         self.bias = linear.bias
+        self.compute = outside_graphs(linear_4bit)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_4bit(x, self.weight, self.absmax, self.bias)
+        return self.compute(x, self.weight, self.absmax, self.bias)
 
 
 def to_4bit(model: Transformer) -> Transformer:

@@ -44,10 +44,6 @@ def adapted_projections(
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
 
-# Graphs of torch.compile would keep a dequantised weight from forward to backward: 16 bits after all.
-adapted_4bit_projections = torch.compiler.disable(adapted_projections)
-
-
 def adapted_projections_reference(
     x, weights, biases, As, Bs, scaling, dropout=0.0, absmaxes=None
 ) -> tuple[Tensor, ...]:

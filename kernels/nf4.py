@@ -20,6 +20,8 @@ impl   "reference"  plain PyTorch, the definition of correct, and what a CPU run
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +124,14 @@ def dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize: int = BLOCK
 
 
 # ------------------------------------------------------------------------------------ projection
-@torch.compiler.disable  # a graph would keep the values for backward
+@lru_cache
+def outside_graphs(function: Callable) -> Callable:
+    """The function, left out of torch.compile's graphs: they would keep a dequantised weight from
+    forward to backward, 16 bits after all. Called where a 4-bit layer is made, not on import: it
+    loads the compiler, which takes a second."""
+    return torch.compiler.disable(function)
+
+
 def linear_4bit(
     x: Tensor,  # (..., in)
     codes: Tensor,  # (out, in / 2) uint8

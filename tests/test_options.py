@@ -1,6 +1,8 @@
 """Options: every committed configuration is accepted; what breaks or does nothing is refused by name."""
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -163,3 +165,9 @@ def test_options_of_the_step_reach_every_step_of_their_stage(steps):
     assert kto[2]["kl"] != 0
     for before, after in zip(kto, kto[1:], strict=False):
         assert after["kl"] == before["new_kl"].float()
+
+
+def test_the_start_of_a_run_does_not_load_the_compiler():
+    """torch.compile's machinery costs a second a process; only --compile and 4-bit layers load it."""
+    code = "import sys, train; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
