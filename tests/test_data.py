@@ -19,21 +19,20 @@ from tokenizers import Tokenizer as HFTokenizer
 import data
 from data import (
     NUM_CANDIDATES,
-    DataConfig,
+    TEMPLATES,
     Example,
     Examples,
-    Tokenizer,
+    Interactions,
     build_examples,
     encode_examples,
-    encode_split,
+    make_interactions,
     micro_batches,
     prefetch,
-    prepare,
     render_prompt,
     tree_widths,
 )
-from examples import TEMPLATES
-from interactions import Interactions, make_interactions
+from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataConfig, Tokenizer, build_examples, build_tree, encode_examples
+from data import build_examples, build_tree, encode_examples, make_interactions
+from demo.tiny import make_base_model
 from eval import (
     compare_with_one_pass,
     evaluate,
@@ -21,9 +22,9 @@ from eval import (
     verified_branch,
     wilson,
 )
-from interactions import make_interactions
+from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig
 from model import load_pretrained
-from tiny import make_base_model
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,16 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from data import DataConfig, build_examples
-from interactions import Interactions, clean_title, k_core, make_interactions, unique_titles
-from loaders import MOVIELENS_URL, download_movielens, load_movielens, movielens_titles
+from data import (
+    Interactions,
+    build_examples,
+    clean_title,
+    k_core,
+    make_interactions,
+    unique_titles,
+)
+from loaders.frozen import DataConfig
+from loaders.movielens import MOVIELENS_URL, download_movielens, load_movielens, movielens_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -351,7 +358,7 @@ def served(tmp_path, monkeypatch):
 
         monkeypatch.setattr("urllib.request.urlopen", urlopen)
         if published:
-            monkeypatch.setattr("loaders.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
+            monkeypatch.setattr("loaders.movielens.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
 
     return serve
 

@@ -14,8 +14,8 @@ from data import build_tree
 from kernels.nf4 import matrix, quantize_nf4
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_pretrained, save_pretrained
-from options import TrainConfig
-from quantized import Linear4bit, load_4bit, unquantized
+from runtime.quantized import Linear4bit, load_4bit, unquantized
+from train import TrainConfig
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
 PUBLISHED = ("llama3.1", "qwen2.5", "qwen3")

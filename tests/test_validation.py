@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import validation
 from safetensors.torch import load_file
 from test_checkpoint import in_process  # noqa: F401  (a fixture)
 from test_train import TINY, losses, run_train
 
 import train
-import validation
-from checkpoint import save_checkpoint, sha256
-from data import DataConfig, prepare
-from options import TrainConfig
+from loaders.frozen import DataConfig, prepare
+from runtime.checkpoint import save_checkpoint, sha256
+from train import TrainConfig
 
 # train.py in which the first validation is the best one
 DECREE = """
