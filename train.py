@@ -571,6 +571,12 @@ def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest:
     return sorted((r for part in gathered for r in part), key=lambda r: r["example"])
 
 
+def validation_metrics(run: Run, model: Transformer) -> dict | None:
+    """Of the validation users, on rank 0; one pass: what no candidate verifies counts as invalid."""
+    records = predict_on_all_ranks(run, model, run.val, "greedy", False, "validation")
+    return summarise(records) if is_main() else None
+
+
 def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done.
 
@@ -630,12 +636,9 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
     start = resume_stage(run, folder, model, optimizer, objective, identity)
     logger = Logger(folder / "metrics.jsonl", config.logging_steps)
 
-    def evaluate_validation() -> dict | None:
-        """One pass: an answer that no candidate verifies counts as invalid."""
-        records = predict_on_all_ranks(run, model, run.val, "greedy", False, "validation")
-        return summarise(records) if is_main() else None
-
-    validation = Validation(run, stage, folder, model, optimizer, identity, evaluate_validation)
+    validation = Validation(
+        run, stage, folder, model, optimizer, identity, lambda: validation_metrics(run, model)
+    )
     validation.resume(start or 0)
 
     def save(step: int) -> None:

@@ -377,7 +377,7 @@ def small_config(tmp_path: Path, **options) -> DataConfig:
 def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch):
     """The second call reads equal arrays and titles without touching the raw data; nothing else is left in the folder."""
     first = prepare(small_config(tmp_path))
-    monkeypatch.setattr("data.load_log", None)
+    monkeypatch.setattr("loaders.frozen.load_log", None)
     again = prepare(small_config(tmp_path))
     assert (first.hash, first.raw_counts, first.folder) == (
         again.hash,
@@ -459,7 +459,7 @@ def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
         def full(*_):
             raise OSError("no space left on device")
 
-        patch.setattr("data.save_file", full)
+        patch.setattr("loaders.frozen.save_file", full)
         prepare(config)
     assert list((tmp_path / "prepared").iterdir()) == []
     assert len(prepare(config).splits["train"]) == 30

@@ -23,6 +23,7 @@ from eval import (
     wilson,
 )
 from hub.tokenizer import Tokenizer
+from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
 from model import load_pretrained
 
@@ -214,7 +215,8 @@ def test_metrics_divide_by_all_cases():
 def test_evaluate_scores_the_given_examples(half_trained):
     """The public call: metrics with baselines on the same candidates, one prediction per example, model mode kept."""
     model, tokenizer, test = half_trained
-    metrics, predictions = evaluate(model, tokenizer, test.examples.select(np.arange(30)))
+    some = test.examples.select(np.arange(30))
+    metrics, predictions = evaluate(model, tokenizer, some, baselines=counting_baselines(some))
     assert metrics["n"] == len(predictions) == 30
     assert set(metrics["baselines"]) == {"chance", "popularity", "item-kNN", "Markov"}
     assert not model.training
