@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+GB = 10**9  # bytes
 BOUNDS = {  # name of a bound -> how it reads, whether a value keeps it
     "at_least": (">=", lambda value, bound: value >= bound),
     "above": (">", lambda value, bound: value > bound),

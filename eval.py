@@ -57,8 +57,7 @@ from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
 from lora import load_adapter
-from model import Transformer, generate, load_pretrained
-from runtime.quantized import load_4bit
+from model import Transformer, generate, load_4bit, load_pretrained
 from runtime.stages import check_data, load_stage
 
 

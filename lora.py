@@ -23,10 +23,10 @@ from hub.adapter import (
     read_adapter_tensors,
     write_adapter,
 )
+from hub.quantized import base_weight, unquantized
 from kernels.lora import adapted_projections
 from kernels.nf4 import outside_graphs
 from model import Transformer
-from runtime.quantized import base_weight, unquantized
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -13,7 +13,7 @@
     CPO            DPO without a reference, plus NLL              arXiv:2401.08417, eq. 5
     SimPO          means over tokens instead of sums              -log σ(β (mean_w - mean_l) - γ), arXiv:2405.14734, eq. 6
 
-Without a reference (CPO, SimPO, and any of the others with --reference_free) Δ is log π alone: zeros stand for log π_ref.
+Without a reference (CPO, SimPO) Δ is log π alone: zeros stand for log π_ref.
 
 The right-hand form is the one computed: exp() overflows at 89 in fp32, and one bad negative can exceed that. λ m is
 added outside β (...), as in the authors' code: it is the reward gap, in nats, that the chosen item must exceed.
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MARGINS = ("ratio", "log_diff", "log_ratio", "none")
-OFFSETS = ("log_gap", "log_ratio")  # of ODPO
 
 
 def preference_score(rating, steps, decay: float = 0.5):

@@ -38,6 +38,7 @@ from hub.files import (
     stored_head_differs,
     write_weights,
 )
+from hub.quantized import give_back_freed_blocks, read_4bit, to_4bit
 from kernels.logps import label_logps, mm_fp32
 
 # cuDNN's attention gives NaN gradients with a mask at some lengths on Hopper (pytorch #196678).
@@ -354,6 +355,18 @@ def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> T
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.inv_freq = inverse_frequencies(model.config).to(device)
+    return model
+
+
+def load_4bit(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
+    """As load_pretrained, with the linear layers in 4 bits."""
+    give_back_freed_blocks(device)
+    model = to_4bit(empty_model(path, dtype)).to_empty(device=device)
+    model.inv_freq = inverse_frequencies(model.config).to(device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    shapes = weight_shapes(model.config)
+    read_4bit(model, model.source, shapes, dtype, lambda p: (0, p.shape[0]), lambda p: p)
     return model
 
 

@@ -35,8 +35,6 @@ from losses import (
     target_margins,
 )
 
-COPY_TITLES = 5  # other titles on the tree of an SFT example with --copy_weight
-
 
 # ------------------------------------------------------------------------ preference losses
 @dataclass
@@ -60,25 +58,9 @@ class PreferenceLoss:
     sft_weight: float = 0.0  # where --sft_weight is left to the method
 
 
-def _ipo(options, rows: Rows) -> tuple[Tensor, Tensor]:
-    if not options.ipo_average:
-        return ipo_loss(rows.policy_logps, rows.reference_logps, options.beta)
-    policy_means, reference_means = (
-        logps / rows.lengths for logps in (rows.policy_logps, rows.reference_logps)
-    )
-    return ipo_loss(policy_means, reference_means, options.beta)
-
-
-def _kto(options, rows: Rows) -> tuple[Tensor, Tensor]:
-    weights = (options.kto_desirable, options.kto_undesirable)
-    return kto_loss(rows.policy_logps, rows.reference_logps, rows.kl, options.beta, *weights)
-
-
 LOSSES: dict[str, PreferenceLoss] = {
-    "dpo": PreferenceLoss(
-        lambda o, r: dpo_loss(r.policy_logps, r.reference_logps, o.beta, o.label_smoothing)
-    ),
-    "ipo": PreferenceLoss(_ipo),
+    "dpo": PreferenceLoss(lambda o, r: dpo_loss(r.policy_logps, r.reference_logps, o.beta)),
+    "ipo": PreferenceLoss(lambda o, r: ipo_loss(r.policy_logps, r.reference_logps, o.beta)),
     "simpo": PreferenceLoss(
         lambda o, r: simpo_loss(r.policy_logps, r.lengths, o.beta, o.simpo_gamma),
         has_reference=False,
@@ -89,7 +71,7 @@ LOSSES: dict[str, PreferenceLoss] = {
     "odpo": PreferenceLoss(
         lambda o, r: odpo_loss(r.policy_logps, r.reference_logps, r.margins, o.beta)
     ),
-    "kto": PreferenceLoss(_kto),
+    "kto": PreferenceLoss(lambda o, r: kto_loss(r.policy_logps, r.reference_logps, r.kl, o.beta)),
     "sdpo": PreferenceLoss(
         lambda o, r: sdpo_loss(r.policy_logps, r.reference_logps, o.beta), pairwise=False
     ),
@@ -127,7 +109,7 @@ def scaled_margins(options, loss: str, scores: Tensor) -> Tensor:
     if loss == "recpo":
         return options.margin_lambda * target_margins(chosen, rejected, options.margin)
     if loss == "odpo":
-        return options.odpo_alpha * target_margins(chosen, rejected, options.odpo_offset)
+        return options.odpo_alpha * target_margins(chosen, rejected, "log_gap")
     return target_margins(chosen, rejected, "none")
 
 
@@ -158,13 +140,6 @@ class PreferenceTable:
 
 
 # ------------------------------------------------------------------------ micro-batches
-def after_first(sequence_ids: Tensor) -> Tensor:
-    """(M,) True for every scored token but the first of its completion."""
-    mask = torch.zeros_like(sequence_ids, dtype=torch.bool)
-    mask[1:] = sequence_ids[1:] == sequence_ids[:-1]
-    return mask
-
-
 @dataclass
 class MicroBatch:
     """What one forward pass needs, on its device; all counts are known beforehand, as plain numbers."""
@@ -172,10 +147,8 @@ class MicroBatch:
     tree: PromptTree
     weight: float  # 0: it only evens out ranks
     chosen: Tensor  # indices of the chosen titles' tokens among the M scored ones
-    others: Tensor  # those of the other titles' second and later tokens (SFT with --copy_weight)
     num_examples: int  # of the global batch
     num_tokens: int  # target tokens of the global batch
-    num_others: int  # as `others`, of the global batch
     reference_logps: Tensor | None = None  # (B, N), zeros without a reference
     margins: Tensor | None = None  # (B, K), already times λ
     lengths: Tensor | None = None  # (B, N) tokens of each completion
@@ -184,34 +157,29 @@ class MicroBatch:
 class SFT:
     """Negative log-likelihood of the chosen title (eq. 1), a mean over target tokens."""
 
+    has_reference = False
+
     def __init__(self, config, model, encoded: Encoded, device):
         self.config, self.model, self.encoded, self.device = config, model, encoded, device
         # (E, N) candidates that become completions, chosen first
         self.slots = encoded.examples.target[:, None]
-        if config.copy_weight:
-            self.slots = np.concatenate([self.slots, encoded.examples.others[:, :COPY_TITLES]], 1)
 
-    def num_tokens(self, examples, columns=slice(0, 1)) -> int:
-        """Target tokens of these columns of `slots`; by default those of the chosen titles."""
-        groups = (self.encoded.slots(int(e), self.slots[e][columns]) for e in examples)
-        return sum(len(ids) for group in groups for ids in group)
+    def num_tokens(self, examples) -> int:
+        """Target tokens of these examples: those of the chosen titles."""
+        chosen = (self.encoded.slots(int(e), self.slots[e][:1]) for e in examples)
+        return sum(len(ids) for (ids,) in chosen)
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
         """The micro-batch of these examples, in a step of `step_examples` over all ranks."""
         weight, batch = float(bool(batch)), batch or [int(step_examples[0])]
         tree = self.encoded.tree(batch, self.slots)
         chosen = tree.sequence_ids % tree.num_completions == 0
-        others = ~chosen & after_first(tree.sequence_ids)
-
-        num_firsts = len(step_examples) * (self.slots.shape[1] - 1)
         return MicroBatch(
             tree.to(self.device),
             weight,
             to_device(torch.nonzero(chosen).squeeze(1), self.device),
-            to_device(torch.nonzero(others).squeeze(1), self.device),
             num_examples=len(step_examples),
             num_tokens=self.num_tokens(step_examples),
-            num_others=self.num_tokens(step_examples, slice(1, None)) - num_firsts,
         )
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, dict]:
@@ -219,9 +187,6 @@ class SFT:
         token_logps, greedy_ids = self.model(tree)
         chosen_logps = token_logps[batch.chosen]
         loss = sft_loss(chosen_logps, batch.num_tokens)
-        if self.config.copy_weight:  # how the other titles go on once begun, not which to choose
-            others = sft_loss(token_logps[batch.others], batch.num_others)
-            loss = loss + self.config.copy_weight * others
 
         right = (greedy_ids == tree.labels)[batch.chosen]
         count = weight * len(batch.chosen)
@@ -258,7 +223,7 @@ class Preference(SFT):
         self.sft_weight = config.sft_weight
         if config.sft_weight < 0:
             self.sft_weight = self.method.sft_weight
-        self.has_reference = self.method.has_reference and not config.reference_free
+        self.has_reference = self.method.has_reference
         self.reference_logps = torch.zeros(self.slots.shape)  # (E, N)
         # of the first step, where they must be zero; None once they were checked
         self.first_rewards: list[Tensor] | None = [] if self.has_reference else None

@@ -55,31 +55,28 @@ from data import (
     Encoded,
     Examples,
     encode_examples,
-    micro_batches,
     prefetch,
     to_device,
     tree_widths,
 )
-from demo.tiny import CopyTask, make_base_model
 from eval import predict, ranking_metrics, results_table, save_predictions, summarise
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
-from lora import TARGET_MODULES, apply_lora, read_adapter
-from losses import MARGINS, OFFSETS
-from model import Transformer, empty_model
+from lora import TARGET_MODULES
+from losses import MARGINS
+from model import Transformer
 from objectives import (
     PAIRWISE,
     PREFERENCE_LOSSES,
-    REFERENCE_FREE,
     SFT,
     MicroBatch,
     Preference,
     Schedule,
 )
 from runtime.checkpoint import checkpoints, save_checkpoint
-from runtime.quantized import give_back_freed_blocks, read_4bit, to_4bit
+from runtime.policy import load_policy
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
 from runtime.runs import (
     Logger,
@@ -87,21 +84,15 @@ from runtime.runs import (
     Run,
     StepMetrics,
     StopRequest,
+    describe_data,
+    describe_stage,
     open_run_folder,
     where_not_finite,
 )
 from runtime.sharding import (
-    device_memory,
-    fill_adapter,
-    init_adapter,
+    average_gradients,
     local,
-    materialize,
-    merged_on_reading,
-    own_rows,
-    read_weights,
-    replica_note,
     reshard,
-    shard,
 )
 from runtime.stages import (
     check_data,
@@ -123,14 +114,8 @@ READ_BY = {  # option of a loss -> the stages that read it
     "margin": {"recpo"},
     "num_negatives": PREFERENCE - set(PAIRWISE),
     "negative_source": PREFERENCE,
-    "reference_free": PREFERENCE - set(REFERENCE_FREE),
-    "label_smoothing": {"dpo"},
-    "ipo_average": {"ipo"},
     "simpo_gamma": {"simpo"},
-    "odpo_offset": {"odpo"},
     "odpo_alpha": {"odpo"},
-    "kto_desirable": {"kto"},
-    "kto_undesirable": {"kto"},
 }
 
 
@@ -139,8 +124,9 @@ class TrainConfig(DataConfig):
     """SFT, then preference training, from a Hugging Face checkpoint; without --model and --config, the demo."""
 
     model: str = arg(
-        "tiny",
-        "Hugging Face directory or hub name; tiny = a small random model, or the base of --adapter",
+        "",
+        "Hugging Face directory or hub name; empty = the base of --adapter, or the demo's, "
+        "a tiny one that reads lists",
         group="model",
     )
     adapter: str = arg(
@@ -168,9 +154,6 @@ class TrainConfig(DataConfig):
     use_rslora: bool = arg(
         False, "scaling = alpha / sqrt(r); llama.cpp ignores it: merge before converting"
     )
-    tiny_hidden_size: int = arg(128, "tiny model: width, a multiple of 64")
-    tiny_layers: int = arg(4, "tiny model: blocks", at_least=1)
-    tiny_vocab_size: int = arg(1024, "tiny model: tokens of its tokenizer", at_least=300)
     stages: str = arg(
         "sft,recpo",
         f"comma-separated: raw (test the model as it is), sft, and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
@@ -190,40 +173,16 @@ class TrainConfig(DataConfig):
         "rejected titles are both, only random, or only follow(-ups)",
         choices=("both", "random", "follow"),
     )
-    reference_free: bool = arg(
-        False, "preference losses without a reference policy; simpo and cpo never have one"
-    )
-    label_smoothing: float = arg(
-        0.0, "dpo: probability that a preference is the wrong way round", at_least=0, below=0.5
-    )
-    ipo_average: bool = arg(False, "ipo: log-probs as means over tokens instead of sums")
     simpo_gamma: float = arg(
         2.0,
         "simpo: target margin; gamma / beta between 0.25 and 1 is advised, the paper has 2",
         at_least=0,
     )
-    odpo_offset: str = arg(
-        "log_gap",
-        "odpo: log_gap = log(chosen - rejected score), or log_ratio = log(chosen / rejected)",
-        choices=OFFSETS,
-    )
     odpo_alpha: float = arg(1.0, "odpo: weight of the offset", at_least=0)
-    kto_desirable: float = arg(1.0, "kto: weight of chosen titles", at_least=0)
-    kto_undesirable: float = arg(1.0, "kto: weight of rejected titles", at_least=0)
     sft_weight: float = arg(
         -1.0,
         "weight of the chosen title's mean NLL added to a preference loss; -1: 1 for cpo, else 0",
         at_least=-1,
-    )
-    copy_steps: int = arg(
-        0,
-        "tiny models: at most so many steps of copying practice before SFT (see tiny.py); real models need none",
-        at_least=0,
-    )
-    copy_weight: float = arg(
-        0.0,
-        "tiny models: weight of copying practice on the listed titles during SFT (see tiny.py)",
-        at_least=0,
     )
     sft_epochs: float = arg(
         5.0, "epochs of the sft stage; a fraction is fine", group="optimisation", above=0
@@ -299,11 +258,6 @@ class TrainConfig(DataConfig):
         "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked",
         at_least=0,
     )
-    tflops: float = arg(
-        395.0,
-        "dry run: achieved TFLOP/s of a device (395 is half of an H200's matrix rate)",
-        above=0,
-    )
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
     save_steps: int = arg(
         100,
@@ -357,10 +311,6 @@ class TrainConfig(DataConfig):
         if self.margin == "none" and "margin_lambda" in changed_options(self):
             raise ValueError("--margin_lambda has no effect with --margin none: leave one out")
         self.refuse_inert()
-        if self.tiny_hidden_size % 64:
-            raise ValueError(
-                f"--tiny_hidden_size must be a multiple of 64, got {self.tiny_hidden_size}"
-            )
 
     def refuse_inert(self) -> None:
         """ValueError for an option that no stage of this run reads."""
@@ -377,51 +327,7 @@ class TrainConfig(DataConfig):
 
 
 DEMO = Path(__file__).parent / "configs" / "demo.json"
-
-
-def load_policy(
-    config: TrainConfig, stage: str, base: Path, adapter: Path | None, device
-) -> tuple[Transformer, int]:
-    """The stage's starting weights, sharded, and the number of replicas: base, plus the adapter it goes on from or a fresh one."""
-    r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
-    stored = stored_dtype(config, device)
-    full_bf16 = (
-        r == 0 and stored == torch.bfloat16
-    )  # full training keeps fp32 weights and computes in bf16
-    model = empty_model(base, torch.float32 if full_bf16 else stored)
-    if config.load_in_4bit:
-        give_back_freed_blocks(device)
-        to_4bit(model)
-    torch.compiler.reset()  # what the stage before compiled
-    dropout = config.lora_dropout if stage == "sft" else 0.0
-    merge, tensors = {}, {}
-    if adapter:
-        settings, tensors = read_adapter(model, adapter)
-        if r > 0:
-            apply_lora(model, **settings | {"lora_dropout": dropout})
-            print0(
-                f"going on with the adapter {adapter}: its own r, alpha and target modules hold, not the options'"
-            )
-        else:
-            merge = merged_on_reading(settings, tensors)
-    elif r > 0:
-        targets = [t.strip() for t in config.lora_target_modules.split(",")]
-        apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
-    for block in model.model.layers:
-        block.checkpointing = config.gradient_checkpointing
-        if config.compile:  # the arithmetic only: checkpointing and sharding stay outside; lengths differ from the start
-            block.compiled = torch.compile(block.compute, dynamic=True)
-    replicas = shard(
-        model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None
-    )
-    materialize(model, device)
-    if config.load_in_4bit:
-        read_4bit(model, model.source, stored, own_rows, local)
-    else:
-        read_weights(model, model.source, merge)
-    if r > 0:
-        fill_adapter(model, tensors) if adapter else init_adapter(model, config.seed)
-    return model, replicas
+DEMO_BASE = Path(__file__).parent / "demo" / "base"
 
 
 def reduce_metrics(
@@ -497,49 +403,12 @@ def train_step(
     return StepMetrics(means, not_finite, lr)
 
 
-def average_gradients(optimizer) -> None:
-    """--shard none: one all_reduce over all gradients as one flat tensor."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
-    torch._foreach_copy_(
-        gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
-    )
-
-
 def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:
     """Linear warm-up, then a cosine to zero."""
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
-
-
-def practise_copying(
-    config: TrainConfig,
-    task: CopyTask,
-    optimizer,
-    rank: int,
-    world_size: int,
-    replicas: int,
-    log: Callable,
-) -> None:
-    """Warm-up of a random model (see tiny.py): until it copies out of lists of 20 titles, or --copy_steps are over."""
-    for step in range(config.copy_steps):
-        widths = task.draw(step)
-        batches = micro_batches(widths, range(len(widths)), world_size, config.micro_batch_tokens)[
-            rank
-        ]
-        lr = config.sft_learning_rate * min(1.0, (step + 1) / 30)
-        metrics = train_step(task.model, optimizer, batches, task, lr, config, replicas).read()
-        mastered = task.update(metrics)
-        log(step, config.copy_steps, metrics | {"list_size": task.list_size}, "copy")
-        if mastered:
-            break
-    print0(
-        f"copying practice: {step + 1} steps, lists of {task.list_size}, begins with a listed title {task.listed:.2f}, goes on with it {task.accuracy:.2f}"
-    )
 
 
 def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
@@ -577,145 +446,188 @@ def validation_metrics(run: Run, model: Transformer) -> dict | None:
     return summarise(records) if is_main() else None
 
 
-def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
+@dataclass
+class Stage:
+    """One stage while it is trained: its model, and what a step, a line of the log and a checkpoint need."""
+
+    run: Run
+    name: str
+    folder: Path  # <stage>.unfinished, until all is done
+    start: tuple[Path, Path | None]  # base, and the adapter it goes on from
+    weights: str  # hash of both
+    model: Transformer
+    replicas: int  # ranks that hold the same rows
+    objective: SFT
+    schedule: Schedule
+    peak: float  # learning rate
+    optimizer: torch.optim.Optimizer
+    identity: dict  # what a checkpoint must have been made from
+    validation: Validation | None = None
+    logger: Logger | None = None
+    skipped: int = 0  # steps that were not finite
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's part of a step, on its device."""
+        examples = self.schedule.examples(step)
+        batches = self.schedule.micro_batches(step, self.run.rank)
+        return [self.objective.prepare(batch, examples) for batch in batches]
+
+    def log(self, step: int, result: StepMetrics) -> None:
+        """Wait for a step's metrics and write them; too many steps that are not finite end the run."""
+        config = self.run.config
+        try:
+            metrics = result.read()
+        except NotFinite as error:
+            self.skipped += 1
+            where = where_not_finite(self.run, self.schedule, step, error.ranks)
+            problem = f"{self.name}, step {step + 1}, {where}: {error}"
+            if self.skipped > config.max_skipped_steps:
+                last = next(iter(checkpoints(self.folder)), "none")
+                raise ValueError(
+                    f"{problem}. Last checkpoint: {last} (--max_skipped_steps goes on)"
+                ) from None
+            print0(f"note: {problem}")
+            return
+        metrics["epoch"] = (step + 1) / self.schedule.steps_per_epoch
+        self.logger(step, self.schedule.num_steps, metrics, self.name)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this many steps."""
+        every = self.run.config.save_steps
+        return bool(every) and (step % every == 0 or step == self.schedule.num_steps)
+
+    def save(self, step: int) -> None:
+        states = self.optimizer.state.values()
+        taken = next((int(state["step"]) for state in states), 0)  # < step if some were skipped
+        facts = self.identity | {"optimizer_steps": taken}
+        facts |= self.objective.state() | self.validation.state()
+        keep = self.run.config.save_total_limit
+        save_checkpoint(self.folder, step, self.model, self.optimizer, facts, self.replicas, keep)
+        self.validation.forget_worse()
+
+
+def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done.
 
     With --resume it goes on from a checkpoint, by default the newest whole one that an earlier start left."""
-    config, rank, world_size, device = run.config, run.rank, run.world_size, run.device
-    folder = run.folder / f"{stage}.unfinished"
+    stage = begin_stage(run, name, base, adapter)
+    started = resume_stage(
+        run, stage.folder, stage.model, stage.optimizer, stage.objective, stage.identity
+    )
+    stage.logger = Logger(stage.folder / "metrics.jsonl", run.config.logging_steps)
+    stage.validation = Validation(
+        run,
+        name,
+        stage.folder,
+        stage.model,
+        stage.optimizer,
+        stage.identity,
+        lambda: validation_metrics(run, stage.model),
+    )
+    stage.validation.resume(started or 0)
+
+    train(stage, started or 0)
+
+    stage.validation.load_best(stage.schedule.num_steps)
+    with writing(stage.folder):
+        save_stage(run, stage.model, base, stage.folder, stage.weights)
+    finish_stage(run, name, stage.model, stage.folder)
+
+
+def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
+    """Load the weights, say what is trained, and fill in the reference's log-probs."""
+    config, device = run.config, run.device
+    folder = run.folder / f"{name}.unfinished"
     if is_main():
         if not config.resume:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
     dist.barrier()
-    torch.manual_seed(config.seed + rank)  # dropout; everything else draws from its own generator
-    model, replicas = load_policy(config, stage, base, adapter, device)
-    if base == run.base and config.model != "tiny":
-        model.name_or_path = (
-            config.model
-        )  # a hub name, if it is one, and not the folder of its files
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    if stage == "sft":
-        objective, epochs, peak = (
-            SFT(config, model, run.train, device),
-            config.sft_epochs,
-            config.sft_learning_rate,
-        )
+    torch.manual_seed(config.seed + run.rank)  # dropout; all else draws from its own generator
+    model, replicas = load_policy(config, name, base, adapter, device)
+    if base == run.base and config.model:
+        model.name_or_path = config.model  # a hub name, if it is one, and not its folder
+
+    if name == "sft":
+        objective = SFT(config, model, run.train, device)
+        epochs, peak = config.sft_epochs, config.sft_learning_rate
     else:
-        objective = Preference(config, stage, model, run.train, device)
+        objective = Preference(config, name, model, run.train, device)
         epochs, peak = config.epochs, config.learning_rate
     widths = tree_widths(run.train, objective.slots)
-    schedule = Schedule(config, epochs, widths, world_size)
-    print0(
-        f"\n== {stage}: {len(widths):,} prompts, {schedule.num_steps} steps of {config.batch_size}, peak learning rate {peak:g}; "
-        f"validated on {len(run.val.prompts) if run.val else 0} users; "
-        f"{trainable:,} of {total:,} parameters trained, from {base}{f' + {adapter}' if adapter else ''}"
-    )
-    if config.shard == "full" and world_size > 1:
-        stored = sum(p.numel() * p.element_size() for p in model.parameters())
-        print0(replica_note(stored, 12 * trainable, world_size, device_memory(device)), end="")
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    schedule = Schedule(config, epochs, widths, run.world_size)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters,
+        trained,
         lr=peak,
         betas=(0.9, config.adam_beta2),
         weight_decay=config.weight_decay,
         fused=True,
     )
-
     weights = starting_weights(base, adapter)
-    identity = {"stage": stage, "data": run.data_hash, "base or adapter to start from": weights}
-    if stage != "sft":
+    identity = {"stage": name, "data": run.data_hash, "base or adapter to start from": weights}
+    stage = Stage(
+        run,
+        name,
+        folder,
+        (base, adapter),
+        weights,
+        model,
+        replicas,
+        objective,
+        schedule,
+        peak,
+        optimizer,
+        identity,
+    )
+    describe_stage(stage)
+    if name != "sft":
         identity["reference"] = "none"
         if objective.has_reference:
             identity["reference"] = prepare_reference(run, weights, objective, schedule)
         print_preference_notes(config, objective)
     model.train()
+    return stage
 
-    start = resume_stage(run, folder, model, optimizer, objective, identity)
-    logger = Logger(folder / "metrics.jsonl", config.logging_steps)
 
-    validation = Validation(
-        run, stage, folder, model, optimizer, identity, lambda: validation_metrics(run, model)
-    )
-    validation.resume(start or 0)
-
-    def save(step: int) -> None:
-        taken = next(
-            (int(state["step"]) for state in optimizer.state.values()), 0
-        )  # fewer than `step` if some were skipped
-        facts = identity | {"optimizer_steps": taken} | objective.state() | validation.state()
-        save_checkpoint(folder, step, model, optimizer, facts, replicas, config.save_total_limit)
-        validation.forget_worse()
-
-    if start is None:
-        start = 0
-        if stage == "sft" and config.copy_steps:
-            task = CopyTask(model, run.train, run.tokenizer, config.seed, device)
-            practise_copying(config, task, optimizer, rank, world_size, replicas, logger)
-            if config.save_steps:
-                save(0)
-
-    def prepare(step: int) -> list[MicroBatch]:
-        return [
-            objective.prepare(batch, schedule.examples(step))
-            for batch in schedule.micro_batches(step, rank)
-        ]
-
-    skipped = 0
-
-    def log(step: int, result: StepMetrics) -> None:
-        nonlocal skipped
-        try:
-            metrics = result.read() | {"epoch": (step + 1) / schedule.steps_per_epoch}
-        except NotFinite as error:
-            skipped += 1
-            problem = f"{stage}, step {step + 1}, {where_not_finite(run, schedule, step, error.ranks)}: {error}"
-            if skipped > config.max_skipped_steps:
-                last = next(iter(checkpoints(folder)), None)
-                raise ValueError(
-                    f"{problem}. Last checkpoint: {last or 'none'} (--max_skipped_steps goes on)"
-                ) from None
-            print0(f"note: {problem}")
-            return
-        logger(step, schedule.num_steps, metrics, stage)
-
+def train(stage: Stage, start: int) -> None:
+    """The loop, from step `start` on. Metrics are read one step late, while the GPU works on the next."""
+    run, config, schedule, objective = stage.run, stage.run.config, stage.schedule, stage.objective
     run.stop.in_loop = True
-    pending = None  # the step before, read while the GPU works on this one
-    for step, batches in enumerate(prefetch(prepare, range(start, schedule.num_steps)), start):
-        lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
-        result = train_step(model, optimizer, batches, objective, lr, config, replicas)
+    pending = None  # the step before, whose metrics are not read yet
+    batches_ahead = prefetch(stage.micro_batches, range(start, schedule.num_steps))
+    for step, batches in enumerate(batches_ahead, start):
+        lr = get_lr(step, schedule.num_steps, stage.peak, config.warmup_ratio)
+        result = train_step(
+            stage.model, stage.optimizer, batches, objective, lr, config, stage.replicas
+        )
         objective.after_step(result.on_device.__getitem__)
-        if step == 0 and stage != "sft" and objective.has_reference:
-            check_first_rewards(objective, exact=stored_dtype(config, device) == torch.float32)
+        if step == 0 and objective.has_reference:
+            exact = stored_dtype(config, run.device) == torch.float32
+            check_first_rewards(objective, exact)
         if pending:
-            log(step - 1, pending)
+            stage.log(step - 1, pending)
         pending, stopping = result, any_rank(run.stop.asked)
-        last = step + 1 == schedule.num_steps
-        if not stopping and validation.due(step + 1, schedule.num_steps):  # else save and leave
-            log(step, pending)
+
+        validating = not stopping and stage.validation.due(step + 1, schedule.num_steps)
+        saving = stopping or stage.saves(step + 1)
+        if validating or saving:
+            stage.log(step, pending)
             pending = None
-            validation(step + 1, replicas)
-        if stopping or (config.save_steps and ((step + 1) % config.save_steps == 0 or last)):
-            if pending:
-                log(step, pending)
-            pending = None
-            save(step + 1)
+        if validating:
+            stage.validation(step + 1, stage.replicas)
+        if saving:
+            stage.save(step + 1)
         if stopping:
-            logger.close()
+            stage.logger.close()
             raise Stopped(
-                f"stopped by SIGTERM after step {step + 1}, which is saved; --resume auto goes on from there"
+                f"stopped by SIGTERM after step {step + 1}, which is saved; "
+                "--resume auto goes on from there"
             )
     run.stop.in_loop = False
     if pending:
-        log(step, pending)
-    logger.close()
-    validation.load_best(schedule.num_steps)
-
-    with writing(folder):
-        save_stage(run, model, base, folder, weights)
-    finish_stage(run, stage, model, folder)
+        stage.log(step, pending)
+    stage.logger.close()
 
 
 def finish_stage(run: Run, stage: str, model: Transformer, folder: Path) -> None:
@@ -773,59 +685,23 @@ def results(run: Run, prepared) -> str:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    demo = not any(
-        a.split("=")[0] in ("--config", "--model", "--adapter", "--help", "-h") for a in argv
-    )
-    config = parse_config(TrainConfig, ["--config", str(DEMO), *argv] if demo else argv)
-    if (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        and config.output_dir
-        and not config.resume
-    ):
-        config = replace(config, resume="auto")  # torchrun --max-restarts started this again
-    if demo:
-        print0(
-            "no --model, --adapter or --config: the demo's options, configs/demo.json, are the defaults"
-        )
+    config = read_options(sys.argv[1:])
     rank, world_size, device = setup_distributed()
-    shared = [
-        (Path(tempfile.mkdtemp()) if config.dry_run else open_run_folder(config))
-        if is_main()
-        else None
-    ]
-    dist.broadcast_object_list(shared)
-    (folder,) = shared
-    print0(
-        f"{world_size} process{'es' if world_size > 1 else ''}, {device.type}, {stored_dtype(config, device)}, run folder {folder}"
-    )
+    folder = agreed_folder(config)
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    print0(f"{processes}, {device.type}, {stored_dtype(config, device)}, run folder {folder}")
 
     with first():
         prepared = prepare(config, check=is_main())
-    base = folder / "base"
-    with first():
-        if config.model == "tiny" and not config.adapter and not base.exists():
-            size = {"hidden_size": config.tiny_hidden_size, "num_layers": config.tiny_layers}
-            beside = folder / "base.unfinished"
-            make_base_model(
-                beside,
-                prepared.splits["train"],
-                **size,
-                vocab_size=config.tiny_vocab_size,
-                seed=config.seed,
-            )
-            beside.rename(base)
-    if config.model != "tiny" or config.adapter:
-        name = config.model if config.model != "tiny" else base_of(config.adapter)
-        with first("LOCAL_RANK"):
-            base = resolve_path(name, weights=not config.dry_run)
-    tokenizer = Tokenizer(base)
-    splits = prepared.splits
+    with first("LOCAL_RANK"):
+        base = find_base(config)
+    tokenizer, splits = Tokenizer(base), prepared.splits
     with first():
         train, test = (
             encode_split(prepared, split, tokenizer, config.max_length)
             for split in ("train", "test")
         )
+    val = encode_sample(splits["val"], tokenizer, config)
     baselines = prepared.baselines("test") if is_main() else {}
     run = Run(
         config,
@@ -837,39 +713,67 @@ def main() -> None:
         tokenizer,
         prepared.hash,
         train,
-        encode_sample(splits["val"], tokenizer, config),
+        val,
         test,
         baselines,
         StopRequest(),
     )
-
-    lengths = [len(p) for p in train.prompts]
-    print0(
-        f"{config.dataset}: {len(train.prompts):,} training, "
-        f"{len(run.val.prompts) if run.val else 0:,} validation and {len(test.prompts):,} test examples, "
-        f"data hash {prepared.hash[:12]}; "
-        f"prompts of {np.mean(lengths):.0f} tokens (longest {max(lengths)}), {train.num_shortened + test.num_shortened} shortened "
-        f"by {train.num_dropped + test.num_dropped} history items to fit {config.max_length}"
-    )
-    example = splits["train"][0]
-    print0(
-        "\nfirst training prompt:\n"
-        + tokenizer.inner.decode(train.prompts[0].tolist(), skip_special_tokens=False)
-    )
-    print0(
-        f"chosen: {example.candidates[example.target]!r}, tokens {train.slots(0, [example.target])[0]}"
-    )
-
+    describe_data(run)
     if config.dry_run:
         from bench.estimate import dry_run  # it builds on this module
 
         dry_run(run)
-        shutil.rmtree(folder, ignore_errors=True)  # the tiny model's, if there was one
+        shutil.rmtree(folder, ignore_errors=True)
         return
-    start = (base, Path(config.adapter) if config.adapter else None)
+
+    run_stages(run)
+    if is_main():
+        table = results(run, prepared)
+        title = f"# {config.dataset}, {config.model or base.name}, data {prepared.hash[:12]}"
+        (folder / "results.md").write_text(f"{title}\n\n{table}\n")
+        print0(f"\n{table}\n\nwritten to {folder / 'results.md'}")
+    dist.barrier()
+
+
+def read_options(argv: list[str]) -> TrainConfig:
+    """The options; without --config, --model and --adapter the demo's are the defaults."""
+    given = {a.split("=")[0] for a in argv}
+    demo = not given & {"--config", "--model", "--adapter", "--help", "-h"}
+    config = parse_config(TrainConfig, ["--config", str(DEMO), *argv] if demo else argv)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max-restarts
+    if restarted and config.output_dir and not config.resume:
+        config = replace(config, resume="auto")
+    if demo:
+        print0(
+            "no --model, --adapter or --config: the demo's options, configs/demo.json, "
+            "are the defaults"
+        )
+    return config
+
+
+def agreed_folder(config: TrainConfig) -> Path:
+    """The run folder, which rank 0 opens; a dry run gets one that is thrown away."""
+    shared = [None]
+    if is_main():
+        shared = [Path(tempfile.mkdtemp()) if config.dry_run else open_run_folder(config)]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def find_base(config: TrainConfig) -> Path:
+    """The directory of the model: --model, or the one that --adapter names, or the demo's."""
+    if not config.model and not config.adapter:
+        return DEMO_BASE
+    return resolve_path(config.model or base_of(config.adapter), weights=not config.dry_run)
+
+
+def run_stages(run: Run) -> None:
+    """Every stage that is not finished yet; preference stages start from what sft left."""
+    config, folder = run.config, run.folder
+    start = (run.base, Path(config.adapter) if config.adapter else None)
     finished = [s for s in config.stage_list if (folder / s / "eval" / "metrics.json").exists()]
     for stage in finished:
-        check_data(folder / stage, prepared.hash, "choose another --output_dir for the new data")
+        check_data(folder / stage, run.data_hash, "choose another --output_dir for the new data")
     for stage in config.stage_list:
         if stage in finished:
             check_start(folder / stage, *start)
@@ -878,18 +782,11 @@ def main() -> None:
             test_raw(run, *start)
         else:
             run_stage(run, stage, *start)
-            if config.resume:  # a named checkpoint is that of one stage; those behind it have none yet, or their newest
+            if config.resume:  # a named checkpoint is of one stage; those behind have their newest
                 run.config = replace(config, resume="auto")
         free_memory()  # of this stage's model and optimizer, before the next one's are made
         if stage == "sft":
             start = load_stage(folder / "sft")
-    if is_main():
-        table = results(run, prepared)
-        (folder / "results.md").write_text(
-            f"# {config.dataset}, {config.model}, data {prepared.hash[:12]}\n\n{table}\n"
-        )
-        print0(f"\n{table}\n\nwritten to {folder / 'results.md'}")
-    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -37,11 +37,10 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as HFTokenizer
 
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
-from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, build_tree, render_prompt
+from data import NUM_CANDIDATES, TEMPLATES, WORDS, Example, PromptTree, build_tree, render_prompt
 from demo.planted import World
 from hub.files import open_safetensors
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DATASETS
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
 
@@ -63,7 +62,7 @@ class PretrainConfig:
 
     output_dir: str = arg(str(BASE), "where the base goes; while it is made, a checkpoint too")
     titles: str = arg("", "text file with one title per line; empty = the planted world's")
-    dataset: str = arg("planted", "the data set whose words the prompts use", choices=DATASETS)
+    dataset: str = arg("planted", "the data set whose words the prompts use", choices=tuple(WORDS))
     vocab_size: int = arg(1024, "tokens of the tokenizer, at most", at_least=300)
     hidden_size: int = arg(128, "width", at_least=1)
     num_layers: int = arg(4, "blocks", at_least=1)

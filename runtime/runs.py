@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import Stopped, hours, is_main, read_json, reading, writing
+from common import Stopped, hours, is_main, print0, read_json, reading, writing
 from data import Encoded
 from hub.tokenizer import Tokenizer
+from runtime.sharding import device_memory, replica_note
 
 
 class Logger:
@@ -49,9 +50,6 @@ class Logger:
             "rewards/accuracies": "acc {:.3f}",
             "logps/chosen": "logp {:7.2f}",
             "mean_token_accuracy": "acc {:.3f}",
-            "copy_accuracy": "acc {:.3f}",
-            "listed": "listed {:.2f}",
-            "list_size": "list {:2}",
         }
         parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
         parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
@@ -105,10 +103,9 @@ class Run:
 
 
 def line_step(line: str) -> int:
-    """Step of a line of metrics.jsonl; 0 for copying practice, which is over; a line cut off by a crash is dropped."""
+    """Step of a line of metrics.jsonl; beyond all for one that a crash cut off: it is dropped."""
     try:
-        entry = json.loads(line)
-        return 0 if entry["phase"] == "copy" else entry["step"]
+        return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return sys.maxsize
 
@@ -116,7 +113,9 @@ def line_step(line: str) -> int:
 FREE_TO_CHANGE = "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit max_skipped_steps "
 
 
-FREE_TO_CHANGE += "dry_run gpu_memory tflops micro_batch_tokens shard shard_group_size gradient_checkpointing compile"
+FREE_TO_CHANGE += (
+    "dry_run gpu_memory micro_batch_tokens shard shard_group_size gradient_checkpointing compile"
+)
 
 
 def open_run_folder(config) -> Path:
@@ -215,3 +214,41 @@ def where_not_finite(run: Run, schedule, step: int, ranks: list[int]) -> str:
     log, position = run.train.examples.log, run.train.examples.position
     users = ", ".join(f"{e} (user {log.user_ids[log.user[position[e]]]})" for e in examples[:8])
     return f"{who}, examples {users}{' ...' if len(examples) > 8 else ''}"
+
+
+def describe_data(run: Run) -> None:
+    """Sizes, and the first training prompt as the model reads it."""
+    train, test = run.train, run.test
+    lengths = [len(p) for p in train.prompts]
+    shortened = train.num_shortened + test.num_shortened
+    dropped = train.num_dropped + test.num_dropped
+    print0(
+        f"{run.config.dataset}: {len(train.prompts):,} training, "
+        f"{len(run.val.prompts) if run.val else 0:,} validation and "
+        f"{len(test.prompts):,} test examples, data hash {run.data_hash[:12]}; "
+        f"prompts of {np.mean(lengths):.0f} tokens (longest {max(lengths)}), "
+        f"{shortened} shortened by {dropped} history items to fit {run.config.max_length}"
+    )
+    example, decode = train.examples[0], run.tokenizer.inner.decode
+    prompt = decode(train.prompts[0].tolist(), skip_special_tokens=False)
+    print0(f"\nfirst training prompt:\n{prompt}")
+    title, ids = example.candidates[example.target], train.slots(0, [example.target])[0]
+    print0(f"chosen: {title!r}, tokens {ids}")
+
+
+def describe_stage(stage) -> None:
+    run, schedule, (base, adapter) = stage.run, stage.schedule, stage.start
+    parameters = list(stage.model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    source = f"{base} + {adapter}" if adapter else f"{base}"
+    print0(
+        f"\n== {stage.name}: {len(schedule.widths):,} prompts, {schedule.num_steps} steps of "
+        f"{run.config.batch_size}, peak learning rate {stage.peak:g}; "
+        f"validated on {len(run.val.prompts) if run.val else 0} users; "
+        f"{trainable:,} of {total:,} parameters trained, from {source}"
+    )
+    if run.config.shard == "full" and run.world_size > 1:
+        stored = sum(p.numel() * p.element_size() for p in parameters)
+        memory = device_memory(run.device)
+        print0(replica_note(stored, 12 * trainable, run.world_size, memory), end="")

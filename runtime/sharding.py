@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from bench.estimate import GB
+from common import GB
 from hub.adapter import PEFT_PREFIX
 from hub.files import check_weights, open_safetensors
 from lora import lora_layers, lora_scaling
@@ -229,4 +229,15 @@ def device_memory(device) -> int:
         os.sysconf("SC_PAGE_SIZE")
         * os.sysconf("SC_PHYS_PAGES")
         // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
+
+
+def average_gradients(optimizer) -> None:
+    """--shard none: one all_reduce over all gradients as one flat tensor."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
+    torch._foreach_copy_(
+        gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
     )

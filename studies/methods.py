@@ -56,7 +56,6 @@ SHOWN = {
     "beta": PREFERENCE_LOSSES,
     "sft_weight": PREFERENCE_LOSSES,
     "negative_source": PREFERENCE_LOSSES,
-    "reference_free": PREFERENCE_LOSSES,
     "decay": ("sft", *PREFERENCE_LOSSES),
     "history_items": ("sft", *PREFERENCE_LOSSES),
     "ratings": ("sft", *PREFERENCE_LOSSES),

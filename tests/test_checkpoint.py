@@ -394,7 +394,6 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_examples(tmp_path):
     flags = (
         "--sft_learning_rate=1e30",
         "--max_grad_norm=0",
-        "--copy_steps=0",
         "--save_steps=1",
         "--sft_epochs=4",
     )

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from bench.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gradients
 from data import build_tree
 from demo.tiny import make_base_model
+from hub.quantized import Linear4bit, to_4bit
 from loaders.frozen import DataConfig, prepare
 from lora import TARGET_MODULES, apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
-from runtime.quantized import Linear4bit, to_4bit
 from runtime.sharding import replica_note
 from train import TrainConfig, train_step
 

@@ -11,10 +11,10 @@ from test_checkpoint import kill_all, lines, start_train, wait_for
 from test_train import losses, run_train
 
 from data import build_tree
+from hub.quantized import Linear4bit, unquantized
 from kernels.nf4 import matrix, quantize_nf4
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
-from model import load_pretrained, save_pretrained
-from runtime.quantized import Linear4bit, load_4bit, unquantized
+from model import load_4bit, load_pretrained, save_pretrained
 from train import TrainConfig
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
@@ -214,8 +214,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(wide, tmp_path):
 
 
 FOUR_BIT_RUN = [
-    "--load_in_4bit", "--tiny_hidden_size=64", "--sft_lora_r=4", "--lora_dropout=0",
-    "--copy_steps=0", "--sft_epochs=1", "--epochs=1",
+    "--load_in_4bit", "--sft_lora_r=4", "--lora_dropout=0",
+    "--sft_epochs=1", "--epochs=1",
 ]  # fmt: skip
 
 

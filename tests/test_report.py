@@ -410,12 +410,8 @@ def test_an_open_table_asks_for_model_and_data():
 def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
     """Two runs, a baseline and a probe by one command; the second call does nothing; the report stands on them."""
     training = {
-        "model": "tiny",
-        "tiny_layers": 2,
-        "tiny_vocab_size": 512,
         "batch_size": 8,
         "lora_r": 4,
-        "copy_steps": 3,
         "max_steps": 2,
     }
     table = {"common": {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}, "training": training, "probes": ["adherence"], "probed": ["a"],

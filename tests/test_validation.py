@@ -36,7 +36,7 @@ train.validation_metrics = lambda run, model: dict.fromkeys(SHOWN, 0.0) | {{
 train.run_cli(train.main)
 """
 # an adapter and dropout in SFT, so that random state matters
-SHORT = ("--stages=sft", "--max_steps=4", "--sft_lora_r=4", "--copy_steps=0")
+SHORT = ("--stages=sft", "--max_steps=4", "--sft_lora_r=4")
 
 
 def val_lines(folder: Path) -> list[dict]:

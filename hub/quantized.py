@@ -32,7 +32,6 @@ from kernels.nf4 import (
     outside_graphs,
     quantize_nf4,
 )
-from model import Transformer, empty_model, inverse_frequencies, weight_shapes
 
 STATE = ".quant_state.bitsandbytes__nf4"
 
@@ -62,7 +61,7 @@ class Linear4bit(nn.Linear):
         return self.compute(x, self.weight, self.absmax, self.bias)
 
 
-def to_4bit(model: Transformer) -> Transformer:
+def to_4bit(model: nn.Module) -> nn.Module:
     """A Linear4bit in place of each linear layer but the head; the model is on `meta`, or fake."""
     linears = [
         name
@@ -79,8 +78,8 @@ def to_4bit(model: Transformer) -> Transformer:
 class Reader:
     """Rows of a checkpoint's tensors; those of a linear layer as codes and absmax."""
 
-    def __init__(self, path: Path, model: Transformer, dtype: torch.dtype):
-        self.files = check_weights(path, weight_shapes(model.config), four_bit=True)
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.files = check_weights(path, shapes, four_bit=True)
         self.handles = {f: open_safetensors(f) for f in sorted(set(self.files.values()))}
         self.dtype = dtype  # weights are rounded to it before they are quantised, as elsewhere
 
@@ -150,14 +149,15 @@ def nested_absmax(index: Tensor, scales: Tensor, code: Tensor, state: dict) -> T
 
 
 def read_4bit(
-    model: Transformer,
+    model: nn.Module,
     path: Path,
+    shapes: dict[str, tuple[int, ...]],  # of the 16-bit weights, by name
     dtype: torch.dtype,
     own_rows: Callable[[Tensor], tuple[int, int]],
     local: Callable[[Tensor], Tensor],
 ) -> None:
     """Fill a model that to_4bit made and that has memory; each rank its own rows."""
-    reader = Reader(path, model, dtype)
+    reader = Reader(path, shapes, dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in weight_names(reader.files):
         p = parameters[name]
@@ -188,18 +188,7 @@ def give_back_freed_blocks(device) -> None:
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 4 * 2**20)
 
 
-def load_4bit(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
-    """As model.load_pretrained, with the linear layers in 4 bits."""
-    give_back_freed_blocks(device)
-    model = to_4bit(empty_model(path, dtype)).to_empty(device=device)
-    model.inv_freq = inverse_frequencies(model.config).to(device)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    read_4bit(model, model.source, dtype, lambda p: (0, p.shape[0]), lambda p: p)
-    return model
-
-
-def base_weight(model: Transformer, name: str, layer: nn.Module, dtype: torch.dtype) -> Tensor:
+def base_weight(model: nn.Module, name: str, layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """A 4-bit layer's weight: the original one where its 16 bits are at hand, else its values."""
     if model.source:
         files = weight_files(model.source)
@@ -210,7 +199,7 @@ def base_weight(model: Transformer, name: str, layer: nn.Module, dtype: torch.dt
     return dequantize_nf4(layer.weight, layer.absmax, shape, dtype)
 
 
-def unquantized(model: Transformer) -> Transformer:
+def unquantized(model: nn.Module) -> nn.Module:
     """Every Linear4bit as an ordinary layer of the compute dtype, in place."""
     dtype = model.model.norm.weight.dtype
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
