@@ -56,6 +56,7 @@ from demo.planted import World, bayes_scores
 from estimate import device_memory, dry_run, replica_note
 from eval import check_data, load_stage, results_table, save_predictions, summarise
 from hub.adapter import base_of
+from hub.chat import add_end_of_turn
 from hub.files import resolve_path
 from lora import apply_lora, read_adapter, save_adapter
 from model import Transformer, empty_model, save_pretrained
@@ -541,6 +542,8 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: 
         save_pretrained(model, folder, gathered(model), write=is_main())
         if is_main():
             copy_tokenizer(base, folder)
+            if run.config.prompt_format == "chat":
+                add_end_of_turn(folder, run.tokenizer.eos_id)
     if is_main():
         write_base(run, base, folder, weights)
 
@@ -579,6 +582,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
+        "chat_template.jinja",
         "special_tokens_map.json",
         "generation_config.json",
     ):
@@ -649,7 +653,7 @@ def main() -> None:
         name = config.model if config.model != "tiny" else base_of(config.adapter)
         with first("LOCAL_RANK"):
             base = resolve_path(name, weights=not config.dry_run)
-    tokenizer = Tokenizer(base)
+    tokenizer = Tokenizer(base, config.prompt_format)
     splits = prepared.splits
     with first():
         train, test = (

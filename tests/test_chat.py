@@ -2,21 +2,28 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import write_json
 from test_checkpoint import in_process  # noqa: F401  (a fixture)
+from test_train import TINY, run_train
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+import eval as evaluation
 import train
-from data import Example
+from data import DataConfig, Example, build_tree, encode_examples, encode_split, prepare
 from examples import render_prompt
 from hub import chat, render
 from hub.tokenizer import Tokenizer
+from model import load_pretrained
+from tiny import make_base_model
 
 # The shapes of published templates: where they trim, where control tokens and line breaks stand.
 LLAMA3 = """\
@@ -502,3 +509,166 @@ def test_tojson_escapes_nothing():
     x = {"é": "<a> & 'b'"}
     expected = '{"é": "<a> & \'b\'"} {\n "é": "<a> & \'b\'"\n}'
     assert render.render(template, {"x": x}) == expected
+
+
+# ------------------------------------------------------------------------ examples, training, answers
+DATA = ["--dataset=planted", "--planted_users=150", "--train_size=20", "--test_size=8"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    config = DataConfig(
+        dataset="planted", planted_users=150, train_size=20, test_size=8,
+        prepared_dir=str(tmp_path_factory.mktemp("prepared")),
+    )  # fmt: skip
+    return prepare(config)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, prepared) -> Path:
+    """A random model whose tokenizer has room for the control tokens of a chat."""
+    path = tmp_path_factory.mktemp("talking") / "base"
+    make_base_model(
+        path, prepared.splits["train"], hidden_size=64, num_layers=2, vocab_size=500, seed=0
+    )
+    inner = HFTokenizer.from_file(str(path / "tokenizer.json"))
+    inner.normalizer = None  # a space behind every line break would merge with the answer
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    assert inner.get_vocab_size() <= 512  # rows of the embedding
+    inner.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(QWEN25)
+    return path
+
+
+def test_prompts_that_are_too_long_lose_history(base, prepared):
+    """The frame counts, control tokens stay, and what is left is the longest that fits."""
+    tokenizer, examples = Tokenizer(base, "chat"), prepared.splits["test"]
+    whole = encode_examples(examples, tokenizer, 4096)
+    longest = max(map(len, whole.completions.values()))
+    limit = int(np.median([len(p) for p in whole.prompts])) + longest - 15
+    short = encode_examples(examples, tokenizer, limit)
+    assert 0 < short.num_shortened < len(examples) or short.num_dropped > len(examples)
+    for e, ids in enumerate(short.prompts):
+        room = limit - max(map(len, short.slots(e, range(20))))
+        texts = [render_prompt(examples[e], skip) for skip in range(len(examples[e].history))]
+        fitting = [p for p in tokenizer.encode_prompts(texts) if len(p) <= room]
+        assert ids.tolist() == fitting[0]
+
+
+def test_a_boundary_that_merges_is_refused(base, prepared, monkeypatch):
+    """The check of prompt and answer as one text has the template in it."""
+    tokenizer, examples = Tokenizer(base, "chat"), prepared.splits["test"]
+    answered = tokenizer.encode_answered
+    monkeypatch.setattr(
+        tokenizer, "encode_answered", lambda t, c: [ids[1:] + ids[:1] for ids in answered(t, c)]
+    )
+    with pytest.raises(ValueError, match=r"merges it with the prompt's final '.*assistant\\n'"):
+        encode_examples(examples, tokenizer, 4096)
+
+
+def test_cached_tokens_of_the_two_formats_are_told_apart(base, prepared):
+    """Read back, each is its own."""
+    for _ in range(2):  # made, then read
+        plain = encode_split(prepared, "test", Tokenizer(base), 1024)
+        talking = encode_split(prepared, "test", Tokenizer(base, "chat"), 1024)
+        assert len(talking.prompts[0]) > len(plain.prompts[0])
+        expected = encode_examples(prepared.splits["test"], Tokenizer(base, "chat"), 1024)
+        assert talking.prompts[0].tolist() == expected.prompts[0].tolist()
+        assert talking.completions == expected.completions
+
+
+def test_one_pass_and_generation_write_the_same_answers(base, prepared):
+    """Learnt by heart: every answer is the target, and ends with the token that ends a turn."""
+    tokenizer, model = Tokenizer(base, "chat"), load_pretrained(base)
+    examples = prepared.splits["train"].select(np.arange(4))
+    encoded = encode_examples(examples, tokenizer, 1024)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        tree = build_tree(
+            [encoded.prompts[e] for e in range(4)],
+            [encoded.slots(e, [examples.target[e]]) for e in range(4)],
+        )
+        loss = -model(tree)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    metrics, records = evaluation.evaluate(model, tokenizer, examples, "generate", encoded=encoded)
+    assert metrics["hit_ratio@1"] == 1.0 and metrics["one_pass_differs"] == 0
+    assert all(r["one_pass"] == r["answer"] and r["ids"][-1] == tokenizer.eos_id for r in records)
+
+
+def predictions(folder: Path) -> np.ndarray:
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["logps"] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base, prepared):
+    """A finished chat run: SFT of all weights, RecPO with an adapter."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    flags = (f"--model={base}", "--prompt_format=chat", "--copy_steps=0", "--val_size=0")
+    flags += (*DATA, f"--prepared_dir={prepared.folder.parent}", "--max_steps=2", "--sft_lora_r=0")
+    output, metrics = run_train(tmp_path, "talk", *flags)
+    assert prepared.hash[:12] in output
+    return tmp_path / "talk", output, metrics
+
+
+def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
+    """The printed example shows the template, the reference is exact, the whole model takes it along."""
+    folder, output, metrics = run
+    assert "<|im_start|>user\n" in output and "<|im_start|>assistant\n\nchosen: '" in output
+    assert "before the first step: at most 0.0e+00 nats" in output
+    assert json.loads((folder / "config.json").read_text())["prompt_format"] == "chat"
+    assert (folder / "sft" / "chat_template.jinja").read_text() == QWEN25
+    assert metrics.keys() == {"sft", "recpo"}
+    end, eos = Tokenizer(base, "chat").eos_id, Tokenizer(base).eos_id
+    generation = json.loads((folder / "sft" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [end, eos] and end != eos  # other programs stop there
+    assert Tokenizer(folder / "sft").eos_id == eos
+
+
+def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):  # noqa: F811
+    """eval.py --run, --model with --prompt_format chat, and --recommend give the run's log-probs."""
+    folder, data = run[0], [*DATA, f"--prepared_dir={prepared.folder.parent}"]
+    in_process(evaluation.main, f"--run={folder}", data[-1], "--output_dir=all")
+    for stage in ("sft", "recpo"):
+        expected = predictions(folder / stage / "eval")
+        np.testing.assert_allclose(predictions(Path("all") / stage), expected, atol=1e-4)
+
+    alone = (f"--model={folder / 'sft'}", *data, "--output_dir=alone")
+    in_process(evaluation.main, *alone, "--prompt_format=chat")
+    expected = predictions(folder / "sft" / "eval")
+    np.testing.assert_allclose(predictions(Path("alone/sft")), expected, atol=1e-4)
+    in_process(evaluation.main, *alone)
+    assert np.abs(predictions(Path("alone/sft")) - expected).max() > 1e-2  # plain is another prompt
+
+    templates = prepared.splits["test"].template.tolist()
+    e = templates.index(0)  # the words that --recommend uses
+    example = prepared.splits["test"][e]
+    history = [{"title": title, "rating": rating} for title, rating in example.history]
+    write_json(Path("my.json"), {"history": history, "candidates": example.candidates})
+    capsys.readouterr()
+    in_process(evaluation.main, f"--run={folder}", "--stage=sft", "--recommend=my.json")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "log-prob" in line]
+    shown = {line.split(maxsplit=4)[4]: float(line.split(maxsplit=4)[3]) for line in lines}
+    expected = dict(zip(example.candidates, expected[e].tolist(), strict=True))
+    assert shown == pytest.approx(expected, abs=0.006)
+
+
+def test_a_run_keeps_its_prompt_format(run, base, in_process, monkeypatch):  # noqa: F811
+    """Going on with plain prompts is refused by name."""
+    folder = run[0]
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    flags = [f for f in TINY if "copy" not in f] + ["--max_steps=2", "--sft_lora_r=0"]
+    flags += ["--val_size=0", "--resume=auto", f"--output_dir={folder}", f"--model={base}"]
+    with pytest.raises(ValueError, match="other values of prompt_format"):
+        in_process(train.main, "--dataset=planted", *flags)
+
+
+def test_a_base_without_a_template_is_refused(base, in_process, tmp_path):  # noqa: F811
+    """Before anything is trained, with what to do instead."""
+    shutil.copytree(base, tmp_path / "mute")
+    (tmp_path / "mute" / "chat_template.jinja").unlink()
+    flags = [*TINY, "--dataset=planted", "--copy_steps=0", f"--model={tmp_path / 'mute'}"]
+    with pytest.raises(ValueError, match=r"mute: no chat template.*--prompt_format plain"):
+        in_process(train.main, *flags, "--prompt_format=chat", "--output_dir=refused")
