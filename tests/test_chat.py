@@ -101,6 +101,18 @@ LLAMA2 = (  # no generation prompt: the space before an answer belongs to the an
     "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+ZEPHYR = """\
+{% for message in messages %}
+    {% if message["role"] == "user" %}
+{{ "<|user|>\n" + message["content"] + eos_token }}
+    {% elif message["role"] == "assistant" %}
+{{ "<|assistant|>\n" + message["content"] + eos_token }}
+    {% endif %}
+    {% if loop.last and add_generation_prompt %}
+{{ "<|assistant|>" }}
+    {% endif %}
+{% endfor %}
+"""
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 FAMILIES = {  # template, control tokens, the token that ends a turn, variables
@@ -118,6 +130,7 @@ FAMILIES = {  # template, control tokens, the token that ends a turn, variables
         "<|im_end|>",
         {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
     ),
+    "zephyr": (ZEPHYR, ["<s>", "</s>"], "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
     "llama2": (LLAMA2, ["<unk>", "<s>", "</s>"], "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
 }
 TITLES = [
@@ -165,8 +178,8 @@ def family_tokenizer(family: str) -> HFTokenizer:
         vocab_size=900, initial_alphabet=alphabet, special_tokens=tokens, show_progress=False
     )
     inner.train_from_iterator(PROMPTS, trainer)
-    begin = {"llama3": "<|begin_of_text|>", "llama2": "<s>"}.get(family)
-    if begin:
+    begin = "<s>" if family == "llama2" else "<|begin_of_text|>"
+    if begin in special:
         inner.post_processor = processors.TemplateProcessing(
             f"{begin} $A", special_tokens=[(begin, inner.token_to_id(begin))]
         )
@@ -256,7 +269,7 @@ def test_published_templates_have_the_ids_of_transformers(name, peers, tmp_path)
         assert tokenizer.encode_prompts([text]) == [expected]
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2.5", "qwen3", "smollm2"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2.5", "qwen3", "smollm2", "zephyr"])
 def test_prompt_and_answer_are_the_dialogue(family, tokenizers, peers):
     """Prompt ids and completion ids in a row begin transformers' rendering of the whole dialogue."""
     completions = tokenizers[family].encode_completions(TITLES)
@@ -283,6 +296,14 @@ def test_the_token_that_ends_a_turn_ends_an_answer(family, tokenizers, bases):
     for title, ids in zip(TITLES, tokenizer.encode_completions(TITLES), strict=True):
         assert ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id
         assert tokenizer.answer(ids) == title and tokenizer.answer(ids[:-1]) == title
+
+
+def test_an_end_of_turn_that_no_other_file_names_stops(tmp_path):
+    """Instruct models have been published with the base's EOS in all their files."""
+    path = write_base(tmp_path, "qwen2.5", eos_token="<|endoftext|>")
+    write_json(path / "config.json", {"eos_token_id": 0, "vocab_size": 2000})
+    assert Tokenizer(path).stop_ids == {0}
+    assert Tokenizer(path, "chat").stop_ids == {0, 2} and Tokenizer(path, "chat").eos_id == 2
 
 
 def test_an_answer_follows_the_prompt_without_a_space(tokenizers):
