@@ -263,6 +263,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def stored_dtype(config, device) -> torch.dtype:
+    """--dtype of the frozen weights; auto is bfloat16 on a GPU."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if it is true on one; keeps ranks at the same number of forward passes."""
     if dist.get_world_size() == 1:

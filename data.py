@@ -19,315 +19,538 @@ Left out: rating prediction, cold-start items, side features. Legend: E examples
 per example, P prompt width, C completion width, T = P + C, M scored tokens.
 """
 
-import contextlib
-import gc
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+import html
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from math import isnan, nan
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+import torch
+from torch import Tensor
 
-from batches import PromptTree, build_tree, micro_batches, prefetch, to_device
-from common import read_json, run_cli, writing
-from demo.planted import World, planted_world
-from examples import (
-    ALL_TEMPLATES,
-    NUM_CANDIDATES,
-    WITHOUT_RATINGS,
-    WORDS,
-    DataConfig,
-    Example,
-    Examples,
-    build_examples,
-    render_prompt,
-)
-from foreign import read_foreign_examples
+from common import arg, check_options, run_cli
 from hub.tokenizer import Tokenizer
-from interactions import Interactions, k_core
-from loaders import (
-    download_movielens,
-    load_amazon,
-    load_beeradvocate,
-    load_lastfm,
-    load_movielens,
-    load_steam,
-)
-from ownlog import load_own_log
+from losses import preference_score
 
-__all__ = [  # what other modules, tests and scripts find here
-    "DataConfig", "Encoded", "Example", "Examples", "Interactions", "PromptTree", "Tokenizer", "build_examples", "build_tree",
-    "encode_split", "k_core", "load_amazon", "load_beeradvocate", "load_lastfm", "load_movielens", "load_own_log", "load_steam",
-    "micro_batches", "prefetch", "prepare", "render_prompt", "to_device",
-]  # fmt: skip
+NUM_CANDIDATES = 20
 
 
-# ------------------------------------------------------------------------------------------------ prepared once
+NUM_TEMPLATES = 5  # as many as TEMPLATES has, below
+
+
+# ------------------------------------------------------------------------------------------------ interactions
+
+
 @dataclass
-class Prepared:
-    """A log and its three splits, as frozen on disk. `hash` covers every array, title and the history shown."""
+class Interactions:
+    """A log as flat arrays, sorted by user, then time, then original order. User u owns rows start[u] : start[u + 1]."""
+
+    user: np.ndarray  # (n,) int32 code
+    item: np.ndarray  # (n,) int32 code
+    rating: np.ndarray  # (n,) float32
+    timestamp: np.ndarray  # (n,) int64 seconds
+    start: np.ndarray  # (users + 1,) int64
+    titles: list[str]  # per item, unique
+    user_ids: list[str]
+    item_ids: list[str]
+    name: str = ""  # of the data set; chooses the words of the prompts
+    notes: dict[str, int] = field(
+        default_factory=dict
+    )  # what the loader left out or changed -> how often
+
+    @property
+    def num_users(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def num_items(self) -> int:
+        return len(self.titles)
+
+
+def make_interactions(
+    user, item, rating, timestamp, titles: Mapping, name: str = ""
+) -> Interactions:
+    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns; `titles` maps item id to title."""
+    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
+    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
+    missing = [i for i in item_ids.tolist() if i not in titles]
+    if missing:
+        raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
+    rating, timestamp = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
+    keep = last_of_each_pair(user, item, timestamp)
+    names = unique_titles([titles[i] for i in item_ids.tolist()])
+    ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
+    return _sorted(*(column[keep] for column in (user, item, rating, timestamp)), names, *ids, name)
+
+
+def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
+    order = np.lexsort((timestamp, user))  # stable: ties in time keep the order of the file
+    counts = np.bincount(user, minlength=len(user_ids))
+    return Interactions(
+        user[order].astype(np.int32),
+        item[order].astype(np.int32),
+        rating[order].astype(np.float32),
+        timestamp[order].astype(np.int64),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        titles,
+        user_ids,
+        item_ids,
+        name,
+    )
+
+
+def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+    """(n,) bool: the latest row of every user-item pair; of equal times the one further down."""
+    key = user.astype(np.int64) << 32 | item.astype(np.int64)
+    order = np.lexsort((timestamp, key))
+    key = key[order]
+    keep = np.zeros(len(key), bool)
+    keep[order[np.append(key[1:] != key[:-1], True)] if len(key) else order] = True
+    return keep
+
+
+MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
+
+
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
+
+
+def clean_title(title: str) -> str:
+    """HTML entities become text, white space and control characters single blanks: a title is one line of a prompt."""
+    title = " ".join(unicodedata.normalize("NFC", html.unescape(title)).translate(_CONTROL).split())
+    if len(title) > MAX_TITLE:
+        title = title[: MAX_TITLE - 1].rstrip() + "…"
+    return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
+
+
+def unique_titles(titles: list[str]) -> list[str]:
+    """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
+    taken, out = set(titles), []
+    first, next_number = set(), {}
+    for title in titles:
+        name, number = title, next_number.get(title, 1)
+        while name in first or (number > 1 and name in taken):
+            number += 1
+            name = f"{title} ({number})"
+        next_number[title] = number
+        first.add(name)
+        out.append(name)
+    return out
+
+
+def k_core(log: Interactions, k: int) -> Interactions:
+    """Drop users and items with fewer than k interactions, again and again until none is left; k = 0 keeps all."""
+    keep = np.ones(len(log.user), bool)
+    while k > 0:
+        users = np.bincount(log.user[keep], minlength=log.num_users)
+        items = np.bincount(log.item[keep], minlength=log.num_items)
+        smaller = keep & (users[log.user] >= k) & (items[log.item] >= k)
+        if smaller.sum() == keep.sum():
+            break
+        keep = smaller
+    if not keep.any():
+        raise ValueError(
+            f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all"
+        )
+    return log if keep.all() else select_rows(log, keep)
+
+
+def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
+    """Only these rows, and the users and items that still occur in them."""
+    users, user = np.unique(log.user[keep], return_inverse=True)
+    items, item = np.unique(log.item[keep], return_inverse=True)
+    return Interactions(
+        user.astype(np.int32),
+        item.astype(np.int32),
+        log.rating[keep],
+        log.timestamp[keep],
+        np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
+        [log.titles[i] for i in items],
+        [log.user_ids[u] for u in users],
+        [log.item_ids[i] for i in items],
+        log.name,
+        log.notes,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+@dataclass(frozen=True)
+class ExampleConfig:
+    """How a log becomes frozen examples and prompts."""
+
+    train_size: int = arg(
+        10000, "training examples, drawn from all prefixes; 0 = all", group="examples", at_least=0
+    )
+    test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all", at_least=0)
+    history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
+    history_items: str = arg(
+        "all", "items of a history: all, or positive (only liked ones)", choices=("all", "positive")
+    )
+    ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
+    min_history: int = arg(5, "interactions that must lie before an example", at_least=1)
+    followers: int = arg(
+        10,
+        "later interactions among the training candidates; random items fill up to 20",
+        at_least=1,
+        at_most=NUM_CANDIDATES - 1,
+    )
+    positive: str = arg(
+        "argmax",
+        "chosen training item: argmax of the preference score, or the first one liked",
+        choices=("argmax", "first"),
+    )
+    min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
+    decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
+    neg_rating: float = arg(3.0, "rating given to random candidates", above=0)
+    neg_step: int = arg(10, "steps given to random candidates", at_least=0)
+    exclude: str = arg(
+        "all",
+        "random candidates exclude all items of the user, or only those seen in the prompt",
+        choices=("all", "seen"),
+    )
+    negatives: str = arg(
+        "uniform",
+        "random candidates are drawn uniform or by popularity",
+        choices=("uniform", "popularity"),
+    )
+    num_templates: int = arg(
+        0, "prompt templates in use; 0 = all", at_least=0, at_most=NUM_TEMPLATES
+    )
+    data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
+
+    def __post_init__(self):
+        check_options(self)
+        if not 1 <= self.min_history <= self.history:
+            raise ValueError(
+                f"--min_history must be between 1 and --history {self.history}, "
+                f"got {self.min_history}"
+            )
+
+
+@dataclass
+class Example:
+    """One example, readable: what the prompt shows, and what is known about its candidates."""
+
+    dataset: str  # chooses the words of the prompt
+    user: str
+    history: list[tuple[str, float]]  # (title, rating), oldest first
+    candidates: list[str]
+    target: int  # index of the chosen candidate
+    scores: list[float]  # preference score of each candidate
+    template: int
+
+
+@dataclass
+class Examples:
+    """A split with frozen candidates. Example e predicts what follows row position[e] - 1 of the log."""
 
     log: Interactions
-    splits: dict[str, Examples]
-    hash: str
-    folder: Path
-    raw_counts: dict[str, int]  # users, items, interactions before the k-core
+    split: str
+    history: int  # interactions shown
+    position: np.ndarray  # (E,) int64
+    candidates: np.ndarray  # (E, 20) int32 item codes
+    target: np.ndarray  # (E,) int32 slot of the chosen item
+    scores: np.ndarray  # (E, 20) float32
+    is_random: np.ndarray  # (E, 20) bool
+    others: np.ndarray  # (E, 19) int32: the other slots in random order; negatives are its first K
+    template: np.ndarray  # (E,) int32
+    min_shown_rating: float = 0.0  # history items with a lower one are not shown
+    ratings: bool = True  # of the history are shown
 
-
-def load_log(config: DataConfig) -> Interactions:
-    path, percentile = config.data_dir, config.percentile
-    usual = gc.get_threshold()
-    gc.set_threshold(
-        200_000, 20, 100
-    )  # as usual it walks through short-lived rows again and again, and doubles the time
-    try:
-        if config.dataset == "planted":
-            return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
-        if config.dataset == "movielens":
-            return load_movielens(path)
-        if config.dataset == "beeradvocate":
-            return load_beeradvocate(path, percentile, config.beer_title)
-        if config.dataset in ("csv", "jsonl", "recbole"):
-            return load_own_log(
-                path, config.dataset, config.columns, config.item_file, percentile, config.repeats
-            )
-        return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](
-            path, percentile
-        )
-    finally:
-        gc.set_threshold(*usual)
-
-
-def prepare(config: DataConfig, check: bool = True) -> Prepared:
-    """The frozen examples of these options, written once under --prepared_dir and read from there ever after.
-
-    Arrays stay in the file and are mapped into memory: processes share them, and touch only the rows they use. `check`
-    compares them with their hash, which reads them all."""
-    if config.dataset != "planted" and not config.data_dir:
-        raise ValueError(
-            f"--dataset {config.dataset} needs --data_dir, the folder or zip with its raw files"
-        )
-    options = {
-        f.name: getattr(config, f.name)
-        for f in fields(DataConfig)
-        if f.name not in ("prepared_dir", "download")
-    }
-    if config.download and config.dataset == "movielens":
-        download_movielens(Path(config.data_dir))
-    options |= {"format": PREPARED_FORMAT, "source": _file_facts(config) if config.data_dir else []}
-    folder = (
-        Path(config.prepared_dir)
-        / f"{config.dataset}-{_sha256(json.dumps(options, sort_keys=True).encode())[:12]}"
-    )
-    if not (folder / "meta.json").exists():
-        if config.dataset == "prepared":
-            log, splits = read_foreign_examples(config)
-            counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
-        else:
-            log = load_log(config)
-            counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
-            log = k_core(log, config.core)
-            splits = build_examples(log, config)
-        _write_prepared(folder, log, splits, options, counts)
-    return _read_prepared(folder, check)
-
-
-def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
-    """Prepared examples with this hash (or its beginning) below the folder, if there are any; the raw files are not asked for."""
-    for meta in sorted(Path(prepared_dir).glob("*/meta.json")):
-        if read_json(meta)["hash"].startswith(content_hash):
-            return _read_prepared(meta.parent, check=False)
-    return None
-
-
-PREPARED_FORMAT = 2  # raised when the same options give other examples than before
-LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
-LOG_TEXTS = ("titles", "user_ids", "item_ids")
-
-
-DATA_SUFFIXES = (
-    ".dat",
-    ".zip",
-    ".gz",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".inter",
-    ".item",
-)
-COMPANIONS = ("meta_*", "steam_games*", "*.item")  # beside a raw file that was given by name
-
-
-def _file_facts(config: DataConfig) -> list:
-    """Names, sizes and times of the raw files: other files are prepared anew."""
-    path = Path(config.data_dir)
-    given = {path, Path(config.item_file)}
-    beside = (
-        path.rglob("*")
-        if path.is_dir()
-        else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
-    )
-    files = sorted(
-        f for f in given | {f for f in beside if f.suffix in DATA_SUFFIXES} if f.is_file()
-    )
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
-
-
-def _write_prepared(folder: Path, log: Interactions, splits, options: dict, counts: dict) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(
-        tempfile.mkdtemp(prefix=folder.name, dir=folder.parent)
-    )  # renamed into place when it is whole
-    beside.chmod(0o755)
-    arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
-    arrays |= {
-        f"{split}.{name}": getattr(ex, name)
-        for split, ex in splits.items()
-        for name in Examples.ARRAYS
-    }
-    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    texts = {name: getattr(log, name) for name in LOG_TEXTS}
-    facts = _prompt_facts(log.name, splits["test"])
-    meta = {
-        "options": options,
-        "hash": _content_hash(arrays, texts | facts),
-        "raw_counts": counts,
-        "notes": log.notes,
-        **facts,
-    }
-    for name, values in texts.items():
-        arrays |= Texts.arrays(name, values)
-    try:
-        with writing(beside):
-            save_file(arrays, beside / "examples.safetensors")
-            (beside / "meta.json").write_text(json.dumps(meta, indent=1))
-        with contextlib.suppress(OSError):  # another process was faster
-            beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _read_prepared(folder: Path, check: bool) -> Prepared:
-    meta = read_json(folder / "meta.json")
-    arrays = map_arrays(folder / "examples.safetensors")
-    try:
-        texts = {
-            name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
-            for name in LOG_TEXTS
-        }
-        facts = {
-            name: meta[name]
-            for name in ("name", "history", "min_shown_rating", "ratings")
-            if name in meta
-        }
-        shown = {name: facts[name] for name in ("min_shown_rating", "ratings") if name in facts}
-        if (
-            check
-            and _content_hash(arrays, {n: list(t) for n, t in texts.items()} | facts)
-            != meta["hash"]
-        ):
-            raise ValueError(
-                f"{folder}: prepared examples do not match their hash; delete the folder"
-            )
-        log = Interactions(
-            **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS},
-            **texts,
-            name=meta["name"],
-            notes=meta["notes"],
-        )
-        splits = {
-            split: Examples(
-                log,
-                split,
-                meta["history"],
-                **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS},
-                **shown,
-            )
-            for split in ("train", "val", "test")
-        }
-    except (KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{folder}: prepared examples are damaged ({error}); delete the folder"
-        ) from None
-    return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"])
-
-
-def _prompt_facts(name: str, examples: Examples) -> dict:
-    """What shapes the prompts besides the arrays; what is as usual is not named, and leaves the hash as it was."""
-    facts = {"name": name, "history": examples.history}
-    usual = {"min_shown_rating": 0.0, "ratings": True}
-    return facts | {
-        key: getattr(examples, key)
-        for key, value in usual.items()
-        if getattr(examples, key) != value
-    }
-
-
-class Texts(Sequence):
-    """Strings as one array of UTF-8 bytes and their ends, read when they are asked for: ten million are no objects."""
-
-    def __init__(self, data: np.ndarray, ends: np.ndarray):
-        self.data, self.ends = data, ends
-
-    @staticmethod
-    def arrays(name: str, values: Sequence[str]) -> dict[str, np.ndarray]:
-        encoded = [value.encode() for value in values]
-        ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
-        return {f"{name}.bytes": np.frombuffer(b"".join(encoded), np.uint8), f"{name}.ends": ends}
+    ARRAYS = ("position", "candidates", "target", "scores", "is_random", "others", "template")
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.position)
 
-    def __getitem__(self, i) -> str:
-        end = int(self.ends[i])
-        i = i + len(self.ends) if i < 0 else i
-        return bytes(self.data[int(self.ends[i - 1]) if i else 0 : end]).decode()
+    def __getitem__(self, e: int) -> Example:
+        log, rows = self.log, self.history_rows(e)
+        return Example(
+            dataset=log.name,
+            user=log.user_ids[log.user[self.position[e]]],
+            history=[
+                (log.titles[log.item[r]], float(log.rating[r]) if self.ratings else nan)
+                for r in rows
+            ],
+            candidates=[log.titles[c] for c in self.candidates[e]],
+            target=int(self.target[e]),
+            scores=self.scores[e].tolist(),
+            template=int(self.template[e]),
+        )
 
-    def __iter__(self) -> Iterator[str]:
-        data, start = bytes(self.data), 0
-        for end in self.ends.tolist():
-            yield data[start:end].decode()
-            start = end
+    def history_rows(self, e: int) -> Sequence[int]:
+        """Rows of the log that the prompt shows, oldest first."""
+        p = int(self.position[e])
+        start = int(self.log.start[self.log.user[p]])
+        if self.min_shown_rating:
+            return (start + np.flatnonzero(self.log.rating[start:p] >= self.min_shown_rating))[
+                -self.history :
+            ].tolist()
+        return range(max(start, p - self.history), p)
+
+    def select(self, indices) -> "Examples":
+        arrays = {name: getattr(self, name)[indices] for name in self.ARRAYS}
+        return replace(self, **arrays)
+
+    def negatives(self, num_negatives: int, source: str = "both") -> np.ndarray:
+        """(E, K) slots of the rejected items: the first K others, or the first K that are random / that follow."""
+        if source not in ("both", "random", "follow"):
+            raise ValueError(f"negatives come from both, random or follow, not {source!r}")
+        if source == "both":
+            allowed = np.ones_like(self.others, bool)
+        else:
+            allowed = np.take_along_axis(self.is_random, self.others, 1) == (source == "random")
+        if allowed.sum(1).min(initial=num_negatives) < num_negatives:
+            raise ValueError(
+                f"--num_negatives {num_negatives}: an example has only {allowed.sum(1).min()} ({source})"
+            )
+        first = np.argsort(~allowed, axis=1, kind="stable")[:, :num_negatives]
+        return np.take_along_axis(self.others, first, 1)
 
 
-def map_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, mapped into memory read-only; ValueError if it is damaged."""
-    kinds = {"I64": np.int64, "I32": np.int32, "F32": np.float32, "U8": np.uint8, "BOOL": np.bool_}
-    try:
-        with open(file, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-        content = np.memmap(file, np.uint8, "r").view(np.ndarray)[8 + size :]
-        header.pop("__metadata__", None)
-        spans = {name: (entry, slice(*entry["data_offsets"])) for name, entry in header.items()}
-        return {
-            n: content[span].view(kinds[entry["dtype"]]).reshape(entry["shape"])
-            for n, (entry, span) in spans.items()
-        }
-    except (ValueError, KeyError, TypeError, OSError, OverflowError, MemoryError) as error:
-        raise ValueError(
-            f"{file}: damaged ({error}); delete its folder, it will be made again"
-        ) from None
+def build_examples(log: Interactions, config: ExampleConfig | None = None) -> dict[str, Examples]:
+    """All three splits, {"train", "val", "test"} -> Examples, from one seeded generator per split.
+
+    Raises ValueError if a split is empty or a user has touched so much that random candidates run out."""
+    config = config or ExampleConfig()
+    first, last = log.start[:-1], log.start[1:]
+    position = np.arange(len(log.user))
+    age = position - first[log.user]  # interactions before this one
+    room = last[log.user] - position  # interactions from this one on
+    candidates = {
+        # followers must end before the user's last two interactions, which belong to validation and test
+        "train": position[(age >= config.min_history) & (room >= config.followers + 2)],
+        "val": position[
+            (age >= config.min_history) & (room == 2) & (log.rating >= config.min_rating)
+        ],
+        "test": position[
+            (age >= config.min_history) & (room == 1) & (log.rating >= config.min_rating)
+        ],
+    }
+    keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
+    splits = {}
+    for number, (split, rows) in enumerate(candidates.items()):
+        rng = np.random.default_rng([config.data_seed, number])
+        if split == "train":
+            steps, size, places = np.arange(config.followers), config.train_size, len(rows)
+            parts = np.array_split(
+                rows, len(rows) // 2**20 + 1
+            )  # all prefixes at once would take 200 bytes each
+            rows = np.concatenate([part[_chosen_follower(log, part, config)[1]] for part in parts])
+        else:
+            steps, size = np.arange(1), config.test_size
+            places = int(
+                ((age >= config.min_history) & (room == (2 if split == "val" else 1))).sum()
+            )
+        rows = rng.permutation(rows)
+        rows = rows[:size] if size else rows
+        if len(rows) == 0 and places:
+            raise ValueError(
+                f"no {split} example: in none of {places:,} places is the chosen item liked: ratings go from {log.rating.min():g} to "
+                f"{log.rating.max():g}, --min_rating is {config.min_rating:g}"
+            )
+        if len(rows) == 0:
+            after = f" and {config.followers + 2} after" if split == "train" else ""
+            which = "--min_history or --followers" if split == "train" else "--min_history"
+            raise ValueError(
+                f"no {split} example: no user has {config.min_history} interactions before{after} a point (the longest log has "
+                f"{np.diff(log.start).max()}); lower {which}"
+            )
+        splits[split] = freeze(log, split, rows, steps, keys, config, rng)
+    return splits
 
 
-def _sha256(data) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _chosen_follower(
+    log: Interactions, rows: np.ndarray, config: ExampleConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which follower is chosen (E,), and whether the example counts (E,): its chosen item must be a liked one."""
+    ratings = log.rating[rows[:, None] + np.arange(config.followers)]
+    if config.positive == "first":
+        liked = ratings >= config.min_rating
+        return liked.argmax(1), liked.any(1)
+    scores = preference_score(ratings, np.arange(config.followers), config.decay)
+    chosen = scores.argmax(1)  # the first of equal ones: the sooner
+    best = np.take_along_axis(scores, chosen[:, None], 1)[:, 0]
+    beats_random = best > preference_score(config.neg_rating, config.neg_step, config.decay)
+    return chosen, beats_random & (
+        np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
+    )
 
 
-def _content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
-    parts = [
-        f"{name} {a.dtype} {a.shape} {_sha256(a.view(np.uint8).reshape(-1) if a.size else b'')}"
-        for name, a in sorted(arrays.items())
-    ]
-    return _sha256("\n".join([*parts, json.dumps(texts, sort_keys=True)]).encode())
+def freeze(log, split, rows, steps, keys, config: ExampleConfig, rng) -> Examples:
+    """Draw the random candidates, score and shuffle all 20, and draw the order of negatives and the template."""
+    E, F = len(rows), len(steps)
+    follow = rows[:, None] + steps  # (E, F) rows of the log
+    seen_rows = np.maximum(
+        rows[:, None] - 1 - np.arange(config.history), log.start[log.user[rows]][:, None]
+    )
+    seen = (
+        np.concatenate([log.item[seen_rows], log.item[follow]], 1)
+        if config.exclude == "seen"
+        else None
+    )
+    randoms = _draw_unseen(
+        log, log.user[rows], NUM_CANDIDATES - F, keys, seen, config.negatives, rng
+    )
+    items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
+    ratings = np.concatenate([log.rating[follow], np.full(randoms.shape, config.neg_rating)], 1)
+    delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, config.neg_step)], 1)
+    scores = preference_score(ratings, delays, config.decay).astype(np.float32)
+    chosen = _chosen_follower(log, rows, config)[0] if split == "train" else np.zeros(E, np.int64)
+
+    order = rng.permuted(
+        np.tile(np.arange(NUM_CANDIDATES), (E, 1)), axis=1
+    )  # shown slot -> drawn slot
+    target = (order == chosen[:, None]).argmax(1)
+    slots = np.tile(np.arange(NUM_CANDIDATES), (E, 1))
+    others = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
+    return Examples(
+        log,
+        split,
+        config.history,
+        rows.astype(np.int64),
+        np.take_along_axis(items, order, 1),
+        target.astype(np.int32),
+        np.take_along_axis(scores, order, 1),
+        order >= F,
+        others.astype(np.int32),
+        rng.integers(config.num_templates or len(TEMPLATES), size=E).astype(np.int32),
+        config.min_rating if config.history_items == "positive" else 0.0,
+        config.ratings,
+    )
+
+
+def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarray:
+    """(E, count) distinct items per row that the user never touched (or, with `seen`, that are not in that row of it)."""
+    drawn = np.full((len(users), count), -1, np.int64)
+    open_cells = np.ones(drawn.shape, bool)
+    for _ in range(50):
+        n = int(open_cells.sum())
+        if n == 0:
+            return drawn
+        drawn[open_cells] = (
+            rng.integers(log.num_items, size=n)
+            if kind == "uniform"
+            else rng.choice(log.item, size=n)
+        )
+        row, _ = np.nonzero(open_cells)
+        if seen is None:
+            key = users[row].astype(np.int64) * log.num_items + drawn[open_cells]
+            at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+            bad = keys[at] == key
+        else:
+            bad = (seen[row] == drawn[open_cells][:, None]).any(1)
+        repeated = np.zeros(drawn.shape, bool)  # equal to an earlier cell of the same row
+        by_value = np.argsort(drawn, axis=1, kind="stable")
+        ordered = np.take_along_axis(drawn, by_value, 1)
+        np.put_along_axis(repeated[:, :], by_value[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+        again = repeated.copy()
+        again[open_cells] |= bad
+        open_cells = again
+    weights = (
+        np.ones(log.num_items)
+        if kind == "uniform"
+        else np.bincount(log.item, minlength=log.num_items).astype(float)
+    )
+    for e in np.flatnonzero(
+        open_cells.any(1)
+    ):  # chance finds the last few of them too slowly: take from what is left
+        touched = (
+            log.item[log.start[users[e]] : log.start[users[e] + 1]] if seen is None else seen[e]
+        )
+        left = np.setdiff1d(np.arange(log.num_items), touched)
+        if len(left) < count:
+            user, what = (
+                log.user_ids[users[e]],
+                "this user never touched" if seen is None else "are not in the prompt",
+            )
+            raise ValueError(
+                f"user {user}: fewer than {count} items left that {what} ({log.num_items} in all); lower --core, or raise --followers"
+            )
+        drawn[e] = rng.choice(
+            left, size=count, replace=False, p=weights[left] / weights[left].sum()
+        )
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+WORDS = {
+    "movielens": ("movies", "watched", "watch"),
+    "planted": ("stories", "read", "read"),
+    "amazon_books": ("books", "read", "read"),
+    "amazon": ("products", "bought", "buy"),
+    "steam": ("games", "played", "play"),
+    "beeradvocate": ("beers", "drank", "drink"),
+    "lastfm": ("artists", "listened to", "listen to"),
+}
+
+
+TEMPLATES = (
+    "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
+    "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
+    "Ratings from 1 to 5 that one person gave to {things}, in order of time:\n{history}\n"
+    "Choose the one this person will {do} next and rate highly:\n{candidates}\nAnswer:",
+    "Recent {things} of a user, with ratings (5 is best):\n{history}\n"
+    "From this list, recommend what the user should {do} next:\n{candidates}\nAnswer:",
+    "Below is what someone {did} and how they rated it, the latest last.\n{history}\n"
+    "One of these {things} comes next and will please them. Name it.\n{candidates}\nAnswer:",
+    "History of a user ({things} and ratings, 1 = disliked, 5 = loved):\n{history}\n"
+    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\nAnswer:",
+)
+
+
+assert len(TEMPLATES) == NUM_TEMPLATES
+
+
+LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
+
+
+ALL_TEMPLATES = (
+    *TEMPLATES,
+    "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
+    "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
+)
+
+
+WITHOUT_RATINGS = (  # the same questions, one for one
+    "A user {did} these {things}, oldest first:\n{history}\n"
+    "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
+    "What one person {did}, in order of time:\n{history}\nChoose the one this person will {do} next and rate highly:\n{candidates}\nAnswer:",
+    "Recent {things} of a user:\n{history}\nFrom this list, recommend what the user should {do} next:\n{candidates}\nAnswer:",
+    "Below is what someone {did}, the latest last.\n{history}\n"
+    "One of these {things} comes next and will please them. Name it.\n{candidates}\nAnswer:",
+    "History of a user ({things}, oldest first):\n{history}\n"
+    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\nAnswer:",
+    "A user {did} these {things}, oldest first:\n{history}\n"
+    "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
+)
+
+
+def render_prompt(example: Example, skip: int = 0) -> str:
+    """The prompt text without its `skip` oldest history items. It ends in "Answer:", the completion begins with a space."""
+    things, did, do = WORDS.get(example.dataset, ("items", "chose", "choose"))
+    shown = example.history[skip:]
+    history = "\n".join(
+        title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown
+    )
+    candidates = "\n".join(example.candidates)
+    templates = (
+        WITHOUT_RATINGS
+        if example.history and all(isnan(rating) for _, rating in example.history)
+        else ALL_TEMPLATES
+    )
+    return templates[example.template].format(
+        things=things, did=did, do=do, history=history, candidates=candidates
+    )
+
+
+# ------------------------------------------------------------------------------------------------ tokens
 
 
 @dataclass
@@ -349,59 +572,6 @@ class Encoded:
         return build_tree(
             [self.prompts[e] for e in batch], [self.slots(e, slots[e]) for e in batch]
         )
-
-
-def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """encode_examples, kept in the prepared folder: a run, its other ranks and the next run with this tokenizer read it."""
-    examples = prepared.splits[split]
-    facts = [
-        ENCODED_FORMAT,
-        prepared.hash,
-        split,
-        tokenizer.fingerprint,
-        max_length,
-        ALL_TEMPLATES,
-        WITHOUT_RATINGS,
-        WORDS,
-    ]
-    file = (
-        prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
-    )
-    if file.exists():
-        arrays = map_arrays(file)
-        texts = zip(
-            arrays["items"].tolist(),
-            Ragged(arrays["completions"], arrays["completion_lengths"]),
-            strict=True,
-        )
-        prompts = Ragged(arrays["prompts"], arrays["prompt_lengths"])
-        return Encoded(
-            examples,
-            prompts,
-            {item: ids.tolist() for item, ids in texts},
-            *arrays["counts"].tolist(),
-        )
-
-    encoded = encode_examples(examples, tokenizer, max_length)
-    completions = list(encoded.completions.values())
-    arrays = {
-        "items": np.array(list(encoded.completions), np.int32),
-        "completions": np.concatenate(completions).astype(np.int32),
-        "completion_lengths": np.array([len(ids) for ids in completions]),
-        "prompts": np.concatenate(encoded.prompts),
-        "prompt_lengths": np.array([len(ids) for ids in encoded.prompts]),
-        "counts": np.array([encoded.num_shortened, encoded.num_dropped]),
-    }
-    beside = file.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(
-        OSError, SafetensorError
-    ):  # a read-only folder of prepared examples: go on without
-        save_file(arrays, beside)
-        beside.rename(file)
-    return encoded
-
-
-ENCODED_FORMAT = 2  # raised when the same examples and tokenizer give other tokens than before
 
 
 class Ragged(Sequence):
@@ -476,9 +646,140 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
     return encoded
 
 
-if __name__ == "__main__":
-    from studies.inspection import (
-        inspect,  # it builds on this module, and on plots that need more packages
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass
+class PromptTree:
+    """A batch of prompts with N completions each: one row per prompt, its completions behind it, right-padded."""
+
+    input_ids: Tensor  # (B, P + C) int64
+    position_ids: Tensor  # (B, P + C) int64; completions go on from the prompt's true length
+    branch_ids: Tensor  # (B, P + C) int64: 0 prompt, 1..N completion, -1 padding
+    rows: Tensor  # (M,) flat index of the hidden state that predicts the token
+    labels: Tensor  # (M,) the token
+    sequence_ids: Tensor  # (M,) b * N + n
+    prompt_width: int
+    num_completions: int
+
+    def to(self, device) -> "PromptTree":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PromptTree(
+            **{k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        )
+
+    def sum_logps(self, token_logps: Tensor) -> Tensor:
+        """(M,) token log-probs -> (B, N) sums per completion, of the same bits whenever they are run.
+
+        One row per completion: no two tokens are added to the same place by threads in any order,
+        which is what index_add does on a GPU."""
+        B, N = len(self.input_ids), self.num_completions
+        width = self.input_ids.shape[1] - self.prompt_width + 1  # C inputs, and EOS: a title fits
+        sequences = torch.arange(B * N, device=self.sequence_ids.device)
+        starts = torch.searchsorted(self.sequence_ids, sequences)  # sequence_ids ascend
+        tokens = torch.arange(len(self.sequence_ids), device=self.sequence_ids.device)
+        places = tokens - starts[self.sequence_ids]  # (M,) of a token within its title
+        rows = token_logps.new_zeros(B * N * width)
+        rows = rows.scatter(0, self.sequence_ids * width + places, token_logps)
+        return rows.view(B, N, width).sum(2)
+
+
+def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
+    """B prompts (lists or arrays of ids) and, per prompt, N completions that each end in EOS.
+
+    ValueError if N differs or anything is empty.
+    All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The last prompt token
+    predicts the first token of every completion."""
+    if not prompts or len(prompts) != len(completions):
+        raise ValueError(
+            f"expected one list of completions per prompt, got {len(completions)} for {len(prompts)} prompts"
+        )
+    N = len(completions[0])
+    if N == 0 or any(len(group) != N for group in completions):
+        raise ValueError(
+            f"every prompt needs the same number of completions, at least 1; got {[len(g) for g in completions]}"
+        )
+    if any(len(p) == 0 for p in prompts) or any(
+        len(c) == 0 for group in completions for c in group
+    ):
+        raise ValueError(
+            "empty prompt or completion: a prompt needs a token, a completion at least its EOS"
+        )
+    B, P = len(prompts), max(map(len, prompts))
+    C = max(sum(len(c) - 1 for c in group) for group in completions)
+    input_ids = np.zeros((B, P + C), np.int64)
+    position_ids = np.zeros((B, P + C), np.int64)
+    branch_ids = np.full((B, P + C), -1, np.int64)
+    rows, labels, sequence_ids = [], [], []
+    for b, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        length = len(prompt)
+        input_ids[b, :length] = prompt
+        position_ids[b, :length] = np.arange(length)
+        branch_ids[b, :length] = 0
+        at = P
+        for n, completion in enumerate(group):
+            inner = len(completion) - 1
+            input_ids[b, at : at + inner] = completion[:-1]
+            position_ids[b, at : at + inner] = np.arange(length, length + inner)
+            branch_ids[b, at : at + inner] = n + 1
+            rows += [b * (P + C) + length - 1, *range(b * (P + C) + at, b * (P + C) + at + inner)]
+            labels += completion
+            sequence_ids += [b * N + n] * len(completion)
+            at += inner
+    tensors = (
+        input_ids,
+        position_ids,
+        branch_ids,
+        np.array(rows),
+        np.array(labels),
+        np.array(sequence_ids),
     )
+    return PromptTree(*map(torch.from_numpy, tensors), prompt_width=P, num_completions=N)
+
+
+def to_device(tensor: Tensor, device) -> Tensor:
+    """Copy to the device without waiting for it: from pageable memory the host would wait until the GPU is idle."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
+    """Divide one global batch: per rank a list of micro-batches of examples with similar widths; `widths` as tree_widths.
+
+    Sorted by width and dealt out in turn, so that ranks carry equal loads. A micro-batch holds one example, or as many as
+    stay within `budget` tokens, padding included. All ranks get the same number of micro-batches; the missing ones are
+    empty lists."""
+    ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
+    ranks = []
+    for rank in range(num_ranks):
+        batches: list[list[int]] = []
+        P = C = 0  # widths of the last batch's widest prompt and completions
+        for i in ordered[rank::num_ranks]:
+            p, c = widths[i]
+            if not batches or (max(P, p) + max(C, c)) * (len(batches[-1]) + 1) > budget:
+                batches.append([])
+                P = C = 0
+            batches[-1].append(i)
+            P, C = max(P, p), max(C, c)
+        ranks.append(batches)
+    most = max(map(len, ranks))
+    return [batches + [[] for _ in range(most - len(batches))] for batches in ranks]
+
+
+def prefetch(make: Callable, items: Iterable) -> Iterator:
+    """make(item) for each item, in order, the next one made in the background while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        made = deque()
+        for item in items:
+            made.append(pool.submit(make, item))
+            if len(made) > 1:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+
+
+if __name__ == "__main__":
+    from studies.inspection import inspect  # it builds on all rooms
 
     run_cli(inspect)

@@ -17,7 +17,6 @@ Left out: tables over several runs. Legend: E examples, N = 20 candidates, M sco
 
 import json
 import math
-import os
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baselines import counting_baselines, ranking_metrics
 from common import (
     arg,
     check_types,
@@ -43,26 +41,54 @@ from common import (
 )
 from data import (
     NUM_CANDIDATES,
-    DataConfig,
     Encoded,
     Example,
     Examples,
     PromptTree,
-    Tokenizer,
     build_tree,
     encode_examples,
-    encode_split,
     micro_batches,
     prefetch,
-    prepare,
     render_prompt,
     tree_widths,
 )
 from hub.adapter import base_of
 from hub.files import resolve_path
+from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
 from lora import load_adapter
 from model import Transformer, generate, load_pretrained
-from quantized import load_4bit
+from runtime.quantized import load_4bit
+from runtime.stages import check_data, load_stage
+
+
+def ranking_metrics(
+    scores: np.ndarray,  # (E, n), higher is better
+    target: np.ndarray,  # (E,) slot of the chosen item
+) -> dict[str, np.ndarray]:
+    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64) of the target's rank among the n candidates.
+
+    Ties are shared: the target's rank is uniform over the candidates of equal score, and each metric is the mean over
+    these ranks. So a recommender whose scores are all equal gets exactly what chance gets. ValueError on NaN, which
+    compares as if it were neither better nor worse."""
+    scores, target = np.asarray(scores), np.asarray(target)
+    if np.isnan(scores).any():
+        bad = np.flatnonzero(np.isnan(scores).any(1))
+        raise ValueError(
+            f"{len(bad)} of {len(scores)} examples have a score that is not a number, first {bad[0]}"
+        )
+    own = np.take_along_axis(scores, target[:, None], 1)
+    better = (scores > own).sum(1, keepdims=True)
+    tied = (scores == own).sum(1, keepdims=True)  # at least 1: the target itself
+    rank = np.arange(1, scores.shape[1] + 1)
+    possible = (better < rank) & (rank <= better + tied)  # (E, n) over ranks
+    gains = {f"hit_ratio@{k}": rank <= k for k in (1, 3, 5)}
+    gains |= {
+        "ndcg@5": (rank <= 5) / np.log2(1 + rank),
+        "mrr": 1 / rank,
+    }  # one relevant item: the ideal DCG is 1
+    return {name: (possible * gain).sum(1) / tied[:, 0] for name, gain in gains.items()}
+
 
 NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
 
@@ -117,7 +143,6 @@ class EvalConfig(DataConfig):
             raise ValueError("give either --run, or --model and/or --adapter")
 
 
-# ------------------------------------------------------------------------------------------------ one batch
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
     """(B,) the completion that greedy decoding would write, or -1: all its tokens are argmaxes, and then it ends."""
     is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
@@ -150,7 +175,6 @@ def match_title(answer: str, titles: list[str]) -> int:
     return -1
 
 
-# ------------------------------------------------------------------------------------------------ prediction
 DUMMY = [0]  # the example that a rank without work runs; nothing is recorded of it
 
 
@@ -243,7 +267,6 @@ def _record(
     }
 
 
-# ------------------------------------------------------------------------------------------------ metrics
 def wilson(mean: float, n: int) -> list[float]:
     """95 % interval of a share of n cases (Wilson's score interval)."""
     z = 1.96
@@ -291,6 +314,7 @@ def evaluate(
     max_length: int = 1024,
     micro_batch_tokens: int = 8192,
     encoded: Encoded | None = None,  # the examples' tokens, where they are at hand
+    baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N), to stand beside
 ) -> tuple[dict, list[dict]]:
     """Score the given examples in this process: (metrics, predictions). train.py splits them over ranks instead."""
     encoded = encoded or encode_examples(examples, tokenizer, max_length)
@@ -302,7 +326,7 @@ def evaluate(
         model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens, device=device
     )
     model.train(training)
-    metrics = summarise(records, counting_baselines(examples))
+    metrics = summarise(records, baselines)
     if decode == "generate":
         metrics |= compare_with_one_pass(
             model, encoded, records, tokenizer.stop_ids | tokenizer.newline_ids()
@@ -382,35 +406,6 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
         f"answers written out token by token, because no candidate verified in the one pass: {written}",
     ]
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------ command line
-def load_stage(folder: Path) -> tuple[Path, Path | None]:
-    """(base, adapter) of a finished stage of a run: its own folder if it holds all weights, else base and adapter."""
-    if not (folder / "base.json").exists():
-        raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
-    if (folder / "config.json").exists():
-        return folder, None
-    with reading(folder / "base.json"):
-        facts = read_json(folder / "base.json")
-        base = folder / facts["base"]  # an absolute path stays as it is
-        recorded = Path(facts["adapter"]) if "adapter" in facts else None
-    if not base.is_dir():
-        raise ValueError(f"{folder}: its base model {base} is gone")
-    adapter = folder if (folder / "adapter_config.json").exists() else recorded
-    return Path(os.path.normpath(base)), adapter
-
-
-def check_data(stage: Path, data_hash: str, way_out: str) -> None:
-    """ValueError if a finished stage was trained and tested on other data than there are now."""
-    with reading(stage / "eval" / "metrics.json"):
-        before = str(read_json(stage / "eval" / "metrics.json")["data_hash"])
-    if before != data_hash:
-        raise ValueError(
-            f"{stage.name} was finished on data {before[:12]}, now it is {data_hash[:12]}: "
-            f"one table of both would compare different users, and {stage.name} may have seen "
-            f"some that are test users now. Put the old data back, or {way_out} ({stage})"
-        )
 
 
 def check_run_data(config: EvalConfig, stages: Iterable[str], data_hash: str) -> None:
@@ -519,7 +514,10 @@ def main() -> None:
             return
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
         encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
-        metrics, records = evaluate(model, tokenizer, encoded.examples, *options, encoded)
+        baselines = prepared.baselines(config.split)
+        metrics, records = evaluate(
+            model, tokenizer, encoded.examples, *options, encoded, baselines
+        )
         del model
         free_memory()  # before the next one is loaded
         rows[name] = metrics | {

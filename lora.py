@@ -26,7 +26,7 @@ from hub.adapter import (
 from kernels.lora import adapted_projections
 from kernels.nf4 import outside_graphs
 from model import Transformer
-from quantized import base_weight, unquantized
+from runtime.quantized import base_weight, unquantized
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 train.py                          the demo: planted world, a tiny model, 2 processes
     python train.py                                               the same in one process
-    torchrun --nproc_per_node 8 train.py --config configs/paper.json --model meta-llama/Llama-3.1-8B \\
+    torchrun --nproc_per_node 8 train.py --config configs/paper.json --model meta-llama/Llama-3.1-8B \
         --dataset movielens --data_dir ml-1m.zip --output_dir runs/ml1m
 
 `--stages sft,recpo,sdpo` runs SFT once and every preference loss behind it from the same SFT result. Each stage writes
@@ -18,8 +18,6 @@ number of processes and micro-batches gives the same update.
 Left out: training of quantised weights themselves; --load_in_4bit keeps a frozen base in 4 bits.
 """
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -28,7 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +34,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from baselines import counting_baselines, ranking_metrics
-from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
 from common import (
     Stopped,
     any_rank,
+    arg,
+    changed_options,
     first,
     free_memory,
     is_main,
@@ -49,45 +47,343 @@ from common import (
     read_json,
     run_cli,
     setup_distributed,
+    stored_dtype,
     writing,
 )
-from data import Tokenizer, encode_split, micro_batches, prefetch, prepare, to_device, tree_widths
-from demo.planted import World, bayes_scores
-from estimate import device_memory, dry_run, replica_note
-from eval import check_data, load_stage, results_table, save_predictions, summarise
-from hub.adapter import base_of
-from hub.chat import add_end_of_turn
-from hub.files import resolve_path
-from lora import apply_lora, read_adapter, save_adapter
-from model import Transformer, empty_model, save_pretrained
-from objectives import SFT, MicroBatch, Preference, Schedule
-from options import TrainConfig, stored_dtype
-from quantized import give_back_freed_blocks, read_4bit, to_4bit
-from reference import (
-    check_first_rewards,
-    prepare_reference,
-    print_preference_notes,
-    weights_key,
+from data import (
+    NUM_CANDIDATES,
+    Encoded,
+    Examples,
+    encode_examples,
+    micro_batches,
+    prefetch,
+    to_device,
+    tree_widths,
 )
-from runs import Logger, Run, StopRequest, line_step, open_run_folder
-from sharding import (
+from demo.tiny import CopyTask, make_base_model
+from eval import predict, ranking_metrics, results_table, save_predictions, summarise
+from hub.adapter import base_of
+from hub.files import resolve_path
+from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
+from lora import TARGET_MODULES, apply_lora, read_adapter
+from losses import MARGINS, OFFSETS
+from model import Transformer, empty_model
+from objectives import (
+    PAIRWISE,
+    PREFERENCE_LOSSES,
+    REFERENCE_FREE,
+    SFT,
+    MicroBatch,
+    Preference,
+    Schedule,
+)
+from runtime.checkpoint import checkpoints, save_checkpoint
+from runtime.quantized import give_back_freed_blocks, read_4bit, to_4bit
+from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
+from runtime.runs import (
+    Logger,
+    NotFinite,
+    Run,
+    StepMetrics,
+    StopRequest,
+    open_run_folder,
+    where_not_finite,
+)
+from runtime.sharding import (
+    device_memory,
     fill_adapter,
-    gathered,
     init_adapter,
     local,
     materialize,
     merged_on_reading,
     own_rows,
     read_weights,
+    replica_note,
+    reshard,
     shard,
 )
-from tiny import CopyTask, make_base_model
-from validation import Validation, encode_sample, predict_on_all_ranks
+from runtime.stages import (
+    check_data,
+    check_start,
+    load_stage,
+    resume_stage,
+    save_stage,
+    starting_weights,
+    weights_key,
+    write_base,
+)
+from runtime.validation import Validation
+
+PREFERENCE = frozenset(PREFERENCE_LOSSES)
+
+
+READ_BY = {  # option of a loss -> the stages that read it
+    "margin_lambda": {"recpo"},
+    "margin": {"recpo"},
+    "num_negatives": PREFERENCE - set(PAIRWISE),
+    "negative_source": PREFERENCE,
+    "reference_free": PREFERENCE - set(REFERENCE_FREE),
+    "label_smoothing": {"dpo"},
+    "ipo_average": {"ipo"},
+    "simpo_gamma": {"simpo"},
+    "odpo_offset": {"odpo"},
+    "odpo_alpha": {"odpo"},
+    "kto_desirable": {"kto"},
+    "kto_undesirable": {"kto"},
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """SFT, then preference training, from a Hugging Face checkpoint; without --model and --config, the demo."""
+
+    model: str = arg(
+        "tiny",
+        "Hugging Face directory or hub name; tiny = a small random model, or the base of --adapter",
+        group="model",
+    )
+    adapter: str = arg(
+        "", "PEFT adapter to start from: the policy and, without an sft stage, the reference"
+    )
+    prompt_format: str = arg(
+        "plain",
+        "plain text, or chat: the prompt is the user's turn of the model's own chat template",
+        choices=("plain", "chat"),
+    )
+    dtype: str = arg(
+        "auto",
+        "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    load_in_4bit: bool = arg(
+        False, "frozen linear layers in 4 bits (NF4): a quarter of the memory, slower; LoRA only"
+    )
+    lora_r: int = arg(8, "LoRA rank; 0 = train all parameters", at_least=0)
+    sft_lora_r: int = arg(
+        -1, "LoRA rank of the sft stage; -1 = lora_r, 0 = all parameters", at_least=-1
+    )
+    lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r", above=0)
+    lora_dropout: float = arg(
+        0.1, "dropout on the adapter's input, in the sft stage only", at_least=0, below=1
+    )
+    lora_target_modules: str = arg(
+        ",".join(TARGET_MODULES), "comma-separated linear layers that get an adapter"
+    )
+    use_rslora: bool = arg(
+        False, "scaling = alpha / sqrt(r); llama.cpp ignores it: merge before converting"
+    )
+    tiny_hidden_size: int = arg(128, "tiny model: width, a multiple of 64")
+    tiny_layers: int = arg(4, "tiny model: blocks", at_least=1)
+    tiny_vocab_size: int = arg(1024, "tiny model: tokens of its tokenizer", at_least=300)
+    stages: str = arg(
+        "sft,recpo",
+        f"comma-separated: raw (test the model as it is), sft, and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
+        group="objective",
+    )
+    beta: float = arg(1.0, "strength of the KL anchor: reward = beta * log-ratio", above=0)
+    margin_lambda: float = arg(2.0, "weight of the target margin in recpo; 0 is S-DPO", at_least=0)
+    margin: str = arg("ratio", f"target margin of recpo: {', '.join(MARGINS)}", choices=MARGINS)
+    num_negatives: int = arg(
+        3,
+        "rejected titles per prompt (recpo, sdpo; the others take 1)",
+        at_least=1,
+        at_most=NUM_CANDIDATES - 1,
+    )
+    negative_source: str = arg(
+        "both",
+        "rejected titles are both, only random, or only follow(-ups)",
+        choices=("both", "random", "follow"),
+    )
+    reference_free: bool = arg(
+        False, "preference losses without a reference policy; simpo and cpo never have one"
+    )
+    label_smoothing: float = arg(
+        0.0, "dpo: probability that a preference is the wrong way round", at_least=0, below=0.5
+    )
+    ipo_average: bool = arg(False, "ipo: log-probs as means over tokens instead of sums")
+    simpo_gamma: float = arg(
+        2.0,
+        "simpo: target margin; gamma / beta between 0.25 and 1 is advised, the paper has 2",
+        at_least=0,
+    )
+    odpo_offset: str = arg(
+        "log_gap",
+        "odpo: log_gap = log(chosen - rejected score), or log_ratio = log(chosen / rejected)",
+        choices=OFFSETS,
+    )
+    odpo_alpha: float = arg(1.0, "odpo: weight of the offset", at_least=0)
+    kto_desirable: float = arg(1.0, "kto: weight of chosen titles", at_least=0)
+    kto_undesirable: float = arg(1.0, "kto: weight of rejected titles", at_least=0)
+    sft_weight: float = arg(
+        -1.0,
+        "weight of the chosen title's mean NLL added to a preference loss; -1: 1 for cpo, else 0",
+        at_least=-1,
+    )
+    copy_steps: int = arg(
+        0,
+        "tiny models: at most so many steps of copying practice before SFT (see tiny.py); real models need none",
+        at_least=0,
+    )
+    copy_weight: float = arg(
+        0.0,
+        "tiny models: weight of copying practice on the listed titles during SFT (see tiny.py)",
+        at_least=0,
+    )
+    sft_epochs: float = arg(
+        5.0, "epochs of the sft stage; a fraction is fine", group="optimisation", above=0
+    )
+    epochs: float = arg(3.0, "epochs of a preference stage; a fraction is fine", above=0)
+    max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
+    batch_size: int = arg(128, "prompts per optimizer step, over all processes", at_least=1)
+    micro_batch_tokens: int = arg(
+        8192, "padded tokens of one forward pass per process; more only costs memory", at_least=1
+    )
+    sft_learning_rate: float = arg(1e-5, "peak learning rate of the sft stage", above=0)
+    learning_rate: float = arg(1e-5, "peak learning rate of a preference stage", above=0)
+    warmup_ratio: float = arg(
+        0.05,
+        "share of the steps with rising learning rate; a cosine to 0 follows",
+        at_least=0,
+        at_most=1,
+    )
+    weight_decay: float = arg(0.0, "AdamW weight decay", at_least=0)
+    adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
+    max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
+    shard: str = arg(
+        "full",
+        "full: split all weights over the processes; none: a replica each, faster where it fits; hybrid: see next",
+        choices=("full", "none", "hybrid"),
+    )
+    shard_group_size: int = arg(
+        0,
+        "hybrid: processes that share one copy; 0 = those of a machine (LOCAL_WORLD_SIZE)",
+        at_least=0,
+    )
+    gradient_checkpointing: bool = arg(
+        False, "recompute each block in backward: less memory, about a third slower"
+    )
+    compile: bool = arg(
+        False,
+        "torch.compile the blocks: a minute or two of compilation, then fewer passes over memory",
+    )
+    max_length: int = arg(
+        1024,
+        "tokens of prompt and longest candidate; longer prompts lose their oldest history",
+        at_least=1,
+    )
+    seed: int = arg(0, "seed of initial weights, batch order and dropout")
+    decode: str = arg(
+        "greedy",
+        "how test answers are found: greedy (one pass), generate, trie",
+        group="evaluation and output",
+        choices=("greedy", "generate", "trie"),
+    )
+    decode_rest: bool = arg(
+        True, "generate an answer where no candidate verifies; off: count it invalid"
+    )
+    val_size: int = arg(
+        200,
+        "validation users (a sample) of the curves; 0 = none. One pass: what it does not verify is invalid",
+        at_least=0,
+    )
+    eval_steps: int = arg(
+        0, "steps between validations; 0 = only at the end of each stage", at_least=0
+    )
+    keep: str = arg(
+        "last",
+        "weights that a stage saves and tests: its last, or the best by validation hit_ratio@1",
+        choices=("last", "best"),
+    )
+    dry_run: bool = arg(
+        False,
+        "train nothing: show an example, first losses, memory of a rank and time of a step; needs no weights",
+    )
+    gpu_memory: float = arg(
+        0.0,
+        "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked",
+        at_least=0,
+    )
+    tflops: float = arg(
+        395.0,
+        "dry run: achieved TFLOP/s of a device (395 is half of an H200's matrix rate)",
+        above=0,
+    )
+    output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
+    save_steps: int = arg(
+        100,
+        "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)",
+        at_least=0,
+    )
+    save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1)
+    resume: str = arg(
+        "",
+        "auto: go on with the first unfinished stage of output_dir, from its newest whole checkpoint; or a checkpoint",
+    )
+    max_skipped_steps: int = arg(
+        0,
+        "steps with a loss or gradient that is not finite which may be left out; one more stops the run",
+        at_least=0,
+    )
+    logging_steps: int = arg(
+        10, "steps between printed lines; metrics.jsonl has every step", at_least=1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        stages = self.stage_list
+        order = [s for s in ("raw", "sft") if s in stages]
+        known = set(stages) <= {"raw", "sft", *PREFERENCE_LOSSES}
+        if (
+            not stages
+            or len(set(stages)) < len(stages)
+            or not known
+            or stages[: len(order)] != order
+        ):
+            allowed = ", ".join(PREFERENCE_LOSSES)
+            raise ValueError(
+                f"--stages: raw and sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}"
+            )
+        if self.load_in_4bit and (self.lora_r == 0 or self.sft_lora_r == 0):
+            raise ValueError(
+                "--load_in_4bit freezes the base: it needs adapters in every stage, "
+                "so neither --lora_r nor --sft_lora_r may be 0"
+            )
+        if self.resume not in ("", "auto") and not Path(self.resume).is_dir():
+            raise ValueError(f"--resume is auto or the folder of a checkpoint, got {self.resume!r}")
+        if self.resume and not self.output_dir:
+            raise ValueError("--resume needs --output_dir, the run folder to go on with")
+        if -1 < self.sft_weight < 0:
+            raise ValueError(
+                f"--sft_weight must be >= 0, or -1 for the loss's own, got {self.sft_weight}"
+            )
+        if self.keep == "best" and not (self.eval_steps and self.val_size):
+            raise ValueError("--keep best needs --eval_steps and --val_size, by which it is found")
+        if self.margin == "none" and "margin_lambda" in changed_options(self):
+            raise ValueError("--margin_lambda has no effect with --margin none: leave one out")
+        self.refuse_inert()
+        if self.tiny_hidden_size % 64:
+            raise ValueError(
+                f"--tiny_hidden_size must be a multiple of 64, got {self.tiny_hidden_size}"
+            )
+
+    def refuse_inert(self) -> None:
+        """ValueError for an option that no stage of this run reads."""
+        for name in sorted(changed_options(self) & READ_BY.keys()):
+            if not READ_BY[name] & set(self.stage_list):
+                raise ValueError(
+                    f"--{name} is read by {', '.join(sorted(READ_BY[name]))} alone, "
+                    f"and none of them is among the stages {self.stages}: leave it out"
+                )
+
+    @property
+    def stage_list(self) -> list[str]:
+        return [s.strip() for s in self.stages.split(",") if s.strip()]
+
 
 DEMO = Path(__file__).parent / "configs" / "demo.json"
 
 
-# ------------------------------------------------------------------------------------------------ the model
 def load_policy(
     config: TrainConfig, stage: str, base: Path, adapter: Path | None, device
 ) -> tuple[Transformer, int]:
@@ -131,43 +427,6 @@ def load_policy(
     if r > 0:
         fill_adapter(model, tensors) if adapter else init_adapter(model, config.seed)
     return model, replicas
-
-
-# ------------------------------------------------------------------------------------------------ one optimizer step
-class NotFinite(ValueError):
-    """Loss or gradient of a step was not finite; its update was left out. `ranks` are those whose own loss was not."""
-
-    def __init__(self, message: str, ranks: list[int]):
-        super().__init__(message)
-        self.ranks = ranks
-
-
-class StepMetrics:
-    """Metrics of one step on their way to the host. Reading them one step later never waits for a busy GPU."""
-
-    def __init__(self, means: dict[str, Tensor], not_finite: Tensor, lr: float):
-        self.on_device, self.lr = means, lr
-        values = torch.cat([torch.stack(list(means.values())), not_finite])
-        self.values = values.to("cpu", non_blocking=True)  # into pinned memory
-        self.arrived = None
-        if values.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def read(self) -> dict[str, float]:
-        """NotFinite if loss or gradient was not: that step's update was left out."""
-        if self.arrived:
-            self.arrived.synchronize()
-        values = self.values.tolist()  # the metrics, then a flag for each rank
-        flags = values[len(self.on_device) :]
-        metrics = dict(zip(self.on_device, values, strict=False)) | {"learning_rate": self.lr}
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise NotFinite(
-                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; "
-                "this update was left out. A smaller learning rate or --dtype float32 usually helps",
-                [rank for rank, flag in enumerate(flags) if flag],
-            )
-        return metrics
 
 
 def reduce_metrics(
@@ -262,7 +521,6 @@ def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-# ------------------------------------------------------------------------------------------------ before the loop
 def practise_copying(
     config: TrainConfig,
     task: CopyTask,
@@ -289,24 +547,39 @@ def practise_copying(
     )
 
 
-# ------------------------------------------------------------------------------------------------ one stage
-def starting_weights(base: Path, adapter: Path | None) -> str:
-    """weights_key, for which rank 0 alone reads the files."""
-    shared = [weights_key(base, adapter) if is_main() else None]
-    dist.broadcast_object_list(shared)
-    return shared[0]
+def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
+    """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
+    size = min(config.val_size, len(val))
+    if size == 0:
+        return None
+    rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[:size]
+    return encode_examples(val.select(np.sort(rows)), tokenizer, config.max_length)
 
 
-def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
-    """A finished stage stands in one table with those to come, so it must have begun as they do."""
-    before = read_json(folder / "base.json").get("starting_weights")  # older runs have none
-    now = starting_weights(base, adapter)
-    if before and before != now:
-        raise ValueError(
-            f"{folder.name} was finished from weights {before[:12]}, now they are {now[:12]}: "
-            f"{base}{f' or {adapter}' if adapter else ''} has changed. Put it back, or choose "
-            f"another --output_dir; without {folder} the stage runs again"
-        )
+def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest: bool, what: str):
+    """Records of all examples on rank 0, in their order, and None on the others.
+
+    The model is left resharded, and in the mode it came in."""
+    training = model.training
+    model.eval()
+    mine = range(run.rank, len(encoded.prompts), run.world_size)
+    budget = run.config.micro_batch_tokens
+    records = predict(
+        model, run.tokenizer, encoded, mine, decode, decode_rest, budget, any_rank, run.device, what
+    )
+    model.train(training)
+    reshard(model)
+    gathered = [None] * run.world_size if is_main() else None
+    dist.gather_object(records, gathered)
+    if not is_main():
+        return None
+    return sorted((r for part in gathered for r in part), key=lambda r: r["example"])
+
+
+def validation_metrics(run: Run, model: Transformer) -> dict | None:
+    """Of the validation users, on rank 0; one pass: what no candidate verifies counts as invalid."""
+    records = predict_on_all_ranks(run, model, run.val, "greedy", False, "validation")
+    return summarise(records) if is_main() else None
 
 
 def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
@@ -367,7 +640,10 @@ def run_stage(run: Run, stage: str, base: Path, adapter: Path | None) -> None:
 
     start = resume_stage(run, folder, model, optimizer, objective, identity)
     logger = Logger(folder / "metrics.jsonl", config.logging_steps)
-    validation = Validation(run, stage, folder, model, optimizer, identity)
+
+    validation = Validation(
+        run, stage, folder, model, optimizer, identity, lambda: validation_metrics(run, model)
+    )
     validation.resume(start or 0)
 
     def save(step: int) -> None:
@@ -473,94 +749,6 @@ def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
     finish_stage(run, "raw", model, folder)
 
 
-def resume_stage(
-    run: Run, folder: Path, model, optimizer, objective: SFT, identity: dict
-) -> int | None:
-    """Load the checkpoint to go on from; the number of steps it has seen, or None to start from the beginning."""
-    config, checkpoint = run.config, None
-    if config.resume == "auto":
-        checkpoint = newest_checkpoint(folder)
-    elif config.resume:
-        checkpoint = Path(config.resume)
-        if checkpoint.resolve().parent != folder.resolve():
-            raise ValueError(
-                f"--resume {checkpoint}: not a checkpoint of the stage that comes next, {folder}"
-            )
-        if problem := damage(checkpoint):
-            raise ValueError(
-                f"--resume {checkpoint}: damaged ({problem}); --resume auto takes the newest whole one"
-            )
-    metrics = folder / "metrics.jsonl"
-    if checkpoint is None:
-        if is_main():
-            metrics.unlink(missing_ok=True)
-        return None
-    state = load_checkpoint(checkpoint, model, optimizer, identity)
-    objective.load_state(state)
-    if is_main():
-        kept = [
-            line for line in metrics.read_text().splitlines() if line_step(line) <= state["step"]
-        ]
-        beside = metrics.with_suffix(".part")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.rename(metrics)
-    print0(f"going on from {checkpoint}, after step {state['step']}")
-    if state["world_size"] != run.world_size:
-        torch.manual_seed(
-            int.from_bytes(
-                hashlib.sha256(f"{config.seed} {state['step']} {run.rank}".encode()).digest()[:6],
-                "big",
-            )
-        )
-        print0(
-            f"note: it was made by {state['world_size']} processes; dropout is seeded anew from seed, step and rank"
-        )
-    return state["step"]
-
-
-def where_not_finite(run: Run, schedule: Schedule, step: int, ranks: list[int]) -> str:
-    """The ranks whose own loss was not finite, and their examples."""
-    who = f"rank {', '.join(map(str, ranks))}" if ranks else "the gradient only"
-    examples = [
-        e
-        for r in ranks or range(run.world_size)
-        for batch in schedule.micro_batches(step, r)
-        for e in batch
-    ]
-    log, position = run.train.examples.log, run.train.examples.position
-    users = ", ".join(f"{e} (user {log.user_ids[log.user[position[e]]]})" for e in examples[:8])
-    return f"{who}, examples {users}{' ...' if len(examples) > 8 else ''}"
-
-
-def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: str) -> None:
-    """Adapter in PEFT's format, or the whole model with its tokenizer, and which base it stands on."""
-    if getattr(model, "lora_config", None):
-        state = dict(gathered(model, only_adapter=True))
-        if is_main():
-            save_adapter(model, folder, state)
-    else:
-        save_pretrained(model, folder, gathered(model), write=is_main())
-        if is_main():
-            copy_tokenizer(base, folder)
-            if run.config.prompt_format == "chat":
-                add_end_of_turn(folder, run.tokenizer.eos_id)
-    if is_main():
-        write_base(run, base, folder, weights)
-
-
-def write_base(
-    run: Run, base: Path, folder: Path, weights: str, adapter: Path | None = None
-) -> None:
-    """base.json: the model that a stage's adapter stands on, and what the stage started from.
-
-    `adapter` is another stage's or run's, if that is what was tested."""
-    inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
-    facts = {"base": os.path.relpath(base, folder) if inside else str(base.resolve())}
-    facts |= {"adapter": str(adapter.resolve())} if adapter else {}
-    facts["starting_weights"] = weights
-    (folder / "base.json").write_text(json.dumps(facts) + "\n")
-
-
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
     """Evaluate on the test split, divided over ranks; metrics on rank 0, which also writes them."""
     config, started = run.config, time.time()
@@ -578,31 +766,14 @@ def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
     return metrics
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source / name).exists():
-            shutil.copy(source / name, target / name)
-
-
-# ------------------------------------------------------------------------------------------------ the run
 def results(run: Run, prepared) -> str:
     """The run's table: chance and counting baselines, every finished stage, and the optimum where it is known."""
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
     bounds = {}
-    if (
-        run.config.dataset == "planted" and run.config.history >= World.max_length - 1
-    ):  # else it is not known
-        world = World(num_users=run.config.planted_users, seed=run.config.data_seed)
-        scores = bayes_scores(world, prepared.splits["test"], run.config.min_rating)
-        bounds["Bayes-optimal"] = float(
-            ranking_metrics(scores, prepared.splits["test"].target)["hit_ratio@1"].mean()
-        )
+    optimum = prepared.optimum("test")
+    if optimum is not None:
+        hits = ranking_metrics(optimum, prepared.splits["test"].target)["hit_ratio@1"]
+        bounds["Bayes-optimal"] = float(hits.mean())
     return results_table(rows, bounds)
 
 
@@ -660,7 +831,7 @@ def main() -> None:
             encode_split(prepared, split, tokenizer, config.max_length)
             for split in ("train", "test")
         )
-    baselines = counting_baselines(splits["test"]) if is_main() else {}
+    baselines = prepared.baselines("test") if is_main() else {}
     run = Run(
         config,
         rank,
@@ -695,6 +866,8 @@ def main() -> None:
     )
 
     if config.dry_run:
+        from bench.estimate import dry_run  # it builds on this module
+
         dry_run(run)
         shutil.rmtree(folder, ignore_errors=True)  # the tiny model's, if there was one
         return

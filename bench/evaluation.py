@@ -28,19 +28,13 @@ from harness import (
 )
 
 from common import read_json
-from data import (
-    NUM_CANDIDATES,
-    DataConfig,
-    Encoded,
-    encode_split,
-    micro_batches,
-    prepare,
-    tree_widths,
-)
-from eval import load_stage, predict
+from data import NUM_CANDIDATES, Encoded, micro_batches, tree_widths
+from eval import predict
 from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
 from lora import load_adapter, lora_layers, merge_lora
 from model import generate, load_pretrained
+from runtime.stages import load_stage
 
 ALL = range(NUM_CANDIDATES)
 

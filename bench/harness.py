@@ -25,12 +25,13 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import DataConfig, build_tree, encode_split, prepare  # noqa: E402
+from data import build_tree  # noqa: E402
+from demo.tiny import make_base_model  # noqa: E402
 from hub.config import hf_config  # noqa: E402
 from hub.tokenizer import Tokenizer  # noqa: E402
+from loaders.frozen import DataConfig, encode_split, prepare  # noqa: E402
 from lora import TARGET_MODULES, apply_lora  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from tiny import make_base_model  # noqa: E402
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

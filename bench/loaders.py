@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from harness import header, parser, table
 
-from data import DataConfig, build_examples, load_log, prepare
+from data import build_examples
+from loaders.frozen import DataConfig, load_log, prepare
 
 TEXT = (
     'A lot of foam. But a lot.\tIn the smell some banana, and then lactic and tart. It\'s "not" a good start. '

@@ -21,7 +21,7 @@ from harness import ROOT, SHAPES, header, table
 
 from common import setup_distributed
 from model import ModelConfig, Transformer, save_pretrained
-from sharding import local
+from runtime.sharding import local
 from train import TrainConfig, load_policy
 
 CONFIG = ModelConfig("llama", 64000, 2048, 5632, 20, 16, 8, 128)

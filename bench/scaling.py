@@ -31,7 +31,8 @@ from harness import (
 
 from common import setup_distributed
 from losses import recpo_loss
-from train import TrainConfig, shard, train_step
+from runtime.sharding import shard
+from train import TrainConfig, train_step
 
 
 class Step:

@@ -26,7 +26,7 @@ from harness import (
 )
 from step import NUM_NEGATIVES, Here
 
-from estimate import fake_step
+from bench.estimate import fake_step
 from lora import TARGET_MODULES
 
 WAYS = {

@@ -15,17 +15,11 @@ the taste, and from it P(next story = c and its rating >= 4), the quantity that 
 candidates. The Bayes-optimal figure is printed beside every model's on the same candidate sets.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from interactions import Interactions, make_interactions
-
-if TYPE_CHECKING:  # data.py builds on this module
-    from data import Examples
+from data import Examples, Interactions, make_interactions
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
 

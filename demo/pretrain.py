@@ -36,12 +36,12 @@ from safetensors.torch import save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from batches import PromptTree, build_tree
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
+from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, build_tree, render_prompt
 from demo.planted import World
-from examples import DATASETS, NUM_CANDIDATES, TEMPLATES, Example, render_prompt
 from hub.files import open_safetensors
 from hub.tokenizer import Tokenizer
+from loaders.frozen import DATASETS
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
 

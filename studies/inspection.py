@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from common import arg, parse_config
-from data import Prepared, encode_examples, prepare
-from examples import DataConfig, Examples, render_prompt
+from data import Examples, Interactions, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
-from interactions import Interactions
+from loaders.frozen import DataConfig, Prepared, prepare
 from studies.paper import TABLE_3
 
 
@@ -117,7 +116,7 @@ def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
     """Three rendered examples, and the lengths of all training prompts in tokens."""
     with tempfile.TemporaryDirectory() as scratch:
         if not config.tokenizer:
-            from tiny import make_base_model  # it builds on data.py
+            from demo.tiny import make_base_model
 
             make_base_model(
                 scratch, examples, hidden_size=64, num_layers=1, vocab_size=4096, seed=0

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from objectives import PREFERENCE_LOSSES
-from options import TrainConfig
 from studies.results import NOT_THE_METHOD, Result, comparable, defaults_of
 from studies.statistics import Difference, judge, resampled_means
+from train import TrainConfig
 
 
 @dataclass

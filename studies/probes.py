@@ -28,9 +28,16 @@ from pathlib import Path
 
 import numpy as np
 
-from baselines import counting_baselines
 from common import arg, free_memory, parse_config, run_cli, setup_distributed
-from data import Encoded, encode_examples, prepare
+from data import (
+    LOWEST,
+    NUM_CANDIDATES,
+    Encoded,
+    Examples,
+    Interactions,
+    encode_examples,
+    freeze,
+)
 from demo.planted import World, bayes_scores
 from eval import (
     EvalConfig,
@@ -42,8 +49,8 @@ from eval import (
     wilson,
     with_run_options,
 )
-from examples import LOWEST, NUM_CANDIDATES, DataConfig, Examples, freeze
-from interactions import Interactions
+from loaders.counting import counting_baselines
+from loaders.frozen import DataConfig, prepare
 from studies.statistics import spread_of_bins
 
 DISLIKED = 2.0  # highest rating of a disliked item

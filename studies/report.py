@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from common import run_cli
-from data import DataConfig, find_prepared
+from loaders.frozen import DataConfig, find_prepared
 from studies.inspection import statistics
 from studies.methods import (
     Method,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from baselines import ranking_metrics
 from common import read_json
+from eval import ranking_metrics
 from objectives import PREFERENCE_LOSSES
-from options import TrainConfig
-from runs import FREE_TO_CHANGE
+from runtime.runs import FREE_TO_CHANGE
 from studies.sequential import BaselineConfig
+from train import TrainConfig
 
 
 @dataclass

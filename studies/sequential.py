@@ -33,10 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines import counting_baselines, item_knn, markov, popularity, ranking_metrics
 from common import arg, parse_config, run_cli, writing
-from data import DataConfig, Examples, Interactions, prepare
-from eval import results_table, save_predictions, summarise
+from data import Examples, Interactions
+from eval import ranking_metrics, results_table, save_predictions, summarise
+from loaders.counting import counting_baselines, item_knn, markov, popularity
+from loaders.frozen import DataConfig, prepare
 
 NEURAL = ("gru4rec", "caser", "sasrec")
 COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from common import read_json, run_cli
-from eval import load_stage
+from runtime.stages import load_stage
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from baselines import counting_baselines, item_knn, markov, popularity, ranking_metrics
-from data import DataConfig, Examples, build_examples
-from interactions import Interactions, k_core, make_interactions
-from loaders import load_movielens
+from data import Examples, Interactions, build_examples, k_core, make_interactions
+from eval import ranking_metrics
+from loaders.counting import counting_baselines, item_knn, markov, popularity
+from loaders.frozen import DataConfig
+from loaders.movielens import load_movielens
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -105,9 +106,9 @@ def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
     ):
         whole = item_knn(examples)
         with monkeypatch.context() as patch:
-            patch.setattr("baselines.CHUNK_WORDS", 1)
+            patch.setattr("loaders.counting.CHUNK_WORDS", 1)
             assert (item_knn(examples) == whole).all()
-            patch.setattr("baselines.BITS_BYTES", 1)
+            patch.setattr("loaders.counting.BITS_BYTES", 1)
             assert (item_knn(examples) == whole).all()
 
 

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer as HFTokenizer
 
 import eval as evaluation
 import train
-from data import DataConfig, Example, build_tree, encode_examples, encode_split, prepare
-from examples import render_prompt
+from data import Example, build_tree, encode_examples, render_prompt
+from demo.tiny import make_base_model
 from hub import chat, render
 from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
 from model import load_pretrained
-from tiny import make_base_model
 
 # The shapes of published templates: where they trim, where control tokens and line breaks stand.
 LLAMA3 = """\

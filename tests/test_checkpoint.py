@@ -23,10 +23,16 @@ from safetensors.torch import load_file, save_file
 from test_train import TINY, losses, run_train
 
 import train
-from checkpoint import checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
 from eval import main as evaluate_run
 from lora import apply_lora
 from model import load_pretrained
+from runtime.checkpoint import (
+    checkpoints,
+    damage,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from studies.probes import main as probe_run
 
 ROOT = Path(__file__).parents[1]
@@ -376,7 +382,7 @@ def test_a_failed_save_leaves_the_earlier_ones(group, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoint.save_file", full)
+    monkeypatch.setattr("runtime.checkpoint.save_file", full)
     with pytest.raises(ValueError, match="checkpoint-8.part/rank-00000.*No space left.*untouched"):
         save(tmp_path, 8)
     assert newest_checkpoint(tmp_path) == older

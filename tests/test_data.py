@@ -19,21 +19,20 @@ from tokenizers import Tokenizer as HFTokenizer
 import data
 from data import (
     NUM_CANDIDATES,
-    DataConfig,
+    TEMPLATES,
     Example,
     Examples,
-    Tokenizer,
+    Interactions,
     build_examples,
     encode_examples,
-    encode_split,
+    make_interactions,
     micro_batches,
     prefetch,
-    prepare,
     render_prompt,
     tree_widths,
 )
-from examples import TEMPLATES
-from interactions import Interactions, make_interactions
+from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
@@ -378,7 +377,7 @@ def small_config(tmp_path: Path, **options) -> DataConfig:
 def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch):
     """The second call reads equal arrays and titles without touching the raw data; nothing else is left in the folder."""
     first = prepare(small_config(tmp_path))
-    monkeypatch.setattr("data.load_log", None)
+    monkeypatch.setattr("loaders.frozen.load_log", None)
     again = prepare(small_config(tmp_path))
     assert (first.hash, first.raw_counts, first.folder) == (
         again.hash,
@@ -460,7 +459,7 @@ def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
         def full(*_):
             raise OSError("no space left on device")
 
-        patch.setattr("data.save_file", full)
+        patch.setattr("loaders.frozen.save_file", full)
         prepare(config)
     assert list((tmp_path / "prepared").iterdir()) == []
     assert len(prepare(config).splits["train"]) == 30

@@ -17,22 +17,17 @@ import numpy as np
 import pytest
 from test_loaders import DATA, check_table
 
-from data import DataConfig, Tokenizer, encode_examples, load_log, prepare
-from examples import build_examples, render_prompt
-from interactions import LogBuilder, clean_title, parse_times, percentile_ratings
-from loaders import (
-    MAX_LINE,
-    beer_title,
-    literal_record,
-    load_amazon,
-    load_beeradvocate,
-    load_lastfm,
-    load_steam,
-    mend_encoding,
-    read_lines,
-)
-from ownlog import load_own_log, parse_columns
-from tiny import make_base_model
+from data import build_examples, clean_title, encode_examples, render_prompt
+from demo.tiny import make_base_model
+from hub.tokenizer import Tokenizer
+from loaders.amazon import load_amazon
+from loaders.beeradvocate import beer_title, load_beeradvocate, mend_encoding
+from loaders.files import MAX_LINE, literal_record, read_lines
+from loaders.frozen import DataConfig, load_log, prepare
+from loaders.lastfm import load_lastfm
+from loaders.ownlog import load_own_log, parse_columns
+from loaders.steam import load_steam
+from loaders.table import LogBuilder, parse_times, percentile_ratings
 
 
 def needs(name: str):

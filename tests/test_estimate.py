@@ -9,13 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data import DataConfig, build_tree, prepare
-from estimate import LiveBytes, Step, fake_step, gathered_bytes, replica_note, whole_gradients
+from bench.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gradients
+from data import build_tree
+from demo.tiny import make_base_model
+from loaders.frozen import DataConfig, prepare
 from lora import TARGET_MODULES, apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
-from quantized import Linear4bit, to_4bit
-from tiny import make_base_model
+from runtime.quantized import Linear4bit, to_4bit
+from runtime.sharding import replica_note
 from train import TrainConfig, train_step
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataConfig, Tokenizer, build_examples, build_tree, encode_examples
+from data import build_examples, build_tree, encode_examples, make_interactions
+from demo.tiny import make_base_model
 from eval import (
     compare_with_one_pass,
     evaluate,
@@ -21,9 +22,10 @@ from eval import (
     verified_branch,
     wilson,
 )
-from interactions import make_interactions
+from hub.tokenizer import Tokenizer
+from loaders.counting import counting_baselines
+from loaders.frozen import DataConfig
 from model import load_pretrained
-from tiny import make_base_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,7 +215,8 @@ def test_metrics_divide_by_all_cases():
 def test_evaluate_scores_the_given_examples(half_trained):
     """The public call: metrics with baselines on the same candidates, one prediction per example, model mode kept."""
     model, tokenizer, test = half_trained
-    metrics, predictions = evaluate(model, tokenizer, test.examples.select(np.arange(30)))
+    some = test.examples.select(np.arange(30))
+    metrics, predictions = evaluate(model, tokenizer, some, baselines=counting_baselines(some))
     assert metrics["n"] == len(predictions) == 30
     assert set(metrics["baselines"]) == {"chance", "popularity", "item-kNN", "Markov"}
     assert not model.training

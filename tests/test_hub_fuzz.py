@@ -15,12 +15,13 @@ import torch
 from conftest import write_checkpoint, write_json
 from test_hub_tokenizer import write_ends, write_tokenizer
 
-from eval import EvalConfig, check_data, load_stage, sources_of, with_run_options
+from eval import EvalConfig, sources_of, with_run_options
 from hub.adapter import base_fingerprint, base_of
 from hub.config import read_config
 from hub.tokenizer import Tokenizer
 from lora import apply_lora, load_adapter, save_adapter
 from model import empty_model, load_pretrained
+from runtime.stages import check_data, load_stage
 
 ODD = [
     None, True, False, 0, 1, -1, 2, 7, 1.5, -0.5, 1e308, 10**30, 2**31, float("nan"), float("inf"),

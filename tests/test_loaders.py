@@ -15,9 +15,16 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from data import DataConfig, build_examples
-from interactions import Interactions, clean_title, k_core, make_interactions, unique_titles
-from loaders import MOVIELENS_URL, download_movielens, load_movielens, movielens_titles
+from data import (
+    Interactions,
+    build_examples,
+    clean_title,
+    k_core,
+    make_interactions,
+    unique_titles,
+)
+from loaders.frozen import DataConfig
+from loaders.movielens import MOVIELENS_URL, download_movielens, load_movielens, movielens_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -351,7 +358,7 @@ def served(tmp_path, monkeypatch):
 
         monkeypatch.setattr("urllib.request.urlopen", urlopen)
         if published:
-            monkeypatch.setattr("loaders.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
+            monkeypatch.setattr("loaders.movielens.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
 
     return serve
 
@@ -463,7 +470,7 @@ def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatc
         )
     assert sum(max(0, n - 2 - 10 - 5 + 1) for n in lengths.values()) == 903569
     monkeypatch.setattr(
-        "examples.freeze", lambda log, split, rows, *rest: rows
+        "data.freeze", lambda log, split, rows, *rest: rows
     )  # counting needs no candidates
     log, options = movielens(), {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0}
     rows = build_examples(log, DataConfig(**options, min_rating=0))["train"]

@@ -23,8 +23,7 @@ from objectives import (
     Schedule,
     preference_metrics,
 )
-from options import TrainConfig
-from train import get_lr, reduce_metrics, train_step
+from train import TrainConfig, get_lr, reduce_metrics, train_step
 
 # Two examples of five candidates. Ratings and steps until the interaction, by slot:
 RATINGS = np.array([[3.0, 5.0, 2.5, 4.0, 3.0], [4.0, 3.0, 3.0, 5.0, 1.0]])

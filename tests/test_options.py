@@ -12,7 +12,7 @@ from test_train import TINY
 
 import train
 from common import parse_config
-from options import READ_BY, TrainConfig
+from train import READ_BY, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,10 +6,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from baselines import counting_baselines, ranking_metrics
-from data import DataConfig, Examples, build_examples
+from data import Examples, Interactions, build_examples, k_core, make_interactions
 from demo.planted import World, bayes_scores, planted_world
-from interactions import Interactions, k_core, make_interactions
+from eval import ranking_metrics
+from loaders.counting import counting_baselines
+from loaders.frozen import DataConfig
 
 
 def examples_at(

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import DataConfig, prepare
 from demo import pretrain
 from demo.pretrain import BASE, PretrainConfig
 from eval import evaluate
 from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, prepare
 from model import load_pretrained
 
 

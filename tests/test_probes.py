@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import DataConfig, build_examples
+from data import build_examples, make_interactions, render_prompt
 from demo.planted import World, planted_world
 from eval import wilson
-from examples import render_prompt
-from interactions import make_interactions
+from loaders.frozen import DataConfig
 from studies.probes import (
     PROBE_NAMES,
     PROBES,

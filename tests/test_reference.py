@@ -11,19 +11,18 @@ from test_train import objective_and_optimizer, small_world  # noqa: F401  (a fi
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checkpoint import save_checkpoint
 from data import build_tree, tree_widths
 from lora import save_adapter
 from objectives import Schedule
-from reference import (
+from runtime.checkpoint import save_checkpoint
+from runtime.reference import (
     check_first_rewards,
     prepare_reference,
     read_reference,
     reference_key,
-    weights_key,
     write_reference,
 )
-from train import resume_stage
+from runtime.stages import resume_stage, weights_key
 
 CPU = torch.device("cpu")
 
@@ -141,7 +140,7 @@ def test_the_stored_file_is_read_whatever_the_division(stage, monkeypatch):
     """Process count, batches, micro-batches, seed and epochs do not matter, and no pass runs."""
     run, first, schedule = stage()
     key = prepare_reference(run, "w", first, schedule)
-    monkeypatch.setattr("reference.reference_pass", None)  # calling it would be an error
+    monkeypatch.setattr("runtime.reference.reference_pass", None)  # calling it would be an error
     others = ({"world_size": 3}, {"batch_size": 4}, {"micro_batch_tokens": 9000}, {"seed": 7})
     for options in (*others, {"epochs": 1.0}):
         run, objective, schedule = stage(**options)

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataConfig, prepare
-from options import TrainConfig
+from loaders.frozen import DataConfig, prepare
 from studies.methods import Method, compare, grouped, option_text, sweep
 from studies.report import data_table, main_table
 from studies.results import NOT_THE_METHOD, Result, check_candidates, collect, settings_of
 from studies.sequential import BaselineConfig
 from studies.statistics import Difference, bootstrap, judge, mcnemar
 from studies.tables import command_of, flags_of, is_finished
+from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 

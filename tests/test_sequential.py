@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataConfig, build_examples
-from interactions import Interactions, make_interactions
+from data import Interactions, build_examples, make_interactions
+from loaders.frozen import DataConfig
 from studies.sequential import (
     NEURAL,
     BaselineConfig,

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from test_train import TINY, losses, run_train
 from torch.distributed.tensor import DTensor
 
-from checkpoint import load_checkpoint, save_checkpoint
 from data import build_tree
 from lora import apply_lora, save_adapter
 from model import load_pretrained
-from options import TrainConfig
-from sharding import (
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.sharding import (
     fill_adapter,
     init_adapter,
     read_weights,
@@ -29,7 +28,7 @@ from sharding import (
     shard_group,
     trained,
 )
-from train import train_step
+from train import TrainConfig, train_step
 
 ROOT = Path(__file__).parents[1]
 

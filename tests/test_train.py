@@ -17,14 +17,16 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import progress
-from data import DataConfig, Tokenizer, build_examples, encode_split, prepare
-from eval import load_stage
-from loaders import load_movielens
+from data import build_examples
+from demo.tiny import make_base_model
+from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.movielens import load_movielens
 from losses import target_margins
-from objectives import SFT, Preference
-from runs import Logger
-from tiny import make_base_model
-from train import NotFinite, Schedule, TrainConfig, get_lr, load_policy, train_step
+from objectives import SFT, Preference, Schedule
+from runtime.runs import Logger, NotFinite
+from runtime.stages import load_stage
+from train import TrainConfig, get_lr, load_policy, train_step
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -17,20 +17,21 @@ from test_checkpoint import in_process  # noqa: F401  (a fixture)
 from test_train import TINY, losses, run_train
 
 import train
-import validation
-from checkpoint import save_checkpoint, sha256
-from data import DataConfig, prepare
-from options import TrainConfig
+from loaders.frozen import DataConfig, prepare
+from runtime.checkpoint import save_checkpoint, sha256
+from runtime.validation import SHOWN, Validation
+from train import TrainConfig
 
 # train.py in which the first validation is the best one
 DECREE = """
 import sys
 sys.path.insert(0, {root!r})
-import train, validation
+import train
+from runtime.validation import SHOWN
 
 values = iter([0.9, 0.1])
-validation.summarise = lambda records: dict.fromkeys(validation.SHOWN, 0.0) | {{
-    "hit_ratio@1": next(values)
+train.validation_metrics = lambda run, model: dict.fromkeys(SHOWN, 0.0) | {{
+    "n": 1, "hit_ratio@1": next(values)
 }}
 train.run_cli(train.main)
 """
@@ -90,30 +91,30 @@ def test_validation_users_are_a_sample_of_the_validation_split(tmp_path):
         def __len__(self):
             return len(prepared.splits["val"])
 
-    encode = validation.encode_examples
-    validation.encode_examples = lambda examples, tokenizer, length: examples
+    encode = train.encode_examples
+    train.encode_examples = lambda examples, tokenizer, length: examples
     try:
-        sample = validation.encode_sample(Spy(), None, TrainConfig(val_size=20))
-        again = validation.encode_sample(Spy(), None, TrainConfig(val_size=20))
+        sample = train.encode_sample(Spy(), None, TrainConfig(val_size=20))
+        again = train.encode_sample(Spy(), None, TrainConfig(val_size=20))
     finally:
-        validation.encode_examples = encode
+        train.encode_examples = encode
     log = sample.log
     assert len(sample.position) == 20 and np.array_equal(sample.position, again.position)
     assert (sample.position == log.start[log.user[sample.position] + 1] - 2).all()
-    assert validation.encode_sample(Spy(), None, TrainConfig(val_size=0)) is None
+    assert train.encode_sample(Spy(), None, TrainConfig(val_size=0)) is None
 
 
 def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypatch):  # noqa: F811
     """What train.py hands to a stage are examples of the val split, and test is answered last."""
     answered = []
-    inner = validation.predict
+    inner = train.predict
 
     def spy(model, tokenizer, encoded, *rest):
         log, position = encoded.examples.log, encoded.examples.position
         answered.append(set(log.start[log.user[position] + 1] - position))
         return inner(model, tokenizer, encoded, *rest)
 
-    monkeypatch.setattr(validation, "predict", spy)
+    monkeypatch.setattr(train, "predict", spy)
     flags = (*TINY, *SHORT, "--max_steps=2", f"--output_dir={tmp_path / 'run'}")
     in_process(train.main, *flags, f"--prepared_dir={tmp_path / 'p'}", "--eval_steps=1")
     assert answered == [{2}, {2}, {1}]
@@ -123,11 +124,11 @@ def test_the_best_step_is_kept_the_earlier_of_equal_ones(in_process, tmp_path, m
     """--keep best saves and tests the weights of step 2, where .5 is reached first."""
     values = iter([0.2, 0.5, 0.5, 0.1])
 
-    def summary(records):
-        return dict.fromkeys(validation.SHOWN, 0.0) | {"hit_ratio@1": next(values)}
+    def summary(run, model):
+        return dict.fromkeys(("n", *SHOWN), 0.0) | {"hit_ratio@1": next(values)}
 
     folder = tmp_path / "copy"
-    monkeypatch.setattr(validation, "summarise", summary)
+    monkeypatch.setattr(train, "validation_metrics", summary)
     monkeypatch.setattr(
         train, "finish_stage", lambda run, stage, model, f: shutil.copytree(f, folder)
     )
@@ -164,7 +165,7 @@ def kept(tmp_path):
         write_kept(tmp_path / "best" / f"checkpoint-{step}", step=step, value=value)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     optimizer = SimpleNamespace(param_groups=[])
-    yield validation.Validation(None, "sft", tmp_path, None, optimizer, {}), tmp_path
+    yield Validation(None, "sft", tmp_path, None, optimizer, {}, None), tmp_path
     dist.destroy_process_group()
 
 
@@ -211,10 +212,10 @@ def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkey
     def run(name, *flags, die=0):
         seen = []
 
-        def summary(records):
+        def summary(run, model):
             seen.append(1)
             step = len(seen) + (3 if "--resume=auto" in flags else 0)
-            return dict.fromkeys(validation.SHOWN, 0.0) | {"hit_ratio@1": values[step]}
+            return dict.fromkeys(("n", *SHOWN), 0.0) | {"hit_ratio@1": values[step]}
 
         def save(folder, step, *args, **kwargs):
             out = save_checkpoint(folder, step, *args, **kwargs)
@@ -222,7 +223,7 @@ def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkey
                 raise KeyboardInterrupt
             return out
 
-        monkeypatch.setattr(validation, "summarise", summary)
+        monkeypatch.setattr(train, "validation_metrics", summary)
         monkeypatch.setattr(train, "save_checkpoint", save)
         folder = tmp_path / name
         options = (*TINY, *SHORT, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}")

@@ -14,7 +14,6 @@ Legend: B prompts of a micro-batch, P prompt tokens, C tokens of all completions
 """
 
 import contextlib
-import os
 import weakref
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -31,8 +30,8 @@ from data import BOUNDARY_CHECKS, build_tree, tree_widths
 from lora import apply_lora
 from model import ModelConfig, Transformer
 from objectives import SFT, Preference
-from quantized import to_4bit
-from runs import Run
+from runtime.quantized import to_4bit
+from runtime.runs import Run
 
 GB = 10**9
 
@@ -157,7 +156,6 @@ def _imitate_gpu():
         yield
 
 
-# ------------------------------------------------------------------------------------------------ for a run
 def gathered_bytes(config: ModelConfig, dtype: torch.dtype, load_in_4bit: bool = False) -> int:
     """What a rank holds whole while it computes: embedding, head and norm, and two blocks."""
     with torch.device("meta"):
@@ -256,29 +254,6 @@ def report(
         ),
     ]
     return "\n".join(lines)
-
-
-def replica_note(weights: int, trained: int, world_size: int, memory: int) -> str:
-    """What --shard none would save, if a replica with its adapter leaves more than half of a device's memory free."""
-    if world_size == 1 or weights + trained > 0.5 * memory:
-        return ""
-    moved = 2 * weights * (world_size - 1) / world_size
-    return (
-        f"note: a whole replica ({(weights + trained) / GB:.1f} GB) fits on each device ({memory / GB:.0f} GB): --shard none would save "
-        f"gathering {moved / GB:.1f} GB for every micro-batch, and reduce {trained / 4 / GB:.2f} GB of gradients a step instead\n"
-    )
-
-
-# ------------------------------------------------------------------------------------------------ --dry_run
-def device_memory(device) -> int:
-    """Bytes of a GPU, or of this process's share of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return (
-        os.sysconf("SC_PAGE_SIZE")
-        * os.sysconf("SC_PHYS_PAGES")
-        // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )
 
 
 def dry_run(run: Run) -> None:

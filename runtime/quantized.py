@@ -76,7 +76,6 @@ def to_4bit(model: Transformer) -> Transformer:
     return model.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------ reading
 class Reader:
     """Rows of a checkpoint's tensors; those of a linear layer as codes and absmax."""
 
@@ -200,7 +199,6 @@ def load_4bit(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transfo
     return model
 
 
-# ------------------------------------------------------------------------------------ and back
 def base_weight(model: Transformer, name: str, layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """A 4-bit layer's weight: the original one where its 16 bits are at hand, else its values."""
     if model.source:

@@ -21,12 +21,15 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
-from data import NUM_CANDIDATES, Encoded, Example, Examples, Tokenizer, build_tree, render_prompt
+from data import NUM_CANDIDATES, Encoded, Example, Examples, build_tree, render_prompt
+from hub.tokenizer import Tokenizer
 from losses import sft_loss
 from model import ModelConfig, init_weights, save_pretrained
 from objectives import after_first
 
 EOS = "<|end_of_text|>"
+
+
 # Llama-3's pre-tokenizer: a word with its leading space, up to three digits, punctuation, line breaks
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

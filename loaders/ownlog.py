@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import print0
-from interactions import Interactions, LineCount, LogBuilder, clean_title
-from loaders import (
+from data import Interactions, clean_title
+from loaders.files import (
     CHUNK,
     Chunk,
     brief,
@@ -25,8 +25,11 @@ from loaders import (
     read_table,
     table_chunks,
 )
+from loaders.table import LineCount, LogBuilder
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
+
+
 USUAL = {  # names without case, blanks and underscores; the surer ones first
     "user": (
         "userid",
@@ -75,6 +78,8 @@ USUAL = {  # names without case, blanks and underscores; the surer ones first
         "name",
     ),
 }
+
+
 AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
 
@@ -212,7 +217,6 @@ def read_item_file(
     return titles
 
 
-# ------------------------------------------------------------------------------------------------ tables in chunks
 MAX_BAD_IN_A_ROW = 10_000  # bad JSON lines before a good one
 
 

@@ -9,7 +9,9 @@ All are fitted on everything before each user's last two interactions, and read 
 validation and test are unseen; scores on the training split are not, because the fit has counted its answers.
 On MovieLens-1M (1 + 19 uniform candidates, no filter) they put the target first in 33 %, 50 % and 59 % of the test cases.
 
-    from baselines import counting_baselines, ranking_metrics
+    from eval import ranking_metrics
+    from loaders.counting import counting_baselines
+
     for name, scores in counting_baselines(splits["test"]).items():
         print(name, ranking_metrics(scores, splits["test"].target)["hit_ratio@1"].mean())
 
@@ -25,8 +27,14 @@ import numpy as np
 from data import Examples, Interactions
 
 DECAY = 0.8  # weight of a history item relative to the one after it
+
+
 MAX_DISTANCE = 10
+
+
 CHUNK_WORDS = 1 << 18  # 2 MiB of user bits: stays in a core's cache
+
+
 BITS_BYTES = 1 << 28  # bits of all items asked for, of one block of users
 
 
@@ -124,36 +132,7 @@ def _sum_over_history(
 
 def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
     """Scores (E, n) of every counting recommender, by the name it has in a result table."""
-    return {
-        "popularity": popularity(examples),
-        "item-kNN": item_knn(examples),
-        "Markov": markov(examples),
-    }
+    return {name: scores(examples) for name, scores in BASELINES.items()}
 
 
-def ranking_metrics(
-    scores: np.ndarray,  # (E, n), higher is better
-    target: np.ndarray,  # (E,) slot of the chosen item
-) -> dict[str, np.ndarray]:
-    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64) of the target's rank among the n candidates.
-
-    Ties are shared: the target's rank is uniform over the candidates of equal score, and each metric is the mean over
-    these ranks. So a recommender whose scores are all equal gets exactly what chance gets. ValueError on NaN, which
-    compares as if it were neither better nor worse."""
-    scores, target = np.asarray(scores), np.asarray(target)
-    if np.isnan(scores).any():
-        bad = np.flatnonzero(np.isnan(scores).any(1))
-        raise ValueError(
-            f"{len(bad)} of {len(scores)} examples have a score that is not a number, first {bad[0]}"
-        )
-    own = np.take_along_axis(scores, target[:, None], 1)
-    better = (scores > own).sum(1, keepdims=True)
-    tied = (scores == own).sum(1, keepdims=True)  # at least 1: the target itself
-    rank = np.arange(1, scores.shape[1] + 1)
-    possible = (better < rank) & (rank <= better + tied)  # (E, n) over ranks
-    gains = {f"hit_ratio@{k}": rank <= k for k in (1, 3, 5)}
-    gains |= {
-        "ndcg@5": (rank <= 5) / np.log2(1 + rank),
-        "mrr": 1 / rank,
-    }  # one relevant item: the ideal DCG is 1
-    return {name: (possible * gain).sum(1) / tied[:, 0] for name, gain in gains.items()}
+BASELINES = {"popularity": popularity, "item-kNN": item_knn, "Markov": markov}

@@ -11,55 +11,36 @@ ones) are kept in <stage>.unfinished/best/ as a checkpoint, and are what is save
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch.distributed as dist
 
-from checkpoint import checkpoints, damage, load_checkpoint, save_checkpoint
-from common import any_rank, is_main, print0, read_json, writing
-from data import Encoded, Examples, encode_examples
-from eval import predict, summarise
-from sharding import reshard
+from common import is_main, print0, read_json, writing
+from runtime.checkpoint import checkpoints, damage, load_checkpoint, save_checkpoint
+from runtime.runs import Run
 
 SHOWN = ("hit_ratio@1", "valid_ratio", "ranking/hit_ratio@1", "ranking/mrr")
+
+
 BEST_BY = "val/hit_ratio@1"
-
-
-def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
-    """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
-    size = min(config.val_size, len(val))
-    if size == 0:
-        return None
-    rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[:size]
-    return encode_examples(val.select(np.sort(rows)), tokenizer, config.max_length)
-
-
-def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest: bool, what: str):
-    """Records of all examples on rank 0, in their order, and None on the others.
-
-    The model is left resharded, and in the mode it came in."""
-    training = model.training
-    model.eval()
-    mine = range(run.rank, len(encoded.prompts), run.world_size)
-    budget = run.config.micro_batch_tokens
-    records = predict(
-        model, run.tokenizer, encoded, mine, decode, decode_rest, budget, any_rank, run.device, what
-    )
-    model.train(training)
-    reshard(model)
-    gathered = [None] * run.world_size if is_main() else None
-    dist.gather_object(records, gathered)
-    if not is_main():
-        return None
-    return sorted((r for part in gathered for r in part), key=lambda r: r["example"])
 
 
 class Validation:
     """The validation of one stage."""
 
-    def __init__(self, run, stage: str, folder: Path, model, optimizer, identity: dict):
+    def __init__(
+        self,
+        run: Run,
+        stage: str,
+        folder: Path,
+        model,
+        optimizer,
+        identity: dict,
+        evaluate: Callable,  # () -> metrics of the validation users on rank 0, else None
+    ):
+        self.evaluate = evaluate
         self.run, self.stage, self.model = run, stage, model
         self.stage_folder, self.folder = folder, folder / "best"
         self.metrics = folder / "metrics.jsonl"
@@ -75,13 +56,10 @@ class Validation:
 
     def __call__(self, step: int, replicas: int) -> None:
         """Evaluate after `step` steps, on all ranks; with --keep best the weights, if they are."""
-        records = predict_on_all_ranks(
-            self.run, self.model, self.run.val, "greedy", False, "validation"
-        )
+        summary = self.evaluate()
         shared = [None]
         if is_main():
-            summary = summarise(records)
-            shared = [{"val/n": len(records)} | {f"val/{name}": summary[name] for name in SHOWN}]
+            shared = [{f"val/{name}": summary[name] for name in ("n", *SHOWN)}]
             self.log(step, shared[0])
         dist.broadcast_object_list(shared)
         value = shared[0][BEST_BY]

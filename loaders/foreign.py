@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from common import print0
-from examples import NUM_CANDIDATES, TEMPLATES, DataConfig, Examples
-from interactions import Interactions, LineCount, clean_title
-from loaders import find_file, open_bytes
+from data import NUM_CANDIDATES, TEMPLATES, Examples, Interactions, clean_title
+from loaders.files import find_file, open_bytes
+from loaders.table import LineCount
 
 
-def read_foreign_examples(config: DataConfig) -> tuple[Interactions, dict[str, Examples]]:
-    """(log, splits) of a folder of prepared JSON. Validation falls back to the last tenth of the training entries."""
+def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
+    """(log, splits) of a folder of prepared JSON; config: a DataConfig. Validation falls back to the last tenth of the training entries."""
     path = Path(config.data_dir)
     if not path.is_dir():
         raise ValueError(

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from common import print0, read_json, writing
 from hub.files import open_safetensors
-from sharding import fill, local, own_rows, trained
+from runtime.sharding import fill, local, own_rows, trained
 
 WRONG_CONTENT = (KeyError, IndexError, TypeError, AttributeError)
+
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-# ------------------------------------------------------------------------------------------------ writing
 def save_checkpoint(
     folder: Path, step: int, model, optimizer, state: dict, replicas: int, keep: int
 ) -> Path:
@@ -113,7 +114,6 @@ def _sha256(f) -> str:  # Python 3.10
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ reading
 def checkpoints(folder: Path) -> list[Path]:
     """Finished ones, newest first."""
     found = [f for f in folder.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]

@@ -6,154 +6,22 @@ becomes an int32 code when it is read, and repeated pairs of user and item are m
 user but the text of its id; a log of n interactions takes 20 bytes each, and some three times that while it is sorted.
 """
 
-import html
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 import numpy as np
 
+from data import Interactions, _sorted, clean_title, last_of_each_pair, unique_titles
+
 MAX_BAD_SHARE = 0.01  # of the lines; with more of them the file is not what it was taken for
-MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
+
+
 MAX_SECONDS = (
     1e11  # the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
 )
 
 
-@dataclass
-class Interactions:
-    """A log as flat arrays, sorted by user, then time, then original order. User u owns rows start[u] : start[u + 1]."""
-
-    user: np.ndarray  # (n,) int32 code
-    item: np.ndarray  # (n,) int32 code
-    rating: np.ndarray  # (n,) float32
-    timestamp: np.ndarray  # (n,) int64 seconds
-    start: np.ndarray  # (users + 1,) int64
-    titles: list[str]  # per item, unique
-    user_ids: list[str]
-    item_ids: list[str]
-    name: str = ""  # of the data set; chooses the words of the prompts
-    notes: dict[str, int] = field(
-        default_factory=dict
-    )  # what the loader left out or changed -> how often
-
-    @property
-    def num_users(self) -> int:
-        return len(self.start) - 1
-
-    @property
-    def num_items(self) -> int:
-        return len(self.titles)
-
-
-def make_interactions(
-    user, item, rating, timestamp, titles: Mapping, name: str = ""
-) -> Interactions:
-    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns; `titles` maps item id to title."""
-    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
-    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
-    missing = [i for i in item_ids.tolist() if i not in titles]
-    if missing:
-        raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
-    rating, timestamp = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
-    keep = last_of_each_pair(user, item, timestamp)
-    names = unique_titles([titles[i] for i in item_ids.tolist()])
-    ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
-    return _sorted(*(column[keep] for column in (user, item, rating, timestamp)), names, *ids, name)
-
-
-def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
-    order = np.lexsort((timestamp, user))  # stable: ties in time keep the order of the file
-    counts = np.bincount(user, minlength=len(user_ids))
-    return Interactions(
-        user[order].astype(np.int32),
-        item[order].astype(np.int32),
-        rating[order].astype(np.float32),
-        timestamp[order].astype(np.int64),
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        titles,
-        user_ids,
-        item_ids,
-        name,
-    )
-
-
-def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
-    """(n,) bool: the latest row of every user-item pair; of equal times the one further down."""
-    key = user.astype(np.int64) << 32 | item.astype(np.int64)
-    order = np.lexsort((timestamp, key))
-    key = key[order]
-    keep = np.zeros(len(key), bool)
-    keep[order[np.append(key[1:] != key[:-1], True)] if len(key) else order] = True
-    return keep
-
-
-# ------------------------------------------------------------------------------------------------ titles
-_CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
-
-
-def clean_title(title: str) -> str:
-    """HTML entities become text, white space and control characters single blanks: a title is one line of a prompt."""
-    title = " ".join(unicodedata.normalize("NFC", html.unescape(title)).translate(_CONTROL).split())
-    if len(title) > MAX_TITLE:
-        title = title[: MAX_TITLE - 1].rstrip() + "…"
-    return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
-
-
-def unique_titles(titles: list[str]) -> list[str]:
-    """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
-    taken, out = set(titles), []
-    first, next_number = set(), {}
-    for title in titles:
-        name, number = title, next_number.get(title, 1)
-        while name in first or (number > 1 and name in taken):
-            number += 1
-            name = f"{title} ({number})"
-        next_number[title] = number
-        first.add(name)
-        out.append(name)
-    return out
-
-
-# ------------------------------------------------------------------------------------------------ k-core
-def k_core(log: Interactions, k: int) -> Interactions:
-    """Drop users and items with fewer than k interactions, again and again until none is left; k = 0 keeps all."""
-    keep = np.ones(len(log.user), bool)
-    while k > 0:
-        users = np.bincount(log.user[keep], minlength=log.num_users)
-        items = np.bincount(log.item[keep], minlength=log.num_items)
-        smaller = keep & (users[log.user] >= k) & (items[log.item] >= k)
-        if smaller.sum() == keep.sum():
-            break
-        keep = smaller
-    if not keep.any():
-        raise ValueError(
-            f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all"
-        )
-    return log if keep.all() else select_rows(log, keep)
-
-
-def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
-    """Only these rows, and the users and items that still occur in them."""
-    users, user = np.unique(log.user[keep], return_inverse=True)
-    items, item = np.unique(log.item[keep], return_inverse=True)
-    return Interactions(
-        user.astype(np.int32),
-        item.astype(np.int32),
-        log.rating[keep],
-        log.timestamp[keep],
-        np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
-        [log.titles[i] for i in items],
-        [log.user_ids[u] for u in users],
-        [log.item_ids[i] for i in items],
-        log.name,
-        log.notes,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ amounts into ratings
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Ratings 1 to 5 (float32) by rank inside each group: ceil(5 * mid-rank / size), so that the top fifth gets 5.
 
@@ -175,7 +43,6 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
     return ratings
 
 
-# ------------------------------------------------------------------------------------------------ streaming
 class Codes(dict):
     """Id -> int code in order of appearance; an id that is no id (blank, None, True, 1.5) -> -1. Spaces around it do not count."""
 

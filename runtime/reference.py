@@ -9,7 +9,6 @@ Legend: E training examples, N completions per example.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import any_rank, is_main, print0, progress, writing
+from common import any_rank, is_main, print0, progress, stored_dtype, writing
 from data import Encoded, prefetch, to_device
-from hub.adapter import base_fingerprint, read_adapter_config
 from hub.files import open_safetensors
-from model import ModelConfig
-from objectives import Preference, Schedule
-from options import stored_dtype
-from runs import Run
-from sharding import reshard
-
-
-# ------------------------------------------------------------------------ what it was made from
-def weights_key(base: Path, adapter: Path | None) -> str:
-    """Hash of the weights that a stage starts from: base, and the adapter it goes on with."""
-    digest = hashlib.sha256(str(ModelConfig.from_pretrained(base)).encode())
-    digest.update(base_fingerprint(base).encode())
-    if adapter:
-        config = read_adapter_config(adapter)
-        names = ("r", "lora_alpha", "target_modules", "use_rslora")  # not the path of its base
-        digest.update(json.dumps([config.get(name) for name in names]).encode())
-        with open_safetensors(adapter / "adapter_model.safetensors") as f:
-            for name in sorted(f.keys()):
-                tensor = f.get_tensor(name)
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+from runtime.runs import Run
+from runtime.sharding import reshard
 
 
 def reference_key(weights: str, encoded: Encoded, slots: np.ndarray, precision: str) -> str:
@@ -56,7 +34,6 @@ def reference_key(weights: str, encoded: Encoded, slots: np.ndarray, precision: 
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------ the file
 def write_reference(file: Path, key: str, logps: Tensor) -> None:
     """The file appears whole or not at all. Its checksum tells of damage; it identifies nothing."""
     beside = file.with_suffix(".part")
@@ -96,13 +73,12 @@ def checksum(logps: Tensor) -> str:
     return hashlib.sha256(logps.numpy().tobytes()).hexdigest()
 
 
-# ------------------------------------------------------------------------ the pass
-def first_epoch(schedule: Schedule) -> range:
+def first_epoch(schedule) -> range:
     """The steps in which each example that the stage ever sees comes once."""
     return range(min(schedule.num_steps, schedule.steps_per_epoch))
 
 
-def needed_examples(schedule: Schedule) -> Tensor:
+def needed_examples(schedule) -> Tensor:
     """(E,) True for the examples that the stage sees."""
     needed = torch.zeros(len(schedule.widths), dtype=torch.bool)
     for step in first_epoch(schedule):
@@ -111,7 +87,7 @@ def needed_examples(schedule: Schedule) -> Tensor:
 
 
 @torch.no_grad()
-def reference_pass(objective: Preference, schedule: Schedule, rank: int) -> Tensor:
+def reference_pass(objective, schedule, rank: int) -> Tensor:
     """Log-probs (E, N) of the model as it is now; NaN for examples that the stage never sees.
 
     It runs the very micro-batches of the first epoch, so that the first rewards are exactly zero."""
@@ -136,7 +112,7 @@ def reference_pass(objective: Preference, schedule: Schedule, rank: int) -> Tens
     return logps
 
 
-def prepare_reference(run: Run, weights: str, objective: Preference, schedule: Schedule) -> str:
+def prepare_reference(run: Run, weights: str, objective, schedule) -> str:
     """Fill in the log-probs of the starting weights, which the model still has; returns their key."""
     precision = f"{stored_dtype(run.config, run.device)}"
     if run.config.load_in_4bit:
@@ -162,8 +138,7 @@ def prepare_reference(run: Run, weights: str, objective: Preference, schedule: S
     return key
 
 
-# ------------------------------------------------------------------------ checks and notes
-def check_first_rewards(objective: Preference, exact: bool) -> None:
+def check_first_rewards(objective, exact: bool) -> None:
     """Before the first update the policy is the reference: rewards are zero, in bf16 nearly so."""
     rewards = torch.cat([r.flatten() for r in objective.first_rewards]).double()
     rewards /= objective.config.beta
@@ -182,7 +157,7 @@ def check_first_rewards(objective: Preference, exact: bool) -> None:
         )
 
 
-def print_preference_notes(config, objective: Preference) -> None:
+def print_preference_notes(config, objective) -> None:
     """The first example with its margins, what usually surprises, and settings outside a method's advised range."""
     titles, slots, margins = (
         objective.encoded.examples[0].candidates,

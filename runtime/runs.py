@@ -2,19 +2,22 @@
 
 import fcntl
 import json
+import math
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common import Stopped, hours, is_main, read_json, reading, writing
-from data import Encoded, Tokenizer
-from options import TrainConfig
+from data import Encoded
+from hub.tokenizer import Tokenizer
 
 
 class Logger:
@@ -86,7 +89,7 @@ class StopRequest:
 class Run:
     """What all stages share."""
 
-    config: TrainConfig
+    config: Any  # the options, train.TrainConfig
     rank: int
     world_size: int
     device: torch.device
@@ -110,14 +113,13 @@ def line_step(line: str) -> int:
         return sys.maxsize
 
 
-# ------------------------------------------------------------------------------------------------ the run folder
 FREE_TO_CHANGE = "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit max_skipped_steps "
 
 
 FREE_TO_CHANGE += "dry_run gpu_memory tflops micro_batch_tokens shard shard_group_size gradient_checkpointing compile"
 
 
-def open_run_folder(config: TrainConfig) -> Path:
+def open_run_folder(config) -> Path:
     """Create or re-enter the run folder, on rank 0; a folder in use, or made with other options, is an error."""
     numbered = (Path(f"runs/{config.dataset}-{n}") for n in range(1, 10**6))
     folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
@@ -133,7 +135,7 @@ def open_run_folder(config: TrainConfig) -> Path:
                 f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir"
             )
         with reading(file):
-            before = asdict(TrainConfig()) | read_json(file)  # older runs have fewer options
+            before = asdict(type(config)()) | read_json(file)  # older runs have fewer options
             stages = before["stages"].split(",")
         changed = sorted(
             k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and before[k] != v
@@ -163,3 +165,53 @@ def lock_folder(folder: Path) -> None:
         raise ValueError(
             f"{folder}: another process is running in this folder; wait for it, or choose another"
         ) from None
+
+
+class NotFinite(ValueError):
+    """Loss or gradient of a step was not finite; its update was left out. `ranks` are those whose own loss was not."""
+
+    def __init__(self, message: str, ranks: list[int]):
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class StepMetrics:
+    """Metrics of one step on their way to the host. Reading them one step later never waits for a busy GPU."""
+
+    def __init__(self, means: dict[str, Tensor], not_finite: Tensor, lr: float):
+        self.on_device, self.lr = means, lr
+        values = torch.cat([torch.stack(list(means.values())), not_finite])
+        self.values = values.to("cpu", non_blocking=True)  # into pinned memory
+        self.arrived = None
+        if values.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """NotFinite if loss or gradient was not: that step's update was left out."""
+        if self.arrived:
+            self.arrived.synchronize()
+        values = self.values.tolist()  # the metrics, then a flag for each rank
+        flags = values[len(self.on_device) :]
+        metrics = dict(zip(self.on_device, values, strict=False)) | {"learning_rate": self.lr}
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise NotFinite(
+                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; "
+                "this update was left out. A smaller learning rate or --dtype float32 usually helps",
+                [rank for rank, flag in enumerate(flags) if flag],
+            )
+        return metrics
+
+
+def where_not_finite(run: Run, schedule, step: int, ranks: list[int]) -> str:
+    """The ranks whose own loss was not finite, and their examples."""
+    who = f"rank {', '.join(map(str, ranks))}" if ranks else "the gradient only"
+    examples = [
+        e
+        for r in ranks or range(run.world_size)
+        for batch in schedule.micro_batches(step, r)
+        for e in batch
+    ]
+    log, position = run.train.examples.log, run.train.examples.position
+    users = ", ".join(f"{e} (user {log.user_ids[log.user[position[e]]]})" for e in examples[:8])
+    return f"{who}, examples {users}{' ...' if len(examples) > 8 else ''}"

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from bench.estimate import GB
 from hub.adapter import PEFT_PREFIX
 from hub.files import check_weights, open_safetensors
 from lora import lora_layers, lora_scaling
@@ -107,7 +108,6 @@ def trained(model: Transformer) -> dict[str, Tensor]:
     return {name: p for name, p in stored_parameters(model).items() if name in names}
 
 
-# ------------------------------------------------------------------------------------------------ a rank's rows
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; a plain one as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -134,7 +134,6 @@ def fill(tensor: Tensor, rows: Callable[[int, int], Tensor]) -> None:
         local(tensor).copy_(rows(start, stop))
 
 
-# ------------------------------------------------------------------------------------------------ loading
 def materialize(model: Transformer, device) -> None:
     """Give a model on `meta` memory on the device, its own share only; weights are not yet filled in."""
     model.to_empty(device=device)
@@ -200,7 +199,6 @@ def fill_adapter(model: Transformer, tensors: dict[str, Tensor]) -> None:
         fill(p, lambda start, stop, t=tensor: t[start:stop])
 
 
-# ------------------------------------------------------------------------------------------------ gathering
 def gathered(model: Transformer, only_adapter: bool = False) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor on the CPU) one after the other; every rank must go through all of them, rank 0 keeps them.
 
@@ -210,3 +208,25 @@ def gathered(model: Transformer, only_adapter: bool = False) -> Iterator[tuple[s
             continue
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         yield name, whole.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
+
+
+def replica_note(weights: int, trained: int, world_size: int, memory: int) -> str:
+    """What --shard none would save, if a replica with its adapter leaves more than half of a device's memory free."""
+    if world_size == 1 or weights + trained > 0.5 * memory:
+        return ""
+    moved = 2 * weights * (world_size - 1) / world_size
+    return (
+        f"note: a whole replica ({(weights + trained) / GB:.1f} GB) fits on each device ({memory / GB:.0f} GB): --shard none would save "
+        f"gathering {moved / GB:.1f} GB for every micro-batch, and reduce {trained / 4 / GB:.2f} GB of gradients a step instead\n"
+    )
+
+
+def device_memory(device) -> int:
+    """Bytes of a GPU, or of this process's share of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return (
+        os.sysconf("SC_PAGE_SIZE")
+        * os.sysconf("SC_PHYS_PAGES")
+        // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )

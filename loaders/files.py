@@ -1,0 +1,308 @@
+"""Raw files of five data sets, of a user's own log, and of other projects, into one table (interactions.py).
+
+    movielens      ratings.dat, movies.dat of MovieLens-1M, or its zip
+    amazon         2018 reviews as JSON lines, or ratings only as CSV, with the metadata file beside them
+    steam          steam_reviews.json, steam_games.json: Python literals, one a line; hours become ratings
+    beeradvocate   Python literals, text blocks, or CSV
+    lastfm         LastFM-1K's listening events; an interaction is a user's first play of an artist, its amount all plays
+    csv, jsonl     your own log (--columns)
+    recbole        RecBole's .inter and .item
+
+Files may be gzipped. They are read line by line, as UTF-8 with latin-1 for stray bytes. A line that cannot be understood is
+counted and named; more than 1 % of them is an error. What is understood but holds no usable interaction (no play time, no
+user name, a rating of 0, an item without title) is left out and counted by reason. Python literals are parsed by a
+grammar of their own, with `ast.literal_eval` for what it does not cover; nothing is ever evaluated.
+
+References: MovieLens-1M (grouplens.org/datasets/movielens/1m, may not be redistributed), Amazon 2018 (Ni et al. 2019,
+nijianmo.github.io/amazon), Steam (Kang and McAuley 2018, github.com/kang205/SASRec), BeerAdvocate (McAuley and Leskovec
+2013), LastFM-1K (Celma 2010), RecBole's atomic files.
+"""
+
+import ast
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from loaders.table import LineCount, LogBuilder
+
+CHUNK = 1 << 13  # lines that are converted together
+
+
+MAX_LINE = 1 << 20  # bytes; longer lines are passed over as bad ones
+
+
+MAX_RECORD_LINES = 50  # of one row of CSV with line breaks inside quotes
+
+
+codecs.register_error(
+    "latin-1", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end)
+)
+
+
+csv.field_size_limit(MAX_LINE)
+
+
+def open_bytes(path: Path) -> io.BufferedReader:
+    """A file's bytes, unpacked if it is gzipped."""
+    try:
+        with open(path, "rb") as f:
+            gzipped = f.read(2) == b"\x1f\x8b"
+        return (
+            io.BufferedReader(gzip.open(path), 1 << 20)
+            if gzipped
+            else open(path, "rb", buffering=1 << 20)
+        )
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened ({error.strerror or error})") from None
+
+
+def read_lines(path: Path, source=None) -> Iterator[str]:
+    """Lines without their ends. ValueError if the file is damaged; a line above MAX_LINE comes cut off, with a NUL behind it."""
+    with source or open_bytes(path) as f:
+        try:
+            start = f.peek(2)[:2]
+            if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield from (
+                    line.rstrip("\r\n") for line in io.TextIOWrapper(f, "utf-16", errors="replace")
+                )
+                return
+            first = True
+            while line := f.readline(MAX_LINE):
+                if first and line.startswith(codecs.BOM_UTF8):
+                    line = line[3:]
+                first = False
+                if len(line) == MAX_LINE and line[-1:] != b"\n":
+                    line = line[:100] + b"\0"
+                    while (rest := f.readline(MAX_LINE)) and rest[-1:] != b"\n":
+                        pass
+                yield line.decode("utf-8", "latin-1").rstrip("\r\n")
+        except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+            raise ValueError(
+                f"{path}: the compressed file is damaged or cut off ({error}); fetch it again"
+            ) from None
+
+
+def brief(names: list[str]) -> list[str]:
+    """Column names for a message."""
+    return [name[:40] for name in names[:20]]
+
+
+def find_file(path, patterns: Iterable[str], what: str) -> Path:
+    """`path` itself if it is a file, else the one file in that folder that fits a pattern; earlier patterns win."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder; expected {what}")
+    for pattern in patterns:
+        found = sorted(f for f in path.glob(pattern) if f.is_file())
+        if len(found) > 1:
+            raise ValueError(
+                f"{path}: several files could be {what}: {[f.name for f in found]}; give one of them as --data_dir"
+            )
+        if found:
+            return found[0]
+    inside = [f.name for f in sorted(path.iterdir())][:8]
+    raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; there are {inside})")
+
+
+class Rows:
+    """Collects (user, item, amount, time) line by line and hands them to a builder in chunks."""
+
+    def __init__(self, builder: LogBuilder):
+        self.builder, self.numbers, self.rows = builder, [], []
+
+    def add(self, number: int, *row) -> None:
+        self.numbers.append(number)
+        self.rows.append(row)
+        if len(self.rows) == CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.rows:
+            self.builder.add(self.numbers, *zip(*self.rows, strict=True))
+        self.numbers, self.rows = [], []
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+_TEXT = r"""u?(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
+
+
+_PLAIN = r"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|True|False|None"
+
+
+_PAIR = re.compile(
+    rf"({_TEXT}): ({_TEXT}|{_PLAIN}|\{{(?:[^{{}}'\"u]|u(?!['\"])|{_TEXT})*\}}|\[(?:[^\[\]'\"u]|u(?!['\"])|{_TEXT})*\])(, |\}}\s*$)"
+)
+
+
+def literal_record(line: str, wanted: Iterable[str]) -> dict:
+    """The wanted keys of a line that is a Python dict literal; ValueError if it is not.
+
+    Its pairs are walked by one regular expression; only a value with escapes, and a line that the expression does not
+    cover from end to end, goes through `ast.literal_eval`, which takes ten times as long."""
+    found, at, end = {}, 1, ""
+    if line.startswith("{"):
+        while match := _PAIR.match(line, at):
+            key, value, end = match.groups()
+            at = match.end()
+            key = key.lstrip("u")[1:-1]
+            if key in wanted:
+                found[key] = value
+    if end[:1] != "}":
+        record = _literal(line)
+        if not isinstance(record, dict):
+            raise ValueError("not a dict")
+        return {key: record[key] for key in wanted if key in record}
+    return {key: _value(text) for key, text in found.items()}
+
+
+def _value(text: str):
+    """What the text of one value means; the usual cases without building a syntax tree."""
+    if text[-1] in "'\"" and "\\" not in text:
+        return text.lstrip("u")[1:-1]
+    if text[-1].isdigit():
+        return float(text) if "." in text or "e" in text or "E" in text else int(text)
+    return _literal(text)
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def json_record(line: str, wanted: Iterable[str] = ()) -> dict:
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    return record
+
+
+def read_records(path: Path, parse, wanted: Iterable[str], bad) -> Iterator[tuple[int, dict]]:
+    """(line number, record) of every line; blank ones are no lines, others go to bad(number, line)."""
+    wanted = frozenset(wanted)
+    for number, line in enumerate(read_lines(path), 1):
+        if not line or line.isspace():
+            continue
+        try:
+            record = parse(line, wanted)
+        except ValueError:
+            bad(number, line)
+            continue
+        yield number, record
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
+    """Rows of a CSV file, its delimiter taken from the first line; with a tab given, of a plain table: quotes are characters.
+
+    A quote that is never closed must not swallow the rows behind it: a record of many lines, or one whose later lines look like rows
+    of their own, comes as a bad row, and reading goes on with the line after its first."""
+    lines = read_lines(path)
+    first = next((line for line in lines if line.strip()), "")
+    if first.startswith("PK\x03\x04"):
+        raise ValueError(f"{path}: a zip or Excel file; save the table as CSV")
+    if "\0" in first:
+        raise ValueError(f"{path}: not text in UTF-8, or in UTF-16 with a byte-order mark")
+    if delimiter == "\t":
+        yield from (line.split("\t") for line in itertools.chain([first], lines))
+        return
+    if re.fullmatch(r"sep=.", first, re.IGNORECASE):  # Excel's way to name the delimiter
+        delimiter, first = first[-1], next(lines, "")
+    else:
+        counts = {d: first.count(d) for d in ",;\t|"}
+        delimiter = max(counts, key=counts.get)
+    separators, again, taken = first.count(delimiter), deque([first]), []
+
+    def feed() -> Iterator[str]:
+        while len(taken) <= MAX_RECORD_LINES:
+            line = again.popleft() if again else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield f"{line}\n"
+
+    while True:
+        try:
+            for row in csv.reader(feed(), delimiter=delimiter):
+                if len(taken) > 1 and (
+                    len(taken) > MAX_RECORD_LINES
+                    or "".join(taken).count('"') % 2
+                    or any(line.count(delimiter) >= max(1, separators) for line in taken[1:])
+                ):
+                    raise csv.Error("a quote is not closed")
+                yield row
+                taken.clear()
+            return
+        except csv.Error as error:
+            again.extendleft(reversed(taken[1:]))
+            yield [f"{error}: {taken[0][:60] if taken else ''}"]
+            taken.clear()
+
+
+def read_titles(file: Path, parse, key: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(item id, title) of a file of items; the first of `names` that holds a text is the title, "" if none does."""
+    count = LineCount(file, f"records with {key}, {names[0]}")
+    for _, record in read_records(file, parse, (key, *names), count.bad):
+        count.lines += 1
+        item = record.get(key)
+        if isinstance(item, (str, int)):  # two lines of Steam's games have no id
+            yield (
+                str(item),
+                next(
+                    (
+                        record[n]
+                        for n in names
+                        if isinstance(record.get(n), str) and record[n].strip()
+                    ),
+                    "",
+                ),
+            )
+    count.check()
+
+
+Chunk = tuple[
+    Sequence[int], dict[str, Sequence], list[tuple[int, str]]
+]  # line numbers, values by field, bad lines
+
+
+def table_chunks(
+    rows: Iterator[list[str]], positions: dict[str, int], width: int, first_line: int
+) -> Iterator[Chunk]:
+    """The columns at `positions` of a table's rows, CHUNK rows at a time; rows of another width are bad."""
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        numbers, bad = range(first_line, first_line + len(chunk)), []
+        first_line += len(chunk)
+        if set(map(len, chunk)) != {width}:
+            pairs = list(zip(numbers, chunk, strict=True))
+            bad = [
+                (number, ",".join(row))
+                for number, row in pairs
+                if len(row) != width and row not in ([], [""])
+            ]
+            pairs = [(number, row) for number, row in pairs if len(row) == width]
+            numbers, chunk = [number for number, _ in pairs], [row for _, row in pairs]
+        columns = list(zip(*chunk, strict=True))
+        yield (
+            numbers,
+            {field: columns[at] for field, at in positions.items()} if columns else {},
+            bad,
+        )

@@ -1,0 +1,474 @@
+"""Frozen examples: options, splits, candidates, preference scores, and the prompt's text.
+
+Every prefix of a user's log is a possible example: the history is what lies before a position, the candidates are
+what follows it plus random items the user never touched. A user's last interaction is the test case, the one before it
+validation, all earlier ones training. Candidates, negatives and templates are drawn once and shared by every model that
+is compared.
+
+Legend: E examples, F followers among the candidates.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from common import arg, changed_options, read_json, writing
+from data import (
+    ALL_TEMPLATES,
+    WITHOUT_RATINGS,
+    WORDS,
+    Encoded,
+    ExampleConfig,
+    Examples,
+    Interactions,
+    Ragged,
+    build_examples,
+    encode_examples,
+    k_core,
+)
+from demo.planted import World, bayes_scores, planted_world
+from hub.tokenizer import Tokenizer
+from loaders.amazon import load_amazon
+from loaders.beeradvocate import load_beeradvocate
+from loaders.counting import BASELINES, counting_baselines
+from loaders.foreign import read_foreign_examples
+from loaders.lastfm import load_lastfm
+from loaders.movielens import download_movielens, load_movielens
+from loaders.ownlog import load_own_log, parse_columns
+from loaders.steam import load_steam
+
+DATASETS = (
+    "planted",
+    "movielens",
+    "amazon",
+    "steam",
+    "beeradvocate",
+    "lastfm",
+    "csv",
+    "jsonl",
+    "recbole",
+    "prepared",
+)
+
+
+@dataclass(frozen=True)
+class DataConfig(ExampleConfig):
+    """Turn a raw interaction log into frozen examples; print its statistics and one rendered example."""
+
+    dataset: str = arg(
+        "planted",
+        f"one of {', '.join(DATASETS)} (loaders.py, ownlog.py)",
+        group="data",
+        choices=DATASETS,
+    )
+    data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
+    columns: str = arg(
+        "",
+        "csv, jsonl, recbole: names of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
+    )
+    item_file: str = arg("", "csv, jsonl, recbole: a second file, with item and title")
+    percentile: str = arg(
+        "",
+        "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; empty: steam, lastfm by item",
+        choices=("", "item", "user", "all"),
+    )
+    repeats: str = arg(
+        "last",
+        "csv, jsonl, recbole: of a repeated user-item pair the last counts, or the sum of its amounts",
+        choices=("last", "sum"),
+    )
+    beer_title: str = arg(
+        "full", "beeradvocate: full (name, strength, style) or name", choices=("full", "name")
+    )
+    download: bool = arg(False, "fetch MovieLens-1M to data_dir first, and check its checksum")
+    planted_users: int = arg(4000, "users of the planted world", at_least=1)
+    core: int = arg(
+        0,
+        "keep users and items with at least this many interactions (iterated k-core); 0 = all",
+        at_least=0,
+    )
+    prepared_dir: str = arg("prepared", "where prepared examples are kept")
+
+    def __post_init__(self):
+        super().__post_init__()
+        own = self.dataset in ("csv", "jsonl", "recbole")
+        changed = changed_options(self)
+        for name, fits in (
+            ("columns", own),
+            ("item_file", own),
+            ("repeats", own),
+            ("beer_title", self.dataset == "beeradvocate"),
+        ):
+            if name in changed and not fits:
+                raise ValueError(f"--{name} has no effect with --dataset {self.dataset}")
+        if self.percentile and self.dataset in ("planted", "movielens", "prepared"):
+            raise ValueError(
+                f"--percentile has no effect with --dataset {self.dataset}, which has ratings"
+            )
+        if self.core and self.dataset == "prepared":
+            raise ValueError(
+                "--core has no effect with --dataset prepared: its candidates are fixed"
+            )
+        parse_columns(self.columns)
+
+
+@dataclass
+class Prepared:
+    """A log and its three splits, as frozen on disk. `hash` covers every array, title and the history shown."""
+
+    log: Interactions
+    splits: dict[str, Examples]
+    hash: str
+    folder: Path
+    raw_counts: dict[str, int]  # users, items, interactions before the k-core
+    options: dict  # of the DataConfig that it was made with
+
+    def baselines(self, split: str) -> dict[str, np.ndarray]:
+        """Name -> scores (E, 20) of popularity, item-kNN and Markov; counted once, then read."""
+        file = self.folder / f"baselines-{split}.safetensors"
+        if file.exists():
+            kept = map_arrays(file)
+            return {name: kept[name] for name in BASELINES}
+        scores = counting_baselines(self.splits[split])
+        _keep(file, {name: np.ascontiguousarray(values) for name, values in scores.items()})
+        return scores
+
+    def optimum(self, split: str) -> np.ndarray | None:
+        """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown.
+
+        It is known in the planted world, if histories are shown whole."""
+        options = self.options
+        if options["dataset"] != "planted" or options["history"] < World.max_length - 1:
+            return None
+        world = World(num_users=options["planted_users"], seed=options["data_seed"])
+        return bayes_scores(world, self.splits[split], options["min_rating"])
+
+
+def load_log(config: DataConfig) -> Interactions:
+    path, percentile = config.data_dir, config.percentile
+    usual = gc.get_threshold()
+    gc.set_threshold(
+        200_000, 20, 100
+    )  # as usual it walks through short-lived rows again and again, and doubles the time
+    try:
+        if config.dataset == "planted":
+            return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
+        if config.dataset == "movielens":
+            return load_movielens(path)
+        if config.dataset == "beeradvocate":
+            return load_beeradvocate(path, percentile, config.beer_title)
+        if config.dataset in ("csv", "jsonl", "recbole"):
+            return load_own_log(
+                path, config.dataset, config.columns, config.item_file, percentile, config.repeats
+            )
+        return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](
+            path, percentile
+        )
+    finally:
+        gc.set_threshold(*usual)
+
+
+def prepare(config: DataConfig, check: bool = True) -> Prepared:
+    """The frozen examples of these options, written once under --prepared_dir and read from there ever after.
+
+    Arrays stay in the file and are mapped into memory: processes share them, and touch only the rows they use. `check`
+    compares them with their hash, which reads them all."""
+    if config.dataset != "planted" and not config.data_dir:
+        raise ValueError(
+            f"--dataset {config.dataset} needs --data_dir, the folder or zip with its raw files"
+        )
+    options = {
+        f.name: getattr(config, f.name)
+        for f in fields(DataConfig)
+        if f.name not in ("prepared_dir", "download")
+    }
+    if config.download and config.dataset == "movielens":
+        download_movielens(Path(config.data_dir))
+    options |= {"format": PREPARED_FORMAT, "source": _file_facts(config) if config.data_dir else []}
+    folder = (
+        Path(config.prepared_dir)
+        / f"{config.dataset}-{_sha256(json.dumps(options, sort_keys=True).encode())[:12]}"
+    )
+    if not (folder / "meta.json").exists():
+        if config.dataset == "prepared":
+            log, splits = read_foreign_examples(config)
+            counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
+        else:
+            log = load_log(config)
+            counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
+            log = k_core(log, config.core)
+            splits = build_examples(log, config)
+        _write_prepared(folder, log, splits, options, counts)
+    return _read_prepared(folder, check)
+
+
+def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
+    """Prepared examples with this hash (or its beginning) below the folder, if there are any; the raw files are not asked for."""
+    for meta in sorted(Path(prepared_dir).glob("*/meta.json")):
+        if read_json(meta)["hash"].startswith(content_hash):
+            return _read_prepared(meta.parent, check=False)
+    return None
+
+
+PREPARED_FORMAT = 2  # raised when the same options give other examples than before
+
+
+LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
+
+
+LOG_TEXTS = ("titles", "user_ids", "item_ids")
+
+
+DATA_SUFFIXES = (
+    ".dat",
+    ".zip",
+    ".gz",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".inter",
+    ".item",
+)
+
+
+COMPANIONS = ("meta_*", "steam_games*", "*.item")  # beside a raw file that was given by name
+
+
+def _file_facts(config: DataConfig) -> list:
+    """Names, sizes and times of the raw files: other files are prepared anew."""
+    path = Path(config.data_dir)
+    given = {path, Path(config.item_file)}
+    beside = (
+        path.rglob("*")
+        if path.is_dir()
+        else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
+    )
+    files = sorted(
+        f for f in given | {f for f in beside if f.suffix in DATA_SUFFIXES} if f.is_file()
+    )
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
+
+
+def _write_prepared(folder: Path, log: Interactions, splits, options: dict, counts: dict) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(
+        tempfile.mkdtemp(prefix=folder.name, dir=folder.parent)
+    )  # renamed into place when it is whole
+    beside.chmod(0o755)
+    arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
+    arrays |= {
+        f"{split}.{name}": getattr(ex, name)
+        for split, ex in splits.items()
+        for name in Examples.ARRAYS
+    }
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    texts = {name: getattr(log, name) for name in LOG_TEXTS}
+    facts = _prompt_facts(log.name, splits["test"])
+    meta = {
+        "options": options,
+        "hash": _content_hash(arrays, texts | facts),
+        "raw_counts": counts,
+        "notes": log.notes,
+        **facts,
+    }
+    for name, values in texts.items():
+        arrays |= Texts.arrays(name, values)
+    try:
+        with writing(beside):
+            save_file(arrays, beside / "examples.safetensors")
+            (beside / "meta.json").write_text(json.dumps(meta, indent=1))
+        with contextlib.suppress(OSError):  # another process was faster
+            beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _read_prepared(folder: Path, check: bool) -> Prepared:
+    meta = read_json(folder / "meta.json")
+    arrays = map_arrays(folder / "examples.safetensors")
+    try:
+        texts = {
+            name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
+            for name in LOG_TEXTS
+        }
+        facts = {
+            name: meta[name]
+            for name in ("name", "history", "min_shown_rating", "ratings")
+            if name in meta
+        }
+        shown = {name: facts[name] for name in ("min_shown_rating", "ratings") if name in facts}
+        if (
+            check
+            and _content_hash(arrays, {n: list(t) for n, t in texts.items()} | facts)
+            != meta["hash"]
+        ):
+            raise ValueError(
+                f"{folder}: prepared examples do not match their hash; delete the folder"
+            )
+        log = Interactions(
+            **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS},
+            **texts,
+            name=meta["name"],
+            notes=meta["notes"],
+        )
+        splits = {
+            split: Examples(
+                log,
+                split,
+                meta["history"],
+                **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS},
+                **shown,
+            )
+            for split in ("train", "val", "test")
+        }
+    except (KeyError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{folder}: prepared examples are damaged ({error}); delete the folder"
+        ) from None
+    return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
+
+
+def _prompt_facts(name: str, examples: Examples) -> dict:
+    """What shapes the prompts besides the arrays; what is as usual is not named, and leaves the hash as it was."""
+    facts = {"name": name, "history": examples.history}
+    usual = {"min_shown_rating": 0.0, "ratings": True}
+    return facts | {
+        key: getattr(examples, key)
+        for key, value in usual.items()
+        if getattr(examples, key) != value
+    }
+
+
+class Texts(Sequence):
+    """Strings as one array of UTF-8 bytes and their ends, read when they are asked for: ten million are no objects."""
+
+    def __init__(self, data: np.ndarray, ends: np.ndarray):
+        self.data, self.ends = data, ends
+
+    @staticmethod
+    def arrays(name: str, values: Sequence[str]) -> dict[str, np.ndarray]:
+        encoded = [value.encode() for value in values]
+        ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        return {f"{name}.bytes": np.frombuffer(b"".join(encoded), np.uint8), f"{name}.ends": ends}
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i) -> str:
+        end = int(self.ends[i])
+        i = i + len(self.ends) if i < 0 else i
+        return bytes(self.data[int(self.ends[i - 1]) if i else 0 : end]).decode()
+
+    def __iter__(self) -> Iterator[str]:
+        data, start = bytes(self.data), 0
+        for end in self.ends.tolist():
+            yield data[start:end].decode()
+            start = end
+
+
+def map_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, mapped into memory read-only; ValueError if it is damaged."""
+    kinds = {
+        "I64": np.int64,
+        "I32": np.int32,
+        "F32": np.float32,
+        "F64": np.float64,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }
+    try:
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size))
+        content = np.memmap(file, np.uint8, "r").view(np.ndarray)[8 + size :]
+        header.pop("__metadata__", None)
+        spans = {name: (entry, slice(*entry["data_offsets"])) for name, entry in header.items()}
+        return {
+            n: content[span].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+            for n, (entry, span) in spans.items()
+        }
+    except (ValueError, KeyError, TypeError, OSError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{file}: damaged ({error}); delete its folder, it will be made again"
+        ) from None
+
+
+def _sha256(data) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
+    parts = [
+        f"{name} {a.dtype} {a.shape} {_sha256(a.view(np.uint8).reshape(-1) if a.size else b'')}"
+        for name, a in sorted(arrays.items())
+    ]
+    return _sha256("\n".join([*parts, json.dumps(texts, sort_keys=True)]).encode())
+
+
+def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
+    """encode_examples, kept in the prepared folder: a run, its other ranks and the next run with this tokenizer read it."""
+    examples = prepared.splits[split]
+    facts = [
+        ENCODED_FORMAT,
+        prepared.hash,
+        split,
+        tokenizer.fingerprint,
+        max_length,
+        ALL_TEMPLATES,
+        WITHOUT_RATINGS,
+        WORDS,
+    ]
+    file = (
+        prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
+    )
+    if file.exists():
+        arrays = map_arrays(file)
+        texts = zip(
+            arrays["items"].tolist(),
+            Ragged(arrays["completions"], arrays["completion_lengths"]),
+            strict=True,
+        )
+        prompts = Ragged(arrays["prompts"], arrays["prompt_lengths"])
+        return Encoded(
+            examples,
+            prompts,
+            {item: ids.tolist() for item, ids in texts},
+            *arrays["counts"].tolist(),
+        )
+
+    encoded = encode_examples(examples, tokenizer, max_length)
+    completions = list(encoded.completions.values())
+    arrays = {
+        "items": np.array(list(encoded.completions), np.int32),
+        "completions": np.concatenate(completions).astype(np.int32),
+        "completion_lengths": np.array([len(ids) for ids in completions]),
+        "prompts": np.concatenate(encoded.prompts),
+        "prompt_lengths": np.array([len(ids) for ids in encoded.prompts]),
+        "counts": np.array([encoded.num_shortened, encoded.num_dropped]),
+    }
+    _keep(file, arrays)
+    return encoded
+
+
+def _keep(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write what can be made again; where the folder is read-only, go on without."""
+    beside = file.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError, SafetensorError):
+        save_file(arrays, beside)
+        beside.rename(file)
+
+
+ENCODED_FORMAT = 2  # raised when the same examples and tokenizer give other tokens than before
