@@ -632,12 +632,13 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
         encoded.num_shortened += skip > 0
         encoded.num_dropped += skip
         if e < BOUNDARY_CHECKS:
-            text = (
-                f"{render_prompt(examples[e], skip)} {examples[e].candidates[examples.target[e]]}"
-            )
-            if prompt + candidates[examples.target[e]][:-1] != tokenizer.encode_prompts([text])[0]:
+            text = render_prompt(examples[e], skip)
+            title = examples[e].candidates[examples.target[e]]
+            together = tokenizer.encode_answered([text], [title])[0]
+            if prompt + candidates[examples.target[e]][:-1] != together:
                 raise ValueError(
-                    f"prompt and completion tokenise differently together: ...{text[-80:]!r}"
+                    "prompt and completion tokenise differently together: "
+                    f"...{f'{text} {title}'[-80:]!r}"
                 )
         prompts[e] = np.array(
             prompt, np.int32

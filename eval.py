@@ -120,6 +120,11 @@ class EvalConfig(DataConfig):
         "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU",
         choices=("auto", "float32", "bfloat16"),
     )
+    prompt_format: str = arg(
+        "plain",
+        "plain text, or chat: the model's own chat template; a run's own choice with --run",
+        choices=("plain", "chat"),
+    )
     load_in_4bit: bool = arg(False, "linear layers in 4 bits (NF4); a run's own choice with --run")
     max_length: int = arg(
         1024,
@@ -427,7 +432,7 @@ def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
 
 
 def with_run_options(config: EvalConfig) -> EvalConfig:
-    """Data options, dtype and max_length of the run: its examples are evaluated, whatever else was given."""
+    """Data options, dtype, max_length and prompt_format of the run: its examples are evaluated, whatever else was given."""
     if not config.run:
         return config
     file = Path(config.run) / "config.json"
@@ -436,6 +441,7 @@ def with_run_options(config: EvalConfig) -> EvalConfig:
         "dtype",
         "max_length",
         "load_in_4bit",
+        "prompt_format",
     }
     known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
     check_types(file, known, get_type_hints(EvalConfig))
@@ -487,7 +493,7 @@ def load_source(
     model = read(base, getattr(torch, dtype), device)
     if adapter:
         load_adapter(model, adapter)
-    return model.eval(), Tokenizer(base)
+    return model.eval(), Tokenizer(base, config.prompt_format)
 
 
 def main() -> None:

@@ -132,6 +132,11 @@ class TrainConfig(DataConfig):
     adapter: str = arg(
         "", "PEFT adapter to start from: the policy and, without an sft stage, the reference"
     )
+    prompt_format: str = arg(
+        "plain",
+        "plain text, or chat: the prompt is the user's turn of the model's own chat template",
+        choices=("plain", "chat"),
+    )
     dtype: str = arg(
         "auto",
         "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)",
@@ -695,7 +700,7 @@ def main() -> None:
         prepared = prepare(config, check=is_main())
     with first("LOCAL_RANK"):
         base = find_base(config)
-    tokenizer, splits = Tokenizer(base), prepared.splits
+    tokenizer, splits = Tokenizer(base, config.prompt_format), prepared.splits
     with first():
         train, test = (
             encode_split(prepared, split, tokenizer, config.max_length)

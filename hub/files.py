@@ -27,7 +27,8 @@ def resolve_path(name, weights: bool = True) -> Path:
     try:
         return Path(
             snapshot_download(
-                str(name), allow_patterns=["*.json", "*.safetensors"] if weights else ["*.json"]
+                str(name),
+                allow_patterns=["*.json", "*.jinja"] + ["*.safetensors"] * weights,
             )
         )
     except (GatedRepoError, RepositoryNotFoundError) as error:  # 401, 403, 404

@@ -2,6 +2,8 @@
 
 Prompts end in "Answer:", completions begin with a space: ids("Answer: Toy Story") begin with ids("Answer:") in every
 supported tokenizer, which is checked for every title. Masks and labels come from lengths, never from searching ids.
+With prompt_format "chat" the model's chat template stands around the prompt, and the title right
+behind it (hub/chat.py): its control tokens are parsed, and a title that holds one is refused.
 """
 
 import contextlib
@@ -12,12 +14,13 @@ from pathlib import Path
 from tokenizers import Tokenizer as HFTokenizer
 
 from common import note_once, read_json
+from hub.chat import PromptFrame, chat_frame
 
 
 class Tokenizer:
     """tokenizer.json plus what is needed around it: BOS policy, the EOS to train on, the ids that end an answer."""
 
-    def __init__(self, path):
+    def __init__(self, path, prompt_format: str = "plain"):
         path = Path(path)
         self.file = path / "tokenizer.json"
         if not self.file.exists():
@@ -35,9 +38,35 @@ class Tokenizer:
         if first != self.bos_ids:
             note_once(f"{self.file}: begins a text with a token that ends one; it is left out")
         self._check_range(self.bos_ids, "")
+        self.frame, self.controls = PromptFrame(), None
+        if prompt_format == "chat":
+            self._speak_chat(path)
         # of all that decides the ids of a text
         decisions = f"{self.eos_id} {self.bos_ids}"
+        decisions += f" {self.frame}" if prompt_format == "chat" else ""
         self.fingerprint = hashlib.sha256(self.file.read_bytes() + decisions.encode()).hexdigest()
+
+    def _speak_chat(self, path: Path) -> None:
+        """Take on the folder's chat template: its frame, and the token that ends a turn as EOS."""
+        self.frame = chat_frame(path, self.inner)
+        self._check_range([self.frame.end_id], "the chat template")
+        self.eos_id = self.frame.end_id
+        self.stop_ids |= {self.eos_id}
+        self.bos_ids = []  # a template writes its own
+        self.inner.encode_special_tokens = False
+        tokens = self.inner.get_added_tokens_decoder().items()
+        names = {t.content for i, t in tokens if t.special or i == self.eos_id}
+        self.controls = re.compile("|".join(map(re.escape, sorted(names))))
+
+    def _check_controls(self, texts: list[str]) -> None:
+        """ValueError if a text would act as a control token of a chat: end the turn, say."""
+        for text in texts if self.controls else ():
+            if found := self.controls.search(text):
+                around = text[max(0, found.start() - 30) : found.end() + 30]
+                raise ValueError(
+                    f"{around!r} holds {found[0]!r}, a control token of {self.file}, which a chat "
+                    "would obey: rename that title, or use --prompt_format plain"
+                )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         encoded = []
@@ -70,18 +99,29 @@ class Tokenizer:
             )
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        return [self.bos_ids + ids for ids in self.encode(texts)]
+        self._check_controls(texts)
+        return [self.bos_ids + ids for ids in self.encode([self.frame.prompt(t) for t in texts])]
+
+    def encode_answered(self, texts: list[str], titles: list[str]) -> list[list[int]]:
+        """Ids of each prompt and its title as one text, without what ends the answer."""
+        self._check_controls(texts)
+        self._check_controls(titles)
+        pairs = zip(texts, titles, strict=True)
+        return [self.bos_ids + ids for ids in self.encode([self.frame.answered(*p) for p in pairs])]
 
     def encode_completions(self, titles: list[str]) -> list[list[int]]:
-        """Ids of " " + title + EOS as they follow "Answer:"; ValueError names a title whose boundary would merge."""
-        prefix = self.encode(["Answer:"])[0]
+        """Ids of a title and the end token as they follow a prompt, in plain " " + title + EOS.
+
+        ValueError names a title whose boundary would merge."""
+        (prefix,) = self.encode_prompts(["Answer:"])
         out = []
         for title, ids in zip(
-            titles, self.encode([f"Answer: {title}" for title in titles]), strict=True
+            titles, self.encode_answered(["Answer:"] * len(titles), titles), strict=True
         ):
             if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
+                end = repr(self.frame.prompt("Answer:")[-30:]) if self.controls else '"Answer:"'
                 raise ValueError(
-                    f'title {title!r}: this tokenizer merges it with the prompt\'s final "Answer:"'
+                    f"title {title!r}: this tokenizer merges it with the prompt's final {end}"
                 )
             out.append(ids[len(prefix) :] + [self.eos_id])
         return out

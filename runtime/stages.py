@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from common import is_main, print0, read_json, reading
 from hub.adapter import base_fingerprint, read_adapter_config
+from hub.chat import add_end_of_turn
 from hub.files import open_safetensors
 from lora import save_adapter
 from model import ModelConfig, Transformer, save_pretrained
@@ -135,6 +136,8 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: 
         save_pretrained(model, folder, gathered(model), write=is_main())
         if is_main():
             copy_tokenizer(base, folder)
+            if run.config.prompt_format == "chat":
+                add_end_of_turn(folder, run.tokenizer.eos_id)
     if is_main():
         write_base(run, base, folder, weights)
 
@@ -156,6 +159,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
+        "chat_template.jinja",
         "special_tokens_map.json",
         "generation_config.json",
     ):

@@ -566,14 +566,15 @@ def test_generate_refuses_empty_prompts(prompts, config):
 
 # ------------------------------------------------------------------------------------------------ hub names
 def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
-    """Configuration and tokenizer; the weights only where they are asked for; never a pickle."""
+    """Configuration, tokenizer, chat template; weights only where asked for; never a pickle."""
     asked = []
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
         lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path,
     )
     assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
-    assert asked == [("org/model", ["*.json", "*.safetensors"]), ("org/model", ["*.json"])]
+    texts = ["*.json", "*.jinja"]
+    assert asked == [("org/model", [*texts, "*.safetensors"]), ("org/model", texts)]
 
 
 @pytest.mark.parametrize(
