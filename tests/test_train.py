@@ -217,7 +217,9 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
     output, metrics = run_train(tmp_path, "go-on", *flags)
     assert "before the first step: at most 0.0e+00 nats" in output
     assert metrics["sdpo"][0]["preference_loss"] == pytest.approx(np.log(4), abs=1e-6)
-    output, _ = run_train(tmp_path, "refused", f"--model={ROOT / 'demo' / 'base'}", *flags, expect=1)
+    output, _ = run_train(
+        tmp_path, "refused", f"--model={ROOT / 'demo' / 'base'}", *flags, expect=1
+    )
     assert "trained on another base" in output and "Traceback" not in output
 
 
