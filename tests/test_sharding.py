@@ -42,7 +42,7 @@ from common import any_rank, setup_distributed
 from data import build_tree
 from lora import load_adapter, merge_lora
 from model import generate, load_pretrained
-from sharding import gathered
+from runtime.sharding import gathered
 from train import TrainConfig, load_policy
 
 rank, world_size, device = setup_distributed()
@@ -118,6 +118,7 @@ LONG = (
     "--micro_batch_tokens=1500",
     "--sft_lora_r=4",
     "--lora_dropout=0",
+    "--sft_learning_rate=1e-3",  # adapters that moved 10 times as far differ 10 times as much
 )  # 21 steps a stage
 
 
