@@ -8,6 +8,7 @@ verifies are decoded for real, since another spelling of a title is possible and
     python eval.py --run runs/planted-1                      every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...        any Hugging Face directory, with or without a PEFT adapter
     python eval.py --run runs/planted-1 --recommend my.json  rank the candidates of one user, with probabilities
+    python eval.py --run runs/planted-1 --recommend all --output recs.jsonl    every user, studies/recommend.py
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a listed title; ranking/* are
 computed from the log-probabilities of all candidates (always "valid"). Ties share their ranks.
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from common import (
     arg,
+    changed_options,
     check_types,
     free_memory,
     parse_config,
@@ -104,7 +106,18 @@ class EvalConfig(DataConfig):
     stage: str = arg("", "stage of the run; empty = all finished ones")
     model: str = arg("", "Hugging Face directory or hub name, instead of --run")
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
-    recommend: str = arg("", "JSON file with one user's history and candidates: rank them and stop")
+    recommend: str = arg(
+        "",
+        "recommend and stop: a JSON file with one user's history and candidates; or all users of "
+        "the log, a .txt file of their ids, a .jsonl file of new users",
+    )
+    retriever: str = arg(
+        "markov",
+        "recommend: where the candidates of many users come from",
+        choices=("markov", "item-knn", "popularity", "sasrec"),
+    )
+    top_k: int = arg(10, "recommend: items for each of many users", at_least=1)
+    output: str = arg("", "recommend: the .jsonl file of many users; a restart goes on with it")
     split: str = arg("test", "val or test", choices=("val", "test"))
     decode: str = arg(
         "greedy",
@@ -140,6 +153,15 @@ class EvalConfig(DataConfig):
         super().__post_init__()
         if bool(self.run) == bool(self.model or self.adapter):
             raise ValueError("give either --run, or --model and/or --adapter")
+        given = changed_options(self) & {"retriever", "top_k", "output"}
+        if given and not self.for_many:
+            names = ", ".join(f"--{name}" for name in sorted(given))
+            raise ValueError(f"{names}: for --recommend all, a .txt or a .jsonl file only")
+
+    @property
+    def for_many(self) -> bool:
+        """Recommendations for many users, studies/recommend.py."""
+        return self.recommend == "all" or Path(self.recommend).suffix in (".txt", ".jsonl")
 
 
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
@@ -498,6 +520,11 @@ def load_source(
 
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig))
+    if config.for_many:
+        from studies.recommend import recommend_users  # it builds on this file
+
+        recommend_users(config)
+        return
     _, _, device = setup_distributed()
     sources = sources_of(config)
     if config.recommend:

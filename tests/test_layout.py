@@ -12,7 +12,11 @@ ORDER = (
     *("runtime", "eval", "objectives", "train", "studies", "bench"),
 )
 # imported inside a function or under __main__, because they build on the importer
-LATER = {("train", "bench.estimate"), ("data", "studies.inspection")}
+LATER = {
+    ("train", "bench.estimate"),
+    ("data", "studies.inspection"),
+    ("eval", "studies.recommend"),
+}
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "bench")
 
 
