@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import studies.recommend as recommend
+import studies.retrievers as retrievers
 from data import Example, render_prompt
 from eval import EvalConfig, with_run_options
 from hub.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from lora import apply_lora, load_adapter, save_adapter
 from model import load_pretrained
 from studies.ranking import shown_order
 from studies.recommend import recommend_users
+from studies.sequential import candidate_scores
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
@@ -246,6 +248,24 @@ def test_new_users(folder, whole):
         ("new-1", "Fresher"),
     }
     assert all(i["retrieved"] is None for i in cold["items"])
+
+
+def test_sasrec_retrieves_with_its_own_scores(folder, tmp_path, monkeypatch):
+    """Trained once, then read; the same scores as studies/sequential.py's of the candidates."""
+    config = options(folder, retriever="sasrec", output=tmp_path / "r.jsonl", top_k=20)
+    recommend_users(config)
+    prepared = prepare(config)
+    monkeypatch.setattr(retrievers, "train", None)  # a second training would fail
+    retriever = retrievers.fit_retriever("sasrec", prepared, config)
+    test, log = prepared.splits["test"], prepared.log
+    wanted = candidate_scores(retriever.model, test, retriever.num_shown)
+    for e, p in enumerate(test.position):
+        scores = retriever.scores(log.item[log.start[log.user[p]] : p])
+        np.testing.assert_allclose(scores[test.candidates[e]], wanted[e], rtol=1e-4, atol=1e-5)
+    for u, record in enumerate(read(tmp_path / "r.jsonl")):
+        items = log.item[log.start[u] : log.start[u + 1]].astype(np.int64)
+        best = [log.item_ids[c] for c in retriever.top(items, items, 20)]
+        assert [i["item"] for i in sorted(record["items"], key=lambda i: i["retrieved"])] == best
 
 
 def test_a_user_who_touched_everything_has_an_empty_line(folder, tmp_path, capsys):
