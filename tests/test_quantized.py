@@ -15,6 +15,7 @@ from hub.quantized import Linear4bit, unquantized
 from kernels.nf4 import matrix, quantize_nf4
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_4bit, load_pretrained, save_pretrained
+from runtime.sharding import split
 from train import TrainConfig
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
@@ -226,7 +227,25 @@ def one_process(tmp_path_factory):
     return tmp_path, run_train(tmp_path, "one", *FOUR_BIT_RUN)[1]
 
 
-@pytest.mark.parametrize("mode", ["full", pytest.param("none", marks=pytest.mark.slow)])
+def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
+    """torch 2.11's fully_shard gives every parameter a gradient, for a moment."""
+
+    def fully_shard(module, **options):
+        raise RuntimeError("only Tensors of floating point dtype can require gradients")
+
+    monkeypatch.setattr("runtime.sharding.fully_shard", fully_shard)
+    with pytest.raises(ValueError, match="--shard none"):
+        split(torch.nn.Linear(1, 1))
+
+
+DIVIDES_BYTES = torch.__version__.split(".")[:2] != ["2", "11"]
+needs_newer = pytest.mark.skipif(not DIVIDES_BYTES, reason="torch 2.11 cannot shard bytes")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param("full", marks=needs_newer), pytest.param("none", marks=pytest.mark.slow)],
+)
 def test_two_ranks_match_one_in_4_bits(one_process, mode):
     """Codes divided over 2 ranks, or replicated, give the losses of 1 process to 1e-4."""
     tmp_path, one = one_process
@@ -235,6 +254,7 @@ def test_two_ranks_match_one_in_4_bits(one_process, mode):
         np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
 
 
+@needs_newer
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(one_process, processes):
