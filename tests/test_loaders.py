@@ -470,7 +470,7 @@ def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatc
         )
     assert sum(max(0, n - 2 - 10 - 5 + 1) for n in lengths.values()) == 903569
     monkeypatch.setattr(
-        "examples.freeze", lambda log, split, rows, *rest: rows
+        "data.freeze", lambda log, split, rows, *rest: rows
     )  # counting needs no candidates
     log, options = movielens(), {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0}
     rows = build_examples(log, DataConfig(**options, min_rating=0))["train"]
