@@ -275,7 +275,7 @@ class OwnLogBuilder(LogBuilder):
             return (
                 f"{where} have commas that are neither decimal nor thousands alone{such}; write 3.5"
             )
-        return f"{where} are no numbers{such}"
+        return f"{where} are no numbers{such}; write the number alone, such as 3.5"
 
     def check_ratings(self) -> None:
         """ValueError where lines are bad, or ratings are not those of a scale from 1 to 5."""
@@ -299,7 +299,7 @@ class OwnLogBuilder(LogBuilder):
             if count:
                 yield f"{count:,} ratings of {mark} count as none{zero}"
         for field, ids in (("user", self.users.ids), ("item", self.items.ids)):
-            rounded = [i for i in ids if ROUNDED.fullmatch(i)]
+            rounded = [i for i in ids if "E+" in i and ROUNDED.fullmatch(i)]
             if rounded:
                 yield (
                     f"{len(rounded):,} {field} ids look rounded by a spreadsheet, such as "
@@ -312,7 +312,7 @@ class OwnLogBuilder(LogBuilder):
             )
 
 
-ROUNDED = re.compile(r"\d([.,]\d+)?E\+?\d+")  # 9.78014E+12
+ROUNDED = re.compile(r"\d([.,]\d+)?E\+\d+")  # 9.78014E+12
 
 
 # ------------------------------------------------------------------------------------------------ titles
@@ -483,7 +483,7 @@ def show_ids(names: Mapping[str, str], ids: list[str], notes: list[str]) -> dict
             "(--columns title=..., --item_file)"
         )
         return {i: i for i in ids}
-    untitled = [i for i in ids if not clean_title(names.get(i, ""))]
+    untitled = [i for i in ids if not names.get(i, "").strip()]
     if untitled:
         notes.append(
             f"{len(untitled):,} of {len(ids):,} items have no title; their ids are shown, "
