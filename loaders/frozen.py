@@ -45,8 +45,9 @@ from loaders.counting import BASELINES, counting_baselines
 from loaders.foreign import read_foreign_examples
 from loaders.lastfm import load_lastfm
 from loaders.movielens import download_movielens, load_movielens
-from loaders.ownlog import load_own_log, parse_columns
+from loaders.ownlog import load_own_log, parse_columns, parse_item_columns
 from loaders.steam import load_steam
+from loaders.values import parse_scale
 
 DATASETS = (
     "planted",
@@ -75,9 +76,17 @@ class DataConfig(ExampleConfig):
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg(
         "",
-        "csv, jsonl, recbole: names of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
+        "csv, jsonl, recbole: names or positions of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
     )
     item_file: str = arg("", "csv, jsonl, recbole: a second file, with item and title")
+    item_columns: str = arg(
+        "",
+        "names or positions of --item_file's columns, item=...,title=...",
+    )
+    scale: str = arg(
+        "",
+        "csv, jsonl, recbole: lowest and highest rating of another scale than 1 to 5, such as 0,100, or binary; mapped to 1 to 5",
+    )
     percentile: str = arg(
         "",
         "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; empty: steam, lastfm by item",
@@ -107,6 +116,8 @@ class DataConfig(ExampleConfig):
         for name, fits in (
             ("columns", own),
             ("item_file", own),
+            ("item_columns", own),
+            ("scale", own),
             ("repeats", own),
             ("beer_title", self.dataset == "beeradvocate"),
         ):
@@ -120,7 +131,13 @@ class DataConfig(ExampleConfig):
             raise ValueError(
                 "--core has no effect with --dataset prepared: its candidates are fixed"
             )
+        if self.item_columns and not self.item_file:
+            raise ValueError("--item_columns names the columns of --item_file, which is not given")
+        if self.scale and self.percentile:
+            raise ValueError("--scale maps ratings, --percentile ranks amounts: give one of them")
         parse_columns(self.columns)
+        parse_item_columns(self.item_columns)
+        parse_scale(self.scale)
 
 
 @dataclass
@@ -170,7 +187,14 @@ def load_log(config: DataConfig) -> Interactions:
             return load_beeradvocate(path, percentile, config.beer_title)
         if config.dataset in ("csv", "jsonl", "recbole"):
             return load_own_log(
-                path, config.dataset, config.columns, config.item_file, percentile, config.repeats
+                path,
+                config.dataset,
+                config.columns,
+                config.item_file,
+                percentile,
+                config.repeats,
+                config.scale,
+                config.item_columns,
             )
         return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](
             path, percentile
