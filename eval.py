@@ -55,7 +55,7 @@ from data import (
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.frozen import DataConfig, encode_split, prepare, words_of
 from lora import load_adapter
 from model import Transformer, generate, load_pretrained
 from runtime.quantized import load_4bit
@@ -462,7 +462,15 @@ def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, devi
         raise ValueError(
             f"{config.recommend}: expected {shape}, with at least two different candidates"
         ) from None
-    example = Example(config.dataset, "", history[-config.history :], candidates, 0, [], 0)
+    example = Example(
+        words_of(config.dataset, config.data_dir),
+        "",
+        history[-config.history :],
+        candidates,
+        0,
+        [],
+        0,
+    )
     completions = tokenizer.encode_completions(candidates)
     tree = build_tree(tokenizer.encode_prompts([render_prompt(example)]), [completions]).to(device)
     with torch.no_grad():

@@ -37,11 +37,11 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as HFTokenizer
 
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
-from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, build_tree, render_prompt
+from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, Words, build_tree, render_prompt
 from demo.planted import World
 from hub.files import open_safetensors
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DATASETS
+from loaders.frozen import DATASETS, words_of
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
 
@@ -84,16 +84,16 @@ class PretrainConfig:
 
 
 # ------------------------------------------------------------------------ made-up prompts
-def made_up_prompt(titles: list[str], list_size: int, shown: int, dataset: str, rng) -> Example:
+def made_up_prompt(titles: list[str], list_size: int, shown: int, words: Words, rng) -> Example:
     """Different titles, drawn evenly: a history of `shown`, rated at random, and a list."""
     drawn = rng.choice(len(titles), size=list_size + shown, replace=False)
     chosen = [titles[i] for i in drawn]
     history = [(title, float(rng.integers(1, 6))) for title in chosen[list_size:]]
     template = int(rng.integers(len(TEMPLATES)))
-    return Example(dataset, "", history, chosen[:list_size], 0, [], template)
+    return Example(words, "", history, chosen[:list_size], 0, [], template)
 
 
-def write_tokenizer(path: Path, titles: list[str], dataset: str, vocab_size: int) -> None:
+def write_tokenizer(path: Path, titles: list[str], words: Words, vocab_size: int) -> None:
     """A byte-level BPE of titles and made-up prompts; a space goes behind every line break.
 
     So a title has the same tokens in the list and behind "Answer:", and any text can be encoded."""
@@ -110,7 +110,7 @@ def write_tokenizer(path: Path, titles: list[str], dataset: str, vocab_size: int
         show_progress=False,
     )
     rng = np.random.default_rng(0)
-    examples = [made_up_prompt(titles, 20, 10, dataset, rng) for _ in range(1000)]
+    examples = [made_up_prompt(titles, 20, 10, words, rng) for _ in range(1000)]
     texts = [" " + title for title in titles] + [render_prompt(e) for e in examples]
     tokenizer.train_from_iterator(texts, trainer)
     path.mkdir(parents=True, exist_ok=True)
@@ -136,6 +136,7 @@ class Practice:
         """The micro-batches of a step, one list size each: a function of (seed, step, size)."""
         rng = np.random.default_rng([self.config.seed, 1, step, self.list_size])
         playing = self.titles[: 60 * self.list_size]  # few titles recur sooner
+        words = words_of(self.config.dataset)
         out = []
         for part in range(2):  # the longest lists so far, and any
             size = self.list_size if part == 0 else int(rng.integers(2, self.list_size + 1))
@@ -143,12 +144,7 @@ class Practice:
             tokens = 30 + 4 * size + 5 * shown
             share = self.list_size / NUM_CANDIDATES
             count = max(4, int(self.config.batch_tokens * share / 2 / tokens))
-            out.append(
-                [
-                    made_up_prompt(playing, size, shown, self.config.dataset, rng)
-                    for _ in range(count)
-                ]
-            )
+            out.append([made_up_prompt(playing, size, shown, words, rng) for _ in range(count)])
         return out
 
     def tree(self, examples: list[Example], rng) -> PromptTree:
@@ -280,7 +276,7 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
 def pretrain(config: PretrainConfig) -> None:
     path, titles = Path(config.output_dir), read_titles(config)
     checkpoint = path / "pretraining.safetensors"
-    write_tokenizer(path, titles, config.dataset, config.vocab_size)
+    write_tokenizer(path, titles, words_of(config.dataset), config.vocab_size)
     (path / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks for it
     tokenizer = Tokenizer(path)
     practice = Practice(config, titles, tokenizer)

@@ -113,9 +113,11 @@ class CopyTask:
             titles = [self.examples.log.titles[i] for i in drawn]
             history = [(title, float(rng.integers(1, 6))) for title in titles[self.list_size :]]
             template = int(rng.choice(self.examples.template))
-            name = self.examples.log.name
+            words = self.examples.log.words
             prompts.append(
-                render_prompt(Example(name, "", history, titles[: self.list_size], 0, [], template))
+                render_prompt(
+                    Example(words, "", history, titles[: self.list_size], 0, [], template)
+                )
             )
             self.groups.append([self.completions[i] for i in drawn[: self.list_size]])
         self.prompts = self.tokenizer.encode_prompts(prompts)

@@ -21,10 +21,12 @@ nijianmo.github.io/amazon), Steam (Kang and McAuley 2018, github.com/kang205/SAS
 import ast
 import codecs
 import csv
+import fnmatch
 import gzip
 import io
 import itertools
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -52,7 +54,10 @@ csv.field_size_limit(MAX_LINE)
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """A file's bytes, unpacked if it is gzipped."""
+    """A file's bytes, unpacked if it is gzipped; parts of one export as one file."""
+    if isinstance(path, Parts):
+        tables = not re.search(r"\.jsonl?\b", path.name.lower())
+        return io.BufferedReader(_Joined(path.files, headers=tables), 1 << 20)
     try:
         with open(path, "rb") as f:
             gzipped = f.read(2) == b"\x1f\x8b"
@@ -96,23 +101,122 @@ def brief(names: list[str]) -> list[str]:
     return [name[:40] for name in names[:20]]
 
 
-def find_file(path, patterns: Iterable[str], what: str) -> Path:
-    """`path` itself if it is a file, else the one file in that folder that fits a pattern; earlier patterns win."""
+SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
+
+
+class Parts(type(Path())):
+    """The parts of one export, opened as one file; its name is a pattern of theirs."""
+
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, files: list[Path]) -> "Parts":
+        start = os.path.commonprefix([f.name for f in files])
+        end = os.path.commonprefix([f.name[len(start) :][::-1] for f in files])[::-1]
+        parts = cls(files[0].parent / f"{start}*{end}")
+        parts.files = tuple(files)
+        return parts
+
+
+class _Joined(io.RawIOBase):
+    """The bytes of several files, one after the other; the header of the first is dropped from the others."""
+
+    def __init__(self, files: tuple[Path, ...], headers: bool):
+        self.left, self.headers, self.first = list(files), headers, b""
+        self.source, self.buffer, self.broken = None, b"", True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        while not self.buffer:
+            if self.source is None and not self._next_file():
+                return 0
+            self.buffer = self.source.read(1 << 20)
+            if not self.buffer:
+                self.source.close()
+                self.source = None
+                self.buffer = b"" if self.broken else b"\n"  # a last line without its end
+            self.broken = self.buffer.endswith(b"\n") if self.buffer else True
+        count = min(len(target), len(self.buffer))
+        target[:count] = self.buffer[:count]
+        self.buffer = self.buffer[count:]
+        return count
+
+    def _next_file(self) -> bool:
+        if not self.left:
+            return False
+        self.source = open_bytes(self.left.pop(0))
+        line = self.source.readline(MAX_LINE)
+        plain = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+        if not self.headers or plain != self.first:
+            self.first = self.first or plain
+            self.buffer = line
+            self.broken = line.endswith(b"\n") or not line
+        return True
+
+
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder by a pattern without case; what begins with a dot, as `._` of macOS, is none."""
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if fnmatch.fnmatch(f.name.lower(), pattern.lower())
+        and not f.name.startswith(".")
+        and f.is_file()
+    )
+
+
+def find_file(
+    path, patterns: Iterable[str], what: str, without: str = "", joined: Sequence[str] = ()
+) -> Path:
+    """`path` itself if it is a file, else the one file in that folder that fits a pattern; earlier patterns win.
+
+    Parts of one export, alike but for a number, are one file (Parts); so are those alike but for one of the words `joined`,
+    in their order. Files that fit `without` are passed over."""
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder; expected {what}")
     for pattern in patterns:
-        found = sorted(f for f in path.glob(pattern) if f.is_file())
+        found = matching_files(path, pattern)
+        found = [f for f in found if not without or not fnmatch.fnmatch(f.name.lower(), without)]
         if len(found) > 1:
+            found = [_as_parts(found, joined)]
+        if found and found[0] is None:
+            names = [f.name for f in matching_files(path, pattern)]
             raise ValueError(
-                f"{path}: several files could be {what}: {[f.name for f in found]}; give one of them as --data_dir"
+                f"{path}: several files could be {what}: {names}; give one of them as --data_dir"
             )
         if found:
             return found[0]
     inside = [f.name for f in sorted(path.iterdir())][:8]
     raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; there are {inside})")
+
+
+NUMBERED = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")  # a UUID, or a number
+
+
+def _as_parts(files: list[Path], joined: Sequence[str]) -> Parts | None:
+    """The files as parts of one; None if their names differ by more."""
+    if len({NUMBERED.sub("#", f.name.lower()) for f in files}) == 1:
+        return Parts.of(sorted(files, key=lambda f: _natural(f.name)))
+    words = [re.split(r"([^a-z]+)", f.name.lower()) for f in files]
+    places = [next((w for w in joined if w in parts), None) for parts in words]
+    rest = {
+        tuple("#" if w == place else w for w in parts)
+        for place, parts in zip(places, words, strict=True)
+    }
+    if None in places or len(set(places)) < len(files) or len(rest) > 1:
+        return None
+    order = sorted(range(len(files)), key=lambda n: joined.index(places[n]))
+    return Parts.of([files[n] for n in order])
+
+
+def _natural(name: str) -> list:
+    """A key by which part 10 comes after part 9."""
+    return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", name)]
 
 
 class Rows:

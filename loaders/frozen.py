@@ -26,40 +26,37 @@ from safetensors.numpy import save_file
 from common import arg, changed_options, read_json, writing
 from data import (
     ALL_TEMPLATES,
+    ITEMS,
     WITHOUT_RATINGS,
-    WORDS,
     Encoded,
     ExampleConfig,
     Examples,
     Interactions,
     Ragged,
+    Words,
     build_examples,
     encode_examples,
     k_core,
 )
-from demo.planted import World, bayes_scores, planted_world
+from demo import planted
+from demo.planted import World, bayes_scores
 from hub.tokenizer import Tokenizer
-from loaders.amazon import load_amazon
-from loaders.beeradvocate import load_beeradvocate
+from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, steam
 from loaders.counting import BASELINES, counting_baselines
 from loaders.foreign import read_foreign_examples
-from loaders.lastfm import load_lastfm
-from loaders.movielens import download_movielens, load_movielens
-from loaders.ownlog import load_own_log, parse_columns
-from loaders.steam import load_steam
+from loaders.movielens import download_movielens
+from loaders.ownlog import parse_columns
 
-DATASETS = (
-    "planted",
-    "movielens",
-    "amazon",
-    "steam",
-    "beeradvocate",
-    "lastfm",
-    "csv",
-    "jsonl",
-    "recbole",
-    "prepared",
-)
+OWN_LOGS = ("csv", "jsonl", "recbole")
+
+
+LOADERS = {  # --dataset -> the module whose load(config) reads its log
+    **{m.NAME: m for m in (planted, movielens, amazon, steam, beeradvocate, lastfm)},
+    **dict.fromkeys(OWN_LOGS, ownlog),
+}
+
+
+DATASETS = (*LOADERS, "prepared")
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class DataConfig(ExampleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        own = self.dataset in ("csv", "jsonl", "recbole")
+        own = self.dataset in OWN_LOGS
         changed = changed_options(self)
         for name, fits in (
             ("columns", own),
@@ -156,27 +153,22 @@ class Prepared:
 
 
 def load_log(config: DataConfig) -> Interactions:
-    path, percentile = config.data_dir, config.percentile
     usual = gc.get_threshold()
     gc.set_threshold(
         200_000, 20, 100
     )  # as usual it walks through short-lived rows again and again, and doubles the time
     try:
-        if config.dataset == "planted":
-            return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
-        if config.dataset == "movielens":
-            return load_movielens(path)
-        if config.dataset == "beeradvocate":
-            return load_beeradvocate(path, percentile, config.beer_title)
-        if config.dataset in ("csv", "jsonl", "recbole"):
-            return load_own_log(
-                path, config.dataset, config.columns, config.item_file, percentile, config.repeats
-            )
-        return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](
-            path, percentile
-        )
+        return LOADERS[config.dataset].load(config)
     finally:
         gc.set_threshold(*usual)
+
+
+def words_of(dataset: str, data_dir: str = "") -> Words:
+    """The words of a data set's prompts, for what is asked without its log."""
+    module = LOADERS.get(dataset)
+    if module is amazon:  # books are read
+        return amazon.words(Path(data_dir))
+    return getattr(module, "WORDS", ITEMS)
 
 
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
@@ -221,7 +213,7 @@ def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     return None
 
 
-PREPARED_FORMAT = 2  # raised when the same options give other examples than before
+PREPARED_FORMAT = 3  # raised when the same options give other examples than before
 
 
 LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
@@ -282,6 +274,7 @@ def _write_prepared(folder: Path, log: Interactions, splits, options: dict, coun
         "hash": _content_hash(arrays, texts | facts),
         "raw_counts": counts,
         "notes": log.notes,
+        "words": log.words,
         **facts,
     }
     for name, values in texts.items():
@@ -323,6 +316,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
             **texts,
             name=meta["name"],
             notes=meta["notes"],
+            words=tuple(meta["words"]),
         )
         splits = {
             split: Examples(
@@ -429,7 +423,7 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         max_length,
         ALL_TEMPLATES,
         WITHOUT_RATINGS,
-        WORDS,
+        prepared.log.words,
     ]
     file = (
         prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"

@@ -312,3 +312,15 @@ def _json_chunks(records, fields: dict[str, str], bad: list[tuple[int, str]]) ->
         table = {field: [record.get(name) for _, record in chunk] for field, name in fields.items()}
         yield [number for number, _ in chunk], table, found
     yield [], {}, list(bad)
+
+
+def load(config) -> Interactions:
+    """The log of --dataset csv, jsonl or recbole, by its general options."""
+    return load_own_log(
+        config.data_dir,
+        config.dataset,
+        config.columns,
+        config.item_file,
+        config.percentile,
+        config.repeats,
+    )

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,19 @@ from test_loaders import DATA, check_table
 from data import build_examples, clean_title, encode_examples, render_prompt
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
-from loaders.amazon import load_amazon
-from loaders.beeradvocate import beer_title, load_beeradvocate, mend_encoding
+from loaders.beeradvocate import beer_title, mend_encoding
 from loaders.files import MAX_LINE, literal_record, read_lines
 from loaders.frozen import DataConfig, load_log, prepare
-from loaders.lastfm import load_lastfm
 from loaders.ownlog import load_own_log, parse_columns
-from loaders.steam import load_steam
 from loaders.table import LogBuilder, parse_times, percentile_ratings
+
+
+def load(dataset: str, path, **options):
+    return load_log(DataConfig(dataset=dataset, data_dir=str(path), **options))
+
+
+load_amazon, load_steam = partial(load, "amazon"), partial(load, "steam")
+load_beeradvocate, load_lastfm = partial(load, "beeradvocate"), partial(load, "lastfm")
 
 
 def needs(name: str):
@@ -407,7 +413,7 @@ def test_steam_hours_become_ratings_within_the_game(tmp_path):
     assert (
         log.titles == ["Sam & Max", "Portal™"] and log.notes["reviews without hours of play"] == 1
     )
-    assert [r for *_, r, _ in rows_of(load_steam(tmp_path, "all"))] == [3, 5, 1]
+    assert [r for *_, r, _ in rows_of(load_steam(tmp_path, percentile="all"))] == [3, 5, 1]
 
 
 @pytest.mark.parametrize("form, content", [("beeradvocate.json", literal_lines(BEER)), ("beeradvocate.txt.gz", beer_blocks()), ("beer_reviews.csv", beer_csv())])  # fmt: skip
@@ -423,7 +429,7 @@ def test_beeradvocate_in_three_forms(form, content, tmp_path):
         "lines with rating 0, which means none": 1,
         "reviews without a user name": 1,
     }
-    assert load_beeradvocate(tmp_path, title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
+    assert load_beeradvocate(tmp_path, beer_title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
 
 
 def test_twice_encoded_names_are_mended():

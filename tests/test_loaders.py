@@ -23,8 +23,8 @@ from data import (
     make_interactions,
     unique_titles,
 )
-from loaders.frozen import DataConfig
-from loaders.movielens import MOVIELENS_URL, download_movielens, load_movielens, movielens_titles
+from loaders.frozen import DataConfig, load_log
+from loaders.movielens import MOVIELENS_URL, download_movielens, movielens_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -52,6 +52,10 @@ def random_rows(seed: int, num_users: int = 12, num_items: int = 15, n: int = 20
     rng = np.random.default_rng(seed)
     columns = [rng.integers(m, size=n) for m in (num_users, num_items, 5, 8)]
     return [(f"u{u}", int(i) * 10, int(r) + 1, int(t)) for u, i, r, t in zip(*columns, strict=True)]
+
+
+def load_movielens(path) -> Interactions:
+    return load_log(DataConfig(dataset="movielens", data_dir=str(path)))
 
 
 def log_of(rows: list[tuple]) -> Interactions:
