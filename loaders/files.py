@@ -20,6 +20,7 @@ nijianmo.github.io/amazon), Steam (Kang and McAuley 2018, github.com/kang205/SAS
 
 import ast
 import codecs
+import contextlib
 import csv
 import fnmatch
 import gzip
@@ -57,7 +58,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
     """A file's bytes, unpacked if it is gzipped; parts of one export as one file."""
     if isinstance(path, Parts):
         tables = not re.search(r"\.jsonl?\b", path.name.lower())
-        return io.BufferedReader(_Joined(path.files, headers=tables), 1 << 20)
+        return io.BufferedReader(_Joined(_joined_blocks(path.files, tables)), 1 << 20)
     try:
         with open(path, "rb") as f:
             gzipped = f.read(2) == b"\x1f\x8b"
@@ -119,48 +120,50 @@ class Parts(type(Path())):
 
 
 class _Joined(io.RawIOBase):
-    """The bytes of several files, one after the other; the header of the first is dropped from the others."""
+    """Blocks of bytes as a file."""
 
-    def __init__(self, files: tuple[Path, ...], headers: bool):
-        self.left, self.headers, self.first = list(files), headers, b""
-        self.source, self.buffer, self.broken = None, b"", True
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks, self.left = blocks, b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target) -> int:
-        while not self.buffer:
-            if self.source is None and not self._next_file():
+        while not self.left:
+            self.left = next(self.blocks, None)
+            if self.left is None:
+                self.left = b""
                 return 0
-            self.buffer = self.source.read(1 << 20)
-            if not self.buffer:
-                self.source.close()
-                self.source = None
-                self.buffer = b"" if self.broken else b"\n"  # a last line without its end
-            self.broken = self.buffer.endswith(b"\n") if self.buffer else True
-        count = min(len(target), len(self.buffer))
-        target[:count] = self.buffer[:count]
-        self.buffer = self.buffer[count:]
+        count = min(len(target), len(self.left))
+        target[:count] = self.left[:count]
+        self.left = self.left[count:]
         return count
 
-    def _next_file(self) -> bool:
-        if not self.left:
-            return False
-        self.source = open_bytes(self.left.pop(0))
-        line = self.source.readline(MAX_LINE)
-        plain = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
-        if not self.headers or plain != self.first:
-            self.first = self.first or plain
-            self.buffer = line
-            self.broken = line.endswith(b"\n") or not line
-        return True
+
+def _joined_blocks(files: tuple[Path, ...], headers: bool) -> Iterator[bytes]:
+    """The bytes of the files, one after the other; the first line of the first is dropped where others repeat it."""
+    header = None
+    for file in files:
+        with open_bytes(file) as f:
+            line = last = f.readline(MAX_LINE)
+            plain = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+            if header is None:
+                yield line
+                header = plain
+            elif not headers or plain != header:
+                yield line.removeprefix(codecs.BOM_UTF8)
+            while block := f.read(1 << 20):
+                yield block
+                last = block
+            if last and not last.endswith(b"\n"):
+                yield b"\n"
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
     """Files of a folder by a pattern without case; what begins with a dot, as `._` of macOS, is none."""
     return sorted(
         f
-        for f in folder.iterdir()
+        for f in Path(folder).iterdir()  # of Parts, too, the members are plain paths
         if fnmatch.fnmatch(f.name.lower(), pattern.lower())
         and not f.name.startswith(".")
         and f.is_file()
@@ -299,8 +302,13 @@ def json_record(line: str, wanted: Iterable[str] = ()) -> dict:
 
 
 def read_records(path: Path, parse, wanted: Iterable[str], bad) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of every line; blank ones are no lines, others go to bad(number, line)."""
+    """(line number, record) of every line; blank ones are no lines, others go to bad(number, line).
+
+    JSON that begins with [ is one array, and the numbers are those of its elements."""
     wanted = frozenset(wanted)
+    if parse is json_record and first_character(path) == "[":
+        yield from array_records(path, bad)
+        return
     for number, line in enumerate(read_lines(path), 1):
         if not line or line.isspace():
             continue
@@ -312,11 +320,70 @@ def read_records(path: Path, parse, wanted: Iterable[str], bad) -> Iterator[tupl
         yield number, record
 
 
+@contextlib.contextmanager
+def unpacking(path: Path):
+    """Reading of compressed bytes; whatever is wrong with them is one ValueError."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+        raise ValueError(
+            f"{path}: the compressed file is damaged or cut off ({error}); fetch it again"
+        ) from None
+
+
+def first_character(path: Path) -> str:
+    """The first one that is no blank, within the first 4 KiB."""
+    with open_bytes(path) as f, unpacking(path):
+        return f.read(1 << 12).decode("utf-8-sig", "ignore").lstrip()[:1]
+
+
+def array_records(path: Path, bad) -> Iterator[tuple[int, dict]]:
+    """(number, record) of the elements of a JSON array, which is never held whole; others go to bad(number, text)."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")("latin-1").decode
+    parse, text, number, opened = json.JSONDecoder().raw_decode, "", 0, False
+    with open_bytes(path) as f, unpacking(path):
+        blocks = itertools.chain(iter(lambda: f.read(1 << 20), b""), [b""])
+        for block in blocks:
+            text, at = text + decode(block, final=not block), 0
+            while True:
+                start = _BETWEEN.match(text, at).end()
+                if text[start : start + 1] == "]":
+                    if text[start + 1 :].strip() or f.read(1 << 20).strip():
+                        raise ValueError(f"{path}: something follows the array")
+                    return
+                if start == len(text):
+                    break
+                if not opened:
+                    opened, at = True, start + 1
+                    continue
+                try:
+                    record, end = parse(text, start)
+                except (ValueError, RecursionError):
+                    if block and len(text) - start < MAX_LINE:
+                        break  # it may go on in the next block
+                    raise ValueError(
+                        f"{path}: element {number + 1:,} of the array is not valid JSON: "
+                        f"{text[start : start + 60]!r}"
+                    ) from None
+                if block and end == len(text):
+                    break  # so may a number
+                number, at = number + 1, end
+                if isinstance(record, dict):
+                    yield number, record
+                else:
+                    bad(number, json.dumps(record)[:80])
+            text = text[at:]
+    raise ValueError(f"{path}: the array ends in its middle, after element {number:,}")
+
+
+_BETWEEN = re.compile(r"[\s,]*")  # the elements of an array
+
+
 # ------------------------------------------------------------------------------------------------ tables
 
 
 def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
-    """Rows of a CSV file, its delimiter taken from the first line; with a tab given, of a plain table: quotes are characters.
+    """Rows of a CSV file, its delimiter taken from the first line; with one given, of a plain table: quotes are characters.
 
     A quote that is never closed must not swallow the rows behind it: a record of many lines, or one whose later lines look like rows
     of their own, comes as a bad row, and reading goes on with the line after its first."""
@@ -326,8 +393,8 @@ def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
         raise ValueError(f"{path}: a zip or Excel file; save the table as CSV")
     if "\0" in first:
         raise ValueError(f"{path}: not text in UTF-8, or in UTF-16 with a byte-order mark")
-    if delimiter == "\t":
-        yield from (line.split("\t") for line in itertools.chain([first], lines))
+    if delimiter:
+        yield from (line.split(delimiter) for line in itertools.chain([first], lines))
         return
     if re.fullmatch(r"sep=.", first, re.IGNORECASE):  # Excel's way to name the delimiter
         delimiter, first = first[-1], next(lines, "")

@@ -233,10 +233,17 @@ DATA_SUFFIXES = (
     ".txt",
     ".inter",
     ".item",
+    ".data",
+    ".parquet",
 )
 
 
-COMPANIONS = ("meta_*", "steam_games*", "*.item")  # beside a raw file that was given by name
+COMPANIONS = (
+    "meta_*",
+    "steam_games*",
+    "*.item",
+    "movies.*",
+)  # beside a raw file that was given by name
 
 
 def _file_facts(config: DataConfig) -> list:
@@ -249,7 +256,7 @@ def _file_facts(config: DataConfig) -> list:
         else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
     )
     files = sorted(
-        f for f in given | {f for f in beside if f.suffix in DATA_SUFFIXES} if f.is_file()
+        f for f in given | {f for f in beside if f.suffix.lower() in DATA_SUFFIXES} if f.is_file()
     )
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
 

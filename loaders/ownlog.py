@@ -17,10 +17,13 @@ from common import print0
 from data import Interactions, clean_title
 from loaders.files import (
     CHUNK,
+    SPLIT_NAMES,
     Chunk,
     brief,
     find_file,
     json_record,
+    matching_files,
+    read_lines,
     read_records,
     read_table,
     table_chunks,
@@ -108,17 +111,18 @@ def load_own_log(
 ) -> Interactions:
     """`kind` csv, jsonl or recbole; `columns` as in parse_columns; `repeats` of a pair: last, or sum of the amounts."""
     patterns = {
-        "csv": ("*.csv*", "*.tsv*"),
+        "csv": ("*.csv*", "*.tsv*", "*.txt*"),
         "jsonl": ("*.jsonl*", "*.json*"),
-        "recbole": ("*.inter",),
+        "recbole": ("*.inter*",),
     }[kind]
     file = find_file(
         path,
         patterns,
         {"csv": "a CSV file", "jsonl": "a file of JSON lines", "recbole": "a .inter file"}[kind],
+        joined=SPLIT_NAMES if kind == "recbole" else (),
     )
-    if kind == "recbole" and not item_file and file.with_suffix(".item").exists():
-        item_file = str(file.with_suffix(".item"))
+    if kind == "recbole" and not item_file:
+        item_file = beside(file, "*.item*")
     given = parse_columns(columns)
     fields, chunks = open_table(
         file,
@@ -190,6 +194,28 @@ def load_own_log(
     return log
 
 
+def beside(file: Path, pattern: str) -> str:
+    """The one file in the same folder that fits; of several the one of the same name; "" if there is none."""
+    found = matching_files(file.parent, pattern)
+    if len(found) > 1:
+        name = file.name.split(".")[0]
+        found = [f for f in found if f.name.split(".")[0] == name]
+    return str(found[0]) if len(found) == 1 else ""
+
+
+def atomic_rows(file: Path) -> Iterator[list[str]]:
+    """Rows of RecBole's atomic files: between tabs, or whatever else stands between the typed names of the header."""
+    header = next(read_lines(file), "").strip("\ufeff")
+    between = next((mark for mark in "\t,;| " if _all_typed(header.split(mark))), "\t")
+    # what stands between commas was written with quotes where they are needed
+    return read_table(file, between if between.isspace() else "")
+
+
+def _all_typed(names: list[str]) -> bool:
+    typed = re.compile(r"[^\s,;|:]+:(token|float)(_seq)?")
+    return len(names) > 1 and all(typed.fullmatch(name.strip()) for name in names)
+
+
 def read_item_file(
     file: Path, kind: str, given: dict[str, str], builder: LogBuilder
 ) -> dict[str, str]:
@@ -251,7 +277,7 @@ def open_table(
             )
         fields = find_columns(file, names, given, required, only)
         return fields, _json_chunks(itertools.chain(first, parsed), fields, bad)
-    rows = read_table(file, "\t" if kind == "recbole" else "")
+    rows = atomic_rows(file) if kind == "recbole" else read_table(file)
     header = [name.strip() for name in next(rows, [])]
     if kind == "recbole":
         header = [name.partition(":")[0] for name in header]

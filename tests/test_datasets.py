@@ -489,6 +489,33 @@ def test_recbole_atomic_files(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("between", [",", ";", "|", " ", " \t", "\t "])
+def test_recbole_with_another_separator(between, tmp_path):
+    """RecBole's field_separator is an option: what stands between the typed names tells it."""
+    put(tmp_path / "ml.inter", INTER.replace("\t", between))
+    put(tmp_path / "ml.item", ITEM)
+    log = load("recbole", tmp_path)
+    assert [row[:2] for row in rows_of(log)] == [("u1", "20"), ("u1", "10"), ("u2", "10")]
+    assert log.titles == ['The "M"', "Go"]
+
+
+@pytest.mark.parametrize(
+    "names", [("ml.train.inter", "ml.valid.inter", "ml.test.inter"), ("ml.part1.inter", "ml.part2.inter", "ml.part3.inter")]
+)  # fmt: skip
+def test_recbole_splits_are_joined(names, tmp_path):
+    """A benchmark's three files are the log that they were cut from; the header of each but the first is none of its rows."""
+    header, *rows = INTER.splitlines()
+    for name, row in zip(names, rows, strict=True):
+        put(tmp_path / name, f"{header}\n{row}")  # the last line without its end
+    put(tmp_path / "ml.item", ITEM)
+    joined = load("recbole", tmp_path)
+    (tmp_path / "whole").mkdir()
+    put(tmp_path / "whole/ml.inter", INTER)
+    put(tmp_path / "whole/ml.item", ITEM)
+    whole = load("recbole", tmp_path / "whole")
+    assert rows_of(joined) == rows_of(whole) and joined.titles == whole.titles
+
+
 # ------------------------------------------------------------------------------------------------ own logs
 OWN = [
     ("ann", "7", 4.5, 1600000000, "Go"),
