@@ -204,7 +204,7 @@ NUMBERED = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")  # a U
 def _as_parts(files: list[Path], joined: Sequence[str]) -> Parts | None:
     """The files as parts of one; None if their names differ by more."""
     if len({NUMBERED.sub("#", f.name.lower()) for f in files}) == 1:
-        return Parts.of(sorted(files, key=lambda f: _natural(f.name)))
+        return Parts.of(sorted(files, key=lambda f: natural_key(f.name)))
     words = [re.split(r"([^a-z]+)", f.name.lower()) for f in files]
     places = [next((w for w in joined if w in parts), None) for parts in words]
     rest = {
@@ -217,7 +217,7 @@ def _as_parts(files: list[Path], joined: Sequence[str]) -> Parts | None:
     return Parts.of([files[n] for n in order])
 
 
-def _natural(name: str) -> list:
+def natural_key(name: str) -> list:
     """A key by which part 10 comes after part 9."""
     return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", name)]
 

@@ -47,7 +47,7 @@ from loaders.foreign import read_foreign_examples
 from loaders.movielens import download_movielens
 from loaders.ownlog import parse_columns
 
-OWN_LOGS = ("csv", "jsonl", "recbole")
+OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")
 
 
 LOADERS = {  # --dataset -> the module whose load(config) reads its log
@@ -72,9 +72,9 @@ class DataConfig(ExampleConfig):
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg(
         "",
-        "csv, jsonl, recbole: names of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
+        "csv, jsonl, recbole, parquet: names of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
     )
-    item_file: str = arg("", "csv, jsonl, recbole: a second file, with item and title")
+    item_file: str = arg("", "csv, jsonl, recbole, parquet: a second file, with item and title")
     percentile: str = arg(
         "",
         "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; empty: steam, lastfm by item",
@@ -82,7 +82,7 @@ class DataConfig(ExampleConfig):
     )
     repeats: str = arg(
         "last",
-        "csv, jsonl, recbole: of a repeated user-item pair the last counts, or the sum of its amounts",
+        "csv, jsonl, recbole, parquet: of a repeated user-item pair the last counts, or the sum of its amounts",
         choices=("last", "sum"),
     )
     beer_title: str = arg(

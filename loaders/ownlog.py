@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import print0
 from data import Interactions, clean_title
+from loaders import parquet
 from loaders.files import (
     CHUNK,
     SPLIT_NAMES,
@@ -114,12 +115,19 @@ def load_own_log(
         "csv": ("*.csv*", "*.tsv*", "*.txt*"),
         "jsonl": ("*.jsonl*", "*.json*"),
         "recbole": ("*.inter*",),
+        "parquet": (),
     }[kind]
-    file = find_file(
-        path,
-        patterns,
-        {"csv": "a CSV file", "jsonl": "a file of JSON lines", "recbole": "a .inter file"}[kind],
-        joined=SPLIT_NAMES if kind == "recbole" else (),
+    file = (
+        Path(path)
+        if kind == "parquet"
+        else find_file(
+            path,
+            patterns,
+            {"csv": "a CSV file", "jsonl": "a file of JSON lines", "recbole": "a .inter file"}.get(
+                kind, ""
+            ),
+            joined=SPLIT_NAMES if kind == "recbole" else (),
+        )
     )
     if kind == "recbole" and not item_file:
         item_file = beside(file, "*.item*")
@@ -220,9 +228,11 @@ def read_item_file(
     file: Path, kind: str, given: dict[str, str], builder: LogBuilder
 ) -> dict[str, str]:
     """Titles by item id of the items that the log has."""
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"--item_file {file}: no such file")
-    if kind != "recbole":
+    if parquet.is_parquet(file) or (kind == "parquet" and file.is_dir()):
+        kind = "parquet"
+    elif kind != "recbole":
         kind = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", file.name) else "csv"
     wanted = {
         field: name
@@ -258,6 +268,9 @@ def open_table(
     only: tuple[str, ...] = FIELDS,
 ) -> tuple[dict[str, str], Iterator[Chunk]]:
     """Names of the columns that hold each field, and the table's rows, CHUNK lines at a time."""
+    if kind == "parquet":
+        fields = find_columns(file, parquet.column_names(file), given, required, only)
+        return fields, parquet.read_chunks(file, fields)
     if kind == "jsonl":
         bad: list[tuple[int, str]] = []
 
@@ -341,7 +354,7 @@ def _json_chunks(records, fields: dict[str, str], bad: list[tuple[int, str]]) ->
 
 
 def load(config) -> Interactions:
-    """The log of --dataset csv, jsonl or recbole, by its general options."""
+    """The log of --dataset csv, jsonl, recbole or parquet, by its general options."""
     return load_own_log(
         config.data_dir,
         config.dataset,

@@ -206,7 +206,9 @@ def test_editions_of_movielens(edition, place, encoding, tmp_path):
 
 def test_changed_movies_beside_given_ratings_are_prepared_anew(tmp_path):
     files = movielens_files("csv", "utf-8")
-    rows = [(u, 10 + i, 4 + i % 2, 10**9 + i) for u in range(1, 9) for i in range(3 * u, 3 * u + 20)]
+    rows = [
+        (u, 10 + i, 4 + i % 2, 10**9 + i) for u in range(1, 9) for i in range(3 * u, 3 * u + 20)
+    ]
     table = "userId,movieId,rating,timestamp\n" + "".join(
         f"{u},{i},{r},{t}\n" for u, i, r, t in rows
     )
