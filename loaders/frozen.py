@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from common import arg, changed_options, read_json, writing
+from common import arg, changed_options, read_json, reading, writing
 from data import (
     ALL_TEMPLATES,
     ITEMS,
@@ -136,7 +136,12 @@ class Prepared:
         file = self.folder / f"baselines-{split}.safetensors"
         if file.exists():
             kept = map_arrays(file)
-            return {name: kept[name] for name in BASELINES}
+            shape = self.splits[split].candidates.shape
+            with reading(file):
+                scores = {name: kept[name] for name in BASELINES}
+                if any(s.shape != shape or not np.isfinite(s).all() for s in scores.values()):
+                    raise TypeError(f"expected numbers of shape {shape}")
+            return scores
         scores = counting_baselines(self.splits[split])
         _keep(file, {name: np.ascontiguousarray(values) for name, values in scores.items()})
         return scores
@@ -208,7 +213,9 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, if there are any; the raw files are not asked for."""
     for meta in sorted(Path(prepared_dir).glob("*/meta.json")):
-        if read_json(meta)["hash"].startswith(content_hash):
+        with reading(meta):
+            same = read_json(meta)["hash"].startswith(content_hash)
+        if same:
             return _read_prepared(meta.parent, check=False)
     return None
 
@@ -297,27 +304,22 @@ def _write_prepared(folder: Path, log: Interactions, splits, options: dict, coun
 
 
 def _read_prepared(folder: Path, check: bool) -> Prepared:
-    meta = read_json(folder / "meta.json")
-    arrays = map_arrays(folder / "examples.safetensors")
+    meta = _read_meta(folder / "meta.json")
+    file = folder / "examples.safetensors"
+    arrays = map_arrays(file)
+    facts = {name: meta[name] for name in ("name", "history", *USUALLY) if name in meta}
     try:
-        texts = {
-            name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
-            for name in LOG_TEXTS
-        }
-        facts = {
-            name: meta[name]
-            for name in ("name", "history", "min_shown_rating", "ratings")
-            if name in meta
-        }
-        shown = {name: facts[name] for name in ("min_shown_rating", "ratings") if name in facts}
-        if (
-            check
-            and _content_hash(arrays, {n: list(t) for n, t in texts.items()} | facts)
-            != meta["hash"]
-        ):
-            raise ValueError(
-                f"{folder}: prepared examples do not match their hash; delete the folder"
-            )
+        with reading(file):
+            texts = {
+                name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
+                for name in LOG_TEXTS
+            }
+            whole = {name: list(values) for name, values in texts.items()} if check else {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder}: prepared examples are damaged ({error}); delete it") from None
+    if check and _content_hash(arrays, whole | facts) != meta["hash"]:
+        raise ValueError(f"{folder}: prepared examples do not match their hash; delete the folder")
+    with reading(file):
         log = Interactions(
             **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS},
             **texts,
@@ -325,6 +327,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
             notes=meta["notes"],
             words=tuple(meta["words"]),
         )
+        shown = {name: meta[name] for name in USUALLY if name in meta}
         splits = {
             split: Examples(
                 log,
@@ -335,20 +338,38 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
             )
             for split in ("train", "val", "test")
         }
-    except (KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{folder}: prepared examples are damaged ({error}); delete the folder"
-        ) from None
     return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
+
+
+def _read_meta(file: Path) -> dict:
+    """meta.json of a prepared folder, every entry of its type; ValueError names the file."""
+    meta = read_json(file)
+    with reading(file):
+        kinds = {"options": dict, "hash": str, "raw_counts": dict, "notes": dict, "words": list}
+        kinds |= {"name": str, "history": int}
+        for name, kind in kinds.items():
+            if not isinstance(meta[name], kind):
+                raise TypeError(f"{name} must be {kind.__name__}")
+        counts = [meta["raw_counts"][name] for name in ("users", "items", "interactions")]
+        if not all(isinstance(n, int) for n in (*counts, *meta["notes"].values())):
+            raise TypeError("counts are whole numbers")
+        if len(meta["words"]) != 3 or not all(isinstance(word, str) for word in meta["words"]):
+            raise TypeError("words are three texts")
+        if not isinstance(meta.get("ratings", True), bool) or meta["history"] < 1:
+            raise TypeError("history is above 0, ratings true or false")
+        float(meta.get("min_shown_rating", 0.0))
+    return meta
+
+
+USUALLY = {"min_shown_rating": 0.0, "ratings": True}  # what is as usual is not named
 
 
 def _prompt_facts(name: str, examples: Examples) -> dict:
     """What shapes the prompts besides the arrays; what is as usual is not named, and leaves the hash as it was."""
     facts = {"name": name, "history": examples.history}
-    usual = {"min_shown_rating": 0.0, "ratings": True}
     return facts | {
         key: getattr(examples, key)
-        for key, value in usual.items()
+        for key, value in USUALLY.items()
         if getattr(examples, key) != value
     }
 
@@ -436,19 +457,7 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
     )
     if file.exists():
-        arrays = map_arrays(file)
-        texts = zip(
-            arrays["items"].tolist(),
-            Ragged(arrays["completions"], arrays["completion_lengths"]),
-            strict=True,
-        )
-        prompts = Ragged(arrays["prompts"], arrays["prompt_lengths"])
-        return Encoded(
-            examples,
-            prompts,
-            {item: ids.tolist() for item, ids in texts},
-            *arrays["counts"].tolist(),
-        )
+        return _read_encoded(file, examples)
 
     encoded = encode_examples(examples, tokenizer, max_length)
     completions = list(encoded.completions.values())
@@ -462,6 +471,26 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
     }
     _keep(file, arrays)
     return encoded
+
+
+def _read_encoded(file: Path, examples: Examples) -> Encoded:
+    """What encode_split kept; ValueError names the file if its parts do not fit together."""
+    arrays = map_arrays(file)
+    with reading(file):
+        lengths = arrays["prompt_lengths"], arrays["completion_lengths"]
+        ids = arrays["prompts"], arrays["completions"]
+        items, counts = arrays["items"].tolist(), arrays["counts"].tolist()
+        fits = len(lengths[0]) == len(examples) and len(lengths[1]) == len(items)
+        for values, parts in zip(ids, lengths, strict=True):
+            whole = values.ndim == parts.ndim == 1 and parts.min(initial=1) > 0
+            fits = fits and whole and parts.sum() == len(values) and values.min(initial=0) >= 0
+            fits = fits and values.dtype == np.int32
+        known = np.isin(examples.candidates, items).all()
+        if not (fits and known and len(counts) == 2):
+            raise TypeError("its parts do not fit together; delete it, it will be made again")
+        completions = zip(items, Ragged(ids[1], lengths[1]), strict=True)
+        spelt = {item: part.tolist() for item, part in completions}
+        return Encoded(examples, Ragged(ids[0], lengths[0]), spelt, *counts)
 
 
 def _keep(file: Path, arrays: dict[str, np.ndarray]) -> None:
