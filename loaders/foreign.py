@@ -174,7 +174,8 @@ def _entry(number: int, entry: dict) -> dict:
         not history
         or not all(history)
         or not all(candidates)
-        or len(set(candidates)) != NUM_CANDIDATES
+        or len(candidates) != NUM_CANDIDATES
+        or len(set(candidates)) < NUM_CANDIDATES
     ):
         raise ValueError(f"needs a history and {NUM_CANDIDATES} different candidates")
     if target not in candidates:

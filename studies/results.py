@@ -214,7 +214,8 @@ def check_row(row: dict) -> None:
     for name, value in row.items():
         if name == "bins" or name.endswith("_ci95"):
             continue
-        if not all(map(is_number, (value, *row[f"{name}_ci95"][:2]))):
+        ends = row[f"{name}_ci95"]
+        if len(ends) != 2 or not all(map(is_number, (value, *ends))):
             raise TypeError(f"{name} is a number with an interval")
 
 
@@ -244,7 +245,7 @@ def checked_record(record: dict) -> dict:
         raise TypeError("user, target and candidates are texts")
     if not isinstance(logps, list) or len(logps) != len(candidates):
         raise TypeError("a log-prob for each candidate")
-    if not all(map(is_number, logps)):
+    if not all(is_number(value) and math.isfinite(value) for value in logps):
         raise TypeError("logps are numbers")
     if type(slot) is not int or not 0 <= slot < len(candidates):
         raise TypeError("target_slot is the place of a candidate")
@@ -254,7 +255,7 @@ def checked_record(record: dict) -> dict:
 
 
 def is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float)
 
 
 def digest_of(records: list[dict]) -> str:

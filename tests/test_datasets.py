@@ -795,9 +795,11 @@ def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
         assert example.target not in negatives
 
 
-def test_prepared_json_that_does_not_fit_is_named(tmp_path):
+@pytest.mark.parametrize("short", [True, False])
+def test_prepared_json_that_does_not_fit_is_named(short, tmp_path):
     entries = [foreign_entry(n, True) for n in range(50)]
-    entries[3]["itemList"] = entries[3]["itemList"][:19]
+    items = entries[3]["itemList"]
+    entries[3]["itemList"] = items[:19] if short else [*items, items[0]]
     put(tmp_path / "train.json", json.dumps(entries))
     put(tmp_path / "test.json", json.dumps(entries[10:]))
     with pytest.raises(
