@@ -57,6 +57,7 @@ from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare, words_of
+from loaders.values import parse_scale
 from lora import load_adapter
 from model import Transformer, generate, load_pretrained
 from runtime.quantized import load_4bit
@@ -487,17 +488,20 @@ def request_title(file: Path, place: str, title) -> str:
 
 
 def request_rating(config: EvalConfig, number: int, rating) -> float:
-    """A rating above 0 and up to 5; NaN, if the model saw histories without ratings and none is given."""
+    """A rating as prompts show it, mapped from --scale; NaN, if the model saw histories without ratings and none is given."""
     positive = config.history_items == "positive"
     if rating is None and not positive and (not config.ratings or config.dataset == "prepared"):
         return math.nan
+    scale = parse_scale(config.scale)
+    low, high = scale or (0.0, 5.0)
     is_number = isinstance(rating, int | float) and not isinstance(rating, bool)
-    if not is_number or not 0 < rating <= 5:
+    if not is_number or not low <= rating <= high or (rating == 0 and not scale):
+        what = f"of --scale {config.scale}" if scale else "above 0 and up to 5"
         raise ValueError(
             f"{config.recommend}: history entry {number} has rating {rating!r}; expected a number "
-            "above 0 and up to 5, on the scale of the prompts"
+            f"{what}, as the ratings of the log"
         )
-    return float(rating)
+    return 1 + 4 * (rating - low) / (high - low) if scale else float(rating)
 
 
 def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, room: int) -> list:

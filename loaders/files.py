@@ -35,15 +35,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from loaders.table import LineCount, LogBuilder
+from loaders.table import LineCount, LogBuilder, shorten
 
 CHUNK = 1 << 13  # lines that are converted together
 
 
 MAX_LINE = 1 << 20  # bytes; longer lines are passed over as bad ones
-
-
-MAX_RECORD_LINES = 50  # of one row of CSV with line breaks inside quotes
 
 
 codecs.register_error(
@@ -81,6 +78,9 @@ def read_lines(path: Path, source=None) -> Iterator[str]:
                     line.rstrip("\r\n") for line in io.TextIOWrapper(f, "utf-16", errors="replace")
                 )
                 return
+            if b"\r" in (begin := f.peek(1)) and b"\n" not in begin:
+                yield from _old_mac_lines(f)
+                return
             first = True
             while line := f.readline(MAX_LINE):
                 if first and line.startswith(codecs.BOM_UTF8):
@@ -97,9 +97,15 @@ def read_lines(path: Path, source=None) -> Iterator[str]:
             ) from None
 
 
+def _old_mac_lines(f: io.BufferedReader) -> Iterator[str]:
+    """Lines that end in a carriage return alone."""
+    for line in io.TextIOWrapper(f, "utf-8-sig", errors="latin-1", newline="\r"):
+        yield line.rstrip("\r\n")
+
+
 def brief(names: list[str]) -> list[str]:
     """Column names for a message."""
-    return [name[:40] for name in names[:20]]
+    return [shorten(name, 100) for name in names[:50]]
 
 
 SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
@@ -383,50 +389,111 @@ _BETWEEN = re.compile(r"[\s,]*")  # the elements of an array
 
 
 def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
-    """Rows of a CSV file, its delimiter taken from the first line; with one given, of a plain table: quotes are characters.
+    """Rows of a CSV file, its delimiter taken from the first line; with one given, of a plain table: quotes are characters."""
+    return open_rows(path, delimiter)[1]
 
-    A quote that is never closed must not swallow the rows behind it: a record of many lines, or one whose later lines look like rows
-    of their own, comes as a bad row, and reading goes on with the line after its first."""
+
+def open_rows(path: Path, delimiter: str = "") -> tuple[str, Iterator[list[str]]]:
+    """The delimiter of a table, and its rows. ValueError if it is no text."""
     lines = read_lines(path)
     first = next((line for line in lines if line.strip()), "")
     if first.startswith("PK\x03\x04"):
         raise ValueError(f"{path}: a zip or Excel file; save the table as CSV")
     if "\0" in first:
         raise ValueError(f"{path}: not text in UTF-8, or in UTF-16 with a byte-order mark")
-    if delimiter:
-        yield from (line.split(delimiter) for line in itertools.chain([first], lines))
-        return
     if re.fullmatch(r"sep=.", first, re.IGNORECASE):  # Excel's way to name the delimiter
         delimiter, first = first[-1], next(lines, "")
-    else:
-        counts = {d: first.count(d) for d in ",;\t|"}
-        delimiter = max(counts, key=counts.get)
-    separators, again, taken = first.count(delimiter), deque([first]), []
+        return delimiter, csv_rows(itertools.chain([first], lines), delimiter)
+    lines = itertools.chain([first], lines)
+    if delimiter:
+        return delimiter, (line.split(delimiter) for line in lines)
+    delimiter = find_delimiter(first)
+    if delimiter == " ":
+        return delimiter, (line.split() for line in lines)
+    if delimiter == "::":
+        return delimiter, (line.split(delimiter) for line in lines)
+    return delimiter, csv_rows(lines, delimiter)
 
-    def feed() -> Iterator[str]:
-        while len(taken) <= MAX_RECORD_LINES:
-            line = again.popleft() if again else next(lines, None)
-            if line is None:
-                return
+
+def find_delimiter(line: str) -> str:
+    """What divides the fields of a table's first line."""
+    bare = re.sub(r'"[^"]*"', "", line)
+    counts = {d: bare.count(d) for d in (",", ";", "\t", "|", "\x01")}  # \x01: Hive
+    best = max(counts, key=counts.get)
+    if counts[best]:
+        return best
+    return next((d for d in ("::", " ") if d in bare.strip()), ",")
+
+
+class _Lines:
+    """Lines with their ends, and a way back to the beginning of the record in hand."""
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines, self.again, self.taken = iter(lines), deque(), []
+
+    def __iter__(self) -> Iterator[str]:
+        again, taken, lines = self.again, self.taken, self.lines
+        while (line := again.popleft() if again else next(lines, None)) is not None:
             taken.append(line)
             yield f"{line}\n"
 
+    def rewind(self) -> None:
+        self.again.extendleft(reversed(self.taken))
+        self.taken.clear()
+
+
+def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+    """Records as Python's csv module reads them, line breaks inside quotes included, however many.
+
+    A record that is none by the strict rules, or whose number of fields is not the first one's, is read again on its own:
+    a stray quote must not swallow the rows behind it, and some write quotes inside quotes with a backslash."""
+    source, width = _Lines(lines), 0
+    taken = source.taken
     while True:
         try:
-            for row in csv.reader(feed(), delimiter=delimiter):
-                if len(taken) > 1 and (
-                    len(taken) > MAX_RECORD_LINES
-                    or "".join(taken).count('"') % 2
-                    or any(line.count(delimiter) >= max(1, separators) for line in taken[1:])
-                ):
-                    raise csv.Error("a quote is not closed")
+            for row in csv.reader(source, delimiter=delimiter, strict=True):
+                if len(row) != width and width and (len(taken) > 1 or '\\"' in taken[0]) and row:
+                    raise csv.Error
                 yield row
+                width = width or len(row)
                 taken.clear()
             return
-        except csv.Error as error:
-            again.extendleft(reversed(taken[1:]))
-            yield [f"{error}: {taken[0][:60] if taken else ''}"]
-            taken.clear()
+        except csv.Error:
+            yield from _recovered(source, delimiter, width)
+
+
+def _recovered(source: _Lines, delimiter: str, width: int) -> Iterator[list[str]]:
+    """The record that begins here, read with backslash escapes or as one line; or a bad row. `width` 0 allows any."""
+    if any('\\"' in line for line in source.taken):
+        source.rewind()
+        row = _one_record(map(_plain_escapes, source), delimiter, strict=True)
+        if row and len(row) == (width or len(row)):
+            source.taken.clear()
+            yield row
+            return
+    source.rewind()
+    line = next(iter(source)).rstrip("\n")
+    source.taken.clear()
+    if "\r" in line:  # a carriage return outside quotes ends a line
+        source.again.extendleft(reversed(line.split("\r")))
+        return
+    row = _one_record([line], delimiter, strict=False)
+    if row and len(row) == (width or len(row)) and line.count('"') % 2 == 0:
+        yield row
+    else:
+        yield [f"a quote is not closed: {line}"]
+
+
+def _plain_escapes(line: str) -> str:
+    return re.sub(r'\\(["\\])', lambda match: '""' if match[1] == '"' else match[1], line)
+
+
+def _one_record(lines: Iterable[str], delimiter: str, strict: bool) -> list[str]:
+    """The first record of these lines; [] if they hold none."""
+    try:
+        return next(csv.reader(lines, delimiter=delimiter, strict=strict), [])
+    except csv.Error:
+        return []
 
 
 def read_titles(file: Path, parse, key: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -465,7 +532,7 @@ def table_chunks(
         if set(map(len, chunk)) != {width}:
             pairs = list(zip(numbers, chunk, strict=True))
             bad = [
-                (number, ",".join(row))
+                (number, f"{len(row)} fields, not {width}: {','.join(row)}")
                 for number, row in pairs
                 if len(row) != width and row not in ([], [""])
             ]

@@ -45,7 +45,8 @@ from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, steam
 from loaders.counting import BASELINES, counting_baselines
 from loaders.foreign import read_foreign_examples
 from loaders.movielens import download_movielens
-from loaders.ownlog import parse_columns
+from loaders.ownlog import parse_columns, parse_item_columns
+from loaders.values import parse_scale
 
 OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")
 
@@ -72,9 +73,17 @@ class DataConfig(ExampleConfig):
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg(
         "",
-        "csv, jsonl, recbole, parquet: names of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
+        "csv, jsonl, recbole, parquet: names or positions of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
     )
     item_file: str = arg("", "csv, jsonl, recbole, parquet: a second file, with item and title")
+    item_columns: str = arg(
+        "",
+        "names or positions of --item_file's columns, item=...,title=...",
+    )
+    scale: str = arg(
+        "",
+        "csv, jsonl, recbole, parquet: lowest and highest rating of another scale than 1 to 5, such as 0,100, or binary; mapped to 1 to 5",
+    )
     percentile: str = arg(
         "",
         "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; empty: steam, lastfm by item",
@@ -104,6 +113,8 @@ class DataConfig(ExampleConfig):
         for name, fits in (
             ("columns", own),
             ("item_file", own),
+            ("item_columns", own),
+            ("scale", own),
             ("repeats", own),
             ("beer_title", self.dataset == "beeradvocate"),
         ):
@@ -117,7 +128,13 @@ class DataConfig(ExampleConfig):
             raise ValueError(
                 "--core has no effect with --dataset prepared: its candidates are fixed"
             )
+        if self.item_columns and not self.item_file:
+            raise ValueError("--item_columns names the columns of --item_file, which is not given")
+        if self.scale and self.percentile:
+            raise ValueError("--scale maps ratings, --percentile ranks amounts: give one of them")
         parse_columns(self.columns)
+        parse_item_columns(self.item_columns)
+        parse_scale(self.scale)
 
 
 @dataclass

@@ -585,7 +585,7 @@ def test_own_hours_and_missing_columns(tmp_path, capsys):
     file = put(
         tmp_path / "scores.csv", own_csv(("user", "item", "score", "date", "title"), rows=scores)
     )
-    with pytest.raises(ValueError, match="ratings go up to 50 instead of 5; --percentile item"):
+    with pytest.raises(ValueError, match="ratings from 20 to 50 are not .*: --percentile item"):
         load_own_log(file, "csv")
     assert [r for *_, r, _ in rows_of(load_own_log(file, "csv", percentile="item"))] == [2, 3, 4]
     file = put(
@@ -641,10 +641,10 @@ def test_columns_are_the_likely_ones(tmp_path):
     log = load_own_log(put(tmp_path / "a.csv", text), "csv")
     assert log.user_ids == ["0", "1", "2"] and log.titles == ["Thing 0", "Thing 1", "Thing 2"]
     lines = [{"user": "a", "item": "1"}] + [
-        {"user": "a", "item": str(n), "rating": 2.5} for n in range(200)
+        {"user": "a", "item": str(n), "rating": 4.5} for n in range(200)
     ]
     log = load_own_log(put(tmp_path / "a.jsonl", json_lines(lines)), "jsonl")
-    assert set(log.rating.tolist()) == {2.5} and len(log.user) == 200
+    assert set(log.rating.tolist()) == {4.5} and len(log.user) == 200
     with pytest.raises(ValueError, match="item is named twice"):
         parse_columns("user=item,item=item")
 
@@ -707,11 +707,12 @@ def test_a_renamed_or_rewritten_file_is_prepared_anew(tmp_path):
 
 
 def test_logs_without_a_liked_item_say_so(tmp_path):
-    """Likes of 0 and 1, or nothing repeated: the message names --min_rating, not the length of the logs."""
-    rows = [(f"u{u}", f"i{(u * 7 + t) % 60}", 1, t, "") for u in range(9) for t in range(20)]
+    """Nothing repeated: the message names --min_rating, not the length of the logs."""
+    rows = [(f"u{u}", f"i{(u * 7 + t) % 60}", t) for u in range(9) for t in range(20)]
+    text = own_csv(("user", "item", "timestamp"), (0, 1, 2), rows=rows)
     config = DataConfig(
         dataset="csv",
-        data_dir=str(put(tmp_path / "a.csv", own_csv(rows=rows))),
+        data_dir=str(put(tmp_path / "a.csv", text)),
         prepared_dir=str(tmp_path / "p"),
     )
     with pytest.raises(

@@ -290,6 +290,15 @@ def test_a_request_is_cleaned_as_training_cleans(tmp_path):
     assert "A\n" in render_prompt(bare) and "Rating" not in render_prompt(bare)
 
 
+def test_ratings_of_a_request_are_on_the_scale_of_the_log(tmp_path):
+    """With --scale 0,100 an 80 is shown as training showed it: 4.2."""
+    history, options = [{"title": "A", "rating": 80}], {"dataset": "csv", "scale": "0,100"}
+    example = request_of(tmp_path, history, ["B", "C"], **options)
+    assert example.history == [("A", pytest.approx(4.2))]
+    with pytest.raises(ValueError, match="rating 101; expected a number of --scale 0,100"):
+        request_of(tmp_path, [{"title": "A", "rating": 101}], ["B", "C"], **options)
+
+
 @pytest.mark.parametrize(
     "history, candidates, culprit",
     [

@@ -76,7 +76,7 @@ def test_parts_of_json_lines_keep_equal_first_lines(tmp_path):
 def test_parts_without_timestamps_go_on_in_the_order_of_their_numbers(tmp_path):
     names, order = ("user", "item", "rating"), (0, 1, 2)
     for n in (9, 10):
-        rows = [("a", f"i{n}{k}", 3) for k in range(2)]
+        rows = [("a", f"i{n}{k}", 4 + k) for k in range(2)]
         put(tmp_path / f"log-{n}.csv", own_csv(names, order, rows=rows))
     log = load("csv", tmp_path)
     assert [item for _, item, *_ in rows_of(log)] == ["i90", "i91", "i100", "i101"]
