@@ -26,6 +26,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
 
@@ -236,7 +237,7 @@ def predict(
             slot, how = int(verified[b]), "verified"
             if decode == "trie":
                 completions = encoded.slots(e, all_slots[e])
-                branches = [[next(per_token) for _ in ids] for ids in completions]
+                branches = [list(islice(per_token, len(ids))) for ids in completions]
                 slot, how = trie_walk(completions, branches), "trie"
             records[e] = _record(encoded.examples, e, slot, how, logps[b].tolist())
 
