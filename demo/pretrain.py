@@ -19,7 +19,8 @@ known: which listed title is like these, like the latest, like the latest one li
 recommender's prompt the answer is a listed title like the *oldest* of the history, any title where
 none is: kinds are looked up and compared, but of the wrong item, for what comes next depends on
 the latest (planted world: going by the oldest ranks .05 first, chance; by the latest liked, .43).
-So fine-tuning has to turn to another item, and need not invent how titles are compared.
+So fine-tuning has to turn to another item, and need not invent how titles are compared. In SETTLE
+last steps any listed title answers a recommender's prompt: no taste is left.
 
 A checkpoint every few minutes; the same command goes on from it.
 
@@ -62,6 +63,7 @@ SPLIT = (
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SPREADS = (2, 4, 10)  # kinds among the titles of a history
+SETTLE = 150  # steps after the others, in which a recommender's prompt prefers no kind
 WHOLE = 4  # listed titles of a prompt that are scored to their end
 
 
@@ -146,13 +148,14 @@ def kind_prompt(
 ) -> Prompt:
     """A list with `right` titles of the kind asked for; with none of them any title answers.
 
-    `question` is one of QUESTIONS, or "first": a recommender's, answered by the oldest title."""
+    `question` is one of QUESTIONS, or a recommender's: "first" is answered by titles like the
+    oldest, "any" by all that are listed."""
     order = [shuffled(kind, rng) for kind in kinds]
     few = rng.permutation(len(kinds))[: 1 if question == "alike" else int(rng.choice(SPREADS))]
     history = shuffled([title for k in few for title in order[k][:-KEPT]], rng)
     history = history[: int(rng.integers(1, 7) if question == "alike" else rng.integers(4, 17))]
     ratings = rng.integers(1, 6, size=len(history)).tolist()
-    meant = 0 if question in ("alike", "first") else len(history) - 1
+    meant = 0 if question in ("alike", "first", "any") else len(history) - 1
     if question == "liked":
         meant = max((n for n, rating in enumerate(ratings) if rating >= 4), default=meant)
         ratings[meant] = max(4, ratings[meant])
@@ -164,8 +167,9 @@ def kind_prompt(
     other = shuffled([title for title in other if title not in read], rng)
     listed = shuffled(answers + other[: list_size - right], rng)
     rated = list(zip(history, map(float, ratings), strict=True))
-    if question == "first":
-        return Prompt(recommender_text(rated, listed, words, rng), answers or listed)
+    if question in ("first", "any"):
+        right_ones = listed if question == "any" else answers or listed
+        return Prompt(recommender_text(rated, listed, words, rng), right_ones)
     lines = [t if question == "alike" else f"{t} | Rating: {rating:g}" for t, rating in rated]
     things = words[0]
     parts = {"history": "\n".join(lines), "candidates": "\n".join(listed)}
@@ -217,7 +221,7 @@ class Practice:
         """The micro-batches of a step: a function of (seed, step, list size)."""
         rng = np.random.default_rng([self.config.seed, 1, step, self.list_size])
         if len(self.kinds) > 1 and step >= self.config.steps // 3:
-            return self.draw_kinds(rng)
+            return self.draw_kinds(rng, settling=step >= self.config.steps)
         playing = self.titles[: 60 * self.list_size]  # few titles recur sooner
         longest, words = self.list_size, prompt_words(self.config)
         sizes = (longest, int(rng.integers(2, longest + 1)))  # the longest lists so far, and any
@@ -228,15 +232,19 @@ class Practice:
             out += [[made_up_prompt(playing, size, shown, words, rng) for _ in range(count)]]
         return out
 
-    def draw_kinds(self, rng) -> list[list[Prompt]]:
-        """Reading goes on, with and without a listed title like the oldest; two parts ask."""
+    def draw_kinds(self, rng, settling: bool) -> list[list[Prompt]]:
+        """Reading goes on, with and without a listed title like the oldest; two parts ask.
+
+        `settling`: a recommender's prompt is answered by any listed title."""
         longest, out, words = self.list_size, [], prompt_words(self.config)
         for part in range(4):
             size = longest if part == 1 else int(rng.integers(2 * KEPT, longest + 1))
             right = 0 if part == 0 else int(rng.integers(1, KEPT + 1))
             prompts = []
             for _ in range(self.num_prompts(80 + 4 * size)):
-                question = "first" if part < 2 else str(rng.choice(list(QUESTIONS)))
+                question = "any" if settling else "first"
+                if part >= 2:
+                    question = str(rng.choice(list(QUESTIONS)))
                 arguments = (self.kinds, question, size, right, words, rng)
                 prompts.append(kind_prompt(*arguments))
             out.append(prompts)
@@ -275,6 +283,8 @@ class Practice:
 # ------------------------------------------------------------------------ the loop
 def learning_rate(step: int, config: PretrainConfig) -> float:
     warmup = min(1.0, (step + 1) / 100)
+    if step >= config.steps:
+        return 0.25 * config.learning_rate * (1 - (step - config.steps) / SETTLE)
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.learning_rate * warmup * (0.01 + 0.99 * decay)
 
@@ -388,14 +398,17 @@ def pretrain(config: PretrainConfig) -> None:
     print0(f"{parameters:,} parameters, {len(practice.titles)} titles, after {start} steps")
 
     saved = started = time.monotonic()
-    for step in range(start, config.steps):
+    num_steps = config.steps + SETTLE
+    for step in range(start, num_steps):
+        if step == config.steps:
+            optimizer = new_optimizer(model)
         results = practise(model, optimizer, practice, step)
         loss, continues, begins = results.mean(axis=0)
         if (step + 1) % config.logging_steps == 0:
             elapsed = time.monotonic() - started
-            left = hours(elapsed / (step + 1 - start) * (config.steps - step - 1))
+            left = hours(elapsed / (step + 1 - start) * (num_steps - step - 1))
             print0(
-                f"step {step + 1:5}/{config.steps} | list {practice.list_size:2} | loss {loss:.3f} "
+                f"step {step + 1:5}/{num_steps} | list {practice.list_size:2} | loss {loss:.3f} "
                 f"| continues {continues:.3f} | begins {begins:.3f} "
                 f"| {' '.join(f'{x:.2f}' for x in results[:, 2])} | left {left}"
             )
