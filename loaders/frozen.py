@@ -39,7 +39,7 @@ from data import (
     k_core,
 )
 from demo import planted
-from demo.planted import World, bayes_scores
+from demo.planted import bayes_scores, world_of
 from hub.tokenizer import Tokenizer
 from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, steam
 from loaders.counting import BASELINES, counting_baselines
@@ -164,14 +164,11 @@ class Prepared:
         return scores
 
     def optimum(self, split: str) -> np.ndarray | None:
-        """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown.
-
-        It is known in the planted world, if histories are shown whole."""
-        options = self.options
-        if options["dataset"] != "planted" or options["history"] < World.max_length - 1:
+        """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown."""
+        world = world_of(self.options)
+        if world is None:
             return None
-        world = World(num_users=options["planted_users"], seed=options["data_seed"])
-        return bayes_scores(world, self.splits[split], options["min_rating"])
+        return bayes_scores(world, self.splits[split], self.options["min_rating"])
 
 
 def load_log(config: DataConfig) -> Interactions:
