@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
+import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from launch import SAVING, run_train
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -82,6 +87,49 @@ def config() -> ModelConfig:
     return tiny_config("llama3.1")
 
 
+# ------------------------------------------------------------------------ whole runs
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """A finished SFT + RecPO run in one process that accumulates over single-prompt micro-batches."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted, in one process, and the seconds it took."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    started = time.time()
+    _, metrics = run_train(tmp_path, "whole", *SAVING)
+    return tmp_path, metrics, time.time() - started
+
+
+@pytest.fixture
+def group():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """call(main, *flags): a script's main() in this process, in a process group that is its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *flags) -> None:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+        try:
+            main()
+        finally:
+            dist.destroy_process_group()
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+# ------------------------------------------------------------------------ models and files
 def tiny_config(family: str) -> ModelConfig:
     raw = FAMILIES[family]
     known = {f.name: raw[f.name] for f in fields(ModelConfig) if f.name in raw}

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_json
-from test_checkpoint import in_process  # noqa: F401  (a fixture)
-from test_train import TINY, run_train
+from launch import TINY, run_train
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -627,7 +626,7 @@ def predictions(folder: Path) -> np.ndarray:
 def run(tmp_path_factory, base, prepared):
     """A finished chat run: SFT of all weights, RecPO with an adapter."""
     tmp_path = tmp_path_factory.mktemp("run")
-    flags = (f"--model={base}", "--prompt_format=chat", "--copy_steps=0", "--val_size=0")
+    flags = (f"--model={base}", "--prompt_format=chat", "--val_size=0")
     flags += (*DATA, f"--prepared_dir={prepared.folder.parent}", "--max_steps=2", "--sft_lora_r=0")
     output, metrics = run_train(tmp_path, "talk", *flags)
     assert prepared.hash[:12] in output
@@ -648,7 +647,7 @@ def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
     assert Tokenizer(folder / "sft").eos_id == eos
 
 
-def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):  # noqa: F811
+def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):
     """eval.py --run, --model with --prompt_format chat, and --recommend give the run's log-probs."""
     folder, data = run[0], [*DATA, f"--prepared_dir={prepared.folder.parent}"]
     in_process(evaluation.main, f"--run={folder}", data[-1], "--output_dir=all")
@@ -676,20 +675,20 @@ def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_proc
     assert shown == pytest.approx(expected, abs=0.006)
 
 
-def test_a_run_keeps_its_prompt_format(run, base, in_process, monkeypatch):  # noqa: F811
+def test_a_run_keeps_its_prompt_format(run, base, in_process, monkeypatch):
     """Going on with plain prompts is refused by name."""
     folder = run[0]
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    flags = [f for f in TINY if "copy" not in f] + ["--max_steps=2", "--sft_lora_r=0"]
+    flags = [*TINY, "--max_steps=2", "--sft_lora_r=0"]
     flags += ["--val_size=0", "--resume=auto", f"--output_dir={folder}", f"--model={base}"]
     with pytest.raises(ValueError, match="other values of prompt_format"):
         in_process(train.main, "--dataset=planted", *flags)
 
 
-def test_a_base_without_a_template_is_refused(base, in_process, tmp_path):  # noqa: F811
+def test_a_base_without_a_template_is_refused(base, in_process, tmp_path):
     """Before anything is trained, with what to do instead."""
     shutil.copytree(base, tmp_path / "mute")
     (tmp_path / "mute" / "chat_template.jinja").unlink()
-    flags = [*TINY, "--dataset=planted", "--copy_steps=0", f"--model={tmp_path / 'mute'}"]
+    flags = [*TINY, "--dataset=planted", f"--model={tmp_path / 'mute'}"]
     with pytest.raises(ValueError, match=r"mute: no chat template.*--prompt_format plain"):
         in_process(train.main, *flags, "--prompt_format=chat", "--output_dir=refused")

@@ -7,8 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_checkpoint import in_process  # noqa: F401  (a fixture)
-from test_train import TINY
+from launch import TINY
 
 import train
 from common import parse_config
@@ -111,7 +110,7 @@ SHORT = ("--val_size=0", "--test_size=2", "--no_decode_rest")
 
 
 @pytest.fixture
-def steps(in_process, tmp_path, monkeypatch):  # noqa: F811
+def steps(in_process, tmp_path, monkeypatch):
     """call(*flags): what run_stage hands to each step of a whole run, and the KL it brought."""
     taken, inner = [], train.train_step
 

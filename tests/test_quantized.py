@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, max_diff, tiny_model, transformers_model
+from launch import lines, losses, run_train, start_train, wait_for
 from safetensors.torch import load_file, save_file
-from test_checkpoint import kill_all, lines, start_train, wait_for
-from test_train import losses, run_train
 
 from data import build_tree
 from hub.quantized import Linear4bit, unquantized
@@ -220,16 +219,16 @@ FOUR_BIT_RUN = [
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
+def in_4_bits(tmp_path_factory):
     """SFT + RecPO on a base in 4 bits, in one process."""
     tmp_path = tmp_path_factory.mktemp("runs")
     return tmp_path, run_train(tmp_path, "one", *FOUR_BIT_RUN)[1]
 
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("none", marks=pytest.mark.slow)])
-def test_two_ranks_match_one_in_4_bits(one_process, mode):
+def test_two_ranks_match_one_in_4_bits(in_4_bits, mode):
     """Codes divided over 2 ranks, or replicated, give the losses of 1 process to 1e-4."""
-    tmp_path, one = one_process
+    tmp_path, one = in_4_bits
     _, two = run_train(tmp_path, mode, *FOUR_BIT_RUN, f"--shard={mode}", processes=2)
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
@@ -237,15 +236,15 @@ def test_two_ranks_match_one_in_4_bits(one_process, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(one_process, processes):
+def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(in_4_bits, processes):
     """Killed on 2 ranks amid a preference stage, resumed on 1 or 2: the losses of the whole run."""
-    tmp_path, one = one_process
+    tmp_path, one = in_4_bits
     name = f"killed-{processes}"
     flags = [*FOUR_BIT_RUN, "--save_steps=1", "--gradient_checkpointing"]
     process = start_train(tmp_path, name, *flags, processes=2)
     file = tmp_path / name / "recpo.unfinished" / "metrics.jsonl"
     wait_for(lambda: lines(file) >= 1, process)
-    kill_all(process, tmp_path / name)
+    process.kill()
     _, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(one, stage), losses(resumed, stage), atol=1e-4)

@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import FAMILIES, write_checkpoint
+from launch import TINY, TRAIN, losses, places, run_script, run_train
 from safetensors.torch import load_file
-from test_train import TINY, losses, run_train
 from torch.distributed.tensor import DTensor
 
 from data import build_tree
@@ -30,8 +29,6 @@ from runtime.sharding import (
 )
 from train import TrainConfig, train_step
 
-ROOT = Path(__file__).parents[1]
-
 # A worker of 2 or 4 ranks: load every checkpoint in every mode and compare with the plain way of loading it.
 WORKER = """
 import sys
@@ -42,7 +39,7 @@ from common import any_rank, setup_distributed
 from data import build_tree
 from lora import load_adapter, merge_lora
 from model import generate, load_pretrained
-from sharding import gathered
+from runtime.sharding import gathered
 from train import TrainConfig, load_policy
 
 rank, world_size, device = setup_distributed()
@@ -86,18 +83,7 @@ def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
         save_adapter(model, tmp_path / "adapters" / family)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        str(script),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, str(tmp_path)], capture_output=True, text=True, timeout=300, env=env
-    )
+    done = run_script(script, tmp_path, processes=processes)
     assert done.stdout.count("ALL GOOD") == processes, done.stderr[-3000:]
 
 
@@ -158,8 +144,8 @@ def test_two_agents_give_the_same_run(alone):
     """hybrid over two torchrun agents of two processes each, as on two machines: a group is a machine."""
     tmp_path, expected = alone
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo", str(ROOT / "train.py"), *TINY, *LONG, "--shard=hybrid",
-               f"--output_dir={tmp_path / 'agents'}", f"--prepared_dir={tmp_path / 'prepared'}"]  # fmt: skip
+               "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo", str(TRAIN), *TINY, *LONG, "--shard=hybrid",
+               *places(tmp_path, "agents")]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     agents = [
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)

@@ -1,11 +1,9 @@
-"""Training as a user runs it: whole runs in subprocesses, compared step by step."""
+"""Training as a user runs it: whole runs in processes of their own, compared step by step."""
 
 import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from launch import ROOT, TRAIN, losses, run_script, run_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import progress
@@ -24,51 +23,9 @@ from loaders.frozen import DataConfig, encode_split, prepare
 from loaders.movielens import load_movielens
 from losses import target_margins
 from objectives import SFT, Preference, Schedule
-from runtime.runs import Logger, NotFinite
+from runtime.runs import NotFinite
 from runtime.stages import load_stage
 from train import TrainConfig, get_lr, load_policy, train_step
-
-ROOT = Path(__file__).parents[1]
-TINY = [
-    "--planted_users=150", "--train_size=20", "--test_size=8", "--batch_size=8",
-    "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
-]  # fmt: skip
-
-
-def run_train(tmp_path, name, *flags, processes=1, expect=0):
-    """One run of train.py in tmp_path/name; returns (output, metrics by stage)."""
-    folder = tmp_path / name
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
-    command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *TINY]
-    command += [f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # these models are too small to divide over threads
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == expect if expect == 0 else done.returncode != 0, output[-3000:]
-    metrics = {}
-    for file in folder.glob("*/metrics.jsonl"):
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        metrics[file.parent.name] = [m for m in lines if m["phase"] != "val"]
-    return output, metrics
-
-
-def losses(metrics, stage):
-    return np.array([m["loss"] for m in metrics[stage]])
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A finished SFT + RecPO run in one process that accumulates over single-prompt micro-batches."""
-    tmp_path = tmp_path_factory.mktemp("runs")
-    return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500")
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])
@@ -151,51 +108,6 @@ def test_rewards_before_the_first_step_are_exactly_zero(one_process):
     assert metrics["recpo"][0]["rewards/margins"] == 0.0
 
 
-def test_run_folder_holds_what_the_readme_promises(one_process):
-    """Config, PEFT adapter, HF model with tokenizer, metrics, predictions and the result table are there."""
-    folder = one_process[0] / "one"
-    for name in ("config.json", "results.md", "sft/model.safetensors", "sft/config.json",
-                 "sft/tokenizer.json", "recpo/adapter_model.safetensors", "recpo/adapter_config.json",
-                 "recpo/eval/metrics.json"):  # fmt: skip
-        assert (folder / name).is_file(), name
-    records = [
-        json.loads(line)
-        for line in (folder / "recpo/eval/predictions.jsonl").read_text().splitlines()
-    ]
-    assert len(records) == 8
-    assert all(len(r["logps"]) == 20 and r["target"] in r["candidates"] for r in records)
-    table = (folder / "results.md").read_text()
-    assert all(
-        word in table
-        for word in ("chance", "popularity", "item-kNN", "Markov", "sft", "recpo", "Bayes-optimal")
-    )
-
-
-def test_finished_stages_are_not_run_again(one_process):
-    """--resume auto skips finished stages, starts an unfinished one anew, and adds stages to a run."""
-    tmp_path, _, before = one_process
-    (tmp_path / "one" / "sdpo.unfinished").mkdir()
-    output, after = run_train(
-        tmp_path, "one", "--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto"
-    )
-    assert "sft: finished before" in output and "recpo: finished before" in output
-    assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
-    assert after["sdpo"][0]["preference_loss"] == pytest.approx(
-        np.log(4), abs=1e-6
-    )  # K = 3 at policy = reference
-
-
-def test_a_run_folder_in_use_is_not_overwritten(one_process):
-    """Without --resume a used folder is an error, with other options too; nothing in it changes."""
-    tmp_path = one_process[0]
-    before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
-    output, _ = run_train(tmp_path, "one", expect=1)
-    assert "holds a run already" in output and "Traceback" not in output
-    output, _ = run_train(tmp_path, "one", "--resume=auto", "--beta=0.5", expect=1)
-    assert "other values of beta" in output and "Traceback" not in output
-    assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
-
-
 def test_five_examples_on_four_ranks(tmp_path):
     """Ranks without examples of their own go along with weight 0: nothing hangs, in training nor in decoding."""
     flags = ("--train_size=5", "--batch_size=5", "--test_size=5", "--epochs=1", "--sft_epochs=1")
@@ -258,18 +170,8 @@ def test_raw_tests_what_training_starts_from(one_process, tmp_path):
 )
 def test_bad_input_is_one_clear_message(tmp_path, flags, message):
     """What a user can get wrong ends in one line that names it, and a non-zero exit."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            f"--output_dir={tmp_path / 'run'}",
-            f"--prepared_dir={tmp_path / 'p'}",
-            *flags,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    places = (f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}")
+    done = run_script(TRAIN, *places, *flags)
     assert done.returncode != 0
     assert message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
 
@@ -465,17 +367,6 @@ def test_first_movielens_losses_are_the_derived_ones():
     assert torch.nn.functional.softplus(margins.logsumexp(1)).mean().item() == pytest.approx(
         10.04, abs=0.1
     )
-
-
-def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
-    """Steps of 2 seconds: after 3 of 100 the stage has 97 * 2 s left."""
-    times = iter([0.0, 0.0, 4.0, 4.0])
-    logger = Logger(tmp_path / "m.jsonl", 3, clock=lambda: next(times))
-    for step in range(3):
-        logger(step, 100, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, "sft")
-    logger.close()
-    assert "3/100 | loss  1.0000" in (out := capsys.readouterr().out)
-    assert "2000 ms/step | left 0:03:14" in out
 
 
 def test_progress_prints_a_line_a_minute(capsys):
