@@ -15,10 +15,12 @@ from launch import SAVING, run_train
 from torch import nn
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # Triton kernels run on the CPU; they read it when they are imported
-    )
+    # Triton kernels run on the CPU; they read it when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
+from families import END_OF_TEXT, byte_level, llama2_style
+
+from hub.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, save_pretrained
 
 torch.set_num_threads(1)  # tensors this small cost more to divide than to compute
@@ -127,6 +129,31 @@ def in_process(monkeypatch, tmp_path):
 
     yield call
     signal.signal(signal.SIGTERM, handler)
+
+
+# ------------------------------------------------------------------------ tokenizers
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A model folder per family, with tokenizer.json and the EOS in config.json."""
+    found = {}
+    for family in END_OF_TEXT:
+        found[family] = tmp_path_factory.mktemp(family)
+        inner = llama2_style() if family == "llama2" else byte_level(family)
+        inner.save(str(found[family] / "tokenizer.json"))
+        write_json(
+            found[family] / "config.json", {"eos_token_id": inner.token_to_id(END_OF_TEXT[family])}
+        )
+    return found
+
+
+@pytest.fixture(params=END_OF_TEXT)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(family, folders) -> Tokenizer:
+    return Tokenizer(folders[family])
 
 
 # ------------------------------------------------------------------------ models and files

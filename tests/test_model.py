@@ -2,29 +2,24 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     EOS,
     FAMILIES,
-    LLAMA3_ROPE,
     max_diff,
     randomize,
     tiny_config,
     tiny_model,
     transformers_model,
     write_checkpoint,
-    write_json,
 )
 from safetensors.torch import load_file, save_file
 
 from data import PromptTree, build_tree
-from hub.files import resolve_path
 from model import (
     Block,
-    ModelConfig,
     RMSNorm,
     SwiGLU,
     Transformer,
@@ -196,145 +191,6 @@ def test_loading_casts_to_the_given_dtype(tmp_path):
     raw = json.loads((tmp_path / "b" / "config.json").read_text())
     assert raw["dtype"] == raw["torch_dtype"] == "bfloat16"
     assert load_file(tmp_path / "b" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-
-
-def version_5_layout(raw: dict) -> dict:
-    """config.json as transformers 5 writes it: one rope_parameters instead of rope_theta and rope_scaling."""
-    raw = dict(raw)
-    scaling = raw.pop("rope_scaling", None) or {"rope_type": "default"}
-    layers = ["full_attention"] * raw["num_hidden_layers"]
-    return raw | {
-        "rope_parameters": {"rope_theta": raw.pop("rope_theta", 1e4)} | scaling,
-        "layer_types": layers,
-    }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_config_layouts_mean_the_same(family, tmp_path):
-    """transformers 4's top-level rope keys, its legacy `type`, and transformers 5's rope_parameters read alike."""
-    raw = FAMILIES[family]
-    write_json(tmp_path / "4" / "config.json", raw)
-    write_json(tmp_path / "5" / "config.json", version_5_layout(raw))
-    assert ModelConfig.from_pretrained(tmp_path / "4") == tiny_config(family)
-    assert ModelConfig.from_pretrained(tmp_path / "5") == tiny_config(family)
-    if raw.get("rope_scaling"):
-        scaling = {
-            "type" if key == "rope_type" else key: value
-            for key, value in raw["rope_scaling"].items()
-        }
-        write_json(tmp_path / "legacy" / "config.json", raw | {"rope_scaling": scaling})
-        assert ModelConfig.from_pretrained(tmp_path / "legacy") == tiny_config(family)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_written_config_holds_both_layouts(family, tmp_path):
-    """Our config.json read back is the same ModelConfig, with either layout's keys alone."""
-    write_checkpoint(tmp_path / "both", family)
-    raw = json.loads((tmp_path / "both" / "config.json").read_text())
-    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"]
-    only_4 = {key: value for key, value in raw.items() if key != "rope_parameters"}
-    only_5 = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_scaling")}
-    write_json(tmp_path / "4" / "config.json", only_4)
-    write_json(tmp_path / "5" / "config.json", only_5)
-    for layout in ("both", "4", "5"):
-        assert ModelConfig.from_pretrained(tmp_path / layout) == tiny_config(family)
-
-
-# ------------------------------------------------------------------------------------------------ refusals
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-INCOMPLETE_ROPE = {key: value for key, value in LLAMA3_ROPE.items() if key != "low_freq_factor"}
-
-
-@pytest.mark.parametrize(
-    "changes, culprit",
-    [
-        (MISTRAL, "mistral"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"rope_scaling": YARN}, "yarn"),
-        ({"rope_scaling": None, "rope_parameters": YARN | {"rope_theta": 1e6}}, "yarn"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_scaling": INCOMPLETE_ROPE}, "low_freq_factor"),
-        ({"use_sliding_window": True, "sliding_window": 4096}, "sliding window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"hidden_size": None}, "hidden_size"),
-    ],
-)
-def test_unsupported_config_is_refused_by_name(changes, culprit, tmp_path):
-    """A config.json that asks for what is not computed here is a ValueError with the file and the culprit."""
-    file = write_json(tmp_path / "config.json", FAMILIES["llama3.1"] | changes)
-    with pytest.raises(ValueError, match=culprit) as error:
-        load_pretrained(tmp_path)
-    assert str(file) in str(error.value)
-
-
-@pytest.mark.parametrize("text", [None, "", '{"model_type": "llama", ', "\x00\xff", "[1, 2]"])
-def test_unreadable_config_is_named(text, tmp_path):
-    """A config.json that is absent, empty, cut off, binary or no object is a ValueError that names it."""
-    file = tmp_path / "config.json"
-    if text is not None:
-        file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError) as error:
-        ModelConfig.from_pretrained(tmp_path)
-    assert str(file) in str(error.value)
-
-
-def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path):
-    """Every key and shape must fit: the message names the directory or file and the tensor."""
-    file = write_checkpoint(tmp_path) / "model.safetensors"
-    whole = load_file(file)
-    without = {name: t for name, t in whole.items() if name != "model.layers.1.mlp.up_proj.weight"}
-    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
-    narrow = {"model.layers.0.mlp.down_proj.weight": torch.zeros(32, 47)}
-    for weights, culprit in (
-        (without, "model.layers.1.mlp.up_proj.weight"),
-        (whole | bias, "model.layers.0.self_attn.q_proj.bias"),
-        (whole | narrow, r"model.layers.0.mlp.down_proj.weight.*\(32, 47\).*\(32, 48\)"),
-    ):
-        save_file(weights, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=culprit) as error:
-            load_pretrained(tmp_path)
-        assert str(tmp_path) in str(error.value)
-
-
-def test_pickled_weights_are_refused_by_name(tmp_path):
-    """A directory with pytorch_model.bin alone is refused, with the reason."""
-    (write_checkpoint(tmp_path) / "model.safetensors").unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*safetensors") as error:
-        load_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value)
-
-
-def test_truncated_weights_are_named(tmp_path):
-    """A safetensors file cut off in its data or in its header is a ValueError that names it."""
-    file = write_checkpoint(tmp_path) / "model.safetensors"
-    content = file.read_bytes()
-    for size in (len(content) - 100, 20, 0):
-        file.write_bytes(content[:size])
-        with pytest.raises(ValueError) as error:
-            load_pretrained(tmp_path)
-        assert str(file) in str(error.value)
-
-
-def test_a_missing_or_incomplete_shard_is_named(tmp_path):
-    """A shard that the index lists but that is absent, or lacks its tensor, is a ValueError that names it."""
-    write_checkpoint(tmp_path, shard_bytes=20_000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    shard = tmp_path / index["weight_map"]["lm_head.weight"]
-    weights = load_file(shard)
-    save_file({"other": weights.pop("lm_head.weight")}, shard)
-    with pytest.raises(ValueError, match="lm_head.weight") as error:
-        load_pretrained(tmp_path)
-    assert str(shard) in str(error.value)
-    shard.unlink()
-    with pytest.raises(ValueError) as error:
-        load_pretrained(tmp_path)
-    assert str(shard) in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ the tree
@@ -562,35 +418,3 @@ def test_generate_refuses_empty_prompts(prompts, config):
     """There is no row that could predict the first token of an empty prompt."""
     with pytest.raises(ValueError, match="prompt"):
         generate(init_weights(config, seed=0), prompts, 4, {EOS})
-
-
-# ------------------------------------------------------------------------------------------------ hub names
-def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
-    """Configuration, tokenizer, chat template; weights only where asked for; never a pickle."""
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path,
-    )
-    assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
-    texts = ["*.json", "*.jinja"]
-    assert asked == [("org/model", [*texts, "*.safetensors"]), ("org/model", texts)]
-
-
-@pytest.mark.parametrize(
-    "status, kind",
-    [(403, "GatedRepoError"), (404, "RepositoryNotFoundError"), (401, "HfHubHTTPError")],
-)
-def test_a_refused_hub_name_says_how_to_log_in(status, kind, monkeypatch):
-    """Gated, unknown, or an expired token: what to do, without a traceback of the client."""
-    from huggingface_hub import errors
-
-    def refuse(*args, **kwargs):
-        error = getattr(errors, kind).__new__(getattr(errors, kind))
-        Exception.__init__(error, "no")
-        error.response = SimpleNamespace(status_code=status)
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(ValueError, match="org/model: .*hf auth login.*HF_TOKEN"):
-        resolve_path("org/model")
