@@ -1,8 +1,6 @@
 """Examples against plain loops over the log, prompts and tokens with tokenizers of three families, batches, and the CLI."""
 
-import os
 import subprocess
-import sys
 import threading
 import unicodedata
 from collections import Counter
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import write_json
 from families import NASTY, WORDS
+from launch import ROOT, run_script
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -33,7 +32,6 @@ from data import (
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare
 
-ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
 
 
@@ -619,11 +617,7 @@ def test_prefetch_keeps_the_order_and_runs_one_ahead():
 
 # ------------------------------------------------------------------------------------------------ command line
 def run_data(*flags, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != "RECPO_TRACEBACK"}
-    command = [sys.executable, str(ROOT / "data.py"), *flags]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment
-    )
+    return run_script(ROOT / "data.py", *flags, cwd=cwd, RECPO_TRACEBACK="")
 
 
 def test_data_py_prints_statistics_and_an_example(folders, tmp_path):

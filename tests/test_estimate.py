@@ -1,13 +1,11 @@
 """The estimator against what a real step holds, and the dry run as a user sees it."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from launch import TRAIN, run_script
 
 from bench.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gradients
 from data import build_tree
@@ -20,7 +18,6 @@ from model import ModelConfig, Transformer
 from runtime.sharding import replica_note
 from train import TrainConfig, train_step
 
-ROOT = Path(__file__).parents[1]
 SMALL = ModelConfig("llama", 4000, 256, 704, 6, 4, 2, 64)
 
 
@@ -186,12 +183,7 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
         f"--model={bare}",
         f"--output_dir={tmp_path / 'run'}",
     ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_script(TRAIN, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     for text in ("first training prompt:", "shortened", "tokenise alike together", "the first loss must be 1.3863",
                  "| 8 | full |", "largest --micro_batch_tokens", "TFLOP", "nothing was trained"):  # fmt: skip

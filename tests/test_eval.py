@@ -1,14 +1,12 @@
 """Evaluation: the one pass against free generation, the matching of answers, and the metrics."""
 
 import json
-import subprocess
-import sys
 from itertools import chain, cycle, islice, permutations, repeat
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, run_script
 
 from data import build_examples, build_tree, encode_examples, make_interactions
 from demo.tiny import make_base_model
@@ -27,8 +25,6 @@ from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
 from model import load_pretrained
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -235,15 +231,8 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
         "candidates": ["Moon Fox", "Owl", "A film nobody listed"],
     }
     (tmp_path / "my.json").write_text(json.dumps(request))
-    command = [
-        sys.executable,
-        str(ROOT / "eval.py"),
-        "--model",
-        str(tmp_path / "model"),
-        "--recommend",
-        str(tmp_path / "my.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    flags = ("--model", tmp_path / "model", "--recommend", tmp_path / "my.json")
+    done = run_script(ROOT / "eval.py", *flags)
     assert done.returncode == 0, done.stderr
     assert all(title in done.stdout for title in request["candidates"])
     shares = [
@@ -253,7 +242,7 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
     ]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
     (tmp_path / "my.json").write_text('{"history": []}')
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(ROOT / "eval.py", *flags)
     assert done.returncode != 0 and "expected {" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, max_diff, tiny_model
+from launch import run_script
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -375,9 +375,7 @@ def test_without_the_package_the_way_out_is_said(monkeypatch, tmp_path):
 def test_the_command_line_converts(tmp_path):
     """python -m hub.gguf FILE DIR"""
     file = write_gguf(tmp_path / "m.gguf", padded_model("llama2"), "llama2")
-    command = [sys.executable, "-m", "hub.gguf", str(file), str(tmp_path / "hf")]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    result = run_script("hub.gguf", file, tmp_path / "hf")
     assert result.returncode == 0, result.stderr
     assert load_pretrained(tmp_path / "hf").config.num_hidden_layers == 2
 

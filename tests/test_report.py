@@ -3,13 +3,13 @@
 import json
 import math
 import subprocess
-import sys
 from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import ROOT, run_script
 
 from loaders.frozen import DataConfig, prepare
 from studies.methods import Method, compare, grouped, option_text, sweep
@@ -19,8 +19,6 @@ from studies.sequential import BaselineConfig
 from studies.statistics import Difference, bootstrap, judge, mcnemar
 from studies.tables import command_of, flags_of, is_finished
 from train import TrainConfig
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_stage(
@@ -67,16 +65,7 @@ def write_stage(
 
 
 def report(folder: Path, *flags) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "studies.report",
-        str(folder),
-        "--output_dir",
-        str(folder / "out"),
-        *flags,
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_script("studies.report", folder, "--output_dir", folder / "out", *flags)
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -395,14 +384,8 @@ def test_committed_tables_hold_options_that_exist(name):
 
 
 def test_an_open_table_asks_for_model_and_data():
-    command = [
-        sys.executable,
-        "-m",
-        "studies.tables",
-        str(ROOT / "configs/tables/paper.json"),
-        f"--output_dir={ROOT}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    table = ROOT / "configs/tables/paper.json"
+    done = run_script("studies.tables", table, f"--output_dir={ROOT}")
     assert done.returncode == 2 and "leaves the data set open: --dataset" in done.stderr
 
 
@@ -418,16 +401,9 @@ def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
              "runs": [{"name": "a", "stages": "sft,sdpo"}, {"name": "b", "after": "a/sft", "stages": "recpo"},
                       {"name": "m", "script": "studies.sequential", "method": "markov"}]}  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps(table))
-    command = [
-        sys.executable,
-        "-m",
-        "studies.tables",
-        str(tmp_path / "t.json"),
-        f"--output_dir={tmp_path / 'runs'}",
-    ]
-    command.append(f"--prepared_dir={tmp_path / 'prepared'}")
+    flags = (f"--output_dir={tmp_path / 'runs'}", f"--prepared_dir={tmp_path / 'prepared'}")
     for again in (False, True):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        done = run_script("studies.tables", tmp_path / "t.json", *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("finished before") == (3 if again else 0)
     made = report(tmp_path / "runs")

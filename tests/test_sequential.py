@@ -1,13 +1,11 @@
 """GRU4Rec, Caser and SASRec: what they see, what they learn, and that test data stays out."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import run_script
 
 from data import Interactions, build_examples, make_interactions
 from loaders.frozen import DataConfig
@@ -25,7 +23,6 @@ from studies.sequential import (
     training_windows,
 )
 
-ROOT = Path(__file__).parents[1]
 MODELS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
 SMALL = {"hidden_size": 32, "max_items": 8, "num_sampled": 30, "batch_size": 32, "dropout": 0.1}
 
@@ -177,13 +174,7 @@ def test_the_command_writes_what_a_stage_writes(method, tmp_path):
         f"--prepared_dir={tmp_path / 'p'}",
         f"--output_dir={tmp_path / 'out'}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "studies.sequential", f"--method={method}", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_script("studies.sequential", f"--method={method}", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
     records = [
