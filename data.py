@@ -44,6 +44,12 @@ NUM_TEMPLATES = 5  # as many as TEMPLATES has, below
 # ------------------------------------------------------------------------------------------------ interactions
 
 
+Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
+
+
+ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
+
+
 @dataclass
 class Interactions:
     """A log as flat arrays, sorted by user, then time, then original order. User u owns rows start[u] : start[u + 1]."""
@@ -56,10 +62,11 @@ class Interactions:
     titles: list[str]  # per item, unique
     user_ids: list[str]
     item_ids: list[str]
-    name: str = ""  # of the data set; chooses the words of the prompts
+    name: str = ""  # of the data set
     notes: dict[str, int] = field(
         default_factory=dict
     )  # what the loader left out or changed -> how often
+    words: Words = ITEMS
 
     @property
     def num_users(self) -> int:
@@ -173,6 +180,7 @@ def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
         [log.item_ids[i] for i in items],
         log.name,
         log.notes,
+        log.words,
     )
 
 
@@ -236,7 +244,7 @@ class ExampleConfig:
 class Example:
     """One example, readable: what the prompt shows, and what is known about its candidates."""
 
-    dataset: str  # chooses the words of the prompt
+    words: Words
     user: str
     history: list[tuple[str, float]]  # (title, rating), oldest first
     candidates: list[str]
@@ -270,7 +278,7 @@ class Examples:
     def __getitem__(self, e: int) -> Example:
         log, rows = self.log, self.history_rows(e)
         return Example(
-            dataset=log.name,
+            words=log.words,
             user=log.user_ids[log.user[self.position[e]]],
             history=[
                 (log.titles[log.item[r]], float(log.rating[r]) if self.ratings else nan)
@@ -480,17 +488,6 @@ def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarr
 # ------------------------------------------------------------------------------------------------ prompts
 
 
-WORDS = {
-    "movielens": ("movies", "watched", "watch"),
-    "planted": ("stories", "read", "read"),
-    "amazon_books": ("books", "read", "read"),
-    "amazon": ("products", "bought", "buy"),
-    "steam": ("games", "played", "play"),
-    "beeradvocate": ("beers", "drank", "drink"),
-    "lastfm": ("artists", "listened to", "listen to"),
-}
-
-
 TEMPLATES = (
     "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
     "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
@@ -534,7 +531,7 @@ WITHOUT_RATINGS = (  # the same questions, one for one
 
 def render_prompt(example: Example, skip: int = 0) -> str:
     """The prompt text without its `skip` oldest history items. It ends in "Answer:", the completion begins with a space."""
-    things, did, do = WORDS.get(example.dataset, ("items", "chose", "choose"))
+    things, did, do = example.words
     shown = example.history[skip:]
     history = "\n".join(
         title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown

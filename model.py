@@ -205,18 +205,25 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, in a's memory. The compiler of torch 2.11 loses the gradient of an output that was
+    changed in place; it reuses memory by itself."""
+    return a * b if torch.compiler.is_compiling() else a.mul_(b)
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up that keeps its two inputs and nothing else: a third less memory than autograd would hold."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _times(F.silu(gate), up)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, gate).mul_(up), F.silu(gate).mul_(grad)
+        grad_gate = _times(torch.ops.aten.silu_backward(grad, gate), up)
+        return grad_gate, _times(F.silu(gate), grad)
 
 
 class MLP(nn.Module):

@@ -252,15 +252,17 @@ def matrix_rate(args, M: int, repeats: int = 20) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ printing
+def commit() -> str:
+    """The checkout's commit, and whether anything was changed since."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    status = [*git, "status", "--porcelain", "-uno"]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    return name.stdout.strip() + (" + changes" if changed else "")
+
+
 def header(title: str, args, note: str = "") -> None:
     """What was measured, where, and at which commit."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-    ).stdout.strip()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if args.device == "cuda":
         machine = torch.cuda.get_device_name()
@@ -270,9 +272,7 @@ def header(title: str, args, note: str = "") -> None:
         )
         + "`\n"
     )
-    print(
-        f"{machine}, torch {torch.__version__}, commit {commit}{' + changes' if changed else ''}. {note}\n"
-    )
+    print(f"{machine}, torch {torch.__version__}, commit {commit()}. {note}\n")
 
 
 def table(columns: list[str], rows: list[list]) -> None:

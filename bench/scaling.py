@@ -100,7 +100,7 @@ def rank_worker(args) -> None:
     rank, world_size, device = setup_distributed()
     torch.set_num_threads(args.threads)
     model = make_model(args).train()
-    shard(model, TrainConfig(shard=args.shard), device, world_size)
+    shard(model, args.shard, 0, device)
     step = Step(args, model, 512, 3, prompts=8 // world_size)
     times = []
     for _ in range(args.repeats + 1):

@@ -63,6 +63,12 @@ def _values(weight: Tensor, absmax: Tensor | None, dtype: torch.dtype) -> Tensor
     return weight if absmax is None else matrix(weight, absmax, dtype)
 
 
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b, in y's memory. The compiler of torch 2.11 loses the gradient of an output that was
+    changed in place; it reuses memory by itself."""
+    return y.addmm(a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
+
+
 class _AdaptedProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scaling: float, dropout: float, n: int, *tensors):
@@ -78,7 +84,7 @@ class _AdaptedProjections(torch.autograd.Function):
             for W, b, absmax in zip(weights, biases, absmaxes, strict=True)
         ]
         for i, B, part in zip(adapted, Bs, low.split(ranks, dim=1), strict=True):
-            outputs[i].addmm_(part, B.T)
+            outputs[i] = _add_product(outputs[i], part, B.T)
         ctx.save_for_backward(x, mask, low, A, *Bs, *weights, *absmaxes)
         ctx.scaling, ctx.dropout, ctx.n, ctx.adapted, ctx.ranks = (
             scaling,

@@ -70,16 +70,27 @@ def shard(
     blocks = list(model.model.layers)
     for block in blocks:
         # backward begins with the last block: what it would free is needed again at once
-        fully_shard(
-            block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1]
-        )
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        split(block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1])
+    split(model, mesh=mesh, mp_policy=policy)
     for block, following in zip(blocks, blocks[1:], strict=False):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
     for method in ("logits", "decode_step"):
         register_fsdp_forward_method(model, method)
     return world_size // G
+
+
+def split(module: nn.Module, **options) -> None:
+    """fully_shard; ValueError where it cannot hold a 4-bit base's bytes, as in torch 2.11."""
+    try:
+        fully_shard(module, **options)
+    except RuntimeError as error:
+        if "floating point dtype" not in str(error):
+            raise
+        raise ValueError(
+            f"--load_in_4bit: torch {torch.__version__} cannot divide 4-bit weights over ranks; "
+            "choose --shard none, or install torch 2.13 or newer"
+        ) from None
 
 
 def reshard(model: Transformer) -> None:

@@ -6,6 +6,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as HFTokenizer
 
 from data import Example, render_prompt
+from loaders.movielens import WORDS as MOVIES
 
 END_OF_TEXT = {
     "llama3": "<|end_of_text|>",
@@ -40,7 +41,7 @@ WORDS = [
 ]
 
 TEXTS = [
-    render_prompt(Example("movielens", "u", [(t, 4.0) for t in NASTY], NASTY, 0, [], n))
+    render_prompt(Example(MOVIES, "u", [(t, 4.0) for t in NASTY], NASTY, 0, [], n))
     for n in range(5)
 ]
 TEXTS += [f" {a} {b}: {a}\n\n{b} 19{n}\n  \n" for n, a in enumerate(WORDS) for b in WORDS]

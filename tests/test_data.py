@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from data import (
+    ITEMS,
     NUM_CANDIDATES,
     TEMPLATES,
     Example,
@@ -30,7 +31,8 @@ from data import (
     tree_widths,
 )
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, prepare
+from loaders.frozen import DataConfig, prepare, words_of
+from loaders.movielens import WORDS as MOVIES
 
 SPLITS = ("train", "val", "test")
 
@@ -366,9 +368,9 @@ def test_prompt_shows_history_then_candidates():
         ["Élite", "% s", "12 Monkeys"],
     )
     for template in range(len(TEMPLATES)):
-        lines = render_prompt(
-            Example("movielens", "u", history, candidates, 0, [], template)
-        ).split("\n")
+        lines = render_prompt(Example(MOVIES, "u", history, candidates, 0, [], template)).split(
+            "\n"
+        )
         at = lines.index("Alien: {0} | Rating: 4")
         assert lines[at : at + 3] == [
             "Alien: {0} | Rating: 4",
@@ -395,8 +397,8 @@ def test_prompt_rows_are_those_before_the_position():
 def test_templates_differ_and_words_follow_the_data_set():
     """All templates are distinct and in use; each names what is recommended by the data set's word."""
     prompts = {
-        (name, t): render_prompt(Example(name, "u", [("A", 4.0)], ["B", "C"], 0, [], t))
-        for name in ("movielens", "planted", "something else")
+        (words, t): render_prompt(Example(words, "u", [("A", 4.0)], ["B", "C"], 0, [], t))
+        for words in (MOVIES, words_of("planted"), ITEMS)
         for t in range(len(TEMPLATES))
     }
     assert len(set(prompts.values())) == len(prompts)

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from common import note_once
 from data import Example, render_prompt
 from hub.tokenizer import Tokenizer
+from loaders.movielens import WORDS as MOVIES
 
 SPECIAL = ["<s>", "</s>", "<|turn|>"]  # ids 0, 1, 2
 
@@ -166,7 +167,7 @@ def test_bos_is_the_tokenizers_own(family, tokenizer, folders):
 @pytest.mark.parametrize("title", NASTY)
 def test_prompt_and_completion_make_the_joint_encoding(title, tokenizer):
     """Prompt ids + completion ids are what the tokenizer makes of the whole text, and the completion ends in EOS."""
-    prompt = render_prompt(Example("movielens", "u", [(title, 4.0)], [title, "Alien 3"], 0, [], 0))
+    prompt = render_prompt(Example(MOVIES, "u", [(title, 4.0)], [title, "Alien 3"], 0, [], 0))
     (prompt_ids,), (joint,) = (
         tokenizer.encode_prompts([prompt]),
         tokenizer.encode_prompts([f"{prompt} {title}"]),

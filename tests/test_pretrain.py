@@ -47,7 +47,7 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch)
         "steps": 5,
         "save_minutes": 0.0,
     }
-    options = small | {"titles": str(titles), "dataset": "movielens", "vocab_size": 400}
+    options = small | {"titles": str(titles), "words": "movies,watched,watch", "vocab_size": 400}
 
     whole = PretrainConfig(**options, output_dir=str(tmp_path / "whole"))
     pretrain.pretrain(whole)

@@ -110,13 +110,14 @@ def needs_mount(tmp_path) -> None:
 
 
 def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
-    """A disk with room for two checkpoints fills up; with more, --resume auto goes on to the same bits."""
+    """A disk with room for two checkpoints fills up; with more room --resume auto goes on to the same bits."""
     needs_mount(tmp_path)
     runs, disk = whole[0], tmp_path / "disk"
+    adapter = (runs / "whole" / "sft" / "adapter_model.safetensors").stat().st_size
     disk.mkdir()
     flags = [*TINY, *SAVING, f"--output_dir={disk}/run", f"--prepared_dir={runs / 'prepared'}"]
     script = DISK.format(
-        size=800,
+        size=int(3 * adapter * 2.5) // 1024,  # two checkpoints with their moments, not three
         disk=disk,
         train=f"OMP_NUM_THREADS=1 {sys.executable} {TRAIN} {' '.join(flags)}",
         then="size=100m",

@@ -104,6 +104,7 @@ LONG = (
     "--micro_batch_tokens=1500",
     "--sft_lora_r=4",
     "--lora_dropout=0",
+    "--sft_learning_rate=1e-3",  # adapters that moved 10 times as far differ 10 times as much
 )  # 21 steps a stage
 
 
