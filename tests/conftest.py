@@ -1,4 +1,5 @@
-"""Tiny models of every supported family, all their parameters away from the initial values, and how to write them."""
+"""Tiny models of every supported family, all their parameters away from the initial values,
+and how to write them."""
 
 import json
 import os
@@ -66,8 +67,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-# config.json as published (the layout of transformers 4), but small. Head size 8 gives rotary wavelengths of 6 to
-# 118,000 positions: kept, in between and slowed down by the llama3 scaling.
+# config.json as published (the layout of transformers 4), but small. Head size 8 gives rotary
+# wavelengths of 6 to 118,000 positions: kept, in between and slowed down by the llama3 scaling.
 FAMILIES = {
     "llama2": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "llama3.1": LLAMA3 | {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": False},
@@ -92,7 +93,8 @@ def config() -> ModelConfig:
 # ------------------------------------------------------------------------ whole runs
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory):
-    """A finished SFT + RecPO run in one process that accumulates over single-prompt micro-batches."""
+    """A finished SFT + RecPO run in one process that accumulates over single-prompt
+    micro-batches."""
     tmp_path = tmp_path_factory.mktemp("runs")
     return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500")
 
@@ -165,7 +167,8 @@ def tiny_config(family: str) -> ModelConfig:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew: norms around 1, biases far from 0, projections that keep the scale of their input."""
+    """Draw every parameter anew: norms around 1, biases far from 0,
+    projections that keep the scale of their input."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -195,7 +198,8 @@ def write_json(file: Path, content) -> Path:
 
 
 def transformers_model(family: str, path: Path, seed: int = 0):
-    """A random model made and saved at `path` by transformers, which reads the published config.json first."""
+    """A random model made and saved at `path` by transformers,
+    which reads the published config.json first."""
     transformers = pytest.importorskip("transformers")
     write_json(path / "config.json", FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(

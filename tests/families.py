@@ -78,7 +78,8 @@ def byte_level(family: str) -> HFTokenizer:
 
 
 def llama2_style() -> HFTokenizer:
-    """Llama-2's pipeline as published: "▁" in front and for spaces, merges without pre-tokenizer, bytes for the rest."""
+    """Llama-2's pipeline as published:
+    "▁" in front and for spaces, merges without pre-tokenizer, bytes for the rest."""
     tokenizer = HFTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

@@ -1,9 +1,11 @@
-"""Runs of whole scripts, as `python train.py …` or torchrun start them, without the seconds that importing torch takes.
+"""Runs of whole scripts, as `python train.py …` or torchrun start them,
+without the seconds that importing torch takes.
 
-A server process (this file run as a script) has imported what the scripts import, and does nothing else. For every
-run it forks: the child has its own process id, directory, environment, arguments, output and `__main__`, and dies of
-signals alone. With `processes` > 1 there is a child per rank, in the environment that torchrun would give it; when one
-fails the others are ended. What torchrun itself does is tested with torchrun (test_checkpoint.py)."""
+A server process (this file run as a script) has imported what the scripts import, and does nothing
+else. For every run it forks: the child has its own process id, directory, environment, arguments,
+output and `__main__`, and dies of signals alone. With `processes` > 1 there is a child per rank, in
+the environment that torchrun would give it; when one fails the others are ended. What torchrun
+itself does is tested with torchrun (test_checkpoint.py)."""
 
 import atexit
 import contextlib
@@ -40,7 +42,8 @@ SCRIPTS = ("train", "eval", "data", "studies.report", "studies.probes", "studies
 
 # ------------------------------------------------------------------------ the server
 def serve() -> None:
-    """Fork a run per request line {script, argv, cwd, env, stdout, stderr}, or say how {poll: pid} has ended."""
+    """Fork a run per request line {script, argv, cwd, env, stdout, stderr}, or say how {poll:
+    pid} has ended."""
     for name in (*SCRIPTS, "torch._dynamo"):
         importlib.import_module(name)
     gc.collect()
@@ -130,7 +133,8 @@ class Script:
         self.codes: list[int | None] = [None] * len(self.pids)
 
     def poll(self) -> int | None:
-        """None while a process lives; then 0, or the code of the first that failed (-9: by kill -9)."""
+        """None while a process lives; then 0, or the code of the first that failed (-9:
+        by kill -9)."""
         for n, pid in enumerate(self.pids):
             if self.codes[n] is None:
                 self.codes[n] = ask({"poll": pid})

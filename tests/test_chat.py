@@ -1,4 +1,5 @@
-"""Chat prompts: ids as transformers makes them, the token that ends a turn, hostile templates, and a whole run."""
+"""Chat prompts: ids as transformers makes them, the token that ends a turn, hostile templates,
+and a whole run."""
 
 import importlib.util
 import json
@@ -190,7 +191,8 @@ def family_tokenizer(family: str) -> HFTokenizer:
 
 
 def write_base(path: Path, family: str, template=None, **config) -> Path:
-    """tokenizer.json, its configuration with the template in it, and the first control token as config.json's EOS."""
+    """tokenizer.json, its configuration with the template in it,
+    and the first control token as config.json's EOS."""
     path.mkdir(parents=True, exist_ok=True)
     family_tokenizer(family).save(str(path / "tokenizer.json"))
     facts = FAMILIES[family][3] | {"chat_template": template or FAMILIES[family][0]} | config
@@ -270,7 +272,8 @@ def test_published_templates_have_the_ids_of_transformers(name, peers, tmp_path)
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2.5", "qwen3", "smollm2", "zephyr"])
 def test_prompt_and_answer_are_the_dialogue(family, tokenizers, peers):
-    """Prompt ids and completion ids in a row begin transformers' rendering of the whole dialogue."""
+    """Prompt ids and completion ids in a row begin transformers' rendering of the whole
+    dialogue."""
     completions = tokenizers[family].encode_completions(TITLES)
     for title, completion in zip(TITLES, completions, strict=True):
         dialogue = [
@@ -288,7 +291,8 @@ def test_prompt_and_answer_are_the_dialogue(family, tokenizers, peers):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_token_that_ends_a_turn_ends_an_answer(family, tokenizers, bases):
-    """It is read off the template, whatever config.json says; generated ids with it spell the title."""
+    """It is read off the template, whatever config.json says;
+    generated ids with it spell the title."""
     tokenizer, end = tokenizers[family], FAMILIES[family][2]
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == end
     assert tokenizer.stop_ids == Tokenizer(bases[family]).stop_ids | {tokenizer.eos_id}
@@ -531,7 +535,7 @@ def test_tojson_escapes_nothing():
     assert render.render(template, {"x": x}) == expected
 
 
-# ------------------------------------------------------------------------ examples, training, answers
+# ---------------------------------------------------------------------- examples, training, answers
 DATA = ["--dataset=planted", "--planted_users=150", "--train_size=20", "--test_size=8"]
 
 
@@ -634,7 +638,8 @@ def run(tmp_path_factory, base, prepared):
 
 
 def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
-    """The printed example shows the template, the reference is exact, the whole model takes it along."""
+    """The printed example shows the template, the reference is exact,
+    the whole model takes it along."""
     folder, output, metrics = run
     assert "<|im_start|>user\n" in output and "<|im_start|>assistant\n\nchosen: '" in output
     assert "before the first step: at most 0.0e+00 nats" in output
@@ -648,7 +653,8 @@ def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
 
 
 def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):
-    """eval.py --run, --model with --prompt_format chat, and --recommend give the run's log-probs."""
+    """eval.py --run, --model with --prompt_format chat,
+    and --recommend give the run's log-probs."""
     folder, data = run[0], [*DATA, f"--prepared_dir={prepared.folder.parent}"]
     in_process(evaluation.main, f"--run={folder}", data[-1], "--output_dir=all")
     for stage in ("sft", "recpo"):

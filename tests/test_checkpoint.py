@@ -57,7 +57,8 @@ def kill_and_resume(whole, name: str, seed: int, processes: int = 1) -> None:
 
 @pytest.mark.parametrize("seed", [1])
 def test_kill_9_at_a_random_moment_changes_no_bit(whole, seed):
-    """After kill -9 `--resume auto` goes on, and the final adapters are bitwise those of the uninterrupted run."""
+    """After kill -9 `--resume auto` goes on,
+    and the final adapters are bitwise those of the uninterrupted run."""
     kill_and_resume(whole, f"killed-{seed}", seed)
 
 
@@ -70,7 +71,8 @@ def test_kill_9_grid(whole, seed):
 
 @pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
-    """A checkpoint of 2 sharded processes goes on in 1 and in 4 with the losses of an uninterrupted run (no dropout)."""
+    """A checkpoint of 2 sharded processes goes on in 1 and in 4 with the losses of an uninterrupted
+    run (no dropout)."""
     tmp_path, name = whole[0], f"two-to-{processes}"
     flags = ("--save_steps=2", "--micro_batch_tokens=1500")  # SFT trains all weights
     if not (tmp_path / "all-weights").exists():
@@ -87,7 +89,7 @@ def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
     assert_same_results(tmp_path / name, tmp_path / "all-weights", atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ inside a preference stage
+# ------------------------------------------------------------------------ inside a preference stage
 # train.py whose every process dies, by kill -9, as soon as a certain checkpoint is in place
 DYING = """
 import os, signal, sys
@@ -108,7 +110,8 @@ train.run_cli(train.main)
 
 @pytest.fixture(scope="module")
 def killed(whole):
-    """The uninterrupted run's SFT stage, then RecPO on 2 sharded ranks, killed when 4 of its 6 steps are saved."""
+    """The uninterrupted run's SFT stage, then RecPO on 2 sharded ranks,
+    killed when 4 of its 6 steps are saved."""
     tmp_path, folder = whole[0], whole[0] / "killed-in-recpo"
     shutil.copytree(tmp_path / "whole", folder)
     shutil.rmtree(folder / "recpo")
@@ -125,7 +128,8 @@ def killed(whole):
 
 
 def go_on(killed, reference: str, processes: int, budget: int) -> None:
-    """Resume a copy of the killed run, its reference file kept or deleted; compare with the uninterrupted run."""
+    """Resume a copy of the killed run, its reference file kept or deleted;
+    compare with the uninterrupted run."""
     (tmp_path, metrics, _), folder = killed
     name = f"{reference}-{processes}-{budget}"
     shutil.copytree(folder, tmp_path / name)
@@ -147,7 +151,8 @@ def go_on(killed, reference: str, processes: int, budget: int) -> None:
     ("reference", "processes", "budget"), [("deleted", 2, 1500), ("kept", 1, 700)]
 )
 def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, processes, budget):
-    """Recomputed from the starting weights or read, however divided: the losses of the uninterrupted run."""
+    """Recomputed from the starting weights or read, however divided:
+    the losses of the uninterrupted run."""
     go_on(killed, reference, processes, budget)
 
 
@@ -156,11 +161,12 @@ def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, pro
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("reference", ["deleted", "kept"])
 def test_a_kill_inside_a_preference_stage_grid(killed, reference, processes, budget):
-    """The same for every number of processes, and micro-batches of one prompt up to a whole step."""
+    """The same for every number of processes,
+    and micro-batches of one prompt up to a whole step."""
     go_on(killed, reference, processes, budget)
 
 
-# ------------------------------------------------------------------------------------------------ one checkpoint
+# ------------------------------------------------------------------------ one checkpoint
 
 
 def model_and_optimizer(steps: int = 1):
@@ -186,7 +192,8 @@ def save(folder: Path, step: int, keep: int = 2, **facts):
 
 
 def test_a_checkpoint_gives_back_every_bit(group, tmp_path):
-    """Adapter, both moments, step count and random state come back as they were; no file is a pickle."""
+    """Adapter, both moments, step count and random state come back as they were;
+    no file is a pickle."""
     folder, model, optimizer = save(tmp_path, 7)
     expected_random = torch.rand(3)
     fresh, fresh_optimizer = model_and_optimizer(steps=0)
@@ -212,7 +219,8 @@ def test_only_the_newest_are_kept(group, tmp_path):
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone", "extra"])
 def test_damaged_files_are_found_and_passed_over(group, tmp_path, file, how, capsys):
-    """A flipped bit, a cut tail, a missing or an unknown file: named, and the checkpoint before is taken."""
+    """A flipped bit, a cut tail, a missing or an unknown file:
+    named, and the checkpoint before is taken."""
     older, newest = save(tmp_path, 4)[0], save(tmp_path, 8)[0]
     target = newest / file
     content = bytearray(target.read_bytes())
@@ -257,9 +265,10 @@ def test_a_failed_save_leaves_the_earlier_ones(group, tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path) == older
 
 
-# ------------------------------------------------------------------------------------------------ guards
+# ------------------------------------------------------------------------ guards
 def test_a_loss_that_is_not_finite_names_step_rank_and_examples(tmp_path):
-    """Both ranks stop with one message; --max_skipped_steps leaves so many steps out first, and says so."""
+    """Both ranks stop with one message;
+    --max_skipped_steps leaves so many steps out first, and says so."""
     flags = (
         "--sft_learning_rate=1e30",
         "--max_grad_norm=0",
@@ -289,7 +298,8 @@ def workers_of(agent: subprocess.Popen) -> list[int]:
 
 
 def test_a_rank_that_dies_ends_the_others(whole, group):
-    """One of two workers is killed: torchrun ends the other and itself, and names rank and signal."""
+    """One of two workers is killed: torchrun ends the other and itself,
+    and names rank and signal."""
     tmp_path = whole[0]
     flags = ["--sft_epochs=500"]
     agent = start_torchrun(tmp_path, "one-dies", "--nproc_per_node=2", flags=flags)
@@ -305,7 +315,8 @@ def test_a_rank_that_dies_ends_the_others(whole, group):
 
 
 def test_torchrun_restarts_go_on_by_themselves(whole):
-    """A worker is killed; with --max-restarts torchrun starts it again, which goes on, and the bits are the same."""
+    """A worker is killed; with --max-restarts torchrun starts it again, which goes on,
+    and the bits are the same."""
     tmp_path, name = whole[0], "restarted"
     agent = start_torchrun(tmp_path, name, "--nproc_per_node=1", "--max-restarts=1")
     folder = tmp_path / name / "sft.unfinished"
@@ -320,7 +331,8 @@ def test_torchrun_restarts_go_on_by_themselves(whole):
 
 @pytest.mark.slow
 def test_a_named_checkpoint_that_is_damaged_or_elsewhere_is_refused(whole, tmp_path):
-    """--resume PATH never falls back: another stage's folder, or a damaged file, is one clear message."""
+    """--resume PATH never falls back:
+    another stage's folder, or a damaged file, is one clear message."""
     runs, name = whole[0], "named"
     process = start_train(runs, name, *SAVING)
     folder = runs / name / "recpo.unfinished"

@@ -1,4 +1,5 @@
-"""Counting recommenders against dict loops on tiny logs, and against known figures on MovieLens-1M."""
+"""Counting recommenders against dict loops on tiny logs,
+and against known figures on MovieLens-1M."""
 
 import math
 import os
@@ -20,7 +21,8 @@ MOVIELENS = DATA / "ml-1m.zip"
 
 
 def log_of(sequences: list[list[int]], num_items: int) -> Interactions:
-    """A log in which user u touches the items sequences[u] in this order; one more user makes every item known."""
+    """A log in which user u touches the items sequences[u] in this order;
+    one more user makes every item known."""
     sequences = [*sequences, list(range(num_items))]
     rows = [(u, i, 5, t) for u, items in enumerate(sequences) for t, i in enumerate(items)]
     return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(num_items)})
@@ -46,7 +48,8 @@ def examples_at(
 
 @pytest.fixture
 def random_examples() -> Examples:
-    """70 users (more than one word of bits) with 1 to 18 of 31 items; the last position of those with more than 3."""
+    """70 users (more than one word of bits) with 1 to 18 of 31 items;
+    the last position of those with more than 3."""
     rng = np.random.default_rng(0)
     log = log_of([rng.permutation(31)[: rng.integers(1, 19)].tolist() for _ in range(70)], 31)
     last = [
@@ -74,14 +77,16 @@ def scores_by_loop(examples: Examples, pair_value) -> list[list[float]]:
 
 
 def test_popularity_excludes_the_last_two():
-    """A candidate counts only where it lies before a user's last two interactions, however short the log is."""
+    """A candidate counts only where it lies before a user's last two interactions,
+    however short the log is."""
     log = log_of([[0, 1, 2, 3], [1, 0, 3], [2, 1], [3]], 5)  # and 0 1 2 3 4 by the last user
     examples = examples_at(log, [3], 20, np.array([[0, 1, 2, 3, 4]]))
     assert popularity(examples).tolist() == [[2, 3, 1, 0, 0]]
 
 
 def test_item_knn_matches_a_dict_loop(random_examples):
-    """The packed bits give the cosine between sets of users, summed over the shown history with decay."""
+    """The packed bits give the cosine between sets of users,
+    summed over the shown history with decay."""
     users = defaultdict(set)
     for user, items in enumerate(training_sequences(random_examples.log)):
         for item in items:
@@ -111,7 +116,8 @@ def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
 
 
 def test_markov_matches_a_dict_loop(random_examples):
-    """Transitions are counted forwards, within a user, up to ten steps apart and weighted by 1 / distance."""
+    """Transitions are counted forwards, within a user,
+    up to ten steps apart and weighted by 1 / distance."""
     transitions, count = defaultdict(float), defaultdict(int)
     for items in training_sequences(random_examples.log):
         for at, item in enumerate(items):
@@ -128,7 +134,8 @@ def test_markov_matches_a_dict_loop(random_examples):
 
 
 def test_scores_do_not_depend_on_the_last_two(random_examples):
-    """Exchanging every user's last two items changes no score of an example that predicts the first of them."""
+    """Exchanging every user's last two items changes no score of an example that predicts the first
+    of them."""
     log = random_examples.log
     before = replace(random_examples, position=random_examples.position - 1)
     item = log.item.copy()
@@ -174,7 +181,8 @@ def movielens() -> Interactions:
     ],
 )
 def test_movielens_reference_points(core, num_examples, expected):
-    """The known hit_ratio@1 of counting on MovieLens-1M, 1 + 19 uniform candidates; data_seed moves it by about .01."""
+    """The known hit_ratio@1 of counting on MovieLens-1M, 1 + 19 uniform candidates;
+    data_seed moves it by about .01."""
     config = DataConfig(dataset="movielens", data_dir=str(DATA), core=core)
     test = build_examples(k_core(movielens(), core), config)["test"]
     assert len(test) == num_examples

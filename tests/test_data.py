@@ -1,4 +1,5 @@
-"""Examples against plain loops over the log, prompts and tokens with tokenizers of three families, batches, and the CLI."""
+"""Examples against plain loops over the log, prompts and tokens with tokenizers of three families,
+batches, and the CLI."""
 
 import subprocess
 import threading
@@ -40,7 +41,8 @@ SPLITS = ("train", "val", "test")
 def random_rows(
     seed: int, num_users: int = 40, num_items: int = 70, shortest: int = 4, longest: int = 45
 ) -> list[tuple]:
-    """(user, item, rating, timestamp): nobody repeats an item, times differ, some users are too short for any example."""
+    """(user, item, rating, timestamp):
+    nobody repeats an item, times differ, some users are too short for any example."""
     rng = np.random.default_rng(seed)
     rows = []
     for u in range(num_users):
@@ -72,9 +74,10 @@ def all_equal(a: dict[str, Examples], b: dict[str, Examples]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(arrays_of(a), arrays_of(b), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ examples
+# ------------------------------------------------------------------------ examples
 def chosen_by_loop(ratings: list[float], config: DataConfig) -> int | None:
-    """Index of the chosen one among followers with these ratings; None where there is no example."""
+    """Index of the chosen one among followers with these ratings;
+    None where there is no example."""
     if config.positive == "first":
         return next((s for s, rating in enumerate(ratings) if rating >= config.min_rating), None)
     scores = [rating / (1 + s) ** config.decay for s, rating in enumerate(ratings)]
@@ -115,7 +118,8 @@ CONFIGS = [
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_examples_equal_a_plain_loop(seed, config):
-    """Positions, candidates, chosen item, scores and flags of every example are what the definitions say."""
+    """Positions, candidates, chosen item,
+    scores and flags of every example are what the definitions say."""
     log = log_of(random_rows(seed))
     splits = build_examples(log, replace(config, data_seed=seed))
     expected = positions_by_loop(log, config)
@@ -154,7 +158,8 @@ def test_examples_equal_a_plain_loop(seed, config):
 
 
 def test_training_never_sees_the_last_two():
-    """Histories and followers of training examples end before the user's last two interactions, whatever the options."""
+    """Histories and followers of training examples end before the user's last two interactions,
+    whatever the options."""
     log = log_of(random_rows(0))
     for followers in (1, 10, 19):
         examples = build_examples(
@@ -196,7 +201,8 @@ def test_chosen_and_rejected_slots_are_uniform():
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity"])
 def test_random_candidates_have_the_stated_distribution(kind):
-    """Uniform over the items the user never touched, or in proportion to how often the log has them."""
+    """Uniform over the items the user never touched,
+    or in proportion to how often the log has them."""
     rng = np.random.default_rng(3)
     weights = 1 / (1 + np.arange(60.0))
     rows = []
@@ -227,7 +233,8 @@ def test_random_candidates_have_the_stated_distribution(kind):
 
 
 def test_exclude_seen_admits_what_the_user_touched_elsewhere():
-    """Under --exclude seen, items from before the shown history or from the future may be random candidates."""
+    """Under --exclude seen, items from before the shown history or from the future may be random
+    candidates."""
     log = log_of(random_rows(4))
     touched = {"all": 0, "seen": 0}
     for exclude in touched:
@@ -241,7 +248,8 @@ def test_exclude_seen_admits_what_the_user_touched_elsewhere():
 
 
 def test_examples_are_a_function_of_the_seed():
-    """The same seed draws the same examples, another one other candidates, orders and templates of other prefixes."""
+    """The same seed draws the same examples, another one other candidates,
+    orders and templates of other prefixes."""
     log = log_of(random_rows(5))
     one, again, other = (
         build_examples(log, DataConfig(train_size=50, data_seed=seed)) for seed in (1, 1, 2)
@@ -255,7 +263,8 @@ def test_examples_are_a_function_of_the_seed():
 
 
 def test_sizes_take_a_random_part():
-    """--train_size and --test_size limit the splits; what is drawn is spread over the log and holds no example twice."""
+    """--train_size and --test_size limit the splits;
+    what is drawn is spread over the log and holds no example twice."""
     log = log_of(random_rows(6, num_users=100))
     splits = build_examples(log, DataConfig(train_size=60, test_size=15))
     assert [len(splits[split]) for split in SPLITS] == [60, 15, 15]
@@ -280,7 +289,8 @@ def test_users_who_touched_almost_everything_are_named():
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity"])
 def test_just_enough_random_candidates_are_found(kind):
-    """A user who left exactly as many items as a list needs gets all of them, however rarely one is drawn by chance."""
+    """A user who left exactly as many items as a list needs gets all of them,
+    however rarely one is drawn by chance."""
     rows = [("greedy", i, 5, i) for i in range(281)] + [("other", i, 5, i) for i in range(270, 300)]
     splits = build_examples(
         log_of(rows), DataConfig(followers=1, test_size=0, train_size=20, negatives=kind)
@@ -307,7 +317,8 @@ def test_no_example_is_an_error_that_names_the_split():
 
 
 def test_negatives_respect_their_source_and_are_nested():
-    """They are distinct, never the target, random or following as asked; K negatives are the first of K + 1."""
+    """They are distinct, never the target, random or following as asked;
+    K negatives are the first of K + 1."""
     splits = build_examples(log_of(random_rows(10)))
     for split, source, most in (("train", "both", 19), ("train", "random", 10), ("train", "follow", 9), ("test", "both", 19), ("test", "random", 19)):  # fmt: skip
         examples = splits[split]
@@ -360,9 +371,10 @@ def test_senseless_options_are_refused_by_name(options, culprit):
         DataConfig(**options)
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------ prompts
 def test_prompt_shows_history_then_candidates():
-    """History lines are "Title | Rating: 4", oldest first, half stars kept; then the candidates; "Answer:" ends it."""
+    """History lines are "Title | Rating: 4", oldest first, half stars kept; then the candidates;
+    "Answer:" ends it."""
     history, candidates = (
         [("Alien: {0}", 4.0), ("M", 3.5), ("{history}", 5.0)],
         ["Élite", "% s", "12 Monkeys"],
@@ -382,7 +394,8 @@ def test_prompt_shows_history_then_candidates():
 
 
 def test_prompt_rows_are_those_before_the_position():
-    """The shown history is the user's latest interactions before the predicted one, in order, and nobody else's."""
+    """The shown history is the user's latest interactions before the predicted one, in order,
+    and nobody else's."""
     log = log_of(random_rows(12))
     for examples in build_examples(log, DataConfig(train_size=100, history=7)).values():
         for e, p in enumerate(examples.position.tolist()):
@@ -395,7 +408,8 @@ def test_prompt_rows_are_those_before_the_position():
 
 
 def test_templates_differ_and_words_follow_the_data_set():
-    """All templates are distinct and in use; each names what is recommended by the data set's word."""
+    """All templates are distinct and in use;
+    each names what is recommended by the data set's word."""
     prompts = {
         (words, t): render_prompt(Example(words, "u", [("A", 4.0)], ["B", "C"], 0, [], t))
         for words in (MOVIES, words_of("planted"), ITEMS)
@@ -410,7 +424,7 @@ def test_templates_differ_and_words_follow_the_data_set():
     }
 
 
-# ------------------------------------------------------------------------------------------------ encoding
+# ------------------------------------------------------------------------ encoding
 def nasty_examples(rows=None, titles=None, **options) -> Examples:
     """Test examples whose titles are NASTY and more."""
     rows = rows or random_rows(14, num_users=15, num_items=50, shortest=8, longest=25)
@@ -422,7 +436,8 @@ def nasty_examples(rows=None, titles=None, **options) -> Examples:
 
 
 def test_encoded_examples_equal_their_text(tokenizer):
-    """With room enough, prompts are encoded whole, and every candidate's completion continues its prompt's text."""
+    """With room enough, prompts are encoded whole,
+    and every candidate's completion continues its prompt's text."""
     examples = nasty_examples()
     encoded = encode_examples(examples, tokenizer, 100_000)
     assert (encoded.num_shortened, encoded.num_dropped) == (0, 0) and len(encoded.prompts) == len(
@@ -439,7 +454,8 @@ def test_encoded_examples_equal_their_text(tokenizer):
 
 
 def test_long_prompts_lose_their_oldest_history_only(tokenizer):
-    """As few of the oldest history items go as make prompt and longest completion fit; they are counted."""
+    """As few of the oldest history items go as make prompt and longest completion fit;
+    they are counted."""
     examples = nasty_examples()
     whole = encode_examples(examples, tokenizer, 100_000)
     longest = [max(map(len, whole.slots(e, range(NUM_CANDIDATES)))) for e in range(len(examples))]
@@ -468,7 +484,8 @@ def test_long_prompts_lose_their_oldest_history_only(tokenizer):
 
 
 def test_a_prompt_that_never_fits_is_an_error(tokenizer):
-    """If not even one history item fits, the user and the option are named; candidates are never cut."""
+    """If not even one history item fits, the user and the option are named;
+    candidates are never cut."""
     examples = nasty_examples()
     with pytest.raises(
         ValueError, match=r"user u\d+: .* do not fit --max_length 60 .*raise --max_length"
@@ -477,7 +494,8 @@ def test_a_prompt_that_never_fits_is_an_error(tokenizer):
 
 
 def test_candidates_with_equal_tokens_are_refused(folders):
-    """Two spellings of one name that a normaliser makes equal could not be told apart: the user and title are named."""
+    """Two spellings of one name that a normaliser makes equal could not be told apart:
+    the user and title are named."""
     titles = ["Élite", unicodedata.normalize("NFD", "Élite"), *(f"Title {n}" for n in range(38))]
     examples = nasty_examples(
         [(u, i, 5, i) for u in range(4) for i in range(10 * u, 10 * u + 10)], titles
@@ -495,7 +513,8 @@ def test_candidates_with_equal_tokens_are_refused(folders):
 
 
 def hand_made(tmp_path: Path, words: list[str]) -> Tokenizer:
-    """A byte-level BPE without pre-tokenizer whose merges spell these words, one after the other, from the left."""
+    """A byte-level BPE without pre-tokenizer whose merges spell these words, one after the other,
+    from the left."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = []
     for word in words:
@@ -529,7 +548,8 @@ def test_a_title_that_merges_with_the_prompt_is_refused(tmp_path):
 
 
 def test_a_boundary_that_moves_only_inside_a_prompt_is_refused(tmp_path):
-    """Even if "Answer:" alone keeps its boundary, a merge of the line break before it may not shift it unnoticed."""
+    """Even if "Answer:" alone keeps its boundary,
+    a merge of the line break before it may not shift it unnoticed."""
     tokenizer = hand_made(tmp_path, ["Answer", "ĊA", "Answer:", ":Ġ"])
     tokenizer.encode_completions(["Alien 3"])
     encode_examples(nasty_examples(), tokenizer, 100_000)  # "ĊA" comes too late to matter
@@ -539,12 +559,13 @@ def test_a_boundary_that_moves_only_inside_a_prompt_is_refused(tmp_path):
         encode_examples(nasty_examples(), tokenizer, 100_000)
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------ batches
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 7])
 @pytest.mark.parametrize("num_examples", [1, 5, 64, 129])
 @pytest.mark.parametrize("budget", [1, 900, 5000])
 def test_micro_batches_divide_the_batch(num_ranks, num_examples, budget):
-    """Every example is in one micro-batch of one rank, ranks have equally many, and the padded batch stays in the budget."""
+    """Every example is in one micro-batch of one rank, ranks have equally many,
+    and the padded batch stays in the budget."""
     rng = np.random.default_rng([num_ranks, num_examples, budget])
     widths = rng.integers((90, 10), (500, 200), size=(200, 2))
     indices = rng.permutation(200)[:num_examples]
@@ -566,7 +587,8 @@ def test_micro_batches_divide_the_batch(num_ranks, num_examples, budget):
 
 
 def test_five_examples_on_four_ranks():
-    """One rank has two examples, the others take part in its second forward pass with an empty list."""
+    """One rank has two examples, the others take part in its second forward pass with an empty
+    list."""
     widths = [(8, 2), (16, 4), (24, 6), (32, 8), (40, 10)]
     assert micro_batches(widths, range(5), 4, 60) == [[[4], [0]], [[3], []], [[2], []], [[1], []]]
     assert micro_batches(widths, range(5), 4, 100) == [[[4, 0]], [[3]], [[2]], [[1]]]
@@ -593,7 +615,8 @@ def test_tree_widths_are_those_of_the_tree(tokenizer):
 
 
 def test_prefetch_keeps_the_order_and_runs_one_ahead():
-    """Items come in order; while one is used the next is being made, and no more; an error reaches the user."""
+    """Items come in order; while one is used the next is being made, and no more;
+    an error reaches the user."""
     started, made_next = [], threading.Event()
 
     def make(item):
@@ -617,13 +640,14 @@ def test_prefetch_keeps_the_order_and_runs_one_ahead():
     assert list(prefetch(make, [])) == []
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------ command line
 def run_data(*flags, cwd: Path) -> subprocess.CompletedProcess:
     return run_script(ROOT / "data.py", *flags, cwd=cwd, RECPO_TRACEBACK="")
 
 
 def test_data_py_prints_statistics_and_an_example(folders, tmp_path):
-    """`python data.py` prepares the planted world and shows the table, the splits, one prompt and its token boundary."""
+    """`python data.py` prepares the planted world and shows the table, the splits,
+    one prompt and its token boundary."""
     done = run_data(
         "--planted_users=80",
         "--train_size=40",

@@ -1,5 +1,5 @@
-"""Mutated files of the data half: prepared folders, prepared JSON, requests, run folders with their predictions, options,
-Parquet. Read, or one message with the file's name.
+"""Mutated files of the data half: prepared folders, prepared JSON, requests,
+run folders with their predictions, options, Parquet. Read, or one message with the file's name.
 
 `python -m pytest -m slow tests/test_data_fuzz.py` tries 5,000 of them."""
 
@@ -29,7 +29,7 @@ from studies.results import check_candidates, collect
 from train import TrainConfig
 
 
-# ------------------------------------------------------------------------------ what is mutated, and who reads it
+# ---------------------------------------------------------------- what is mutated, and who reads it
 def make_files(root: Path) -> None:
     """One sound folder of each kind."""
     options = {"planted_users": 40, "train_size": 20, "test_size": 5, "followers": 3}

@@ -113,7 +113,8 @@ def test_commands_of_the_page(command, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("query", QUERIES, ids=["ratings", "plays"])
 def test_queries_of_the_page(query, tmp_path, capsys):
-    """They give the five columns of the kept users: the last rating of a pair, or its repeats at the first time."""
+    """They give the five columns of the kept users:
+    the last rating of a pair, or its repeats at the first time."""
     kept = {u for u in USERS if u % 2}
     again = [(u, i, 6 - r, t + 50) for u, i, r, t in EVENTS[::3]]
     with sqlite3.connect(":memory:") as db:

@@ -37,7 +37,8 @@ def test_live_bytes_are_those_of_living_tensors():
         assert alive.live == 0
 
 
-# config, LoRA rank (0: all weights), checkpointing, prompts, tokens of each; also measured by bench/memory.py
+# config, LoRA rank (0: all weights), checkpointing, prompts, tokens of each;
+# also measured by bench/memory.py
 STEPS = {
     "LoRA": (SMALL, 8, False, 10, 512),
     "LoRA, checkpointing": (
@@ -61,7 +62,8 @@ COMPLETIONS = [12, 9, 14, 10]
 
 
 def estimated_and_measured(config, r, checkpointing, B, P, load_in_4bit=False) -> tuple[Step, int]:
-    """The estimate, and the peak of live tensor bytes over two real steps, weights and moments included."""
+    """The estimate, and the peak of live tensor bytes over two real steps,
+    weights and moments included."""
     batch = (checkpointing, B, P, COMPLETIONS, False, load_in_4bit)
     step = fake_step(config, torch.float32, r, list(TARGET_MODULES), 0.0, *batch)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -107,7 +109,8 @@ def test_the_estimate_is_within_a_tenth_of_a_real_step(name):
 
 
 def test_memory_of_an_8b_model_is_that_of_its_formulas():
-    """Llama-3.1-8B in bf16: 16.06 GB of weights, 0.34 GB of adapter, gradients and moments at r = 8, both ways of 16 FLOP."""
+    """Llama-3.1-8B in bf16: 16.06 GB of weights, 0.34 GB of adapter,
+    gradients and moments at r = 8, both ways of 16 FLOP."""
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = ModelConfig(
         "llama",
@@ -163,7 +166,8 @@ def test_a_replica_that_fits_is_worth_a_note():
 
 
 def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
-    """Example, boundary, truncation, first losses, memory table, step time: from config.json and tokenizer.json alone."""
+    """Example, boundary, truncation, first losses, memory table, step time:
+    from config.json and tokenizer.json alone."""
     data = {
         "planted_users": 150,
         "train_size": 20,

@@ -40,9 +40,11 @@ from model import load_pretrained
 
 @pytest.fixture(scope="module")
 def half_trained(tmp_path_factory):
-    """A small model after some SFT on answers that end in EOS or a line break, with awkward titles, and its test set.
+    """A small model after some SFT on answers that end in EOS or a line break, with awkward titles,
+    and its test set.
 
-    Titles: some end in a dot, some begin like others; it has learnt enough to write listed titles now and then."""
+    Titles: some end in a dot, some begin like others;
+    it has learnt enough to write listed titles now and then."""
     rng = np.random.default_rng(0)
     words = ["Red", "Sea", "Moon", "Fox", "Iron", "Day", "Sun", "Owl"]
     titles = [f"{a} {b}" for a in words for b in words if a != b]
@@ -81,7 +83,8 @@ def half_trained(tmp_path_factory):
 
 
 def test_one_pass_and_generation_agree(half_trained):
-    """Every single answer of the one pass is what free greedy decoding writes, but for counted near-ties."""
+    """Every single answer of the one pass is what free greedy decoding writes,
+    but for counted near-ties."""
     model, tokenizer, test = half_trained
     indices = range(len(test.prompts))
     assert len(indices) >= 200
@@ -110,7 +113,8 @@ def test_one_pass_and_generation_agree(half_trained):
 
 
 def test_without_decoding_the_rest_counts_as_invalid(half_trained):
-    """--no-decode_rest: an unverified prompt has no answer and no hit; verified ones stay as they are."""
+    """--no-decode_rest: an unverified prompt has no answer and no hit;
+    verified ones stay as they are."""
     model, tokenizer, test = half_trained
     with_rest = predict(model, tokenizer, test, range(60))
     without = predict(model, tokenizer, test, range(60), decode_rest=False)
@@ -122,7 +126,8 @@ def test_without_decoding_the_rest_counts_as_invalid(half_trained):
 
 
 def test_rounds_for_other_ranks_leave_every_record_alone(half_trained):
-    """A rank that is done goes on with dummy rounds; its records, example 0's too, stay as they were."""
+    """A rank that is done goes on with dummy rounds;
+    its records, example 0's too, stay as they were."""
     model, tokenizer, test = half_trained
     unverified = predict(model, tokenizer, test, range(60), decode_rest=False)
     first = next(i for i, r in enumerate(unverified) if r["how"] == "none")
@@ -145,7 +150,8 @@ def test_micro_batches_do_not_change_predictions(half_trained):
 
 
 def test_trie_always_names_a_listed_title(half_trained):
-    """Decoding along the trie of candidates equals a step-by-step walk with full logits, and is always valid."""
+    """Decoding along the trie of candidates equals a step-by-step walk with full logits,
+    and is always valid."""
     model, tokenizer, test = half_trained
     records = predict(model, tokenizer, test, range(12), decode="trie")
     assert all(r["valid"] for r in records)
@@ -163,7 +169,8 @@ def test_trie_always_names_a_listed_title(half_trained):
 
 
 def test_verified_branch_needs_every_token_and_an_end():
-    """A candidate verifies only if all its tokens are argmaxes and the argmax behind the last one ends the answer."""
+    """A candidate verifies only if all its tokens are argmaxes and the argmax behind the last one
+    ends the answer."""
     eos, newline = 9, 8
     tree = build_tree([[1, 2]] * 4, [[[3, eos], [3, 4, eos]]] * 4)
     # rows per example: candidate 0 (3, end), candidate 1 (3, 4, end)
@@ -174,7 +181,8 @@ def test_verified_branch_needs_every_token_and_an_end():
 
 
 def test_trie_walk_takes_the_first_of_equals():
-    """Ties go to the candidate that is listed first; a title that is a prefix of another is told apart by its end."""
+    """Ties go to the candidate that is listed first;
+    a title that is a prefix of another is told apart by its end."""
     assert (
         trie_walk(
             [[1, 2, 9], [1, 9], [3, 9]],
@@ -201,7 +209,8 @@ def test_trie_walk_takes_the_first_of_equals():
     ],
 )
 def test_answers_match_titles_exactly(answer, expected):
-    """An exact title, or the title and one final dot; nothing contained, nothing in another case."""
+    """An exact title, or the title and one final dot;
+    nothing contained, nothing in another case."""
     assert match_title(answer, ["Alien", "Alien 3", "Adieu.", "\u00c9lite"]) == expected
 
 
@@ -222,7 +231,8 @@ def test_metrics_divide_by_all_cases():
 
 
 def test_evaluate_scores_the_given_examples(half_trained):
-    """The public call: metrics with baselines on the same candidates, one prediction per example, model mode kept."""
+    """The public call: metrics with baselines on the same candidates, one prediction per example,
+    model mode kept."""
     model, tokenizer, test = half_trained
     some = test.examples.select(np.arange(30))
     metrics, predictions = evaluate(model, tokenizer, some, baselines=counting_baselines(some))
@@ -232,7 +242,8 @@ def test_evaluate_scores_the_given_examples(half_trained):
 
 
 def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
-    """eval.py --recommend prints every candidate once, best first, with shares that add up to one."""
+    """eval.py --recommend prints every candidate once, best first,
+    with shares that add up to one."""
     from model import save_pretrained
 
     model, tokenizer, _ = half_trained

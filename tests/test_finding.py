@@ -1,4 +1,5 @@
-"""Finding files: what stands in a folder beside the log, layouts of known data sets, parts of one export, JSON arrays."""
+"""Finding files: what stands in a folder beside the log, layouts of known data sets,
+parts of one export, JSON arrays."""
 
 import csv
 import io
@@ -13,7 +14,7 @@ from loaders.foreign import split_files
 from loaders.frozen import DataConfig, prepare, words_of
 
 
-# ------------------------------------------------------------------------------ one file among others
+# ------------------------------------------------------------------------ one file among others
 @pytest.mark.parametrize(
     "name", ["log.csv", "LOG.CSV", "log.tsv", "Log.Txt", "log.csv.gz", "LOG.CSV.GZ"]
 )
@@ -121,7 +122,8 @@ def test_a_json_array_is_read_like_lines(indent, bom, tmp_path):
 
 
 def test_a_long_array_is_read_in_blocks(tmp_path):
-    """Elements that lie across blocks of 1 MiB, with texts that hold brackets, commas and letters of two bytes."""
+    """Elements that lie across blocks of 1 MiB, with texts that hold brackets,
+    commas and letters of two bytes."""
     text = '], [{"é": 1}, ' * 30
     records = [{"user": f"u{n % 9}", "item": n, "rating": 1 + n % 5, "timestamp": n, "title": f"T{n}", "text": text} for n in range(6000)]  # fmt: skip
     file = put(tmp_path / "log.json", json.dumps(records, ensure_ascii=False))
@@ -277,7 +279,8 @@ def amazon_csv(rows: list[dict], history: bool) -> str:
 @pytest.mark.parametrize("form", ["lines", "array", "csv", "history", "splits"])
 @pytest.mark.parametrize("category", ["Beauty", "Books", "Movies_and_TV"])
 def test_amazon_of_2023(form, category, tmp_path):
-    """Reviews, ratings with and without histories, the benchmark's three files; milliseconds; titles by parent_asin."""
+    """Reviews, ratings with and without histories, the benchmark's three files; milliseconds;
+    titles by parent_asin."""
     if form == "lines":
         put(tmp_path / f"{category}.jsonl.gz", json_lines(REVIEWS))
     elif form == "array":

@@ -25,7 +25,8 @@ def small_config(tmp_path: Path, **options) -> DataConfig:
 
 
 def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch):
-    """The second call reads equal arrays and titles without touching the raw data; nothing else is left in the folder."""
+    """The second call reads equal arrays and titles without touching the raw data;
+    nothing else is left in the folder."""
     first = prepare(small_config(tmp_path))
     monkeypatch.setattr("loaders.frozen.load_log", None)
     again = prepare(small_config(tmp_path))
@@ -47,7 +48,8 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
-    """Equal examples have equal hashes wherever they lie; whatever changes a prompt or a list changes the hash."""
+    """Equal examples have equal hashes wherever they lie;
+    whatever changes a prompt or a list changes the hash."""
     prepared = prepare(small_config(tmp_path))
     assert (
         prepare(small_config(tmp_path, prepared_dir=str(tmp_path / "elsewhere"))).hash
@@ -90,7 +92,8 @@ def flip(file: Path) -> None:
     ids=["cut", "empty", "flipped", "missing", "meta cut", "other history", "meta empty"],
 )
 def test_damaged_prepared_examples_are_refused(name, damage, tmp_path):
-    """A prepared folder that is not what was written is an error with its path, never other data."""
+    """A prepared folder that is not what was written is an error with its path,
+    never other data."""
     config = small_config(tmp_path)
     folder = prepare(config).folder
     damage(folder / name)
@@ -116,7 +119,8 @@ def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
-    """All or liked items, with or without ratings: same candidates and targets, another hash each, the words to match."""
+    """All or liked items, with or without ratings:
+    same candidates and targets, another hash each, the words to match."""
     inputs = [
         {"history_items": items, "ratings": ratings}
         for items in ("all", "positive")
@@ -183,7 +187,8 @@ def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkey
 
 
 def test_damaged_tokens_are_named(tokenizer, tmp_path):
-    """A cut-off file is an error that names it and says what to do; a read-only folder only costs the cache."""
+    """A cut-off file is an error that names it and says what to do;
+    a read-only folder only costs the cache."""
     prepared = prepare(
         DataConfig(planted_users=80, followers=3, train_size=20, prepared_dir=str(tmp_path))
     )

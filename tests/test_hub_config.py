@@ -16,7 +16,8 @@ from model import ModelConfig, load_pretrained
 
 
 def version_5_layout(raw: dict) -> dict:
-    """config.json as transformers 5 writes it: one rope_parameters instead of rope_theta and rope_scaling."""
+    """config.json as transformers 5 writes it:
+    one rope_parameters instead of rope_theta and rope_scaling."""
     raw = dict(raw)
     scaling = raw.pop("rope_scaling", None) or {"rope_type": "default"}
     layers = ["full_attention"] * raw["num_hidden_layers"]
@@ -28,7 +29,8 @@ def version_5_layout(raw: dict) -> dict:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_config_layouts_mean_the_same(family, tmp_path):
-    """transformers 4's top-level rope keys, its legacy `type`, and transformers 5's rope_parameters read alike."""
+    """transformers 4's top-level rope keys, its legacy `type`,
+    and transformers 5's rope_parameters read alike."""
     raw = FAMILIES[family]
     write_json(tmp_path / "4" / "config.json", raw)
     write_json(tmp_path / "5" / "config.json", version_5_layout(raw))
@@ -85,7 +87,8 @@ INCOMPLETE_ROPE = {key: value for key, value in LLAMA3_ROPE.items() if key != "l
     ],
 )
 def test_unsupported_config_is_refused_by_name(changes, culprit, tmp_path):
-    """A config.json that asks for what is not computed here is a ValueError with the file and the culprit."""
+    """A config.json that asks for what is not computed here is a ValueError with the file and the
+    culprit."""
     file = write_json(tmp_path / "config.json", FAMILIES["llama3.1"] | changes)
     with pytest.raises(ValueError, match=culprit) as error:
         load_pretrained(tmp_path)
@@ -94,7 +97,8 @@ def test_unsupported_config_is_refused_by_name(changes, culprit, tmp_path):
 
 @pytest.mark.parametrize("text", [None, "", '{"model_type": "llama", ', "\x00\xff", "[1, 2]"])
 def test_unreadable_config_is_named(text, tmp_path):
-    """A config.json that is absent, empty, cut off, binary or no object is a ValueError that names it."""
+    """A config.json that is absent, empty, cut off,
+    binary or no object is a ValueError that names it."""
     file = tmp_path / "config.json"
     if text is not None:
         file.write_bytes(text.encode("latin-1"))
@@ -123,7 +127,8 @@ def test_unreadable_config_is_named(text, tmp_path):
     ],
 )
 def test_a_config_of_the_wrong_kind_is_named(changes, culprit, tmp_path):
-    """A field of the wrong type or size is one message with file and field, before memory is asked for."""
+    """A field of the wrong type or size is one message with file and field,
+    before memory is asked for."""
     path = write_checkpoint(tmp_path)
     config = json.loads((path / "config.json").read_text())
     config.pop("rope_parameters")

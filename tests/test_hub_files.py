@@ -1,4 +1,5 @@
-"""Finding and checking weights: the precedence of transformers, or a message that names cause and way out."""
+"""Finding and checking weights: the precedence of transformers,
+or a message that names cause and way out."""
 
 import json
 from types import SimpleNamespace
@@ -201,7 +202,8 @@ def test_truncated_weights_are_named(tmp_path):
 
 
 def test_a_missing_or_incomplete_shard_is_named(tmp_path):
-    """A shard that the index lists but that is absent, or lacks its tensor, is a ValueError that names it."""
+    """A shard that the index lists but that is absent, or lacks its tensor,
+    is a ValueError that names it."""
     write_checkpoint(tmp_path, shard_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shard = tmp_path / index["weight_map"]["lm_head.weight"]

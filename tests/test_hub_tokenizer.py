@@ -1,4 +1,5 @@
-"""Which ids begin and end a text: range, agreement of the files that name them, and what the embedding holds."""
+"""Which ids begin and end a text:
+range, agreement of the files that name them, and what the embedding holds."""
 
 import json
 from pathlib import Path
@@ -62,7 +63,8 @@ def write_ends(path: Path, config=None, generation=None, tokenizer=None, vocab_s
     ],
 )
 def test_bos_is_what_stands_first_and_ends_nothing(template, bos_ids, tmp_path):
-    """A token that the post-processor appends is no BOS, nor is one that ends a text; two are one."""
+    """A token that the post-processor appends is no BOS, nor is one that ends a text;
+    two are one."""
     path = write_ends(write_tokenizer(tmp_path, template), config=1)
     assert Tokenizer(path).bos_ids == bos_ids
 
@@ -81,7 +83,8 @@ def test_bos_is_what_stands_first_and_ends_nothing(template, bos_ids, tmp_path):
     ],
 )
 def test_sources_of_the_end_token_agree_or_are_said(ends, eos_id, stop_ids, said, tmp_path, capsys):
-    """What all files hold is trained on, else generation_config and tokenizer go before config; a note names who differs."""
+    """What all files hold is trained on, else generation_config and tokenizer go before config;
+    a note names who differs."""
     tokenizer = Tokenizer(write_ends(write_tokenizer(tmp_path), **ends))
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (eos_id, stop_ids)
     out = capsys.readouterr().out
@@ -152,7 +155,8 @@ def plain(folder: Path) -> HFTokenizer:
 
 
 def test_bos_is_the_tokenizers_own(family, tokenizer, folders):
-    """Llama prompts begin with one BOS, Qwen's with none: the same ids as the tokenizer's default for harmless text."""
+    """Llama prompts begin with one BOS, Qwen's with none:
+    the same ids as the tokenizer's default for harmless text."""
     inner = plain(folders[family])
     bos = {"llama3": "<|begin_of_text|>", "qwen": None, "llama2": "<s>"}[family]
     assert tokenizer.bos_ids == ([inner.token_to_id(bos)] if bos else [])
@@ -166,7 +170,8 @@ def test_bos_is_the_tokenizers_own(family, tokenizer, folders):
 
 @pytest.mark.parametrize("title", NASTY)
 def test_prompt_and_completion_make_the_joint_encoding(title, tokenizer):
-    """Prompt ids + completion ids are what the tokenizer makes of the whole text, and the completion ends in EOS."""
+    """Prompt ids + completion ids are what the tokenizer makes of the whole text,
+    and the completion ends in EOS."""
     prompt = render_prompt(Example(MOVIES, "u", [(title, 4.0)], [title, "Alien 3"], 0, [], 0))
     (prompt_ids,), (joint,) = (
         tokenizer.encode_prompts([prompt]),
@@ -180,7 +185,8 @@ def test_prompt_and_completion_make_the_joint_encoding(title, tokenizer):
 
 
 def test_joint_encoding_is_that_of_the_file(family, tokenizer, folders):
-    """For titles without special tokens, prompt ids + completion ids equal the plain tokenizer's default encoding."""
+    """For titles without special tokens,
+    prompt ids + completion ids equal the plain tokenizer's default encoding."""
     inner = plain(folders[family])
     for title in NASTY:
         if "<" not in title:
@@ -192,7 +198,8 @@ def test_joint_encoding_is_that_of_the_file(family, tokenizer, folders):
 
 
 def test_special_tokens_in_titles_stay_text(family, tokenizer, folders):
-    """A title that spells a control token is spelled out, so that it neither ends an answer nor starts a text."""
+    """A title that spells a control token is spelled out,
+    so that it neither ends an answer nor starts a text."""
     inner = plain(folders[family])
     specials = [token["content"] for token in json.loads(inner.to_str())["added_tokens"]]
     assert END_OF_TEXT[family] in specials
@@ -273,7 +280,8 @@ def test_saved_truncation_and_padding_are_ignored(family, folders, tokenizer, tm
     ],
 )
 def test_eos_and_stop_ids_come_from_the_configs(files, eos_id, stop_ids, folders, tmp_path):
-    """What all sources hold is trained on, else generation_config's, tokenizer's, config's; others stop."""
+    """What all sources hold is trained on, else generation_config's, tokenizer's, config's;
+    others stop."""
     (tmp_path / "tokenizer.json").write_bytes((folders["llama3"] / "tokenizer.json").read_bytes())
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -304,7 +312,8 @@ def test_unreadable_tokenizers_are_named(tmp_path):
 
 
 def test_newline_ids_are_spaces_and_a_line_break(tokenizer):
-    """Exactly the tokens that spell optional spaces and then a line break, the byte itself among them."""
+    """Exactly the tokens that spell optional spaces and then a line break,
+    the byte itself among them."""
     found = tokenizer.newline_ids()
     assert {tokenizer.encode(["a\nb"])[0][-2], tokenizer.encode(["a\rb"])[0][-2]} <= found
     texts = {

@@ -1,4 +1,5 @@
-"""The losses against numbers computed elsewhere, against each other, and where fp32 would overflow."""
+"""The losses against numbers computed elsewhere, against each other,
+and where fp32 would overflow."""
 
 import math
 from collections import defaultdict
@@ -91,7 +92,8 @@ LENGTHS = torch.tensor([[4, 5], [2, 2]], dtype=torch.float64)
     ],
 )  # fmt: skip
 def test_pairwise_losses_equal_stored_numbers(name, compute, golden):
-    """FACTS: computed in float64 from the published formulas; lengths 4, 2 (chosen) and 5, 2 (rejected)."""
+    """FACTS: computed in float64 from the published formulas;
+    lengths 4, 2 (chosen) and 5, 2 (rejected)."""
     losses, rewards = compute()
     assert losses.tolist() == pytest.approx(golden, abs=1e-6) and rewards.shape == (2, 2)
 
@@ -149,7 +151,8 @@ def test_recpo_with_one_negative_and_no_margin_is_dpo(beta):
 
 @pytest.mark.parametrize("kind", MARGINS)
 def test_loss_at_the_reference_depends_on_margins_alone(kind):
-    """Where policy = reference, the loss is softplus(logsumexp(lambda m)) and every reward is 0; log 4 for S-DPO."""
+    """Where policy = reference, the loss is softplus(logsumexp(lambda m)) and every reward is 0;
+    log 4 for S-DPO."""
     margins = 2.0 * target_margins(CHOSEN_SCORES, REJECTED_SCORES, kind)
     losses, rewards = recpo_loss(POLICY, POLICY, margins, beta=0.7)
     assert losses.tolist() == pytest.approx(softplus(margins.logsumexp(1)).tolist(), abs=1e-12)
@@ -159,7 +162,8 @@ def test_loss_at_the_reference_depends_on_margins_alone(kind):
 
 
 def test_recpo_equals_the_published_form():
-    """softplus(logsumexp) is -log sigmoid(-log sum exp), and the chosen item's cross-entropy, where those are safe."""
+    """softplus(logsumexp) is -log sigmoid(-log sum exp), and the chosen item's cross-entropy,
+    where those are safe."""
     margins = 2.0 * target_margins(CHOSEN_SCORES, REJECTED_SCORES, "ratio")
     losses, _ = recpo_loss(POLICY, REFERENCE, margins, beta=1.0)
     ratios = POLICY - REFERENCE
@@ -171,7 +175,8 @@ def test_recpo_equals_the_published_form():
 
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 def test_loss_and_gradient_stay_finite_far_apart(gap):
-    """At 500 nats in fp32, where exp() overflows, the loss is the violation itself or 0, its slope -1 or 0."""
+    """At 500 nats in fp32, where exp() overflows, the loss is the violation itself or 0,
+    its slope -1 or 0."""
     for loss in (
         lambda p, r: recpo_loss(p, r, torch.full((1, 3), 11.0), 1.0),
         lambda p, r: sdpo_loss(p, r, 1.0),
@@ -227,7 +232,8 @@ def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return (cpo_loss(PAIR, 0.7) if name == "cpo" else simpo_loss(PAIR, LENGTHS, 0.7, 0.9))[
             0
         ].mean(), theirs
-    # log-probs of a sequence stand at its first scored token; masks count its tokens; chosen ones come first
+    # log-probs of a sequence stand at its first scored token; masks count its tokens;
+    # chosen ones come first
     lengths = LENGTHS.T.flatten().long()
     mask = torch.cat([torch.zeros(4, 1), (torch.arange(5) < lengths[:, None]).double()], 1)
     log_probs = torch.zeros(4, 5, dtype=torch.float64)
@@ -301,7 +307,8 @@ def test_rewards_are_beta_times_log_ratios():
 
 
 def test_label_smoothing_mixes_both_directions():
-    """Conservative DPO: a share of the labels is taken to be the other way round; at one half order stops to count."""
+    """Conservative DPO: a share of the labels is taken to be the other way round;
+    at one half order stops to count."""
     policy, reference = POLICY[:, :2], REFERENCE[:, :2]
     straight, swapped = (
         dpo_loss(policy, reference, 1.0)[0],
@@ -339,7 +346,8 @@ def test_target_margins_by_hand():
 
 @pytest.mark.parametrize("kind", MARGINS)
 def test_margins_stay_finite_where_a_rejected_item_scores_higher(kind):
-    """The first liked item may score below a rejected one; no margin becomes NaN or infinite for that."""
+    """The first liked item may score below a rejected one;
+    no margin becomes NaN or infinite for that."""
     margins = target_margins(
         torch.tensor([0.5, 5.0]), torch.tensor([[1.5, 5.0, 0.5], [5.0, 0.3, 0.5]]), kind
     )
@@ -353,7 +361,8 @@ def test_unknown_margin_is_refused_by_name():
 
 
 def test_preference_score_by_hand():
-    """rating / (1 + steps)^decay: the next item keeps its rating; 3 stars ten steps on are 3 / sqrt(11) = 0.9045."""
+    """rating / (1 + steps)^decay: the next item keeps its rating;
+    3 stars ten steps on are 3 / sqrt(11) = 0.9045."""
     assert preference_score(5, 0) == 5
     assert preference_score(3, 10) == pytest.approx(3 / math.sqrt(11))
     assert round(preference_score(3, 10), 4) == 0.9045
@@ -364,7 +373,8 @@ def test_preference_score_by_hand():
 
 
 def test_sft_loss_adds_up_over_micro_batches():
-    """Sums over the global token count: parts of a batch add up to the whole mean, however it is cut."""
+    """Sums over the global token count:
+    parts of a batch add up to the whole mean, however it is cut."""
     token_logps = -torch.rand(10, dtype=torch.float64)
     whole = sft_loss(token_logps, 10)
     assert whole.item() == pytest.approx(-token_logps.mean().item(), abs=1e-12)

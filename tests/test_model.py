@@ -1,4 +1,5 @@
-"""The model against transformers, stored numbers and its own plain form: full sequences instead of a tree."""
+"""The model against transformers, stored numbers and its own plain form:
+full sequences instead of a tree."""
 
 import dataclasses
 import json
@@ -30,12 +31,13 @@ from model import (
     save_pretrained,
 )
 
-# Spread out on purpose: attention depends on position differences only, so 9000, 9001, ... would show little.
+# Spread out on purpose: attention depends on position differences only, so 9000, 9001, ...
+# would show little.
 LATE_POSITIONS = torch.tensor([[0, 1, 700, 701, 3000, 8191, 12000]])
 GOLDEN_IDS = torch.tensor([[1, 17, 90, 4, 55, 120, 33]])
 
 
-# ------------------------------------------------------------------------------------------------ parity
+# ------------------------------------------------------------------------ parity
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, tmp_path):
     """A checkpoint written by transformers gives its logits here, also past position 8,192."""
@@ -45,7 +47,8 @@ def test_logits_equal_transformers(family, tmp_path):
     for position_ids in (torch.arange(7)[None], torch.arange(9000, 9007)[None], LATE_POSITIONS):
         position_ids = position_ids.expand(2, 7)
         with torch.no_grad():
-            # an explicit attention_mask, or transformers takes a jump in the positions for the start of a new sequence
+            # an explicit attention_mask, or transformers takes a jump in the positions for the
+            # start of a new sequence
             expected = theirs(
                 input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)
             ).logits
@@ -57,7 +60,8 @@ def test_logits_equal_transformers(family, tmp_path):
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_checkpoint_loads_in_transformers(family, shard_bytes, tmp_path):
-    """A directory written here, in one file or in shards, gives the same logits in transformers, no key left over."""
+    """A directory written here, in one file or in shards, gives the same logits in transformers,
+    no key left over."""
     transformers = pytest.importorskip("transformers")
     ours = tiny_model(family)
     save_pretrained(ours, tmp_path, shard_bytes=shard_bytes)
@@ -72,7 +76,8 @@ def test_saved_checkpoint_loads_in_transformers(family, shard_bytes, tmp_path):
         assert max_diff(ours.logits(input_ids, position_ids), expected) < 1e-4
 
 
-# Logits of ids 0, 7, 64, 130 behind the last of GOLDEN_IDS at LATE_POSITIONS, as transformers 5.23 computes them.
+# Logits of ids 0, 7, 64, 130 behind the last of GOLDEN_IDS at LATE_POSITIONS,
+# as transformers 5.23 computes them.
 GOLDEN_LOGITS = {
     "llama2": [-0.612189, -0.208519, 0.483427, -0.604973],
     "llama3.1": [-3.468153, -1.954700, 3.231968, -3.278309],
@@ -117,7 +122,8 @@ def test_llama3_inverse_frequencies_equal_stored_ones(config):
 
 
 def test_init_weights_is_a_function_of_the_seed(config):
-    """Equal seeds give equal weights whatever was drawn before; norms start at one, residual projections smaller."""
+    """Equal seeds give equal weights whatever was drawn before;
+    norms start at one, residual projections smaller."""
     config = dataclasses.replace(config, hidden_size=64, intermediate_size=256)
     a = init_weights(config, seed=3)
     torch.rand(5)
@@ -132,7 +138,7 @@ def test_init_weights_is_a_function_of_the_seed(config):
     )  # sqrt(2 x 2 layers)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------ files
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharded_checkpoint_loads_back(family, tmp_path):
     """Splitting into many files and an index changes no weight."""
@@ -155,7 +161,8 @@ def test_sharded_checkpoint_loads_back(family, tmp_path):
     "first, second", [(20_000, 10**9), (10**9, 20_000)], ids=["over-shards", "over-single"]
 )
 def test_saving_again_replaces_the_old_weights(first, second, tmp_path):
-    """What is loaded, here and in transformers, is what was saved last, whichever way the files were split."""
+    """What is loaded, here and in transformers, is what was saved last,
+    whichever way the files were split."""
     write_checkpoint(tmp_path, seed=0, shard_bytes=first)
     write_checkpoint(tmp_path, seed=1, shard_bytes=second)
     assert torch.equal(load_pretrained(tmp_path).lm_head.weight, tiny_model(seed=1).lm_head.weight)
@@ -166,7 +173,8 @@ def test_saving_again_replaces_the_old_weights(first, second, tmp_path):
 
 
 def test_tied_head_is_not_stored_and_tied_again(tmp_path):
-    """A tied head is one tensor: absent from the file, shared after loading, and ignored if a file brings it along."""
+    """A tied head is one tensor: absent from the file, shared after loading,
+    and ignored if a file brings it along."""
     write_checkpoint(tmp_path, "llama3.2")
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -183,7 +191,8 @@ def test_tied_head_is_not_stored_and_tied_again(tmp_path):
 
 
 def test_loading_casts_to_the_given_dtype(tmp_path):
-    """Every parameter takes the dtype asked for, rotary frequencies stay fp32, and saving records the dtype."""
+    """Every parameter takes the dtype asked for, rotary frequencies stay fp32,
+    and saving records the dtype."""
     model = load_pretrained(write_checkpoint(tmp_path / "a"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.inv_freq.dtype == torch.float32
@@ -193,13 +202,14 @@ def test_loading_casts_to_the_given_dtype(tmp_path):
     assert load_file(tmp_path / "b" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------------------------------------ the tree
+# ------------------------------------------------------------------------ the tree
 def random_ids(count: int) -> list[int]:
     return torch.randint(3, 131, (count,)).tolist()
 
 
 def random_batch(num_completions: int, longest: int) -> tuple[list, list]:
-    """Three ragged prompts; completions of up to `longest` ids before EOS, none among them, and prefixes of others."""
+    """Three ragged prompts; completions of up to `longest` ids before EOS, none among them,
+    and prefixes of others."""
     prompts = [random_ids(n) for n in (5, 1, 9)]
     groups = []
     for _ in prompts:
@@ -215,7 +225,8 @@ BATCHES = [(N, longest) for N in (1, 2, 4, 20) for longest in (0, 1, 6)]
 
 
 def full_sequence_logps(model, prompts, groups) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: each completion behind its own copy of the prompt; (M,) log-probs and argmaxes, in tree order."""
+    """The definition: each completion behind its own copy of the prompt;
+    (M,) log-probs and argmaxes, in tree order."""
     logps, best = [], []
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
@@ -230,7 +241,8 @@ def full_sequence_logps(model, prompts, groups) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3"])
 @torch.no_grad()
 def test_tree_equals_separate_sequences(family, num_completions, longest):
-    """One pass over the tree gives the log-probs and argmaxes of all its full sequences, EOS-only ones included."""
+    """One pass over the tree gives the log-probs and argmaxes of all its full sequences,
+    EOS-only ones included."""
     model = tiny_model(family)
     prompts, groups = random_batch(num_completions, longest)
     tree = build_tree(prompts, groups)
@@ -255,7 +267,8 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("family", ["llama3.1", "llama3.2", "qwen2.5", "qwen3"])
 def test_tree_gradients_equal_separate_sequences(family, frozen_head, checkpointing, monkeypatch):
-    """Every parameter gets the gradient of the full sequences, with and without activation checkpointing."""
+    """Every parameter gets the gradient of the full sequences,
+    with and without activation checkpointing."""
     model = tiny_model(family)
     model.lm_head.weight.requires_grad_(not frozen_head)
     runs = []
@@ -281,7 +294,8 @@ def test_tree_gradients_equal_separate_sequences(family, frozen_head, checkpoint
 
 
 def test_padding_changes_nothing():
-    """Other ids and positions in the padding leave log-probs and gradients bitwise alone; padding gets no gradient."""
+    """Other ids and positions in the padding leave log-probs and gradients bitwise alone;
+    padding gets no gradient."""
     model = tiny_model()
     prompts, groups = random_batch(4, 5)
     tree = build_tree(prompts, groups)
@@ -302,7 +316,8 @@ def test_padding_changes_nothing():
 
 
 def test_tree_of_one_prompt_spelled_out():
-    """Positions go on from the prompt, EOS is a label but no input, and the last prompt token predicts every branch."""
+    """Positions go on from the prompt, EOS is a label but no input,
+    and the last prompt token predicts every branch."""
     tree = build_tree([[10, 11, 12], [13]], [[[20, 21, EOS], [EOS]], [[30, EOS], [31, EOS]]])
     assert isinstance(tree, PromptTree) and (tree.prompt_width, tree.num_completions) == (3, 2)
     assert tree.input_ids.tolist() == [[10, 11, 12, 20, 21], [13, 0, 0, 30, 31]]
@@ -331,10 +346,11 @@ def test_build_tree_refuses_what_is_no_tree(prompts, completions, message):
         build_tree(prompts, completions)
 
 
-# ------------------------------------------------------------------------------------------------ building blocks
+# ------------------------------------------------------------------------ building blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_swiglu_equals_its_formula_and_keeps_two_tensors(dtype):
-    """silu(gate) * up and its gradients as autograd has them, with only gate and up kept for backward."""
+    """silu(gate) * up and its gradients as autograd has them,
+    with only gate and up kept for backward."""
     gate, up = (torch.randn(6, 40).to(dtype).requires_grad_() for _ in range(2))
     upstream, kept = torch.randn(6, 40).to(dtype), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -364,7 +380,7 @@ def test_rms_norm_rounds_where_the_published_models_do(dtype):
     assert torch.equal(norm(x), expected)
 
 
-# ------------------------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------ generation
 def naive_greedy(model, prompt, max_new_tokens, stop_ids) -> list[int]:
     """The definition: the whole sequence again for every token."""
     new = []
@@ -376,7 +392,8 @@ def naive_greedy(model, prompt, max_new_tokens, stop_ids) -> list[int]:
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3"])
 @torch.no_grad()
 def test_generate_equals_the_naive_loop(family):
-    """Batched decoding of ragged prompts with a cache writes what full logits write, token for token."""
+    """Batched decoding of ragged prompts with a cache writes what full logits write,
+    token for token."""
     model = tiny_model(family)
     prompts = [random_ids(n) for n in (4, 1, 11, 7)]
     expected = [naive_greedy(model, prompt, 12, ()) for prompt in prompts]
@@ -388,7 +405,8 @@ def test_generate_equals_the_naive_loop(family):
 
 @torch.no_grad()
 def test_generate_stops_at_stop_ids():
-    """Each prompt ends with its first stop id, included; the others go on, and a waiting rank changes nothing."""
+    """Each prompt ends with its first stop id, included;
+    the others go on, and a waiting rank changes nothing."""
     model = tiny_model()
     prompts = [random_ids(n) for n in (4, 1, 11)]
     free = [naive_greedy(model, prompt, 12, ()) for prompt in prompts]

@@ -1,4 +1,5 @@
-"""Options: every committed configuration is accepted; what breaks or does nothing is refused by name."""
+"""Options: every committed configuration is accepted;
+what breaks or does nothing is refused by name."""
 
 import json
 import subprocess
@@ -154,6 +155,7 @@ def test_options_of_the_step_reach_every_step_of_their_stage(steps):
 
 
 def test_the_start_of_a_run_does_not_load_the_compiler():
-    """torch.compile's machinery costs a second a process; only --compile and 4-bit layers load it."""
+    """torch.compile's machinery costs a second a process;
+    only --compile and 4-bit layers load it."""
     code = "import sys, train; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,5 @@
-"""Parquet as warehouses write it: the same log as a CSV of the same rows, whatever the types of the columns."""
+"""Parquet as warehouses write it:
+the same log as a CSV of the same rows, whatever the types of the columns."""
 
 import datetime as dt
 import decimal

@@ -104,7 +104,8 @@ def made(name: str, values, seeds=None) -> Method:
 
 
 def test_differences_are_paired_and_named():
-    """A difference that every user shares is seen although both intervals overlap; noise is not distinguishable."""
+    """A difference that every user shares is seen although both intervals overlap;
+    noise is not distinguishable."""
     base = np.random.default_rng(2).integers(0, 2, 400)
     better = base.copy()
     better[np.flatnonzero(base == 0)[:20]] = 1
@@ -118,7 +119,8 @@ def test_differences_are_paired_and_named():
 
 
 def test_runs_are_paired_by_seed():
-    """A seed that one method lacks is left out of the comparison, and the runs behind it are counted."""
+    """A seed that one method lacks is left out of the comparison,
+    and the runs behind it are counted."""
     base = np.random.default_rng(2).integers(0, 2, 400)
     better = np.maximum(base, np.arange(400) < 20)
     found = compare(made("a", [base, better, better]), made("b", [base]), "hit_ratio@1")
@@ -132,7 +134,8 @@ def test_runs_are_paired_by_seed():
 
 
 def test_holm_steps_down():
-    """The k-th clearest of m is judged at 5 % / (m - k + 1); what lies behind the first failure fails at its level."""
+    """The k-th clearest of m is judged at 5 % / (m - k + 1);
+    what lies behind the first failure fails at its level."""
     rng = np.random.default_rng(0)
 
     def normal(z: float) -> Difference:
@@ -153,7 +156,8 @@ def test_holm_steps_down():
 
 
 def test_holm_keeps_noise_out_of_the_claims():
-    """Of 300 tables of 8 comparisons without any difference at most about 5 % name one; uncorrected a third would."""
+    """Of 300 tables of 8 comparisons without any difference at most about 5 % name one;
+    uncorrected a third would."""
     rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(300):
@@ -168,7 +172,8 @@ def names_of(folder: Path) -> dict[str, list[int]]:
 
 
 def test_seeds_are_one_method_and_settings_are_named(tmp_path):
-    """Runs that differ in the seed alone are averaged; margins, λ, K, decay and inputs make methods of their own."""
+    """Runs that differ in the seed alone are averaged;
+    margins, λ, K, decay and inputs make methods of their own."""
     for seed in range(3):
         write_stage(tmp_path, "recpo", [1, 0, seed % 2], seed=seed)
     write_stage(tmp_path, "recpo", [1, 1, 1], margin_lambda=4.0, name="l4")
@@ -193,7 +198,8 @@ def test_seeds_are_one_method_and_settings_are_named(tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_any_option_makes_a_method_of_its_own(option, value):
-    """Two runs that differ in any option but seed and paths never become one row, and the name shows the option."""
+    """Two runs that differ in any option but seed and paths never become one row,
+    and the name shows the option."""
     config = asdict(TrainConfig(stages="sft,recpo"))
     other = (
         not value if isinstance(value, bool) else value + 1 if not isinstance(value, str) else "x"
@@ -220,7 +226,8 @@ def test_beta_weight_and_rate_are_three_methods(tmp_path):
 
 
 def test_a_seed_counts_once(tmp_path):
-    """The same settings and seed tested twice are one run; the report names the one that is left out."""
+    """The same settings and seed tested twice are one run;
+    the report names the one that is left out."""
     write_stage(tmp_path, "recpo", [1, 0, 1], seed=0, name="a")
     write_stage(tmp_path, "recpo", [1, 1, 1], seed=0, name="b")
     write_stage(tmp_path, "recpo", [0, 0, 0], seed=1)
@@ -231,7 +238,8 @@ def test_a_seed_counts_once(tmp_path):
 
 
 def test_a_stage_carries_the_settings_that_it_started_from(tmp_path):
-    """Another SFT behind the same preference options is another method; the same one from another folder is not."""
+    """Another SFT behind the same preference options is another method;
+    the same one from another folder is not."""
     write_stage(tmp_path, "recpo", [1, 0, 1], stages="sft,recpo", seed=0)
     for folder, seed, epochs in (("same", 1, 5.0), ("longer", 2, 9.0)):
         (tmp_path / folder / "sft").mkdir(parents=True)
@@ -243,7 +251,8 @@ def test_a_stage_carries_the_settings_that_it_started_from(tmp_path):
 
 
 def test_other_candidates_are_refused(tmp_path):
-    """Stages tested on other users or candidates cannot stand in one table; the folders are named."""
+    """Stages tested on other users or candidates cannot stand in one table;
+    the folders are named."""
     write_stage(tmp_path, "sft", [1, 0, 1])
     write_stage(tmp_path, "sdpo", [1, 0, 1], users="v")
     with pytest.raises(ValueError, match="different users or candidates.*sdpo"):
@@ -268,7 +277,8 @@ def test_length_bins_without_intervals_are_refused(tmp_path):
 
 
 def test_the_report_has_tables_claims_and_pictures(tmp_path):
-    """Counting rows, intervals, paired verdicts, probes, the λ sweep; every picture named in it is there."""
+    """Counting rows, intervals, paired verdicts, probes, the λ sweep;
+    every picture named in it is there."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2, 200)
     good = np.maximum(base, rng.integers(0, 2, 200)).tolist()
@@ -292,7 +302,8 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
 
 
 def test_table_3_stands_beside_the_paper_s(tmp_path):
-    """The prepared examples are found by their hash; without them a line says how to get the statistics."""
+    """The prepared examples are found by their hash;
+    without them a line says how to get the statistics."""
     config = DataConfig(planted_users=100, followers=3, train_size=12, prepared_dir=str(tmp_path))
     made = prepare(config)
     text = data_table(vars(config), made.hash[:12])
@@ -327,7 +338,8 @@ def test_a_sweep_changes_one_option():
 
 # --------------------------------------------------------------------------------------- the runner
 def test_commands_carry_common_and_own_options(tmp_path):
-    """Flags of every kind; a run that goes on from another one's stage gets its model; baselines get no training options."""
+    """Flags of every kind; a run that goes on from another one's stage gets its model;
+    baselines get no training options."""
     assert flags_of({"a": 1, "b": True, "c": False, "d": "x"}) == [
         "--a=1",
         "--b",
@@ -369,7 +381,8 @@ def test_planted_tables_compare_the_losses_of_the_papers():
 
 @pytest.mark.parametrize("name", ["planted", "planted-sweeps", "movielens", "paper", "inputs"])
 def test_committed_tables_hold_options_that_exist(name):
-    """Every option of every run is one of its script; what a table leaves open is asked for by name."""
+    """Every option of every run is one of its script;
+    what a table leaves open is asked for by name."""
     table = json.loads((ROOT / f"configs/tables/{name}.json").read_text())
     for run in table["runs"]:
         own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
@@ -391,7 +404,8 @@ def test_an_open_table_asks_for_model_and_data():
 
 @pytest.mark.slow
 def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
-    """Two runs, a baseline and a probe by one command; the second call does nothing; the report stands on them."""
+    """Two runs, a baseline and a probe by one command; the second call does nothing;
+    the report stands on them."""
     training = {
         "batch_size": 8,
         "lora_r": 4,

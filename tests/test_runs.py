@@ -1,4 +1,5 @@
-"""A run's log and folder, its end by a signal or a full disk, and its stages: what they start from, who may read them."""
+"""A run's log and folder, its end by a signal or a full disk, and its stages:
+what they start from, who may read them."""
 
 import fcntl
 import gc
@@ -50,7 +51,8 @@ def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
 
 # ------------------------------------------------------------------------ the folder
 def test_run_folder_holds_what_the_readme_promises(one_process):
-    """Config, PEFT adapter, HF model with tokenizer, metrics, predictions and the result table are there."""
+    """Config, PEFT adapter, HF model with tokenizer, metrics,
+    predictions and the result table are there."""
     folder = one_process[0] / "one"
     for name in ("config.json", "results.md", "sft/model.safetensors", "sft/config.json",
                  "sft/tokenizer.json", "recpo/adapter_model.safetensors", "recpo/adapter_config.json",
@@ -70,7 +72,8 @@ def test_run_folder_holds_what_the_readme_promises(one_process):
 
 
 def test_finished_stages_are_not_run_again(one_process):
-    """--resume auto skips finished stages, starts an unfinished one anew, and adds stages to a run."""
+    """--resume auto skips finished stages, starts an unfinished one anew,
+    and adds stages to a run."""
     tmp_path, _, before = one_process
     (tmp_path / "one" / "sdpo.unfinished").mkdir()
     output, after = run_train(
@@ -110,7 +113,8 @@ def needs_mount(tmp_path) -> None:
 
 
 def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
-    """A disk with room for two checkpoints fills up; with more room --resume auto goes on to the same bits."""
+    """A disk with room for two checkpoints fills up;
+    with more room --resume auto goes on to the same bits."""
     needs_mount(tmp_path)
     runs, disk = whole[0], tmp_path / "disk"
     adapter = (runs / "whole" / "sft" / "adapter_model.safetensors").stat().st_size
@@ -177,7 +181,8 @@ def test_two_runs_in_one_folder_are_refused(whole):
     ],
 )
 def test_sigterm_loses_no_step(whole, stage, processes):
-    """SIGTERM saves at the next step and exits with 0; resuming gives the same bits, the deleted reference cache too."""
+    """SIGTERM saves at the next step and exits with 0;
+    resuming gives the same bits, the deleted reference cache too."""
     tmp_path, metrics, _ = whole
     name = f"stopped-{stage}-{processes}"
     flags = (*SAVING[1:], "--save_steps=0")  # the signal alone saves

@@ -1,4 +1,5 @@
-"""Sharded models: the same weights, answers, losses and adapters as one process, however they are divided."""
+"""Sharded models: the same weights, answers, losses and adapters as one process,
+however they are divided."""
 
 import json
 import os
@@ -29,7 +30,8 @@ from runtime.sharding import (
 )
 from train import TrainConfig, train_step
 
-# A worker of 2 or 4 ranks: load every checkpoint in every mode and compare with the plain way of loading it.
+# A worker of 2 or 4 ranks: load every checkpoint in every mode and compare with the plain way of
+# loading it.
 WORKER = """
 import sys
 from pathlib import Path
@@ -73,7 +75,8 @@ print("ALL GOOD", flush=True)
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
-    """Weights, tied heads, biases, log-probs and `generate` before any forward; adapters kept, and merged for full training."""
+    """Weights, tied heads, biases, log-probs and `generate` before any forward;
+    adapters kept, and merged for full training."""
     for family in FAMILIES:
         write_checkpoint(tmp_path / family, family, shard_bytes=20_000)
         model = apply_lora(load_pretrained(tmp_path / family), 4, 8, seed=5)
@@ -88,7 +91,8 @@ def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
 
 
 def test_groups_must_divide_the_world(monkeypatch):
-    """hybrid's group is a machine by default; one that does not divide the processes is an error that lists those that do."""
+    """hybrid's group is a machine by default;
+    one that does not divide the processes is an error that lists those that do."""
     assert [shard_group(mode, 0, 8) for mode in ("full", "none")] == [8, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert shard_group("hybrid", 0, 8) == 4 and shard_group("hybrid", 2, 8) == 2
@@ -142,7 +146,8 @@ def test_any_division_gives_the_same_run(alone, processes, mode):
 
 @pytest.mark.slow
 def test_two_agents_give_the_same_run(alone):
-    """hybrid over two torchrun agents of two processes each, as on two machines: a group is a machine."""
+    """hybrid over two torchrun agents of two processes each, as on two machines:
+    a group is a machine."""
     tmp_path, expected = alone
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
                "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo", str(TRAIN), *TINY, *LONG, "--shard=hybrid",
@@ -222,7 +227,8 @@ def test_an_optimizer_of_other_parameters_is_refused(gathered_model):
 
 @pytest.mark.parametrize("r", [0, 4])
 def test_gradients_of_all_weights_are_reduced_after_every_micro_batch(tmp_path, r):
-    """Between micro-batches full training holds its rows only; adapters are reduced once per step."""
+    """Between micro-batches full training holds its rows only;
+    adapters are reduced once per step."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         write_checkpoint(tmp_path / "base")

@@ -29,7 +29,8 @@ from train import TrainConfig, get_lr, load_policy, train_step
 
 @pytest.mark.parametrize("mode", ["full", "none"])
 def test_two_ranks_match_one(one_process, mode):
-    """2 processes x accumulation 2 give the loss curves of 1 process x accumulation 4 (fp32, dropout 0: full SFT)."""
+    """2 processes x accumulation 2 give the loss curves of 1 process x accumulation 4 (fp32,
+    dropout 0: full SFT)."""
     tmp_path, _, one = one_process
     flags = ("--micro_batch_tokens=500", f"--shard={mode}")
     _, two = run_train(tmp_path, f"two-{mode}", *flags, processes=2)
@@ -47,7 +48,8 @@ def test_two_ranks_match_one(one_process, mode):
     [(1, ()), (2, ("--shard=full", "--gradient_checkpointing")), (2, ("--shard=none",))],
 )
 def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
-    """--compile, with checkpointing and shards too: the eager losses, over micro-batches of several sizes."""
+    """--compile, with checkpointing and shards too:
+    the eager losses, over micro-batches of several sizes."""
     tmp_path, _, eager = one_process
     name = f"compiled-{processes}{len(flags)}"
     output, compiled = run_train(
@@ -61,7 +63,8 @@ def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
 def test_compiled_checkpointing_draws_the_same_dropout(tmp_path):
-    """What checkpointing runs again in a compiled block drops the same elements as the first time."""
+    """What checkpointing runs again in a compiled block drops the same elements as the first
+    time."""
     flags = ("--compile", "--sft_lora_r=4", "--lora_dropout=0.3", "--stages=sft")
     runs = [
         run_train(tmp_path, n, *flags, *more)[1]
@@ -74,7 +77,8 @@ MORE = ("ipo", "simpo", "cpo", "odpo", "kto")
 
 
 def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
-    """Each from the same SFT result; one big micro-batch and many small ones, on two ranks, give the same losses."""
+    """Each from the same SFT result;
+    one big micro-batch and many small ones, on two ranks, give the same losses."""
     flags = ("--sft_epochs=1", "--epochs=1.5", "--beta=0.2", f"--stages=sft,{','.join(MORE)}")
     output, small = run_train(
         tmp_path, "small", *flags, "--micro_batch_tokens=500", "--shard=none", processes=2
@@ -101,14 +105,16 @@ def test_one_big_batch_matches_accumulation(one_process):
 
 
 def test_rewards_before_the_first_step_are_exactly_zero(one_process):
-    """Reference and policy run the same micro-batches, so the first rewards are zero to the last bit in fp32."""
+    """Reference and policy run the same micro-batches,
+    so the first rewards are zero to the last bit in fp32."""
     _, output, metrics = one_process
     assert "before the first step: at most 0.0e+00 nats" in output
     assert metrics["recpo"][0]["rewards/margins"] == 0.0
 
 
 def test_five_examples_on_four_ranks(tmp_path):
-    """Ranks without examples of their own go along with weight 0: nothing hangs, in training nor in decoding."""
+    """Ranks without examples of their own go along with weight 0:
+    nothing hangs, in training nor in decoding."""
     flags = ("--train_size=5", "--batch_size=5", "--test_size=5", "--epochs=1", "--sft_epochs=1")
     _, four = run_train(tmp_path, "four", *flags, processes=4)
     _, one = run_train(tmp_path, "one", *flags)
@@ -117,7 +123,8 @@ def test_five_examples_on_four_ranks(tmp_path):
 
 
 def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
-    """--stages recpo --adapter DIR: policy and reference are that adapter; an adapter of another base is refused."""
+    """--stages recpo --adapter DIR: policy and reference are that adapter;
+    an adapter of another base is refused."""
     run = one_process[0] / "one"
     demo = f"--config={ROOT / 'configs/demo.json'}"
     flags = (
@@ -135,7 +142,8 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
 
 
 def test_raw_tests_what_training_starts_from(one_process, tmp_path):
-    """--stages raw: the start's own answers, here those of a finished stage; its row is in the table, and eval.py finds it."""
+    """--stages raw: the start's own answers, here those of a finished stage;
+    its row is in the table, and eval.py finds it."""
     run = one_process[0] / "one"
     demo = f"--config={ROOT / 'configs/demo.json'}"
     output, metrics = run_train(
@@ -176,7 +184,8 @@ def test_bad_input_is_one_clear_message(tmp_path, flags, message):
 
 
 class Reads(TorchDispatchMode):
-    """Raises at what makes the host wait for a GPU: reading a value, or a result whose size depends on values."""
+    """Raises at what makes the host wait for a GPU:
+    reading a value, or a result whose size depends on values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         indexed = str(function) in (
@@ -195,7 +204,8 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    """Options, encoded training examples and a base model of the planted world, in a process group of one."""
+    """Options, encoded training examples and a base model of the planted world,
+    in a process group of one."""
     folder = tmp_path_factory.mktemp("world")
     config = TrainConfig(
         planted_users=100,
@@ -229,14 +239,16 @@ def objective_and_optimizer(small_world, stage):
 
 @pytest.mark.parametrize("stage", ["sft", "recpo"])
 def test_a_step_never_waits_for_the_gpu(small_world, stage):
-    """Between its first forward and its update a step reads no value; its metrics are read afterwards."""
+    """Between its first forward and its update a step reads no value;
+    its metrics are read afterwards."""
     objective, optimizer = objective_and_optimizer(small_world, stage)
     batches = [
         objective.prepare([0, 1], range(4)),
         objective.prepare([2, 3], range(4)),
         objective.prepare([], range(4)),
     ]
-    # gloo copies on the host, and the CPU's fused AdamW reads its flag there; on a GPU both stay on the device
+    # gloo copies on the host, and the CPU's fused AdamW reads its flag there;
+    # on a GPU both stay on the device
     with (
         patch("torch.distributed.all_reduce"),
         patch.object(optimizer, "step") as step,
@@ -295,7 +307,8 @@ def test_the_guard_against_waiting_works(read):
 
 @pytest.mark.parametrize("culprit", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
-    """NaN in loss or gradient leaves weights and moments as they are; reading that step's metrics is an error."""
+    """NaN in loss or gradient leaves weights and moments as they are;
+    reading that step's metrics is an error."""
     objective, optimizer = objective_and_optimizer(small_world, "recpo")
     model, config = objective.model, small_world[0]
 
@@ -329,7 +342,8 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
 
 
 def test_every_step_covers_each_example_once_per_epoch():
-    """Batches are a function of (seed, epoch, step); an epoch is a permutation, whatever the number of ranks."""
+    """Batches are a function of (seed, epoch, step);
+    an epoch is a permutation, whatever the number of ranks."""
     config = TrainConfig(batch_size=8, micro_batch_tokens=100)
     widths = np.random.default_rng(0).integers(5, 30, size=(37, 2))
     one, three = Schedule(config, 2, widths, 1), Schedule(config, 2, widths, 3)
@@ -355,7 +369,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_first_movielens_losses_are_the_derived_ones():
-    """At policy = reference: S-DPO log 4 = 1.386; RecPO (ratio, lambda 2) about 10.04, as the authors' log starts at 10."""
+    """At policy = reference: S-DPO log 4 = 1.386;
+    RecPO (ratio, lambda 2) about 10.04, as the authors' log starts at 10."""
     archive = Path(os.environ.get("RECPO_DATA", ROOT.parent / "shared" / "data")) / "ml-1m.zip"
     if not archive.exists():
         pytest.skip("MovieLens-1M is not at hand")

@@ -1,4 +1,5 @@
-"""Validation while a stage trains: its users, its curve, that it changes nothing, and the best step's weights."""
+"""Validation while a stage trains:
+its users, its curve, that it changes nothing, and the best step's weights."""
 
 import json
 import shutil
@@ -180,7 +181,8 @@ def test_a_resumed_run_forgets_steps_that_lie_ahead(kept):
 
 
 def test_a_checkpoint_to_fall_back_to_finds_its_own_best_step(kept):
-    """What checkpoint-15 named as its best is kept beside the newer best, until that one is gone."""
+    """What checkpoint-15 named as its best is kept beside the newer best,
+    until that one is gone."""
     kept, folder = kept
     older = write_kept(folder / "checkpoint-15", step=15, best_step=5)
     kept.best = (0.9, 20)
