@@ -8,16 +8,19 @@ from tokenizers import Tokenizer as HFTokenizer
 from data import Example, render_prompt
 from loaders.movielens import WORDS as MOVIES
 
+# of each family, the EOS
 END_OF_TEXT = {
     "llama3": "<|end_of_text|>",
     "qwen": "<|endoftext|>",
     "llama2": "</s>",
-}  # of each family, the EOS
+}
 
 NASTY = [
-    "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys", "Alien", "Alien 3", "1984", "M",
-    "2001: A Space Odyssey", "Star Wars: Episode IV", "Airplane II:", "Mr. & Mrs.", "E.T.", "What?", "$9.99", "Title  two spaces",
-    "日本", "<|end_of_text|>", "Say <|endoftext|> twice <|endoftext|>", "a </s> b", "<s>", "Answer: no", "| Rating: 5", "Ünïted 93 ½",
+    "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys",
+    "Alien", "Alien 3", "1984", "M", "2001: A Space Odyssey", "Star Wars: Episode IV",
+    "Airplane II:", "Mr. & Mrs.", "E.T.", "What?", "$9.99", "Title  two spaces",
+    "日本", "<|end_of_text|>", "Say <|endoftext|> twice <|endoftext|>", "a </s> b", "<s>",
+    "Answer: no", "| Rating: 5", "Ünïted 93 ½",
 ]  # fmt: skip
 
 WORDS = [
@@ -84,9 +87,8 @@ def llama2_style() -> HFTokenizer:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex("▁+|[:|.\n]"), "merged_with_next"
-    )  # in training only
+    words = Regex("▁+|[:|.\n]")  # in training only
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "merged_with_next")
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
     special = ["<unk>", "<s>", "</s>", *byte_tokens]
     trainer = trainers.BpeTrainer(

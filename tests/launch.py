@@ -42,8 +42,8 @@ SCRIPTS = ("train", "eval", "data", "studies.report", "studies.probes", "studies
 
 # ------------------------------------------------------------------------ the server
 def serve() -> None:
-    """Fork a run per request line {script, argv, cwd, env, stdout, stderr}, or say how {poll:
-    pid} has ended."""
+    """Fork a run per request line {script, argv, cwd, env, stdout, stderr},
+    or say how {poll: pid} has ended."""
     for name in (*SCRIPTS, "torch._dynamo"):
         importlib.import_module(name)
     gc.collect()
@@ -133,8 +133,8 @@ class Script:
         self.codes: list[int | None] = [None] * len(self.pids)
 
     def poll(self) -> int | None:
-        """None while a process lives; then 0, or the code of the first that failed (-9:
-        by kill -9)."""
+        """None while a process lives; then 0, or the code of the first that failed
+        (-9: by kill -9)."""
         for n, pid in enumerate(self.pids):
             if self.codes[n] is None:
                 self.codes[n] = ask({"poll": pid})

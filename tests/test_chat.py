@@ -134,8 +134,9 @@ FAMILIES = {  # template, control tokens, the token that ends a turn, variables
     "llama2": (LLAMA2, ["<unk>", "<s>", "</s>"], "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
 }
 TITLES = [
-    "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys", "Alien", "Alien 3", "1984",
-    "2001: A Space Odyssey", "Mr. & Mrs.", "E.T.", "What?", "$9.99", "日本", "Answer: no", "| Rating: 5", "M*A*S*H", "M",
+    "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys",
+    "Alien", "Alien 3", "1984", "2001: A Space Odyssey", "Mr. & Mrs.", "E.T.", "What?",
+    "$9.99", "日本", "Answer: no", "| Rating: 5", "M*A*S*H", "M",
     "{{ messages }}", "I'm \"here\" <b>",
 ]  # fmt: skip
 PROMPTS = [
@@ -379,7 +380,10 @@ def test_special_tokens_of_the_older_file(tmp_path):
     [
         (None, "no chat template, neither chat_template.jinja nor .* --prompt_format plain"),
         ("", "no chat template"),
-        ([{"name": "rag", "template": "x"}], r"none of its chat templates \(rag\) is called default"),
+        (
+            [{"name": "rag", "template": "x"}],
+            r"none of its chat templates \(rag\) is called default",
+        ),
         ({"default": "x"}, "chat_template must be a text or a list of named ones, got dict"),
         ([{"name": "default", "template": 5}], "got int"),
         ("x" * (chat.TEMPLATE_CHARS + 1), "its chat template has 262,145 characters"),

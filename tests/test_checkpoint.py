@@ -276,7 +276,8 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_examples(tmp_path):
         "--sft_epochs=4",
     )
     output, _ = run_train(tmp_path, "stops", *flags, processes=2, expect=1)
-    message = r"error \(rank [01]\): sft, step \d+, (rank [01, ]+|the gradient only), examples \d+ \(user .*not finite.*checkpoint-1"
+    message = r"error \(rank [01]\): sft, step \d+, (rank [01, ]+|the gradient only), "
+    message += r"examples \d+ \(user .*not finite.*checkpoint-1"
     assert re.search(message, output), output[-3000:]
     assert "Traceback (most recent" not in output.split("error (rank")[0]
     output, _ = run_train(tmp_path, "skips", *flags, "--max_skipped_steps=2", expect=1)

@@ -209,9 +209,8 @@ def test_random_candidates_have_the_stated_distribution(kind):
     for u in range(150):
         items = rng.choice(60, size=rng.integers(30, 36), replace=False, p=weights / weights.sum())
         rows += [(u, int(i), 5, t) for t, i in enumerate(items)]
-    rows += [
-        (150, i, 5, i) for i in range(24)
-    ]  # too short for 19 followers; makes the popular ones more popular
+    # too short for 19 followers; makes the popular ones more popular
+    rows += [(150, i, 5, i) for i in range(24)]
     log = log_of(rows)
     examples = build_examples(
         log, DataConfig(train_size=0, test_size=1, followers=19, negatives=kind)
@@ -320,7 +319,9 @@ def test_negatives_respect_their_source_and_are_nested():
     """They are distinct, never the target, random or following as asked;
     K negatives are the first of K + 1."""
     splits = build_examples(log_of(random_rows(10)))
-    for split, source, most in (("train", "both", 19), ("train", "random", 10), ("train", "follow", 9), ("test", "both", 19), ("test", "random", 19)):  # fmt: skip
+    cases = [("train", "both", 19), ("train", "random", 10), ("train", "follow", 9)]
+    cases += [("test", "both", 19), ("test", "random", 19)]
+    for split, source, most in cases:
         examples = splits[split]
         whole = examples.negatives(most, source)
         assert whole.shape == (len(examples), most)
@@ -631,9 +632,8 @@ def test_prefetch_keeps_the_order_and_runs_one_ahead():
     with pytest.raises(ValueError, match="item 4"):
         for value in prefetch(make, range(6)):
             if value == 0:
-                assert made_next.wait(
-                    10
-                )  # the first is in use, the second is made without being asked for
+                # the first is in use, the second is made without being asked for
+                assert made_next.wait(10)
             assert max(started) <= value // 10 + 1
             seen.append(value)
     assert seen == [0, 10, 20, 30]

@@ -128,18 +128,15 @@ def test_memory_of_an_8b_model_is_that_of_its_formulas():
     step = fake_step(
         config, torch.bfloat16, 8, list(TARGET_MODULES), 0.0, False, 1, 512, [12] * 4, gpu=True
     )
-    linear = 2 * (
-        4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
-    )  # numbers in the projections of two layers
+    # numbers in the projections of two layers
+    linear = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
     assert step.weights == 2 * (2 * 128256 * 4096 + linear + 5 * 4096)
     assert step.trained == 16 * 20_971_520 * 2 // 32
     tokens = 512 + 4 * 11
-    assert step.flops == pytest.approx(
-        2 * 2 * linear * tokens, rel=0.15
-    )  # forward and d x; attention, adapters, head besides
-    assert (
-        gathered_bytes(config, torch.bfloat16) == step.weights
-    )  # two blocks and the root are the whole of it
+    # forward and d x; attention, adapters, head besides
+    assert step.flops == pytest.approx(2 * 2 * linear * tokens, rel=0.15)
+    # two blocks and the root are the whole of it
+    assert gathered_bytes(config, torch.bfloat16) == step.weights
 
 
 def test_a_base_in_4_bits_is_counted_as_codes_and_absmax():
@@ -189,8 +186,11 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     ]
     done = run_script(TRAIN, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    for text in ("first training prompt:", "shortened", "tokenise alike together", "the first loss must be 1.3863",
-                 "| 8 | full |", "largest --micro_batch_tokens", "TFLOP", "nothing was trained"):  # fmt: skip
+    for text in (
+        "first training prompt:", "shortened", "tokenise alike together",
+        "the first loss must be 1.3863", "| 8 | full |", "largest --micro_batch_tokens",
+        "TFLOP", "nothing was trained",
+    ):  # fmt: skip
         assert text in done.stdout, text
     assert not (tmp_path / "run").exists()
 

@@ -72,9 +72,8 @@ def half_trained(tmp_path_factory):
     for step in range(80):
         batch = [(16 * step + i) % len(train.prompts) for i in range(16)]
         groups = [train.slots(e, [train.examples.target[e]]) for e in batch]
-        groups = [
-            [c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups
-        ]  # told by the first word
+        # told by the first word
+        groups = [[c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups]
         loss = -model(build_tree([train.prompts[e] for e in batch], groups))[0].mean()
         optimizer.zero_grad()
         loss.backward()

@@ -38,7 +38,9 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
     assert all_equal(first.splits, again.splits)
     built = build_examples(again.log, small_config(tmp_path))
     assert all_equal(built, again.splits)
-    assert [built[s][e] for s in SPLITS for e in range(len(built[s]))] == [again.splits[s][e] for s in SPLITS for e in range(len(built[s]))]  # fmt: skip
+    for split in SPLITS:
+        for e in range(len(built[split])):
+            assert built[split][e] == again.splits[split][e]
     assert first.raw_counts == {
         "users": 60,
         "items": again.log.num_items,

@@ -163,9 +163,8 @@ def test_bos_is_the_tokenizers_own(family, tokenizer, folders):
     prompt = "A user watched Alien 3 | Rating: 4\nAnswer:"
     (ids,) = tokenizer.encode_prompts([prompt])
     assert ids == inner.encode(prompt).ids
-    assert sum(ids.count(i) for i in range(3)) == (
-        1 if bos else 0
-    )  # ids 0 to 2 are the special tokens
+    # ids 0 to 2 are the special tokens
+    assert sum(ids.count(i) for i in range(3)) == (1 if bos else 0)
 
 
 @pytest.mark.parametrize("title", NASTY)
@@ -231,6 +230,9 @@ def test_saved_truncation_and_padding_are_ignored(family, folders, tokenizer, tm
     assert Tokenizer(tmp_path).bos_ids == tokenizer.bos_ids
 
 
+OLD_EOS = '{"eos_token": {"content": "<|end_of_text|>", "lstrip": false}}'
+
+
 @pytest.mark.parametrize(
     "files, eos_id, stop_ids",
     [
@@ -261,13 +263,7 @@ def test_saved_truncation_and_padding_are_ignored(family, folders, tokenizer, tm
             {2},
         ),
         ({"config.json": "{}", "tokenizer_config.json": '{"eos_token": "<|eot_id|>"}'}, 2, {2}),
-        (
-            {
-                "tokenizer_config.json": '{"eos_token": {"content": "<|end_of_text|>", "lstrip": false}}'
-            },
-            1,
-            {1},
-        ),
+        ({"tokenizer_config.json": OLD_EOS}, 1, {1}),
         (
             {
                 "config.json": '{"eos_token_id": 1}',

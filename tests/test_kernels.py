@@ -18,12 +18,8 @@ from kernels.logps import HAS_TRITON, label_logps, mm_fp32
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [
-    (64, 32, 1024),
-    (1, 16, 1001),
-    (37, 24, 1001),
-    (37, 40, 32003),
-]  # M, D, V; ragged ones included
+# M, D, V; ragged ones included
+SHAPES = [(64, 32, 1024), (1, 16, 1001), (37, 24, 1001), (37, 40, 32003)]
 WIDE = [(5, 8, 128256), (5, 8, 151936), (5, 8, 152064)]  # vocabularies of Llama 3 and Qwen2.5
 
 
@@ -114,9 +110,8 @@ def test_logps_and_argmax_equal_float64(impl, device, dtype, shape, slab, monkey
     logits = hidden.double() @ weight.double().T
     chosen = logits.gather(1, torch.stack([best, naive_best], 1))
     assert (logits.amax(1, keepdim=True) - chosen).max().item() < 1e-4
-    if (
-        dtype != torch.float32
-    ):  # exact products: no two logits are so close that the order of sums decides
+    # exact products: no two logits are so close that the order of sums decides
+    if dtype != torch.float32:
         assert (best == naive_best).float().mean().item() > 0.9
 
 
@@ -458,7 +453,8 @@ def test_impl_chooses_the_path(monkeypatch):
 def test_triton_on_a_cpu_says_what_to_do():
     """Outside the interpreter and without a GPU,
     asking for Triton is a ValueError that names the two ways out."""
-    code = "import torch; from kernels.logps import label_logps as f; f(torch.ones(2, 4), torch.ones(9, 4), torch.tensor([1, 2]), '{}')"
+    code = "import torch; from kernels.logps import label_logps as f; "
+    code += "f(torch.ones(2, 4), torch.ones(9, 4), torch.tensor([1, 2]), '{}')"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for impl in ("triton", "fused"):
         command = [sys.executable, "-c", code.format(impl)]

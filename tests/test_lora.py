@@ -179,9 +179,8 @@ def test_adapter_stays_fp32_over_a_bf16_base(tmp_path):
     save_adapter(half, tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float32}
-    assert (
-        max_diff(logits(randomize_adapter(half)), logits(model)) < 0.3
-    )  # bf16, but the same model
+    # bf16, but the same model
+    assert max_diff(logits(randomize_adapter(half)), logits(model)) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -301,9 +300,8 @@ def test_group_gradients_equal_finite_differences():
             x, weights, [None] * 3, adapters[:3], adapters[3:], 2.0
         )
 
-    torch.autograd.gradcheck(
-        function, arguments
-    )  # the reference; the function itself computes gradients in fp32
+    # the reference; the function itself computes gradients in fp32
+    torch.autograd.gradcheck(function, arguments)
     exact = torch.autograd.grad(sum(y.sum() for y in function(*arguments)), arguments)
     outputs = adapted_projections(x, [w.float() for w in weights], [None] * 3, As, Bs, 2.0)
     actual = torch.autograd.grad(sum(y.sum() for y in outputs), (x, *As, *Bs))
@@ -621,10 +619,8 @@ def test_saved_adapter_loads_in_peft(family, targets, use_rslora, tmp_path):
         {"target_modules": None},  # PEFT's defaults: r = 8, alpha = 8, q_proj and v_proj
         {"r": 4, "target_modules": "all-linear"},
         {"r": 4, "target_modules": r".*self_attn\.(q|o)_proj"},
-        {
-            "r": 4,
-            "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"],
-        },  # PEFT matches endings of paths
+        # PEFT matches endings of paths
+        {"r": 4, "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]},
     ],
     ids=["seven", "rslora", "two", "defaults", "all-linear", "regex", "endings"],
 )

@@ -81,14 +81,14 @@ LENGTHS = torch.tensor([[4, 5], [2, 2]], dtype=torch.float64)
     "name, compute, golden",
     [
         ("IPO sum", lambda: ipo_loss(PAIR, PAIR_REFERENCE, 0.1), [18.0625, 33.0625]),
-        ("IPO mean", lambda: ipo_loss(PAIR / LENGTHS, PAIR_REFERENCE / LENGTHS, 0.1), [24.01, 28.890625]),
-        ("ODPO", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_gap"), 1.0), [1.0765633941, 2.0219678129]),
-        ("ODPO ratio", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_ratio"), 1.0), [1.2840408507, 2.3381528509]),
+        ("IPO mean", lambda: ipo_loss(PAIR / LENGTHS, PAIR_REFERENCE / LENGTHS, 0.1), [24.01, 28.890625]),  # noqa: E501
+        ("ODPO", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_gap"), 1.0), [1.0765633941, 2.0219678129]),  # noqa: E501
+        ("ODPO ratio", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_ratio"), 1.0), [1.2840408507, 2.3381528509]),  # noqa: E501
         ("SimPO", lambda: simpo_loss(PAIR, LENGTHS, 2.0, 1.0), [1.3873353251, 0.8259394199]),
-        ("SimPO of the paper", lambda: simpo_loss(PAIR, LENGTHS, 1.0, 2.0), [2.1710974512, 1.8047446354]),
+        ("SimPO of the paper", lambda: simpo_loss(PAIR, LENGTHS, 1.0, 2.0), [2.1710974512, 1.8047446354]),  # noqa: E501
         ("CPO", lambda: cpo_loss(PAIR, 0.1), [0.5650706677, 0.6563501408]),
-        ("KTO chosen", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 2, 0), [0.5312093734, 0.4937503255]),
-        ("KTO rejected", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 0, 2), [0.4501660027, 0.5249791875]),
+        ("KTO chosen", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 2, 0), [0.5312093734, 0.4937503255]),  # noqa: E501
+        ("KTO rejected", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 0, 2), [0.4501660027, 0.5249791875]),  # noqa: E501
     ],
 )  # fmt: skip
 def test_pairwise_losses_equal_stored_numbers(name, compute, golden):
@@ -192,9 +192,8 @@ def test_loss_and_gradient_stay_finite_far_apart(gap):
         assert (
             losses.item() == pytest.approx(500, rel=0.05) if gap < 0 else 0 <= losses.item() < 1e-6
         )
-        assert gradient[0, 0].item() == pytest.approx(
-            -1.0 if gap < 0 else 0.0, abs=1e-4
-        )  # 500 is known to 3e-5
+        # 500 is known to 3e-5
+        assert gradient[0, 0].item() == pytest.approx(-1.0 if gap < 0 else 0.0, abs=1e-4)
         assert gradient.sum().item() == pytest.approx(0, abs=1e-4)
 
 
@@ -250,8 +249,10 @@ def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         "completion_mask": mask,
     }
     trainer.configure_mock(
-        ld_alpha=None, precompute_ref_logps=True, aux_loss_enabled=False, f_divergence_type="reverse_kl", use_weighting=False,
-        loss_types=["sigmoid" if name == "dpo" else "ipo"], loss_weights=[1.0], desirable_weight=1.0, undesirable_weight=1.0,
+        ld_alpha=None, precompute_ref_logps=True, aux_loss_enabled=False,
+        f_divergence_type="reverse_kl", use_weighting=False,
+        loss_types=["sigmoid" if name == "dpo" else "ipo"], loss_weights=[1.0],
+        desirable_weight=1.0, undesirable_weight=1.0,
         calculate_KL=True, _metrics=defaultdict(lambda: defaultdict(list)),
     )  # fmt: skip
     if name == "kto":

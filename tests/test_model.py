@@ -133,9 +133,8 @@ def test_init_weights_is_a_function_of_the_seed(config):
     assert torch.equal(a.model.norm.weight, torch.ones(64))
     wide, residual = a.model.layers[0].mlp.up_proj.weight, a.model.layers[0].mlp.down_proj.weight
     assert wide.std().item() == pytest.approx(64**-0.5, rel=0.05)
-    assert residual.std().item() == pytest.approx(
-        wide.std().item() / 2, rel=0.05
-    )  # sqrt(2 x 2 layers)
+    # sqrt(2 x 2 layers)
+    assert residual.std().item() == pytest.approx(wide.std().item() / 2, rel=0.05)
 
 
 # ------------------------------------------------------------------------ files
@@ -287,9 +286,8 @@ def test_tree_gradients_equal_separate_sequences(family, frozen_head, checkpoint
         )
         assert actual.keys() == expected.keys()
         for name, gradient in expected.items():
-            if (
-                gradient.abs().max() > 0
-            ):  # one-token prompts of one completion leave queries and keys without gradient
+            # one-token prompts of one completion leave queries and keys without gradient
+            if gradient.abs().max() > 0:
                 assert max_diff(actual[name], gradient) <= 1e-4 * gradient.abs().max().item(), name
 
 

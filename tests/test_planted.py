@@ -47,9 +47,8 @@ def test_nobody_reads_a_story_twice(seed):
     assert len(np.unique(log.user.astype(np.int64) * log.num_items + log.item)) == len(log.user)
     assert world.min_length <= lengths.min() and lengths.max() <= world.max_length
     day = (log.timestamp - log.timestamp.min()) // 86_400
-    assert (
-        day == np.arange(len(day)) - log.start[log.user]
-    ).all()  # a dropped repetition would leave a gap
+    # a dropped repetition would leave a gap
+    assert (day == np.arange(len(day)) - log.start[log.user]).all()
 
 
 def test_the_world_is_a_function_of_its_seed():
@@ -165,9 +164,8 @@ def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
     story = np.array([titles[title] for title in log.titles])
     positions, candidates = [], []
     for user in range(40):
-        p = int(log.start[user]) + user % int(
-            log.start[user + 1] - log.start[user]
-        )  # histories of 0, 1, 2, ...
+        length = int(log.start[user + 1] - log.start[user])
+        p = int(log.start[user]) + user % length  # histories of 0, 1, 2, ...
         read = log.item[log.start[user] : p].tolist()
         positions.append(p)
         candidates.append([item for item in range(log.num_items) if item not in read][:6])

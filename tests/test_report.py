@@ -39,15 +39,24 @@ def write_stage(
     for n, hit in enumerate(hits):
         logps = [0.0] * 20
         logps[3 if hit else 4] = 1.0
-        records.append({"user": f"{users}{n}", "candidates": [f"c{i}" for i in range(20)], "target": "c3", "target_slot": 3, "hit": bool(hit),
-                        "valid": n < valid * len(hits), "answer": "c3", "logps": logps})  # fmt: skip
+        records.append({
+            "user": f"{users}{n}", "candidates": [f"c{i}" for i in range(20)],
+            "target": "c3", "target_slot": 3, "answer": "c3", "logps": logps,
+            "hit": bool(hit), "valid": n < valid * len(hits),
+        })  # fmt: skip
     metrics = {"n": len(hits), "data_hash": "abc", "baselines": {"chance": 0.05, "Markov": 0.3}}
     (run / stage / "eval/metrics.json").write_text(json.dumps(metrics))
     (run / stage / "eval/predictions.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in records)
     )
-    steps = [{"phase": stage, "step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies": 0.5, "logps/chosen": -s,
-              "logps/rejected": -2 * s, "margins/satisfied": 0.1} for s in range(1, 30)]  # fmt: skip
+    steps = [
+        {
+            "phase": stage, "step": s, "loss": 1 / s,
+            "rewards/margins": s, "rewards/accuracies": 0.5,
+            "logps/chosen": -s, "logps/rejected": -2 * s, "margins/satisfied": 0.1,
+        }
+        for s in range(1, 30)
+    ]  # fmt: skip
     (run / stage / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
     if probe_gain is not None:
         for probe in ("adherence", "avoidance"):
@@ -289,9 +298,16 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
     done = report(tmp_path, "--note", "made up")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/report.md").read_text()
-    for part in ("made up", "| Markov |  |  |  | 0.3000 |  |", "to recpo: lower", "HR@1 of recpo above sdpo | 1 against 1 | held", "HR@1 of sdpo above sft | 1 against 1 | not distinguishable",
-                 "λ lowers ValidRatio (0 to 4) | 1 against 1 | held", "adherence (hit_ratio@1) of recpo above sft | 1 against 1 | held", "avoidance (avoidance) of recpo above sft | 1 against 1 | not held",
-                 "**adherence**", "| recpo; written | 0.2000", "HR@1 of recpo above sft | 1 against 1 |", "for all 17 comparisons of this table together (Holm"):  # fmt: skip
+    for part in (
+        "made up", "| Markov |  |  |  | 0.3000 |  |", "to recpo: lower",
+        "HR@1 of recpo above sdpo | 1 against 1 | held",
+        "HR@1 of sdpo above sft | 1 against 1 | not distinguishable",
+        "λ lowers ValidRatio (0 to 4) | 1 against 1 | held",
+        "adherence (hit_ratio@1) of recpo above sft | 1 against 1 | held",
+        "avoidance (avoidance) of recpo above sft | 1 against 1 | not held",
+        "**adherence**", "| recpo; written | 0.2000", "HR@1 of recpo above sft | 1 against 1 |",
+        "for all 17 comparisons of this table together (Holm",
+    ):  # fmt: skip
         assert part in text, part
     pytest.importorskip("matplotlib")
     pictures = [
@@ -325,9 +341,18 @@ def test_a_sweep_changes_one_option():
         }
         return Result(stage, Path(), config, Path(), settings, {}, {}, {})
 
-    results = [result("sdpo"), result("recpo"), result("recpo", margin_lambda=4.0), result("recpo", num_negatives=1),
-               result("recpo", decay=1.0), result("recpo", margin="log_diff"), result("recpo", margin_lambda=1.0, num_negatives=5),
-               result("recpo", margin_lambda=1.0, ratings=False), result("recpo", margin_lambda=3.0, seed=5), result("sft")]  # fmt: skip
+    results = [
+        result("sdpo"),
+        result("recpo"),
+        result("recpo", margin_lambda=4.0),
+        result("recpo", num_negatives=1),
+        result("recpo", decay=1.0),
+        result("recpo", margin="log_diff"),
+        result("recpo", margin_lambda=1.0, num_negatives=5),
+        result("recpo", margin_lambda=1.0, ratings=False),
+        result("recpo", margin_lambda=3.0, seed=5),
+        result("sft"),
+    ]
     methods = grouped([r for r in results if r.seed == 0])
     ladder = [(value, m.name) for value, m in sweep(methods, "margin_lambda")]
     assert ladder == [(0.0, "sdpo"), (2.0, "recpo"), (4.0, "recpo λ=4")]
@@ -411,9 +436,14 @@ def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
         "lora_r": 4,
         "max_steps": 2,
     }
-    table = {"common": {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}, "training": training, "probes": ["adherence"], "probed": ["a"],
-             "runs": [{"name": "a", "stages": "sft,sdpo"}, {"name": "b", "after": "a/sft", "stages": "recpo"},
-                      {"name": "m", "script": "studies.sequential", "method": "markov"}]}  # fmt: skip
+    common = {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}
+    runs = [
+        {"name": "a", "stages": "sft,sdpo"},
+        {"name": "b", "after": "a/sft", "stages": "recpo"},
+        {"name": "m", "script": "studies.sequential", "method": "markov"},
+    ]
+    table = {"common": common, "training": training, "runs": runs}
+    table |= {"probes": ["adherence"], "probed": ["a"]}
     (tmp_path / "t.json").write_text(json.dumps(table))
     flags = (f"--output_dir={tmp_path / 'runs'}", f"--prepared_dir={tmp_path / 'prepared'}")
     for again in (False, True):

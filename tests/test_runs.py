@@ -54,9 +54,11 @@ def test_run_folder_holds_what_the_readme_promises(one_process):
     """Config, PEFT adapter, HF model with tokenizer, metrics,
     predictions and the result table are there."""
     folder = one_process[0] / "one"
-    for name in ("config.json", "results.md", "sft/model.safetensors", "sft/config.json",
-                 "sft/tokenizer.json", "recpo/adapter_model.safetensors", "recpo/adapter_config.json",
-                 "recpo/eval/metrics.json"):  # fmt: skip
+    for name in (
+        "config.json", "results.md", "sft/model.safetensors", "sft/config.json",
+        "sft/tokenizer.json", "recpo/adapter_model.safetensors",
+        "recpo/adapter_config.json", "recpo/eval/metrics.json",
+    ):  # fmt: skip
         assert (folder / name).is_file(), name
     records = [
         json.loads(line)
@@ -81,9 +83,8 @@ def test_finished_stages_are_not_run_again(one_process):
     )
     assert "sft: finished before" in output and "recpo: finished before" in output
     assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
-    assert after["sdpo"][0]["preference_loss"] == pytest.approx(
-        np.log(4), abs=1e-6
-    )  # K = 3 at policy = reference
+    # K = 3 at policy = reference
+    assert after["sdpo"][0]["preference_loss"] == pytest.approx(np.log(4), abs=1e-6)
 
 
 def test_a_run_folder_in_use_is_not_overwritten(one_process):
@@ -101,7 +102,8 @@ DISK = """
 mount -t tmpfs -o size={size}k none {disk} || exit 99
 {train}
 code=$?
-test -n "{then}" && mount -o remount,{then} {disk} && {train} --resume=auto && cp -r {disk}/run {disk}-after
+test -n "{then}" && mount -o remount,{then} {disk} &&
+    {train} --resume=auto && cp -r {disk}/run {disk}-after
 exit $code
 """
 

@@ -123,9 +123,8 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
         states @ model.items.weight[1:].T, windows[0, 2:] - 1
     )
     torch.testing.assert_close(full, expected)
-    monkeypatch.setattr(
-        "torch.randint", lambda *args, **kwargs: torch.tensor([3, 3, 3])
-    )  # the target of one position
+    targets = torch.tensor([3, 3, 3])  # the target of one position
+    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: targets.clone())
     sampled = step_loss(model, windows, users, 3, generator)
     logits = states @ model.items.weight[[2, 3, 6]].T  # rows predict 2, 3, 6
     own, three = logits.diagonal(), states @ model.items.weight[3]

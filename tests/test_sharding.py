@@ -49,11 +49,13 @@ folder = Path(sys.argv[1])
 prompts = [[5, 6, 7, 9], [8, 4], [9]]
 tree = build_tree(prompts, [[[8, 9, 2], [2]], [[7, 7, 2], [11, 2]], [[4, 2], [5, 5, 2]]])
 for path in sorted(folder.glob("*/config.json")):
-    for mode, adapter, r in (("full", None, 4), ("hybrid", folder / "adapters" / path.parent.name, 4),
-                             ("full", folder / "adapters" / path.parent.name, 0), ("none", None, 0)):
+    saved = folder / "adapters" / path.parent.name
+    copies = {"none": world_size, "hybrid": world_size // 2, "full": 1}
+    cases = [("full", None, 4), ("hybrid", saved, 4), ("full", saved, 0), ("none", None, 0)]
+    for mode, adapter, r in cases:
         config = TrainConfig(shard=mode, shard_group_size=2, lora_r=r, seed=3)
         model, replicas = load_policy(config, "recpo", path.parent, adapter, device)
-        assert replicas == (world_size if mode == "none" else world_size // 2 if mode == "hybrid" else 1)
+        assert replicas == copies[mode]
         assert not any(p.is_meta for p in model.parameters())
         plain = load_pretrained(path.parent)
         if adapter:
@@ -68,7 +70,8 @@ for path in sorted(folder.glob("*/config.json")):
         whole = dict(gathered(model))
         if rank == 0:
             for name, p in plain.state_dict().items():
-                torch.testing.assert_close(whole[name], p, rtol=1e-6, atol=1e-6, msg=f"{path} {mode} {name}")
+                message = f"{path} {mode} {name}"
+                torch.testing.assert_close(whole[name], p, rtol=1e-6, atol=1e-6, msg=message)
 print("ALL GOOD", flush=True)
 """
 
@@ -102,6 +105,7 @@ def test_groups_must_divide_the_world(monkeypatch):
         shard_group("hybrid", 3, 8)
 
 
+# 21 steps a stage
 LONG = (
     "--sft_epochs=7",
     "--epochs=7",
@@ -109,7 +113,7 @@ LONG = (
     "--sft_lora_r=4",
     "--lora_dropout=0",
     "--sft_learning_rate=1e-3",  # adapters that moved 10 times as far differ 10 times as much
-)  # 21 steps a stage
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +135,14 @@ def assert_same_run(tmp_path, name, metrics, expected) -> None:
 
 @pytest.mark.parametrize(
     "processes, mode",
-    [pytest.param(2, "full", marks=pytest.mark.slow), pytest.param(2, "none", marks=pytest.mark.slow), pytest.param(4, "full", marks=pytest.mark.slow),
-     pytest.param(4, "none", marks=pytest.mark.slow), (4, "hybrid")],
-)  # fmt: skip
+    [
+        pytest.param(2, "full", marks=pytest.mark.slow),
+        pytest.param(2, "none", marks=pytest.mark.slow),
+        pytest.param(4, "full", marks=pytest.mark.slow),
+        pytest.param(4, "none", marks=pytest.mark.slow),
+        (4, "hybrid"),
+    ],
+)
 def test_any_division_gives_the_same_run(alone, processes, mode):
     """20 steps a stage: losses to 1e-4, final adapters to 1e-5."""
     tmp_path, expected = alone
@@ -149,9 +158,9 @@ def test_two_agents_give_the_same_run(alone):
     """hybrid over two torchrun agents of two processes each, as on two machines:
     a group is a machine."""
     tmp_path, expected = alone
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo", str(TRAIN), *TINY, *LONG, "--shard=hybrid",
-               *places(tmp_path, "agents")]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo"]
+    command += [str(TRAIN), *TINY, *LONG, "--shard=hybrid", *places(tmp_path, "agents")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     agents = [
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)

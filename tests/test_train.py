@@ -127,11 +127,8 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
     an adapter of another base is refused."""
     run = one_process[0] / "one"
     demo = f"--config={ROOT / 'configs/demo.json'}"
-    flags = (
-        f"--adapter={run / 'recpo'}",
-        "--stages=sdpo",
-        demo,
-    )  # the base is the one that the adapter names
+    # the base is the one that the adapter names
+    flags = (f"--adapter={run / 'recpo'}", "--stages=sdpo", demo)
     output, metrics = run_train(tmp_path, "go-on", *flags)
     assert "before the first step: at most 0.0e+00 nats" in output
     assert metrics["sdpo"][0]["preference_loss"] == pytest.approx(np.log(4), abs=1e-6)
