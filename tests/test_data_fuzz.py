@@ -35,7 +35,7 @@ def make_files(root: Path) -> None:
     options = {"planted_users": 40, "train_size": 20, "test_size": 5, "followers": 3}
     prepared = prepare_examples(DataConfig(prepared_dir=str(root / "made"), **options))
     make_base_model(
-        root / "tokenizer", prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=400, seed=0
+        root / "tokenizer", prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=400, seed=0  # noqa: E501
     )  # fmt: skip
     prepared.baselines("test")
     encode_split(prepared, "test", Tokenizer(root / "tokenizer"), 1024)
@@ -71,7 +71,7 @@ def write_parquet(file: Path) -> None:
         "user": [f"u{n % 5}" for n in range(60)],
         "item": pa.array([n % 20 for n in range(60)]),
         "rating": pa.array([1.0 + n % 5 for n in range(60)]),
-        "timestamp": pa.array(range(1500000000, 1500000060), pa.int64()).cast(pa.timestamp("s", "UTC")),
+        "timestamp": pa.array(range(1500000000, 1500000060), pa.int64()).cast(pa.timestamp("s", "UTC")),  # noqa: E501
         "title": [f"Title {n % 20}" for n in range(60)],
     }  # fmt: skip
     file.parent.mkdir(parents=True)
