@@ -23,6 +23,7 @@ from demo.tiny import make_base_model
 from hub import chat, render
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.movielens import WORDS as MOVIES
 from model import load_pretrained
 
 # The shapes of published templates: where they trim, where control tokens and line breaks stand.
@@ -141,7 +142,7 @@ TITLES = [
 ]  # fmt: skip
 PROMPTS = [
     render_prompt(
-        Example("movielens", "u", [(t, 4.0) for t in TITLES[n:]], TITLES, 0, [], n)
+        Example(MOVIES, "u", [(t, 4.0) for t in TITLES[n:]], TITLES, 0, [], n)
     )
     for n in range(5)
 ]  # fmt: skip
