@@ -1,16 +1,21 @@
 """Evaluation: what the model would answer, and how it ranks the candidates, from one forward pass.
 
-All 20 candidates hang on one PromptTree. Greedy decoding would write candidate c, and then stop, exactly if each of c's
-tokens is the argmax at its row and the argmax after the last one ends the answer (a stop id, or spaces and a line
-break). So the answer, its validity, and the exact ranking of the 20 come from one pass. Prompts where no candidate
-verifies are decoded for real, since another spelling of a title is possible and the text is wanted.
+All 20 candidates hang on one PromptTree. Greedy decoding would write candidate c, and then stop,
+exactly if each of c's tokens is the argmax at its row and the argmax after the last one ends the
+answer (a stop id, or spaces and a line break). So the answer, its validity, and the exact ranking
+of the 20 come from one pass. Prompts where no candidate verifies are decoded for real, since
+another spelling of a title is possible and the text is wanted.
 
-    python eval.py --run runs/planted-1                      every stage of a run, as train.py evaluates it
-    python eval.py --model DIR --adapter DIR ...        any Hugging Face directory, with or without a PEFT adapter
-    python eval.py --run runs/planted-1 --recommend my.json  rank the candidates of one user, with probabilities
+    python eval.py --run runs/planted-1
+        every stage of a run, as train.py evaluates it
+    python eval.py --model DIR --adapter DIR ...
+        any Hugging Face directory, with or without a PEFT adapter
+    python eval.py --run runs/planted-1 --recommend my.json
+        rank the candidates of one user, with probabilities
 
-hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a listed title; ranking/* are
-computed from the log-probabilities of all candidates (always "valid"). Ties share their ranks.
+hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a
+listed title; ranking/* are computed from the log-probabilities of all candidates (always
+"valid"). Ties share their ranks.
 
 Left out: tables over several runs. Legend: E examples, N = 20 candidates, M scored tokens.
 """
@@ -21,6 +26,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
 
@@ -67,16 +73,18 @@ def ranking_metrics(
     scores: np.ndarray,  # (E, n), higher is better
     target: np.ndarray,  # (E,) slot of the chosen item
 ) -> dict[str, np.ndarray]:
-    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64) of the target's rank among the n candidates.
+    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64)
+    of the target's rank among the n candidates.
 
-    Ties are shared: the target's rank is uniform over the candidates of equal score, and each metric is the mean over
-    these ranks. So a recommender whose scores are all equal gets exactly what chance gets. ValueError on NaN, which
-    compares as if it were neither better nor worse."""
+    Ties are shared: the target's rank is uniform over the candidates of equal score, and each
+    metric is the mean over these ranks. So a recommender whose scores are all equal gets exactly
+    what chance gets. ValueError on NaN, which compares as if it were neither better nor worse."""
     scores, target = np.asarray(scores), np.asarray(target)
     if np.isnan(scores).any():
         bad = np.flatnonzero(np.isnan(scores).any(1))
         raise ValueError(
-            f"{len(bad)} of {len(scores)} examples have a score that is not a number, first {bad[0]}"
+            f"{len(bad)} of {len(scores)} examples have a score that is not a number, "
+            f"first {bad[0]}"
         )
     own = np.take_along_axis(scores, target[:, None], 1)
     better = (scores > own).sum(1, keepdims=True)
@@ -84,10 +92,8 @@ def ranking_metrics(
     rank = np.arange(1, scores.shape[1] + 1)
     possible = (better < rank) & (rank <= better + tied)  # (E, n) over ranks
     gains = {f"hit_ratio@{k}": rank <= k for k in (1, 3, 5)}
-    gains |= {
-        "ndcg@5": (rank <= 5) / np.log2(1 + rank),
-        "mrr": 1 / rank,
-    }  # one relevant item: the ideal DCG is 1
+    gains["ndcg@5"] = (rank <= 5) / np.log2(1 + rank)  # one relevant item: the ideal DCG is 1
+    gains["mrr"] = 1 / rank
     return {name: (possible * gain).sum(1) / tied[:, 0] for name, gain in gains.items()}
 
 
@@ -96,7 +102,8 @@ NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of co
 
 @dataclass(frozen=True)
 class EvalConfig(DataConfig):
-    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter, or rank one user's candidates."""
+    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter,
+    or rank one user's candidates."""
 
     run: str = arg(
         "",
@@ -110,7 +117,8 @@ class EvalConfig(DataConfig):
     split: str = arg("test", "val or test", choices=("val", "test"))
     decode: str = arg(
         "greedy",
-        "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)",
+        "greedy (one pass), generate (the long way, compared with it), "
+        "trie (always a listed title)",
         group="how",
         choices=("greedy", "generate", "trie"),
     )
@@ -145,7 +153,8 @@ class EvalConfig(DataConfig):
 
 
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
-    """(B,) the completion that greedy decoding would write, or -1: all its tokens are argmaxes, and then it ends."""
+    """(B,) the completion that greedy decoding would write, or -1:
+    all its tokens are argmaxes, and then it ends."""
     is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
     is_last[:-1] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
     agrees = torch.where(is_last, torch.isin(greedy_ids, end_ids), greedy_ids == tree.labels)
@@ -154,7 +163,8 @@ def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Te
 
 
 def trie_walk(completions: list[list[int]], token_logps: list[list[float]]) -> int:
-    """Greedy decoding restricted to the candidates: at each node the likeliest listed token; the first of equals."""
+    """Greedy decoding restricted to the candidates: at each node the likeliest listed token;
+    the first of equals."""
     alive, depth = list(range(len(completions))), 0
     while len(alive) > 1:
         best = max(alive, key=lambda n: (token_logps[n][depth], -n))
@@ -168,7 +178,8 @@ def canonical(title: str) -> str:
 
 
 def match_title(answer: str, titles: list[str]) -> int:
-    """Index of the title that the answer equals; only if none, once more without one final "."; -1 if still none."""
+    """Index of the title that the answer equals; only if none, once more without one final ".";
+    -1 if still none."""
     titles = [canonical(t) for t in titles]
     for text in (canonical(answer), canonical(answer.removesuffix("."))):
         if text in titles:
@@ -216,23 +227,25 @@ def predict(
     batches = planned(widths, indices, micro_batch_tokens)
     trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), batches)
     for batch in progress(rounds(batches, any_rank), what, len(batches)):
-        tree = next(trees) if batch else encoded.tree(DUMMY, all_slots).to(device)
+        if batch:
+            tree = next(trees)
+        else:
+            tree = encoded.tree(DUMMY, all_slots).to(device)
         token_logps, greedy_ids = model(tree)
         logps = tree.sum_logps(token_logps).cpu()
         verified = verified_branch(tree, greedy_ids, end_ids).cpu()
-        per_token = iter(token_logps.tolist() if decode == "trie" else [])
+        per_token = iter(token_logps.tolist() if decode == "trie" else ())
         for b, e in enumerate(batch):
             slot, how = int(verified[b]), "verified"
             if decode == "trie":
                 completions = encoded.slots(e, all_slots[e])
-                branches = [[next(per_token) for _ in ids] for ids in completions]
+                branches = [list(islice(per_token, len(ids))) for ids in completions]
                 slot, how = trie_walk(completions, branches), "trie"
             records[e] = _record(encoded.examples, e, slot, how, logps[b].tolist())
 
-    if decode == "generate":
-        rest = sorted(records)
-    else:
-        rest = sorted(e for e, r in records.items() if r["answer"] is None and decode_rest)
+    rest = sorted(records)
+    if decode != "generate":
+        rest = [e for e in rest if decode_rest and records[e]["answer"] is None]
     longest = max(map(len, encoded.completions.values()))
     batches = planned(widths, rest, micro_batch_tokens)
     for batch in progress(rounds(batches, any_rank), f"{what}, written out", len(batches)):
@@ -277,7 +290,8 @@ def wilson(mean: float, n: int) -> list[float]:
 
 
 def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = None) -> dict:
-    """Metrics over all records, each with its 95 % interval under `<name>_ci95`; baselines: name -> scores (E, N)."""
+    """Metrics over all records, each with its 95 % interval under `<name>_ci95`;
+    baselines: name -> scores (E, N)."""
     n = len(records)
     metrics: dict = {"n": n}
 
@@ -286,20 +300,19 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
         metrics[name] = float(values.mean())
         is_share = ((values == 0) | (values == 1)).all()
         half = 1.96 * values.std() / math.sqrt(n)
-        metrics[f"{name}_ci95"] = (
-            wilson(values.mean(), n) if is_share else [values.mean() - half, values.mean() + half]
-        )
+        interval = [values.mean() - half, values.mean() + half]
+        metrics[f"{name}_ci95"] = wilson(values.mean(), n) if is_share else interval
 
     put("hit_ratio@1", [r["hit"] for r in records])
     put("valid_ratio", [r["valid"] for r in records])
     valid = [r["hit"] for r in records if r["valid"]]
     metrics["hit_ratio@1|valid"] = float(np.mean(valid)) if valid else 0.0
     targets = np.array([r["target_slot"] for r in records])
-    for name, values in ranking_metrics(np.array([r["logps"] for r in records]), targets).items():
+    logps = np.array([r["logps"] for r in records])
+    for name, values in ranking_metrics(logps, targets).items():
         put(f"ranking/{name}", values)
-    metrics["answers_generated"] = sum(
-        r["how"] == "generated" and r.get("one_pass") is None for r in records
-    )
+    written = [r["how"] == "generated" and r.get("one_pass") is None for r in records]
+    metrics["answers_generated"] = sum(written)
     metrics["baselines"] = {"chance": 1 / NUM_CANDIDATES}
     for name, scores in (baselines or {}).items():
         metrics["baselines"][name] = float(ranking_metrics(scores, targets)["hit_ratio@1"].mean())
@@ -317,21 +330,21 @@ def evaluate(
     encoded: Encoded | None = None,  # the examples' tokens, where they are at hand
     baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N), to stand beside
 ) -> tuple[dict, list[dict]]:
-    """Score the given examples in this process: (metrics, predictions). train.py splits them over ranks instead."""
+    """Score the given examples in this process: (metrics, predictions).
+
+    train.py splits them over ranks instead."""
     encoded = encoded or encode_examples(examples, tokenizer, max_length)
     training = model.training
     model.eval()
     device = model.inv_freq.device
     indices = range(len(examples))
-    records = predict(
-        model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens, device=device
-    )
+    options = (decode, decode_rest, micro_batch_tokens)
+    records = predict(model, tokenizer, encoded, indices, *options, device=device)
     model.train(training)
     metrics = summarise(records, baselines)
     if decode == "generate":
-        metrics |= compare_with_one_pass(
-            model, encoded, records, tokenizer.stop_ids | tokenizer.newline_ids()
-        )
+        stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
+        metrics |= compare_with_one_pass(model, encoded, records, stop_ids)
     return metrics, records
 
 
@@ -339,27 +352,29 @@ def evaluate(
 def compare_with_one_pass(
     model: Transformer, encoded: Encoded, records: list[dict], stop_ids
 ) -> dict:
-    """How often free generation and the one pass name different titles, and how many of those are near-ties.
+    """How often free generation and the one pass name different titles,
+    and how many of those are near-ties.
 
-    They differ too where generation spelt a candidate that the one pass did not verify. A near-tie: somewhere along the
-    generated answer the two best logits are closer than NEAR_TIE."""
+    They differ too where generation spelt a candidate that the one pass did not verify.
+    A near-tie: somewhere along the generated answer the two best logits are closer than NEAR_TIE.
+    """
 
     def missed(r: dict) -> bool:
         ended = len(r["ids"]) > 1 and r["ids"][-1] in stop_ids
         spellings = [c[:-1] for c in encoded.slots(r["example"], range(NUM_CANDIDATES))]
-        return r["one_pass"] is None and ended and r["ids"][:-1] in spellings
+        return ended and r["ids"][:-1] in spellings
 
-    differing = [
-        r
-        for r in records
-        if missed(r) or (r["one_pass"] is not None and r["one_pass"] != r["answer"])
-    ]
+    def differs(r: dict) -> bool:
+        if r["one_pass"] is None:
+            return missed(r)
+        return r["one_pass"] != r["answer"]
+
+    differing = [r for r in records if differs(r)]
     near = 0
     for r in differing:
         prompt = encoded.prompts[r["example"]].tolist()
-        logits = model.logits(torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device))[
-            0, len(prompt) - 1 :
-        ]
+        sequence = torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device)
+        logits = model.logits(sequence)[0, len(prompt) - 1 :]
         best = logits.topk(2, dim=-1).values
         near += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
     return {"one_pass_differs": len(differing), "one_pass_near_ties": near}
@@ -369,9 +384,8 @@ def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "predictions.jsonl", "w") as f:
         for record in records:
-            f.write(
-                json.dumps({k: v for k, v in record.items() if k not in ("ids", "one_pass")}) + "\n"
-            )
+            kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
+            f.write(json.dumps(kept) + "\n")
     (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
@@ -379,18 +393,20 @@ def table_rows(name: str, metrics: dict) -> str:
     low, high = metrics["hit_ratio@1_ci95"]
     ranked_low, ranked_high = metrics["ranking/hit_ratio@1_ci95"]
     return (
-        f"| {name} | {metrics['hit_ratio@1']:.4f} [{low:.3f}, {high:.3f}] | {metrics['valid_ratio']:.4f} "
+        f"| {name} | {metrics['hit_ratio@1']:.4f} [{low:.3f}, {high:.3f}] "
+        f"| {metrics['valid_ratio']:.4f} "
         f"| {metrics['ranking/hit_ratio@1']:.4f} [{ranked_low:.3f}, {ranked_high:.3f}] "
         f"| {metrics['ranking/ndcg@5']:.4f} | {metrics['ranking/mrr']:.4f} |"
     )
 
 
 def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None) -> str:
-    """Markdown: chance and counting baselines, the given rows (name -> metrics), then known upper bounds."""
+    """Markdown: chance and counting baselines, the given rows (name -> metrics),
+    then known upper bounds."""
     some = next(iter(rows.values()))
     lines = [
-        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; greedy = exact title written, ranking = best "
-        "log-probability of the 20; [95 % interval]",
+        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; "
+        "greedy = exact title written, ranking = best log-probability of the 20; [95 % interval]",
         "",
         "| method | HR@1 greedy | ValidRatio | HR@1 ranking | NDCG@5 | MRR |",
         "|---|---|---|---|---|---|",
@@ -404,7 +420,8 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
     written = ", ".join(f"{name} {metrics['answers_generated']}" for name, metrics in rows.items())
     lines += [
         "",
-        f"answers written out token by token, because no candidate verified in the one pass: {written}",
+        "answers written out token by token, because no candidate verified in the one pass: "
+        f"{written}",
     ]
     return "\n".join(lines)
 
@@ -434,17 +451,14 @@ def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
 
 
 def with_run_options(config: EvalConfig) -> EvalConfig:
-    """Data options, dtype, max_length and prompt_format of the run: its examples are evaluated, whatever else was given."""
+    """Data options, dtype, max_length and prompt_format of the run:
+    its examples are evaluated, whatever else was given."""
     if not config.run:
         return config
     file = Path(config.run) / "config.json"
     saved = read_json(file)
-    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {
-        "dtype",
-        "max_length",
-        "load_in_4bit",
-        "prompt_format",
-    }
+    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"}
+    names |= {"dtype", "max_length", "load_in_4bit", "prompt_format"}
     known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
     check_types(file, known, get_type_hints(EvalConfig))
     try:
@@ -574,25 +588,23 @@ def main() -> None:
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
         encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
         baselines = prepared.baselines(config.split)
-        metrics, records = evaluate(
-            model, tokenizer, encoded.examples, *options, encoded, baselines
-        )
+        known = (encoded, baselines)
+        metrics, records = evaluate(model, tokenizer, encoded.examples, *options, *known)
         del model
         free_memory()  # before the next one is loaded
-        rows[name] = metrics | {
-            "data_hash": prepared.hash,
-            "decode": config.decode,
-            "split": config.split,
-        }
+        metrics |= {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
+        rows[name] = metrics
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name, rows[name], records)
         if config.decode == "generate":
             print(
-                f"{name}: one pass and generation differ on {metrics['one_pass_differs']} of {metrics['n']} answers, "
-                f"{metrics['one_pass_near_ties']} of them near-ties (two best logits within {NEAR_TIE})"
+                f"{name}: one pass and generation differ on {metrics['one_pass_differs']} "
+                f"of {metrics['n']} answers, {metrics['one_pass_near_ties']} of them near-ties "
+                f"(two best logits within {NEAR_TIE})"
             )
     print(
-        f"\n{config.dataset}, {config.split} split, data {prepared.hash[:12]}, decode {config.decode}\n"
+        f"\n{config.dataset}, {config.split} split, "
+        f"data {prepared.hash[:12]}, decode {config.decode}\n"
     )
     print(results_table(rows))
 
