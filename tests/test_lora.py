@@ -382,7 +382,7 @@ def test_model_gradients_equal_those_of_the_naive_form(setting, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_blocks_follow_changing_lengths(checkpointing):
     """torch.compile with inductor: log-probs and gradients of eager blocks,
     at two batch sizes and prompt lengths."""
