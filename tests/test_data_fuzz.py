@@ -1,5 +1,5 @@
-"""Mutated files of the data half: prepared folders, prepared JSON, requests, run folders with their predictions, options,
-Parquet. Read, or one message with the file's name.
+"""Mutated files of the data half: prepared folders, prepared JSON, requests,
+run folders with their predictions, options, Parquet. Read, or one message with the file's name.
 
 `python -m pytest -m slow tests/test_data_fuzz.py` tries 5,000 of them."""
 
@@ -29,13 +29,13 @@ from studies.results import check_candidates, collect
 from train import TrainConfig
 
 
-# ------------------------------------------------------------------------------ what is mutated, and who reads it
+# ---------------------------------------------------------------- what is mutated, and who reads it
 def make_files(root: Path) -> None:
     """One sound folder of each kind."""
     options = {"planted_users": 40, "train_size": 20, "test_size": 5, "followers": 3}
     prepared = prepare_examples(DataConfig(prepared_dir=str(root / "made"), **options))
     make_base_model(
-        root / "tokenizer", prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=400, seed=0
+        root / "tokenizer", prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=400, seed=0  # noqa: E501
     )  # fmt: skip
     prepared.baselines("test")
     encode_split(prepared, "test", Tokenizer(root / "tokenizer"), 1024)
@@ -71,7 +71,7 @@ def write_parquet(file: Path) -> None:
         "user": [f"u{n % 5}" for n in range(60)],
         "item": pa.array([n % 20 for n in range(60)]),
         "rating": pa.array([1.0 + n % 5 for n in range(60)]),
-        "timestamp": pa.array(range(1500000000, 1500000060), pa.int64()).cast(pa.timestamp("s", "UTC")),
+        "timestamp": pa.array(range(1500000000, 1500000060), pa.int64()).cast(pa.timestamp("s", "UTC")),  # noqa: E501
         "title": [f"Title {n % 20}" for n in range(60)],
     }  # fmt: skip
     file.parent.mkdir(parents=True)

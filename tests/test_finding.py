@@ -1,4 +1,5 @@
-"""Finding files: what stands in a folder beside the log, layouts of known data sets, parts of one export, JSON arrays."""
+"""Finding files: what stands in a folder beside the log, layouts of known data sets,
+parts of one export, JSON arrays."""
 
 import csv
 import io
@@ -13,7 +14,7 @@ from loaders.foreign import split_files
 from loaders.frozen import DataConfig, prepare, words_of
 
 
-# ------------------------------------------------------------------------------ one file among others
+# ------------------------------------------------------------------------ one file among others
 @pytest.mark.parametrize(
     "name", ["log.csv", "LOG.CSV", "log.tsv", "Log.Txt", "log.csv.gz", "LOG.CSV.GZ"]
 )
@@ -121,9 +122,10 @@ def test_a_json_array_is_read_like_lines(indent, bom, tmp_path):
 
 
 def test_a_long_array_is_read_in_blocks(tmp_path):
-    """Elements that lie across blocks of 1 MiB, with texts that hold brackets, commas and letters of two bytes."""
+    """Elements that lie across blocks of 1 MiB, with texts that hold brackets,
+    commas and letters of two bytes."""
     text = '], [{"é": 1}, ' * 30
-    records = [{"user": f"u{n % 9}", "item": n, "rating": 1 + n % 5, "timestamp": n, "title": f"T{n}", "text": text} for n in range(6000)]  # fmt: skip
+    records = [{"user": f"u{n % 9}", "item": n, "rating": 1 + n % 5, "timestamp": n, "title": f"T{n}", "text": text} for n in range(6000)]  # noqa: E501  # fmt: skip
     file = put(tmp_path / "log.json", json.dumps(records, ensure_ascii=False))
     assert file.stat().st_size > 2.5e6
     lines = put(tmp_path / "log.jsonl", json_lines(records))
@@ -150,7 +152,7 @@ def test_a_damaged_array_is_refused_where_it_is_wrong(change, culprit, tmp_path)
 
 # ------------------------------------------------------------------------------ MovieLens
 RATINGS = [(7, 10, 4.5, 978301968), (7, 20, 1, 978300760), (2, 30, 3, 978298413)]
-MOVIES = [(10, "Léon, The (1994)", "Crime"), (20, 'Say "A, B" (1999)', "Drama"), (30, "Babylon 5", "(no genres)")]  # fmt: skip
+MOVIES = [(10, "Léon, The (1994)", "Crime"), (20, 'Say "A, B" (1999)', "Drama"), (30, "Babylon 5", "(no genres)")]  # noqa: E501  # fmt: skip
 TITLES = ["The Léon", 'Say "A, B"', "Babylon 5"]
 
 
@@ -239,7 +241,7 @@ def test_two_editions_in_one_folder_are_refused(tmp_path):
         ("csv", "ratings.csv", b"7,20,1,", b"7,20,7,", "line 3: expected ids"),
         ("csv", "ratings.csv", b"userId,movieId,rating,timestamp\n", b"", None),
         ("csv", "movies.csv", b"20,", b"x,", "line 3 is not movieId,title,genres"),
-        ("csv", "movies.csv", b'""A, B"" (1999)"', b'""A, B"" (1999)', "unexpected end|not movieId"),
+        ("csv", "movies.csv", b'""A, B"" (1999)"', b'""A, B"" (1999)', "unexpected end|not movieId"),  # noqa: E501
         ("100k", "u.data", b"7\t20\t1\t", b"7\t20\t", "line 2 is not UserID\tMovieID"),
         ("100k", "u.item", b"20|", b"20;", r"line 2 is not MovieID\|Title"),
         ("csv", "movies.csv", b"20,", b"21,", "1 items of the log have no title"),
@@ -258,10 +260,10 @@ def test_bad_lines_of_an_edition_are_named(edition, file, old, new, culprit, tmp
 
 # ------------------------------------------------------------------------------ Amazon of 2023
 REVIEWS = [
-    {"rating": 4.0, "title": "Great!", "text": "x", "asin": "B0V0000001", "parent_asin": f"B0P000000{n}", "user_id": f"AE{n % 2}", "timestamp": 1500062984000 + n}
+    {"rating": 4.0, "title": "Great!", "text": "x", "asin": "B0V0000001", "parent_asin": f"B0P000000{n}", "user_id": f"AE{n % 2}", "timestamp": 1500062984000 + n}  # noqa: E501
     for n in range(4)
 ]  # fmt: skip
-META = [{"main_category": "All", "title": f"River {n}", "parent_asin": f"B0P000000{n}"} for n in range(4)]  # fmt: skip
+META = [{"main_category": "All", "title": f"River {n}", "parent_asin": f"B0P000000{n}"} for n in range(4)]  # noqa: E501  # fmt: skip
 AMAZON_ROWS = [
     ("AE0", "B0P0000000", 4, 1500062984), ("AE0", "B0P0000002", 4, 1500062984),
     ("AE1", "B0P0000001", 4, 1500062984), ("AE1", "B0P0000003", 4, 1500062984),
@@ -277,7 +279,8 @@ def amazon_csv(rows: list[dict], history: bool) -> str:
 @pytest.mark.parametrize("form", ["lines", "array", "csv", "history", "splits"])
 @pytest.mark.parametrize("category", ["Beauty", "Books", "Movies_and_TV"])
 def test_amazon_of_2023(form, category, tmp_path):
-    """Reviews, ratings with and without histories, the benchmark's three files; milliseconds; titles by parent_asin."""
+    """Reviews, ratings with and without histories, the benchmark's three files; milliseconds;
+    titles by parent_asin."""
     if form == "lines":
         put(tmp_path / f"{category}.jsonl.gz", json_lines(REVIEWS))
     elif form == "array":
@@ -313,7 +316,7 @@ def test_amazon_with_an_unknown_header_is_refused(tmp_path):
         ("carnival-train.json", "carnival-dev.json", "carnival-test.json"),
         ("Train.JSON", "Validation.JSON", "Test.JSON"),
         ("traindata.json", "valdata.json", "testdata.json"),
-        ("movielens-size10000-cans20-train.json", "movielens-size2000-cans20-val.json", "movielens-cans20-test.json"),
+        ("movielens-size10000-cans20-train.json", "movielens-size2000-cans20-val.json", "movielens-cans20-test.json"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_splits_are_told_apart_by_words(names, tmp_path):

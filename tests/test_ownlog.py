@@ -1,4 +1,5 @@
-"""Own logs as people have them: headerless files, other scales, marks of absence, CSV dialects, joins that go wrong.
+"""Own logs as people have them: headerless files, other scales, marks of absence, CSV dialects,
+joins that go wrong.
 
 Every file is made here, in the shapes that spreadsheets, warehouses and older data sets write."""
 
@@ -54,7 +55,7 @@ def same(log, other) -> bool:
     return rows_of(log) == rows_of(other) and list(log.titles) == list(other.titles)
 
 
-# ------------------------------------------------------------------------------------------------ positions
+# ------------------------------------------------------------------------ positions
 @pytest.mark.parametrize("first", [("2", "1", "3"), ("196", "242", "3"), ("1", "2", "3")])
 def test_numbers_are_positions_whatever_the_first_row_holds(first, tmp_path):
     """A first row that holds the very numbers of the columns is a row."""
@@ -77,7 +78,8 @@ def test_a_header_under_positions_is_text_where_numbers_must_be(names, sound, tm
 
 
 def test_item_files_without_header_are_named_by_position(sound, tmp_path):
-    """Pipes and latin-1, as MovieLens-100k has them; the error without --item_columns says the command."""
+    """Pipes and latin-1, as MovieLens-100k has them;
+    the error without --item_columns says the command."""
     log = put(tmp_path / "u.data", table([row[:4] for row in ROWS], None, "\t"))
     items = "".join(f"{i}|Caf\xe9 {i} (1995)|01-Jan-1995||http://x|0|1\n" for i in range(1, 41))
     options = {
@@ -97,7 +99,7 @@ def test_item_files_without_header_are_named_by_position(sound, tmp_path):
         DataConfig(dataset="csv", item_columns="item=1")
 
 
-# ------------------------------------------------------------------------------------------------ scales
+# ------------------------------------------------------------------------ scales
 def refusal(file, **options) -> str:
     with pytest.raises(ValueError) as error:
         load(file, **options)
@@ -125,7 +127,8 @@ def advised(message: str) -> list[tuple[str, str]]:
     ],
 )  # fmt: skip
 def test_another_scale_is_refused_with_the_option_that_maps_it(change, ends, first, tmp_path):
-    """Every option that the message proposes works; the first maps linearly, and the statistics name it."""
+    """Every option that the message proposes works;
+    the first maps linearly, and the statistics name it."""
     rows = changed(2, change)
     file = put(tmp_path / "a.csv", table(rows))
     message = refusal(file, min_rating=1)
@@ -165,10 +168,11 @@ def test_scales_that_do_not_fit_are_refused(tmp_path):
     assert "no rating column" in refusal(clicks, scale="0,10")
 
 
-# ------------------------------------------------------------------------------------------------ absence
+# ------------------------------------------------------------------------ absence
 @pytest.mark.parametrize("mark", ["", "\\N", "NA", "null", "NULL", "NaN", "None", "-1", "#N/A"])
 def test_absent_values_are_counted_and_never_ids_or_titles(mark, tmp_path, capsys):
-    """A mark leaves its row out where user, item, rating or time is absent; a title is then none."""
+    """A mark leaves its row out where user, item, rating or time is absent;
+    a title is then none."""
     rows = [list(row) for row in ROWS]
     for column in range(4):
         rows[10 * column][column] = mark
@@ -200,7 +204,7 @@ def test_a_log_of_nothing_but_absence_says_so(tmp_path):
     assert f"no interaction found in {len(ROWS)} lines ({len(ROWS)} lines without user)" in message
 
 
-# ------------------------------------------------------------------------------------------------ CSV
+# ------------------------------------------------------------------------ CSV
 def test_line_breaks_inside_quotes(sound, tmp_path):
     """However many lines, whatever they hold: the same log as without the text."""
     texts = [
@@ -275,7 +279,7 @@ def test_a_missing_column_says_a_command_that_works(tmp_path):
     assert len(load(file, columns=columns).user) == len(ROWS)
 
 
-# ------------------------------------------------------------------------------------------------ numbers and times
+# ------------------------------------------------------------------------ numbers and times
 @pytest.mark.parametrize(
     "texts, delimiter, numbers",
     [
@@ -305,8 +309,8 @@ def test_decimal_commas_in_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["2017-07-14 20:09:44 UTC", "2017/07/14 20:09:44", "2017-07-14 20:09:44.000 UTC", "2017.07.14 20:09:44",
-     "2017-07-14T20:09:44Z", "2017-07-14 20:09:44+00", "2017-07-14 22:09:44 +0200", "2017-07-14 20:09:44 +0000 UTC",
+    ["2017-07-14 20:09:44 UTC", "2017/07/14 20:09:44", "2017-07-14 20:09:44.000 UTC", "2017.07.14 20:09:44",  # noqa: E501
+     "2017-07-14T20:09:44Z", "2017-07-14 20:09:44+00", "2017-07-14 22:09:44 +0200", "2017-07-14 20:09:44 +0000 UTC",  # noqa: E501
      "2017/7/14 20:09:44", "1,500,062,984", "1500062984.0", "1.500062984E9"],
 )  # fmt: skip
 def test_times_with_the_year_first_are_read(text):
@@ -335,7 +339,7 @@ def test_what_a_spreadsheet_rounded_is_said(tmp_path, capsys):
     assert "9 item ids look rounded" in capsys.readouterr().out and ids
 
 
-# ------------------------------------------------------------------------------------------------ joins and titles
+# ------------------------------------------------------------------------ joins and titles
 LOG = ["user_id", "item_id", "rating", "timestamp"]
 
 
@@ -367,7 +371,8 @@ def test_an_item_file_of_other_items_is_an_error_with_examples(tmp_path, capsys)
 
 
 def test_titles_that_vary_within_an_item_are_refused_unless_named(tmp_path, capsys):
-    """Customers' names and headlines; the command of the message reads them all the same, with a note."""
+    """Customers' names and headlines;
+    the command of the message reads them all the same, with a note."""
     rows = [(*row[:4], f"Customer {row[0]}") for row in ROWS]
     file = put(tmp_path / "a.csv", table(rows, [*LOG, "name"]))
     message = refusal(file)

@@ -1,4 +1,5 @@
-"""Parquet as warehouses write it: the same log as a CSV of the same rows, whatever the types of the columns."""
+"""Parquet as warehouses write it:
+the same log as a CSV of the same rows, whatever the types of the columns."""
 
 import datetime as dt
 import decimal
@@ -15,7 +16,7 @@ from loaders.frozen import DataConfig, prepare
 pa = pytest.importorskip("pyarrow", reason="the extra pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
 
-ROWS = [(f"{n % 7}", f"{100 + n % 11}", 1 + n % 5, 1600000000 + 3600 * n, f"T {100 + n % 11}") for n in range(70)]  # fmt: skip
+ROWS = [(f"{n % 7}", f"{100 + n % 11}", 1 + n % 5, 1600000000 + 3600 * n, f"T {100 + n % 11}") for n in range(70)]  # noqa: E501  # fmt: skip
 NAMES = ("user", "item", "rating", "timestamp", "title")
 
 
@@ -55,12 +56,12 @@ TYPES = {
         "rating": lambda: pa.array([r[2] for r in ROWS]).dictionary_encode(),
         "title": lambda: pa.array([r[4] for r in ROWS]).dictionary_encode(),
     },
-    "decimal ratings": {"rating": lambda: pa.array([decimal.Decimal(r[2]) for r in ROWS], pa.decimal128(9, 2))},
-    "half floats": {"rating": lambda: pa.array([r[2] for r in ROWS], pa.float32()).cast(pa.float16())},
+    "decimal ratings": {"rating": lambda: pa.array([decimal.Decimal(r[2]) for r in ROWS], pa.decimal128(9, 2))},  # noqa: E501
+    "half floats": {"rating": lambda: pa.array([r[2] for r in ROWS], pa.float32()).cast(pa.float16())},  # noqa: E501
     "texts of numbers": {"rating": lambda: pa.array([f"{r[2]}.0" for r in ROWS])},
     "UTC": {"timestamp": lambda: pa.array(moments(), pa.timestamp("us", "UTC"))},
     "a zone": {"timestamp": lambda: pa.array(moments(), pa.timestamp("ms", "America/New_York"))},
-    "no zone": {"timestamp": lambda: pa.array([m.replace(tzinfo=None) for m in moments()], pa.timestamp("ns"))},
+    "no zone": {"timestamp": lambda: pa.array([m.replace(tzinfo=None) for m in moments()], pa.timestamp("ns"))},  # noqa: E501
     "seconds": {"timestamp": lambda: pa.array(moments(), pa.timestamp("s"))},
     "milliseconds as a number": {"timestamp": lambda: pa.array([r[3] * 1000 for r in ROWS])},
     "texts of times": {"timestamp": lambda: pa.array([m.isoformat() for m in moments()])},
@@ -112,9 +113,9 @@ def test_nulls(tmp_path):
 @pytest.mark.parametrize(
     "name, values, culprit",
     [
-        ("user", pa.array([[1]] * 70), "column user: list<.*> is neither a text nor a whole number"),
+        ("user", pa.array([[1]] * 70), "column user: list<.*> is neither a text nor a whole number"),  # noqa: E501
         ("item", pa.array([{"id": 1}] * 70), "column item: struct<.*> is neither"),
-        ("rating", pa.array([dt.date(2020, 1, 1)] * 70), r"column rating: date32\[day\] is no number"),
+        ("rating", pa.array([dt.date(2020, 1, 1)] * 70), r"column rating: date32\[day\] is no number"),  # noqa: E501
         ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no moment"),
         ("item", pa.array([b"\xff\xfe"] * 70), "column item: .*UTF8"),
         ("item", pa.array([1.5] * 70), "item 1.5"),
@@ -141,7 +142,7 @@ def test_a_folder_of_parts_is_one_log(tmp_path):
         part = columns(ROWS[5 * n : 5 * n + 5])
         write(tmp_path / f"untimed/{n}.parquet", {name: part[name] for name in no_times})
     order = [(0, 1, 2, 4), ("user", "item", "rating", "title")]
-    same = load("csv", put(tmp_path / "u.csv", own_csv(order[1], (0, 1, 2, 3), rows=[tuple(r[c] for c in order[0]) for r in ROWS])))  # fmt: skip
+    same = load("csv", put(tmp_path / "u.csv", own_csv(order[1], (0, 1, 2, 3), rows=[tuple(r[c] for c in order[0]) for r in ROWS])))  # noqa: E501  # fmt: skip
     untimed = rows_of(load("parquet", tmp_path / "untimed"))
     assert [row[:3] for row in untimed] == [row[:3] for row in rows_of(same)]
 
@@ -235,6 +236,6 @@ def test_parquet_and_csv_give_one_hash_but_for_the_name(tmp_path):
         prepared.append(prepare(config))
     assert prepared[0].hash != prepared[1].hash
     file = put(tmp_path / "log.csv", own_csv(rows=rows))
-    same = prepare(DataConfig(dataset="csv", data_dir=str(file), prepared_dir=str(tmp_path / "p"), followers=2, min_history=1))  # fmt: skip
+    same = prepare(DataConfig(dataset="csv", data_dir=str(file), prepared_dir=str(tmp_path / "p"), followers=2, min_history=1))  # noqa: E501  # fmt: skip
     assert rows_of(same.log) == rows_of(prepared[1].log)
     assert (same.splits["test"].candidates == prepared[1].splits["test"].candidates).all()

@@ -1,4 +1,5 @@
-"""The pretrained base of the demo: it reads, it has no taste, and it is made again by its command."""
+"""The pretrained base of the demo:
+it reads, it has no taste, and it is made again by its command."""
 
 import numpy as np
 import pytest
@@ -77,7 +78,8 @@ def test_the_base_is_small_and_encodes_any_text():
 
 
 def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    """A checkpoint after every step; stopped after 3 of 5, the same command ends with the same bits."""
+    """A checkpoint after every step;
+    stopped after 3 of 5, the same command ends with the same bits."""
     titles = tmp_path / "titles.txt"
     titles.write_text("\n".join(f"Tale {n} of {n * n}" for n in range(200)))
     small = {
