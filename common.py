@@ -1,4 +1,5 @@
-"""What every script shares: options from a dataclass, clear errors, printing, and the process group."""
+"""What every script shares: options from a dataclass, clear errors, printing,
+and the process group."""
 
 import argparse
 import contextlib
@@ -98,27 +99,25 @@ def read_json(file) -> dict:
 
 
 def parse_config(cls, argv=None):
-    """One --flag per dataclass field; --config file.json first, flags override it. Unknown flags and keys are errors."""
+    """One --flag per dataclass field; --config file.json first, flags override it.
+
+    Unknown flags and keys are errors."""
     types = get_type_hints(cls)
-    parser = argparse.ArgumentParser(
-        description=cls.__doc__, allow_abbrev=False, usage="%(prog)s [--option value ...]"
-    )
-    parser.add_argument(
-        "--config", help="JSON file with any of the options below; flags override it"
-    )
+    usage = "%(prog)s [--option value ...]"
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage=usage)
+    what = "JSON file with any of the options below; flags override it"
+    parser.add_argument("--config", help=what)
     section = parser
     for f in fields(cls):
         if f.metadata["group"]:
             section = parser.add_argument_group(f.metadata["group"])
         kind = types[f.name]
-        value = (
-            {"action": Switch}
-            if kind is bool
-            else {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-        )
-        section.add_argument(
-            f"--{f.name}", default=argparse.SUPPRESS, help=describe_option(f), **value
-        )
+        value = {"action": Switch}
+        if kind is not bool:
+            value = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        value |= {"default": argparse.SUPPRESS, "help": describe_option(f)}
+        section.add_argument(f"--{f.name}", **value)
+
     given = vars(parser.parse_args(argv))
     if file := given.pop("config", None):
         from_file = read_json(file)
@@ -172,7 +171,8 @@ class Stopped(Exception):
 
 
 def run_cli(main) -> None:
-    """Run a script's main(). What a user can cause is one message and exit code 2; the rest keeps its traceback."""
+    """Run a script's main(). What a user can cause is one message and exit code 2;
+    the rest keeps its traceback."""
     code = 0
     try:
         main()
@@ -190,12 +190,12 @@ def run_cli(main) -> None:
         code = 130
     if code:
         sys.stdout.flush()
-        os._exit(
-            code
-        )  # other ranks may wait in a collective: do not wait for them here, torchrun ends them
+        # other ranks may wait in a collective: do not wait for them here, torchrun ends them
+        os._exit(code)
     if dist.is_initialized():
-        # All is written and the ranks have met. Leave without the interpreter's teardown: with gloo's and FSDP's threads
-        # still about, it aborts now and then ("terminate called without an active exception"), and fails a finished run.
+        # All is written and the ranks have met. Leave without the interpreter's teardown: with
+        # gloo's and FSDP's threads still about, it aborts now and then ("terminate called without
+        # an active exception"), and fails a finished run.
         if torch.cuda.is_available():
             dist.destroy_process_group()
         sys.stdout.flush()
@@ -245,21 +245,21 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     cuda = torch.cuda.device_count() >= local_world  # NCCL wants a GPU per process
     if torch.cuda.is_available() and not cuda:
         print0(
-            f"note: {local_world} processes but {torch.cuda.device_count()} GPU(s) on this machine: running on the CPU"
+            f"note: {local_world} processes but {torch.cuda.device_count()} GPU(s) "
+            "on this machine: running on the CPU"
         )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if cuda:
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+
     if not dist.is_initialized():
-        single = (
-            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        )
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2), **single
-        )
-    if (
-        local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1"
-    ):  # torchrun's default; use all cores instead
+        group = {"timeout": timedelta(hours=2)}
+        if "RANK" not in os.environ:
+            group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, **group)
+    # torchrun's default; use all cores instead
+    if local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -289,7 +289,8 @@ def free_memory() -> None:
 
 @contextlib.contextmanager
 def first(rank_variable: str = "RANK"):
-    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who find its work done.
+    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others,
+    who find its work done.
 
     An error on the first one ends its process, and torchrun then ends the others."""
     leads = int(os.environ.get(rank_variable, 0)) == 0

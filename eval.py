@@ -1,17 +1,23 @@
 """Evaluation: what the model would answer, and how it ranks the candidates, from one forward pass.
 
-All 20 candidates hang on one PromptTree. Greedy decoding would write candidate c, and then stop, exactly if each of c's
-tokens is the argmax at its row and the argmax after the last one ends the answer (a stop id, or spaces and a line
-break). So the answer, its validity, and the exact ranking of the 20 come from one pass. Prompts where no candidate
-verifies are decoded for real, since another spelling of a title is possible and the text is wanted.
+All 20 candidates hang on one PromptTree. Greedy decoding would write candidate c, and then stop,
+exactly if each of c's tokens is the argmax at its row and the argmax after the last one ends the
+answer (a stop id, or spaces and a line break). So the answer, its validity, and the exact ranking
+of the 20 come from one pass. Prompts where no candidate verifies are decoded for real, since
+another spelling of a title is possible and the text is wanted.
 
-    python eval.py --run runs/planted-1                      every stage of a run, as train.py evaluates it
-    python eval.py --model DIR --adapter DIR ...        any Hugging Face directory, with or without a PEFT adapter
-    python eval.py --run runs/planted-1 --recommend my.json  rank the candidates of one user, with probabilities
-    python eval.py --run runs/planted-1 --recommend all --output recs.jsonl    every user, studies/recommend.py
+    python eval.py --run runs/planted-1
+        every stage of a run, as train.py evaluates it
+    python eval.py --model DIR --adapter DIR ...
+        any Hugging Face directory, with or without a PEFT adapter
+    python eval.py --run runs/planted-1 --recommend my.json
+        rank the candidates of one user, with probabilities
+    python eval.py --run runs/planted-1 --recommend all --output recs.jsonl
+        the ten best items for every user of the log (studies/recommend.py)
 
-hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a listed title; ranking/* are
-computed from the log-probabilities of all candidates (always "valid"). Ties share their ranks.
+hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a
+listed title; ranking/* are computed from the log-probabilities of all candidates (always
+"valid"). Ties share their ranks.
 
 Left out: tables over several runs. Legend: E examples, N = 20 candidates, M scored tokens.
 """
@@ -22,6 +28,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
 
@@ -48,6 +55,7 @@ from data import (
     Examples,
     PromptTree,
     build_tree,
+    clean_title,
     encode_examples,
     micro_batches,
     prefetch,
@@ -57,7 +65,8 @@ from data import (
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.frozen import DataConfig, encode_split, prepare, words_of
+from loaders.values import parse_scale
 from lora import load_adapter
 from model import Transformer, generate, load_4bit, load_pretrained
 from runtime.stages import check_data, load_stage
@@ -67,16 +76,18 @@ def ranking_metrics(
     scores: np.ndarray,  # (E, n), higher is better
     target: np.ndarray,  # (E,) slot of the chosen item
 ) -> dict[str, np.ndarray]:
-    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64) of the target's rank among the n candidates.
+    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64)
+    of the target's rank among the n candidates.
 
-    Ties are shared: the target's rank is uniform over the candidates of equal score, and each metric is the mean over
-    these ranks. So a recommender whose scores are all equal gets exactly what chance gets. ValueError on NaN, which
-    compares as if it were neither better nor worse."""
+    Ties are shared: the target's rank is uniform over the candidates of equal score, and each
+    metric is the mean over these ranks. So a recommender whose scores are all equal gets exactly
+    what chance gets. ValueError on NaN, which compares as if it were neither better nor worse."""
     scores, target = np.asarray(scores), np.asarray(target)
     if np.isnan(scores).any():
         bad = np.flatnonzero(np.isnan(scores).any(1))
         raise ValueError(
-            f"{len(bad)} of {len(scores)} examples have a score that is not a number, first {bad[0]}"
+            f"{len(bad)} of {len(scores)} examples have a score that is not a number, "
+            f"first {bad[0]}"
         )
     own = np.take_along_axis(scores, target[:, None], 1)
     better = (scores > own).sum(1, keepdims=True)
@@ -84,10 +95,8 @@ def ranking_metrics(
     rank = np.arange(1, scores.shape[1] + 1)
     possible = (better < rank) & (rank <= better + tied)  # (E, n) over ranks
     gains = {f"hit_ratio@{k}": rank <= k for k in (1, 3, 5)}
-    gains |= {
-        "ndcg@5": (rank <= 5) / np.log2(1 + rank),
-        "mrr": 1 / rank,
-    }  # one relevant item: the ideal DCG is 1
+    gains["ndcg@5"] = (rank <= 5) / np.log2(1 + rank)  # one relevant item: the ideal DCG is 1
+    gains["mrr"] = 1 / rank
     return {name: (possible * gain).sum(1) / tied[:, 0] for name, gain in gains.items()}
 
 
@@ -96,7 +105,8 @@ NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of co
 
 @dataclass(frozen=True)
 class EvalConfig(DataConfig):
-    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter, or rank one user's candidates."""
+    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter,
+    or rank one user's candidates."""
 
     run: str = arg(
         "",
@@ -121,7 +131,8 @@ class EvalConfig(DataConfig):
     split: str = arg("test", "val or test", choices=("val", "test"))
     decode: str = arg(
         "greedy",
-        "greedy (one pass), generate (the long way, compared with it), trie (always a listed title)",
+        "greedy (one pass), generate (the long way, compared with it), "
+        "trie (always a listed title)",
         group="how",
         choices=("greedy", "generate", "trie"),
     )
@@ -165,7 +176,8 @@ class EvalConfig(DataConfig):
 
 
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
-    """(B,) the completion that greedy decoding would write, or -1: all its tokens are argmaxes, and then it ends."""
+    """(B,) the completion that greedy decoding would write, or -1:
+    all its tokens are argmaxes, and then it ends."""
     is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
     is_last[:-1] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
     agrees = torch.where(is_last, torch.isin(greedy_ids, end_ids), greedy_ids == tree.labels)
@@ -174,7 +186,8 @@ def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Te
 
 
 def trie_walk(completions: list[list[int]], token_logps: list[list[float]]) -> int:
-    """Greedy decoding restricted to the candidates: at each node the likeliest listed token; the first of equals."""
+    """Greedy decoding restricted to the candidates: at each node the likeliest listed token;
+    the first of equals."""
     alive, depth = list(range(len(completions))), 0
     while len(alive) > 1:
         best = max(alive, key=lambda n: (token_logps[n][depth], -n))
@@ -188,7 +201,8 @@ def canonical(title: str) -> str:
 
 
 def match_title(answer: str, titles: list[str]) -> int:
-    """Index of the title that the answer equals; only if none, once more without one final "."; -1 if still none."""
+    """Index of the title that the answer equals; only if none, once more without one final ".";
+    -1 if still none."""
     titles = [canonical(t) for t in titles]
     for text in (canonical(answer), canonical(answer.removesuffix("."))):
         if text in titles:
@@ -236,23 +250,25 @@ def predict(
     batches = planned(widths, indices, micro_batch_tokens)
     trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), batches)
     for batch in progress(rounds(batches, any_rank), what, len(batches)):
-        tree = next(trees) if batch else encoded.tree(DUMMY, all_slots).to(device)
+        if batch:
+            tree = next(trees)
+        else:
+            tree = encoded.tree(DUMMY, all_slots).to(device)
         token_logps, greedy_ids = model(tree)
         logps = tree.sum_logps(token_logps).cpu()
         verified = verified_branch(tree, greedy_ids, end_ids).cpu()
-        per_token = iter(token_logps.tolist() if decode == "trie" else [])
+        per_token = iter(token_logps.tolist() if decode == "trie" else ())
         for b, e in enumerate(batch):
             slot, how = int(verified[b]), "verified"
             if decode == "trie":
                 completions = encoded.slots(e, all_slots[e])
-                branches = [[next(per_token) for _ in ids] for ids in completions]
+                branches = [list(islice(per_token, len(ids))) for ids in completions]
                 slot, how = trie_walk(completions, branches), "trie"
             records[e] = _record(encoded.examples, e, slot, how, logps[b].tolist())
 
-    if decode == "generate":
-        rest = sorted(records)
-    else:
-        rest = sorted(e for e, r in records.items() if r["answer"] is None and decode_rest)
+    rest = sorted(records)
+    if decode != "generate":
+        rest = [e for e in rest if decode_rest and records[e]["answer"] is None]
     longest = max(map(len, encoded.completions.values()))
     batches = planned(widths, rest, micro_batch_tokens)
     for batch in progress(rounds(batches, any_rank), f"{what}, written out", len(batches)):
@@ -297,7 +313,8 @@ def wilson(mean: float, n: int) -> list[float]:
 
 
 def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = None) -> dict:
-    """Metrics over all records, each with its 95 % interval under `<name>_ci95`; baselines: name -> scores (E, N)."""
+    """Metrics over all records, each with its 95 % interval under `<name>_ci95`;
+    baselines: name -> scores (E, N)."""
     n = len(records)
     metrics: dict = {"n": n}
 
@@ -306,20 +323,19 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
         metrics[name] = float(values.mean())
         is_share = ((values == 0) | (values == 1)).all()
         half = 1.96 * values.std() / math.sqrt(n)
-        metrics[f"{name}_ci95"] = (
-            wilson(values.mean(), n) if is_share else [values.mean() - half, values.mean() + half]
-        )
+        interval = [values.mean() - half, values.mean() + half]
+        metrics[f"{name}_ci95"] = wilson(values.mean(), n) if is_share else interval
 
     put("hit_ratio@1", [r["hit"] for r in records])
     put("valid_ratio", [r["valid"] for r in records])
     valid = [r["hit"] for r in records if r["valid"]]
     metrics["hit_ratio@1|valid"] = float(np.mean(valid)) if valid else 0.0
     targets = np.array([r["target_slot"] for r in records])
-    for name, values in ranking_metrics(np.array([r["logps"] for r in records]), targets).items():
+    logps = np.array([r["logps"] for r in records])
+    for name, values in ranking_metrics(logps, targets).items():
         put(f"ranking/{name}", values)
-    metrics["answers_generated"] = sum(
-        r["how"] == "generated" and r.get("one_pass") is None for r in records
-    )
+    written = [r["how"] == "generated" and r.get("one_pass") is None for r in records]
+    metrics["answers_generated"] = sum(written)
     metrics["baselines"] = {"chance": 1 / NUM_CANDIDATES}
     for name, scores in (baselines or {}).items():
         metrics["baselines"][name] = float(ranking_metrics(scores, targets)["hit_ratio@1"].mean())
@@ -337,21 +353,21 @@ def evaluate(
     encoded: Encoded | None = None,  # the examples' tokens, where they are at hand
     baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N), to stand beside
 ) -> tuple[dict, list[dict]]:
-    """Score the given examples in this process: (metrics, predictions). train.py splits them over ranks instead."""
+    """Score the given examples in this process: (metrics, predictions).
+
+    train.py splits them over ranks instead."""
     encoded = encoded or encode_examples(examples, tokenizer, max_length)
     training = model.training
     model.eval()
     device = model.inv_freq.device
     indices = range(len(examples))
-    records = predict(
-        model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens, device=device
-    )
+    options = (decode, decode_rest, micro_batch_tokens)
+    records = predict(model, tokenizer, encoded, indices, *options, device=device)
     model.train(training)
     metrics = summarise(records, baselines)
     if decode == "generate":
-        metrics |= compare_with_one_pass(
-            model, encoded, records, tokenizer.stop_ids | tokenizer.newline_ids()
-        )
+        stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
+        metrics |= compare_with_one_pass(model, encoded, records, stop_ids)
     return metrics, records
 
 
@@ -359,27 +375,29 @@ def evaluate(
 def compare_with_one_pass(
     model: Transformer, encoded: Encoded, records: list[dict], stop_ids
 ) -> dict:
-    """How often free generation and the one pass name different titles, and how many of those are near-ties.
+    """How often free generation and the one pass name different titles,
+    and how many of those are near-ties.
 
-    They differ too where generation spelt a candidate that the one pass did not verify. A near-tie: somewhere along the
-    generated answer the two best logits are closer than NEAR_TIE."""
+    They differ too where generation spelt a candidate that the one pass did not verify.
+    A near-tie: somewhere along the generated answer the two best logits are closer than NEAR_TIE.
+    """
 
     def missed(r: dict) -> bool:
         ended = len(r["ids"]) > 1 and r["ids"][-1] in stop_ids
         spellings = [c[:-1] for c in encoded.slots(r["example"], range(NUM_CANDIDATES))]
-        return r["one_pass"] is None and ended and r["ids"][:-1] in spellings
+        return ended and r["ids"][:-1] in spellings
 
-    differing = [
-        r
-        for r in records
-        if missed(r) or (r["one_pass"] is not None and r["one_pass"] != r["answer"])
-    ]
+    def differs(r: dict) -> bool:
+        if r["one_pass"] is None:
+            return missed(r)
+        return r["one_pass"] != r["answer"]
+
+    differing = [r for r in records if differs(r)]
     near = 0
     for r in differing:
         prompt = encoded.prompts[r["example"]].tolist()
-        logits = model.logits(torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device))[
-            0, len(prompt) - 1 :
-        ]
+        sequence = torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device)
+        logits = model.logits(sequence)[0, len(prompt) - 1 :]
         best = logits.topk(2, dim=-1).values
         near += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
     return {"one_pass_differs": len(differing), "one_pass_near_ties": near}
@@ -389,9 +407,8 @@ def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "predictions.jsonl", "w") as f:
         for record in records:
-            f.write(
-                json.dumps({k: v for k, v in record.items() if k not in ("ids", "one_pass")}) + "\n"
-            )
+            kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
+            f.write(json.dumps(kept) + "\n")
     (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
@@ -399,18 +416,20 @@ def table_rows(name: str, metrics: dict) -> str:
     low, high = metrics["hit_ratio@1_ci95"]
     ranked_low, ranked_high = metrics["ranking/hit_ratio@1_ci95"]
     return (
-        f"| {name} | {metrics['hit_ratio@1']:.4f} [{low:.3f}, {high:.3f}] | {metrics['valid_ratio']:.4f} "
+        f"| {name} | {metrics['hit_ratio@1']:.4f} [{low:.3f}, {high:.3f}] "
+        f"| {metrics['valid_ratio']:.4f} "
         f"| {metrics['ranking/hit_ratio@1']:.4f} [{ranked_low:.3f}, {ranked_high:.3f}] "
         f"| {metrics['ranking/ndcg@5']:.4f} | {metrics['ranking/mrr']:.4f} |"
     )
 
 
 def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None) -> str:
-    """Markdown: chance and counting baselines, the given rows (name -> metrics), then known upper bounds."""
+    """Markdown: chance and counting baselines, the given rows (name -> metrics),
+    then known upper bounds."""
     some = next(iter(rows.values()))
     lines = [
-        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; greedy = exact title written, ranking = best "
-        "log-probability of the 20; [95 % interval]",
+        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; "
+        "greedy = exact title written, ranking = best log-probability of the 20; [95 % interval]",
         "",
         "| method | HR@1 greedy | ValidRatio | HR@1 ranking | NDCG@5 | MRR |",
         "|---|---|---|---|---|---|",
@@ -424,7 +443,8 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
     written = ", ".join(f"{name} {metrics['answers_generated']}" for name, metrics in rows.items())
     lines += [
         "",
-        f"answers written out token by token, because no candidate verified in the one pass: {written}",
+        "answers written out token by token, because no candidate verified in the one pass: "
+        f"{written}",
     ]
     return "\n".join(lines)
 
@@ -454,17 +474,14 @@ def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
 
 
 def with_run_options(config: EvalConfig) -> EvalConfig:
-    """Data options, dtype, max_length and prompt_format of the run: its examples are evaluated, whatever else was given."""
+    """Data options, dtype, max_length and prompt_format of the run:
+    its examples are evaluated, whatever else was given."""
     if not config.run:
         return config
     file = Path(config.run) / "config.json"
     saved = read_json(file)
-    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"} | {
-        "dtype",
-        "max_length",
-        "load_in_4bit",
-        "prompt_format",
-    }
+    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"}
+    names |= {"dtype", "max_length", "load_in_4bit", "prompt_format"}
     known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
     check_types(file, known, get_type_hints(EvalConfig))
     try:
@@ -473,25 +490,83 @@ def with_run_options(config: EvalConfig) -> EvalConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
+REQUEST = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
+
+
+def read_request(config: EvalConfig) -> Example:
+    """One user's history and candidates, cleaned as training cleans its titles; ValueError says what does not fit."""
+    file = Path(config.recommend)
+    request = read_json(file)
+    history, candidates = request.get("history"), request.get("candidates")
+    if not isinstance(history, list) or not isinstance(candidates, list) or len(candidates) < 2:
+        raise ValueError(f"{file}: expected {REQUEST}, with at least two different candidates")
+    rows = []
+    for number, entry in enumerate(history, 1):
+        entry = entry if isinstance(entry, dict) else {}
+        title = request_title(file, f"history entry {number}", entry.get("title"))
+        rows.append((title, request_rating(config, number, entry.get("rating"))))
+    titles: list[str] = []
+    for number, candidate in enumerate(candidates, 1):
+        title = request_title(file, f"candidate {number}", candidate)
+        if title in titles:
+            first = titles.index(title) + 1
+            raise ValueError(f"{file}: candidates {first} and {number} are one title, {title!r}")
+        titles.append(title)
+    if config.history_items == "positive":  # as the model was trained
+        rows = [(title, rating) for title, rating in rows if rating >= config.min_rating]
+    if not config.ratings:
+        rows = [(title, math.nan) for title, _ in rows]
+    words = words_of(config.dataset, config.data_dir)
+    return Example(words, "", rows[-config.history :], titles, 0, [], 0)
+
+
+def request_title(file: Path, place: str, title) -> str:
+    if not isinstance(title, str):
+        raise ValueError(f"{file}: {place} has no title; expected {REQUEST}")
+    cleaned = clean_title(title)
+    if not cleaned:
+        raise ValueError(f"{file}: {place} is empty, {title!r}: leave it out or name it")
+    return cleaned
+
+
+def request_rating(config: EvalConfig, number: int, rating) -> float:
+    """A rating as prompts show it, mapped from --scale; NaN, if the model saw histories without ratings and none is given."""
+    positive = config.history_items == "positive"
+    if rating is None and not positive and (not config.ratings or config.dataset == "prepared"):
+        return math.nan
+    scale = parse_scale(config.scale)
+    low, high = scale or (0.0, 5.0)
+    is_number = isinstance(rating, int | float) and not isinstance(rating, bool)
+    if not is_number or not low <= rating <= high or (rating == 0 and not scale):
+        what = f"of --scale {config.scale}" if scale else "above 0 and up to 5"
+        raise ValueError(
+            f"{config.recommend}: history entry {number} has rating {rating!r}; expected a number "
+            f"{what}, as the ratings of the log"
+        )
+    return 1 + 4 * (rating - low) / (high - low) if scale else float(rating)
+
+
+def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, room: int) -> list:
+    """Prompt ids that leave `room` of --max_length; the oldest history goes first, as in training."""
+    for skip in range(max(1, len(example.history))):
+        (prompt,) = tokenizer.encode_prompts([render_prompt(example, skip)])
+        if len(prompt) <= config.max_length - room:
+            return prompt
+    raise ValueError(
+        f"{config.recommend}: {len(prompt)} prompt tokens and a candidate of {room} do not fit "
+        f"--max_length {config.max_length}; give fewer candidates, or raise it"
+    )
+
+
 def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
     """The candidates of one user, best first, with their share of the probability of all of them."""
-    request = read_json(Path(config.recommend))
-    history, candidates = request.get("history"), request.get("candidates")
-    shape = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
-    try:
-        history = [(" ".join(h["title"].split()), float(h["rating"])) for h in history]
-        if config.history_items == "positive":  # as the model was trained
-            history = [(title, rating) for title, rating in history if rating >= config.min_rating]
-        history = [(title, rating if config.ratings else math.nan) for title, rating in history]
-        candidates = [" ".join(c.split()) for c in candidates]
-        assert len(candidates) >= 2 and len(set(candidates)) == len(candidates)
-    except (TypeError, KeyError, ValueError, AttributeError, AssertionError):
-        raise ValueError(
-            f"{config.recommend}: expected {shape}, with at least two different candidates"
-        ) from None
-    example = Example(config.dataset, "", history[-config.history :], candidates, 0, [], 0)
+    example = read_request(config)
+    candidates = example.candidates
     completions = tokenizer.encode_completions(candidates)
-    tree = build_tree(tokenizer.encode_prompts([render_prompt(example)]), [completions]).to(device)
+    if len(set(map(tuple, completions))) < len(completions):
+        raise ValueError(f"{config.recommend}: two candidates have the same tokens: {candidates}")
+    prompt = fitting_prompt(config, tokenizer, example, max(map(len, completions)))
+    tree = build_tree([prompt], [completions]).to(device)
     with torch.no_grad():
         logps = tree.sum_logps(model(tree)[0])[0]  # (N,)
     shares = logps.softmax(0).tolist()
@@ -541,25 +616,23 @@ def main() -> None:
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
         encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
         baselines = prepared.baselines(config.split)
-        metrics, records = evaluate(
-            model, tokenizer, encoded.examples, *options, encoded, baselines
-        )
+        known = (encoded, baselines)
+        metrics, records = evaluate(model, tokenizer, encoded.examples, *options, *known)
         del model
         free_memory()  # before the next one is loaded
-        rows[name] = metrics | {
-            "data_hash": prepared.hash,
-            "decode": config.decode,
-            "split": config.split,
-        }
+        metrics |= {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
+        rows[name] = metrics
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name, rows[name], records)
         if config.decode == "generate":
             print(
-                f"{name}: one pass and generation differ on {metrics['one_pass_differs']} of {metrics['n']} answers, "
-                f"{metrics['one_pass_near_ties']} of them near-ties (two best logits within {NEAR_TIE})"
+                f"{name}: one pass and generation differ on {metrics['one_pass_differs']} "
+                f"of {metrics['n']} answers, {metrics['one_pass_near_ties']} of them near-ties "
+                f"(two best logits within {NEAR_TIE})"
             )
     print(
-        f"\n{config.dataset}, {config.split} split, data {prepared.hash[:12]}, decode {config.decode}\n"
+        f"\n{config.dataset}, {config.split} split, "
+        f"data {prepared.hash[:12]}, decode {config.decode}\n"
     )
     print(results_table(rows))
 

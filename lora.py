@@ -1,11 +1,13 @@
-"""LoRA: a frozen linear layer plus a trainable low-rank correction (arXiv:2106.09685), in PEFT's file format.
+"""LoRA: a frozen linear layer plus a trainable low-rank correction (arXiv:2106.09685),
+in PEFT's file format.
 
     y = W x + b + scaling * B A dropout(x)          x ──┬── W (frozen) ────────────┬── y
                                                         └── dropout ── A ── B ── * ┘ scaling
-    A (r, in) starts uniform, B (out, r) starts at zero, so the adapted model starts as the base model;
+    A (r, in) starts uniform, B (out, r) starts at zero: the adapted model starts as the base model;
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv:2312.03732).
 
-Projections of one input are computed together, as one autograd function (kernels/lora.py). A and B stay fp32 over a bf16 base and are cast per use. Files are PEFT's (hub/adapter.py).
+Projections of one input are computed together, as one autograd function (kernels/lora.py). A and
+B stay fp32 over a bf16 base and are cast per use. Files are PEFT's (hub/adapter.py).
 """
 
 import hashlib
@@ -46,13 +48,9 @@ class LoRALinear(nn.Linear):
         self.projections = adapted_projections
         if self.absmax is not None:
             self.projections = outside_graphs(adapted_projections)
-        device = linear.weight.device
-        self.lora_A = nn.Linear(
-            linear.in_features, r, bias=False, device=device, dtype=torch.float32
-        )
-        self.lora_B = nn.Linear(
-            r, linear.out_features, bias=False, device=device, dtype=torch.float32
-        )
+        like = {"bias": False, "device": linear.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(linear.in_features, r, **like)
+        self.lora_B = nn.Linear(r, linear.out_features, **like)
         self.scaling, self.dropout = scaling, dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,26 +58,26 @@ class LoRALinear(nn.Linear):
 
     @staticmethod
     def project(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
-        """Several projections of one input, at least one of them adapted, in one autograd function."""
+        """Several projections of one input, at least one of them adapted,
+        in one autograd function."""
         lora = [layer for layer in layers if isinstance(layer, LoRALinear)]
         As = [layer.lora_A.weight if layer in lora else None for layer in layers]
         Bs = [layer.lora_B.weight if layer in lora else None for layer in layers]
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        dropout = (
-            lora[0].dropout if lora[0].training else 0.0
-        )  # all adapters of a model share it, and the scaling
-        arguments = (x, weights, biases, As, Bs, lora[0].scaling, dropout)
+        weights = [layer.weight for layer in layers]
+        biases = [layer.bias for layer in layers]
         absmaxes = [getattr(layer, "absmax", None) for layer in layers]  # of all layers, or of none
-        return lora[0].projections(*arguments, absmaxes)
+        first = lora[0]  # all adapters of a model share scaling and dropout
+        dropout = first.dropout if first.training else 0.0
+        return first.projections(x, weights, biases, As, Bs, first.scaling, dropout, absmaxes)
 
     def draw_A(self, name: str, seed: int) -> Tensor:
-        """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name) so that every rank starts with the same."""
+        """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name)
+        so that every rank starts with the same."""
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         bound = 1 / math.sqrt(self.in_features)
-        return torch.empty(self.lora_A.weight.shape, device="cpu").uniform_(
-            -bound, bound, generator=generator
-        )
+        A = torch.empty(self.lora_A.weight.shape, device="cpu")
+        return A.uniform_(-bound, bound, generator=generator)
 
     @torch.no_grad()
     def reset_parameters(self, name: str, seed: int) -> None:
@@ -92,19 +90,21 @@ def apply_lora(
     r: int,
     lora_alpha: float,
     lora_dropout: float = 0.0,
-    target_modules=TARGET_MODULES,  # names, PEFT's "all-linear", or a regular expression over module paths
+    # names, PEFT's "all-linear", or a regular expression over module paths
+    target_modules=TARGET_MODULES,
     use_rslora: bool = False,
     seed: int = 0,
 ) -> Transformer:
-    """Freeze the model and put an adapter on every targeted linear layer, in place; returns the model."""
+    """Freeze the model and put an adapter on every targeted linear layer, in place;
+    returns the model."""
     if r < 1:
         raise ValueError(f"LoRA rank r must be >= 1, got {r}")
     if getattr(model, "lora_config", None):
         raise ValueError("the model already carries LoRA adapters: merge_lora them first")
     targets = _find_targets(model, target_modules)
-    short = sorted(
-        {name.rpartition(".")[2] for name in targets}
-    )  # whole paths only where these would select more
+    short = sorted({name.rpartition(".")[2] for name in targets})
+    # whole paths only where the short names would select more
+    named = short if _find_targets(model, short) == targets else targets
     model.requires_grad_(False)
     scaling = lora_scaling(r, lora_alpha, use_rslora)
     for name in targets:
@@ -117,7 +117,7 @@ def apply_lora(
         "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
-        "target_modules": short if _find_targets(model, short) == targets else targets,
+        "target_modules": named,
         "use_rslora": use_rslora,
     }
     return model
@@ -159,7 +159,8 @@ def _used_targets(model: Transformer, targets):
 
 
 def _is_path_end(target: str, name: str) -> bool:
-    """PEFT's rule for a list: "q_proj", "self_attn.q_proj" and the whole path all mean that layer."""
+    """PEFT's rule for a list:
+    "q_proj", "self_attn.q_proj" and the whole path all mean that layer."""
     return f".{name}".endswith(f".{target}")
 
 
@@ -168,10 +169,13 @@ def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
 
 
 def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = None) -> None:
-    """Write PEFT's two files. `state` overrides the weights (gathered ones, when the model is sharded)."""
+    """Write PEFT's two files.
+
+    `state` overrides the weights (gathered ones, when the model is sharded)."""
     if not getattr(model, "lora_config", None):
         raise ValueError(
-            "the model carries no LoRA adapter: call apply_lora first, or save_pretrained for full weights"
+            "the model carries no LoRA adapter: "
+            "call apply_lora first, or save_pretrained for full weights"
         )
     state = model.state_dict() if state is None else state
     tensors = {name: tensor for name, tensor in state.items() if ".lora_" in name}
@@ -181,7 +185,8 @@ def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = Non
 def load_adapter(model: Transformer, path, lora_dropout: float | None = None) -> Transformer:
     """Put a PEFT adapter on the base model it was trained for, in place; returns the model.
 
-    ValueError if it needs something unsupported, was trained on another base, or any key or shape does not match."""
+    ValueError if it needs something unsupported, was trained on another base, or any
+    key or shape does not match."""
     settings, tensors = read_adapter(model, path)
     if lora_dropout is not None:
         settings["lora_dropout"] = lora_dropout
@@ -193,7 +198,8 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
 
 
 def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
-    """(arguments of apply_lora, tensors by PEFT's names) of an adapter, checked against the model, which may be on meta."""
+    """(arguments of apply_lora, tensors by PEFT's names) of an adapter, checked against the model,
+    which may be on meta."""
     config = read_adapter_config(path)
     held = {} if model.source else model.state_dict()
     tensors = read_adapter_tensors(path, config, model.source, model.name_or_path, held)
@@ -228,11 +234,11 @@ def merge_lora(model: Transformer) -> Transformer:
             weight = nn.Parameter(base_weight(model, name, layer, model.model.norm.weight.dtype))
             weight.requires_grad_(False)
         weight.copy_(weight.float() + delta)
-        linear = nn.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
-        )
+        bias = layer.bias is not None
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=bias, device="meta")
         linear.weight, linear.bias = weight, layer.bias
-        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], linear)
+        parent, _, short = name.rpartition(".")
+        setattr(model.get_submodule(parent), short, linear)
     unquantized(model)
     model.lora_config = None
     model.source, model.name_or_path = None, ""  # no longer the weights in that folder

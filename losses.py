@@ -1,24 +1,30 @@
 """The losses: SFT, RecPO, and what it is compared with, as pure functions of log-probabilities.
 
-    Δ_n = log π(y_n | x) - log π_ref(y_n | x)                     log-ratio of completion n, summed over its tokens
-    φ   = rating / (1 + steps)^decay                              preference score of an item (steps 0: the next one)
-    m_l = φ_w / φ_l                                               target margin against rejected item l (eq. 4)
+    Δ_n = log π(y_n | x) - log π_ref(y_n | x)   log-ratio of completion n, summed over its tokens
+    φ   = rating / (1 + steps)^decay            preference score of an item (steps 0: the next one)
+    m_l = φ_w / φ_l                             target margin against rejected item l (eq. 4)
 
-    RecPO (eq. 7)  -log σ(-log Σ_l exp(β (Δ_l - Δ_w) + λ m_l))    = softplus(logsumexp_l(β (Δ_l - Δ_w) + λ m_l))
-    S-DPO          the same with λ = 0                            arXiv:2406.09215, eq. 9
-    DPO            the same with λ = 0 and one rejected item      arXiv:2305.18290, eq. 7
-    ODPO           DPO with an offset α m                         -log σ(β (Δ_w - Δ_l) - α m), arXiv:2402.10571, eq. 5
-    IPO            regression to a fixed gap                      (Δ_w - Δ_l - 1 / (2 β))^2, arXiv:2310.12036, eq. 17
-    KTO            each completion against a baseline z           arXiv:2402.01306, eq. 8
-    CPO            DPO without a reference, plus NLL              arXiv:2401.08417, eq. 5
-    SimPO          means over tokens instead of sums              -log σ(β (mean_w - mean_l) - γ), arXiv:2405.14734, eq. 6
+    RecPO (eq. 7)  -log σ(-log Σ_l exp(β (Δ_l - Δ_w) + λ m_l))
+                   = softplus(logsumexp_l(β (Δ_l - Δ_w) + λ m_l))
+    S-DPO   the same with λ = 0                         arXiv:2406.09215, eq. 9
+    DPO     the same with λ = 0 and one rejected item   arXiv:2305.18290, eq. 7
+    ODPO    DPO with an offset α m:                     arXiv:2402.10571, eq. 5
+            -log σ(β (Δ_w - Δ_l) - α m)
+    IPO     regression to a fixed gap:                  arXiv:2310.12036, eq. 17
+            (Δ_w - Δ_l - 1 / (2 β))^2
+    KTO     each completion against a baseline z        arXiv:2402.01306, eq. 8
+    CPO     DPO without a reference, plus NLL           arXiv:2401.08417, eq. 5
+    SimPO   means over tokens instead of sums:          arXiv:2405.14734, eq. 6
+            -log σ(β (mean_w - mean_l) - γ)
 
 Without a reference (CPO, SimPO) Δ is log π alone: zeros stand for log π_ref.
 
-The right-hand form is the one computed: exp() overflows at 89 in fp32, and one bad negative can exceed that. λ m is
-added outside β (...), as in the authors' code: it is the reward gap, in nats, that the chosen item must exceed.
+The second form of RecPO is the one computed: exp() overflows at 89 in fp32, and one bad negative
+can exceed that. λ m is added outside β (...), as in the authors' code: it is the reward gap, in
+nats, that the chosen item must exceed.
 
-Legend: B examples, K = num_negatives rejected items per example, N = 1 + K completions (chosen first), M tokens.
+Legend: B examples, K = num_negatives rejected items per example, N = 1 + K completions (chosen
+first), M tokens.
 """
 
 import torch
@@ -29,7 +35,9 @@ MARGINS = ("ratio", "log_diff", "log_ratio", "none")
 
 
 def preference_score(rating, steps, decay: float = 0.5):
-    """φ = rating / (1 + steps)^decay; steps counts interactions until this one, 0 for the very next. Tensors or arrays."""
+    """φ = rating / (1 + steps)^decay; tensors or arrays.
+
+    steps counts interactions until this one, 0 for the very next."""
     return rating / (1 + steps) ** decay
 
 
@@ -42,9 +50,8 @@ def target_margins(
     chosen = chosen_scores[:, None]
     if kind == "ratio":  # the method, eq. 4
         return chosen / rejected_scores
-    if (
-        kind == "log_diff"
-    ):  # the authors' log(1 + φ_w - φ_l); the clamp keeps it finite where the rejected scores higher
+    # the authors' log(1 + φ_w - φ_l); the clamp keeps it finite where the rejected scores higher
+    if kind == "log_diff":
         return torch.log((1 + chosen - rejected_scores).clamp(min=1e-3))
     if kind == "log_ratio":
         return torch.log(chosen / rejected_scores)
@@ -57,7 +64,8 @@ def target_margins(
 
 def sft_loss(
     token_logps: Tensor,  # (M,)
-    num_target_tokens: int,  # of the whole global batch, so that micro-batches and ranks add up to one mean
+    # of the whole global batch, so that micro-batches and ranks add up to one mean
+    num_target_tokens: int,
 ) -> Tensor:
     """Negative log-likelihood of the answer's tokens (eq. 1), EOS included."""
     return -token_logps.sum() / num_target_tokens
@@ -87,7 +95,8 @@ def _gap(policy_logps: Tensor, reference_logps: Tensor, name: str) -> Tensor:
     """(B,) Δ_w - Δ_l of methods that compare two completions."""
     if policy_logps.shape[1] != 2:
         raise ValueError(
-            f"{name} compares two completions, got {policy_logps.shape[1]}: set num_negatives to 1, or use sdpo"
+            f"{name} compares two completions, got {policy_logps.shape[1]}: "
+            "set num_negatives to 1, or use sdpo"
         )
     logratios = policy_logps - reference_logps  # (B, 2)
     return logratios[:, 0] - logratios[:, 1]
@@ -111,7 +120,9 @@ def odpo_loss(
     offsets: Tensor,  # (B, 1), already times α
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """ODPO: the gap must exceed an offset, log(φ_w - φ_l) or log(φ_w / φ_l). RecPO with one rejected item."""
+    """ODPO: the gap must exceed an offset, log(φ_w - φ_l) or log(φ_w / φ_l).
+
+    RecPO with one rejected item."""
     gap = beta * _gap(policy_logps, reference_logps, "ODPO") - offsets[:, 0]
     return F.softplus(-gap), beta * (policy_logps - reference_logps).detach()
 
@@ -127,7 +138,9 @@ def ipo_loss(
 
 
 def cpo_loss(policy_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """CPO's preference part: DPO without a reference, (B, 2). Its NLL part is --sft_weight, by default 1 for it."""
+    """CPO's preference part: DPO without a reference, (B, 2).
+
+    Its NLL part is --sft_weight, by default 1 for it."""
     return dpo_loss(policy_logps, torch.zeros_like(policy_logps), beta)
 
 
@@ -151,7 +164,8 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """KTO: w_d (1 - σ(β (Δ_w - z))) + w_u (1 - σ(β (z - Δ_l))), z = max(kl, 0); the mean of a pair's two losses."""
+    """KTO: w_d (1 - σ(β (Δ_w - z))) + w_u (1 - σ(β (z - Δ_l))), z = max(kl, 0);
+    the mean of a pair's two losses."""
     _gap(policy_logps, reference_logps, "KTO")
     logratios = policy_logps - reference_logps
     z = kl.detach().clamp(min=0)

@@ -1,8 +1,9 @@
 """A LLaMA / Qwen decoder whose forward pass scores a tree: one prompt with several completions.
 
-Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Module names equal the keys of their safetensors files, so a
-checkpoint loads without a key table. Anything else is refused by name before a weight is read: other architectures,
-other rope types, sliding windows, quantised or pickled weights.
+Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Module names equal the keys of
+their safetensors files, so a checkpoint loads without a key table. Anything else is
+refused by name before a weight is read: other architectures, other rope types, sliding
+windows, quantised or pickled weights.
 
 `Transformer.forward(tree)` runs the prompt once and lets every completion branch off it:
 
@@ -10,12 +11,13 @@ other rope types, sliding windows, quantised or pickled weights.
               ├── a1 a2           each goes on at position 4; the row of p3 predicts
               └── b1 b2 b3        the first token of both.
 
-Left out: training-time dropout outside LoRA, attention windows, mixture of experts, beam search, sampling.
-References: RoPE arXiv:2104.09864, GQA arXiv:2305.13245, RMSNorm arXiv:1910.07467, SwiGLU arXiv:2002.05202,
-Llama-3.1's rope scaling: the `llama3` rope type of its config.json.
+Left out: training-time dropout outside LoRA, attention windows, mixture of experts, beam search,
+sampling.
+References: RoPE arXiv:2104.09864, GQA arXiv:2305.13245, RMSNorm arXiv:1910.07467, SwiGLU
+arXiv:2002.05202, Llama-3.1's rope scaling: the `llama3` rope type of its config.json.
 
-Legend: B examples, P prompt width, C completion width, T = P + C (or any sequence), D hidden_size, H / Hkv query and
-key-value heads, Dh head_dim, V vocab_size, M scored tokens.
+Legend: B examples, P prompt width, C completion width, T = P + C (or any sequence),
+D hidden_size, H / Hkv query and key-value heads, Dh head_dim, V vocab_size, M scored tokens.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,7 +47,7 @@ from kernels.logps import label_logps, mm_fp32
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-# ------------------------------------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------------ configuration
 @dataclass
 class ModelConfig:
     """The fields of a Hugging Face `config.json` that change what is computed."""
@@ -73,7 +75,7 @@ class ModelConfig:
         return cls(**read_config(resolve_path(path)))
 
 
-# ------------------------------------------------------------------------------------------------ building blocks
+# ------------------------------------------------------------------------ building blocks
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, cast back, then times the weight: the order of the published models."""
 
@@ -83,24 +85,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(
-            x, x.shape[-1:], eps=self.eps
-        )  # computes in fp32 and rounds once
+        # rms_norm computes in fp32 and rounds once
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Rotary frequencies (Dh / 2,) in fp32, with Llama-3.1's scaling, which changes every position, not only late ones."""
-    exponents = (
-        torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32) / config.head_dim
-    )
+    """Rotary frequencies (Dh / 2,) in fp32, with Llama-3.1's scaling,
+    which changes every position, not only late ones."""
+    Dh = config.head_dim
+    exponents = torch.arange(0, Dh, 2, device="cpu", dtype=torch.float32) / Dh
     inv_freq = 1.0 / config.rope_theta**exponents
     if config.rope_scaling is None:
         return inv_freq
     s = config.rope_scaling
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     wavelengths = 2 * torch.pi / inv_freq
-    # 1 where many periods fit into the original context (kept), 0 where less than one does (slowed down by `factor`)
-    keep = ((s["original_max_position_embeddings"] / wavelengths - low) / (high - low)).clamp(0, 1)
+    periods = s["original_max_position_embeddings"] / wavelengths
+    # 1 where many periods fit into the original context (kept),
+    # 0 where less than one does (slowed down by `factor`)
+    keep = ((periods - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * inv_freq / s["factor"] + keep * inv_freq
 
 
@@ -114,13 +117,15 @@ def rotary_tables(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + Dh/2), the half-split layout of the Hugging Face weights; x (B, H, T, Dh)."""
+    """Rotate the pairs (i, i + Dh/2), the half-split layout of the Hugging Face weights;
+    x (B, H, T, Dh)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class KVCache:
-    """Keys and values of every layer at fixed width; `write(layer, ...)` fills the next slots and returns all of them."""
+    """Keys and values of every layer at fixed width;
+    `write(layer, ...)` fills the next slots and returns all of them."""
 
     def __init__(self, num_layers: int, width: int):
         self.width, self.start = width, 0
@@ -129,10 +134,8 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.layers[layer] is None:
             B, Hkv, _, Dh = k.shape
-            self.layers[layer] = (
-                k.new_zeros(B, Hkv, self.width, Dh),
-                v.new_zeros(B, Hkv, self.width, Dh),
-            )
+            shape = (B, Hkv, self.width, Dh)
+            self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
         keys, values = self.layers[layer]
         keys[:, :, self.start : self.start + k.shape[2]] = k
         values[:, :, self.start : self.start + v.shape[2]] = v
@@ -141,7 +144,8 @@ class KVCache:
 
 @dataclass
 class AttentionPlan:
-    """What all layers share. The first `prompt_width` queries are causal among themselves; the others use the mask."""
+    """What all layers share. The first `prompt_width` queries are causal among themselves;
+    the others use the mask."""
 
     prompt_width: int
     mask: Tensor | None  # (B, 1, T - prompt_width, keys) bool, True where a query may look
@@ -166,7 +170,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """Projections of one input; those with adapters know how to share the work (lora.py)."""
     adapted = next((layer for layer in layers if hasattr(layer, "project")), None)
-    return adapted.project(x, layers) if adapted else tuple(layer(x) for layer in layers)
+    if adapted:
+        return adapted.project(x, layers)
+    return tuple(layer(x) for layer in layers)
 
 
 class Attention(nn.Module):
@@ -194,7 +200,8 @@ class Attention(nn.Module):
         q = apply_rotary(q.transpose(1, 2), plan.cos, plan.sin)  # (B, H, T, Dh)
         k = apply_rotary(k.transpose(1, 2), plan.cos, plan.sin)  # (B, Hkv, T, Dh)
 
-        # Two exact calls instead of one with a T x T mask: ~95 % of the work takes the causal flash path.
+        # Two exact calls instead of one with a T x T mask:
+        # ~95 % of the work takes the causal flash path.
         P, outputs = plan.prompt_width, []
         if P > 0:
             outputs.append(attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True))
@@ -205,18 +212,26 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, in a's memory. The compiler of torch 2.11 loses the gradient of an output that was
+    changed in place; it reuses memory by itself."""
+    return a * b if torch.compiler.is_compiling() else a.mul_(b)
+
+
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up that keeps its two inputs and nothing else: a third less memory than autograd would hold."""
+    """silu(gate) * up that keeps its two inputs and nothing else:
+    a third less memory than autograd would hold."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _times(F.silu(gate), up)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, gate).mul_(up), F.silu(gate).mul_(grad)
+        grad_gate = _times(torch.ops.aten.silu_backward(grad, gate), up)
+        return grad_gate, _times(F.silu(gate), grad)
 
 
 class MLP(nn.Module):
@@ -233,12 +248,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    checkpointing = (
-        False  # activation checkpointing: keep the block's input, run it again in backward
-    )
-    compiled: Callable | None = (
-        None  # `compute` by torch.compile; decoding, one token at a time, never takes it
-    )
+    # activation checkpointing: keep the block's input, run it again in backward
+    checkpointing = False
+    # `compute` by torch.compile; decoding, one token at a time, never takes it
+    compiled: Callable | None = None
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -250,7 +263,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         compute = self.compiled if self.compiled and plan.cache is None else self.compute
         if self.checkpointing and torch.is_grad_enabled():
-            # Inside forward, not around the block: hooks on the block (sharding) then run once, not twice.
+            # Inside forward, not around the block: hooks on the block (sharding) then run once,
+            # not twice.
             return checkpoint(compute, x, plan, use_reentrant=False)
         return compute(x, plan)
 
@@ -265,9 +279,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        blocks = [Block(config, layer) for layer in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, plan: AttentionPlan) -> Tensor:
@@ -277,9 +290,10 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-# ------------------------------------------------------------------------------------------------ the model
+# ------------------------------------------------------------------------ the model
 class Transformer(nn.Module):
-    """The language model. Always call `model(tree)`: log-probs are computed inside, where a sharded head is whole."""
+    """The language model. Always call `model(tree)`:
+    log-probs are computed inside, where a sharded head is whole."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -293,21 +307,21 @@ class Transformer(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
     def forward(self, tree) -> tuple[Tensor, Tensor]:
-        """Score a `data.PromptTree`: (token_logps (M,) fp32, greedy_ids (M,)), one entry per scored token."""
+        """Score a `data.PromptTree`: (token_logps (M,) fp32, greedy_ids (M,)),
+        one entry per scored token."""
         mask = branch_mask(tree.branch_ids, tree.prompt_width)
-        hidden = self.hidden_states(
-            tree.input_ids, tree.position_ids, tree.prompt_width, mask
-        )  # (B, T, D)
+        inputs = (tree.input_ids, tree.position_ids, tree.prompt_width, mask)
+        hidden = self.hidden_states(*inputs)  # (B, T, D)
         rows = hidden.flatten(0, 1).index_select(0, tree.rows)  # (M, D)
         return label_logps(rows, self.lm_head.weight, tree.labels)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Plain causal logits (B, T, V) in fp32 of whole sequences (B, T): for tests and for reading, not for training."""
+        """Plain causal logits (B, T, V) in fp32 of whole sequences (B, T):
+        for tests and for reading, not for training."""
+        T = input_ids.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(
-                input_ids
-            )
-        hidden = self.hidden_states(input_ids, position_ids, input_ids.shape[1], None)
+            position_ids = torch.arange(T, device=input_ids.device).expand_as(input_ids)
+        hidden = self.hidden_states(input_ids, position_ids, T, None)
         return mm_fp32(hidden.flatten(0, 1), self.lm_head.weight.T).view(*input_ids.shape, -1)
 
     def hidden_states(self, input_ids, position_ids, prompt_width, mask, cache=None) -> Tensor:
@@ -316,14 +330,16 @@ class Transformer(nn.Module):
         return self.model(input_ids, AttentionPlan(prompt_width, mask, cos, sin, cache))
 
     def decode_step(self, input_ids, position_ids, prompt_width, mask, cache, last) -> Tensor:
-        """Greedy next ids (B,) after row `last` (B,) of each sequence; the cache takes up the new keys and values."""
+        """Greedy next ids (B,) after row `last` (B,) of each sequence;
+        the cache takes up the new keys and values."""
         hidden = self.hidden_states(input_ids, position_ids, prompt_width, mask, cache)
         rows = hidden[torch.arange(len(last), device=last.device), last]  # (B, D)
         return label_logps(rows, self.lm_head.weight, torch.zeros_like(last))[1]
 
 
 def branch_mask(branch_ids: Tensor, prompt_width: int) -> Tensor | None:
-    """(B, 1, C, P + C) bool: a completion token sees the real prompt and what came before it in its own branch."""
+    """(B, 1, C, P + C) bool:
+    a completion token sees the real prompt and what came before it in its own branch."""
     T = branch_ids.shape[1]
     if prompt_width == T:
         return None
@@ -335,9 +351,10 @@ def branch_mask(branch_ids: Tensor, prompt_width: int) -> Tensor | None:
     return ((keys == 0) | ((keys == queries) & earlier))[:, None]
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------ weights
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight that a checkpoint of this architecture holds; a tied head is left out."""
+    """Name -> shape of every weight that a checkpoint of this architecture holds;
+    a tied head is left out."""
     with torch.device("meta"):
         state = Transformer(config).state_dict()
     if config.tie_word_embeddings:
@@ -346,7 +363,8 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
-    """Load a Hugging Face directory or hub name; ValueError names the file and the missing, unexpected or misshapen keys."""
+    """Load a Hugging Face directory or hub name;
+    ValueError names the file and the missing, unexpected or misshapen keys."""
     model = empty_model(path)
     files = check_weights(model.source, weight_shapes(model.config))
     handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
@@ -387,15 +405,15 @@ def empty_model(path, dtype: torch.dtype = torch.float32) -> Transformer:
 
 
 def init_weights(config: ModelConfig, seed: int) -> Transformer:
-    """A random model: normal with std hidden_size^-0.5, projections back into the residual scaled down with depth."""
+    """A random model: normal with std hidden_size^-0.5,
+    projections back into the residual scaled down with depth."""
     model = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = config.hidden_size**-0.5 / (
-                (2 * config.num_hidden_layers) ** 0.5 if residual else 1
-            )
+            std = config.hidden_size**-0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * config.num_hidden_layers) ** 0.5
             nn.init.normal_(p, std=std, generator=generator)
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
@@ -409,14 +427,16 @@ def save_pretrained(
     shard_bytes: int = 5 * 10**9,
     write: bool = True,
 ) -> None:
-    """Write config.json and safetensors that transformers 4 and 5 read. Tokenizer files are the caller's to copy.
+    """Write config.json and safetensors that transformers 4 and 5 read.
 
-    `tensors` overrides the weights, one after the other (whole ones gathered from a sharded model,
-    where every rank calls this and only the one with `write` writes)."""
+    Tokenizer files are the caller's to copy. `tensors` overrides the weights, one after the other
+    (whole ones gathered from a sharded model, where every rank calls this and only the one with
+    `write` writes)."""
     weights = dict(model.state_dict())
     if any(".lora_" in name for name in weights):
         raise ValueError(
-            "the model carries LoRA adapters: save_adapter writes them, merge_lora folds them in first"
+            "the model carries LoRA adapters: "
+            "save_adapter writes them, merge_lora folds them in first"
         )
     if any(name.endswith(".absmax") for name in weights):
         raise ValueError(
@@ -432,27 +452,26 @@ def save_pretrained(
     write_weights(path, files, weights.items() if tensors is None else tensors, write)
 
 
-# ------------------------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------ generation
 @torch.no_grad()
 def generate(
     model: Transformer,
     prompts: list[list[int]],
     max_new_tokens: int,
     stop_ids,  # ids that end an answer
-    any_rank: Callable[
-        [bool], bool
-    ] = bool,  # sharded models: true while any rank still needs the forward pass
+    # sharded models: true while any rank still needs the forward pass
+    any_rank: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    """Greedy decoding of a batch with a KV cache: per prompt its new ids, the stop id included when one was reached."""
+    """Greedy decoding of a batch with a KV cache:
+    per prompt its new ids, the stop id included when one was reached."""
     if not prompts or any(not ids for ids in prompts):
         raise ValueError("generate needs at least one prompt, and no empty one")
     device = model.inv_freq.device
     stop_ids = set(stop_ids)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
     B, P = len(prompts), max(map(len, prompts))
-    input_ids = torch.tensor(
-        [ids + [0] * (P - len(ids)) for ids in prompts], device=device
-    )  # right-padded
+    padded = [ids + [0] * (P - len(ids)) for ids in prompts]  # on the right
+    input_ids = torch.tensor(padded, device=device)
     cache = KVCache(model.config.num_hidden_layers, P + max_new_tokens)
     slots = torch.arange(cache.width, device=device)
     visible = slots < lengths[:, None]  # (B, width): the real prompt, then every generated slot

@@ -1,4 +1,5 @@
-"""What one micro-batch contributes to a step: SFT on the chosen title, or a preference loss over chosen and rejected.
+"""What one micro-batch contributes to a step:
+SFT on the chosen title, or a preference loss over chosen and rejected.
 
 An objective makes micro-batches, `prepare(examples, step_examples) -> MicroBatch`, which needs no
 GPU and runs ahead in the background, and is called with them: `objective(micro_batch) -> (loss,
@@ -7,10 +8,12 @@ examples for preferences), so micro-batches and ranks just add up to one big bat
 metric names, TRL's where they exist, to (sum, count) pairs: a tensor and a number, so that nothing
 in here waits for the GPU. An empty micro-batch evens out ranks: it runs one example with weight 0.
 
-What a preference loss knows of an example is one row of a PreferenceTable, frozen before the first
-step. From rows and log-probs on, all is a pure function: LOSSES[name].compute, then preference_metrics.
+What a preference loss knows of an example is one row of a PreferenceTable, frozen
+before the first step. From rows and log-probs on, all is a pure function:
+LOSSES[name].compute, then preference_metrics.
 
-Legend: E examples, B examples of the micro-batch, K rejected titles, N = 1 + K completions, M scored tokens.
+Legend: E examples, B examples of the micro-batch, K rejected titles, N = 1 + K completions,
+M scored tokens.
 """
 
 import math
@@ -122,7 +125,8 @@ def mismatched_slots(others: np.ndarray, rejected: np.ndarray) -> np.ndarray:
 class PreferenceTable:
     """One row per training example, frozen before the first step.
 
-    slots (E, N): the candidates that become completions: chosen, K rejected, and for KTO one more."""
+    slots (E, N): the candidates that become completions: chosen, K rejected, and for KTO one
+    more."""
 
     slots: np.ndarray
     margins: Tensor  # (E, K)
@@ -142,7 +146,8 @@ class PreferenceTable:
 # ------------------------------------------------------------------------ micro-batches
 @dataclass
 class MicroBatch:
-    """What one forward pass needs, on its device; all counts are known beforehand, as plain numbers."""
+    """What one forward pass needs, on its device;
+    all counts are known beforehand, as plain numbers."""
 
     tree: PromptTree
     weight: float  # 0: it only evens out ranks
@@ -209,11 +214,14 @@ class SFT:
 
 
 class Preference(SFT):
-    """RecPO or another preference loss, a mean over examples. Its reference log-probs are filled in before the first step.
+    """RecPO or another preference loss, a mean over examples.
 
-    KTO's baseline z is the mean log-ratio of completions that belong to other prompts. Here it is a listed title that is
-    neither chosen nor rejected, in a third branch; the global mean of one step serves the next (at the first step it is 0,
-    exactly), so that no pass runs ahead and any division into micro-batches gives the same update."""
+    Its reference log-probs are filled in before the first step.
+
+    KTO's baseline z is the mean log-ratio of completions that belong to other prompts. Here it is
+    a listed title that is neither chosen nor rejected, in a third branch; the global mean of one
+    step serves the next (at the first step it is 0, exactly), so that no pass runs ahead and any
+    division into micro-batches gives the same update."""
 
     def __init__(self, config, loss: str, model, encoded: Encoded, device):
         super().__init__(config, model, encoded, device)
@@ -232,14 +240,16 @@ class Preference(SFT):
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
         prepared = super().prepare(batch, step_examples)
         examples = batch or [int(step_examples[0])]
-        lengths = [[len(ids) for ids in self.encoded.slots(e, self.slots[e])] for e in examples]
+        completions = [self.encoded.slots(e, self.slots[e]) for e in examples]
+        lengths = [list(map(len, titles)) for titles in completions]
         prepared.reference_logps = to_device(self.reference_logps[examples], self.device)
         prepared.margins = to_device(self.margins[examples], self.device)
         prepared.lengths = to_device(torch.tensor(lengths), self.device)
         return prepared
 
     def first_loss(self) -> float:
-        """What the mean loss must be before the first step, where the policy is the reference; NaN without one."""
+        """What the mean loss must be before the first step,
+        where the policy is the reference; NaN without one."""
         if not self.has_reference:
             return float("nan")
         zeros = torch.zeros(len(self.slots), 1 + self.K)
@@ -286,7 +296,8 @@ class Preference(SFT):
 
 
 class Schedule:
-    """Which examples every step takes, and how ranks and micro-batches divide them: a function of (seed, epoch, step)."""
+    """Which examples every step takes, and how ranks and micro-batches divide them:
+    a function of (seed, epoch, step)."""
 
     def __init__(self, config, epochs: float, widths: np.ndarray, world_size: int):
         self.config, self.widths, self.world_size = config, widths, world_size
@@ -304,7 +315,5 @@ class Schedule:
         return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        plan = micro_batches(
-            self.widths, self.examples(step), self.world_size, self.config.micro_batch_tokens
-        )
-        return plan[rank]
+        budget = self.config.micro_batch_tokens
+        return micro_batches(self.widths, self.examples(step), self.world_size, budget)[rank]

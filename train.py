@@ -1,19 +1,29 @@
 """SFT, then preference training, of a LLaMA or Qwen model for sequential recommendation.
 
-    torchrun --nproc_per_node 2 train.py                          the demo: planted world, a tiny model, 2 processes
-    python train.py                                               the same in one process
-    torchrun --nproc_per_node 8 train.py --config configs/paper.json --model meta-llama/Llama-3.1-8B \
-        --dataset movielens --data_dir ml-1m.zip --output_dir runs/ml1m
+    torchrun --nproc_per_node 2 train.py    the demo: planted world, a tiny model, 2 processes
+    python train.py                         the same in one process
+    torchrun --nproc_per_node 8 train.py --config configs/paper.json \
+        --model meta-llama/Llama-3.1-8B --dataset movielens --data_dir ml-1m.zip \
+        --output_dir runs/ml1m
 
-`--stages sft,recpo,sdpo` runs SFT once and every preference loss behind it from the same SFT result. Each stage writes
-`<output_dir>/<stage>/`: PEFT adapter or Hugging Face model, metrics.jsonl, eval/metrics.json, eval/predictions.jsonl.
+`--stages sft,recpo,sdpo` runs SFT once and every preference loss behind it from the same SFT
+result. Each stage writes `<output_dir>/<stage>/`: PEFT adapter or Hugging Face model,
+metrics.jsonl, eval/metrics.json, eval/predictions.jsonl.
 
-One stage is one pass through `run_stage`:  load the starting weights -> (reference log-probs) -> the loop -> save -> test.
-The reference policy is the policy before its first step, so its log-probs are computed once and kept in a file; there
-is no second model. Every rank draws the same global batch from (seed, epoch, step) and takes its share, so that any
-number of processes and micro-batches gives the same update.
+One stage is one pass through `run_stage`: load the starting weights -> (reference log-probs) ->
+the loop -> save -> test. The reference policy is the policy before its first step, so its
+log-probs are computed once and kept in a file; there is no second model. Every rank draws the
+same global batch from (seed, epoch, step) and takes its share, so that any number of processes
+and micro-batches gives the same update.
 
-`--save_steps` leaves checkpoints inside a stage (checkpoint.py), SIGTERM one at the next step; `--resume auto` goes on.
+`--save_steps` leaves checkpoints inside a stage (runtime/checkpoint.py), SIGTERM one at the next
+step; `--resume auto` goes on. `--eval_steps` answers validation users on the way, and `--keep best`
+keeps the weights of the best step (runtime/validation.py). `--dry_run` trains nothing and tells
+what a run needs (bench/estimate.py).
+
+In this file: the options, where the model is, one optimizer step, evaluation over ranks, one stage
+with the loop (`train`), the run. The losses are in losses.py, what a micro-batch adds to a
+step in objectives.py, the model in model.py; what surrounds training is in runtime/.
 
 Left out: training of quantised weights themselves; --load_in_4bit keeps a frozen base in 4 bits.
 """
@@ -27,6 +37,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +78,7 @@ from loaders.frozen import DataConfig, encode_split, prepare
 from lora import TARGET_MODULES
 from losses import MARGINS
 from model import Transformer
-from objectives import (
-    PAIRWISE,
-    PREFERENCE_LOSSES,
-    SFT,
-    MicroBatch,
-    Preference,
-    Schedule,
-)
+from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
 from runtime.policy import load_policy
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
@@ -89,11 +93,7 @@ from runtime.runs import (
     open_run_folder,
     where_not_finite,
 )
-from runtime.sharding import (
-    average_gradients,
-    local,
-    reshard,
-)
+from runtime.sharding import average_gradients, local, reshard
 from runtime.stages import (
     check_data,
     check_start,
@@ -106,9 +106,11 @@ from runtime.stages import (
 )
 from runtime.validation import Validation
 
+DEMO = Path(__file__).parent / "configs" / "demo.json"
+DEMO_BASE = Path(__file__).parent / "demo" / "base"
+
+# ------------------------------------------------------------------------ options
 PREFERENCE = frozenset(PREFERENCE_LOSSES)
-
-
 READ_BY = {  # option of a loss -> the stages that read it
     "margin_lambda": {"recpo"},
     "margin": {"recpo"},
@@ -121,7 +123,8 @@ READ_BY = {  # option of a loss -> the stages that read it
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
-    """SFT, then preference training, from a Hugging Face checkpoint; without --model and --config, the demo."""
+    """SFT, then preference training, from a Hugging Face checkpoint;
+    without --model and --config, the demo."""
 
     model: str = arg(
         "",
@@ -161,7 +164,8 @@ class TrainConfig(DataConfig):
     )
     stages: str = arg(
         "sft,recpo",
-        f"comma-separated: raw (test the model as it is), sft, and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
+        "comma-separated: raw (test the model as it is), sft, "
+        f"and any of {', '.join(PREFERENCE_LOSSES)}, each from the sft result",
         group="objective",
     )
     beta: float = arg(1.0, "strength of the KL anchor: reward = beta * log-ratio", above=0)
@@ -211,7 +215,8 @@ class TrainConfig(DataConfig):
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
     shard: str = arg(
         "full",
-        "full: split all weights over the processes; none: a replica each, faster where it fits; hybrid: see next",
+        "full: split all weights over the processes; none: a replica each, faster where it fits; "
+        "hybrid: see next",
         choices=("full", "none", "hybrid"),
     )
     shard_group_size: int = arg(
@@ -243,7 +248,8 @@ class TrainConfig(DataConfig):
     )
     val_size: int = arg(
         200,
-        "validation users (a sample) of the curves; 0 = none. One pass: what it does not verify is invalid",
+        "validation users (a sample) of the curves; 0 = none. "
+        "One pass: what it does not verify is invalid",
         at_least=0,
     )
     eval_steps: int = arg(
@@ -256,7 +262,8 @@ class TrainConfig(DataConfig):
     )
     dry_run: bool = arg(
         False,
-        "train nothing: show an example, first losses, memory of a rank and time of a step; needs no weights",
+        "train nothing: show an example, first losses, memory of a rank and time of a step; "
+        "needs no weights",
     )
     gpu_memory: float = arg(
         0.0,
@@ -272,11 +279,13 @@ class TrainConfig(DataConfig):
     save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1)
     resume: str = arg(
         "",
-        "auto: go on with the first unfinished stage of output_dir, from its newest whole checkpoint; or a checkpoint",
+        "auto: go on with the first unfinished stage of output_dir, "
+        "from its newest whole checkpoint; or a checkpoint",
     )
     max_skipped_steps: int = arg(
         0,
-        "steps with a loss or gradient that is not finite which may be left out; one more stops the run",
+        "steps with a loss or gradient that is not finite which may be left out; "
+        "one more stops the run",
         at_least=0,
     )
     logging_steps: int = arg(
@@ -288,15 +297,11 @@ class TrainConfig(DataConfig):
         stages = self.stage_list
         order = [s for s in ("raw", "sft") if s in stages]
         known = set(stages) <= {"raw", "sft", *PREFERENCE_LOSSES}
-        if (
-            not stages
-            or len(set(stages)) < len(stages)
-            or not known
-            or stages[: len(order)] != order
-        ):
-            allowed = ", ".join(PREFERENCE_LOSSES)
+        once = len(set(stages)) == len(stages)
+        if not (stages and known and once and stages[: len(order)] == order):
             raise ValueError(
-                f"--stages: raw and sft first (or not at all), then any of {allowed}, each once; got {self.stages!r}"
+                "--stages: raw and sft first (or not at all), then any of "
+                f"{', '.join(PREFERENCE_LOSSES)}, each once; got {self.stages!r}"
             )
         if self.load_in_4bit and (self.lora_r == 0 or self.sft_lora_r == 0):
             raise ValueError(
@@ -331,10 +336,15 @@ class TrainConfig(DataConfig):
         return [s.strip() for s in self.stages.split(",") if s.strip()]
 
 
-DEMO = Path(__file__).parent / "configs" / "demo.json"
-DEMO_BASE = Path(__file__).parent / "demo" / "base"
+# ------------------------------------------------------------------------ the model
+def find_base(config: TrainConfig) -> Path:
+    """The directory of the model: --model, or the one that --adapter names, or the demo's."""
+    if not config.model and not config.adapter:
+        return DEMO_BASE
+    return resolve_path(config.model or base_of(config.adapter), weights=not config.dry_run)
 
 
+# ------------------------------------------------------------------------ one optimizer step
 def reduce_metrics(
     sums: dict[str, Tensor],  # this rank's, on its device, float64
     counts: dict[str, float],
@@ -362,11 +372,14 @@ def train_step(
     config: TrainConfig,
     replicas: int | None = None,
 ) -> StepMetrics:
-    """Accumulate gradients over this rank's micro-batches, clip, step. Returns the metrics of the whole global batch.
+    """Accumulate gradients over this rank's micro-batches, clip, step.
 
-    `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so micro-batches and ranks add up
-    to one big batch; `sums` maps metric names to (sum, count). Every rank brings equally many batches. `replicas` ranks hold
-    the same rows of a gradient; None: all do. Nothing here waits for the GPU."""
+    Returns the metrics of the whole global batch.
+
+    `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so
+    micro-batches and ranks add up to one big batch; `sums` maps metric names to (sum, count).
+    Every rank brings equally many batches. `replicas` ranks hold the same rows of a gradient;
+    None: all do. Nothing here waits for the GPU."""
     sums, counts = defaultdict(float), defaultdict(float)
     sharded, world_size = hasattr(model, "set_requires_gradient_sync"), dist.get_world_size()
     # Adapters are small: their gradients are reduced once per step. Those of all weights, whole in
@@ -416,6 +429,7 @@ def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
+# ------------------------------------------------------------------------ evaluation over ranks
 def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
     """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
     size = min(config.val_size, len(val))
@@ -432,28 +446,31 @@ def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest:
     training = model.training
     model.eval()
     mine = range(run.rank, len(encoded.prompts), run.world_size)
-    budget = run.config.micro_batch_tokens
-    records = predict(
-        model, run.tokenizer, encoded, mine, decode, decode_rest, budget, any_rank, run.device, what
-    )
+    options = (decode, decode_rest, run.config.micro_batch_tokens)
+    together = (any_rank, run.device, what)
+    records = predict(model, run.tokenizer, encoded, mine, *options, *together)
     model.train(training)
     reshard(model)
     gathered = [None] * run.world_size if is_main() else None
     dist.gather_object(records, gathered)
     if not is_main():
         return None
-    return sorted((r for part in gathered for r in part), key=lambda r: r["example"])
+    records = [record for part in gathered for record in part]
+    return sorted(records, key=lambda record: record["example"])
 
 
 def validation_metrics(run: Run, model: Transformer) -> dict | None:
-    """Of the validation users, on rank 0; one pass: what no candidate verifies counts as invalid."""
+    """Of the validation users, on rank 0; one pass:
+    what no candidate verifies counts as invalid."""
     records = predict_on_all_ranks(run, model, run.val, "greedy", False, "validation")
     return summarise(records) if is_main() else None
 
 
+# ------------------------------------------------------------------------ one stage
 @dataclass
 class Stage:
-    """One stage while it is trained: its model, and what a step, a line of the log and a checkpoint need."""
+    """One stage while it is trained:
+    its model, and what a step, a line of the log and a checkpoint need."""
 
     run: Run
     name: str
@@ -478,7 +495,8 @@ class Stage:
         return [self.objective.prepare(batch, examples) for batch in batches]
 
     def log(self, step: int, result: StepMetrics) -> None:
-        """Wait for a step's metrics and write them; too many steps that are not finite end the run."""
+        """Wait for a step's metrics and write them;
+        too many steps that are not finite end the run."""
         config = self.run.config
         try:
             metrics = result.read()
@@ -512,31 +530,25 @@ class Stage:
 
 
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
-    """Train and test one stage, starting from base and adapter; its folder appears, whole, when it is done.
+    """Train and test one stage, starting from base and adapter;
+    its folder appears, whole, when it is done.
 
-    With --resume it goes on from a checkpoint, by default the newest whole one that an earlier start left."""
+    With --resume it goes on from a checkpoint, by default the newest whole one that an earlier
+    start left."""
     stage = begin_stage(run, name, base, adapter)
-    started = resume_stage(
-        run, stage.folder, stage.model, stage.optimizer, stage.objective, stage.identity
-    )
-    stage.logger = Logger(stage.folder / "metrics.jsonl", run.config.logging_steps)
-    stage.validation = Validation(
-        run,
-        name,
-        stage.folder,
-        stage.model,
-        stage.optimizer,
-        stage.identity,
-        lambda: validation_metrics(run, stage.model),
-    )
-    stage.validation.resume(started or 0)
+    folder, model, optimizer, identity = stage.folder, stage.model, stage.optimizer, stage.identity
+    started = resume_stage(run, folder, model, optimizer, stage.objective, identity) or 0
+    stage.logger = Logger(folder / "metrics.jsonl", run.config.logging_steps)
+    evaluate = partial(validation_metrics, run, model)
+    stage.validation = Validation(run, name, folder, model, optimizer, identity, evaluate)
+    stage.validation.resume(started)
 
-    train(stage, started or 0)
+    train(stage, started)
 
     stage.validation.load_best(stage.schedule.num_steps)
-    with writing(stage.folder):
-        save_stage(run, stage.model, base, stage.folder, stage.weights)
-    finish_stage(run, name, stage.model, stage.folder)
+    with writing(folder):
+        save_stage(run, model, base, folder, stage.weights)
+    finish_stage(run, name, model, folder)
 
 
 def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
@@ -562,29 +574,15 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
     widths = tree_widths(run.train, objective.slots)
     schedule = Schedule(config, epochs, widths, run.world_size)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=peak,
-        betas=(0.9, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    betas, decay = (0.9, config.adam_beta2), config.weight_decay
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=betas, weight_decay=decay, fused=True)
+
     weights = starting_weights(base, adapter)
     identity = {"stage": name, "data": run.data_hash, "base or adapter to start from": weights}
-    stage = Stage(
-        run,
-        name,
-        folder,
-        (base, adapter),
-        weights,
-        model,
-        replicas,
-        objective,
-        schedule,
-        peak,
-        optimizer,
-        identity,
-    )
+    start = {"start": (base, adapter), "weights": weights, "identity": identity}
+    learner = {"model": model, "replicas": replicas, "objective": objective}
+    plan = {"schedule": schedule, "peak": peak, "optimizer": optimizer}
+    stage = Stage(run, name, folder, **start, **learner, **plan)
     describe_stage(stage)
     if name != "sft":
         identity["reference"] = "none"
@@ -596,16 +594,17 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
 
 
 def train(stage: Stage, start: int) -> None:
-    """The loop, from step `start` on. Metrics are read one step late, while the GPU works on the next."""
+    """The loop, from step `start` on.
+
+    Metrics are read one step late, while the GPU works on the next."""
     run, config, schedule, objective = stage.run, stage.run.config, stage.schedule, stage.objective
     run.stop.in_loop = True
     pending = None  # the step before, whose metrics are not read yet
     batches_ahead = prefetch(stage.micro_batches, range(start, schedule.num_steps))
     for step, batches in enumerate(batches_ahead, start):
         lr = get_lr(step, schedule.num_steps, stage.peak, config.warmup_ratio)
-        result = train_step(
-            stage.model, stage.optimizer, batches, objective, lr, config, stage.replicas
-        )
+        options = (lr, config, stage.replicas)
+        result = train_step(stage.model, stage.optimizer, batches, objective, *options)
         objective.after_step(result.on_device.__getitem__)
         if step == 0 and objective.has_reference:
             exact = stored_dtype(config, run.device) == torch.float32
@@ -649,11 +648,11 @@ def finish_stage(run: Run, stage: str, model: Transformer, folder: Path) -> None
 
 
 def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
-    """The model that training starts from, tested as it is: the raw language model of the paper's Table 1."""
+    """The model that training starts from, tested as it is:
+    the raw language model of the paper's Table 1."""
     folder = run.folder / "raw.unfinished"
-    print0(
-        f"\n== raw: nothing is trained, {base}{f' + {adapter}' if adapter else ''} is tested as it is"
-    )
+    source = f"{base} + {adapter}" if adapter else f"{base}"
+    print0(f"\n== raw: nothing is trained, {source} is tested as it is")
     model, _ = load_policy(run.config, "raw", base, adapter, run.device)
     if is_main():
         folder.mkdir(exist_ok=True)
@@ -664,22 +663,21 @@ def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
     """Evaluate on the test split, divided over ranks; metrics on rank 0, which also writes them."""
     config, started = run.config, time.time()
-    records = predict_on_all_ranks(
-        run, model, run.test, config.decode, config.decode_rest, "evaluation"
-    )
+    options = (config.decode, config.decode_rest, "evaluation")
+    records = predict_on_all_ranks(run, model, run.test, *options)
     if not is_main():
         return None
-    metrics = summarise(records, run.baselines) | {
-        "data_hash": run.data_hash,
-        "seconds": round(time.time() - started, 1),
-    }
+    metrics = summarise(records, run.baselines)
+    metrics |= {"data_hash": run.data_hash, "seconds": round(time.time() - started, 1)}
     with writing(folder / "eval"):
         save_predictions(folder / "eval", metrics, records)
     return metrics
 
 
+# ------------------------------------------------------------------------ the run
 def results(run: Run, prepared) -> str:
-    """The run's table: chance and counting baselines, every finished stage, and the optimum where it is known."""
+    """The run's table: chance and counting baselines, every finished stage,
+    and the optimum where it is known."""
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
     bounds = {}
     optimum = prepared.optimum("test")
@@ -700,29 +698,15 @@ def main() -> None:
         prepared = prepare(config, check=is_main())
     with first("LOCAL_RANK"):
         base = find_base(config)
-    tokenizer, splits = Tokenizer(base, config.prompt_format), prepared.splits
+    tokenizer = Tokenizer(base, config.prompt_format)
     with first():
-        train, test = (
-            encode_split(prepared, split, tokenizer, config.max_length)
-            for split in ("train", "test")
-        )
-    val = encode_sample(splits["val"], tokenizer, config)
+        train = encode_split(prepared, "train", tokenizer, config.max_length)
+        test = encode_split(prepared, "test", tokenizer, config.max_length)
+    val = encode_sample(prepared.splits["val"], tokenizer, config)
     baselines = prepared.baselines("test") if is_main() else {}
-    run = Run(
-        config,
-        rank,
-        world_size,
-        device,
-        folder,
-        base,
-        tokenizer,
-        prepared.hash,
-        train,
-        val,
-        test,
-        baselines,
-        StopRequest(),
-    )
+    place, start = (rank, world_size, device, folder), (base, tokenizer)
+    data = (prepared.hash, train, val, test, baselines)
+    run = Run(config, *place, *start, *data, StopRequest())
     describe_data(run)
     if config.dry_run:
         from bench.estimate import dry_run  # it builds on this module
@@ -760,16 +744,12 @@ def agreed_folder(config: TrainConfig) -> Path:
     """The run folder, which rank 0 opens; a dry run gets one that is thrown away."""
     shared = [None]
     if is_main():
-        shared = [Path(tempfile.mkdtemp()) if config.dry_run else open_run_folder(config)]
+        if config.dry_run:
+            shared = [Path(tempfile.mkdtemp())]
+        else:
+            shared = [open_run_folder(config)]
     dist.broadcast_object_list(shared)
     return shared[0]
-
-
-def find_base(config: TrainConfig) -> Path:
-    """The directory of the model: --model, or the one that --adapter names, or the demo's."""
-    if not config.model and not config.adapter:
-        return DEMO_BASE
-    return resolve_path(config.model or base_of(config.adapter), weights=not config.dry_run)
 
 
 def run_stages(run: Run) -> None:

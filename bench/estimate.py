@@ -1,16 +1,23 @@
-"""What a run needs, before anything is paid for: memory of each rank, and floating-point operations of a step.
+"""What a run needs, before anything is paid for:
+memory of each rank, and floating-point operations of a step.
 
-    python train.py --dry_run --config configs/paper.json --model DIR ...      needs config.json and tokenizer.json, no weights
+    python train.py --dry_run --config configs/paper.json --model DIR ...
 
-The very step that training runs, forward, loss, backward and AdamW, is run on fake tensors (shapes and dtypes without
-memory), while a dispatch hook adds up the bytes of all tensors alive. So the figure follows the code, not a formula about it.
-What fake tensors of one process do not show is added by formula: with sharding a rank keeps 1 / G of what is persistent, and
-beside it whole copies of what is being computed with: embedding and head, and two blocks (one in use, one prefetched).
+needs config.json and tokenizer.json, no weights.
 
-For a GPU, what the CPU's kernels do otherwise is imitated: K and V repeated for their heads, logits of a half-precision GEMM.
-Not counted: the allocator's rounding and fragmentation (some per cent), CUDA's context (about 0.5 GB), NCCL's buffers.
+The very step that training runs, forward, loss, backward and AdamW, is run on fake tensors
+(shapes and dtypes without memory), while a dispatch hook adds up the bytes of all tensors
+alive. So the figure follows the code, not a formula about it. What fake tensors of one
+process do not show is added by formula: with sharding a rank keeps 1 / G of what is
+persistent, and beside it whole copies of what is being computed with: embedding and head, and
+two blocks (one in use, one prefetched).
 
-Legend: B prompts of a micro-batch, P prompt tokens, C tokens of all completions, M scored tokens, G ranks that share a copy.
+For a GPU, what the CPU's kernels do otherwise is imitated: K and V repeated for their heads,
+logits of a half-precision GEMM. Not counted: the allocator's rounding and fragmentation (some per
+cent), CUDA's context (about 0.5 GB), NCCL's buffers.
+
+Legend: B prompts of a micro-batch, P prompt tokens, C tokens of all completions, M scored
+tokens, G ranks that share a copy.
 """
 
 import contextlib
@@ -37,7 +44,8 @@ TFLOPS = 395.0  # achieved by a rank: half of an H200's dense bf16 rate
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages of all tensors that operations return, until they are freed; `peak` is the most at one time."""
+    """Adds up the storages of all tensors that operations return, until they are freed;
+    `peak` is the most at one time."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +79,8 @@ class Step:
     """One micro-batch in one process."""
 
     weights: int  # bytes of all weights as stored
-    trained: int  # bytes of adapters (all weights, in full training), their gradients and both moments, in fp32
+    # bytes of adapters (all weights, in full training), their gradients and both moments, in fp32
+    trained: int
     passing: int  # bytes of all else at the peak: activations, the head's scratch, temporaries
     flops: int  # forward and backward
 
@@ -89,13 +98,13 @@ def fake_step(
     gpu: bool = False,
     load_in_4bit: bool = False,
 ) -> Step:
-    """Run two steps on fake tensors (the second one finds the moments in place) and add up what is alive."""
+    """Run two steps on fake tensors (the second one finds the moments in place)
+    and add up what is alive."""
     tree = build_tree([[0] * P] * B, [[[0] * n for n in completions]] * B)
-    with (
-        FakeTensorMode(),
-        LiveBytes() as alive,
-        _imitate_gpu() if gpu else contextlib.nullcontext(),
-    ):
+    imitation = contextlib.nullcontext()
+    if gpu:
+        imitation = _imitate_gpu()
+    with FakeTensorMode(), LiveBytes() as alive, imitation:
         torch.set_default_dtype(dtype)
         try:
             model = Transformer(config)
@@ -114,10 +123,8 @@ def fake_step(
             setattr(tree, name, torch.empty(getattr(tree, name).shape, dtype=torch.long))
         inplace = {torch.ops.aten.addmm_: lambda c, a, b, *rest, **kwargs: 2 * a[0] * a[1] * b[1]}
         counter = FlopCounterMode(display=False, custom_mapping=inplace)
-        for counted in (
-            counter,
-            contextlib.nullcontext(),
-        ):  # the counter keeps tensors alive, so it goes first and alone
+        # the counter keeps tensors alive, so it goes first and alone
+        for counted in (counter, contextlib.nullcontext()):
             alive.peak = alive.live
             with counted:
                 logps = tree.sum_logps(model.train()(tree)[0])
@@ -175,6 +182,27 @@ def whole_gradients(step: Step, r: int, several: bool) -> int:
     return step.trained // 4 if r and several else 0  # adapter, gradient, two moments
 
 
+@dataclass
+class Steps:
+    """A step with one prompt and with two, without and with checkpointing (False, True):
+    what passes grows linearly with the prompts."""
+
+    one: dict[bool, Step]
+    two: dict[bool, Step]
+
+    def slope(self, checkpointing: bool) -> int:
+        """Bytes that each further prompt takes."""
+        return self.two[checkpointing].passing - self.one[checkpointing].passing
+
+    def passing(self, checkpointing: bool, prompts: float) -> float:
+        return self.one[checkpointing].passing + (prompts - 1) * self.slope(checkpointing)
+
+    def most_prompts(self, room: float, checkpointing: bool) -> int:
+        """Prompts of the largest micro-batch that `room` bytes hold; 0 where none fits."""
+        beyond_one = room - self.one[checkpointing].passing
+        return int(1 + beyond_one / self.slope(checkpointing)) if beyond_one > 0 else 0
+
+
 def report(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -191,77 +219,94 @@ def report(
     world_size: int,
     load_in_4bit: bool = False,
 ) -> str:
-    """A Markdown table: memory of a rank for 1 to 8 ranks, sharded or not, with and without checkpointing; time of a step."""
+    """A Markdown table: memory of a rank for 1 to 8 ranks, sharded or not,
+    with and without checkpointing; time of a step."""
     width = prompt + sum(n - 1 for n in completions)
     B = max(1, micro_batch_tokens // width)
 
-    def step_of(checkpointing: bool, prompts: int) -> Step:
-        batch = (checkpointing, prompts, prompt, completions)
-        return fake_step(config, dtype, r, targets, dropout, *batch, gpu, load_in_4bit)
+    def steps_of(prompts: int) -> dict[bool, Step]:
+        shape = (prompts, prompt, completions)
+        return {
+            checkpointing: fake_step(
+                config, dtype, r, targets, dropout, checkpointing, *shape, gpu, load_in_4bit
+            )
+            for checkpointing in (False, True)
+        }
 
-    one, two = ({c: step_of(c, prompts) for c in (False, True)} for prompts in (1, 2))
+    steps = Steps(steps_of(1), steps_of(2))
     whole = gathered_bytes(config, dtype, load_in_4bit)
-
-    def passing(checkpointing: bool, prompts: float) -> float:  # it grows linearly with the prompts
-        first, second = one[checkpointing].passing, two[checkpointing].passing
-        return first + (prompts - 1) * (second - first)
-
-    def largest(persistent: float, checkpointing: bool) -> str:
-        room = gpu_memory * GB - persistent - one[checkpointing].passing
-        slope = two[checkpointing].passing - one[checkpointing].passing
-        return f"{int(1 + room / slope) * width:,}" if room > 0 else "does not fit"
-
-    columns = [
-        "ranks",
-        "--shard",
-        "weights",
-        "adapter, gradients, moments" if r else "gradients, moments",
-        "gathered",
-    ]
-    columns += ["activations", "total GB", "activations, checkpointed", "total GB"]
-    columns += ["largest --micro_batch_tokens", "checkpointed"] if gpu_memory else []
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    plain, checkpointed = passing(False, B), passing(True, B)
+    lines = table_head(r, gpu_memory)
     for ranks in sorted({1, 2, 4, 8, world_size}):
+        several = batch_size > ranks * B
         for mode in ("none", "full") if ranks > 1 else ("none",):
             G = ranks if mode == "full" else 1
-            step, beside = one[False], whole if G > 1 else 0
-            held = step.trained / G + (1 - 1 / G) * whole_gradients(step, r, batch_size > ranks * B)
-            persistent = step.weights / G + held + beside
-            cells = [
-                ranks,
-                mode,
-                *(f"{n / GB:.2f}" for n in (step.weights / G, held, beside, plain)),
-            ]
-            cells += [
-                f"{(persistent + plain) / GB:.2f}",
-                f"{checkpointed / GB:.2f}",
-                f"{(persistent + checkpointed) / GB:.2f}",
-            ]
+            persistent = persistent_bytes(steps.one[False], r, G, whole, several)
+            cells = [ranks, mode, *memory_cells(steps, persistent, B)]
             if gpu_memory:
-                cells += [largest(persistent, False), largest(persistent, True)]
+                room = gpu_memory * GB - sum(persistent)
+                cells += largest_cells(steps, room, width)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    per_token = one[False].flops / width
-    flops = per_token * mean_tokens * batch_size
-    extra = one[True].flops / one[False].flops
-    lines += [
-        "",
-        f"a micro-batch of {B} x {width} tokens; a step of {batch_size} prompts of {mean_tokens:.0f} tokens: {flops / 1e12:,.1f} TFLOP, "
-        f"{extra:.2f} times that with checkpointing; at {TFLOPS:g} TFLOP/s a rank: "
-        + ", ".join(
-            f"{flops / TFLOPS / 1e12 / n:.2f} s on {n}" for n in sorted({1, 8, world_size})
-        ),
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", time_line(steps, B, width, batch_size, mean_tokens, world_size)])
+
+
+def table_head(r: int, gpu_memory: float) -> list[str]:
+    trained = "adapter, gradients, moments" if r else "gradients, moments"
+    columns = ["ranks", "--shard", "weights", trained, "gathered"]
+    columns += ["activations", "total GB", "activations, checkpointed", "total GB"]
+    columns += ["largest --micro_batch_tokens", "checkpointed"] if gpu_memory else []
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
+def persistent_bytes(
+    step: Step, r: int, G: int, whole: int, several: bool
+) -> tuple[float, float, float]:
+    """What stays on a rank: weights, all that training keeps of them, and what it gathers."""
+    trained = step.trained / G + (1 - 1 / G) * whole_gradients(step, r, several)
+    return step.weights / G, trained, whole if G > 1 else 0
+
+
+def memory_cells(steps: Steps, persistent: tuple[float, float, float], B: int) -> list[str]:
+    """GB: what stays, then activations and total without checkpointing and with it."""
+    sizes = [*persistent]
+    for checkpointing in (False, True):
+        passing = steps.passing(checkpointing, B)
+        sizes += [passing, sum(persistent) + passing]
+    return [f"{size / GB:.2f}" for size in sizes]
+
+
+def largest_cells(steps: Steps, room: float, width: int) -> list[str]:
+    """Tokens of the largest micro-batch in `room` bytes, without checkpointing and with it."""
+    most = [steps.most_prompts(room, checkpointing) for checkpointing in (False, True)]
+    return [f"{prompts * width:,}" if prompts else "does not fit" for prompts in most]
+
+
+def time_line(
+    steps: Steps, B: int, width: int, batch_size: int, mean_tokens: float, world_size: int
+) -> str:
+    flops = steps.one[False].flops / width * mean_tokens * batch_size
+    extra = steps.one[True].flops / steps.one[False].flops
+    seconds = flops / TFLOPS / 1e12
+    times = ", ".join(f"{seconds / n:.2f} s on {n}" for n in sorted({1, 8, world_size}))
+    return (
+        f"a micro-batch of {B} x {width} tokens; a step of {batch_size} prompts of "
+        f"{mean_tokens:.0f} tokens: {flops / 1e12:,.1f} TFLOP, {extra:.2f} times that with "
+        f"checkpointing; at {TFLOPS:g} TFLOP/s a rank: {times}"
+    )
 
 
 def dry_run(run: Run) -> None:
-    """What a careful user looks at before paying for GPUs; runs the step on fake tensors, reads no weights."""
+    """What a careful user looks at before paying for GPUs;
+    runs the step on fake tensors, reads no weights."""
     config, model_config = run.config, ModelConfig.from_pretrained(run.base)
     print0(
-        f"prompt and completion tokenise alike together and apart: checked on {BOUNDARY_CHECKS} examples of each split"
+        "prompt and completion tokenise alike together and apart: "
+        f"checked on {BOUNDARY_CHECKS} examples of each split"
     )
     gpu = run.device.type == "cuda" or config.gpu_memory > 0
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    else:
+        dtype = torch.bfloat16 if gpu else torch.float32
     for stage in config.stage_list:
         r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
         objective = SFT(config, None, run.train, run.device)
@@ -269,20 +314,12 @@ def dry_run(run: Run) -> None:
             objective = Preference(config, stage, None, run.train, run.device)
             if objective.has_reference:
                 print0(
-                    f"\n{stage}: the first loss must be {objective.first_loss():.4f}: the policy is still its reference"
+                    f"\n{stage}: the first loss must be {objective.first_loss():.4f}: "
+                    "the policy is still its reference"
                 )
         widths = tree_widths(run.train, objective.slots)
-        completions = [
-            len(ids)
-            for ids in run.train.slots(
-                int(widths[:, 1].argmax()), objective.slots[widths[:, 1].argmax()]
-            )
-        ]
-        dtype = (
-            (torch.bfloat16 if gpu else torch.float32)
-            if config.dtype == "auto"
-            else getattr(torch, config.dtype)
-        )
+        longest = int(widths[:, 1].argmax())
+        completions = list(map(len, run.train.slots(longest, objective.slots[longest])))
         targets = [t.strip() for t in config.lora_target_modules.split(",")]
         dropout = config.lora_dropout if stage == "sft" else 0.0
         print0(
@@ -290,15 +327,10 @@ def dry_run(run: Run) -> None:
             f"{', base in 4 bits' if config.load_in_4bit else ''}, step run on fake tensors)\n"
         )
         lengths = (int(widths[:, 0].max()), completions, float(widths.sum(1).mean()))
-        limits = (
-            config.micro_batch_tokens,
-            config.batch_size,
-            gpu,
-            config.gpu_memory,
-            run.world_size,
-            config.load_in_4bit,
-        )
-        print0(report(model_config, dtype, r, targets, dropout, *lengths, *limits))
+        batches = (config.micro_batch_tokens, config.batch_size)
+        machine = (gpu, config.gpu_memory, run.world_size, config.load_in_4bit)
+        print0(report(model_config, dtype, r, targets, dropout, *lengths, *batches, *machine))
     print0(
-        f"\n--gradient_checkpointing is {'on' if config.gradient_checkpointing else 'off'}, --shard {config.shard}; nothing was trained"
+        f"\n--gradient_checkpointing is {'on' if config.gradient_checkpointing else 'off'}, "
+        f"--shard {config.shard}; nothing was trained"
     )

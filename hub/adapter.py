@@ -2,8 +2,8 @@
 
 Both ways are strict: a key that does not match is an error, never a warning.
 
-Left out, and refused by name when a foreign adapter needs it: DoRA, rank or alpha patterns, trained biases, saved
-modules, layer selection, adapters of embeddings.
+Left out, and refused by name when a foreign adapter needs it: DoRA, rank or alpha patterns,
+trained biases, saved modules, layer selection, adapters of embeddings.
 """
 
 import hashlib
@@ -23,7 +23,10 @@ PEFT_PREFIX = "base_model.model."
 
 
 def base_fingerprint(path) -> str:
-    """SHA-256 over config-independent facts of a checkpoint: each tensor's name, shape and first row. Cheap at any size."""
+    """SHA-256 over config-independent facts of a checkpoint:
+    each tensor's name, shape and first row.
+
+    Cheap at any size."""
     digest = hashlib.sha256()
     for name, file in sorted(weight_files(path).items()):
         with open_safetensors(file) as f:
@@ -42,10 +45,11 @@ def read_adapter_config(path) -> dict:
             f"{file}: peft_type {config.get('peft_type')!r} is not supported, only LORA"
         )
     unsupported = [
-        "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layers_to_transform",
-        "layers_pattern", "layer_replication", "fan_in_fan_out", "exclude_modules", "target_parameters",
-        "trainable_token_indices", "use_qalora", "alora_invocation_tokens", "corda_config", "eva_config", "loftq_config",
-        "lora_ga_config", "kasa_config", "velora_config", "monteclora_config", "arrow_config", "use_bdlora",
+        "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
+        "layers_to_transform", "layers_pattern", "layer_replication", "fan_in_fan_out",
+        "exclude_modules", "target_parameters", "trainable_token_indices", "use_qalora",
+        "alora_invocation_tokens", "corda_config", "eva_config", "loftq_config", "lora_ga_config",
+        "kasa_config", "velora_config", "monteclora_config", "arrow_config", "use_bdlora",
     ]  # fmt: skip
     needed = [key for key in unsupported if config.get(key)]
     init = config.get("init_lora_weights")
@@ -63,7 +67,8 @@ def read_adapter_config(path) -> dict:
 
 
 def adapter_settings(file: Path, config: dict) -> dict:
-    """Arguments of `lora.apply_lora`, with PEFT's defaults; ValueError names a field of the wrong kind."""
+    """Arguments of `lora.apply_lora`, with PEFT's defaults;
+    ValueError names a field of the wrong kind."""
     defaults = {
         "r": 8,
         "lora_alpha": 8,
@@ -111,7 +116,8 @@ CAUSES = (  # (expression over a key, what made it and the way out)
     (r"^module\.", "saved from inside DistributedDataParallel: save the inner model"),
     (
         r"^base_model\.model\.base_model\.model\.",
-        "PEFT on PEFT: the base already was a PEFT model; merge the first adapter, then train again",
+        "PEFT on PEFT: the base already was a PEFT model; "
+        "merge the first adapter, then train again",
     ),
     (r"lora_magnitude_vector", "DoRA, which is not supported"),
     (r"lora_embedding_[AB]", "an adapter of embeddings, which is not supported"),
@@ -130,7 +136,8 @@ def read_adapter_tensors(
     """Tensors by PEFT's names, finite, without embeddings that equal the base's.
 
     `source` is the base's folder; a base that was never in one has its weights in `held`.
-    ValueError if the adapter was trained on another base, or if its keys show that it cannot be read."""
+    ValueError if the adapter was trained on another base, or if its keys show that it cannot be
+    read."""
     file = Path(path) / "adapter_model.safetensors"
     if not file.exists():
         raise ValueError(f"{file}: no such file (pickled adapter_model.bin files are not read)")
@@ -143,7 +150,8 @@ def read_adapter_tensors(
     if fingerprint and source and fingerprint != base_fingerprint(source):
         trained_on = config.get("base_model_name_or_path")
         raise ValueError(
-            f"{path}: this adapter was trained on another base ({trained_on}), not on {name_or_path}"
+            f"{path}: this adapter was trained on another base ({trained_on}), "
+            f"not on {name_or_path}"
         )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         saved = tensors.pop(PEFT_PREFIX + name, None)
@@ -226,7 +234,8 @@ def check_adapter_tensors(
         if ignored:
             hint += f"; target_modules {', '.join(ignored)} match no linear layer of this model"
         raise ValueError(
-            f"{file}: adapter keys do not match the model: {len(missing)} missing (first {missing[:2]}), "
+            f"{file}: adapter keys do not match the model: "
+            f"{len(missing)} missing (first {missing[:2]}), "
             f"{len(unexpected)} unexpected (first {unexpected[:2]}){hint}"
         )
     for name, tensor in tensors.items():
@@ -239,7 +248,8 @@ def check_adapter_tensors(
 def write_adapter(
     path, tensors: dict[str, Tensor], settings: dict, source, name_or_path: str
 ) -> None:
-    """Write PEFT's two files; `tensors` by the model's names, `settings` as `apply_lora` leaves them."""
+    """Write PEFT's two files; `tensors` by the model's names,
+    `settings` as `apply_lora` leaves them."""
     named = {
         PEFT_PREFIX + name: tensor.detach().float().cpu().contiguous()
         for name, tensor in tensors.items()

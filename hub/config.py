@@ -1,7 +1,7 @@
 """config.json of a Hugging Face directory, in the layouts of transformers 4 and 5.
 
-Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Anything else is refused by name before a weight is read: other
-architectures, other rope types, sliding windows, quantised weights.
+Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Anything else is refused by name before a
+weight is read: other architectures, other rope types, sliding windows, quantised weights.
 """
 
 import json
@@ -36,7 +36,8 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 
 def read_config(path) -> dict:
-    """Fields of `model.ModelConfig` from `path/config.json`; ValueError names what is not supported."""
+    """Fields of `model.ModelConfig` from `path/config.json`;
+    ValueError names what is not supported."""
     file = Path(path) / "config.json"
     if not file.exists() and (file.parent / "adapter_config.json").exists():
         raise ValueError(
@@ -148,18 +149,16 @@ def _number(file: Path, raw: dict, key: str, default: float | None = None) -> fl
 
 def hf_config(fields: dict) -> dict:
     """A config.json that transformers 4 and 5 both read: rope parameters stand in both layouts."""
-    same = {
-        key: value for key, value in fields.items() if key not in ("rope_scaling", "attention_bias")
-    }
-    rope = {"rope_theta": fields["rope_theta"]} | (
-        fields["rope_scaling"] or {"rope_type": "default"}
-    )
+    rope = fields["rope_scaling"] or {"rope_type": "default"}
+    other = ("rope_scaling", "attention_bias")  # written below, in HF's ways
     out = {
         "architectures": [ARCHITECTURES[fields["model_type"]]],
         "hidden_act": "silu",
         "initializer_range": 0.02,
     }
-    out |= same | {"rope_scaling": fields["rope_scaling"], "rope_parameters": rope}
+    out |= {key: value for key, value in fields.items() if key not in other}
+    out["rope_scaling"] = fields["rope_scaling"]
+    out["rope_parameters"] = {"rope_theta": fields["rope_theta"]} | rope
     if fields["model_type"] != "qwen2":
         out["attention_bias"] = fields["attention_bias"]
     if fields["model_type"] != "llama":

@@ -1,4 +1,5 @@
-"""Where a checkpoint's files are, and safetensors in and out: single or sharded, checked before a weight is read."""
+"""Where a checkpoint's files are, and safetensors in and out:
+single or sharded, checked before a weight is read."""
 
 import json
 import re
@@ -14,7 +15,8 @@ from common import note_once, read_json
 
 
 def resolve_path(name, weights: bool = True) -> Path:
-    """A local directory as it is; a hub name (org/model) becomes the folder with its downloaded files."""
+    """A local directory as it is;
+    a hub name (org/model) becomes the folder with its downloaded files."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
@@ -24,25 +26,21 @@ def resolve_path(name, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+    patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
     try:
-        return Path(
-            snapshot_download(
-                str(name),
-                allow_patterns=["*.json", "*.jinja"] + ["*.safetensors"] * weights,
-            )
-        )
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (GatedRepoError, RepositoryNotFoundError) as error:  # 401, 403, 404
         raise ValueError(
-            f"{name}: no such directory, and the hub refuses it ({type(error).__name__}). Check the spelling; for a gated model "
-            "accept its licence on its page, then log in with `hf auth login` or set HF_TOKEN"
+            f"{name}: no such directory, and the hub refuses it ({type(error).__name__}). "
+            "Check the spelling; for a gated model accept its licence on its page, "
+            "then log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        if getattr(getattr(error, "response", None), "status_code", None) in (
-            401,
-            403,
-        ):  # an expired token, say
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):  # an expired token, say
             raise ValueError(
-                f"{name}: the hub refuses access ({error}); log in with `hf auth login` or set HF_TOKEN"
+                f"{name}: the hub refuses access ({error}); "
+                "log in with `hf auth login` or set HF_TOKEN"
             ) from None
         raise ValueError(
             f"{name}: no such directory, and not to be downloaded ({error}); give a local directory"
@@ -116,7 +114,8 @@ def check_weights(
     """Name -> file of every expected weight (name -> shape), without reading them.
 
     ValueError names what is wrong. `four_bit`: 4-bit weights of bitsandbytes may stand where 16-bit
-    ones are expected (quantized.py reads them); their absmax and states are among the names then."""
+    ones are expected (quantized.py reads them); their absmax and states are among the names then.
+    """
     files = weight_files(path)
     quantised = {name for name in expected if f"{name}.quant_state.bitsandbytes__nf4" in files}
     if quantised and not four_bit:
@@ -207,7 +206,7 @@ def stored_head_differs(path) -> bool:
     return any(not torch.equal(head[a:b].float(), embedding[a:b].float()) for a, b in pieces)
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------ writing
 def divide_weights(weights: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:
     """Names of the tensors of each file: files above `shard_bytes` are split."""
     files, size = [[]], 0
@@ -224,18 +223,15 @@ def divide_weights(weights: dict[str, Tensor], shard_bytes: int) -> list[list[st
 def remove_weights(path) -> None:
     """Take away a folder's safetensors: a reader might prefer them to what is written now."""
     path = Path(path)
-    for old in (
-        *path.glob("model-*-of-*.safetensors"),
-        path / "model.safetensors",
-        path / "model.safetensors.index.json",
-    ):
+    for old in (*path.glob("model-*-of-*.safetensors"), path / WHOLE, path / INDEX):
         old.unlink(missing_ok=True)
 
 
 def write_weights(
     path, files: list[list[str]], tensors: Iterable[tuple[str, Tensor]], write: bool = True
 ) -> None:
-    """Write tensors, which come in the order of the files, one file in memory at a time, and their index.
+    """Write tensors, which come in the order of the files,
+    one file in memory at a time, and their index.
 
     All tensors are gone through even without `write`: their source may be collective."""
     path = Path(path)

@@ -1,11 +1,13 @@
 """A Llama, Qwen2 or Qwen3 GGUF becomes a Hugging Face directory: python -m hub.gguf FILE DIR
 
-Weights are dequantised by the `gguf` package (extra `gguf`); q and k of *llama* files, which llama.cpp stores in the
-interleaved rotary layout, are permuted back. The tokenizer becomes tokenizer.json, the chat template goes into
-tokenizer_config.json. A GGUF is a stranger's file: every count, length and offset is checked, and nothing in it is run.
+Weights are dequantised by the `gguf` package (extra `gguf`); q and k of *llama* files, which
+llama.cpp stores in the interleaved rotary layout, are permuted back. The tokenizer becomes
+tokenizer.json, the chat template goes into tokenizer_config.json. A GGUF is a stranger's file:
+every count, length and offset is checked, and nothing in it is run.
 
 Left out: other architectures, files in parts, big-endian files, i-quants.
-Format: github.com/ggml-org/ggml, docs/gguf.md; names and pre-tokenizers as llama.cpp's converter writes them.
+Format: github.com/ggml-org/ggml, docs/gguf.md; names and pre-tokenizers as llama.cpp's
+converter writes them.
 """
 
 import argparse
@@ -94,9 +96,8 @@ class GGUF:
         kind = self.quants.GGMLQuantizationType[place.type_name]
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            stored = np.frombuffer(
-                self.bytes, np.uint8, count * place.row_bytes, place.start + row * place.row_bytes
-            )
+            start, size = place.start + row * place.row_bytes, count * place.row_bytes
+            stored = np.frombuffer(self.bytes, np.uint8, size, start)
             values = self.quants.quants.dequantize(stored.reshape(count, -1), kind)
             out[row : row + count] = torch.tensor(values).view(count, columns)
         return out.view(place.shape)
@@ -188,7 +189,8 @@ def model_fields(file: GGUF) -> dict:
     architecture = file.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{file.path}: architecture {architecture!r} is not supported; {', '.join(ARCHITECTURES)} are"
+            f"{file.path}: architecture {architecture!r} is not supported; "
+            f"{', '.join(ARCHITECTURES)} are"
         )
 
     def read(key: str, kind: type, default=None):
@@ -243,7 +245,8 @@ def shortest(value: float) -> float:
 
 
 def _llama3_scaling(file: GGUF, rope_theta: float, head_dim: int) -> dict | None:
-    """Llama-3.1's rope scaling, which a GGUF holds as divisors of the frequencies, not as parameters."""
+    """Llama-3.1's rope scaling, which a GGUF holds as divisors of the frequencies,
+    not as parameters."""
     if "rope_freqs.weight" not in file.tensors:
         return None
     stored = file.read("rope_freqs.weight", torch.float32).double().flatten()
@@ -318,7 +321,8 @@ def check_tensors(file: GGUF, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         if file.tensors[name].shape != shape:
             raise ValueError(
-                f"{file.path}: {name} has shape {file.tensors[name].shape}, the metadata ask for {shape}"
+                f"{file.path}: {name} has shape {file.tensors[name].shape}, "
+                f"the metadata ask for {shape}"
             )
 
 
@@ -443,12 +447,9 @@ def _byte_level(file: GGUF, ids: dict[str, int]) -> HFTokenizer:
         return inner
     numbers = r"\p{N}{1,3}" if pre in LLAMA3 else r"\p{N}"
     inner.normalizer = normalizers.NFC() if pre in QWEN2 else None
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS % numbers), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(_WORDS % numbers), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
     return inner
 
 
@@ -464,16 +465,16 @@ def _sentence_pieces(file: GGUF, ids: dict[str, int], vocabulary: Vocabulary) ->
         splits = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         merges += [(-scores[i], ids[a], ids[b], a, b) for a, b in splits if a in ids and b in ids]
     pairs = [(a, b) for *_, a, b in sorted(merges)]
-    inner = HFTokenizer(
-        models.BPE(ids, pairs, unk_token=vocabulary.unk, fuse_unk=True, byte_fallback=True)
-    )
+    unknown = {"unk_token": vocabulary.unk, "fuse_unk": True, "byte_fallback": True}
+    inner = HFTokenizer(models.BPE(ids, pairs, **unknown))
     prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
-    steps = [normalizers.Prepend("▁")] if prefix else []
-    inner.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
-    )
+    before = [normalizers.Replace(" ", "▁")]
+    behind = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        before.insert(0, normalizers.Prepend("▁"))
+        behind.append(decoders.Strip(" ", 1, 0))
+    inner.normalizer = normalizers.Sequence(before)
+    inner.decoder = decoders.Sequence(behind)
     return inner
 
 
@@ -493,10 +494,8 @@ def convert(source, target, dtype: torch.dtype = torch.bfloat16) -> None:
     tokenizer.save(str(target / "tokenizer.json"))
     _write_json(target / "tokenizer_config.json", tokenizer_config(file, vocabulary))
     _write_json(target / "generation_config.json", generation_config(file, fields))
-    empty = {
-        hf_name(name): torch.empty(shape, dtype=dtype, device="meta")
-        for name, shape in shapes.items()
-    }
+    meta = {"dtype": dtype, "device": "meta"}
+    empty = {hf_name(name): torch.empty(shape, **meta) for name, shape in shapes.items()}
     tensors = ((hf_name(name), read_weight(file, name, fields, dtype)) for name in shapes)
     write_weights(target, divide_weights(empty, 5 * 10**9), tensors)
 

@@ -1,7 +1,10 @@
-"""tokenizer.json of a Hugging Face directory, and the decisions around it: BOS, EOS, stop ids, the prompt's boundary.
+"""tokenizer.json of a Hugging Face directory, and the decisions around it:
+BOS, EOS, stop ids, the prompt's boundary.
 
-Prompts end in "Answer:", completions begin with a space: ids("Answer: Toy Story") begin with ids("Answer:") in every
-supported tokenizer, which is checked for every title. Masks and labels come from lengths, never from searching ids.
+Prompts end in "Answer:", completions begin with a space: ids("Answer: Toy Story") begin with
+ids("Answer:") in every supported tokenizer, which is checked for every title. Masks and labels
+come from lengths, never from searching ids.
+
 With prompt_format "chat" the model's chat template stands around the prompt, and the title right
 behind it (hub/chat.py): its control tokens are parsed, and a title that holds one is refused.
 """
@@ -18,7 +21,8 @@ from hub.chat import PromptFrame, chat_frame
 
 
 class Tokenizer:
-    """tokenizer.json plus what is needed around it: BOS policy, the EOS to train on, the ids that end an answer."""
+    """tokenizer.json plus what is needed around it:
+    BOS policy, the EOS to train on, the ids that end an answer."""
 
     def __init__(self, path, prompt_format: str = "plain"):
         path = Path(path)
@@ -93,31 +97,32 @@ class Tokenizer:
         if ids and self.num_embeddings and max(ids) >= self.num_embeddings:
             token = self.inner.id_to_token(max(ids))
             raise ValueError(
-                f"{self.file}: token {max(ids)} {token!r} (in {text[:60]!r}) is outside the model's "
-                f"vocab_size {self.num_embeddings}: the tokenizer was extended and the embedding "
-                "was not, or they belong to different models"
+                f"{self.file}: token {max(ids)} {token!r} (in {text[:60]!r}) is outside "
+                f"the model's vocab_size {self.num_embeddings}: the tokenizer was extended "
+                "and the embedding was not, or they belong to different models"
             )
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         self._check_controls(texts)
-        return [self.bos_ids + ids for ids in self.encode([self.frame.prompt(t) for t in texts])]
+        prompts = [self.frame.prompt(text) for text in texts]
+        return [self.bos_ids + ids for ids in self.encode(prompts)]
 
     def encode_answered(self, texts: list[str], titles: list[str]) -> list[list[int]]:
         """Ids of each prompt and its title as one text, without what ends the answer."""
         self._check_controls(texts)
         self._check_controls(titles)
         pairs = zip(texts, titles, strict=True)
-        return [self.bos_ids + ids for ids in self.encode([self.frame.answered(*p) for p in pairs])]
+        answered = [self.frame.answered(text, title) for text, title in pairs]
+        return [self.bos_ids + ids for ids in self.encode(answered)]
 
     def encode_completions(self, titles: list[str]) -> list[list[int]]:
         """Ids of a title and the end token as they follow a prompt, in plain " " + title + EOS.
 
         ValueError names a title whose boundary would merge."""
         (prefix,) = self.encode_prompts(["Answer:"])
+        answered = self.encode_answered(["Answer:"] * len(titles), titles)
         out = []
-        for title, ids in zip(
-            titles, self.encode_answered(["Answer:"] * len(titles), titles), strict=True
-        ):
+        for title, ids in zip(titles, answered, strict=True):
             if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
                 end = repr(self.frame.prompt("Answer:")[-30:]) if self.controls else '"Answer:"'
                 raise ValueError(
@@ -135,21 +140,20 @@ class Tokenizer:
         return re.split(r"[\n\r]", self.decode(ids[:end]).lstrip(" "), maxsplit=1)[0].strip()
 
     def newline_ids(self) -> frozenset[int]:
-        """Tokens whose text is optional spaces, then a line break: they end an answer as EOS does."""
+        """Tokens whose text is optional spaces, then a line break:
+        they end an answer as EOS does."""
         vocab = range(self.inner.get_vocab_size())
         return frozenset(i for i in vocab if re.match(r" *[\n\r]", self.inner.decode([i]) or ""))
 
 
 # ------------------------------------------------------------------------ begin and end of a text
-SOURCES = (
-    "generation_config.json",
-    "tokenizer_config.json",
-    "config.json",
-)  # the first is believed
+# the first is believed
+SOURCES = ("generation_config.json", "tokenizer_config.json", "config.json")
 
 
 def _first_ids(inner) -> list[int]:
-    """Ids that the post-processor puts before a text: [bos] or []; what it puts behind is not among them."""
+    """Ids that the post-processor puts before a text: [bos] or [];
+    what it puts behind is not among them."""
     whole = inner.encode("Answer").ids
     bare = inner.encode("Answer", add_special_tokens=False).ids
     for start in range(len(whole) - len(bare) + 1):
@@ -180,8 +184,8 @@ def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozen
             "no eos_token in tokenizer_config.json that tokenizer.json knows"
         )
     found = list(dict.fromkeys(i for ids in sources.values() for i in ids))
-    shared = [i for i in found if all(i in ids for ids in sources.values())]
-    eos_id = (shared or found)[0]
+    shared = set(found).intersection(*sources.values())
+    eos_id = next((i for i in found if i in shared), found[0])
     others = {name: ids for name, ids in sources.items() if eos_id not in ids}
     if others:
         named = "; ".join(f"{name} says {_spelled(ids, inner)}" for name, ids in others.items())
@@ -198,7 +202,8 @@ def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozen
 
 
 def _eos_of(file: Path, inner) -> list[int]:
-    """The end tokens that a file names; the files are optional, and have been shipped as invalid JSON."""
+    """The end tokens that a file names;
+    the files are optional, and have been shipped as invalid JSON."""
     try:
         content = read_json(file)
     except ValueError as error:
@@ -207,7 +212,9 @@ def _eos_of(file: Path, inner) -> list[int]:
         return []
     if file.name != "tokenizer_config.json":
         eos = content.get("eos_token_id")
-        return eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if eos is None:
+            return []
+        return eos if isinstance(eos, list) else [eos]
     token = content.get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:

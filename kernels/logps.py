@@ -4,29 +4,34 @@
     logp_n = logits[n, label_n] - logsumexp(logits[n])
     best_n = argmax(logits[n])
 
-At M = 4,096 rows and V = 128,256 the logits alone would be 2.1 GB in fp32, their softmax and gradient as much again.
-Here the vocabulary is walked in slabs, as in FlashAttention with keys = values = the head: a GEMM with fp32 output gives
-a slab's logits, one pass over them the statistics of its tiles (maximum, sum of exponentials, argmax, label's logit), and
-the tiles are combined at the end. Everything is fp32 inside, whatever the inputs: logits rounded to bf16 would cost 1e-2
-nats per token, more than many preferences are worth.
+At M = 4,096 rows and V = 128,256 the logits alone would be 2.1 GB in fp32, their softmax and
+gradient as much again. Here the vocabulary is walked in slabs, as in FlashAttention with
+keys = values = the head: a GEMM with fp32 output gives a slab's logits, one pass over them the
+statistics of its tiles (maximum, sum of exponentials, argmax, label's logit), and the tiles are
+combined at the end. Everything is fp32 inside, whatever the inputs: logits rounded to bf16 would
+cost 1e-2 nats per token, more than many preferences are worth.
 
-Frozen head (LoRA): row n of the gradient, d logp_n / d hidden_n = W[label_n] - softmax_n W, depends on nothing that
-comes later, so the forward pass keeps it (M, D) and backward is one multiplication, whatever loss sits on top: two GEMMs
-instead of three, and nothing of the head's size. Trainable head: backward walks the slabs once more and also
-accumulates d weight.
+Frozen head (LoRA): row n of the gradient, d logp_n / d hidden_n = W[label_n] - softmax_n W,
+depends on nothing that comes later, so the forward pass keeps it (M, D) and backward is one
+multiplication, whatever loss sits on top: two GEMMs instead of three, and nothing of the head's
+size. Trainable head: backward walks the slabs once more and also accumulates d weight.
 
-How large a slab is: a logit takes 4 bytes, its exponential, the weight of the second GEMM, as many as an element of
-`hidden`. A slab is as many rows of the head as keep M of both within SLAB_BYTES, in whole multiples of MIN_SLAB. So
-scratch memory never depends on the vocabulary, and up to some 650 rows an 8B model's head is a single slab. (Half-precision
-inputs on a CPU are upcast besides: 4 D bytes for each row of the slab.)
+How large a slab is: a logit takes 4 bytes, its exponential, the weight of the second GEMM, as
+many as an element of `hidden`. A slab is as many rows of the head as keep M of both within
+SLAB_BYTES, in whole multiples of MIN_SLAB. So scratch memory never depends on the vocabulary, and
+up to some 650 rows an 8B model's head is a single slab. (Half-precision inputs on a CPU are
+upcast besides: 4 D bytes for each row of the slab.)
 
 impl   "reference"  three lines of plain PyTorch, the definition of correct
        "slabs"      the walk in PyTorch, for the CPU
-       "triton"     the walk with the two Triton kernels of logps_triton.py; on a CPU only in Triton's interpreter
-       "fused"      a third Triton kernel instead of the walk: logits never leave the chip, backward recomputes them
+       "triton"     the walk with the two Triton kernels of logps_triton.py;
+                    on a CPU only in Triton's interpreter
+       "fused"      a third Triton kernel instead of the walk:
+                    logits never leave the chip, backward recomputes them
        "auto"       triton on a GPU, else slabs
 
-Legend: M scored rows, D hidden_size, V vocab_size, S rows of the head in one slab, T tiles of the vocabulary.
+Legend: M scored rows, D hidden_size, V vocab_size, S rows of the head in one slab,
+T tiles of the vocabulary.
 """
 
 import importlib.util
@@ -47,10 +52,12 @@ def label_logps(
     labels: Tensor,  # (M,) int64 in [0, V)
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's label (M,) fp32, differentiable, and each row's argmax (M,) int64, lowest id first."""
+    """Log-probability of each row's label (M,) fp32, differentiable,
+    and each row's argmax (M,) int64, lowest id first."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"expected hidden (M, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"expected hidden (M, D) and weight (V, D), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(
@@ -66,13 +73,10 @@ def label_logps(
         return label_logps_reference(hidden, weight, labels)
     if impl == "auto":
         impl = "triton" if hidden.is_cuda and HAS_TRITON else "slabs"
-    # a frozen head's gradient is formed in the forward pass; "fused" never has the exponentials that it takes
-    form_gradient = (
-        torch.is_grad_enabled()
-        and hidden.requires_grad
-        and not weight.requires_grad
-        and impl != "fused"
-    )
+    # a frozen head's gradient is formed in the forward pass;
+    # "fused" never has the exponentials that it takes
+    frozen_head = hidden.requires_grad and not weight.requires_grad
+    form_gradient = torch.is_grad_enabled() and frozen_head and impl != "fused"
     return _LabelLogps.apply(hidden, weight, labels, impl, form_gradient)
 
 
@@ -86,14 +90,14 @@ def label_logps_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tup
 def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with fp32 sums and fp32 output, never rounded to the dtype of the inputs."""
     if b.is_cuda and a.dtype == b.dtype != torch.float32:
-        return torch.mm(
-            a, b, out_dtype=torch.float32
-        )  # products of two bf16 numbers are exact in fp32
+        # products of two bf16 numbers are exact in fp32
+        return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()  # on CPU an fp32 GEMM is 5-7 times faster than a bf16 one
 
 
 def _gemm_dtype(hidden: Tensor) -> torch.dtype:
-    """What fp32 weights of a GEMM with the head are rounded to: on a GPU the head's dtype, or the GEMM would be a slow one."""
+    """What fp32 weights of a GEMM with the head are rounded to:
+    on a GPU the head's dtype, or the GEMM would be a slow one."""
     return hidden.dtype if hidden.is_cuda else torch.float32
 
 
@@ -104,8 +108,9 @@ def _slabs(num_rows: int, vocab_size: int, element_size: int) -> list[tuple[int,
     return [(start, min(start + size, vocab_size)) for start in range(0, vocab_size, size)]
 
 
-# Statistics of T vocabulary tiles: (max (M, T), sum (M, T), best (M, T)). `sum` is Σ exp(logit - max) over the tile but
-# for the label: where p(label) is near 1, what matters is what is left beside it. No tile waits for another.
+# Statistics of T vocabulary tiles: (max (M, T), sum (M, T), best (M, T)).
+# `sum` is Σ exp(logit - max) over the tile but for the label: where p(label) is near 1, what
+# matters is what is left beside it. No tile waits for another.
 Tiles = tuple[Tensor, Tensor, Tensor]
 
 
@@ -115,11 +120,14 @@ def _slab_statistics(
     label_logits: Tensor,  # (M,) fp32, filled in where the label lies in this slab
     start: int,  # vocabulary id of the first column
     running_max: Tensor,  # (M,) over all slabs so far
-    probs_dtype: torch.dtype
-    | None,  # None: they are not wanted (here they are the sum's by-product, always fp32)
+    # None: they are not wanted (here they are the sum's by-product, always fp32)
+    probs_dtype: torch.dtype | None,
 ) -> tuple[Tiles, Tensor, Tensor]:
-    """One slab in PyTorch, a single tile: its statistics, the new running maximum (M,), and exp(logits - it) but for the
-    label (M, S). The tile's `max` is the running one; the first tile that has the final maximum holds the argmax."""
+    """One slab in PyTorch, a single tile:
+    its statistics, the new running maximum (M,), and exp(logits - it) but for the label (M, S).
+
+    The tile's `max` is the running one; the first tile that has the final maximum holds the argmax.
+    """
     slab_max, slab_best = logits.max(dim=1)
     new_max = torch.maximum(running_max, slab_max)
     in_slab = (labels >= start) & (labels < start + logits.shape[1])
@@ -128,11 +136,8 @@ def _slab_statistics(
     probs = logits.sub_(new_max[:, None]).exp_()
     kept = torch.where(in_slab, 0.0, probs.gather(1, index).squeeze(1))
     probs.scatter_(1, index, kept[:, None])
-    return (
-        (new_max[:, None], probs.sum(dim=1, keepdim=True), slab_best[:, None] + start),
-        new_max,
-        probs,
-    )
+    tile = (new_max[:, None], probs.sum(dim=1, keepdim=True), slab_best[:, None] + start)
+    return tile, new_max, probs
 
 
 class _LabelLogps(torch.autograd.Function):
@@ -163,17 +168,14 @@ class _LabelLogps(torch.autograd.Function):
                 )
                 tiles.append(tile)
                 if grad_in_forward:
-                    others.mul_(torch.exp(running_max - new_max)[:, None]).add_(
-                        mm_fp32(probs.to(_gemm_dtype(hidden)), slab)
-                    )
+                    others.mul_(torch.exp(running_max - new_max)[:, None])
+                    others.add_(mm_fp32(probs.to(_gemm_dtype(hidden)), slab))
                 running_max = new_max
 
-        tile_max, tile_sum, tile_best = (
-            torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True)
-        )  # (M, T)
-        max_logit, first = tile_max.max(
-            dim=1, keepdim=True
-        )  # the first of equals: the lowest id wins a tie
+        joined = [torch.cat(parts, dim=1) for parts in zip(*tiles, strict=True)]
+        tile_max, tile_sum, tile_best = joined  # (M, T)
+        # the first of equals: the lowest id wins a tie
+        max_logit, first = tile_max.max(dim=1, keepdim=True)
         best = tile_best.gather(1, first).squeeze(1)
         others_sum = (tile_sum * torch.exp(tile_max - max_logit)).sum(dim=1)
         max_logit = max_logit.squeeze(1)
@@ -196,7 +198,8 @@ class _LabelLogps(torch.autograd.Function):
         if ctx.grad_in_forward:
             (row_grads,) = ctx.saved_tensors
             return (grad_logps[:, None] * row_grads).to(ctx.dtype), None, None, None, None
-        # d logp_n / d logits_n = onehot(label_n) - softmax_n, slab by slab; the upstream gradient scales whole rows
+        # d logp_n / d logits_n = onehot(label_n) - softmax_n, slab by slab;
+        # the upstream gradient scales whole rows
         hidden, weight, labels, max_logit, total, rest = ctx.saved_tensors
         rows, gemm_dtype = torch.arange(len(hidden), device=hidden.device), _gemm_dtype(hidden)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
@@ -204,9 +207,8 @@ class _LabelLogps(torch.autograd.Function):
         scaled_hidden = (grad_logps[:, None] * hidden.float()).to(gemm_dtype)
         for start, stop in _slabs(len(hidden), weight.shape[0], hidden.element_size()):
             slab = weight[start:stop]
-            dlogits = (
-                mm_fp32(hidden, slab.T).sub_(max_logit[:, None]).exp_().div_(-total[:, None])
-            )  # (M, S)
+            dlogits = mm_fp32(hidden, slab.T)  # (M, S)
+            dlogits.sub_(max_logit[:, None]).exp_().div_(-total[:, None])
             in_slab = (labels >= start) & (labels < stop)
             index = torch.where(in_slab, labels - start, 0)
             dlogits[rows, index] = torch.where(in_slab, rest, dlogits[rows, index])

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 
-# -------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------ kernels
 @triton.jit
 def _write_statistics(
     z, first, cols, end, label,  # logits (ROWS, COLS), the ids of their columns, where ids end
@@ -115,7 +115,7 @@ def _fused_kernel(
     )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------- launching
+# ------------------------------------------------------------------------ launching
 INTERPRETED = isinstance(_fused_kernel, InterpretedFunction)
 
 

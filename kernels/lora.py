@@ -1,15 +1,20 @@
-"""Adapted projections of one input (q, k, v; gate, up; or one alone) as a single autograd function, without glue.
+"""Adapted projections of one input (q, k, v; gate, up; or one alone)
+as a single autograd function, without glue.
 
-    y_i = x W_i^T + b_i + scaling · drop(x) A_i^T B_i^T          W_i, b_i frozen; A_i (r, in), B_i (out, r) trained
+    y_i = x W_i^T + b_i + scaling · drop(x) A_i^T B_i^T
 
-Written naively, each adapter reads and writes y_i three more times (its own output, the scaling, the sum), runs a GEMM
-that is r wide, and keeps what it makes. Here the A_i are stacked, so that one GEMM of all their rows serves the group;
-the low-rank part is added into y_i in place (`addmm_`); backward keeps x, the (tokens, Σ r) product and dropout's mask,
-computes nothing for the frozen weights, and skips d x where nobody asks for it. Gradients of A and B are summed and
-stored in fp32 even over a bf16 base. Dropout draws one mask per group instead of one per projection: every adapter still
-sees an input dropped out with the same probability.
+with W_i, b_i frozen; A_i (r, in), B_i (out, r) trained.
 
-`adapted_projections_reference` is the naive form: the definition of correct, also used where a W_i is trained too.
+Written naively, each adapter reads and writes y_i three more times (its own output, the scaling,
+the sum), runs a GEMM that is r wide, and keeps what it makes. Here the A_i are stacked, so that
+one GEMM of all their rows serves the group; the low-rank part is added into y_i in place
+(`addmm_`); backward keeps x, the (tokens, Σ r) product and dropout's mask, computes nothing for
+the frozen weights, and skips d x where nobody asks for it. Gradients of A and B are summed and
+stored in fp32 even over a bf16 base. Dropout draws one mask per group instead of one per
+projection: every adapter still sees an input dropped out with the same probability.
+
+`adapted_projections_reference` is the naive form: the definition of correct, also
+used where a W_i is trained too.
 
 Legend: T tokens (all leading dimensions), r LoRA rank, R = Σ r over the group's adapters.
 """
@@ -30,17 +35,18 @@ def adapted_projections(
     Bs: list[Tensor | None],  # (out_i, r)
     scaling: float,
     dropout: float = 0.0,  # probability, 0 in evaluation
-    absmaxes: list[Tensor | None]
-    | None = None,  # with one, its weight is 4-bit codes (kernels/nf4.py)
+    # with one, its weight is 4-bit codes (kernels/nf4.py)
+    absmaxes: list[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:  # (..., out_i)
-    """All projections of x. Gradients reach x, the As and the Bs; the weights and biases must be frozen."""
+    """All projections of x.
+
+    Gradients reach x, the As and the Bs; the weights and biases must be frozen."""
     absmaxes = absmaxes or [None] * len(weights)
     if any(t is not None and t.requires_grad for t in (*weights, *biases)):
         return adapted_projections_reference(x, weights, biases, As, Bs, scaling, dropout, absmaxes)
     flat = x.reshape(-1, x.shape[-1])
-    outputs = _AdaptedProjections.apply(
-        flat, scaling, dropout, len(weights), *weights, *biases, *As, *Bs, *absmaxes
-    )
+    tensors = (*weights, *biases, *As, *Bs, *absmaxes)
+    outputs = _AdaptedProjections.apply(flat, scaling, dropout, len(weights), *tensors)
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
 
@@ -63,6 +69,12 @@ def _values(weight: Tensor, absmax: Tensor | None, dtype: torch.dtype) -> Tensor
     return weight if absmax is None else matrix(weight, absmax, dtype)
 
 
+def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + a b, in y's memory. The compiler of torch 2.11 loses the gradient of an output that was
+    changed in place; it reuses memory by itself."""
+    return y.addmm(a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
+
+
 class _AdaptedProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scaling: float, dropout: float, n: int, *tensors):
@@ -78,15 +90,10 @@ class _AdaptedProjections(torch.autograd.Function):
             for W, b, absmax in zip(weights, biases, absmaxes, strict=True)
         ]
         for i, B, part in zip(adapted, Bs, low.split(ranks, dim=1), strict=True):
-            outputs[i].addmm_(part, B.T)
+            outputs[i] = _add_product(outputs[i], part, B.T)
         ctx.save_for_backward(x, mask, low, A, *Bs, *weights, *absmaxes)
-        ctx.scaling, ctx.dropout, ctx.n, ctx.adapted, ctx.ranks = (
-            scaling,
-            dropout,
-            n,
-            adapted,
-            ranks,
-        )
+        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.n, ctx.adapted, ctx.ranks = n, adapted, ranks
         return tuple(outputs)
 
     @staticmethod
@@ -98,9 +105,8 @@ class _AdaptedProjections(torch.autograd.Function):
         dropped = x if mask is None else x * mask * keep
 
         # y = ... + low B^T, low = scaling · dropped A^T
-        grad_low = torch.cat(
-            [grads[i] @ B for i, B in zip(ctx.adapted, Bs, strict=True)], dim=1
-        ).mul_(ctx.scaling)  # (T, R)
+        low_grads = [grads[i] @ B for i, B in zip(ctx.adapted, Bs, strict=True)]
+        grad_low = torch.cat(low_grads, dim=1).mul_(ctx.scaling)  # (T, R)
         grad_As, grad_Bs = [None] * ctx.n, [None] * ctx.n
         rows = mm_fp32(grad_low.T, dropped).split(ctx.ranks)
         for i, row, part in zip(ctx.adapted, rows, low.split(ctx.ranks, dim=1), strict=True):

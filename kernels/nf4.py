@@ -40,7 +40,7 @@ CODE = (
 PIECE = 2**20  # values quantised at a time, so that temporaries stay below 20 MB
 
 
-# ------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------ weights
 @torch.no_grad()
 def quantize_nf4(
     weight: Tensor,  # any shape, float
@@ -123,7 +123,7 @@ def dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize: int = BLOCK
     return values.view(shape)
 
 
-# ------------------------------------------------------------------------------------ projection
+# ------------------------------------------------------------------------ projection
 @lru_cache
 def outside_graphs(function: Callable) -> Callable:
     """The function, left out of torch.compile's graphs: they would keep a dequantised weight from

@@ -7,19 +7,14 @@ user but the text of its id; a log of n interactions takes 20 bytes each, and so
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from data import Interactions, _sorted, clean_title, last_of_each_pair, unique_titles
+from loaders.values import parse_times
 
 MAX_BAD_SHARE = 0.01  # of the lines; with more of them the file is not what it was taken for
-
-
-MAX_SECONDS = (
-    1e11  # the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
-)
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -44,10 +39,13 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 class Codes(dict):
-    """Id -> int code in order of appearance; an id that is no id (blank, None, True, 1.5) -> -1. Spaces around it do not count."""
+    """Id -> int code in order of appearance; an id that is no id (blank, None, True, 1.5) -> -1, and one of `absent`, which
+    mean that there is none, -> -2. Spaces around it do not count."""
 
-    def __init__(self):
-        super().__init__()
+    ABSENT = -2
+
+    def __init__(self, absent: Iterable = ()):
+        super().__init__(dict.fromkeys(absent, Codes.ABSENT))
         self.ids: list[str] = []
 
     def __missing__(self, key) -> int:
@@ -55,12 +53,14 @@ class Codes(dict):
             name = key.strip()
         elif isinstance(key, int) and not isinstance(key, bool):
             name = str(key)
+        elif isinstance(key, float) and key.is_integer():
+            name = str(int(key))
         else:
-            return -1
-        if not name or len(name) > 1000:
             return -1
         if name != key:
             code = self[name]
+        elif not name or len(name) > 1000:
+            return -1
         else:
             code = len(self.ids)
             self.ids.append(name.encode("utf-8", "replace").decode())
@@ -73,39 +73,6 @@ class Codes(dict):
 
 def parse_amounts(values: Sequence) -> np.ndarray:
     return np.array(list(map(float, values)), np.float64).astype(np.float32)
-
-
-def parse_times(values: Sequence) -> np.ndarray:
-    """float64 seconds of times given as seconds (also milli-, micro- or nanoseconds) or as ISO dates, UTC where no zone is named.
-
-    ValueError where one is neither, or lies before 1970."""
-    try:
-        times = _seconds(np.array(list(map(float, values))))
-    except (ValueError, TypeError):
-        times = np.array([_one_time(value) for value in values])
-    if not ((times >= 0) & (times < np.inf)).all():
-        raise ValueError("a time that is not finite, or before 1970")
-    return times
-
-
-def _seconds(times: np.ndarray) -> np.ndarray:
-    if not (times < 1e20).all():
-        raise ValueError("a time beyond all units")
-    while (large := times >= MAX_SECONDS).any():
-        times[large] /= 1000
-    return times
-
-
-def _one_time(value) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(_seconds(np.array([float(value)]))[0])
-    text = value.strip()
-    try:
-        return float(_seconds(np.array([float(text)]))[0])
-    except ValueError:
-        pass
-    moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 FIELDS = ("user", "item", "rating", "time")  # of a row, for messages
@@ -124,6 +91,11 @@ def _convert(convert, missing, values: Sequence) -> np.ndarray:
         )
 
 
+def shorten(text: str, length: int = 200) -> str:
+    """A text for a message."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 class LineCount:
     """Counts the lines of a file, names the first bad ones, and stops where they are more than chance."""
 
@@ -132,7 +104,7 @@ class LineCount:
             str(source),
             expected,
         )  # `expected`: what a line should be, for messages
-        self.lines, self.num_bad, self.hint = 0, 0, ""
+        self.lines, self.num_bad = 0, 0
         self.first_bad: list[tuple[int, str]] = []
 
     def bad(self, number: int, why: str) -> None:
@@ -142,7 +114,7 @@ class LineCount:
 
     def _bad(self, number: int, why: str) -> None:
         self.num_bad += 1
-        self.first_bad = sorted([*self.first_bad, (number, why[:80])])[:3]
+        self.first_bad = sorted([*self.first_bad, (number, shorten(why))])[:3]
         if (
             self.num_bad > 1000 and self.lines >= 100_000
         ):  # a bad beginning may yet be less than 1 % of the whole
@@ -153,14 +125,14 @@ class LineCount:
 
     def check(self) -> None:
         if self.num_bad > MAX_BAD_SHARE * max(1, self.lines):
-            what = (
-                self.hint
-                or f"these are not {self.expected}; this looks like another file or format"
-            )
             raise ValueError(
-                f"{self.source}: {self.num_bad:,} of {self.lines:,} lines cannot be used (up to {MAX_BAD_SHARE:.0%} would be passed "
-                f"over): {self.bad_lines()}: {what}"
+                f"{self.source}: {self.num_bad:,} of {self.lines:,} lines cannot be used (up to "
+                f"{MAX_BAD_SHARE:.0%} would be passed over): {self.bad_lines()}: {self.cause()}"
             )
+
+    def cause(self) -> str:
+        """Why the lines are bad, and the way out, as far as it is known."""
+        return f"these are not {self.expected}; this looks like another file or format"
 
 
 class LogBuilder(LineCount):
@@ -206,30 +178,20 @@ class LogBuilder(LineCount):
             for converter, values in zip(self.converters, raw, strict=True)
         )
         user, item, amount, time = columns
-        good = (
-            (user >= 0) & (item >= 0) & (amount >= 0) & (amount < np.inf) & (time >= 0)
+        top = np.finfo(np.float32).max if self.amounts else 5
+        fine = (
+            user >= 0,
+            item >= 0,
+            (amount >= 0) & (amount <= top),
+            time >= 0,
         )  # NaN is none of it
-        inside = good
-        if not self.amounts:
-            self.largest = max(self.largest, float(amount[good].max(initial=0)))
-            if self.largest > 5:
-                self.hint = f"ratings go up to {self.largest:g} instead of 5; --percentile item makes ratings of hours, plays or scores"
-            good = good & (amount <= 5)
-            inside = good & (amount > 0)  # BeerAdvocate has some zeros
-            self.notes["lines with rating 0, which means none"] += int(good.sum() - inside.sum())
-        for row in np.flatnonzero(~good):
-            fine = (
-                user[row] >= 0,
-                item[row] >= 0,
-                0 <= amount[row] <= (np.inf if self.amounts else 5),
-                time[row] >= 0,
-            )
-            wrong = [
-                f"{name} {values[row]!r}"
-                for name, values, ok in zip(FIELDS, raw, fine, strict=True)
-                if not ok
-            ]
-            self._bad(numbers[row], ", ".join(wrong))
+        good = np.logical_and.reduce(fine)
+        none = self.none(columns, good)
+        for row in np.flatnonzero(~good & ~none):
+            wrong = [name for name, ok in zip(FIELDS, fine, strict=True) if not ok[row]]
+            self.bad_row(numbers[row], {n: raw[FIELDS.index(n)][row] for n in wrong})
+        self.largest = max(self.largest, float(amount[np.isfinite(amount)].max(initial=0)))
+        inside = good & ~none
         if inside.all():
             self.chunks.append(columns)
         else:
@@ -239,6 +201,24 @@ class LogBuilder(LineCount):
         if self.pending > max(self.COMPACT, self.kept):
             self.compact()
         return item
+
+    def none(self, columns: tuple[np.ndarray, ...], good: np.ndarray) -> np.ndarray:
+        """(rows,) bool: rows that are understood but hold no interaction; they are counted by reason."""
+        zero = good & (columns[2] == 0) & (not self.amounts)  # BeerAdvocate has some
+        self.notes["lines with rating 0, which means none"] += int(zero.sum())
+        return zero
+
+    def cause(self) -> str:
+        if self.amounts or self.largest <= 5:
+            return super().cause()
+        return (
+            f"ratings go up to {self.largest:g} instead of 5; --percentile item makes ratings of "
+            "hours, plays or scores"
+        )
+
+    def bad_row(self, number: int, values: dict) -> None:
+        """A row with values, by field, that are not what they should be."""
+        self._bad(number, ", ".join(f"{name} {value!r}" for name, value in values.items()))
 
     def compact(self) -> None:
         """Merge repeated pairs; the rows that stay keep their order."""
@@ -273,8 +253,11 @@ class LogBuilder(LineCount):
         self.check()
         self.compact()
         if not self.kept:
+            reasons = [f"{count:,} {why}" for why, count in self.notes.items() if count]
+            left_out = f" ({'; '.join(reasons)})" if reasons else ""
             raise ValueError(
-                f"{self.source}: no interaction found in {self.lines:,} lines; expected {self.expected}"
+                f"{self.source}: no interaction found in {self.lines:,} lines{left_out}; expected "
+                f"{self.expected}"
             )
         (columns,) = self.chunks
         user, item, amount, time = columns

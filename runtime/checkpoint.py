@@ -1,21 +1,25 @@
-"""Checkpoints inside a stage: whole or not there, readable by any number of processes, free of pickle.
+"""Checkpoints inside a stage: whole or not there,
+readable by any number of processes, free of pickle.
 
     <stage>.unfinished/checkpoint-40/
-        rank-00000.safetensors   rows [start, stop) of every trained tensor and of its two AdamW moments, and this rank's
-                                 random state; as many files as there are ranks that hold different rows
+        rank-00000.safetensors   rows [start, stop) of every trained tensor and of its two AdamW
+                                 moments, and this rank's random state; as many files as there are
+                                 ranks that hold different rows
         state.json               step, process count; hashes of the data, the starting weights and
                                  what the reference log-probs were made from
         manifest.json            size and SHA-256 of every other file; written last
 
-A checkpoint is written beside (`.part`), flushed to disk, and renamed into place; older ones go only afterwards. Reading
-checks the manifest first, on all ranks, each a part of the files; what is half-written or damaged is named and passed over.
-Rows are cut anew for the ranks that read them, so a run may go on with another number of processes.
+A checkpoint is written beside (`.part`), flushed to disk, and renamed into place; older ones go
+only afterwards. Reading checks the manifest first, on all ranks, each a part of the files; what
+is half-written or damaged is named and passed over. Rows are cut anew for the ranks that read
+them, so a run may go on with another number of processes.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +33,6 @@ from hub.files import open_safetensors
 from runtime.sharding import fill, local, own_rows, trained
 
 WRONG_CONTENT = (KeyError, IndexError, TypeError, AttributeError)
-
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,7 +48,8 @@ def save_checkpoint(
         with writing(beside):
             beside.mkdir()
     dist.barrier()
-    tensors, rows = {f"random.{kind}": value for kind, value in random_state().items()}, {}
+    tensors = {f"random.{kind}": value for kind, value in random_state().items()}
+    rows = {}
     if rank < world_size // replicas:  # the other replicas hold the same rows
         for name, p in trained(model).items():
             rows[name] = own_rows(p)
@@ -63,10 +66,9 @@ def save_checkpoint(
     if rank == 0:
         with writing(beside):
             write_json(beside / "state.json", state | {"step": step, "world_size": world_size})
-            files = sorted(f for f in beside.iterdir())
-            write_json(
-                beside / "manifest.json", {f.name: [f.stat().st_size, sha256(f)] for f in files}
-            )
+            files = sorted(beside.iterdir())
+            manifest = {f.name: [f.stat().st_size, sha256(f)] for f in files}
+            write_json(beside / "manifest.json", manifest)
             flush(beside)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
             beside.rename(final)
@@ -79,9 +81,10 @@ def save_checkpoint(
 
 def random_state() -> dict[str, Tensor]:
     """Generators that dropout draws from."""
-    return {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    )
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -100,11 +103,9 @@ def flush(path: Path) -> None:
 
 def sha256(file: Path) -> str:
     with open(file, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256(f)
-        )
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        return _sha256(f)
 
 
 def _sha256(f) -> str:  # Python 3.10
@@ -121,7 +122,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, the files divided over the ranks; empty if it is whole. Every rank must call it."""
+    """What is wrong with a checkpoint, the files divided over the ranks; empty if it is whole.
+
+    Every rank must call it."""
     problem = ""
     try:
         manifest = read_json(folder / "manifest.json")
@@ -144,7 +147,9 @@ def damage(folder: Path) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named and passed over. Every rank must call it."""
+    """The newest whole checkpoint; damaged ones are named and passed over.
+
+    Every rank must call it."""
     shared = [checkpoints(folder) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
     for candidate in shared[0]:
@@ -153,6 +158,37 @@ def newest_checkpoint(folder: Path) -> Path | None:
             return candidate
         print0(f"note: {candidate} is damaged ({problem}); trying the one before")
     return None
+
+
+def read_parameter(p: Tensor, name: str, optimizer, steps: float, handles, held) -> None:
+    """This rank's rows of one parameter and, after the first step, of its moments.
+
+    `held` says of every file's handle which rows of which parameter it has."""
+
+    def rows(key: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, put together from the files that hold some of them."""
+        parts = []
+        for handle, spans in zip(handles, held, strict=True):
+            low, high = spans.get(name, (0, 0))
+            first, last = max(start, low), min(stop, high)
+            if first < last:
+                parts.append(handle.get_slice(key)[first - low : last - low])
+        return torch.cat(parts)
+
+    fill(p, partial(rows, name))
+    if steps:
+        moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
+        for moment, tensor in moments.items():
+            fill(tensor, partial(rows, f"{name}.{moment}"))
+        counter = torch.tensor(float(steps), device=local(p).device)
+        optimizer.state[p] = {"step": counter, **moments}
+
+
+def restore_random_state(handle) -> None:
+    """That of the rank whose file this is; the GPU's where both runs have one."""
+    torch.set_rng_state(handle.get_tensor("random.cpu"))
+    if torch.cuda.is_available() and "random.cuda" in handle.keys():
+        torch.cuda.set_rng_state(handle.get_tensor("random.cuda"))
 
 
 def load_checkpoint(folder: Path, model, optimizer, expected: dict) -> dict:
@@ -171,35 +207,11 @@ def load_checkpoint(folder: Path, model, optimizer, expected: dict) -> dict:
     assert stepped == set(parameters.values()), "moments would go where no step reads them"
     try:
         handles = [open_safetensors(f) for f in sorted(folder.glob("rank-*.safetensors"))]
-        held = [
-            {name: tuple(span) for name, span in json.loads(h.metadata()["rows"]).items()}
-            for h in handles
-        ]
+        held = [json.loads(handle.metadata()["rows"]) for handle in handles]
         for name, p in parameters.items():
-
-            def rows(start: int, stop: int, key: str, name=name) -> Tensor:
-                """Rows [start, stop) of a tensor, put together from the files that hold some of them."""
-                parts = []
-                for handle, spans in zip(handles, held, strict=True):
-                    low, high = spans.get(name, (0, 0))
-                    if max(start, low) < min(stop, high):
-                        parts.append(
-                            handle.get_slice(key)[max(start, low) - low : min(stop, high) - low]
-                        )
-                return torch.cat(parts)
-
-            fill(p, lambda start, stop, name=name: rows(start, stop, name))
-            if state["optimizer_steps"]:
-                moments = {m: torch.zeros_like(p) for m in MOMENTS}
-                for moment, tensor in moments.items():
-                    fill(tensor, lambda start, stop, key=f"{name}.{moment}": rows(start, stop, key))
-                steps = torch.tensor(float(state["optimizer_steps"]), device=local(p).device)
-                optimizer.state[p] = {"step": steps, **moments}
+            read_parameter(p, name, optimizer, state["optimizer_steps"], handles, held)
         if state["world_size"] == dist.get_world_size():
-            mine = handles[dist.get_rank()]
-            torch.set_rng_state(mine.get_tensor("random.cpu"))
-            if torch.cuda.is_available() and "random.cuda" in mine.keys():
-                torch.cuda.set_rng_state(mine.get_tensor("random.cuda"))
+            restore_random_state(handles[dist.get_rank()])
     except (SafetensorError, OSError, ValueError, RuntimeError, *WRONG_CONTENT) as error:
         raise ValueError(f"{folder}: cannot be read into this model ({error})") from None
     return state

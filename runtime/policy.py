@@ -1,4 +1,5 @@
-"""The weights that a stage starts from: base, adapter or a fresh one, sharded, read, ready to train."""
+"""The weights that a stage starts from:
+base, adapter or a fresh one, sharded, read, ready to train."""
 
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from runtime.sharding import (
 def load_policy(
     config, stage: str, base: Path, adapter: Path | None, device
 ) -> tuple[Transformer, int]:
-    """The stage's starting weights, sharded, and the number of replicas: base, plus the adapter it goes on from or a fresh one."""
+    """The stage's starting weights, sharded, and the number of replicas:
+    base, plus the adapter it goes on from or a fresh one."""
     r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
     stored = stored_dtype(config, device)
-    full_bf16 = (
-        r == 0 and stored == torch.bfloat16
-    )  # full training keeps fp32 weights and computes in bf16
+    # full training keeps fp32 weights and computes in bf16
+    full_bf16 = r == 0 and stored == torch.bfloat16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
     if config.load_in_4bit:
         give_back_freed_blocks(device)
@@ -41,7 +42,8 @@ def load_policy(
         if r > 0:
             apply_lora(model, **settings | {"lora_dropout": dropout})
             print0(
-                f"going on with the adapter {adapter}: its own r, alpha and target modules hold, not the options'"
+                f"going on with the adapter {adapter}: "
+                "its own r, alpha and target modules hold, not the options'"
             )
         else:
             merge = merged_on_reading(settings, tensors)
@@ -50,17 +52,20 @@ def load_policy(
         apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
-        if config.compile:  # the arithmetic only: checkpointing and sharding stay outside; lengths differ from the start
+        # the arithmetic only: checkpointing and sharding stay outside;
+        # lengths differ from the start
+        if config.compile:
             block.compiled = torch.compile(block.compute, dynamic=True)
-    replicas = shard(
-        model, config.shard, config.shard_group_size, device, torch.bfloat16 if full_bf16 else None
-    )
+    compute_dtype = torch.bfloat16 if full_bf16 else None
+    replicas = shard(model, config.shard, config.shard_group_size, device, compute_dtype)
     materialize(model, device)
     if config.load_in_4bit:
         shapes = weight_shapes(model.config)
         read_4bit(model, model.source, shapes, stored, own_rows, local)
     else:
         read_weights(model, model.source, merge)
-    if r > 0:
-        fill_adapter(model, tensors) if adapter else init_adapter(model, config.seed)
+    if r > 0 and adapter:
+        fill_adapter(model, tensors)
+    elif r > 0:
+        init_adapter(model, config.seed)
     return model, replicas

@@ -90,7 +90,8 @@ def needed_examples(schedule) -> Tensor:
 def reference_pass(objective, schedule, rank: int) -> Tensor:
     """Log-probs (E, N) of the model as it is now; NaN for examples that the stage never sees.
 
-    It runs the very micro-batches of the first epoch, so that the first rewards are exactly zero."""
+    It runs the very micro-batches of the first epoch, so that the first rewards are exactly
+    zero."""
     planned = [
         (batch, schedule.examples(step))
         for step in first_epoch(schedule)
@@ -113,7 +114,8 @@ def reference_pass(objective, schedule, rank: int) -> Tensor:
 
 
 def prepare_reference(run: Run, weights: str, objective, schedule) -> str:
-    """Fill in the log-probs of the starting weights, which the model still has; returns their key."""
+    """Fill in the log-probs of the starting weights, which the model still has;
+    returns their key."""
     precision = f"{stored_dtype(run.config, run.device)}"
     if run.config.load_in_4bit:
         precision += " nf4"
@@ -158,25 +160,25 @@ def check_first_rewards(objective, exact: bool) -> None:
 
 
 def print_preference_notes(config, objective) -> None:
-    """The first example with its margins, what usually surprises, and settings outside a method's advised range."""
-    titles, slots, margins = (
-        objective.encoded.examples[0].candidates,
-        objective.slots[0],
-        objective.margins[0].tolist(),
-    )
-    pairs = zip(slots[1 : 1 + objective.K], margins, strict=True)
+    """The first example with its margins, what usually surprises,
+    and settings outside a method's advised range."""
+    titles, slots = objective.encoded.examples[0].candidates, objective.slots[0]
+    pairs = zip(slots[1 : 1 + objective.K], objective.margins[0].tolist(), strict=True)
+    rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in pairs)
     print0(
-        f"first example: chosen {titles[slots[0]]!r}, rejected (and target margin in nats): "
-        + ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in pairs)
+        f"first example: chosen {titles[slots[0]]!r}, "
+        f"rejected (and target margin in nats): {rejected}"
     )
     print0(
-        "logps/chosen usually falls from here on: the loss asks for a gap, and a gap opens too when every listed title\n"
+        "logps/chosen usually falls from here on: the loss asks for a gap, "
+        "and a gap opens too when every listed title\n"
         "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
     )
     ratio = config.simpo_gamma / config.beta
     if objective.loss == "simpo" and not 0.25 <= ratio <= 1:
         print0(
-            f"note: SimPO's gamma / beta is {ratio:g}; its authors advise 0.25 to 1 (and beta 2 to 10)"
+            f"note: SimPO's gamma / beta is {ratio:g}; "
+            "its authors advise 0.25 to 1 (and beta 2 to 10)"
         )
     if objective.loss in ("ipo", "kto", "cpo") and config.beta > 0.5:
         print0(f"note: {objective.loss} is usually run at beta 0.1, here it is {config.beta:g}")

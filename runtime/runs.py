@@ -1,4 +1,5 @@
-"""What surrounds training: the run folder and its lock, the log, a scheduler's wish to stop, and what all stages share."""
+"""What surrounds training: the run folder and its lock, the log, a scheduler's wish to stop,
+and what all stages share."""
 
 import fcntl
 import json
@@ -22,7 +23,8 @@ from runtime.sharding import device_memory, replica_note
 
 
 class Logger:
-    """metrics.jsonl has every step; the screen an aligned line now and then, and a bar when it is a terminal."""
+    """metrics.jsonl has every step; the screen an aligned line now and then,
+    and a bar when it is a terminal."""
 
     def __init__(self, file: Path, every: int, clock=time.monotonic):
         self.file = open(file, "a") if is_main() else None
@@ -35,9 +37,8 @@ class Logger:
         if phase != self.phase:
             self.close_bar()
             self.phase, self.start, self.first = phase, self.clock(), step
-            self.bar = tqdm(
-                total=num_steps, desc=phase, disable=not sys.stderr.isatty(), leave=False
-            )
+            hidden = not sys.stderr.isatty()
+            self.bar = tqdm(total=num_steps, desc=phase, disable=hidden, leave=False)
         with writing(self.file.name):
             self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
             self.file.flush()
@@ -71,7 +72,8 @@ class Logger:
 
 
 class StopRequest:
-    """SIGTERM, a scheduler's wish: noted while steps run, so that all ranks can save and leave together; else obeyed at once."""
+    """SIGTERM, a scheduler's wish: noted while steps run,
+    so that all ranks can save and leave together; else obeyed at once."""
 
     def __init__(self):
         self.asked, self.in_loop = False, False
@@ -110,35 +112,36 @@ def line_step(line: str) -> int:
         return sys.maxsize
 
 
-FREE_TO_CHANGE = "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit max_skipped_steps "
-
-
-FREE_TO_CHANGE += (
-    "dry_run gpu_memory micro_batch_tokens shard shard_group_size gradient_checkpointing compile"
+# options that may differ when a run goes on
+FREE_TO_CHANGE = (
+    "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit "
+    "max_skipped_steps dry_run gpu_memory micro_batch_tokens shard shard_group_size "
+    "gradient_checkpointing compile"
 )
 
 
 def open_run_folder(config) -> Path:
-    """Create or re-enter the run folder, on rank 0; a folder in use, or made with other options, is an error."""
+    """Create or re-enter the run folder, on rank 0;
+    a folder in use, or made with other options, is an error."""
     numbered = (Path(f"runs/{config.dataset}-{n}") for n in range(1, 10**6))
     folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
     file = folder / "config.json"
     settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
-    # a start that failed at once (wrong path, no access to the model) leaves its options alone: no run yet
-    started = folder.is_dir() and any(
-        f.name not in ("config.json", "lock") for f in folder.iterdir()
-    )
+    # a start that failed at once (wrong path, no access to the model) leaves its options alone:
+    # no run yet
+    content = [f.name for f in folder.iterdir()] if folder.is_dir() else []
+    started = bool(set(content) - {"config.json", "lock"})
     if file.exists() and started:
         if not config.resume:
             raise ValueError(
-                f"{folder} holds a run already; --resume auto goes on with it, or choose another --output_dir"
+                f"{folder} holds a run already; --resume auto goes on with it, "
+                "or choose another --output_dir"
             )
         with reading(file):
             before = asdict(type(config)()) | read_json(file)  # older runs have fewer options
             stages = before["stages"].split(",")
-        changed = sorted(
-            k for k, v in settings.items() if k not in FREE_TO_CHANGE.split() and before[k] != v
-        )
+        fixed = sorted(settings.keys() - set(FREE_TO_CHANGE.split()))
+        changed = [name for name in fixed if before[name] != settings[name]]
         if changed:
             raise ValueError(
                 f"{file}: the run was started with other values of {', '.join(changed)}"
@@ -155,7 +158,8 @@ def open_run_folder(config) -> Path:
 
 
 def lock_folder(folder: Path) -> None:
-    """Hold the folder as long as this process lives: the system gives the lock back when it ends, however it ends."""
+    """Hold the folder as long as this process lives:
+    the system gives the lock back when it ends, however it ends."""
     global run_lock
     run_lock = open(folder / "lock", "w")
     try:
@@ -167,7 +171,9 @@ def lock_folder(folder: Path) -> None:
 
 
 class NotFinite(ValueError):
-    """Loss or gradient of a step was not finite; its update was left out. `ranks` are those whose own loss was not."""
+    """Loss or gradient of a step was not finite; its update was left out.
+
+    `ranks` are those whose own loss was not."""
 
     def __init__(self, message: str, ranks: list[int]):
         super().__init__(message)
@@ -175,7 +181,9 @@ class NotFinite(ValueError):
 
 
 class StepMetrics:
-    """Metrics of one step on their way to the host. Reading them one step later never waits for a busy GPU."""
+    """Metrics of one step on their way to the host.
+
+    Reading them one step later never waits for a busy GPU."""
 
     def __init__(self, means: dict[str, Tensor], not_finite: Tensor, lr: float):
         self.on_device, self.lr = means, lr
@@ -196,7 +204,8 @@ class StepMetrics:
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise NotFinite(
                 f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; "
-                "this update was left out. A smaller learning rate or --dtype float32 usually helps",
+                "this update was left out. "
+                "A smaller learning rate or --dtype float32 usually helps",
                 [rank for rank, flag in enumerate(flags) if flag],
             )
         return metrics
@@ -211,9 +220,11 @@ def where_not_finite(run: Run, schedule, step: int, ranks: list[int]) -> str:
         for batch in schedule.micro_batches(step, r)
         for e in batch
     ]
-    log, position = run.train.examples.log, run.train.examples.position
-    users = ", ".join(f"{e} (user {log.user_ids[log.user[position[e]]]})" for e in examples[:8])
-    return f"{who}, examples {users}{' ...' if len(examples) > 8 else ''}"
+    interactions, position = run.train.examples.log, run.train.examples.position
+    shown = examples[:8]
+    users = [interactions.user_ids[interactions.user[position[e]]] for e in shown]
+    named = ", ".join(f"{e} (user {user})" for e, user in zip(shown, users, strict=True))
+    return f"{who}, examples {named}{' ...' if len(examples) > 8 else ''}"
 
 
 def describe_data(run: Run) -> None:

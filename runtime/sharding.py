@@ -1,11 +1,14 @@
-"""Weights divided over ranks: FSDP2, loading that reads only what a rank owns, gathering tensor by tensor.
+"""Weights divided over ranks: FSDP2, loading that reads only what a rank owns,
+gathering tensor by tensor.
 
-A model is built on the `meta` device, gets its adapters, is sharded, and only then receives memory: each rank reads the
-rows it owns out of the safetensors files, so no rank ever holds more than its share and one slice. Row r of a tensor of n
-rows over G ranks belongs to rank r // ceil(n / G), as `torch.chunk` divides it.
+A model is built on the `meta` device, gets its adapters, is sharded, and only then receives
+memory: each rank reads the rows it owns out of the safetensors files, so no rank ever holds more
+than its share and one slice. Row r of a tensor of n rows over G ranks belongs to rank
+r // ceil(n / G), as `torch.chunk` divides it.
 
     full     every block, then the root, is split over all ranks
-    hybrid   split inside groups of --shard_group_size ranks (a machine), replicated between the groups
+    hybrid   split inside groups of --shard_group_size ranks (a machine),
+             replicated between the groups
     none     a replica on each rank; only gradients are reduced, in one bucket
 
 Legend: G ranks that share one copy, R = world_size / G replicas of it.
@@ -43,7 +46,8 @@ def shard_group(mode: str, group_size: int, world_size: int) -> int:
     if world_size % size:
         fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(
-            f"--shard_group_size {size} does not divide the {world_size} processes; try one of {fitting}"
+            f"--shard_group_size {size} does not divide the {world_size} processes; "
+            f"try one of {fitting}"
         )
     return size
 
@@ -51,10 +55,12 @@ def shard_group(mode: str, group_size: int, world_size: int) -> int:
 def shard(
     model: Transformer, mode: str, group_size: int, device, compute_dtype: torch.dtype | None = None
 ) -> int:
-    """Split blocks and root in place; returns R, the number of replicas. Gradients are reduced in fp32.
+    """Split blocks and root in place; returns R, the number of replicas.
 
-    compute_dtype: full training in bf16 keeps fp32 weights and computes in this; None leaves frozen bf16 base and fp32
-    adapters as they are. Nothing is done where a rank keeps a whole replica, unless FSDP must convert its weights."""
+    Gradients are reduced in fp32.
+    compute_dtype: full training in bf16 keeps fp32 weights and computes in this; None leaves
+    frozen bf16 base and fp32 adapters as they are. Nothing is done where a rank keeps a whole
+    replica, unless FSDP must convert its weights."""
     world_size = dist.get_world_size()
     G = shard_group(mode, group_size, world_size)
     if G == 1 and compute_dtype is None:
@@ -70,10 +76,9 @@ def shard(
     blocks = list(model.model.layers)
     for block in blocks:
         # backward begins with the last block: what it would free is needed again at once
-        fully_shard(
-            block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not blocks[-1]
-        )
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        freed = block is not blocks[-1]
+        split(block, mesh=mesh, mp_policy=policy, reshard_after_forward=freed)
+    split(model, mesh=mesh, mp_policy=policy)
     for block, following in zip(blocks, blocks[1:], strict=False):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
@@ -82,8 +87,22 @@ def shard(
     return world_size // G
 
 
+def split(module: nn.Module, **options) -> None:
+    """fully_shard; ValueError where it cannot hold a 4-bit base's bytes, as in torch 2.11."""
+    try:
+        fully_shard(module, **options)
+    except RuntimeError as error:
+        if "floating point dtype" not in str(error):
+            raise
+        raise ValueError(
+            f"--load_in_4bit: torch {torch.__version__} cannot divide 4-bit weights over ranks; "
+            "choose --shard none, or install torch 2.13 or newer"
+        ) from None
+
+
 def reshard(model: Transformer) -> None:
-    """Free what a pass without backward leaves gathered: the root's weights and the last block's."""
+    """Free what a pass without backward leaves gathered:
+    the root's weights and the last block's."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -135,7 +154,8 @@ def fill(tensor: Tensor, rows: Callable[[int, int], Tensor]) -> None:
 
 
 def materialize(model: Transformer, device) -> None:
-    """Give a model on `meta` memory on the device, its own share only; weights are not yet filled in."""
+    """Give a model on `meta` memory on the device, its own share only;
+    weights are not yet filled in."""
     model.to_empty(device=device)
     model.inv_freq = inverse_frequencies(model.config).to(device)
     if model.config.tie_word_embeddings:
@@ -145,7 +165,8 @@ def materialize(model: Transformer, device) -> None:
 def read_weights(
     model: Transformer, path: Path, merge: dict[str, tuple[Tensor, Tensor, float]] | None = None
 ) -> None:
-    """Fill in the base weights, each rank its rows; `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
+    """Fill in the base weights, each rank its rows;
+    `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
     files = check_weights(path, weight_shapes(model.config))
     parameters = stored_parameters(model)
     handles = {}
@@ -167,19 +188,16 @@ def read_weights(
 def merged_on_reading(
     settings: dict, tensors: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """`merge` of read_weights for an adapter that read_adapter gave: full training goes on from base + adapter."""
+    """`merge` of read_weights for an adapter that read_adapter gave:
+    full training goes on from base + adapter."""
     scaling = lora_scaling(settings["r"], settings["lora_alpha"], settings["use_rslora"])
-    names = [
-        name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
-    ]
-    pairs = {
-        name: (tensors[f"{name}.lora_B.weight"].float(), tensors[f"{name}.lora_A.weight"].float())
-        for name in names
-    }
-    return {
-        f"{name.removeprefix(PEFT_PREFIX)}.weight": (B, A, scaling)
-        for name, (B, A) in pairs.items()
-    }
+    merge = {}
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            B = tensors[f"{name}.lora_B.weight"]
+            merge[f"{name.removeprefix(PEFT_PREFIX)}.weight"] = (B.float(), A.float(), scaling)
+    return merge
 
 
 def init_adapter(model: Transformer, seed: int) -> None:
@@ -200,24 +218,30 @@ def fill_adapter(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 
 def gathered(model: Transformer, only_adapter: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) one after the other; every rank must go through all of them, rank 0 keeps them.
+    """(name, whole tensor on the CPU) one after the other;
+    every rank must go through all of them, rank 0 keeps them.
 
     On the other ranks the tensor is empty: eight copies of an 8B model would fill the machine."""
     for name, p in model.state_dict().items():
         if only_adapter and ".lora_" not in name:
             continue
         whole = p.full_tensor() if isinstance(p, DTensor) else p
-        yield name, whole.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
+        if dist.get_rank() == 0:
+            yield name, whole.detach().cpu()
+        else:
+            yield name, torch.empty(0)
 
 
 def replica_note(weights: int, trained: int, world_size: int, memory: int) -> str:
-    """What --shard none would save, if a replica with its adapter leaves more than half of a device's memory free."""
+    """What --shard none would save, if a replica with its adapter leaves more than
+    half of a device's memory free."""
     if world_size == 1 or weights + trained > 0.5 * memory:
         return ""
     moved = 2 * weights * (world_size - 1) / world_size
     return (
-        f"note: a whole replica ({(weights + trained) / GB:.1f} GB) fits on each device ({memory / GB:.0f} GB): --shard none would save "
-        f"gathering {moved / GB:.1f} GB for every micro-batch, and reduce {trained / 4 / GB:.2f} GB of gradients a step instead\n"
+        f"note: a whole replica ({(weights + trained) / GB:.1f} GB) fits on each device "
+        f"({memory / GB:.0f} GB): --shard none would save gathering {moved / GB:.1f} GB for every "
+        f"micro-batch, and reduce {trained / 4 / GB:.2f} GB of gradients a step instead\n"
     )
 
 
@@ -225,11 +249,8 @@ def device_memory(device) -> int:
     """Bytes of a GPU, or of this process's share of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return (
-        os.sysconf("SC_PAGE_SIZE")
-        * os.sysconf("SC_PHYS_PAGES")
-        // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def average_gradients(optimizer) -> None:
@@ -238,6 +259,5 @@ def average_gradients(optimizer) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     parts = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
-    torch._foreach_copy_(
-        gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
-    )
+    averaged = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+    torch._foreach_copy_(gradients, averaged)

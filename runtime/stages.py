@@ -1,4 +1,5 @@
-"""The folder of a stage: what it started from, its checkpoints, what it leaves behind, and who may read it."""
+"""The folder of a stage: what it started from, its checkpoints, what it leaves behind,
+and who may read it."""
 
 import hashlib
 import json
@@ -37,7 +38,8 @@ def weights_key(base: Path, adapter: Path | None) -> str:
 
 
 def load_stage(folder: Path) -> tuple[Path, Path | None]:
-    """(base, adapter) of a finished stage of a run: its own folder if it holds all weights, else base and adapter."""
+    """(base, adapter) of a finished stage of a run:
+    its own folder if it holds all weights, else base and adapter."""
     if not (folder / "base.json").exists():
         raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
     if (folder / "config.json").exists():
@@ -84,7 +86,8 @@ def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
 
 
 def resume_stage(run: Run, folder: Path, model, optimizer, objective, identity: dict) -> int | None:
-    """Load the checkpoint to go on from; the number of steps it has seen, or None to start from the beginning."""
+    """Load the checkpoint to go on from;
+    the number of steps it has seen, or None to start from the beginning."""
     config, checkpoint = run.config, None
     if config.resume == "auto":
         checkpoint = newest_checkpoint(folder)
@@ -96,7 +99,8 @@ def resume_stage(run: Run, folder: Path, model, optimizer, objective, identity: 
             )
         if problem := damage(checkpoint):
             raise ValueError(
-                f"--resume {checkpoint}: damaged ({problem}); --resume auto takes the newest whole one"
+                f"--resume {checkpoint}: damaged ({problem}); "
+                "--resume auto takes the newest whole one"
             )
     metrics = folder / "metrics.jsonl"
     if checkpoint is None:
@@ -106,28 +110,25 @@ def resume_stage(run: Run, folder: Path, model, optimizer, objective, identity: 
     state = load_checkpoint(checkpoint, model, optimizer, identity)
     objective.load_state(state)
     if is_main():
-        kept = [
-            line for line in metrics.read_text().splitlines() if line_step(line) <= state["step"]
-        ]
+        lines = metrics.read_text().splitlines()
+        kept = [line for line in lines if line_step(line) <= state["step"]]
         beside = metrics.with_suffix(".part")
         beside.write_text("".join(f"{line}\n" for line in kept))
         beside.rename(metrics)
     print0(f"going on from {checkpoint}, after step {state['step']}")
     if state["world_size"] != run.world_size:
-        torch.manual_seed(
-            int.from_bytes(
-                hashlib.sha256(f"{config.seed} {state['step']} {run.rank}".encode()).digest()[:6],
-                "big",
-            )
-        )
+        digest = hashlib.sha256(f"{config.seed} {state['step']} {run.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:6], "big"))
         print0(
-            f"note: it was made by {state['world_size']} processes; dropout is seeded anew from seed, step and rank"
+            f"note: it was made by {state['world_size']} processes; "
+            "dropout is seeded anew from seed, step and rank"
         )
     return state["step"]
 
 
 def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: str) -> None:
-    """Adapter in PEFT's format, or the whole model with its tokenizer, and which base it stands on."""
+    """Adapter in PEFT's format, or the whole model with its tokenizer,
+    and which base it stands on."""
     if getattr(model, "lora_config", None):
         state = dict(gathered(model, only_adapter=True))
         if is_main():
@@ -149,8 +150,11 @@ def write_base(
 
     `adapter` is another stage's or run's, if that is what was tested."""
     inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
-    facts = {"base": os.path.relpath(base, folder) if inside else str(base.resolve())}
-    facts |= {"adapter": str(adapter.resolve())} if adapter else {}
+    facts = {"base": str(base.resolve())}
+    if inside:
+        facts["base"] = os.path.relpath(base, folder)
+    if adapter:
+        facts["adapter"] = str(adapter.resolve())
     facts["starting_weights"] = weights
     (folder / "base.json").write_text(json.dumps(facts) + "\n")
 

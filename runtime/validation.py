@@ -22,8 +22,6 @@ from runtime.checkpoint import checkpoints, damage, load_checkpoint, save_checkp
 from runtime.runs import Run
 
 SHOWN = ("hit_ratio@1", "valid_ratio", "ranking/hit_ratio@1", "ranking/mrr")
-
-
 BEST_BY = "val/hit_ratio@1"
 
 
@@ -70,9 +68,8 @@ class Validation:
                     self.folder.mkdir(exist_ok=True)
             dist.barrier()
             facts = self.identity | {"optimizer_steps": 0, "value": value}
-            save_checkpoint(
-                self.folder, step, self.model, self.weights, facts, replicas, keep=10**9
-            )
+            held = (self.model, self.weights)
+            save_checkpoint(self.folder, step, *held, facts, replicas, keep=10**9)
             if not self.run.config.save_steps:  # no checkpoint comes by at which to prune
                 self.forget_worse()
 
@@ -124,6 +121,5 @@ class Validation:
         value, step = self.best
         print0(f"{self.stage}: keeping step {step} of {last}, {BEST_BY} {value:.4f}")
         if step != last:
-            load_checkpoint(
-                self.folder / f"checkpoint-{step}", self.model, self.weights, self.identity
-            )
+            folder = self.folder / f"checkpoint-{step}"
+            load_checkpoint(folder, self.model, self.weights, self.identity)

@@ -1,19 +1,27 @@
-"""Tiny models of every supported family, all their parameters away from the initial values, and how to write them."""
+"""Tiny models of every supported family, all their parameters away from the initial values,
+and how to write them."""
 
 import json
 import os
+import signal
+import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from launch import SAVING, run_train
 from torch import nn
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # Triton kernels run on the CPU; they read it when they are imported
-    )
+    # Triton kernels run on the CPU; they read it when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
+from families import END_OF_TEXT, byte_level, llama2_style
+
+from hub.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, save_pretrained
 
 torch.set_num_threads(1)  # tensors this small cost more to divide than to compute
@@ -59,8 +67,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-# config.json as published (the layout of transformers 4), but small. Head size 8 gives rotary wavelengths of 6 to
-# 118,000 positions: kept, in between and slowed down by the llama3 scaling.
+# config.json as published (the layout of transformers 4), but small. Head size 8 gives rotary
+# wavelengths of 6 to 118,000 positions: kept, in between and slowed down by the llama3 scaling.
 FAMILIES = {
     "llama2": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
     "llama3.1": LLAMA3 | {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": False},
@@ -82,6 +90,75 @@ def config() -> ModelConfig:
     return tiny_config("llama3.1")
 
 
+# ------------------------------------------------------------------------ whole runs
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """A finished SFT + RecPO run in one process that accumulates over single-prompt
+    micro-batches."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted, in one process, and the seconds it took."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    started = time.time()
+    _, metrics = run_train(tmp_path, "whole", *SAVING)
+    return tmp_path, metrics, time.time() - started
+
+
+@pytest.fixture
+def group():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def in_process(monkeypatch, tmp_path):
+    """call(main, *flags): a script's main() in this process, in a process group that is its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *flags) -> None:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+        try:
+            main()
+        finally:
+            dist.destroy_process_group()
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+# ------------------------------------------------------------------------ tokenizers
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A model folder per family, with tokenizer.json and the EOS in config.json."""
+    found = {}
+    for family in END_OF_TEXT:
+        found[family] = tmp_path_factory.mktemp(family)
+        inner = llama2_style() if family == "llama2" else byte_level(family)
+        inner.save(str(found[family] / "tokenizer.json"))
+        write_json(
+            found[family] / "config.json", {"eos_token_id": inner.token_to_id(END_OF_TEXT[family])}
+        )
+    return found
+
+
+@pytest.fixture(params=END_OF_TEXT)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(family, folders) -> Tokenizer:
+    return Tokenizer(folders[family])
+
+
+# ------------------------------------------------------------------------ models and files
 def tiny_config(family: str) -> ModelConfig:
     raw = FAMILIES[family]
     known = {f.name: raw[f.name] for f in fields(ModelConfig) if f.name in raw}
@@ -90,7 +167,8 @@ def tiny_config(family: str) -> ModelConfig:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew: norms around 1, biases far from 0, projections that keep the scale of their input."""
+    """Draw every parameter anew: norms around 1, biases far from 0,
+    projections that keep the scale of their input."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -120,7 +198,8 @@ def write_json(file: Path, content) -> Path:
 
 
 def transformers_model(family: str, path: Path, seed: int = 0):
-    """A random model made and saved at `path` by transformers, which reads the published config.json first."""
+    """A random model made and saved at `path` by transformers,
+    which reads the published config.json first."""
     transformers = pytest.importorskip("transformers")
     write_json(path / "config.json", FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(

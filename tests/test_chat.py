@@ -1,4 +1,5 @@
-"""Chat prompts: ids as transformers makes them, the token that ends a turn, hostile templates, and a whole run."""
+"""Chat prompts: ids as transformers makes them, the token that ends a turn, hostile templates,
+and a whole run."""
 
 import importlib.util
 import json
@@ -11,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_json
-from test_checkpoint import in_process  # noqa: F401  (a fixture)
-from test_train import TINY, run_train
+from launch import TINY, run_train
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -23,6 +23,7 @@ from demo.tiny import make_base_model
 from hub import chat, render
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.movielens import WORDS as MOVIES
 from model import load_pretrained
 
 # The shapes of published templates: where they trim, where control tokens and line breaks stand.
@@ -134,13 +135,14 @@ FAMILIES = {  # template, control tokens, the token that ends a turn, variables
     "llama2": (LLAMA2, ["<unk>", "<s>", "</s>"], "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
 }
 TITLES = [
-    "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys", "Alien", "Alien 3", "1984",
-    "2001: A Space Odyssey", "Mr. & Mrs.", "E.T.", "What?", "$9.99", "日本", "Answer: no", "| Rating: 5", "M*A*S*H", "M",
+    "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys",
+    "Alien", "Alien 3", "1984", "2001: A Space Odyssey", "Mr. & Mrs.", "E.T.", "What?",
+    "$9.99", "日本", "Answer: no", "| Rating: 5", "M*A*S*H", "M",
     "{{ messages }}", "I'm \"here\" <b>",
 ]  # fmt: skip
 PROMPTS = [
     render_prompt(
-        Example("movielens", "u", [(t, 4.0) for t in TITLES[n:]], TITLES, 0, [], n)
+        Example(MOVIES, "u", [(t, 4.0) for t in TITLES[n:]], TITLES, 0, [], n)
     )
     for n in range(5)
 ]  # fmt: skip
@@ -191,7 +193,8 @@ def family_tokenizer(family: str) -> HFTokenizer:
 
 
 def write_base(path: Path, family: str, template=None, **config) -> Path:
-    """tokenizer.json, its configuration with the template in it, and the first control token as config.json's EOS."""
+    """tokenizer.json, its configuration with the template in it,
+    and the first control token as config.json's EOS."""
     path.mkdir(parents=True, exist_ok=True)
     family_tokenizer(family).save(str(path / "tokenizer.json"))
     facts = FAMILIES[family][3] | {"chat_template": template or FAMILIES[family][0]} | config
@@ -271,7 +274,8 @@ def test_published_templates_have_the_ids_of_transformers(name, peers, tmp_path)
 
 @pytest.mark.parametrize("family", ["llama3", "qwen2.5", "qwen3", "smollm2", "zephyr"])
 def test_prompt_and_answer_are_the_dialogue(family, tokenizers, peers):
-    """Prompt ids and completion ids in a row begin transformers' rendering of the whole dialogue."""
+    """Prompt ids and completion ids in a row begin transformers' rendering of the whole
+    dialogue."""
     completions = tokenizers[family].encode_completions(TITLES)
     for title, completion in zip(TITLES, completions, strict=True):
         dialogue = [
@@ -289,7 +293,8 @@ def test_prompt_and_answer_are_the_dialogue(family, tokenizers, peers):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_token_that_ends_a_turn_ends_an_answer(family, tokenizers, bases):
-    """It is read off the template, whatever config.json says; generated ids with it spell the title."""
+    """It is read off the template, whatever config.json says;
+    generated ids with it spell the title."""
     tokenizer, end = tokenizers[family], FAMILIES[family][2]
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == end
     assert tokenizer.stop_ids == Tokenizer(bases[family]).stop_ids | {tokenizer.eos_id}
@@ -376,7 +381,10 @@ def test_special_tokens_of_the_older_file(tmp_path):
     [
         (None, "no chat template, neither chat_template.jinja nor .* --prompt_format plain"),
         ("", "no chat template"),
-        ([{"name": "rag", "template": "x"}], r"none of its chat templates \(rag\) is called default"),
+        (
+            [{"name": "rag", "template": "x"}],
+            r"none of its chat templates \(rag\) is called default",
+        ),
         ({"default": "x"}, "chat_template must be a text or a list of named ones, got dict"),
         ([{"name": "default", "template": 5}], "got int"),
         ("x" * (chat.TEMPLATE_CHARS + 1), "its chat template has 262,145 characters"),
@@ -532,7 +540,7 @@ def test_tojson_escapes_nothing():
     assert render.render(template, {"x": x}) == expected
 
 
-# ------------------------------------------------------------------------ examples, training, answers
+# ---------------------------------------------------------------------- examples, training, answers
 DATA = ["--dataset=planted", "--planted_users=150", "--train_size=20", "--test_size=8"]
 
 
@@ -627,7 +635,7 @@ def predictions(folder: Path) -> np.ndarray:
 def run(tmp_path_factory, base, prepared):
     """A finished chat run: SFT of all weights, RecPO with an adapter."""
     tmp_path = tmp_path_factory.mktemp("run")
-    flags = (f"--model={base}", "--prompt_format=chat", "--copy_steps=0", "--val_size=0")
+    flags = (f"--model={base}", "--prompt_format=chat", "--val_size=0")
     flags += (*DATA, f"--prepared_dir={prepared.folder.parent}", "--max_steps=2", "--sft_lora_r=0")
     output, metrics = run_train(tmp_path, "talk", *flags)
     assert prepared.hash[:12] in output
@@ -635,7 +643,8 @@ def run(tmp_path_factory, base, prepared):
 
 
 def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
-    """The printed example shows the template, the reference is exact, the whole model takes it along."""
+    """The printed example shows the template, the reference is exact,
+    the whole model takes it along."""
     folder, output, metrics = run
     assert "<|im_start|>user\n" in output and "<|im_start|>assistant\n\nchosen: '" in output
     assert "before the first step: at most 0.0e+00 nats" in output
@@ -648,8 +657,9 @@ def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
     assert Tokenizer(folder / "sft").eos_id == eos
 
 
-def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):  # noqa: F811
-    """eval.py --run, --model with --prompt_format chat, and --recommend give the run's log-probs."""
+def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):
+    """eval.py --run, --model with --prompt_format chat,
+    and --recommend give the run's log-probs."""
     folder, data = run[0], [*DATA, f"--prepared_dir={prepared.folder.parent}"]
     in_process(evaluation.main, f"--run={folder}", data[-1], "--output_dir=all")
     for stage in ("sft", "recpo"):
@@ -676,20 +686,20 @@ def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_proc
     assert shown == pytest.approx(expected, abs=0.006)
 
 
-def test_a_run_keeps_its_prompt_format(run, base, in_process, monkeypatch):  # noqa: F811
+def test_a_run_keeps_its_prompt_format(run, base, in_process, monkeypatch):
     """Going on with plain prompts is refused by name."""
     folder = run[0]
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    flags = [f for f in TINY if "copy" not in f] + ["--max_steps=2", "--sft_lora_r=0"]
+    flags = [*TINY, "--max_steps=2", "--sft_lora_r=0"]
     flags += ["--val_size=0", "--resume=auto", f"--output_dir={folder}", f"--model={base}"]
     with pytest.raises(ValueError, match="other values of prompt_format"):
         in_process(train.main, "--dataset=planted", *flags)
 
 
-def test_a_base_without_a_template_is_refused(base, in_process, tmp_path):  # noqa: F811
+def test_a_base_without_a_template_is_refused(base, in_process, tmp_path):
     """Before anything is trained, with what to do instead."""
     shutil.copytree(base, tmp_path / "mute")
     (tmp_path / "mute" / "chat_template.jinja").unlink()
-    flags = [*TINY, "--dataset=planted", "--copy_steps=0", f"--model={tmp_path / 'mute'}"]
+    flags = [*TINY, "--dataset=planted", f"--model={tmp_path / 'mute'}"]
     with pytest.raises(ValueError, match=r"mute: no chat template.*--prompt_format plain"):
         in_process(train.main, *flags, "--prompt_format=chat", "--output_dir=refused")

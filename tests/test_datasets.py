@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,19 @@ from test_loaders import DATA, check_table
 from data import build_examples, clean_title, encode_examples, render_prompt
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
-from loaders.amazon import load_amazon
-from loaders.beeradvocate import beer_title, load_beeradvocate, mend_encoding
+from loaders.beeradvocate import beer_title, mend_encoding
 from loaders.files import MAX_LINE, literal_record, read_lines
 from loaders.frozen import DataConfig, load_log, prepare
-from loaders.lastfm import load_lastfm
 from loaders.ownlog import load_own_log, parse_columns
-from loaders.steam import load_steam
 from loaders.table import LogBuilder, parse_times, percentile_ratings
+
+
+def load(dataset: str, path, **options):
+    return load_log(DataConfig(dataset=dataset, data_dir=str(path), **options))
+
+
+load_amazon, load_steam = partial(load, "amazon"), partial(load, "steam")
+load_beeradvocate, load_lastfm = partial(load, "beeradvocate"), partial(load, "lastfm")
 
 
 def needs(name: str):
@@ -407,7 +413,7 @@ def test_steam_hours_become_ratings_within_the_game(tmp_path):
     assert (
         log.titles == ["Sam & Max", "Portal™"] and log.notes["reviews without hours of play"] == 1
     )
-    assert [r for *_, r, _ in rows_of(load_steam(tmp_path, "all"))] == [3, 5, 1]
+    assert [r for *_, r, _ in rows_of(load_steam(tmp_path, percentile="all"))] == [3, 5, 1]
 
 
 @pytest.mark.parametrize("form, content", [("beeradvocate.json", literal_lines(BEER)), ("beeradvocate.txt.gz", beer_blocks()), ("beer_reviews.csv", beer_csv())])  # fmt: skip
@@ -423,7 +429,7 @@ def test_beeradvocate_in_three_forms(form, content, tmp_path):
         "lines with rating 0, which means none": 1,
         "reviews without a user name": 1,
     }
-    assert load_beeradvocate(tmp_path, title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
+    assert load_beeradvocate(tmp_path, beer_title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
 
 
 def test_twice_encoded_names_are_mended():
@@ -481,6 +487,33 @@ def test_recbole_atomic_files(tmp_path):
         'The "M"',
         "Go",
     ]
+
+
+@pytest.mark.parametrize("between", [",", ";", "|", " ", " \t", "\t "])
+def test_recbole_with_another_separator(between, tmp_path):
+    """RecBole's field_separator is an option: what stands between the typed names tells it."""
+    put(tmp_path / "ml.inter", INTER.replace("\t", between))
+    put(tmp_path / "ml.item", ITEM)
+    log = load("recbole", tmp_path)
+    assert [row[:2] for row in rows_of(log)] == [("u1", "20"), ("u1", "10"), ("u2", "10")]
+    assert log.titles == ['The "M"', "Go"]
+
+
+@pytest.mark.parametrize(
+    "names", [("ml.train.inter", "ml.valid.inter", "ml.test.inter"), ("ml.part1.inter", "ml.part2.inter", "ml.part3.inter")]
+)  # fmt: skip
+def test_recbole_splits_are_joined(names, tmp_path):
+    """A benchmark's three files are the log that they were cut from; the header of each but the first is none of its rows."""
+    header, *rows = INTER.splitlines()
+    for name, row in zip(names, rows, strict=True):
+        put(tmp_path / name, f"{header}\n{row}")  # the last line without its end
+    put(tmp_path / "ml.item", ITEM)
+    joined = load("recbole", tmp_path)
+    (tmp_path / "whole").mkdir()
+    put(tmp_path / "whole/ml.inter", INTER)
+    put(tmp_path / "whole/ml.item", ITEM)
+    whole = load("recbole", tmp_path / "whole")
+    assert rows_of(joined) == rows_of(whole) and joined.titles == whole.titles
 
 
 # ------------------------------------------------------------------------------------------------ own logs
@@ -552,7 +585,7 @@ def test_own_hours_and_missing_columns(tmp_path, capsys):
     file = put(
         tmp_path / "scores.csv", own_csv(("user", "item", "score", "date", "title"), rows=scores)
     )
-    with pytest.raises(ValueError, match="ratings go up to 50 instead of 5; --percentile item"):
+    with pytest.raises(ValueError, match="ratings from 20 to 50 are not .*: --percentile item"):
         load_own_log(file, "csv")
     assert [r for *_, r, _ in rows_of(load_own_log(file, "csv", percentile="item"))] == [2, 3, 4]
     file = put(
@@ -608,10 +641,10 @@ def test_columns_are_the_likely_ones(tmp_path):
     log = load_own_log(put(tmp_path / "a.csv", text), "csv")
     assert log.user_ids == ["0", "1", "2"] and log.titles == ["Thing 0", "Thing 1", "Thing 2"]
     lines = [{"user": "a", "item": "1"}] + [
-        {"user": "a", "item": str(n), "rating": 2.5} for n in range(200)
+        {"user": "a", "item": str(n), "rating": 4.5} for n in range(200)
     ]
     log = load_own_log(put(tmp_path / "a.jsonl", json_lines(lines)), "jsonl")
-    assert set(log.rating.tolist()) == {2.5} and len(log.user) == 200
+    assert set(log.rating.tolist()) == {4.5} and len(log.user) == 200
     with pytest.raises(ValueError, match="item is named twice"):
         parse_columns("user=item,item=item")
 
@@ -674,11 +707,12 @@ def test_a_renamed_or_rewritten_file_is_prepared_anew(tmp_path):
 
 
 def test_logs_without_a_liked_item_say_so(tmp_path):
-    """Likes of 0 and 1, or nothing repeated: the message names --min_rating, not the length of the logs."""
-    rows = [(f"u{u}", f"i{(u * 7 + t) % 60}", 1, t, "") for u in range(9) for t in range(20)]
+    """Nothing repeated: the message names --min_rating, not the length of the logs."""
+    rows = [(f"u{u}", f"i{(u * 7 + t) % 60}", t) for u in range(9) for t in range(20)]
+    text = own_csv(("user", "item", "timestamp"), (0, 1, 2), rows=rows)
     config = DataConfig(
         dataset="csv",
-        data_dir=str(put(tmp_path / "a.csv", own_csv(rows=rows))),
+        data_dir=str(put(tmp_path / "a.csv", text)),
         prepared_dir=str(tmp_path / "p"),
     )
     with pytest.raises(
@@ -762,9 +796,11 @@ def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
         assert example.target not in negatives
 
 
-def test_prepared_json_that_does_not_fit_is_named(tmp_path):
+@pytest.mark.parametrize("short", [True, False])
+def test_prepared_json_that_does_not_fit_is_named(short, tmp_path):
     entries = [foreign_entry(n, True) for n in range(50)]
-    entries[3]["itemList"] = entries[3]["itemList"][:19]
+    items = entries[3]["itemList"]
+    entries[3]["itemList"] = items[:19] if short else [*items, items[0]]
     put(tmp_path / "train.json", json.dumps(entries))
     put(tmp_path / "test.json", json.dumps(entries[10:]))
     with pytest.raises(

@@ -1,13 +1,11 @@
 """The estimator against what a real step holds, and the dry run as a user sees it."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from launch import TRAIN, run_script
 
 from bench.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gradients
 from data import build_tree
@@ -20,7 +18,6 @@ from model import ModelConfig, Transformer
 from runtime.sharding import replica_note
 from train import TrainConfig, train_step
 
-ROOT = Path(__file__).parents[1]
 SMALL = ModelConfig("llama", 4000, 256, 704, 6, 4, 2, 64)
 
 
@@ -40,7 +37,8 @@ def test_live_bytes_are_those_of_living_tensors():
         assert alive.live == 0
 
 
-# config, LoRA rank (0: all weights), checkpointing, prompts, tokens of each; also measured by bench/memory.py
+# config, LoRA rank (0: all weights), checkpointing, prompts, tokens of each;
+# also measured by bench/memory.py
 STEPS = {
     "LoRA": (SMALL, 8, False, 10, 512),
     "LoRA, checkpointing": (
@@ -64,7 +62,8 @@ COMPLETIONS = [12, 9, 14, 10]
 
 
 def estimated_and_measured(config, r, checkpointing, B, P, load_in_4bit=False) -> tuple[Step, int]:
-    """The estimate, and the peak of live tensor bytes over two real steps, weights and moments included."""
+    """The estimate, and the peak of live tensor bytes over two real steps,
+    weights and moments included."""
     batch = (checkpointing, B, P, COMPLETIONS, False, load_in_4bit)
     step = fake_step(config, torch.float32, r, list(TARGET_MODULES), 0.0, *batch)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -110,7 +109,8 @@ def test_the_estimate_is_within_a_tenth_of_a_real_step(name):
 
 
 def test_memory_of_an_8b_model_is_that_of_its_formulas():
-    """Llama-3.1-8B in bf16: 16.06 GB of weights, 0.34 GB of adapter, gradients and moments at r = 8, both ways of 16 FLOP."""
+    """Llama-3.1-8B in bf16: 16.06 GB of weights, 0.34 GB of adapter,
+    gradients and moments at r = 8, both ways of 16 FLOP."""
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = ModelConfig(
         "llama",
@@ -128,18 +128,15 @@ def test_memory_of_an_8b_model_is_that_of_its_formulas():
     step = fake_step(
         config, torch.bfloat16, 8, list(TARGET_MODULES), 0.0, False, 1, 512, [12] * 4, gpu=True
     )
-    linear = 2 * (
-        4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336
-    )  # numbers in the projections of two layers
+    # numbers in the projections of two layers
+    linear = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
     assert step.weights == 2 * (2 * 128256 * 4096 + linear + 5 * 4096)
     assert step.trained == 16 * 20_971_520 * 2 // 32
     tokens = 512 + 4 * 11
-    assert step.flops == pytest.approx(
-        2 * 2 * linear * tokens, rel=0.15
-    )  # forward and d x; attention, adapters, head besides
-    assert (
-        gathered_bytes(config, torch.bfloat16) == step.weights
-    )  # two blocks and the root are the whole of it
+    # forward and d x; attention, adapters, head besides
+    assert step.flops == pytest.approx(2 * 2 * linear * tokens, rel=0.15)
+    # two blocks and the root are the whole of it
+    assert gathered_bytes(config, torch.bfloat16) == step.weights
 
 
 def test_a_base_in_4_bits_is_counted_as_codes_and_absmax():
@@ -166,7 +163,8 @@ def test_a_replica_that_fits_is_worth_a_note():
 
 
 def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
-    """Example, boundary, truncation, first losses, memory table, step time: from config.json and tokenizer.json alone."""
+    """Example, boundary, truncation, first losses, memory table, step time:
+    from config.json and tokenizer.json alone."""
     data = {
         "planted_users": 150,
         "train_size": 20,
@@ -186,15 +184,13 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
         f"--model={bare}",
         f"--output_dir={tmp_path / 'run'}",
     ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_script(TRAIN, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    for text in ("first training prompt:", "shortened", "tokenise alike together", "the first loss must be 1.3863",
-                 "| 8 | full |", "largest --micro_batch_tokens", "TFLOP", "nothing was trained"):  # fmt: skip
+    for text in (
+        "first training prompt:", "shortened", "tokenise alike together",
+        "the first loss must be 1.3863", "| 8 | full |", "largest --micro_batch_tokens",
+        "TFLOP", "nothing was trained",
+    ):  # fmt: skip
         assert text in done.stdout, text
     assert not (tmp_path / "run").exists()
 

@@ -1,22 +1,31 @@
 """Evaluation: the one pass against free generation, the matching of answers, and the metrics."""
 
 import json
-import subprocess
-import sys
-from itertools import chain, cycle, islice, repeat
-from pathlib import Path
+from itertools import chain, cycle, islice, permutations, repeat
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, run_script
 
-from data import build_examples, build_tree, encode_examples, make_interactions
+from data import (
+    Example,
+    build_examples,
+    build_tree,
+    encode_examples,
+    make_interactions,
+    render_prompt,
+)
 from demo.tiny import make_base_model
 from eval import (
+    EvalConfig,
     compare_with_one_pass,
     evaluate,
+    fitting_prompt,
     match_title,
     predict,
+    ranking_metrics,
+    read_request,
     summarise,
     trie_walk,
     verified_branch,
@@ -25,16 +34,17 @@ from eval import (
 from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
+from loaders.movielens import WORDS as MOVIES
 from model import load_pretrained
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def half_trained(tmp_path_factory):
-    """A small model after some SFT on answers that end in EOS or a line break, with awkward titles, and its test set.
+    """A small model after some SFT on answers that end in EOS or a line break, with awkward titles,
+    and its test set.
 
-    Titles: some end in a dot, some begin like others; it has learnt enough to write listed titles now and then."""
+    Titles: some end in a dot, some begin like others;
+    it has learnt enough to write listed titles now and then."""
     rng = np.random.default_rng(0)
     words = ["Red", "Sea", "Moon", "Fox", "Iron", "Day", "Sun", "Owl"]
     titles = [f"{a} {b}" for a in words for b in words if a != b]
@@ -49,6 +59,7 @@ def half_trained(tmp_path_factory):
     log = make_interactions(
         user, item, rng.integers(3, 6, U * L), time, dict(enumerate(titles)), "movielens"
     )
+    log.words = MOVIES
     splits = build_examples(log, DataConfig(followers=3, history=5, train_size=400))
     folder = tmp_path_factory.mktemp("half-trained")
     make_base_model(folder, splits["train"], hidden_size=64, num_layers=2, vocab_size=400, seed=0)
@@ -61,9 +72,8 @@ def half_trained(tmp_path_factory):
     for step in range(80):
         batch = [(16 * step + i) % len(train.prompts) for i in range(16)]
         groups = [train.slots(e, [train.examples.target[e]]) for e in batch]
-        groups = [
-            [c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups
-        ]  # told by the first word
+        # told by the first word
+        groups = [[c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups]
         loss = -model(build_tree([train.prompts[e] for e in batch], groups))[0].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -72,7 +82,8 @@ def half_trained(tmp_path_factory):
 
 
 def test_one_pass_and_generation_agree(half_trained):
-    """Every single answer of the one pass is what free greedy decoding writes, but for counted near-ties."""
+    """Every single answer of the one pass is what free greedy decoding writes,
+    but for counted near-ties."""
     model, tokenizer, test = half_trained
     indices = range(len(test.prompts))
     assert len(indices) >= 200
@@ -101,7 +112,8 @@ def test_one_pass_and_generation_agree(half_trained):
 
 
 def test_without_decoding_the_rest_counts_as_invalid(half_trained):
-    """--no-decode_rest: an unverified prompt has no answer and no hit; verified ones stay as they are."""
+    """--no-decode_rest: an unverified prompt has no answer and no hit;
+    verified ones stay as they are."""
     model, tokenizer, test = half_trained
     with_rest = predict(model, tokenizer, test, range(60))
     without = predict(model, tokenizer, test, range(60), decode_rest=False)
@@ -113,7 +125,8 @@ def test_without_decoding_the_rest_counts_as_invalid(half_trained):
 
 
 def test_rounds_for_other_ranks_leave_every_record_alone(half_trained):
-    """A rank that is done goes on with dummy rounds; its records, example 0's too, stay as they were."""
+    """A rank that is done goes on with dummy rounds;
+    its records, example 0's too, stay as they were."""
     model, tokenizer, test = half_trained
     unverified = predict(model, tokenizer, test, range(60), decode_rest=False)
     first = next(i for i, r in enumerate(unverified) if r["how"] == "none")
@@ -136,7 +149,8 @@ def test_micro_batches_do_not_change_predictions(half_trained):
 
 
 def test_trie_always_names_a_listed_title(half_trained):
-    """Decoding along the trie of candidates equals a step-by-step walk with full logits, and is always valid."""
+    """Decoding along the trie of candidates equals a step-by-step walk with full logits,
+    and is always valid."""
     model, tokenizer, test = half_trained
     records = predict(model, tokenizer, test, range(12), decode="trie")
     assert all(r["valid"] for r in records)
@@ -154,7 +168,8 @@ def test_trie_always_names_a_listed_title(half_trained):
 
 
 def test_verified_branch_needs_every_token_and_an_end():
-    """A candidate verifies only if all its tokens are argmaxes and the argmax behind the last one ends the answer."""
+    """A candidate verifies only if all its tokens are argmaxes and the argmax behind the last one
+    ends the answer."""
     eos, newline = 9, 8
     tree = build_tree([[1, 2]] * 4, [[[3, eos], [3, 4, eos]]] * 4)
     # rows per example: candidate 0 (3, end), candidate 1 (3, 4, end)
@@ -165,7 +180,8 @@ def test_verified_branch_needs_every_token_and_an_end():
 
 
 def test_trie_walk_takes_the_first_of_equals():
-    """Ties go to the candidate that is listed first; a title that is a prefix of another is told apart by its end."""
+    """Ties go to the candidate that is listed first;
+    a title that is a prefix of another is told apart by its end."""
     assert (
         trie_walk(
             [[1, 2, 9], [1, 9], [3, 9]],
@@ -192,7 +208,8 @@ def test_trie_walk_takes_the_first_of_equals():
     ],
 )
 def test_answers_match_titles_exactly(answer, expected):
-    """An exact title, or the title and one final dot; nothing contained, nothing in another case."""
+    """An exact title, or the title and one final dot;
+    nothing contained, nothing in another case."""
     assert match_title(answer, ["Alien", "Alien 3", "Adieu.", "\u00c9lite"]) == expected
 
 
@@ -213,7 +230,8 @@ def test_metrics_divide_by_all_cases():
 
 
 def test_evaluate_scores_the_given_examples(half_trained):
-    """The public call: metrics with baselines on the same candidates, one prediction per example, model mode kept."""
+    """The public call: metrics with baselines on the same candidates, one prediction per example,
+    model mode kept."""
     model, tokenizer, test = half_trained
     some = test.examples.select(np.arange(30))
     metrics, predictions = evaluate(model, tokenizer, some, baselines=counting_baselines(some))
@@ -223,7 +241,8 @@ def test_evaluate_scores_the_given_examples(half_trained):
 
 
 def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
-    """eval.py --recommend prints every candidate once, best first, with shares that add up to one."""
+    """eval.py --recommend prints every candidate once, best first,
+    with shares that add up to one."""
     from model import save_pretrained
 
     model, tokenizer, _ = half_trained
@@ -234,15 +253,8 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
         "candidates": ["Moon Fox", "Owl", "A film nobody listed"],
     }
     (tmp_path / "my.json").write_text(json.dumps(request))
-    command = [
-        sys.executable,
-        str(ROOT / "eval.py"),
-        "--model",
-        str(tmp_path / "model"),
-        "--recommend",
-        str(tmp_path / "my.json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    flags = ("--model", tmp_path / "model", "--recommend", tmp_path / "my.json")
+    done = run_script(ROOT / "eval.py", *flags)
     assert done.returncode == 0, done.stderr
     assert all(title in done.stdout for title in request["candidates"])
     shares = [
@@ -252,5 +264,110 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
     ]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
     (tmp_path / "my.json").write_text('{"history": []}')
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(ROOT / "eval.py", *flags)
     assert done.returncode != 0 and "expected {" in done.stderr and "Traceback" not in done.stderr
+
+
+def request_of(tmp_path, history, candidates, bom: str = "", **options) -> Example:
+    (tmp_path / "my.json").write_text(
+        bom + json.dumps({"history": history, "candidates": candidates}), encoding="utf-8"
+    )
+    return read_request(EvalConfig(model="M", recommend=str(tmp_path / "my.json"), **options))
+
+
+def test_a_request_is_cleaned_as_training_cleans(tmp_path):
+    """NFC, entities, line breaks, a byte-order mark; the words are those of the run's data set."""
+    history = [{"title": "e\u0301te\u0301", "rating": 4}, {"title": "A\nB ", "rating": 2.5}]
+    candidates = ["Blue &amp; Door", " Iron\tDoor"]
+    example = request_of(tmp_path, history, candidates, "\ufeff", dataset="movielens", data_dir="x")
+    assert example.history == [("\u00e9t\u00e9", 4.0), ("A B", 2.5)]
+    assert example.candidates == ["Blue & Door", "Iron Door"]
+    prompt = render_prompt(example)
+    assert "movies" in prompt and "A B | Rating: 2.5" in prompt
+    liked = request_of(tmp_path, history, candidates, history_items="positive")
+    assert [title for title, _ in liked.history] == ["\u00e9t\u00e9"]
+    bare = request_of(tmp_path, [{"title": "A"}], candidates, ratings=False)
+    assert "A\n" in render_prompt(bare) and "Rating" not in render_prompt(bare)
+
+
+def test_ratings_of_a_request_are_on_the_scale_of_the_log(tmp_path):
+    """With --scale 0,100 an 80 is shown as training showed it: 4.2."""
+    history, options = [{"title": "A", "rating": 80}], {"dataset": "csv", "scale": "0,100"}
+    example = request_of(tmp_path, history, ["B", "C"], **options)
+    assert example.history == [("A", pytest.approx(4.2))]
+    with pytest.raises(ValueError, match="rating 101; expected a number of --scale 0,100"):
+        request_of(tmp_path, [{"title": "A", "rating": 101}], ["B", "C"], **options)
+
+
+@pytest.mark.parametrize(
+    "history, candidates, culprit",
+    [
+        ([{"title": "", "rating": 4}], ["A", "B"], "history entry 1 is empty"),
+        ([{"title": "A", "rating": 4}], ["A", "&nbsp;"], "candidate 2 is empty"),
+        ([], ["\u00e9t\u00e9", "B", "e\u0301te\u0301"], "candidates 1 and 3 are one title"),
+        ([], ["A &amp; B", "A & B"], "candidates 1 and 2 are one title"),
+        ([{"title": "A", "rating": 9.5}], ["A", "B"], "rating 9.5; expected .* up to 5"),
+        ([{"title": "A", "rating": 0}], ["A", "B"], "rating 0"),
+        ([{"title": "A", "rating": float("nan")}], ["A", "B"], "rating nan"),
+        ([{"title": "A", "rating": True}], ["A", "B"], "rating True"),
+        ([{"title": "A", "rating": "4"}], ["A", "B"], "rating '4'"),
+        ([{"title": "A"}], ["A", "B"], "rating None"),
+        ([{"rating": 4}], ["A", "B"], "history entry 1 has no title"),
+        (["A"], ["A", "B"], "history entry 1 has no title"),
+        ([], ["A", 7], "candidate 2 has no title"),
+        ([], ["A"], "at least two different candidates"),
+        ({}, ["A", "B"], "expected"),
+        ([], None, "expected"),
+    ],
+)
+def test_requests_that_training_never_saw_are_refused(history, candidates, culprit, tmp_path):
+    with pytest.raises(ValueError, match=rf"my\.json: .*{culprit}"):
+        request_of(tmp_path, history, candidates)
+
+
+def test_a_long_request_loses_its_oldest_history(half_trained, tmp_path):
+    """As training prompts do; and what does not fit without any of it is an error."""
+    _, tokenizer, _ = half_trained
+    history = [{"title": f"Red Sea {n}", "rating": 4} for n in range(20)]
+    example = request_of(tmp_path, history, ["Owl", "Moon Fox"])
+    whole, short = (
+        fitting_prompt(EvalConfig(model="M", max_length=n), tokenizer, example, 5)
+        for n in (1024, 150)
+    )
+    assert whole == tokenizer.encode_prompts([render_prompt(example)])[0]
+    text = tokenizer.inner.decode(short)
+    assert len(short) <= 145 and "Red Sea 19" in text and "Red Sea 0 " not in text
+    with pytest.raises(ValueError, match="do not fit --max_length 20"):
+        fitting_prompt(EvalConfig(model="M", max_length=20), tokenizer, example, 5)
+
+
+# ------------------------------------------------------------------------ ranking metrics
+def test_tied_ranks_are_averaged_over_all_orders():
+    """Each metric is its mean over all ways to order the candidates that respect the scores."""
+    rng = np.random.default_rng(1)
+    scores = rng.integers(0, 3, (12, 7)).astype(float)
+    scores[0], scores[1] = 0.0, np.arange(7)
+    target = rng.integers(0, 7, 12)
+    found = ranking_metrics(scores, target)
+    orders = np.array(list(permutations(range(7))))
+    for e in range(12):
+        sorted_orders = orders[(np.diff(scores[e][orders], axis=1) <= 0).all(1)]
+        rank = 1 + (sorted_orders == target[e]).argmax(1)
+        gains = {f"hit_ratio@{k}": rank <= k for k in (1, 3, 5)}
+        gains |= {"ndcg@5": np.where(rank <= 5, 1 / np.log2(rank + 1), 0), "mrr": 1 / rank}
+        assert found.keys() == gains.keys()
+        for name, gain in gains.items():
+            assert found[name][e] == pytest.approx(gain.mean(), abs=1e-12), (e, name)
+
+
+def test_equal_scores_give_chance():
+    """A recommender that knows nothing is credited with 1/n, not with 0 or 1."""
+    metrics = ranking_metrics(np.zeros((3, 20), np.float32), np.array([0, 7, 19]))
+    assert metrics["hit_ratio@1"].tolist() == [1 / 20] * 3
+    assert metrics["hit_ratio@5"].tolist() == [5 / 20] * 3
+
+
+def test_nan_scores_are_refused():
+    """A diverged model must not be ranked: NaN is never greater, so its target would come first."""
+    with pytest.raises(ValueError, match="1 of 2 examples .* first 1"):
+        ranking_metrics(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 0]))

@@ -142,7 +142,8 @@ def test_an_adapter_that_is_not_finite_is_refused(value, base, saved):
 
 
 def test_a_dead_adapter_is_said(base, saved, capsys):
-    """All lora_B zero: it loads, adds nothing, and a note says so; one live B is enough for silence."""
+    """All lora_B zero: it loads, adds nothing, and a note says so;
+    one live B is enough for silence."""
     path, _ = saved
     Bs = [name for name in load_file(path / "adapter_model.safetensors") if "lora_B" in name]
     change(path, lambda t: [t[name].zero_() for name in Bs[1:]])

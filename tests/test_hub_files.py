@@ -1,6 +1,8 @@
-"""Finding and checking weights: the precedence of transformers, or a message that names cause and way out."""
+"""Finding and checking weights: the precedence of transformers,
+or a message that names cause and way out."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import max_diff, tiny_model, write_checkpoint, write_json
 from safetensors.torch import load_file, save_file
 
 from common import note_once, read_json
-from hub.config import read_config
+from hub.files import resolve_path
 from model import load_pretrained
 
 INPUT_IDS = torch.arange(3, 17).view(2, 7)
@@ -153,38 +155,96 @@ def test_an_adapter_given_as_model_is_named(tmp_path):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "changes, culprit",
-    [
-        ({"vocab_size": "131"}, "vocab_size must be a whole number"),
-        ({"hidden_size": 32.5}, "hidden_size must be a whole number"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 2,000"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be"),
-        ({"num_attention_heads": True}, "num_attention_heads must be"),
-        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
-        ({"head_dim": 7}, "head_dim 7 is odd"),
-        ({"rms_norm_eps": None, "rope_theta": "5e5"}, "rope_theta must be a number above 0"),
-        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number"),
-        ({"rope_scaling": ["llama3"]}, "rope_type"),
-        ({"model_type": ["llama"]}, "model_type"),
-        ({"rope_scaling": {"rope_type": ["llama3"]}}, "rope_type"),
-        ({"layer_types": [[]]}, "config.json: its content"),
-        ({"quantization_config": 4}, "config.json: its content"),
-    ],
-)
-def test_a_config_of_the_wrong_kind_is_named(changes, culprit, tmp_path):
-    """A field of the wrong type or size is one message with file and field, before memory is asked for."""
-    path = write_checkpoint(tmp_path)
-    config = json.loads((path / "config.json").read_text())
-    config.pop("rope_parameters")
-    write_json(path / "config.json", config | changes)
-    with pytest.raises(ValueError, match=culprit):
-        read_config(path)
-
-
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff[]", "\x00"])
 def test_json_that_cannot_be_read_is_one_message(text, tmp_path):
     """Endless nesting and endless numbers included."""
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
         read_json(tmp_path / "config.json")
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path):
+    """Every key and shape must fit: the message names the directory or file and the tensor."""
+    file = write_checkpoint(tmp_path) / "model.safetensors"
+    whole = load_file(file)
+    without = {name: t for name, t in whole.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
+    narrow = {"model.layers.0.mlp.down_proj.weight": torch.zeros(32, 47)}
+    for weights, culprit in (
+        (without, "model.layers.1.mlp.up_proj.weight"),
+        (whole | bias, "model.layers.0.self_attn.q_proj.bias"),
+        (whole | narrow, r"model.layers.0.mlp.down_proj.weight.*\(32, 47\).*\(32, 48\)"),
+    ):
+        save_file(weights, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=culprit) as error:
+            load_pretrained(tmp_path)
+        assert str(tmp_path) in str(error.value)
+
+
+def test_pickled_weights_are_refused_by_name(tmp_path):
+    """A directory with pytorch_model.bin alone is refused, with the reason."""
+    (write_checkpoint(tmp_path) / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*safetensors") as error:
+        load_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_truncated_weights_are_named(tmp_path):
+    """A safetensors file cut off in its data or in its header is a ValueError that names it."""
+    file = write_checkpoint(tmp_path) / "model.safetensors"
+    content = file.read_bytes()
+    for size in (len(content) - 100, 20, 0):
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError) as error:
+            load_pretrained(tmp_path)
+        assert str(file) in str(error.value)
+
+
+def test_a_missing_or_incomplete_shard_is_named(tmp_path):
+    """A shard that the index lists but that is absent, or lacks its tensor,
+    is a ValueError that names it."""
+    write_checkpoint(tmp_path, shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shard = tmp_path / index["weight_map"]["lm_head.weight"]
+    weights = load_file(shard)
+    save_file({"other": weights.pop("lm_head.weight")}, shard)
+    with pytest.raises(ValueError, match="lm_head.weight") as error:
+        load_pretrained(tmp_path)
+    assert str(shard) in str(error.value)
+    shard.unlink()
+    with pytest.raises(ValueError) as error:
+        load_pretrained(tmp_path)
+    assert str(shard) in str(error.value)
+
+
+# ------------------------------------------------------------------------ hub names
+def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
+    """Configuration, tokenizer, chat template; weights only where asked for; never a pickle."""
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path,
+    )
+    assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
+    texts = ["*.json", "*.jinja"]
+    assert asked == [("org/model", [*texts, "*.safetensors"]), ("org/model", texts)]
+
+
+@pytest.mark.parametrize(
+    "status, kind",
+    [(403, "GatedRepoError"), (404, "RepositoryNotFoundError"), (401, "HfHubHTTPError")],
+)
+def test_a_refused_hub_name_says_how_to_log_in(status, kind, monkeypatch):
+    """Gated, unknown, or an expired token: what to do, without a traceback of the client."""
+    from huggingface_hub import errors
+
+    def refuse(*args, **kwargs):
+        error = getattr(errors, kind).__new__(getattr(errors, kind))
+        Exception.__init__(error, "no")
+        error.response = SimpleNamespace(status_code=status)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match="org/model: .*hf auth login.*HF_TOKEN"):
+        resolve_path("org/model")

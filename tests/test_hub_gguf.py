@@ -1,8 +1,8 @@
-"""GGUF in: every quantisation, q and k permuted back, the tokenizer, and files that lie about themselves."""
+"""GGUF in: every quantisation, q and k permuted back, the tokenizer,
+and files that lie about themselves."""
 
 import importlib.util
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, max_diff, tiny_model
+from launch import run_script
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -247,7 +248,8 @@ def expected_ids(pre: str, text: str) -> list[int]:
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_texts_become_the_ids_of_their_family_and_come_back(pre, tmp_path):
-    """Digits, accents and emoji; digits apart where the family keeps them apart; BOS where it is the file's."""
+    """Digits, accents and emoji; digits apart where the family keeps them apart;
+    BOS where it is the file's."""
     model = padded_model("qwen3")
     convert(write_gguf(tmp_path / "m.gguf", model, "qwen3", pre), tmp_path / "hf")
     tokenizer = Tokenizer(tmp_path / "hf")
@@ -344,7 +346,8 @@ def test_a_full_folder_is_left_alone(tmp_path):
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path):
-    """Cut off, or its bytes changed where counts, lengths and offsets stand: one message, soon, never a traceback."""
+    """Cut off, or its bytes changed where counts, lengths and offsets stand:
+    one message, soon, never a traceback."""
     file = write_gguf(tmp_path / "m.gguf", padded_model("llama2"), "llama2")
     content, rng = file.read_bytes(), random.Random(0)
     spoiled = tmp_path / "spoiled.gguf"
@@ -375,9 +378,7 @@ def test_without_the_package_the_way_out_is_said(monkeypatch, tmp_path):
 def test_the_command_line_converts(tmp_path):
     """python -m hub.gguf FILE DIR"""
     file = write_gguf(tmp_path / "m.gguf", padded_model("llama2"), "llama2")
-    command = [sys.executable, "-m", "hub.gguf", str(file), str(tmp_path / "hf")]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    result = run_script("hub.gguf", file, tmp_path / "hf")
     assert result.returncode == 0, result.stderr
     assert load_pretrained(tmp_path / "hf").config.num_hidden_layers == 2
 

@@ -1,4 +1,5 @@
-"""The head's log-probs against float64, with plain PyTorch as the yardstick: no worse than twice its error.
+"""The head's log-probs against float64, with plain PyTorch as the yardstick:
+no worse than twice its error.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
 
@@ -17,12 +18,8 @@ from kernels.logps import HAS_TRITON, label_logps, mm_fp32
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [
-    (64, 32, 1024),
-    (1, 16, 1001),
-    (37, 24, 1001),
-    (37, 40, 32003),
-]  # M, D, V; ragged ones included
+# M, D, V; ragged ones included
+SHAPES = [(64, 32, 1024), (1, 16, 1001), (37, 24, 1001), (37, 40, 32003)]
 WIDE = [(5, 8, 128256), (5, 8, 151936), (5, 8, 152064)]  # vocabularies of Llama 3 and Qwen2.5
 
 
@@ -39,8 +36,8 @@ def triton_problem() -> str:
 
 
 NEEDS_TRITON = pytest.mark.skipif(bool(triton_problem()), reason=triton_problem() or "it runs")
-# (impl, device). Triton compiles for the GPU where there is one. WALKS cut the vocabulary into slabs and form a frozen
-# head's gradient in the forward pass; "fused" does neither.
+# (impl, device). Triton compiles for the GPU where there is one. WALKS cut the vocabulary into
+# slabs and form a frozen head's gradient in the forward pass; "fused" does neither.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WALKS = [("slabs", device) for device in DEVICES] + [
     pytest.param("triton", TRITON_DEVICE, marks=NEEDS_TRITON)
@@ -62,7 +59,8 @@ def exact_logps(hidden, weight, labels):
 
 
 def inputs(M, D, V, dtype=torch.float32, device="cpu", scale=3.0):
-    """Hidden rows and head whose logits have a standard deviation of `scale` nats, and labels among the likely ids."""
+    """Hidden rows and head whose logits have a standard deviation of `scale` nats,
+    and labels among the likely ids."""
     hidden = (torch.randn(M, D) * scale).to(device, dtype)
     weight = (torch.randn(V, D) * D**-0.5).to(device, dtype)
     labels = mm_fp32(hidden, weight.T).topk(20).indices[:, 7]
@@ -78,7 +76,8 @@ def slabs_of(monkeypatch, rows: int | None):
 
 
 def gradients(function, hidden, weight, labels, upstream, hidden_grad=True, weight_grad=True):
-    """Gradients of sum(upstream * logps) by hidden and weight, None where not asked for; `function` may be an impl's name."""
+    """Gradients of sum(upstream * logps) by hidden and weight, None where not asked for;
+    `function` may be an impl's name."""
     hidden, weight = (
         hidden.detach().requires_grad_(hidden_grad),
         weight.detach().requires_grad_(weight_grad),
@@ -100,7 +99,8 @@ def reference(hidden, weight, labels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl, device", WALKS)
 def test_logps_and_argmax_equal_float64(impl, device, dtype, shape, slab, monkeypatch):
-    """Log-probs err at most twice as much as fp32 PyTorch on the same numbers; the argmax is the full logits'."""
+    """Log-probs err at most twice as much as fp32 PyTorch on the same numbers;
+    the argmax is the full logits'."""
     hidden, weight, labels = inputs(*shape, dtype, device)
     slabs_of(monkeypatch, slab and max(slab, shape[2] // 5))
     actual, best = label_logps(hidden, weight, labels, impl=impl)
@@ -110,9 +110,8 @@ def test_logps_and_argmax_equal_float64(impl, device, dtype, shape, slab, monkey
     logits = hidden.double() @ weight.double().T
     chosen = logits.gather(1, torch.stack([best, naive_best], 1))
     assert (logits.amax(1, keepdim=True) - chosen).max().item() < 1e-4
-    if (
-        dtype != torch.float32
-    ):  # exact products: no two logits are so close that the order of sums decides
+    # exact products: no two logits are so close that the order of sums decides
+    if dtype != torch.float32:
         assert (best == naive_best).float().mean().item() > 0.9
 
 
@@ -125,7 +124,8 @@ def test_fused_logps_and_argmax_equal_float64(dtype, shape, monkeypatch):
 
 
 def test_the_slabs_cover_the_vocabulary_once(monkeypatch):
-    """Slabs follow one another without gap or overlap, and keep logits and exponentials within their budget of bytes."""
+    """Slabs follow one another without gap or overlap,
+    and keep logits and exponentials within their budget of bytes."""
     monkeypatch.setattr(logps, "SLAB_BYTES", 6 * 64 * 107)
     monkeypatch.setattr(logps, "MIN_SLAB", 10)
     for num_rows, expected in ((64, 100), (1, 6840), (0, 6840), (10**6, 10)):
@@ -136,7 +136,8 @@ def test_the_slabs_cover_the_vocabulary_once(monkeypatch):
 
 @NEEDS_TRITON
 def test_a_slab_leaves_labels_of_other_slabs_alone():
-    """Columns that pad a slab's last tile bear the next slab's ids; a label among them is not theirs.
+    """Columns that pad a slab's last tile bear the next slab's ids;
+    a label among them is not theirs.
 
     So slabs may be walked in any order: here from the last one down."""
     from kernels import logps_triton
@@ -161,7 +162,8 @@ def test_a_slab_leaves_labels_of_other_slabs_alone():
 
 
 def test_a_head_of_8b_is_one_slab_for_a_micro_batch_of_preferences():
-    """650 scored rows, a dozen prompts, need one slab of Llama 3's vocabulary; 4,096 rows stay within the budget."""
+    """650 scored rows, a dozen prompts, need one slab of Llama 3's vocabulary;
+    4,096 rows stay within the budget."""
     assert len(logps._slabs(650, 128256, 2)) == 1
     widest = max(stop - start for start, stop in logps._slabs(4096, 128256, 2))
     assert 6 * 4096 * widest <= logps.SLAB_BYTES < 6 * 4096 * (widest + logps.MIN_SLAB)
@@ -173,7 +175,8 @@ def test_a_head_of_8b_is_one_slab_for_a_micro_batch_of_preferences():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl, device", PATHS)
 def test_gradients_equal_float64(impl, device, dtype, shape, trained, slab, monkeypatch):
-    """Gradients of a frozen head, of a trained one and of the head alone are as close to float64 as autograd's."""
+    """Gradients of a frozen head, of a trained one and of the head alone are as close to float64 as
+    autograd's."""
     hidden, weight, labels = inputs(*shape, dtype, device)
     upstream = torch.randn(shape[0], device=device)
     upstream[::5] = 0
@@ -184,7 +187,8 @@ def test_gradients_equal_float64(impl, device, dtype, shape, trained, slab, monk
     actual = gradients(impl, hidden, weight, labels, upstream, **which)
     # the interpreter cuts a bf16 number off instead of rounding it
     cut = dtype == torch.bfloat16 and impl == "triton" and device == "cpu" and trained == "hidden"
-    # the yardstick multiplies upcast numbers; a trained head's gradient takes GEMMs in the head's own dtype on a GPU
+    # the yardstick multiplies upcast numbers;
+    # a trained head's gradient takes GEMMs in the head's own dtype on a GPU
     rounded = "weight" in trained and dtype != torch.float32 and logps._gemm_dtype(hidden) == dtype
     factors = (4.0 if cut or rounded else 2.0, 4.0 if rounded else 2.0)
     for a, n, e, factor in zip(actual, naive, exact, factors, strict=True):
@@ -226,7 +230,8 @@ def test_without_gradients_there_is_one_gemm_per_slab(impl, device, monkeypatch)
 
 
 def test_mixed_dtypes_are_refused():
-    """A head in another dtype than its rows would be rounded silently somewhere: a ValueError that names both."""
+    """A head in another dtype than its rows would be rounded silently somewhere:
+    a ValueError that names both."""
     with pytest.raises(ValueError, match="float32 and torch.bfloat16"):
         label_logps(
             torch.zeros(2, 4), torch.zeros(9, 4, dtype=torch.bfloat16), torch.tensor([1, 2])
@@ -283,7 +288,8 @@ def row_of_logits(*values: float, device="cpu"):
 @pytest.mark.parametrize("weight_grad", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("impl, device", PATHS)
 def test_huge_logits_keep_logps_and_gradients(impl, device, weight_grad, label, slab, monkeypatch):
-    """Logits of 10,000 and -10,000 side by side neither overflow nor drown the difference of two large ones."""
+    """Logits of 10,000 and -10,000 side by side neither overflow nor drown the difference of two
+    large ones."""
     slabs_of(monkeypatch, slab)
     hidden, weight = row_of_logits(-1e4, 9999.0, 1e4, 0.0, 9998.0, device=device)
     labels = torch.tensor([label], device=device)
@@ -312,7 +318,8 @@ def test_huge_logits_keep_logps_and_gradients(impl, device, weight_grad, label, 
 def test_certain_labels_keep_precise_gradients(
     impl, device, weight_grad, slab, gap, offset, monkeypatch
 ):
-    """Where the label's probability is 1 - 1e-4 to 1 - 1e-8, what is left of the gradient is right to 1 %."""
+    """Where the label's probability is 1 - 1e-4 to 1 - 1e-8,
+    what is left of the gradient is right to 1 %."""
     slabs_of(monkeypatch, slab)
     hidden, weight = row_of_logits(
         offset, offset - 1, offset + gap, offset - 3, offset, device=device
@@ -330,7 +337,8 @@ def test_certain_labels_keep_precise_gradients(
 
 @pytest.mark.parametrize("impl, device", PATHS)
 def test_ties_go_to_the_lowest_id(impl, device, monkeypatch):
-    """Equal largest logits give the lowest id, within a slab, across slabs, and in the reference."""
+    """Equal largest logits give the lowest id, within a slab, across slabs,
+    and in the reference."""
     hidden, weight = row_of_logits(1.0, 5.0, 5.0, 2.0, 5.0, 5.0, 0.0, device=device)
     labels = torch.tensor([0], device=device)
     assert reference(hidden, weight, labels)[1].item() == 1
@@ -376,7 +384,8 @@ def test_non_contiguous_inputs_are_read_right(weight_grad, impl, device, monkeyp
 
 
 def test_nothing_is_differentiated_that_needs_no_gradient():
-    """The argmax carries no gradient; without a parameter that wants one there is no graph; inputs are left alone."""
+    """The argmax carries no gradient; without a parameter that wants one there is no graph;
+    inputs are left alone."""
     hidden, weight, labels = inputs(5, 8, 101)
     before = hidden.clone(), weight.clone(), labels.clone()
     assert not label_logps(hidden, weight, labels)[0].requires_grad
@@ -410,7 +419,8 @@ def test_poisoned_padding_changes_nothing(weight_grad, impl, device, monkeypatch
 
 @pytest.mark.parametrize("impl, device", PATHS)
 def test_bf16_inputs_cost_5e_6_and_bf16_logits_1e_2(impl, device):
-    """Per token: 5e-6 nats at |logit| <= 20 on bf16 inputs; the same logits rounded to bf16 err by more than 1e-2."""
+    """Per token: 5e-6 nats at |logit| <= 20 on bf16 inputs;
+    the same logits rounded to bf16 err by more than 1e-2."""
     hidden, weight, labels = inputs(48, 256, 32000, torch.bfloat16, device, scale=3.9)
     logits = hidden.double() @ weight.double().T
     assert 17 < logits.abs().max().item() <= 20
@@ -441,8 +451,10 @@ def test_impl_chooses_the_path(monkeypatch):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_triton_on_a_cpu_says_what_to_do():
-    """Outside the interpreter and without a GPU, asking for Triton is a ValueError that names the two ways out."""
-    code = "import torch; from kernels.logps import label_logps as f; f(torch.ones(2, 4), torch.ones(9, 4), torch.tensor([1, 2]), '{}')"
+    """Outside the interpreter and without a GPU,
+    asking for Triton is a ValueError that names the two ways out."""
+    code = "import torch; from kernels.logps import label_logps as f; "
+    code += "f(torch.ones(2, 4), torch.ones(9, 4), torch.tensor([1, 2]), '{}')"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for impl in ("triton", "fused"):
         command = [sys.executable, "-c", code.format(impl)]

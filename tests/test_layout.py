@@ -1,4 +1,5 @@
-"""The layout that DESIGN promises: eight files at the top, imports one way, process groups where they belong."""
+"""The layout that DESIGN promises:
+eight files at the top, imports one way, process groups where they belong."""
 
 import ast
 from pathlib import Path
@@ -56,7 +57,8 @@ def edges() -> dict[str, set[str]]:
 
 
 def test_the_top_level_is_the_method():
-    """Six files that are the method, what every script shares, and what a micro-batch contributes."""
+    """Six files that are the method, what every script shares,
+    and what a micro-batch contributes."""
     assert sorted(f.stem for f in ROOT.glob("*.py")) == sorted(
         ("model", "lora", "data", "losses", "objectives", "train", "eval", "common")
     )

@@ -1,4 +1,5 @@
-"""LoRA against its formula, against PEFT in both directions, and strict about every file it reads."""
+"""LoRA against its formula, against PEFT in both directions,
+and strict about every file it reads."""
 
 import json
 import math
@@ -40,7 +41,8 @@ def randomize_adapter(model, seed: int = 1):
 
 
 def adapted(path=None, family: str = "llama3.1", **kwargs):
-    """A tiny model, loaded from `path` if there is one, with an adapter that changes what it computes."""
+    """A tiny model, loaded from `path` if there is one,
+    with an adapter that changes what it computes."""
     model = load_pretrained(path) if path else tiny_model(family)
     return randomize_adapter(apply_lora(model, **{"r": 4, "lora_alpha": 8} | kwargs))
 
@@ -56,9 +58,10 @@ def logits(model) -> torch.Tensor:
         )
 
 
-# ------------------------------------------------------------------------------------------------ the formula
+# ------------------------------------------------------------------------ the formula
 def test_lora_is_identity_at_init():
-    """A fresh adapter changes no logit and no tree log-prob, bit for bit, even in training mode with dropout."""
+    """A fresh adapter changes no logit and no tree log-prob, bit for bit,
+    even in training mode with dropout."""
     model = tiny_model()
     tree = build_tree([[5, 6, 7]], [[[8, 9, 2], [2]]])
     before, scores = logits(model), model(tree)[0]
@@ -117,7 +120,8 @@ def test_dropout_touches_only_the_adapter_input():
 
 @pytest.mark.parametrize("family", ["llama3.1", "llama3.2", "qwen2.5", "qwen3"])
 def test_only_adapter_parameters_are_trained(family):
-    """Embeddings, norms, biases, weights and head are frozen; the training loss reaches every A and B."""
+    """Embeddings, norms, biases, weights and head are frozen;
+    the training loss reaches every A and B."""
     model = adapted(family=family)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {name for name, _ in model.named_parameters() if ".lora_" in name}
@@ -143,7 +147,8 @@ def test_parameter_count_of_llama_8b():
 
 
 def test_every_construction_draws_the_same_a():
-    """A depends on the seed and the layer's name, not on the random state, other targets or the rest of the model."""
+    """A depends on the seed and the layer's name, not on the random state,
+    other targets or the rest of the model."""
     first = lora_layers(apply_lora(tiny_model(seed=0), 4, 8, seed=5))
     torch.rand(100)
     again = lora_layers(apply_lora(tiny_model(seed=1), 4, 8, seed=5))
@@ -174,9 +179,8 @@ def test_adapter_stays_fp32_over_a_bf16_base(tmp_path):
     save_adapter(half, tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float32}
-    assert (
-        max_diff(logits(randomize_adapter(half)), logits(model)) < 0.3
-    )  # bf16, but the same model
+    # bf16, but the same model
+    assert max_diff(logits(randomize_adapter(half)), logits(model)) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,8 @@ def test_adapter_stays_fp32_over_a_bf16_base(tmp_path):
     ],
 )
 def test_target_modules_choose_the_layers(targets, count):
-    """A list of names, "all-linear" or a regular expression over module paths; the head is never adapted."""
+    """A list of names, "all-linear" or a regular expression over module paths;
+    the head is never adapted."""
     model = apply_lora(tiny_model(), 4, 8, target_modules=targets)
     assert len(lora_layers(model)) == count
     assert not isinstance(model.lm_head, LoRALinear)
@@ -197,7 +202,8 @@ def test_target_modules_choose_the_layers(targets, count):
 
 @pytest.mark.parametrize("targets", [["q_proj", "w_q"], "w_q", ["lm_head"], []])
 def test_targets_that_match_nothing_are_refused(targets):
-    """A target that names no linear layer is a ValueError that names it, and no layer is adapted."""
+    """A target that names no linear layer is a ValueError that names it,
+    and no layer is adapted."""
     model = tiny_model()
     with pytest.raises(ValueError, match="w_q|lm_head|match no"):
         apply_lora(model, 4, 8, target_modules=targets)
@@ -220,7 +226,8 @@ def test_adapters_are_not_stacked_nor_empty():
 
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2.5"])
 def test_merging_keeps_the_logits(family):
-    """W += scaling B A leaves the same function in plain linear layers, ready for another adapter."""
+    """W += scaling B A leaves the same function in plain linear layers,
+    ready for another adapter."""
     model = adapted(family=family)
     before, base = logits(model), logits(tiny_model(family))
     assert max_diff(before, base) > 0.1
@@ -235,11 +242,12 @@ def test_merging_keeps_the_logits(family):
     assert max_diff(logits(model), before) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ one function per group
+# ------------------------------------------------------------------------ one function per group
 def group(
     adapters=(1, 1, 1), dtype=torch.float32, bias=True, width=32, widths=(48, 16, 16), x_grad=True
 ):
-    """x (2, 5, in), and weights, biases, As, Bs of projections, those with a 0 in `adapters` without an adapter."""
+    """x (2, 5, in), and weights, biases, As, Bs of projections,
+    those with a 0 in `adapters` without an adapter."""
     x = torch.randn(2, 5, width, dtype=dtype, requires_grad=x_grad)
     weights = [torch.randn(out, width).mul(width**-0.5).to(dtype) for out in widths]
     biases = [torch.randn(out).to(dtype) if bias else None for out in widths]
@@ -254,7 +262,8 @@ def group(
 
 
 def outputs_and_gradients(function, x, weights, biases, As, Bs, **kwargs):
-    """Outputs, and gradients of x (None if not asked for), As and Bs under fixed upstream gradients."""
+    """Outputs, and gradients of x (None if not asked for),
+    As and Bs under fixed upstream gradients."""
     inputs = [t for t in (x, *As, *Bs) if t is not None and t.requires_grad]
     outputs = function(x, weights, biases, As, Bs, 2.0, **kwargs)
     generator = torch.Generator().manual_seed(3)
@@ -270,7 +279,8 @@ def outputs_and_gradients(function, x, weights, biases, As, Bs, **kwargs):
 @pytest.mark.parametrize("adapters", [(1, 1, 1), (1, 0, 1), (0, 0, 1)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_group_equals_the_naive_form(bias, adapters, x_grad, dropout):
-    """Outputs and all gradients of the one function equal those of separate layers, with the same dropout mask too."""
+    """Outputs and all gradients of the one function equal those of separate layers,
+    with the same dropout mask too."""
     arguments = group(adapters, bias=bias, x_grad=x_grad)
     torch.manual_seed(5)
     expected = outputs_and_gradients(adapted_projections_reference, *arguments, dropout=dropout)
@@ -290,9 +300,8 @@ def test_group_gradients_equal_finite_differences():
             x, weights, [None] * 3, adapters[:3], adapters[3:], 2.0
         )
 
-    torch.autograd.gradcheck(
-        function, arguments
-    )  # the reference; the function itself computes gradients in fp32
+    # the reference; the function itself computes gradients in fp32
+    torch.autograd.gradcheck(function, arguments)
     exact = torch.autograd.grad(sum(y.sum() for y in function(*arguments)), arguments)
     outputs = adapted_projections(x, [w.float() for w in weights], [None] * 3, As, Bs, 2.0)
     actual = torch.autograd.grad(sum(y.sum() for y in outputs), (x, *As, *Bs))
@@ -302,7 +311,8 @@ def test_group_gradients_equal_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_base_errs_no_more_than_the_naive_form(dtype):
-    """Over a half-precision base outputs and gradients are as close to float64 as the naive form's; adapters get fp32."""
+    """Over a half-precision base outputs and gradients are as close to float64 as the naive form's;
+    adapters get fp32."""
     x, weights, biases, As, Bs = group(dtype=dtype, width=64, widths=(96, 32, 32))
     actual = outputs_and_gradients(adapted_projections, x, weights, biases, As, Bs)
     naive = outputs_and_gradients(adapted_projections_reference, x, weights, biases, As, Bs)
@@ -325,7 +335,8 @@ def test_half_precision_base_errs_no_more_than_the_naive_form(dtype):
 
 
 def test_group_keeps_only_what_backward_needs():
-    """Saved: x once, the low-rank product, A and B; no projection's output, and no weight gradient is made."""
+    """Saved: x once, the low-rank product, A and B;
+    no projection's output, and no weight gradient is made."""
     x, weights, _, As, Bs = group()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -346,7 +357,8 @@ def test_a_trained_weight_takes_the_naive_form():
 
 @pytest.mark.parametrize("setting", ["plain", "checkpointing", "compiled"])
 def test_model_gradients_equal_those_of_the_naive_form(setting, monkeypatch):
-    """A whole model, also with activation checkpointing and torch.compile, gives the naive form's loss and gradients."""
+    """A whole model, also with activation checkpointing and torch.compile,
+    gives the naive form's loss and gradients."""
     tree = build_tree([[5, 6, 7, 9], [8, 4]], [[[8, 9, 2], [2]], [[7, 7, 2], [11, 2]]])
 
     def run(model):
@@ -370,9 +382,10 @@ def test_model_gradients_equal_those_of_the_naive_form(setting, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_blocks_follow_changing_lengths(checkpointing):
-    """torch.compile with inductor: log-probs and gradients of eager blocks, at two batch sizes and prompt lengths."""
+    """torch.compile with inductor: log-probs and gradients of eager blocks,
+    at two batch sizes and prompt lengths."""
     eager, compiled = adapted(lora_dropout=0.0).train(), adapted(lora_dropout=0.0).train()
     for block in compiled.model.layers:
         block.compiled = torch.compile(block.compute, dynamic=True)
@@ -391,13 +404,14 @@ def test_compiled_blocks_follow_changing_lengths(checkpointing):
     torch.compiler.reset()
 
 
-# ------------------------------------------------------------------------------------------------ our files
+# ------------------------------------------------------------------------ our files
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize(
     "targets", [TARGET_MODULES, ["q_proj", "v_proj"], "all-linear"], ids=["seven", "two", "all"]
 )
 def test_saved_adapter_loads_back(targets, use_rslora, tmp_path):
-    """save_adapter, then load_adapter on a fresh base, gives bitwise the same logits, ready to train on."""
+    """save_adapter, then load_adapter on a fresh base, gives bitwise the same logits,
+    ready to train on."""
     base = write_checkpoint(tmp_path / "base")
     model = adapted(base, target_modules=targets, use_rslora=use_rslora, lora_dropout=0.1)
     save_adapter(model, tmp_path / "adapter")
@@ -420,7 +434,8 @@ def test_adapter_on_some_layers_loads_back(tmp_path):
 
 
 def test_adapter_of_another_base_is_refused(tmp_path):
-    """The adapter knows the weights it was trained on: others are refused by name, a copy of the same is welcome."""
+    """The adapter knows the weights it was trained on:
+    others are refused by name, a copy of the same is welcome."""
     save_adapter(adapted(write_checkpoint(tmp_path / "base")), tmp_path / "adapter")
     write_checkpoint(tmp_path / "copy", shard_bytes=20_000)
     load_adapter(load_pretrained(tmp_path / "copy"), tmp_path / "adapter")
@@ -461,7 +476,8 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
     ids=["missing", "unexpected", "prefix", "shape"],
 )
 def test_adapter_keys_must_match_both_ways(change, culprit, tmp_path):
-    """A missing, additional, misnamed or misshapen tensor is a ValueError that names file and key, never a warning."""
+    """A missing, additional, misnamed or misshapen tensor is a ValueError that names file and key,
+    never a warning."""
     save_adapter(adapted(), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -493,7 +509,8 @@ def test_adapter_keys_must_match_both_ways(change, culprit, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_unsupported_adapter_is_refused_by_name(changes, culprit, tmp_path):
-    """What plain LoRA cannot express is a ValueError that names it, before a wrong model is made."""
+    """What plain LoRA cannot express is a ValueError that names it,
+    before a wrong model is made."""
     save_adapter(adapted(), tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -531,7 +548,8 @@ def test_a_refused_adapter_leaves_the_model_alone(tmp_path):
 
 
 def test_keys_and_config_are_those_of_peft(tmp_path):
-    """The two files hold PEFT's names, fp32 tensors and every setting that its older readers look for."""
+    """The two files hold PEFT's names,
+    fp32 tensors and every setting that its older readers look for."""
     save_adapter(
         adapted(write_checkpoint(tmp_path / "base"), target_modules=["q_proj"]),
         tmp_path / "adapter",
@@ -558,7 +576,7 @@ def test_keys_and_config_are_those_of_peft(tmp_path):
     assert expected.items() <= config.items() and config["target_modules"] == ["q_proj"]
 
 
-# ------------------------------------------------------------------------------------------------ PEFT's files
+# ------------------------------------------------------------------------ PEFT's files
 def peft():
     pytest.importorskip("transformers")
     return pytest.importorskip("peft")
@@ -572,7 +590,8 @@ def peft():
 )
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3"])
 def test_saved_adapter_loads_in_peft(family, targets, use_rslora, tmp_path):
-    """An adapter written here gives the same logits in PEFT, which finds each of its keys and no other."""
+    """An adapter written here gives the same logits in PEFT,
+    which finds each of its keys and no other."""
     library = peft()
     theirs = transformers_model(family, tmp_path / "base")
     ours = adapted(tmp_path / "base", target_modules=targets, use_rslora=use_rslora)
@@ -600,10 +619,8 @@ def test_saved_adapter_loads_in_peft(family, targets, use_rslora, tmp_path):
         {"target_modules": None},  # PEFT's defaults: r = 8, alpha = 8, q_proj and v_proj
         {"r": 4, "target_modules": "all-linear"},
         {"r": 4, "target_modules": r".*self_attn\.(q|o)_proj"},
-        {
-            "r": 4,
-            "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"],
-        },  # PEFT matches endings of paths
+        # PEFT matches endings of paths
+        {"r": 4, "target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]},
     ],
     ids=["seven", "rslora", "two", "defaults", "all-linear", "regex", "endings"],
 )

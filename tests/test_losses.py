@@ -1,4 +1,5 @@
-"""The losses against numbers computed elsewhere, against each other, and where fp32 would overflow."""
+"""The losses against numbers computed elsewhere, against each other,
+and where fp32 would overflow."""
 
 import math
 from collections import defaultdict
@@ -80,18 +81,19 @@ LENGTHS = torch.tensor([[4, 5], [2, 2]], dtype=torch.float64)
     "name, compute, golden",
     [
         ("IPO sum", lambda: ipo_loss(PAIR, PAIR_REFERENCE, 0.1), [18.0625, 33.0625]),
-        ("IPO mean", lambda: ipo_loss(PAIR / LENGTHS, PAIR_REFERENCE / LENGTHS, 0.1), [24.01, 28.890625]),
-        ("ODPO", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_gap"), 1.0), [1.0765633941, 2.0219678129]),
-        ("ODPO ratio", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_ratio"), 1.0), [1.2840408507, 2.3381528509]),
+        ("IPO mean", lambda: ipo_loss(PAIR / LENGTHS, PAIR_REFERENCE / LENGTHS, 0.1), [24.01, 28.890625]),  # noqa: E501
+        ("ODPO", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_gap"), 1.0), [1.0765633941, 2.0219678129]),  # noqa: E501
+        ("ODPO ratio", lambda: odpo_loss(PAIR, PAIR_REFERENCE, offsets("log_ratio"), 1.0), [1.2840408507, 2.3381528509]),  # noqa: E501
         ("SimPO", lambda: simpo_loss(PAIR, LENGTHS, 2.0, 1.0), [1.3873353251, 0.8259394199]),
-        ("SimPO of the paper", lambda: simpo_loss(PAIR, LENGTHS, 1.0, 2.0), [2.1710974512, 1.8047446354]),
+        ("SimPO of the paper", lambda: simpo_loss(PAIR, LENGTHS, 1.0, 2.0), [2.1710974512, 1.8047446354]),  # noqa: E501
         ("CPO", lambda: cpo_loss(PAIR, 0.1), [0.5650706677, 0.6563501408]),
-        ("KTO chosen", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 2, 0), [0.5312093734, 0.4937503255]),
-        ("KTO rejected", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 0, 2), [0.4501660027, 0.5249791875]),
+        ("KTO chosen", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 2, 0), [0.5312093734, 0.4937503255]),  # noqa: E501
+        ("KTO rejected", lambda: kto_loss(PAIR, PAIR_REFERENCE, torch.tensor(0.25), 0.1, 0, 2), [0.4501660027, 0.5249791875]),  # noqa: E501
     ],
 )  # fmt: skip
 def test_pairwise_losses_equal_stored_numbers(name, compute, golden):
-    """FACTS: computed in float64 from the published formulas; lengths 4, 2 (chosen) and 5, 2 (rejected)."""
+    """FACTS: computed in float64 from the published formulas;
+    lengths 4, 2 (chosen) and 5, 2 (rejected)."""
     losses, rewards = compute()
     assert losses.tolist() == pytest.approx(golden, abs=1e-6) and rewards.shape == (2, 2)
 
@@ -149,7 +151,8 @@ def test_recpo_with_one_negative_and_no_margin_is_dpo(beta):
 
 @pytest.mark.parametrize("kind", MARGINS)
 def test_loss_at_the_reference_depends_on_margins_alone(kind):
-    """Where policy = reference, the loss is softplus(logsumexp(lambda m)) and every reward is 0; log 4 for S-DPO."""
+    """Where policy = reference, the loss is softplus(logsumexp(lambda m)) and every reward is 0;
+    log 4 for S-DPO."""
     margins = 2.0 * target_margins(CHOSEN_SCORES, REJECTED_SCORES, kind)
     losses, rewards = recpo_loss(POLICY, POLICY, margins, beta=0.7)
     assert losses.tolist() == pytest.approx(softplus(margins.logsumexp(1)).tolist(), abs=1e-12)
@@ -159,7 +162,8 @@ def test_loss_at_the_reference_depends_on_margins_alone(kind):
 
 
 def test_recpo_equals_the_published_form():
-    """softplus(logsumexp) is -log sigmoid(-log sum exp), and the chosen item's cross-entropy, where those are safe."""
+    """softplus(logsumexp) is -log sigmoid(-log sum exp), and the chosen item's cross-entropy,
+    where those are safe."""
     margins = 2.0 * target_margins(CHOSEN_SCORES, REJECTED_SCORES, "ratio")
     losses, _ = recpo_loss(POLICY, REFERENCE, margins, beta=1.0)
     ratios = POLICY - REFERENCE
@@ -171,7 +175,8 @@ def test_recpo_equals_the_published_form():
 
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 def test_loss_and_gradient_stay_finite_far_apart(gap):
-    """At 500 nats in fp32, where exp() overflows, the loss is the violation itself or 0, its slope -1 or 0."""
+    """At 500 nats in fp32, where exp() overflows, the loss is the violation itself or 0,
+    its slope -1 or 0."""
     for loss in (
         lambda p, r: recpo_loss(p, r, torch.full((1, 3), 11.0), 1.0),
         lambda p, r: sdpo_loss(p, r, 1.0),
@@ -187,9 +192,8 @@ def test_loss_and_gradient_stay_finite_far_apart(gap):
         assert (
             losses.item() == pytest.approx(500, rel=0.05) if gap < 0 else 0 <= losses.item() < 1e-6
         )
-        assert gradient[0, 0].item() == pytest.approx(
-            -1.0 if gap < 0 else 0.0, abs=1e-4
-        )  # 500 is known to 3e-5
+        # 500 is known to 3e-5
+        assert gradient[0, 0].item() == pytest.approx(-1.0 if gap < 0 else 0.0, abs=1e-4)
         assert gradient.sum().item() == pytest.approx(0, abs=1e-4)
 
 
@@ -227,7 +231,8 @@ def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return (cpo_loss(PAIR, 0.7) if name == "cpo" else simpo_loss(PAIR, LENGTHS, 0.7, 0.9))[
             0
         ].mean(), theirs
-    # log-probs of a sequence stand at its first scored token; masks count its tokens; chosen ones come first
+    # log-probs of a sequence stand at its first scored token; masks count its tokens;
+    # chosen ones come first
     lengths = LENGTHS.T.flatten().long()
     mask = torch.cat([torch.zeros(4, 1), (torch.arange(5) < lengths[:, None]).double()], 1)
     log_probs = torch.zeros(4, 5, dtype=torch.float64)
@@ -244,8 +249,10 @@ def trl_pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         "completion_mask": mask,
     }
     trainer.configure_mock(
-        ld_alpha=None, precompute_ref_logps=True, aux_loss_enabled=False, f_divergence_type="reverse_kl", use_weighting=False,
-        loss_types=["sigmoid" if name == "dpo" else "ipo"], loss_weights=[1.0], desirable_weight=1.0, undesirable_weight=1.0,
+        ld_alpha=None, precompute_ref_logps=True, aux_loss_enabled=False,
+        f_divergence_type="reverse_kl", use_weighting=False,
+        loss_types=["sigmoid" if name == "dpo" else "ipo"], loss_weights=[1.0],
+        desirable_weight=1.0, undesirable_weight=1.0,
         calculate_KL=True, _metrics=defaultdict(lambda: defaultdict(list)),
     )  # fmt: skip
     if name == "kto":
@@ -301,7 +308,8 @@ def test_rewards_are_beta_times_log_ratios():
 
 
 def test_label_smoothing_mixes_both_directions():
-    """Conservative DPO: a share of the labels is taken to be the other way round; at one half order stops to count."""
+    """Conservative DPO: a share of the labels is taken to be the other way round;
+    at one half order stops to count."""
     policy, reference = POLICY[:, :2], REFERENCE[:, :2]
     straight, swapped = (
         dpo_loss(policy, reference, 1.0)[0],
@@ -339,7 +347,8 @@ def test_target_margins_by_hand():
 
 @pytest.mark.parametrize("kind", MARGINS)
 def test_margins_stay_finite_where_a_rejected_item_scores_higher(kind):
-    """The first liked item may score below a rejected one; no margin becomes NaN or infinite for that."""
+    """The first liked item may score below a rejected one;
+    no margin becomes NaN or infinite for that."""
     margins = target_margins(
         torch.tensor([0.5, 5.0]), torch.tensor([[1.5, 5.0, 0.5], [5.0, 0.3, 0.5]]), kind
     )
@@ -353,7 +362,8 @@ def test_unknown_margin_is_refused_by_name():
 
 
 def test_preference_score_by_hand():
-    """rating / (1 + steps)^decay: the next item keeps its rating; 3 stars ten steps on are 3 / sqrt(11) = 0.9045."""
+    """rating / (1 + steps)^decay: the next item keeps its rating;
+    3 stars ten steps on are 3 / sqrt(11) = 0.9045."""
     assert preference_score(5, 0) == 5
     assert preference_score(3, 10) == pytest.approx(3 / math.sqrt(11))
     assert round(preference_score(3, 10), 4) == 0.9045
@@ -364,7 +374,8 @@ def test_preference_score_by_hand():
 
 
 def test_sft_loss_adds_up_over_micro_batches():
-    """Sums over the global token count: parts of a batch add up to the whole mean, however it is cut."""
+    """Sums over the global token count:
+    parts of a batch add up to the whole mean, however it is cut."""
     token_logps = -torch.rand(10, dtype=torch.float64)
     whole = sft_loss(token_logps, 10)
     assert whole.item() == pytest.approx(-token_logps.mean().item(), abs=1e-12)

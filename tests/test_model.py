@@ -1,30 +1,26 @@
-"""The model against transformers, stored numbers and its own plain form: full sequences instead of a tree."""
+"""The model against transformers, stored numbers and its own plain form:
+full sequences instead of a tree."""
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     EOS,
     FAMILIES,
-    LLAMA3_ROPE,
     max_diff,
     randomize,
     tiny_config,
     tiny_model,
     transformers_model,
     write_checkpoint,
-    write_json,
 )
 from safetensors.torch import load_file, save_file
 
 from data import PromptTree, build_tree
-from hub.files import resolve_path
 from model import (
     Block,
-    ModelConfig,
     RMSNorm,
     SwiGLU,
     Transformer,
@@ -35,12 +31,13 @@ from model import (
     save_pretrained,
 )
 
-# Spread out on purpose: attention depends on position differences only, so 9000, 9001, ... would show little.
+# Spread out on purpose: attention depends on position differences only, so 9000, 9001, ...
+# would show little.
 LATE_POSITIONS = torch.tensor([[0, 1, 700, 701, 3000, 8191, 12000]])
 GOLDEN_IDS = torch.tensor([[1, 17, 90, 4, 55, 120, 33]])
 
 
-# ------------------------------------------------------------------------------------------------ parity
+# ------------------------------------------------------------------------ parity
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, tmp_path):
     """A checkpoint written by transformers gives its logits here, also past position 8,192."""
@@ -50,7 +47,8 @@ def test_logits_equal_transformers(family, tmp_path):
     for position_ids in (torch.arange(7)[None], torch.arange(9000, 9007)[None], LATE_POSITIONS):
         position_ids = position_ids.expand(2, 7)
         with torch.no_grad():
-            # an explicit attention_mask, or transformers takes a jump in the positions for the start of a new sequence
+            # an explicit attention_mask, or transformers takes a jump in the positions for the
+            # start of a new sequence
             expected = theirs(
                 input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)
             ).logits
@@ -62,7 +60,8 @@ def test_logits_equal_transformers(family, tmp_path):
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_checkpoint_loads_in_transformers(family, shard_bytes, tmp_path):
-    """A directory written here, in one file or in shards, gives the same logits in transformers, no key left over."""
+    """A directory written here, in one file or in shards, gives the same logits in transformers,
+    no key left over."""
     transformers = pytest.importorskip("transformers")
     ours = tiny_model(family)
     save_pretrained(ours, tmp_path, shard_bytes=shard_bytes)
@@ -77,7 +76,8 @@ def test_saved_checkpoint_loads_in_transformers(family, shard_bytes, tmp_path):
         assert max_diff(ours.logits(input_ids, position_ids), expected) < 1e-4
 
 
-# Logits of ids 0, 7, 64, 130 behind the last of GOLDEN_IDS at LATE_POSITIONS, as transformers 5.23 computes them.
+# Logits of ids 0, 7, 64, 130 behind the last of GOLDEN_IDS at LATE_POSITIONS,
+# as transformers 5.23 computes them.
 GOLDEN_LOGITS = {
     "llama2": [-0.612189, -0.208519, 0.483427, -0.604973],
     "llama3.1": [-3.468153, -1.954700, 3.231968, -3.278309],
@@ -122,7 +122,8 @@ def test_llama3_inverse_frequencies_equal_stored_ones(config):
 
 
 def test_init_weights_is_a_function_of_the_seed(config):
-    """Equal seeds give equal weights whatever was drawn before; norms start at one, residual projections smaller."""
+    """Equal seeds give equal weights whatever was drawn before;
+    norms start at one, residual projections smaller."""
     config = dataclasses.replace(config, hidden_size=64, intermediate_size=256)
     a = init_weights(config, seed=3)
     torch.rand(5)
@@ -132,12 +133,11 @@ def test_init_weights_is_a_function_of_the_seed(config):
     assert torch.equal(a.model.norm.weight, torch.ones(64))
     wide, residual = a.model.layers[0].mlp.up_proj.weight, a.model.layers[0].mlp.down_proj.weight
     assert wide.std().item() == pytest.approx(64**-0.5, rel=0.05)
-    assert residual.std().item() == pytest.approx(
-        wide.std().item() / 2, rel=0.05
-    )  # sqrt(2 x 2 layers)
+    # sqrt(2 x 2 layers)
+    assert residual.std().item() == pytest.approx(wide.std().item() / 2, rel=0.05)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------ files
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharded_checkpoint_loads_back(family, tmp_path):
     """Splitting into many files and an index changes no weight."""
@@ -160,7 +160,8 @@ def test_sharded_checkpoint_loads_back(family, tmp_path):
     "first, second", [(20_000, 10**9), (10**9, 20_000)], ids=["over-shards", "over-single"]
 )
 def test_saving_again_replaces_the_old_weights(first, second, tmp_path):
-    """What is loaded, here and in transformers, is what was saved last, whichever way the files were split."""
+    """What is loaded, here and in transformers, is what was saved last,
+    whichever way the files were split."""
     write_checkpoint(tmp_path, seed=0, shard_bytes=first)
     write_checkpoint(tmp_path, seed=1, shard_bytes=second)
     assert torch.equal(load_pretrained(tmp_path).lm_head.weight, tiny_model(seed=1).lm_head.weight)
@@ -171,7 +172,8 @@ def test_saving_again_replaces_the_old_weights(first, second, tmp_path):
 
 
 def test_tied_head_is_not_stored_and_tied_again(tmp_path):
-    """A tied head is one tensor: absent from the file, shared after loading, and ignored if a file brings it along."""
+    """A tied head is one tensor: absent from the file, shared after loading,
+    and ignored if a file brings it along."""
     write_checkpoint(tmp_path, "llama3.2")
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -188,7 +190,8 @@ def test_tied_head_is_not_stored_and_tied_again(tmp_path):
 
 
 def test_loading_casts_to_the_given_dtype(tmp_path):
-    """Every parameter takes the dtype asked for, rotary frequencies stay fp32, and saving records the dtype."""
+    """Every parameter takes the dtype asked for, rotary frequencies stay fp32,
+    and saving records the dtype."""
     model = load_pretrained(write_checkpoint(tmp_path / "a"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.inv_freq.dtype == torch.float32
@@ -198,152 +201,14 @@ def test_loading_casts_to_the_given_dtype(tmp_path):
     assert load_file(tmp_path / "b" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
-def version_5_layout(raw: dict) -> dict:
-    """config.json as transformers 5 writes it: one rope_parameters instead of rope_theta and rope_scaling."""
-    raw = dict(raw)
-    scaling = raw.pop("rope_scaling", None) or {"rope_type": "default"}
-    layers = ["full_attention"] * raw["num_hidden_layers"]
-    return raw | {
-        "rope_parameters": {"rope_theta": raw.pop("rope_theta", 1e4)} | scaling,
-        "layer_types": layers,
-    }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_config_layouts_mean_the_same(family, tmp_path):
-    """transformers 4's top-level rope keys, its legacy `type`, and transformers 5's rope_parameters read alike."""
-    raw = FAMILIES[family]
-    write_json(tmp_path / "4" / "config.json", raw)
-    write_json(tmp_path / "5" / "config.json", version_5_layout(raw))
-    assert ModelConfig.from_pretrained(tmp_path / "4") == tiny_config(family)
-    assert ModelConfig.from_pretrained(tmp_path / "5") == tiny_config(family)
-    if raw.get("rope_scaling"):
-        scaling = {
-            "type" if key == "rope_type" else key: value
-            for key, value in raw["rope_scaling"].items()
-        }
-        write_json(tmp_path / "legacy" / "config.json", raw | {"rope_scaling": scaling})
-        assert ModelConfig.from_pretrained(tmp_path / "legacy") == tiny_config(family)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_written_config_holds_both_layouts(family, tmp_path):
-    """Our config.json read back is the same ModelConfig, with either layout's keys alone."""
-    write_checkpoint(tmp_path / "both", family)
-    raw = json.loads((tmp_path / "both" / "config.json").read_text())
-    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"]
-    only_4 = {key: value for key, value in raw.items() if key != "rope_parameters"}
-    only_5 = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_scaling")}
-    write_json(tmp_path / "4" / "config.json", only_4)
-    write_json(tmp_path / "5" / "config.json", only_5)
-    for layout in ("both", "4", "5"):
-        assert ModelConfig.from_pretrained(tmp_path / layout) == tiny_config(family)
-
-
-# ------------------------------------------------------------------------------------------------ refusals
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-INCOMPLETE_ROPE = {key: value for key, value in LLAMA3_ROPE.items() if key != "low_freq_factor"}
-
-
-@pytest.mark.parametrize(
-    "changes, culprit",
-    [
-        (MISTRAL, "mistral"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"rope_scaling": YARN}, "yarn"),
-        ({"rope_scaling": None, "rope_parameters": YARN | {"rope_theta": 1e6}}, "yarn"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_scaling": INCOMPLETE_ROPE}, "low_freq_factor"),
-        ({"use_sliding_window": True, "sliding_window": 4096}, "sliding window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"hidden_size": None}, "hidden_size"),
-    ],
-)
-def test_unsupported_config_is_refused_by_name(changes, culprit, tmp_path):
-    """A config.json that asks for what is not computed here is a ValueError with the file and the culprit."""
-    file = write_json(tmp_path / "config.json", FAMILIES["llama3.1"] | changes)
-    with pytest.raises(ValueError, match=culprit) as error:
-        load_pretrained(tmp_path)
-    assert str(file) in str(error.value)
-
-
-@pytest.mark.parametrize("text", [None, "", '{"model_type": "llama", ', "\x00\xff", "[1, 2]"])
-def test_unreadable_config_is_named(text, tmp_path):
-    """A config.json that is absent, empty, cut off, binary or no object is a ValueError that names it."""
-    file = tmp_path / "config.json"
-    if text is not None:
-        file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError) as error:
-        ModelConfig.from_pretrained(tmp_path)
-    assert str(file) in str(error.value)
-
-
-def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path):
-    """Every key and shape must fit: the message names the directory or file and the tensor."""
-    file = write_checkpoint(tmp_path) / "model.safetensors"
-    whole = load_file(file)
-    without = {name: t for name, t in whole.items() if name != "model.layers.1.mlp.up_proj.weight"}
-    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
-    narrow = {"model.layers.0.mlp.down_proj.weight": torch.zeros(32, 47)}
-    for weights, culprit in (
-        (without, "model.layers.1.mlp.up_proj.weight"),
-        (whole | bias, "model.layers.0.self_attn.q_proj.bias"),
-        (whole | narrow, r"model.layers.0.mlp.down_proj.weight.*\(32, 47\).*\(32, 48\)"),
-    ):
-        save_file(weights, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=culprit) as error:
-            load_pretrained(tmp_path)
-        assert str(tmp_path) in str(error.value)
-
-
-def test_pickled_weights_are_refused_by_name(tmp_path):
-    """A directory with pytorch_model.bin alone is refused, with the reason."""
-    (write_checkpoint(tmp_path) / "model.safetensors").unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*safetensors") as error:
-        load_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value)
-
-
-def test_truncated_weights_are_named(tmp_path):
-    """A safetensors file cut off in its data or in its header is a ValueError that names it."""
-    file = write_checkpoint(tmp_path) / "model.safetensors"
-    content = file.read_bytes()
-    for size in (len(content) - 100, 20, 0):
-        file.write_bytes(content[:size])
-        with pytest.raises(ValueError) as error:
-            load_pretrained(tmp_path)
-        assert str(file) in str(error.value)
-
-
-def test_a_missing_or_incomplete_shard_is_named(tmp_path):
-    """A shard that the index lists but that is absent, or lacks its tensor, is a ValueError that names it."""
-    write_checkpoint(tmp_path, shard_bytes=20_000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    shard = tmp_path / index["weight_map"]["lm_head.weight"]
-    weights = load_file(shard)
-    save_file({"other": weights.pop("lm_head.weight")}, shard)
-    with pytest.raises(ValueError, match="lm_head.weight") as error:
-        load_pretrained(tmp_path)
-    assert str(shard) in str(error.value)
-    shard.unlink()
-    with pytest.raises(ValueError) as error:
-        load_pretrained(tmp_path)
-    assert str(shard) in str(error.value)
-
-
-# ------------------------------------------------------------------------------------------------ the tree
+# ------------------------------------------------------------------------ the tree
 def random_ids(count: int) -> list[int]:
     return torch.randint(3, 131, (count,)).tolist()
 
 
 def random_batch(num_completions: int, longest: int) -> tuple[list, list]:
-    """Three ragged prompts; completions of up to `longest` ids before EOS, none among them, and prefixes of others."""
+    """Three ragged prompts; completions of up to `longest` ids before EOS, none among them,
+    and prefixes of others."""
     prompts = [random_ids(n) for n in (5, 1, 9)]
     groups = []
     for _ in prompts:
@@ -359,7 +224,8 @@ BATCHES = [(N, longest) for N in (1, 2, 4, 20) for longest in (0, 1, 6)]
 
 
 def full_sequence_logps(model, prompts, groups) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: each completion behind its own copy of the prompt; (M,) log-probs and argmaxes, in tree order."""
+    """The definition: each completion behind its own copy of the prompt;
+    (M,) log-probs and argmaxes, in tree order."""
     logps, best = [], []
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
@@ -374,7 +240,8 @@ def full_sequence_logps(model, prompts, groups) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3"])
 @torch.no_grad()
 def test_tree_equals_separate_sequences(family, num_completions, longest):
-    """One pass over the tree gives the log-probs and argmaxes of all its full sequences, EOS-only ones included."""
+    """One pass over the tree gives the log-probs and argmaxes of all its full sequences,
+    EOS-only ones included."""
     model = tiny_model(family)
     prompts, groups = random_batch(num_completions, longest)
     tree = build_tree(prompts, groups)
@@ -399,7 +266,8 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("family", ["llama3.1", "llama3.2", "qwen2.5", "qwen3"])
 def test_tree_gradients_equal_separate_sequences(family, frozen_head, checkpointing, monkeypatch):
-    """Every parameter gets the gradient of the full sequences, with and without activation checkpointing."""
+    """Every parameter gets the gradient of the full sequences,
+    with and without activation checkpointing."""
     model = tiny_model(family)
     model.lm_head.weight.requires_grad_(not frozen_head)
     runs = []
@@ -418,14 +286,14 @@ def test_tree_gradients_equal_separate_sequences(family, frozen_head, checkpoint
         )
         assert actual.keys() == expected.keys()
         for name, gradient in expected.items():
-            if (
-                gradient.abs().max() > 0
-            ):  # one-token prompts of one completion leave queries and keys without gradient
+            # one-token prompts of one completion leave queries and keys without gradient
+            if gradient.abs().max() > 0:
                 assert max_diff(actual[name], gradient) <= 1e-4 * gradient.abs().max().item(), name
 
 
 def test_padding_changes_nothing():
-    """Other ids and positions in the padding leave log-probs and gradients bitwise alone; padding gets no gradient."""
+    """Other ids and positions in the padding leave log-probs and gradients bitwise alone;
+    padding gets no gradient."""
     model = tiny_model()
     prompts, groups = random_batch(4, 5)
     tree = build_tree(prompts, groups)
@@ -446,7 +314,8 @@ def test_padding_changes_nothing():
 
 
 def test_tree_of_one_prompt_spelled_out():
-    """Positions go on from the prompt, EOS is a label but no input, and the last prompt token predicts every branch."""
+    """Positions go on from the prompt, EOS is a label but no input,
+    and the last prompt token predicts every branch."""
     tree = build_tree([[10, 11, 12], [13]], [[[20, 21, EOS], [EOS]], [[30, EOS], [31, EOS]]])
     assert isinstance(tree, PromptTree) and (tree.prompt_width, tree.num_completions) == (3, 2)
     assert tree.input_ids.tolist() == [[10, 11, 12, 20, 21], [13, 0, 0, 30, 31]]
@@ -475,10 +344,11 @@ def test_build_tree_refuses_what_is_no_tree(prompts, completions, message):
         build_tree(prompts, completions)
 
 
-# ------------------------------------------------------------------------------------------------ building blocks
+# ------------------------------------------------------------------------ building blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_swiglu_equals_its_formula_and_keeps_two_tensors(dtype):
-    """silu(gate) * up and its gradients as autograd has them, with only gate and up kept for backward."""
+    """silu(gate) * up and its gradients as autograd has them,
+    with only gate and up kept for backward."""
     gate, up = (torch.randn(6, 40).to(dtype).requires_grad_() for _ in range(2))
     upstream, kept = torch.randn(6, 40).to(dtype), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -508,7 +378,7 @@ def test_rms_norm_rounds_where_the_published_models_do(dtype):
     assert torch.equal(norm(x), expected)
 
 
-# ------------------------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------ generation
 def naive_greedy(model, prompt, max_new_tokens, stop_ids) -> list[int]:
     """The definition: the whole sequence again for every token."""
     new = []
@@ -520,7 +390,8 @@ def naive_greedy(model, prompt, max_new_tokens, stop_ids) -> list[int]:
 @pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3"])
 @torch.no_grad()
 def test_generate_equals_the_naive_loop(family):
-    """Batched decoding of ragged prompts with a cache writes what full logits write, token for token."""
+    """Batched decoding of ragged prompts with a cache writes what full logits write,
+    token for token."""
     model = tiny_model(family)
     prompts = [random_ids(n) for n in (4, 1, 11, 7)]
     expected = [naive_greedy(model, prompt, 12, ()) for prompt in prompts]
@@ -532,7 +403,8 @@ def test_generate_equals_the_naive_loop(family):
 
 @torch.no_grad()
 def test_generate_stops_at_stop_ids():
-    """Each prompt ends with its first stop id, included; the others go on, and a waiting rank changes nothing."""
+    """Each prompt ends with its first stop id, included;
+    the others go on, and a waiting rank changes nothing."""
     model = tiny_model()
     prompts = [random_ids(n) for n in (4, 1, 11)]
     free = [naive_greedy(model, prompt, 12, ()) for prompt in prompts]
@@ -562,35 +434,3 @@ def test_generate_refuses_empty_prompts(prompts, config):
     """There is no row that could predict the first token of an empty prompt."""
     with pytest.raises(ValueError, match="prompt"):
         generate(init_weights(config, seed=0), prompts, 4, {EOS})
-
-
-# ------------------------------------------------------------------------------------------------ hub names
-def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
-    """Configuration, tokenizer, chat template; weights only where asked for; never a pickle."""
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path,
-    )
-    assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
-    texts = ["*.json", "*.jinja"]
-    assert asked == [("org/model", [*texts, "*.safetensors"]), ("org/model", texts)]
-
-
-@pytest.mark.parametrize(
-    "status, kind",
-    [(403, "GatedRepoError"), (404, "RepositoryNotFoundError"), (401, "HfHubHTTPError")],
-)
-def test_a_refused_hub_name_says_how_to_log_in(status, kind, monkeypatch):
-    """Gated, unknown, or an expired token: what to do, without a traceback of the client."""
-    from huggingface_hub import errors
-
-    def refuse(*args, **kwargs):
-        error = getattr(errors, kind).__new__(getattr(errors, kind))
-        Exception.__init__(error, "no")
-        error.response = SimpleNamespace(status_code=status)
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(ValueError, match="org/model: .*hf auth login.*HF_TOKEN"):
-        resolve_path("org/model")

@@ -294,7 +294,8 @@ def batch_of(objective, examples, reference=None):
 
 @pytest.mark.parametrize(("option", "weight"), [(-1.0, 0.0), (0.0, 0.0), (0.5, 0.5)])
 def test_sft_weight_adds_the_chosen_titles_nll(option, weight):
-    """loss = mean over the global batch's 4 examples + weight * 7 nats / its 8 tokens; logged whole."""
+    """loss = mean over the global batch's 4 examples + weight * 7 nats / its 8 tokens;
+    logged whole."""
     objective, _ = objective_of("recpo", sft_weight=option)
     loss, sums = objective(batch_of(objective, [0, 1]))
     losses, *_ = first_losses("recpo")

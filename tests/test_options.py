@@ -1,4 +1,5 @@
-"""Options: every committed configuration is accepted; what breaks or does nothing is refused by name."""
+"""Options: every committed configuration is accepted;
+what breaks or does nothing is refused by name."""
 
 import json
 import subprocess
@@ -7,8 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from test_checkpoint import in_process  # noqa: F401  (a fixture)
-from test_train import TINY
+from launch import TINY
 
 import train
 from common import parse_config
@@ -111,7 +111,7 @@ SHORT = ("--val_size=0", "--test_size=2", "--no_decode_rest")
 
 
 @pytest.fixture
-def steps(in_process, tmp_path, monkeypatch):  # noqa: F811
+def steps(in_process, tmp_path, monkeypatch):
     """call(*flags): what run_stage hands to each step of a whole run, and the KL it brought."""
     taken, inner = [], train.train_step
 
@@ -155,6 +155,7 @@ def test_options_of_the_step_reach_every_step_of_their_stage(steps):
 
 
 def test_the_start_of_a_run_does_not_load_the_compiler():
-    """torch.compile's machinery costs a second a process; only --compile and 4-bit layers load it."""
+    """torch.compile's machinery costs a second a process;
+    only --compile and 4-bit layers load it."""
     code = "import sys, train; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

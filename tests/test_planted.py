@@ -1,4 +1,5 @@
-"""The planted world: its log against its own rules, and its optimal policy against sums over all hidden paths."""
+"""The planted world: its log against its own rules,
+and its optimal policy against sums over all hidden paths."""
 
 from dataclasses import replace
 from itertools import product
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from data import Examples, Interactions, build_examples, k_core, make_interactions
-from demo.planted import World, bayes_scores, planted_world
+from demo.planted import World, bayes_scores, planted_world, world_of
 from eval import ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
@@ -35,19 +36,19 @@ def last_positions(log: Interactions) -> list[int]:
     return (log.start[1:] - 1).tolist()
 
 
-# ------------------------------------------------------------------------------------------------ the log
+# ------------------------------------------------------------------------ the log
 @pytest.mark.parametrize("seed", [0, 3])
 def test_nobody_reads_a_story_twice(seed):
-    """Every user has one interaction a day from the first to the last, with as many different stories."""
+    """Every user has one interaction a day from the first to the last,
+    with as many different stories."""
     world = World(num_users=20000, seed=seed)
     log = planted_world(world)
     lengths = np.diff(log.start)
     assert len(np.unique(log.user.astype(np.int64) * log.num_items + log.item)) == len(log.user)
     assert world.min_length <= lengths.min() and lengths.max() <= world.max_length
     day = (log.timestamp - log.timestamp.min()) // 86_400
-    assert (
-        day == np.arange(len(day)) - log.start[log.user]
-    ).all()  # a dropped repetition would leave a gap
+    # a dropped repetition would leave a gap
+    assert (day == np.arange(len(day)) - log.start[log.user]).all()
 
 
 def test_the_world_is_a_function_of_its_seed():
@@ -59,7 +60,8 @@ def test_the_world_is_a_function_of_its_seed():
 
 
 def test_k_core_keeps_the_whole_world():
-    """A 2-core of the default world is the world itself: every user and every story comes often enough."""
+    """A 2-core of the default world is the world itself:
+    every user and every story comes often enough."""
     log = planted_world(World())
     core = k_core(log, 2)
     assert len(core.user) == len(log.user) and (core.num_users, core.num_items) == (4000, 20 * 16)
@@ -82,7 +84,8 @@ def test_titles_are_unique_and_give_the_genre_away(world):
 
 
 def test_probabilities_sum_to_one():
-    """Transitions, genres and ratings are distributions; a taste stays, moves to its successor or jumps anywhere."""
+    """Transitions, genres and ratings are distributions;
+    a taste stays, moves to its successor or jumps anywhere."""
     world = World(num_genres=5)
     for rows in (
         world.transition(),
@@ -100,7 +103,7 @@ def test_probabilities_sum_to_one():
     )
 
 
-# ------------------------------------------------------------------------------------------------ the optimal policy
+# ------------------------------------------------------------------------ the optimal policy
 TINY = World(
     num_users=300,
     num_genres=2,
@@ -115,7 +118,8 @@ TINY = World(
 def brute_force(
     world: World, stories: list[int], ratings: list[int], unread: int, min_rating: float
 ) -> float:
-    """P(next story = unread and rating >= min_rating | history), as a sum over every hidden path of tastes."""
+    """P(next story = unread and rating >= min_rating | history),
+    as a sum over every hidden path of tastes."""
     G, after = world.num_genres, len(stories)
 
     def p_step(taste: int, chosen: int, before: list[int]) -> float:
@@ -153,15 +157,15 @@ def brute_force(
 )
 @pytest.mark.parametrize("min_rating", [4.0, 3.0])
 def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
-    """The forward algorithm gives the log-probability that brute force gives, for every unread story and any history."""
+    """The forward algorithm gives the log-probability that brute force gives,
+    for every unread story and any history."""
     log = planted_world(world)
     titles = {title: story for story, title in enumerate(world.titles())}
     story = np.array([titles[title] for title in log.titles])
     positions, candidates = [], []
     for user in range(40):
-        p = int(log.start[user]) + user % int(
-            log.start[user + 1] - log.start[user]
-        )  # histories of 0, 1, 2, ...
+        length = int(log.start[user + 1] - log.start[user])
+        p = int(log.start[user]) + user % length  # histories of 0, 1, 2, ...
         read = log.item[log.start[user] : p].tolist()
         positions.append(p)
         candidates.append([item for item in range(log.num_items) if item not in read][:6])
@@ -176,7 +180,8 @@ def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
 
 
 def test_bayes_scores_are_calibrated_on_the_log():
-    """What the log does next agrees with the scores: the generator and the forward algorithm describe one world."""
+    """What the log does next agrees with the scores:
+    the generator and the forward algorithm describe one world."""
     world = World(num_users=3000)
     log = planted_world(world)
     positions = last_positions(log)
@@ -236,7 +241,8 @@ def test_a_history_not_shown_whole_is_refused():
 
 
 def test_bayes_policy_beats_counting():
-    """On the test candidates of the default world the optimum is far above popularity and Markov counts, and below 1."""
+    """On the test candidates of the default world the optimum is far above popularity and Markov
+    counts, and below 1."""
     world = World(num_users=1500)
     examples = build_examples(planted_world(world), DataConfig(planted_users=1500, followers=4))[
         "test"
@@ -251,3 +257,12 @@ def test_bayes_policy_beats_counting():
     print(f"{len(examples)} users: " + ", ".join(f"{name} {hit:.3f}" for name, hit in hits.items()))
     assert hits["Bayes"] > hits["popularity"] + 0.4 and hits["Bayes"] > hits["Markov"] + 0.1
     assert hits["Bayes"] == max(hits.values()) < 0.95
+
+
+def test_the_best_recommender_is_known_where_histories_are_shown_whole():
+    """One interaction less in a prompt, or another data set, and nobody knows it."""
+    whole = World.max_length - 1
+    known = world_of(vars(DataConfig(planted_users=50, data_seed=3, history=whole)))
+    assert known == World(num_users=50, seed=3)
+    assert world_of(vars(DataConfig(history=whole - 1))) is None
+    assert world_of(vars(DataConfig(dataset="movielens", data_dir="ml-1m"))) is None

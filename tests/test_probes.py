@@ -37,7 +37,8 @@ def random_log(seed: int = 0, num_users: int = 60):
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_probes_take_all_users_that_fit(probe):
-    """Users, targets and the other future item against a plain loop over the log; the rest is random and never touched."""
+    """Users, targets and the other future item against a plain loop over the log;
+    the rest is random and never touched."""
     log = random_log()
     examples = probe_examples(log, DataConfig(min_history=3), probe)
     expected = {}
@@ -78,7 +79,8 @@ def test_aversion_and_avoidance_share_their_sets():
 
 
 def test_figures_count_what_their_names_say():
-    """Hits, the later item, the disliked one, and for avoidance listed answers that are another title; ties share."""
+    """Hits, the later item, the disliked one,
+    and for avoidance listed answers that are another title; ties share."""
     log = random_log()
     config = DataConfig(min_history=3)
     examples = probe_examples(log, config, "adherence")
@@ -120,7 +122,8 @@ def test_chance_is_what_it_must_be():
 
 
 def test_the_optimum_beats_counting_in_the_planted_world():
-    """Bayes-optimal is the best row of each probe that asks for a liked or disliked item; temptation takes few disliked ones."""
+    """Bayes-optimal is the best row of each probe that asks for a liked or disliked item;
+    temptation takes few disliked ones."""
     config = DataConfig(planted_users=1500)
     log = planted_world(World(num_users=1500, seed=0))
     for probe in ("adherence", "temptation", "aversion"):
@@ -151,7 +154,8 @@ def test_length_bins_cover_every_user():
 
 
 def skewed_examples(num_users: int) -> SimpleNamespace:
-    """Users with one test case each whose history lengths are as skewed as MovieLens's: 18 to some 1,500."""
+    """Users with one test case each whose history lengths are as skewed as MovieLens's:
+    18 to some 1,500."""
     lengths = (18 + np.random.default_rng(0).lognormal(4, 1.2, num_users)).astype(int)
     start = np.append(0, np.cumsum(lengths + 1))
     log = SimpleNamespace(start=start, user=np.repeat(np.arange(num_users), lengths + 1))
@@ -166,7 +170,8 @@ def test_bins_are_quantiles():
 
 @pytest.mark.parametrize("hit_ratio", [0.05, 0.3])
 def test_equal_recommenders_have_no_spread(hit_ratio):
-    """HR equal in all bins: the interval of the spread begins at 0 in 97 % of 400 simulations or more."""
+    """HR equal in all bins: the interval of the spread begins at 0 in 97 % of 400 simulations or
+    more."""
     examples, rng = skewed_examples(1500), np.random.default_rng(1)
     found = [by_length(examples, rng.random(1500) < hit_ratio) for _ in range(400)]
     assert np.mean([f["spread_ci95"][0] > 0 for f in found]) < 0.05
@@ -175,7 +180,8 @@ def test_equal_recommenders_have_no_spread(hit_ratio):
 
 @pytest.mark.parametrize("low, high", [(0.02, 0.14), (0.2, 0.6)])
 def test_unequal_recommenders_are_found(low, high):
-    """HR that rises over the fifths: the interval leaves 0 out and covers the true spread as often as it says."""
+    """HR that rises over the fifths:
+    the interval leaves 0 out and covers the true spread as often as it says."""
     examples, rng = skewed_examples(1500), np.random.default_rng(2)
     edges = [int(name.split("-")[0]) for name in by_length(examples, np.ones(1500))["bins"]]
     which = np.searchsorted(edges, history_lengths(examples), "right") - 1

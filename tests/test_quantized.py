@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, max_diff, tiny_model, transformers_model
+from launch import ROOT, lines, losses, run_train, start_train, wait_for
 from safetensors.torch import load_file, save_file
-from test_checkpoint import kill_all, lines, start_train, wait_for
-from test_train import losses, run_train
 
 from data import build_tree
+from demo.tiny import make_base_model
 from hub.quantized import Linear4bit, unquantized
 from kernels.nf4 import matrix, quantize_nf4
+from loaders.frozen import DataConfig, prepare
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_4bit, load_pretrained, save_pretrained
+from runtime.sharding import split
 from train import TrainConfig
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
@@ -220,32 +222,62 @@ FOUR_BIT_RUN = [
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """SFT + RecPO on a base in 4 bits, in one process."""
+def in_4_bits(tmp_path_factory):
+    """SFT + RecPO on a base in 4 bits, in one process: (folder, flags, metrics)."""
     tmp_path = tmp_path_factory.mktemp("runs")
-    return tmp_path, run_train(tmp_path, "one", *FOUR_BIT_RUN)[1]
+    data = {"planted_users": 100, "train_size": 12, "followers": 3}
+    prepared = prepare(DataConfig(**data, prepared_dir=str(tmp_path / "titles")))
+    make_base_model(  # its rows are whole blocks of 64; those of the demo's base are not
+        tmp_path / "base", prepared.splits["train"],
+        hidden_size=64, num_layers=2, vocab_size=400, seed=0,
+    )  # fmt: skip
+    flags = (
+        *FOUR_BIT_RUN,
+        f"--config={ROOT / 'configs/demo.json'}",
+        f"--model={tmp_path / 'base'}",
+    )
+    return tmp_path, flags, run_train(tmp_path, "one", *flags)[1]
 
 
-@pytest.mark.parametrize("mode", ["full", pytest.param("none", marks=pytest.mark.slow)])
-def test_two_ranks_match_one_in_4_bits(one_process, mode):
+def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
+    """torch 2.11's fully_shard gives every parameter a gradient, for a moment."""
+
+    def fully_shard(module, **options):
+        raise RuntimeError("only Tensors of floating point dtype can require gradients")
+
+    monkeypatch.setattr("runtime.sharding.fully_shard", fully_shard)
+    with pytest.raises(ValueError, match="--shard none"):
+        split(torch.nn.Linear(1, 1))
+
+
+DIVIDES_BYTES = torch.__version__.split(".")[:2] != ["2", "11"]
+needs_newer = pytest.mark.skipif(not DIVIDES_BYTES, reason="torch 2.11 cannot shard bytes")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param("full", marks=needs_newer), pytest.param("none", marks=pytest.mark.slow)],
+)
+def test_two_ranks_match_one_in_4_bits(in_4_bits, mode):
     """Codes divided over 2 ranks, or replicated, give the losses of 1 process to 1e-4."""
-    tmp_path, one = one_process
-    _, two = run_train(tmp_path, mode, *FOUR_BIT_RUN, f"--shard={mode}", processes=2)
+    tmp_path, flags, one = in_4_bits
+    _, two = run_train(tmp_path, mode, *flags, f"--shard={mode}", processes=2)
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
 
 
+@needs_newer
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(one_process, processes):
+def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(in_4_bits, processes):
     """Killed on 2 ranks amid a preference stage, resumed on 1 or 2: the losses of the whole run."""
-    tmp_path, one = one_process
+    tmp_path, flags, one = in_4_bits
     name = f"killed-{processes}"
-    flags = [*FOUR_BIT_RUN, "--save_steps=1", "--gradient_checkpointing"]
+    flags = [*flags, "--save_steps=1", "--gradient_checkpointing"]
     process = start_train(tmp_path, name, *flags, processes=2)
     file = tmp_path / name / "recpo.unfinished" / "metrics.jsonl"
     wait_for(lambda: lines(file) >= 1, process)
-    kill_all(process, tmp_path / name)
+    process.kill()
     _, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(one, stage), losses(resumed, stage), atol=1e-4)

@@ -3,13 +3,13 @@
 import json
 import math
 import subprocess
-import sys
 from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import ROOT, run_script
 
 from loaders.frozen import DataConfig, prepare
 from studies.methods import Method, compare, grouped, option_text, sweep
@@ -19,8 +19,6 @@ from studies.sequential import BaselineConfig
 from studies.statistics import Difference, bootstrap, judge, mcnemar
 from studies.tables import command_of, flags_of, is_finished
 from train import TrainConfig
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_stage(
@@ -41,15 +39,24 @@ def write_stage(
     for n, hit in enumerate(hits):
         logps = [0.0] * 20
         logps[3 if hit else 4] = 1.0
-        records.append({"user": f"{users}{n}", "candidates": [f"c{i}" for i in range(20)], "target": "c3", "target_slot": 3, "hit": bool(hit),
-                        "valid": n < valid * len(hits), "answer": "c3", "logps": logps})  # fmt: skip
+        records.append({
+            "user": f"{users}{n}", "candidates": [f"c{i}" for i in range(20)],
+            "target": "c3", "target_slot": 3, "answer": "c3", "logps": logps,
+            "hit": bool(hit), "valid": n < valid * len(hits),
+        })  # fmt: skip
     metrics = {"n": len(hits), "data_hash": "abc", "baselines": {"chance": 0.05, "Markov": 0.3}}
     (run / stage / "eval/metrics.json").write_text(json.dumps(metrics))
     (run / stage / "eval/predictions.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in records)
     )
-    steps = [{"phase": stage, "step": s, "loss": 1 / s, "rewards/margins": s, "rewards/accuracies": 0.5, "logps/chosen": -s,
-              "logps/rejected": -2 * s, "margins/satisfied": 0.1} for s in range(1, 30)]  # fmt: skip
+    steps = [
+        {
+            "phase": stage, "step": s, "loss": 1 / s,
+            "rewards/margins": s, "rewards/accuracies": 0.5,
+            "logps/chosen": -s, "logps/rejected": -2 * s, "margins/satisfied": 0.1,
+        }
+        for s in range(1, 30)
+    ]  # fmt: skip
     (run / stage / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
     if probe_gain is not None:
         for probe in ("adherence", "avoidance"):
@@ -67,16 +74,7 @@ def write_stage(
 
 
 def report(folder: Path, *flags) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "studies.report",
-        str(folder),
-        "--output_dir",
-        str(folder / "out"),
-        *flags,
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_script("studies.report", folder, "--output_dir", folder / "out", *flags)
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -115,7 +113,8 @@ def made(name: str, values, seeds=None) -> Method:
 
 
 def test_differences_are_paired_and_named():
-    """A difference that every user shares is seen although both intervals overlap; noise is not distinguishable."""
+    """A difference that every user shares is seen although both intervals overlap;
+    noise is not distinguishable."""
     base = np.random.default_rng(2).integers(0, 2, 400)
     better = base.copy()
     better[np.flatnonzero(base == 0)[:20]] = 1
@@ -129,7 +128,8 @@ def test_differences_are_paired_and_named():
 
 
 def test_runs_are_paired_by_seed():
-    """A seed that one method lacks is left out of the comparison, and the runs behind it are counted."""
+    """A seed that one method lacks is left out of the comparison,
+    and the runs behind it are counted."""
     base = np.random.default_rng(2).integers(0, 2, 400)
     better = np.maximum(base, np.arange(400) < 20)
     found = compare(made("a", [base, better, better]), made("b", [base]), "hit_ratio@1")
@@ -143,7 +143,8 @@ def test_runs_are_paired_by_seed():
 
 
 def test_holm_steps_down():
-    """The k-th clearest of m is judged at 5 % / (m - k + 1); what lies behind the first failure fails at its level."""
+    """The k-th clearest of m is judged at 5 % / (m - k + 1);
+    what lies behind the first failure fails at its level."""
     rng = np.random.default_rng(0)
 
     def normal(z: float) -> Difference:
@@ -164,7 +165,8 @@ def test_holm_steps_down():
 
 
 def test_holm_keeps_noise_out_of_the_claims():
-    """Of 300 tables of 8 comparisons without any difference at most about 5 % name one; uncorrected a third would."""
+    """Of 300 tables of 8 comparisons without any difference at most about 5 % name one;
+    uncorrected a third would."""
     rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(300):
@@ -179,7 +181,8 @@ def names_of(folder: Path) -> dict[str, list[int]]:
 
 
 def test_seeds_are_one_method_and_settings_are_named(tmp_path):
-    """Runs that differ in the seed alone are averaged; margins, λ, K, decay and inputs make methods of their own."""
+    """Runs that differ in the seed alone are averaged;
+    margins, λ, K, decay and inputs make methods of their own."""
     for seed in range(3):
         write_stage(tmp_path, "recpo", [1, 0, seed % 2], seed=seed)
     write_stage(tmp_path, "recpo", [1, 1, 1], margin_lambda=4.0, name="l4")
@@ -204,7 +207,8 @@ def test_seeds_are_one_method_and_settings_are_named(tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_any_option_makes_a_method_of_its_own(option, value):
-    """Two runs that differ in any option but seed and paths never become one row, and the name shows the option."""
+    """Two runs that differ in any option but seed and paths never become one row,
+    and the name shows the option."""
     config = asdict(TrainConfig(stages="sft,recpo"))
     other = (
         not value if isinstance(value, bool) else value + 1 if not isinstance(value, str) else "x"
@@ -231,7 +235,8 @@ def test_beta_weight_and_rate_are_three_methods(tmp_path):
 
 
 def test_a_seed_counts_once(tmp_path):
-    """The same settings and seed tested twice are one run; the report names the one that is left out."""
+    """The same settings and seed tested twice are one run;
+    the report names the one that is left out."""
     write_stage(tmp_path, "recpo", [1, 0, 1], seed=0, name="a")
     write_stage(tmp_path, "recpo", [1, 1, 1], seed=0, name="b")
     write_stage(tmp_path, "recpo", [0, 0, 0], seed=1)
@@ -242,7 +247,8 @@ def test_a_seed_counts_once(tmp_path):
 
 
 def test_a_stage_carries_the_settings_that_it_started_from(tmp_path):
-    """Another SFT behind the same preference options is another method; the same one from another folder is not."""
+    """Another SFT behind the same preference options is another method;
+    the same one from another folder is not."""
     write_stage(tmp_path, "recpo", [1, 0, 1], stages="sft,recpo", seed=0)
     for folder, seed, epochs in (("same", 1, 5.0), ("longer", 2, 9.0)):
         (tmp_path / folder / "sft").mkdir(parents=True)
@@ -254,7 +260,8 @@ def test_a_stage_carries_the_settings_that_it_started_from(tmp_path):
 
 
 def test_other_candidates_are_refused(tmp_path):
-    """Stages tested on other users or candidates cannot stand in one table; the folders are named."""
+    """Stages tested on other users or candidates cannot stand in one table;
+    the folders are named."""
     write_stage(tmp_path, "sft", [1, 0, 1])
     write_stage(tmp_path, "sdpo", [1, 0, 1], users="v")
     with pytest.raises(ValueError, match="different users or candidates.*sdpo"):
@@ -279,7 +286,8 @@ def test_length_bins_without_intervals_are_refused(tmp_path):
 
 
 def test_the_report_has_tables_claims_and_pictures(tmp_path):
-    """Counting rows, intervals, paired verdicts, probes, the λ sweep; every picture named in it is there."""
+    """Counting rows, intervals, paired verdicts, probes, the λ sweep;
+    every picture named in it is there."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2, 200)
     good = np.maximum(base, rng.integers(0, 2, 200)).tolist()
@@ -290,9 +298,16 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
     done = report(tmp_path, "--note", "made up")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/report.md").read_text()
-    for part in ("made up", "| Markov |  |  |  | 0.3000 |  |", "to recpo: lower", "HR@1 of recpo above sdpo | 1 against 1 | held", "HR@1 of sdpo above sft | 1 against 1 | not distinguishable",
-                 "λ lowers ValidRatio (0 to 4) | 1 against 1 | held", "adherence (hit_ratio@1) of recpo above sft | 1 against 1 | held", "avoidance (avoidance) of recpo above sft | 1 against 1 | not held",
-                 "**adherence**", "| recpo; written | 0.2000", "HR@1 of recpo above sft | 1 against 1 |", "for all 17 comparisons of this table together (Holm"):  # fmt: skip
+    for part in (
+        "made up", "| Markov |  |  |  | 0.3000 |  |", "to recpo: lower",
+        "HR@1 of recpo above sdpo | 1 against 1 | held",
+        "HR@1 of sdpo above sft | 1 against 1 | not distinguishable",
+        "λ lowers ValidRatio (0 to 4) | 1 against 1 | held",
+        "adherence (hit_ratio@1) of recpo above sft | 1 against 1 | held",
+        "avoidance (avoidance) of recpo above sft | 1 against 1 | not held",
+        "**adherence**", "| recpo; written | 0.2000", "HR@1 of recpo above sft | 1 against 1 |",
+        "for all 17 comparisons of this table together (Holm",
+    ):  # fmt: skip
         assert part in text, part
     pytest.importorskip("matplotlib")
     pictures = [
@@ -303,7 +318,8 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
 
 
 def test_table_3_stands_beside_the_paper_s(tmp_path):
-    """The prepared examples are found by their hash; without them a line says how to get the statistics."""
+    """The prepared examples are found by their hash;
+    without them a line says how to get the statistics."""
     config = DataConfig(planted_users=100, followers=3, train_size=12, prepared_dir=str(tmp_path))
     made = prepare(config)
     text = data_table(vars(config), made.hash[:12])
@@ -325,9 +341,18 @@ def test_a_sweep_changes_one_option():
         }
         return Result(stage, Path(), config, Path(), settings, {}, {}, {})
 
-    results = [result("sdpo"), result("recpo"), result("recpo", margin_lambda=4.0), result("recpo", num_negatives=1),
-               result("recpo", decay=1.0), result("recpo", margin="log_diff"), result("recpo", margin_lambda=1.0, num_negatives=5),
-               result("recpo", margin_lambda=1.0, ratings=False), result("recpo", margin_lambda=3.0, seed=5), result("sft")]  # fmt: skip
+    results = [
+        result("sdpo"),
+        result("recpo"),
+        result("recpo", margin_lambda=4.0),
+        result("recpo", num_negatives=1),
+        result("recpo", decay=1.0),
+        result("recpo", margin="log_diff"),
+        result("recpo", margin_lambda=1.0, num_negatives=5),
+        result("recpo", margin_lambda=1.0, ratings=False),
+        result("recpo", margin_lambda=3.0, seed=5),
+        result("sft"),
+    ]
     methods = grouped([r for r in results if r.seed == 0])
     ladder = [(value, m.name) for value, m in sweep(methods, "margin_lambda")]
     assert ladder == [(0.0, "sdpo"), (2.0, "recpo"), (4.0, "recpo λ=4")]
@@ -338,7 +363,8 @@ def test_a_sweep_changes_one_option():
 
 # --------------------------------------------------------------------------------------- the runner
 def test_commands_carry_common_and_own_options(tmp_path):
-    """Flags of every kind; a run that goes on from another one's stage gets its model; baselines get no training options."""
+    """Flags of every kind; a run that goes on from another one's stage gets its model;
+    baselines get no training options."""
     assert flags_of({"a": 1, "b": True, "c": False, "d": "x"}) == [
         "--a=1",
         "--b",
@@ -380,7 +406,8 @@ def test_planted_tables_compare_the_losses_of_the_papers():
 
 @pytest.mark.parametrize("name", ["planted", "planted-sweeps", "movielens", "paper", "inputs"])
 def test_committed_tables_hold_options_that_exist(name):
-    """Every option of every run is one of its script; what a table leaves open is asked for by name."""
+    """Every option of every run is one of its script;
+    what a table leaves open is asked for by name."""
     table = json.loads((ROOT / f"configs/tables/{name}.json").read_text())
     for run in table["runs"]:
         own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
@@ -395,39 +422,32 @@ def test_committed_tables_hold_options_that_exist(name):
 
 
 def test_an_open_table_asks_for_model_and_data():
-    command = [
-        sys.executable,
-        "-m",
-        "studies.tables",
-        str(ROOT / "configs/tables/paper.json"),
-        f"--output_dir={ROOT}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    table = ROOT / "configs/tables/paper.json"
+    done = run_script("studies.tables", table, f"--output_dir={ROOT}")
     assert done.returncode == 2 and "leaves the data set open: --dataset" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
-    """Two runs, a baseline and a probe by one command; the second call does nothing; the report stands on them."""
+    """Two runs, a baseline and a probe by one command; the second call does nothing;
+    the report stands on them."""
     training = {
         "batch_size": 8,
         "lora_r": 4,
         "max_steps": 2,
     }
-    table = {"common": {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}, "training": training, "probes": ["adherence"], "probed": ["a"],
-             "runs": [{"name": "a", "stages": "sft,sdpo"}, {"name": "b", "after": "a/sft", "stages": "recpo"},
-                      {"name": "m", "script": "studies.sequential", "method": "markov"}]}  # fmt: skip
-    (tmp_path / "t.json").write_text(json.dumps(table))
-    command = [
-        sys.executable,
-        "-m",
-        "studies.tables",
-        str(tmp_path / "t.json"),
-        f"--output_dir={tmp_path / 'runs'}",
+    common = {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}
+    runs = [
+        {"name": "a", "stages": "sft,sdpo"},
+        {"name": "b", "after": "a/sft", "stages": "recpo"},
+        {"name": "m", "script": "studies.sequential", "method": "markov"},
     ]
-    command.append(f"--prepared_dir={tmp_path / 'prepared'}")
+    table = {"common": common, "training": training, "runs": runs}
+    table |= {"probes": ["adherence"], "probed": ["a"]}
+    (tmp_path / "t.json").write_text(json.dumps(table))
+    flags = (f"--output_dir={tmp_path / 'runs'}", f"--prepared_dir={tmp_path / 'prepared'}")
     for again in (False, True):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        done = run_script("studies.tables", tmp_path / "t.json", *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("finished before") == (3 if again else 0)
     made = report(tmp_path / "runs")

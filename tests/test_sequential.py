@@ -1,13 +1,11 @@
 """GRU4Rec, Caser and SASRec: what they see, what they learn, and that test data stays out."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import run_script
 
 from data import Interactions, build_examples, make_interactions
 from loaders.frozen import DataConfig
@@ -25,7 +23,6 @@ from studies.sequential import (
     training_windows,
 )
 
-ROOT = Path(__file__).parents[1]
 MODELS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
 SMALL = {"hidden_size": 32, "max_items": 8, "num_sampled": 30, "batch_size": 32, "dropout": 0.1}
 
@@ -45,7 +42,8 @@ def cyclic_log(num_users: int = 150, num_items: int = 60) -> Interactions:
 
 @pytest.mark.parametrize("size", [3, 8, 50])
 def test_every_item_is_predicted_once_and_the_last_two_never(size):
-    """Windows cover all but a user's first item, each once, with what came before it, and nothing of validation or test."""
+    """Windows cover all but a user's first item, each once, with what came before it,
+    and nothing of validation or test."""
     rng = np.random.default_rng(size)
     sequences = [rng.permutation(40)[: rng.integers(1, 30)].tolist() for _ in range(30)]
     log = log_of(sequences)
@@ -76,7 +74,8 @@ def test_a_test_case_shows_what_lies_before_it():
 
 
 def test_a_model_can_see_exactly_what_a_prompt_shows():
-    """--max_items 0 takes --history: a model then reads the items of the prompt, no more and no fewer."""
+    """--max_items 0 takes --history:
+    a model then reads the items of the prompt, no more and no fewer."""
     log = log_of([list(range(30)), list(range(40, 65)), list(range(60, 68))])
     config = BaselineConfig(max_items=0, history=12, followers=2, min_history=2)
     examples = build_examples(log, config)["test"]
@@ -110,7 +109,8 @@ def test_states_do_not_see_later_items(name):
 
 
 def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
-    """Without samples it is the full cross-entropy; a target drawn by chance does not compete with itself."""
+    """Without samples it is the full cross-entropy;
+    a target drawn by chance does not compete with itself."""
     model = GRU4Rec(BaselineConfig(**SMALL), 6, 1).eval()
     windows, users, generator = (
         torch.tensor([[0, 1, 2, 3, 6]]),
@@ -123,9 +123,8 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
         states @ model.items.weight[1:].T, windows[0, 2:] - 1
     )
     torch.testing.assert_close(full, expected)
-    monkeypatch.setattr(
-        "torch.randint", lambda *args, **kwargs: torch.tensor([3, 3, 3])
-    )  # the target of one position
+    targets = torch.tensor([3, 3, 3])  # the target of one position
+    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: targets.clone())
     sampled = step_loss(model, windows, users, 3, generator)
     logits = states @ model.items.weight[[2, 3, 6]].T  # rows predict 2, 3, 6
     own, three = logits.diagonal(), states @ model.items.weight[3]
@@ -138,7 +137,8 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
 
 @pytest.mark.parametrize("name", NEURAL)
 def test_a_simple_rule_is_learnt(name):
-    """On a log where the next item follows from the last one, each puts it first among 20 nearly always."""
+    """On a log where the next item follows from the last one,
+    each puts it first among 20 nearly always."""
     log = cyclic_log()
     splits = build_examples(log, DataConfig(followers=2, min_history=2))
     config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=5, **SMALL)
@@ -150,7 +150,8 @@ def test_a_simple_rule_is_learnt(name):
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
-    """Validation alone decides: the weights are those of its best epoch, and `patience` worse ones end it."""
+    """Validation alone decides: the weights are those of its best epoch,
+    and `patience` worse ones end it."""
     log = cyclic_log(60)
     splits = build_examples(log, DataConfig(followers=2, min_history=2))
     script, seen = iter([0.2, 0.5, 0.4, 0.3, 0.3, 0.9]), []
@@ -169,7 +170,8 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
 
 @pytest.mark.parametrize("method", ["sasrec", "markov", "random"])
 def test_the_command_writes_what_a_stage_writes(method, tmp_path):
-    """metrics.json and predictions.jsonl with the keys of a trained stage, the same candidates and data hash."""
+    """metrics.json and predictions.jsonl with the keys of a trained stage,
+    the same candidates and data hash."""
     flags = [
         "--planted_users=100",
         "--followers=3",
@@ -177,13 +179,7 @@ def test_the_command_writes_what_a_stage_writes(method, tmp_path):
         f"--prepared_dir={tmp_path / 'p'}",
         f"--output_dir={tmp_path / 'out'}",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "studies.sequential", f"--method={method}", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_script("studies.sequential", f"--method={method}", *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
     records = [

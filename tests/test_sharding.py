@@ -1,18 +1,18 @@
-"""Sharded models: the same weights, answers, losses and adapters as one process, however they are divided."""
+"""Sharded models: the same weights, answers, losses and adapters as one process,
+however they are divided."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import FAMILIES, write_checkpoint
+from launch import TINY, TRAIN, losses, places, run_script, run_train
 from safetensors.torch import load_file
-from test_train import TINY, losses, run_train
 from torch.distributed.tensor import DTensor
 
 from data import build_tree
@@ -30,9 +30,8 @@ from runtime.sharding import (
 )
 from train import TrainConfig, train_step
 
-ROOT = Path(__file__).parents[1]
-
-# A worker of 2 or 4 ranks: load every checkpoint in every mode and compare with the plain way of loading it.
+# A worker of 2 or 4 ranks: load every checkpoint in every mode and compare with the plain way of
+# loading it.
 WORKER = """
 import sys
 from pathlib import Path
@@ -50,11 +49,13 @@ folder = Path(sys.argv[1])
 prompts = [[5, 6, 7, 9], [8, 4], [9]]
 tree = build_tree(prompts, [[[8, 9, 2], [2]], [[7, 7, 2], [11, 2]], [[4, 2], [5, 5, 2]]])
 for path in sorted(folder.glob("*/config.json")):
-    for mode, adapter, r in (("full", None, 4), ("hybrid", folder / "adapters" / path.parent.name, 4),
-                             ("full", folder / "adapters" / path.parent.name, 0), ("none", None, 0)):
+    saved = folder / "adapters" / path.parent.name
+    copies = {"none": world_size, "hybrid": world_size // 2, "full": 1}
+    cases = [("full", None, 4), ("hybrid", saved, 4), ("full", saved, 0), ("none", None, 0)]
+    for mode, adapter, r in cases:
         config = TrainConfig(shard=mode, shard_group_size=2, lora_r=r, seed=3)
         model, replicas = load_policy(config, "recpo", path.parent, adapter, device)
-        assert replicas == (world_size if mode == "none" else world_size // 2 if mode == "hybrid" else 1)
+        assert replicas == copies[mode]
         assert not any(p.is_meta for p in model.parameters())
         plain = load_pretrained(path.parent)
         if adapter:
@@ -69,14 +70,16 @@ for path in sorted(folder.glob("*/config.json")):
         whole = dict(gathered(model))
         if rank == 0:
             for name, p in plain.state_dict().items():
-                torch.testing.assert_close(whole[name], p, rtol=1e-6, atol=1e-6, msg=f"{path} {mode} {name}")
+                message = f"{path} {mode} {name}"
+                torch.testing.assert_close(whole[name], p, rtol=1e-6, atol=1e-6, msg=message)
 print("ALL GOOD", flush=True)
 """
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
-    """Weights, tied heads, biases, log-probs and `generate` before any forward; adapters kept, and merged for full training."""
+    """Weights, tied heads, biases, log-probs and `generate` before any forward;
+    adapters kept, and merged for full training."""
     for family in FAMILIES:
         write_checkpoint(tmp_path / family, family, shard_bytes=20_000)
         model = apply_lora(load_pretrained(tmp_path / family), 4, 8, seed=5)
@@ -86,23 +89,13 @@ def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
         save_adapter(model, tmp_path / "adapters" / family)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        str(script),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, str(tmp_path)], capture_output=True, text=True, timeout=300, env=env
-    )
+    done = run_script(script, tmp_path, processes=processes)
     assert done.stdout.count("ALL GOOD") == processes, done.stderr[-3000:]
 
 
 def test_groups_must_divide_the_world(monkeypatch):
-    """hybrid's group is a machine by default; one that does not divide the processes is an error that lists those that do."""
+    """hybrid's group is a machine by default;
+    one that does not divide the processes is an error that lists those that do."""
     assert [shard_group(mode, 0, 8) for mode in ("full", "none")] == [8, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert shard_group("hybrid", 0, 8) == 4 and shard_group("hybrid", 2, 8) == 2
@@ -112,6 +105,7 @@ def test_groups_must_divide_the_world(monkeypatch):
         shard_group("hybrid", 3, 8)
 
 
+# 21 steps a stage
 LONG = (
     "--sft_epochs=7",
     "--epochs=7",
@@ -119,7 +113,7 @@ LONG = (
     "--sft_lora_r=4",
     "--lora_dropout=0",
     "--sft_learning_rate=1e-3",  # adapters that moved 10 times as far differ 10 times as much
-)  # 21 steps a stage
+)
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +135,14 @@ def assert_same_run(tmp_path, name, metrics, expected) -> None:
 
 @pytest.mark.parametrize(
     "processes, mode",
-    [pytest.param(2, "full", marks=pytest.mark.slow), pytest.param(2, "none", marks=pytest.mark.slow), pytest.param(4, "full", marks=pytest.mark.slow),
-     pytest.param(4, "none", marks=pytest.mark.slow), (4, "hybrid")],
-)  # fmt: skip
+    [
+        pytest.param(2, "full", marks=pytest.mark.slow),
+        pytest.param(2, "none", marks=pytest.mark.slow),
+        pytest.param(4, "full", marks=pytest.mark.slow),
+        pytest.param(4, "none", marks=pytest.mark.slow),
+        (4, "hybrid"),
+    ],
+)
 def test_any_division_gives_the_same_run(alone, processes, mode):
     """20 steps a stage: losses to 1e-4, final adapters to 1e-5."""
     tmp_path, expected = alone
@@ -156,11 +155,12 @@ def test_any_division_gives_the_same_run(alone, processes, mode):
 
 @pytest.mark.slow
 def test_two_agents_give_the_same_run(alone):
-    """hybrid over two torchrun agents of two processes each, as on two machines: a group is a machine."""
+    """hybrid over two torchrun agents of two processes each, as on two machines:
+    a group is a machine."""
     tmp_path, expected = alone
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo", str(ROOT / "train.py"), *TINY, *LONG, "--shard=hybrid",
-               f"--output_dir={tmp_path / 'agents'}", f"--prepared_dir={tmp_path / 'prepared'}"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:29517", "--rdzv_id=recpo"]
+    command += [str(TRAIN), *TINY, *LONG, "--shard=hybrid", *places(tmp_path, "agents")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     agents = [
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
@@ -236,7 +236,8 @@ def test_an_optimizer_of_other_parameters_is_refused(gathered_model):
 
 @pytest.mark.parametrize("r", [0, 4])
 def test_gradients_of_all_weights_are_reduced_after_every_micro_batch(tmp_path, r):
-    """Between micro-batches full training holds its rows only; adapters are reduced once per step."""
+    """Between micro-batches full training holds its rows only;
+    adapters are reduced once per step."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         write_checkpoint(tmp_path / "base")

@@ -1,11 +1,9 @@
-"""Training as a user runs it: whole runs in subprocesses, compared step by step."""
+"""Training as a user runs it: whole runs in processes of their own, compared step by step."""
 
 import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -14,66 +12,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from launch import ROOT, TRAIN, losses, run_script, run_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import progress
 from data import build_examples
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
-from loaders.movielens import load_movielens
+from loaders.frozen import DataConfig, encode_split, load_log, prepare
 from losses import target_margins
 from objectives import SFT, Preference, Schedule
-from runtime.runs import Logger, NotFinite
+from runtime.runs import NotFinite
 from runtime.stages import load_stage
 from train import TrainConfig, get_lr, load_policy, train_step
-
-ROOT = Path(__file__).parents[1]
-TINY = [
-    "--planted_users=150", "--train_size=20", "--test_size=8", "--batch_size=8",
-    "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
-]  # fmt: skip
-
-
-def run_train(tmp_path, name, *flags, processes=1, expect=0):
-    """One run of train.py in tmp_path/name; returns (output, metrics by stage)."""
-    folder = tmp_path / name
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
-    command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "train.py"), *TINY]
-    command += [f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # these models are too small to divide over threads
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == expect if expect == 0 else done.returncode != 0, output[-3000:]
-    metrics = {}
-    for file in folder.glob("*/metrics.jsonl"):
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        metrics[file.parent.name] = [m for m in lines if m["phase"] != "val"]
-    return output, metrics
-
-
-def losses(metrics, stage):
-    return np.array([m["loss"] for m in metrics[stage]])
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A finished SFT + RecPO run in one process that accumulates over single-prompt micro-batches."""
-    tmp_path = tmp_path_factory.mktemp("runs")
-    return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500")
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])
 def test_two_ranks_match_one(one_process, mode):
-    """2 processes x accumulation 2 give the loss curves of 1 process x accumulation 4 (fp32, dropout 0: full SFT)."""
+    """2 processes x accumulation 2 give the loss curves of 1 process x accumulation 4 (fp32,
+    dropout 0: full SFT)."""
     tmp_path, _, one = one_process
     flags = ("--micro_batch_tokens=500", f"--shard={mode}")
     _, two = run_train(tmp_path, f"two-{mode}", *flags, processes=2)
@@ -91,7 +48,8 @@ def test_two_ranks_match_one(one_process, mode):
     [(1, ()), (2, ("--shard=full", "--gradient_checkpointing")), (2, ("--shard=none",))],
 )
 def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
-    """--compile, with checkpointing and shards too: the eager losses, over micro-batches of several sizes."""
+    """--compile, with checkpointing and shards too:
+    the eager losses, over micro-batches of several sizes."""
     tmp_path, _, eager = one_process
     name = f"compiled-{processes}{len(flags)}"
     output, compiled = run_train(
@@ -105,7 +63,8 @@ def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler on a CPU")
 def test_compiled_checkpointing_draws_the_same_dropout(tmp_path):
-    """What checkpointing runs again in a compiled block drops the same elements as the first time."""
+    """What checkpointing runs again in a compiled block drops the same elements as the first
+    time."""
     flags = ("--compile", "--sft_lora_r=4", "--lora_dropout=0.3", "--stages=sft")
     runs = [
         run_train(tmp_path, n, *flags, *more)[1]
@@ -118,7 +77,8 @@ MORE = ("ipo", "simpo", "cpo", "odpo", "kto")
 
 
 def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
-    """Each from the same SFT result; one big micro-batch and many small ones, on two ranks, give the same losses."""
+    """Each from the same SFT result;
+    one big micro-batch and many small ones, on two ranks, give the same losses."""
     flags = ("--sft_epochs=1", "--epochs=1.5", "--beta=0.2", f"--stages=sft,{','.join(MORE)}")
     output, small = run_train(
         tmp_path, "small", *flags, "--micro_batch_tokens=500", "--shard=none", processes=2
@@ -145,59 +105,16 @@ def test_one_big_batch_matches_accumulation(one_process):
 
 
 def test_rewards_before_the_first_step_are_exactly_zero(one_process):
-    """Reference and policy run the same micro-batches, so the first rewards are zero to the last bit in fp32."""
+    """Reference and policy run the same micro-batches,
+    so the first rewards are zero to the last bit in fp32."""
     _, output, metrics = one_process
     assert "before the first step: at most 0.0e+00 nats" in output
     assert metrics["recpo"][0]["rewards/margins"] == 0.0
 
 
-def test_run_folder_holds_what_the_readme_promises(one_process):
-    """Config, PEFT adapter, HF model with tokenizer, metrics, predictions and the result table are there."""
-    folder = one_process[0] / "one"
-    for name in ("config.json", "results.md", "sft/model.safetensors", "sft/config.json",
-                 "sft/tokenizer.json", "recpo/adapter_model.safetensors", "recpo/adapter_config.json",
-                 "recpo/eval/metrics.json"):  # fmt: skip
-        assert (folder / name).is_file(), name
-    records = [
-        json.loads(line)
-        for line in (folder / "recpo/eval/predictions.jsonl").read_text().splitlines()
-    ]
-    assert len(records) == 8
-    assert all(len(r["logps"]) == 20 and r["target"] in r["candidates"] for r in records)
-    table = (folder / "results.md").read_text()
-    assert all(
-        word in table
-        for word in ("chance", "popularity", "item-kNN", "Markov", "sft", "recpo", "Bayes-optimal")
-    )
-
-
-def test_finished_stages_are_not_run_again(one_process):
-    """--resume auto skips finished stages, starts an unfinished one anew, and adds stages to a run."""
-    tmp_path, _, before = one_process
-    (tmp_path / "one" / "sdpo.unfinished").mkdir()
-    output, after = run_train(
-        tmp_path, "one", "--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto"
-    )
-    assert "sft: finished before" in output and "recpo: finished before" in output
-    assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
-    assert after["sdpo"][0]["preference_loss"] == pytest.approx(
-        np.log(4), abs=1e-6
-    )  # K = 3 at policy = reference
-
-
-def test_a_run_folder_in_use_is_not_overwritten(one_process):
-    """Without --resume a used folder is an error, with other options too; nothing in it changes."""
-    tmp_path = one_process[0]
-    before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
-    output, _ = run_train(tmp_path, "one", expect=1)
-    assert "holds a run already" in output and "Traceback" not in output
-    output, _ = run_train(tmp_path, "one", "--resume=auto", "--beta=0.5", expect=1)
-    assert "other values of beta" in output and "Traceback" not in output
-    assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
-
-
 def test_five_examples_on_four_ranks(tmp_path):
-    """Ranks without examples of their own go along with weight 0: nothing hangs, in training nor in decoding."""
+    """Ranks without examples of their own go along with weight 0:
+    nothing hangs, in training nor in decoding."""
     flags = ("--train_size=5", "--batch_size=5", "--test_size=5", "--epochs=1", "--sft_epochs=1")
     _, four = run_train(tmp_path, "four", *flags, processes=4)
     _, one = run_train(tmp_path, "one", *flags)
@@ -206,14 +123,12 @@ def test_five_examples_on_four_ranks(tmp_path):
 
 
 def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
-    """--stages recpo --adapter DIR: policy and reference are that adapter; an adapter of another base is refused."""
+    """--stages recpo --adapter DIR: policy and reference are that adapter;
+    an adapter of another base is refused."""
     run = one_process[0] / "one"
     demo = f"--config={ROOT / 'configs/demo.json'}"
-    flags = (
-        f"--adapter={run / 'recpo'}",
-        "--stages=sdpo",
-        demo,
-    )  # the base is the one that the adapter names
+    # the base is the one that the adapter names
+    flags = (f"--adapter={run / 'recpo'}", "--stages=sdpo", demo)
     output, metrics = run_train(tmp_path, "go-on", *flags)
     assert "before the first step: at most 0.0e+00 nats" in output
     assert metrics["sdpo"][0]["preference_loss"] == pytest.approx(np.log(4), abs=1e-6)
@@ -224,7 +139,8 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
 
 
 def test_raw_tests_what_training_starts_from(one_process, tmp_path):
-    """--stages raw: the start's own answers, here those of a finished stage; its row is in the table, and eval.py finds it."""
+    """--stages raw: the start's own answers, here those of a finished stage;
+    its row is in the table, and eval.py finds it."""
     run = one_process[0] / "one"
     demo = f"--config={ROOT / 'configs/demo.json'}"
     output, metrics = run_train(
@@ -258,24 +174,15 @@ def test_raw_tests_what_training_starts_from(one_process, tmp_path):
 )
 def test_bad_input_is_one_clear_message(tmp_path, flags, message):
     """What a user can get wrong ends in one line that names it, and a non-zero exit."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            f"--output_dir={tmp_path / 'run'}",
-            f"--prepared_dir={tmp_path / 'p'}",
-            *flags,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    places = (f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}")
+    done = run_script(TRAIN, *places, *flags)
     assert done.returncode != 0
     assert message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
 
 
 class Reads(TorchDispatchMode):
-    """Raises at what makes the host wait for a GPU: reading a value, or a result whose size depends on values."""
+    """Raises at what makes the host wait for a GPU:
+    reading a value, or a result whose size depends on values."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         indexed = str(function) in (
@@ -294,7 +201,8 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    """Options, encoded training examples and a base model of the planted world, in a process group of one."""
+    """Options, encoded training examples and a base model of the planted world,
+    in a process group of one."""
     folder = tmp_path_factory.mktemp("world")
     config = TrainConfig(
         planted_users=100,
@@ -328,14 +236,16 @@ def objective_and_optimizer(small_world, stage):
 
 @pytest.mark.parametrize("stage", ["sft", "recpo"])
 def test_a_step_never_waits_for_the_gpu(small_world, stage):
-    """Between its first forward and its update a step reads no value; its metrics are read afterwards."""
+    """Between its first forward and its update a step reads no value;
+    its metrics are read afterwards."""
     objective, optimizer = objective_and_optimizer(small_world, stage)
     batches = [
         objective.prepare([0, 1], range(4)),
         objective.prepare([2, 3], range(4)),
         objective.prepare([], range(4)),
     ]
-    # gloo copies on the host, and the CPU's fused AdamW reads its flag there; on a GPU both stay on the device
+    # gloo copies on the host, and the CPU's fused AdamW reads its flag there;
+    # on a GPU both stay on the device
     with (
         patch("torch.distributed.all_reduce"),
         patch.object(optimizer, "step") as step,
@@ -394,7 +304,8 @@ def test_the_guard_against_waiting_works(read):
 
 @pytest.mark.parametrize("culprit", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
-    """NaN in loss or gradient leaves weights and moments as they are; reading that step's metrics is an error."""
+    """NaN in loss or gradient leaves weights and moments as they are;
+    reading that step's metrics is an error."""
     objective, optimizer = objective_and_optimizer(small_world, "recpo")
     model, config = objective.model, small_world[0]
 
@@ -428,7 +339,8 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
 
 
 def test_every_step_covers_each_example_once_per_epoch():
-    """Batches are a function of (seed, epoch, step); an epoch is a permutation, whatever the number of ranks."""
+    """Batches are a function of (seed, epoch, step);
+    an epoch is a permutation, whatever the number of ranks."""
     config = TrainConfig(batch_size=8, micro_batch_tokens=100)
     widths = np.random.default_rng(0).integers(5, 30, size=(37, 2))
     one, three = Schedule(config, 2, widths, 1), Schedule(config, 2, widths, 3)
@@ -454,28 +366,19 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_first_movielens_losses_are_the_derived_ones():
-    """At policy = reference: S-DPO log 4 = 1.386; RecPO (ratio, lambda 2) about 10.04, as the authors' log starts at 10."""
+    """At policy = reference: S-DPO log 4 = 1.386;
+    RecPO (ratio, lambda 2) about 10.04, as the authors' log starts at 10."""
     archive = Path(os.environ.get("RECPO_DATA", ROOT.parent / "shared" / "data")) / "ml-1m.zip"
     if not archive.exists():
         pytest.skip("MovieLens-1M is not at hand")
-    examples = build_examples(load_movielens(archive), DataConfig(train_size=10000))["train"]
+    config = DataConfig(dataset="movielens", data_dir=str(archive), train_size=10000)
+    examples = build_examples(load_log(config), config)["train"]
     slots = np.concatenate([examples.target[:, None], examples.negatives(3)], 1)
     scores = torch.from_numpy(np.take_along_axis(examples.scores, slots, 1))
     margins = 2.0 * target_margins(scores[:, 0], scores[:, 1:], "ratio")
     assert torch.nn.functional.softplus(margins.logsumexp(1)).mean().item() == pytest.approx(
         10.04, abs=0.1
     )
-
-
-def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
-    """Steps of 2 seconds: after 3 of 100 the stage has 97 * 2 s left."""
-    times = iter([0.0, 0.0, 4.0, 4.0])
-    logger = Logger(tmp_path / "m.jsonl", 3, clock=lambda: next(times))
-    for step in range(3):
-        logger(step, 100, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, "sft")
-    logger.close()
-    assert "3/100 | loss  1.0000" in (out := capsys.readouterr().out)
-    assert "2000 ms/step | left 0:03:14" in out
 
 
 def test_progress_prints_a_line_a_minute(capsys):

@@ -1,10 +1,8 @@
-"""Validation while a stage trains: its users, its curve, that it changes nothing, and the best step's weights."""
+"""Validation while a stage trains:
+its users, its curve, that it changes nothing, and the best step's weights."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from launch import ROOT, TINY, losses, run_train
 from safetensors.torch import load_file
-from test_checkpoint import in_process  # noqa: F401  (a fixture)
-from test_train import TINY, losses, run_train
 
 import train
 from loaders.frozen import DataConfig, prepare
@@ -104,7 +101,7 @@ def test_validation_users_are_a_sample_of_the_validation_split(tmp_path):
     assert train.encode_sample(Spy(), None, TrainConfig(val_size=0)) is None
 
 
-def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypatch):
     """What train.py hands to a stage are examples of the val split, and test is answered last."""
     answered = []
     inner = train.predict
@@ -120,7 +117,7 @@ def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypat
     assert answered == [{2}, {2}, {1}]
 
 
-def test_the_best_step_is_kept_the_earlier_of_equal_ones(in_process, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_step_is_kept_the_earlier_of_equal_ones(in_process, tmp_path, monkeypatch):
     """--keep best saves and tests the weights of step 2, where .5 is reached first."""
     values = iter([0.2, 0.5, 0.5, 0.1])
 
@@ -184,7 +181,8 @@ def test_a_resumed_run_forgets_steps_that_lie_ahead(kept):
 
 
 def test_a_checkpoint_to_fall_back_to_finds_its_own_best_step(kept):
-    """What checkpoint-15 named as its best is kept beside the newer best, until that one is gone."""
+    """What checkpoint-15 named as its best is kept beside the newer best,
+    until that one is gone."""
     kept, folder = kept
     older = write_kept(folder / "checkpoint-15", step=15, best_step=5)
     kept.best = (0.9, 20)
@@ -205,7 +203,7 @@ def test_damaged_weights_of_a_kept_step_are_named_and_passed_over(kept, capsys):
     assert kept.best == (0.3, 5) and names(folder / "best") == {"checkpoint-5", "checkpoint-10"}
 
 
-def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkeypatch):  # noqa: F811
+def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkeypatch):
     """Stopped after step 3 of 4, resumed: step 2's weights, no val line twice."""
     values = {1: 0.2, 2: 0.5, 3: 0.1, 4: 0.3}
 
@@ -242,18 +240,13 @@ def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkey
 def test_the_best_step_of_full_training_on_two_sharded_ranks(tmp_path):
     """All weights, each rank its rows: step 1, the best by decree, is what both divisions save."""
     script = tmp_path / "decree.py"
-    script.write_text(DECREE.format(root=str(Path(__file__).parents[1])))
+    script.write_text(DECREE.format(root=str(ROOT)))
+    flags = (*SHORT, "--sft_lora_r=0", "--max_steps=2", "--eval_steps=1", "--keep=best")
     saved = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}", str(script), *TINY, *SHORT]
-        command += ["--sft_lora_r=0", "--max_steps=2", "--eval_steps=1", "--keep=best"]
-        command += [f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}"]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "keeping step 1 of 2" in done.stdout
+        output, _ = run_train(tmp_path, folder.name, *flags, processes=processes, script=script)
+        assert "keeping step 1 of 2" in output
         saved[processes] = load_file(folder / "sft" / "model.safetensors")
         assert not (folder / "sft" / "best").exists()
     for name, tensor in saved[1].items():

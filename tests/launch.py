@@ -1,0 +1,273 @@
+"""Runs of whole scripts, as `python train.py …` or torchrun start them,
+without the seconds that importing torch takes.
+
+A server process (this file run as a script) has imported what the scripts import, and does nothing
+else. For every run it forks: the child has its own process id, directory, environment, arguments,
+output and `__main__`, and dies of signals alone. With `processes` > 1 there is a child per rank, in
+the environment that torchrun would give it; when one fails the others are ended. What torchrun
+itself does is tested with torchrun (test_checkpoint.py)."""
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "train.py"
+# a run of 3 + 3 steps on the demo's base; --sft_lora_r is the demo's: all weights
+TINY = [
+    "--planted_users=150", "--train_size=20", "--test_size=8", "--batch_size=8",
+    "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
+]  # fmt: skip
+# A run whose random state matters: an adapter and dropout in SFT, which all weights would not have
+SAVING = ("--save_steps=2", "--sft_lora_r=4", "--lora_dropout=0.1", "--micro_batch_tokens=1500")
+SCRIPTS = ("train", "eval", "data", "studies.report", "studies.probes", "studies.sequential")
+
+
+# ------------------------------------------------------------------------ the server
+def serve() -> None:
+    """Fork a run per request line {script, argv, cwd, env, stdout, stderr},
+    or say how {poll: pid} has ended."""
+    for name in (*SCRIPTS, "torch._dynamo"):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what was imported is no child's garbage
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                become(request)
+        print(json.dumps(answer), flush=True)
+
+
+def become(request: dict) -> None:
+    """Run the script in this process, which ends with it."""
+    for number, file in enumerate(("/dev/null", request["stdout"], request["stderr"])):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY
+        os.dup2(os.open(file, flags), number)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    script = request["script"]
+    sys.argv = [script, *request["argv"]]
+    code = 1
+    try:
+        if script.endswith(".py"):
+            sys.path[0] = str(Path(script).parent)
+            runpy.run_path(script, run_name="__main__")
+        else:
+            sys.path[0] = request["cwd"]
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@functools.cache
+def server() -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
+    atexit.register(stop, process)
+    return process
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.stdin.close()
+    process.wait()
+
+
+def ask(request: dict):
+    """The server's answer to one request."""
+    process = server()
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+# ------------------------------------------------------------------------ runs
+class Script:
+    """A started script: a process per rank."""
+
+    def __init__(self, script, *argv, processes: int, cwd, env: dict, stdout, stderr):
+        request = {
+            "script": str(script),
+            "argv": [str(a) for a in argv],
+            "cwd": str(cwd),
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+        }
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+        ranks = ranks_of(processes) if processes > 1 else [{}]
+        self.pids = [ask(request | {"env": env | rank}) for rank in ranks]
+        self.codes: list[int | None] = [None] * len(self.pids)
+
+    def poll(self) -> int | None:
+        """None while a process lives; then 0, or the code of the first that failed
+        (-9: by kill -9)."""
+        for n, pid in enumerate(self.pids):
+            if self.codes[n] is None:
+                self.codes[n] = ask({"poll": pid})
+        if None in self.codes:
+            return None
+        return next((code for code in self.codes if code), 0)
+
+    def wait(self, seconds: float = 300) -> int:
+        """The exit code; when one process fails the others are ended, as torchrun does."""
+        end = time.time() + seconds
+        while (code := self.poll()) is None:
+            if any(self.codes):
+                time.sleep(0.2)  # they may have the same to say
+                self.kill()
+            if time.time() > end:
+                self.kill()
+                raise TimeoutError(f"processes {self.pids} did not end in {seconds} s")
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """To every process that has not been seen to end."""
+        self.poll()
+        for pid, code in zip(self.pids, self.codes, strict=True):
+            if code is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def kill(self) -> None:
+        """kill -9, and wait until all are gone."""
+        self.send_signal(signal.SIGKILL)
+        while self.poll() is None:
+            time.sleep(0.01)
+
+
+def ranks_of(processes: int) -> list[dict]:
+    """What torchrun puts into the environment of each process on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    return [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+
+
+def run_script(
+    script, *argv, processes: int = 1, cwd=ROOT, seconds: float = 300, **env: str
+) -> subprocess.CompletedProcess:
+    """Run a file (….py) or a module (studies.report) to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        started = Script(
+            script, *argv, processes=processes, cwd=cwd, env=env, stdout=out, stderr=err
+        )
+        code = started.wait(seconds)
+        texts = [f.read_text() if f.exists() else "" for f in (out, err)]
+    return subprocess.CompletedProcess([str(script), *argv], code, *texts)
+
+
+def run_train(tmp_path: Path, name: str, *flags, processes: int = 1, expect: int = 0, script=TRAIN):
+    """One run of train.py in tmp_path/name; returns (output, metrics by stage).
+
+    `expect` 0: it must end well; otherwise it must not."""
+    flags = (*TINY, *places(tmp_path, name), *flags)
+    done = run_script(script, *flags, processes=processes, cwd=tmp_path)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == (expect == 0), output[-3000:]
+    metrics = {}
+    for file in (tmp_path / name).glob("*/metrics.jsonl"):
+        steps = [json.loads(line) for line in file.read_text().splitlines()]
+        metrics[file.parent.name] = [m for m in steps if m["phase"] != "val"]
+    return output, metrics
+
+
+def start_train(tmp_path: Path, name: str, *flags, processes: int = 1, script=TRAIN) -> Script:
+    """A run that goes on beside the test; what it prints goes to tmp_path/name.log."""
+    log = tmp_path / f"{name}.log"
+    flags = (*TINY, *places(tmp_path, name), *flags)
+    return Script(script, *flags, processes=processes, cwd=tmp_path, env={}, stdout=log, stderr=log)
+
+
+def places(tmp_path: Path, name: str) -> tuple[str, str]:
+    """Its run folder, and the prepared examples that all runs of tmp_path share."""
+    return f"--output_dir={tmp_path / name}", f"--prepared_dir={tmp_path / 'prepared'}"
+
+
+def wait_for(condition, process, seconds: float = 120) -> None:
+    """Until the condition holds or the process has ended."""
+    end = time.time() + seconds
+    while time.time() < end and process.poll() is None and not condition():
+        time.sleep(0.02)
+
+
+def losses(metrics: dict, stage: str) -> np.ndarray:
+    return np.array([m["loss"] for m in metrics[stage]])
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def results_of(folder: Path) -> dict[str, torch.Tensor]:
+    """What both stages have trained: adapters, or all weights."""
+    files = [folder / "sft" / "model.safetensors"]
+    files += [folder / stage / "adapter_model.safetensors" for stage in ("sft", "recpo")]
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in files
+        if file.exists()
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_results(a: Path, b: Path, atol: float = 0.0) -> None:
+    first, second = results_of(a), results_of(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max().item() <= atol, name
+
+
+def uninterrupted(tmp_path: Path, processes: int) -> Path:
+    """The run to compare with: sums over ranks round differently, so one of as many processes."""
+    if processes == 1:
+        return tmp_path / "whole"
+    reference = tmp_path / f"whole-{processes}"
+    if not reference.exists():
+        run_train(tmp_path, reference.name, *SAVING, processes=processes)
+    return reference
+
+
+if __name__ == "__main__":
+    serve()

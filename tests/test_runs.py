@@ -1,0 +1,302 @@
+"""A run's log and folder, its end by a signal or a full disk, and its stages:
+what they start from, who may read them."""
+
+import fcntl
+import gc
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import (
+    SAVING,
+    TINY,
+    TRAIN,
+    assert_same_results,
+    lines,
+    losses,
+    run_train,
+    start_train,
+    uninterrupted,
+    wait_for,
+)
+from safetensors.torch import load_file, save_file
+
+import train
+from eval import main as evaluate_run
+from model import load_pretrained
+from runtime.checkpoint import checkpoints, damage
+from runtime.runs import Logger
+from studies.probes import main as probe_run
+
+
+# ------------------------------------------------------------------------ the log
+def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
+    """Steps of 2 seconds: after 3 of 100 the stage has 97 * 2 s left."""
+    times = iter([0.0, 0.0, 4.0, 4.0])
+    logger = Logger(tmp_path / "m.jsonl", 3, clock=lambda: next(times))
+    for step in range(3):
+        logger(step, 100, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, "sft")
+    logger.close()
+    assert "3/100 | loss  1.0000" in (out := capsys.readouterr().out)
+    assert "2000 ms/step | left 0:03:14" in out
+
+
+# ------------------------------------------------------------------------ the folder
+def test_run_folder_holds_what_the_readme_promises(one_process):
+    """Config, PEFT adapter, HF model with tokenizer, metrics,
+    predictions and the result table are there."""
+    folder = one_process[0] / "one"
+    for name in (
+        "config.json", "results.md", "sft/model.safetensors", "sft/config.json",
+        "sft/tokenizer.json", "recpo/adapter_model.safetensors",
+        "recpo/adapter_config.json", "recpo/eval/metrics.json",
+    ):  # fmt: skip
+        assert (folder / name).is_file(), name
+    records = [
+        json.loads(line)
+        for line in (folder / "recpo/eval/predictions.jsonl").read_text().splitlines()
+    ]
+    assert len(records) == 8
+    assert all(len(r["logps"]) == 20 and r["target"] in r["candidates"] for r in records)
+    table = (folder / "results.md").read_text()
+    assert all(
+        word in table
+        for word in ("chance", "popularity", "item-kNN", "Markov", "sft", "recpo", "Bayes-optimal")
+    )
+
+
+def test_finished_stages_are_not_run_again(one_process):
+    """--resume auto skips finished stages, starts an unfinished one anew,
+    and adds stages to a run."""
+    tmp_path, _, before = one_process
+    (tmp_path / "one" / "sdpo.unfinished").mkdir()
+    output, after = run_train(
+        tmp_path, "one", "--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto"
+    )
+    assert "sft: finished before" in output and "recpo: finished before" in output
+    assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
+    # K = 3 at policy = reference
+    assert after["sdpo"][0]["preference_loss"] == pytest.approx(np.log(4), abs=1e-6)
+
+
+def test_a_run_folder_in_use_is_not_overwritten(one_process):
+    """Without --resume a used folder is an error, with other options too; nothing in it changes."""
+    tmp_path = one_process[0]
+    before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
+    output, _ = run_train(tmp_path, "one", expect=1)
+    assert "holds a run already" in output and "Traceback" not in output
+    output, _ = run_train(tmp_path, "one", "--resume=auto", "--beta=0.5", expect=1)
+    assert "other values of beta" in output and "Traceback" not in output
+    assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
+
+
+DISK = """
+mount -t tmpfs -o size={size}k none {disk} || exit 99
+{train}
+code=$?
+test -n "{then}" && mount -o remount,{then} {disk} &&
+    {train} --resume=auto && cp -r {disk}/run {disk}-after
+exit $code
+"""
+
+
+def needs_mount(tmp_path) -> None:
+    probe = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs none {tmp_path}"]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("a disk of its own needs unshare and a user namespace")
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
+    """A disk with room for two checkpoints fills up;
+    with more room --resume auto goes on to the same bits."""
+    needs_mount(tmp_path)
+    runs, disk = whole[0], tmp_path / "disk"
+    adapter = (runs / "whole" / "sft" / "adapter_model.safetensors").stat().st_size
+    disk.mkdir()
+    flags = [*TINY, *SAVING, f"--output_dir={disk}/run", f"--prepared_dir={runs / 'prepared'}"]
+    script = DISK.format(
+        size=int(3 * adapter * 2.5) // 1024,  # two checkpoints with their moments, not three
+        disk=disk,
+        train=f"OMP_NUM_THREADS=1 {sys.executable} {TRAIN} {' '.join(flags)}",
+        then="size=100m",
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    message = done.stderr.strip().splitlines()[0]
+    assert re.match(
+        r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left.*untouched", message
+    ), message
+    assert "Traceback" not in done.stderr and "going on from" in done.stdout
+    for stage in ("sft", "recpo"):
+        ours, theirs = (
+            load_file(f / stage / "adapter_model.safetensors")
+            for f in (tmp_path / "disk-after", runs / "whole")
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_folder_that_vanishes_is_one_message(whole, group):
+    """Somebody removes the run folder while it trains: the next write says so and names it."""
+    tmp_path = whole[0]
+    process = start_train(tmp_path, "vanishing", *SAVING, "--sft_epochs=500")
+    folder = tmp_path / "vanishing"
+    wait_for(lambda: len(checkpoints(folder / "sft.unfinished")) > 0, process)
+    folder.rename(tmp_path / "elsewhere")
+    assert process.wait(60) == 2
+    log = (tmp_path / "vanishing.log").read_text()
+    assert re.search(
+        r"error: .*vanishing/sft.unfinished\S* cannot be written .*No such file", log
+    ), log[-2000:]
+    assert "Traceback" not in log
+    assert not damage(checkpoints(tmp_path / "elsewhere" / "sft.unfinished")[0])
+
+
+def test_two_runs_in_one_folder_are_refused(whole):
+    """A second process is told so at once; when the first has been killed, the folder is free."""
+    tmp_path = whole[0]
+    long = (*SAVING, "--sft_epochs=500")
+    first = start_train(tmp_path, "locked", *long)
+    wait_for((tmp_path / "locked" / "config.json").exists, first)
+    output, _ = run_train(tmp_path, "locked", *long, "--resume=auto", expect=1)
+    assert "another process is running in this folder" in output and "Traceback" not in output
+    first.kill()
+    with open(tmp_path / "locked" / "lock") as lock:
+        # BlockingIOError if a dead process still held it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ------------------------------------------------------------------------ the signal
+@pytest.mark.parametrize(
+    "stage, processes",
+    [
+        pytest.param("sft", 1, marks=pytest.mark.slow),
+        ("recpo", 1),
+        pytest.param("sft", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_loses_no_step(whole, stage, processes):
+    """SIGTERM saves at the next step and exits with 0;
+    resuming gives the same bits, the deleted reference cache too."""
+    tmp_path, metrics, _ = whole
+    name = f"stopped-{stage}-{processes}"
+    flags = (*SAVING[1:], "--save_steps=0")  # the signal alone saves
+    process = start_train(tmp_path, name, *flags, processes=processes)
+    file = tmp_path / name / f"{stage}.unfinished" / "metrics.jsonl"
+    wait_for(lambda: lines(file) >= (4 if stage == "sft" else 1), process)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(60)
+    log = (tmp_path / f"{name}.log").read_text()
+    if (tmp_path / name / "recpo").exists():
+        pytest.skip("the run was over before the signal came")
+    if processes == 1:  # torchrun hands the signal on, and then reports it as its own failure
+        assert code == 0 and "Traceback" not in log
+    assert "stopped by SIGTERM after step" in log
+    (saved,) = checkpoints(file.parent)
+    steps = [json.loads(line) for line in file.read_text().splitlines()]
+    assert steps[-1]["step"] == json.loads((saved / "state.json").read_text())["step"]
+    for cache in (tmp_path / name).glob("reference-*"):
+        cache.unlink()
+    output, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
+    assert f"going on from {saved}" in output
+    assert_same_results(tmp_path / name, uninterrupted(tmp_path, processes))
+    assert [m["step"] for m in resumed[stage]] == [m["step"] for m in metrics[stage]]
+    if processes == 1:
+        np.testing.assert_array_equal(losses(resumed, stage), losses(metrics, stage))
+
+
+# ------------------------------------------------------------------------ the stages
+def write_log(file: Path, users: int) -> Path:
+    """A log of one's own in which every user saw 12 of 40 films."""
+    rows = ["user_id,item_id,rating,timestamp,title"]
+    for user in range(users):
+        for n in range(12):
+            item = (7 * user + 3 * n) % 40
+            rows.append(f"{user},{item},{1 + (user + n) % 5},{1_500_000_000 + n},Film {item}")
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+def test_a_run_over_data_that_grew_is_refused(in_process, tmp_path):
+    """Finished stages hold for their data: train.py and eval.py name both hashes, write nothing."""
+    log = write_log(tmp_path / "log.csv", 40)
+    flags = (*TINY, "--dataset=csv", f"--data_dir={log}", "--max_steps=1", "--core=2")
+    flags = (*flags, f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
+    in_process(train.main, *flags, "--stages=sft")
+    evaluation = (f"--run={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
+    in_process(evaluate_run, *evaluation)
+    before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    before.pop(tmp_path / "run" / "config.json")  # the stages that were asked for
+
+    write_log(log, 50)
+    message = (
+        r"sft was finished on data [0-9a-f]{12}, now it is [0-9a-f]{12}: .*another --output_dir"
+    )
+    with pytest.raises(ValueError, match=message):
+        in_process(train.main, *flags, "--stages=sft,recpo", "--resume=auto")
+    with pytest.raises(ValueError, match=r"sft was finished on data \w+, now it is .*by --model"):
+        in_process(evaluate_run, *evaluation)
+    assert all(f.read_bytes() == content for f, content in before.items())
+    assert not (tmp_path / "run" / "recpo.unfinished").exists()
+
+
+def test_a_finished_stage_of_other_weights_is_refused(whole, in_process):
+    """A base or adapter that changed under a finished stage: both hashes, and what to do."""
+    tmp_path = whole[0]
+    folder = tmp_path / "other-weights"
+    shutil.copytree(tmp_path / "whole", folder)
+    file = folder / "sft" / "adapter_model.safetensors"
+    tensors = {name: tensor + 1e-3 for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    flags = (*TINY, *SAVING, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}")
+    with pytest.raises(ValueError, match=r"recpo was finished from weights \w+, now they are \w+"):
+        in_process(train.main, *flags, "--resume=auto")
+
+
+def test_models_and_optimizers_go_with_their_stage(whole, in_process, monkeypatch):
+    """When the next model is loaded none before it lives, in training, evaluation and probes."""
+    tmp_path = whole[0]
+    folder = tmp_path / "stage-after-stage"
+    shutil.copytree(tmp_path / "whole", folder)
+    shutil.rmtree(folder / "recpo")
+    made = []
+
+    def watched(make):
+        def wrapper(*args, **kwargs):
+            assert all(reference() is None for reference in made)
+            result = make(*args, **kwargs)
+            made.append(weakref.ref(result[0] if isinstance(result, tuple) else result))
+            return result
+
+        return wrapper
+
+    AdamW = torch.optim.AdamW
+
+    def watched_optimizer(*args, **kwargs):
+        optimizer = AdamW(*args, **kwargs)
+        optimizers.append(weakref.ref(optimizer))
+        return optimizer
+
+    optimizers = []
+    monkeypatch.setattr("train.load_policy", watched(train.load_policy))
+    monkeypatch.setattr("eval.load_pretrained", watched(load_pretrained))
+    monkeypatch.setattr("torch.optim.AdamW", watched_optimizer)
+    gc.disable()  # it might come by at the right moment by chance
+    try:
+        prepared = f"--prepared_dir={tmp_path / 'prepared'}"
+        flags = (*TINY, *SAVING, f"--output_dir={folder}", prepared, "--resume=auto")
+        in_process(train.main, *flags, "--stages=sft,recpo,sdpo")
+        assert len(made) == 2 and all(reference() is None for reference in made + optimizers)
+        in_process(evaluate_run, f"--run={folder}", prepared)
+        assert len(made) == 5 and made[-1]() is None
+        in_process(probe_run, f"--run={folder}", prepared, "--probe=length")
+        assert len(made) == 8 and made[-1]() is None
+    finally:
+        gc.enable()
