@@ -1,4 +1,4 @@
-"""From an interaction log to batches: splits, frozen candidates, prompts, token ids, and the PromptTree.
+"""From interactions to batches: splits, candidates, prompts, token ids, and the PromptTree.
 
 One real prompt (MovieLens-1M, shortened), and one of its completions:
 
@@ -10,13 +10,15 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
     Back to the Future
     Answer:                                 the completion is " Back to the Future" + EOS
 
-raw files -> interactions.py (the table) -> examples.py (splits, candidates, prompts) -> here: kept on disk under a hash, and
-encoded once per tokenizer -> batches.py (trees). A prompt that is too long loses its oldest history items, never tokens.
+interactions (a table) -> splits, candidates, preference scores -> prompt -> tokens -> PromptTrees
+in micro-batches. loaders/ reads raw files; loaders/frozen.py freezes examples on disk. A prompt
+that is too long loses its oldest history items, never tokens.
 
-    python data.py --dataset movielens --data_dir ml-1m.zip       statistics and one example with its token boundaries
+    python data.py --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
 
-Left out: rating prediction, cold-start items, side features. Legend: E examples, B examples of a batch, N completions
-per example, P prompt width, C completion width, T = P + C, M scored tokens.
+Left out: rating prediction, cold-start items, side features. Legend: E examples, F followers among
+the candidates, B examples of a batch, N completions per example, P prompt width, C completion
+width, T = P + C, M scored tokens.
 """
 
 import html
@@ -36,17 +38,15 @@ from hub.tokenizer import Tokenizer
 from losses import preference_score
 
 NUM_CANDIDATES = 20
-
-
 NUM_TEMPLATES = 5  # as many as TEMPLATES has, below
 
 
-# ------------------------------------------------------------------------------------------------ interactions
-
-
+# ------------------------------------------------------------------------------------- interactions
 @dataclass
 class Interactions:
-    """A log as flat arrays, sorted by user, then time, then original order. User u owns rows start[u] : start[u + 1]."""
+    """A log as flat arrays, sorted by user, then time, then original order.
+
+    User u owns rows start[u] : start[u + 1]."""
 
     user: np.ndarray  # (n,) int32 code
     item: np.ndarray  # (n,) int32 code
@@ -57,9 +57,8 @@ class Interactions:
     user_ids: list[str]
     item_ids: list[str]
     name: str = ""  # of the data set; chooses the words of the prompts
-    notes: dict[str, int] = field(
-        default_factory=dict
-    )  # what the loader left out or changed -> how often
+    # what the loader left out or changed -> how often
+    notes: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_users(self) -> int:
@@ -70,10 +69,10 @@ class Interactions:
         return len(self.titles)
 
 
-def make_interactions(
-    user, item, rating, timestamp, titles: Mapping, name: str = ""
-) -> Interactions:
-    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns; `titles` maps item id to title."""
+def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -> Interactions:
+    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns.
+
+    `titles` maps item id to title."""
     user_ids, user = np.unique(np.asarray(user), return_inverse=True)
     item_ids, item = np.unique(np.asarray(item), return_inverse=True)
     missing = [i for i in item_ids.tolist() if i not in titles]
@@ -83,7 +82,8 @@ def make_interactions(
     keep = last_of_each_pair(user, item, timestamp)
     names = unique_titles([titles[i] for i in item_ids.tolist()])
     ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
-    return _sorted(*(column[keep] for column in (user, item, rating, timestamp)), names, *ids, name)
+    columns = [column[keep] for column in (user, item, rating, timestamp)]
+    return _sorted(*columns, names, *ids, name)
 
 
 def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
@@ -113,8 +113,6 @@ def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray)
 
 
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
-
-
 _CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
 
 
@@ -142,7 +140,9 @@ def unique_titles(titles: list[str]) -> list[str]:
 
 
 def k_core(log: Interactions, k: int) -> Interactions:
-    """Drop users and items with fewer than k interactions, again and again until none is left; k = 0 keeps all."""
+    """Drop users and items with fewer than k interactions, again and again until none is left.
+
+    k = 0 keeps all."""
     keep = np.ones(len(log.user), bool)
     while k > 0:
         users = np.bincount(log.user[keep], minlength=log.num_users)
@@ -162,30 +162,25 @@ def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
     """Only these rows, and the users and items that still occur in them."""
     users, user = np.unique(log.user[keep], return_inverse=True)
     items, item = np.unique(log.item[keep], return_inverse=True)
-    return Interactions(
-        user.astype(np.int32),
-        item.astype(np.int32),
-        log.rating[keep],
-        log.timestamp[keep],
-        np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
-        [log.titles[i] for i in items],
-        [log.user_ids[u] for u in users],
-        [log.item_ids[i] for i in items],
-        log.name,
-        log.notes,
+    return replace(
+        log,
+        user=user.astype(np.int32),
+        item=item.astype(np.int32),
+        rating=log.rating[keep],
+        timestamp=log.timestamp[keep],
+        start=np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
+        titles=[log.titles[i] for i in items],
+        user_ids=[log.user_ids[u] for u in users],
+        item_ids=[log.item_ids[i] for i in items],
     )
 
 
-# ------------------------------------------------------------------------------------------------ examples
-
-
+# ----------------------------------------------------------------------------------------- examples
 @dataclass(frozen=True)
 class ExampleConfig:
     """How a log becomes frozen examples and prompts."""
 
-    train_size: int = arg(
-        10000, "training examples, drawn from all prefixes; 0 = all", group="examples", at_least=0
-    )
+    train_size: int = arg(10000, "training examples; 0 = all", group="examples", at_least=0)
     test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all", at_least=0)
     history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
     history_items: str = arg(
@@ -194,33 +189,22 @@ class ExampleConfig:
     ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
     min_history: int = arg(5, "interactions that must lie before an example", at_least=1)
     followers: int = arg(
-        10,
-        "later interactions among the training candidates; random items fill up to 20",
-        at_least=1,
-        at_most=NUM_CANDIDATES - 1,
+        10, "later interactions among training candidates", at_least=1, at_most=NUM_CANDIDATES - 1
     )
     positive: str = arg(
-        "argmax",
-        "chosen training item: argmax of the preference score, or the first one liked",
-        choices=("argmax", "first"),
+        "argmax", "chosen item: best preference score, or first liked", choices=("argmax", "first")
     )
     min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
     neg_rating: float = arg(3.0, "rating given to random candidates", above=0)
     neg_step: int = arg(10, "steps given to random candidates", at_least=0)
     exclude: str = arg(
-        "all",
-        "random candidates exclude all items of the user, or only those seen in the prompt",
-        choices=("all", "seen"),
+        "all", "random candidates are new to the user, or to the prompt", choices=("all", "seen")
     )
     negatives: str = arg(
-        "uniform",
-        "random candidates are drawn uniform or by popularity",
-        choices=("uniform", "popularity"),
+        "uniform", "random candidates: uniform or by popularity", choices=("uniform", "popularity")
     )
-    num_templates: int = arg(
-        0, "prompt templates in use; 0 = all", at_least=0, at_most=NUM_TEMPLATES
-    )
+    num_templates: int = arg(0, "prompt templates; 0 = all", at_least=0, at_most=NUM_TEMPLATES)
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
 
     def __post_init__(self):
@@ -247,7 +231,7 @@ class Example:
 
 @dataclass
 class Examples:
-    """A split with frozen candidates. Example e predicts what follows row position[e] - 1 of the log."""
+    """A split with frozen candidates; example e predicts what follows row position[e] - 1."""
 
     log: Interactions
     split: str
@@ -268,14 +252,14 @@ class Examples:
         return len(self.position)
 
     def __getitem__(self, e: int) -> Example:
-        log, rows = self.log, self.history_rows(e)
+        log, history = self.log, []
+        for row in self.history_rows(e):
+            rating = float(log.rating[row]) if self.ratings else nan
+            history.append((log.titles[log.item[row]], rating))
         return Example(
             dataset=log.name,
             user=log.user_ids[log.user[self.position[e]]],
-            history=[
-                (log.titles[log.item[r]], float(log.rating[r]) if self.ratings else nan)
-                for r in rows
-            ],
+            history=history,
             candidates=[log.titles[c] for c in self.candidates[e]],
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
@@ -287,9 +271,8 @@ class Examples:
         p = int(self.position[e])
         start = int(self.log.start[self.log.user[p]])
         if self.min_shown_rating:
-            return (start + np.flatnonzero(self.log.rating[start:p] >= self.min_shown_rating))[
-                -self.history :
-            ].tolist()
+            liked = np.flatnonzero(self.log.rating[start:p] >= self.min_shown_rating)
+            return (start + liked[-self.history :]).tolist()
         return range(max(start, p - self.history), p)
 
     def select(self, indices) -> "Examples":
@@ -297,16 +280,16 @@ class Examples:
         return replace(self, **arrays)
 
     def negatives(self, num_negatives: int, source: str = "both") -> np.ndarray:
-        """(E, K) slots of the rejected items: the first K others, or the first K that are random / that follow."""
+        """(E, K) slots of the rejected: the first K others, or the first K random / following."""
         if source not in ("both", "random", "follow"):
             raise ValueError(f"negatives come from both, random or follow, not {source!r}")
-        if source == "both":
-            allowed = np.ones_like(self.others, bool)
-        else:
+        allowed = np.ones_like(self.others, bool)
+        if source != "both":
             allowed = np.take_along_axis(self.is_random, self.others, 1) == (source == "random")
-        if allowed.sum(1).min(initial=num_negatives) < num_negatives:
+        fewest = allowed.sum(1).min(initial=num_negatives)
+        if fewest < num_negatives:
             raise ValueError(
-                f"--num_negatives {num_negatives}: an example has only {allowed.sum(1).min()} ({source})"
+                f"--num_negatives {num_negatives}: an example has only {fewest} ({source})"
             )
         first = np.argsort(~allowed, axis=1, kind="stable")[:, :num_negatives]
         return np.take_along_axis(self.others, first, 1)
@@ -315,59 +298,57 @@ class Examples:
 def build_examples(log: Interactions, config: ExampleConfig | None = None) -> dict[str, Examples]:
     """All three splits, {"train", "val", "test"} -> Examples, from one seeded generator per split.
 
-    Raises ValueError if a split is empty or a user has touched so much that random candidates run out."""
+    Raises ValueError if a split is empty or a user has touched so much that random candidates run
+    out."""
     config = config or ExampleConfig()
-    first, last = log.start[:-1], log.start[1:]
-    position = np.arange(len(log.user))
-    age = position - first[log.user]  # interactions before this one
-    room = last[log.user] - position  # interactions from this one on
-    candidates = {
-        # followers must end before the user's last two interactions, which belong to validation and test
-        "train": position[(age >= config.min_history) & (room >= config.followers + 2)],
-        "val": position[
-            (age >= config.min_history) & (room == 2) & (log.rating >= config.min_rating)
-        ],
-        "test": position[
-            (age >= config.min_history) & (room == 1) & (log.rating >= config.min_rating)
-        ],
-    }
     keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
     splits = {}
-    for number, (split, rows) in enumerate(candidates.items()):
+    for number, split in enumerate(("train", "val", "test")):
         rng = np.random.default_rng([config.data_seed, number])
-        if split == "train":
-            steps, size, places = np.arange(config.followers), config.train_size, len(rows)
-            parts = np.array_split(
-                rows, len(rows) // 2**20 + 1
-            )  # all prefixes at once would take 200 bytes each
-            rows = np.concatenate([part[_chosen_follower(log, part, config)[1]] for part in parts])
-        else:
-            steps, size = np.arange(1), config.test_size
-            places = int(
-                ((age >= config.min_history) & (room == (2 if split == "val" else 1))).sum()
-            )
+        rows, num_places = _eligible_rows(log, split, config)
+        size = config.train_size if split == "train" else config.test_size
         rows = rng.permutation(rows)
         rows = rows[:size] if size else rows
-        if len(rows) == 0 and places:
-            raise ValueError(
-                f"no {split} example: in none of {places:,} places is the chosen item liked: ratings go from {log.rating.min():g} to "
-                f"{log.rating.max():g}, --min_rating is {config.min_rating:g}"
-            )
         if len(rows) == 0:
-            after = f" and {config.followers + 2} after" if split == "train" else ""
-            which = "--min_history or --followers" if split == "train" else "--min_history"
-            raise ValueError(
-                f"no {split} example: no user has {config.min_history} interactions before{after} a point (the longest log has "
-                f"{np.diff(log.start).max()}); lower {which}"
-            )
+            raise ValueError(_why_empty(log, split, num_places, config))
+        steps = np.arange(config.followers if split == "train" else 1)
         splits[split] = freeze(log, split, rows, steps, keys, config, rng)
     return splits
 
 
-def _chosen_follower(
-    log: Interactions, rows: np.ndarray, config: ExampleConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which follower is chosen (E,), and whether the example counts (E,): its chosen item must be a liked one."""
+def _eligible_rows(log: Interactions, split: str, config: ExampleConfig) -> tuple[np.ndarray, int]:
+    """Rows (n,) whose chosen item is a liked one, and how many there are, liked or not."""
+    position = np.arange(len(log.user))
+    age = position - log.start[:-1][log.user]  # interactions before this one
+    room = log.start[1:][log.user] - position  # interactions from this one on
+    if split != "train":
+        rows = np.flatnonzero((age >= config.min_history) & (room == (2 if split == "val" else 1)))
+        return rows[log.rating[rows] >= config.min_rating], len(rows)
+    # followers end before the user's last two interactions, which are validation and test
+    rows = np.flatnonzero((age >= config.min_history) & (room >= config.followers + 2))
+    # all prefixes at once would take 200 bytes each
+    parts = np.array_split(rows, len(rows) // 2**20 + 1)
+    liked = [part[_chosen_follower(log, part, config)[1]] for part in parts]
+    return np.concatenate(liked), len(rows)
+
+
+def _why_empty(log: Interactions, split: str, num_places: int, config: ExampleConfig) -> str:
+    if num_places:
+        return (
+            f"no {split} example: in none of {num_places:,} places is the chosen item liked: "
+            f"ratings go from {log.rating.min():g} to {log.rating.max():g}, "
+            f"--min_rating is {config.min_rating:g}"
+        )
+    after = f" and {config.followers + 2} after" if split == "train" else ""
+    which = "--min_history or --followers" if split == "train" else "--min_history"
+    return (
+        f"no {split} example: no user has {config.min_history} interactions before{after} a point "
+        f"(the longest log has {np.diff(log.start).max()}); lower {which}"
+    )
+
+
+def _chosen_follower(log, rows, config: ExampleConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Which follower is chosen (E,), and whether the example counts (E,): only if it is liked."""
     ratings = log.rating[rows[:, None] + np.arange(config.followers)]
     if config.positive == "first":
         liked = ratings >= config.min_rating
@@ -376,38 +357,35 @@ def _chosen_follower(
     chosen = scores.argmax(1)  # the first of equal ones: the sooner
     best = np.take_along_axis(scores, chosen[:, None], 1)[:, 0]
     beats_random = best > preference_score(config.neg_rating, config.neg_step, config.decay)
-    return chosen, beats_random & (
-        np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
-    )
+    liked = np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
+    return chosen, beats_random & liked
 
 
 def freeze(log, split, rows, steps, keys, config: ExampleConfig, rng) -> Examples:
-    """Draw the random candidates, score and shuffle all 20, and draw the order of negatives and the template."""
+    """Draw the random candidates, score and shuffle all 20; order the negatives, draw templates."""
     E, F = len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
-    seen_rows = np.maximum(
-        rows[:, None] - 1 - np.arange(config.history), log.start[log.user[rows]][:, None]
-    )
-    seen = (
-        np.concatenate([log.item[seen_rows], log.item[follow]], 1)
-        if config.exclude == "seen"
-        else None
-    )
-    randoms = _draw_unseen(
-        log, log.user[rows], NUM_CANDIDATES - F, keys, seen, config.negatives, rng
-    )
+    seen = None
+    if config.exclude == "seen":
+        before = rows[:, None] - 1 - np.arange(config.history)
+        before = np.maximum(before, log.start[log.user[rows]][:, None])
+        seen = log.item[np.concatenate([before, follow], 1)]
+    count = NUM_CANDIDATES - F
+    randoms = _draw_unseen(log, log.user[rows], count, keys, seen, config.negatives, rng)
+
     items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
     ratings = np.concatenate([log.rating[follow], np.full(randoms.shape, config.neg_rating)], 1)
     delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, config.neg_step)], 1)
     scores = preference_score(ratings, delays, config.decay).astype(np.float32)
-    chosen = _chosen_follower(log, rows, config)[0] if split == "train" else np.zeros(E, np.int64)
+    chosen = np.zeros(E, np.int64)
+    if split == "train":
+        chosen, _ = _chosen_follower(log, rows, config)
 
-    order = rng.permuted(
-        np.tile(np.arange(NUM_CANDIDATES), (E, 1)), axis=1
-    )  # shown slot -> drawn slot
-    target = (order == chosen[:, None]).argmax(1)
     slots = np.tile(np.arange(NUM_CANDIDATES), (E, 1))
+    order = rng.permuted(slots, axis=1)  # shown slot -> drawn slot
+    target = (order == chosen[:, None]).argmax(1)
     others = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
+    template = rng.integers(config.num_templates or len(TEMPLATES), size=E)
     return Examples(
         log,
         split,
@@ -418,68 +396,71 @@ def freeze(log, split, rows, steps, keys, config: ExampleConfig, rng) -> Example
         np.take_along_axis(scores, order, 1),
         order >= F,
         others.astype(np.int32),
-        rng.integers(config.num_templates or len(TEMPLATES), size=E).astype(np.int32),
+        template.astype(np.int32),
         config.min_rating if config.history_items == "positive" else 0.0,
         config.ratings,
     )
 
 
 def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarray:
-    """(E, count) distinct items per row that the user never touched (or, with `seen`, that are not in that row of it)."""
+    """(E, count) distinct items per row that the user never touched (or, with `seen`, not there).
+
+    `keys` are the log's pairs, user * num_items + item, sorted."""
     drawn = np.full((len(users), count), -1, np.int64)
-    open_cells = np.ones(drawn.shape, bool)
+    missing = np.ones(drawn.shape, bool)
     for _ in range(50):
-        n = int(open_cells.sum())
+        n = int(missing.sum())
         if n == 0:
             return drawn
-        drawn[open_cells] = (
-            rng.integers(log.num_items, size=n)
-            if kind == "uniform"
-            else rng.choice(log.item, size=n)
-        )
-        row, _ = np.nonzero(open_cells)
-        if seen is None:
-            key = users[row].astype(np.int64) * log.num_items + drawn[open_cells]
-            at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-            bad = keys[at] == key
+        if kind == "uniform":
+            new = rng.integers(log.num_items, size=n)
         else:
-            bad = (seen[row] == drawn[open_cells][:, None]).any(1)
-        repeated = np.zeros(drawn.shape, bool)  # equal to an earlier cell of the same row
-        by_value = np.argsort(drawn, axis=1, kind="stable")
-        ordered = np.take_along_axis(drawn, by_value, 1)
-        np.put_along_axis(repeated[:, :], by_value[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
-        again = repeated.copy()
-        again[open_cells] |= bad
-        open_cells = again
-    weights = (
-        np.ones(log.num_items)
-        if kind == "uniform"
-        else np.bincount(log.item, minlength=log.num_items).astype(float)
-    )
-    for e in np.flatnonzero(
-        open_cells.any(1)
-    ):  # chance finds the last few of them too slowly: take from what is left
-        touched = (
-            log.item[log.start[users[e]] : log.start[users[e] + 1]] if seen is None else seen[e]
-        )
-        left = np.setdiff1d(np.arange(log.num_items), touched)
-        if len(left) < count:
-            user, what = (
-                log.user_ids[users[e]],
-                "this user never touched" if seen is None else "are not in the prompt",
-            )
-            raise ValueError(
-                f"user {user}: fewer than {count} items left that {what} ({log.num_items} in all); lower --core, or raise --followers"
-            )
-        drawn[e] = rng.choice(
-            left, size=count, replace=False, p=weights[left] / weights[left].sum()
-        )
+            new = rng.choice(log.item, size=n)
+        drawn[missing] = new
+        row, _ = np.nonzero(missing)
+        if seen is None:
+            key = users[row].astype(np.int64) * log.num_items + new
+            at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+            taken = keys[at] == key
+        else:
+            taken = (seen[row] == new[:, None]).any(1)
+        again = _repeated(drawn)
+        again[missing] |= taken
+        missing = again
+    _draw_from_rest(log, users, drawn, np.flatnonzero(missing.any(1)), seen, kind, rng)
     return drawn
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+def _repeated(drawn: np.ndarray) -> np.ndarray:
+    """(E, n) bool: cells that equal an earlier one of their row."""
+    repeated = np.zeros(drawn.shape, bool)
+    by_value = np.argsort(drawn, axis=1, kind="stable")
+    ordered = np.take_along_axis(drawn, by_value, 1)
+    np.put_along_axis(repeated, by_value[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+    return repeated
 
 
+def _draw_from_rest(log, users, drawn, rows, seen, kind: str, rng) -> None:
+    """Fill these rows from the items that are left: chance finds the last few too slowly."""
+    count = drawn.shape[1]
+    weights = np.ones(log.num_items)
+    if kind != "uniform":
+        weights = np.bincount(log.item, minlength=log.num_items).astype(float)
+    for e in rows:
+        user = users[e]
+        touched = log.item[log.start[user] : log.start[user + 1]] if seen is None else seen[e]
+        left = np.setdiff1d(np.arange(log.num_items), touched)
+        if len(left) < count:
+            what = "this user never touched" if seen is None else "are not in the prompt"
+            raise ValueError(
+                f"user {log.user_ids[user]}: fewer than {count} items left that {what} "
+                f"({log.num_items} in all); lower --core, or raise --followers"
+            )
+        shares = weights[left] / weights[left].sum()
+        drawn[e] = rng.choice(left, size=count, replace=False, p=shares)
+
+
+# ------------------------------------------------------------------------------------------ prompts
 WORDS = {
     "movielens": ("movies", "watched", "watch"),
     "planted": ("stories", "read", "read"),
@@ -501,32 +482,30 @@ TEMPLATES = (
     "Below is what someone {did} and how they rated it, the latest last.\n{history}\n"
     "One of these {things} comes next and will please them. Name it.\n{candidates}\nAnswer:",
     "History of a user ({things} and ratings, 1 = disliked, 5 = loved):\n{history}\n"
-    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\nAnswer:",
+    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\n"
+    "Answer:",
 )
-
-
 assert len(TEMPLATES) == NUM_TEMPLATES
 
-
 LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
-
-
 ALL_TEMPLATES = (
     *TEMPLATES,
     "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
     "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
 )
 
-
 WITHOUT_RATINGS = (  # the same questions, one for one
     "A user {did} these {things}, oldest first:\n{history}\n"
     "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
-    "What one person {did}, in order of time:\n{history}\nChoose the one this person will {do} next and rate highly:\n{candidates}\nAnswer:",
-    "Recent {things} of a user:\n{history}\nFrom this list, recommend what the user should {do} next:\n{candidates}\nAnswer:",
+    "What one person {did}, in order of time:\n{history}\n"
+    "Choose the one this person will {do} next and rate highly:\n{candidates}\nAnswer:",
+    "Recent {things} of a user:\n{history}\n"
+    "From this list, recommend what the user should {do} next:\n{candidates}\nAnswer:",
     "Below is what someone {did}, the latest last.\n{history}\n"
     "One of these {things} comes next and will please them. Name it.\n{candidates}\nAnswer:",
     "History of a user ({things}, oldest first):\n{history}\n"
-    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\nAnswer:",
+    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\n"
+    "Answer:",
     "A user {did} these {things}, oldest first:\n{history}\n"
     "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
 )
@@ -550,9 +529,7 @@ def render_prompt(example: Example, skip: int = 0) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ tokens
-
-
+# ------------------------------------------------------------------------------------------- tokens
 @dataclass
 class Encoded:
     """Tokenised examples: prompt ids, and completion ids per item of the log."""
@@ -568,10 +545,9 @@ class Encoded:
         return [self.completions[int(self.examples.candidates[e, s])] for s in slots]
 
     def tree(self, batch: list[int], slots) -> "PromptTree":
-        """One PromptTree of the examples in `batch`, each with its row of `slots` (E, N) as completions."""
-        return build_tree(
-            [self.prompts[e] for e in batch], [self.slots(e, slots[e]) for e in batch]
-        )
+        """One PromptTree of the examples in `batch`, each with its row of `slots` (E, N)."""
+        prompts = [self.prompts[e] for e in batch]
+        return build_tree(prompts, [self.slots(e, slots[e]) for e in batch])
 
 
 class Ragged(Sequence):
@@ -589,10 +565,11 @@ class Ragged(Sequence):
 
 
 def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
-    """(E, 2) tokens of each example's row with completions at `slots` (E, N): prompt, and all completions together."""
-    inner = np.zeros(
-        encoded.examples.log.num_items, np.int64
-    )  # tokens that a title takes on the tree: EOS is no input
+    """(E, 2) tokens of each example's row with completions at `slots` (E, N).
+
+    The prompt's, and those of all completions together."""
+    # tokens that a title takes on the tree: EOS is no input
+    inner = np.zeros(encoded.examples.log.num_items, np.int64)
     inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
     items = np.take_along_axis(encoded.examples.candidates, np.asarray(slots), 1)
     prompts = encoded.prompts
@@ -604,54 +581,67 @@ BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded a
 
 
 def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Render and tokenise once. Prompt and its longest completion must fit max_length; the oldest history goes first.
+    """Render and tokenise once; prompt and its longest completion must fit max_length.
 
-    ValueError names the example whose prompt is too long even without history, whose candidates tokenise alike, or
-    whose prompt and completion tokenise differently together."""
+    The oldest history goes first. ValueError names the example whose prompt is too long even
+    without history, whose candidates tokenise alike, or whose prompt and completion tokenise
+    differently together."""
     items = np.unique(examples.candidates).tolist()
     titles = tokenizer.encode_completions([examples.log.titles[i] for i in items])
     completions = dict(zip(items, titles, strict=True))
     prompts = tokenizer.encode_prompts([render_prompt(examples[e]) for e in range(len(examples))])
     encoded = Encoded(examples, prompts, completions)
     for e, prompt in enumerate(prompts):
-        candidates, skip = encoded.slots(e, range(NUM_CANDIDATES)), 0
+        candidates = encoded.slots(e, range(NUM_CANDIDATES))
         if len(set(map(tuple, candidates))) < NUM_CANDIDATES:
-            names = examples[e].candidates
             raise ValueError(
-                f"user {examples[e].user}: two candidates have the same tokens, titles must differ: {names}"
+                f"user {examples[e].user}: two candidates have the same tokens, "
+                f"titles must differ: {examples[e].candidates}"
             )
         room = max_length - max(map(len, candidates))
-        while len(prompt) > room:
-            skip += 1
-            if skip >= len(examples.history_rows(e)):
-                raise ValueError(
-                    f"user {examples[e].user}: {len(prompt)} prompt tokens do not fit --max_length {max_length} even with a "
-                    "history of one item; raise --max_length"
-                )
-            (prompt,) = tokenizer.encode_prompts([render_prompt(examples[e], skip)])
+        prompt, skip = _shortened(examples, e, prompt, room, tokenizer, max_length)
         encoded.num_shortened += skip > 0
         encoded.num_dropped += skip
         if e < BOUNDARY_CHECKS:
-            text = render_prompt(examples[e], skip)
-            title = examples[e].candidates[examples.target[e]]
-            together = tokenizer.encode_answered([text], [title])[0]
-            if prompt + candidates[examples.target[e]][:-1] != together:
-                raise ValueError(
-                    "prompt and completion tokenise differently together: "
-                    f"...{f'{text} {title}'[-80:]!r}"
-                )
-        prompts[e] = np.array(
-            prompt, np.int32
-        )  # lists of Python integers take ten times the memory
+            chosen = candidates[examples.target[e]]
+            _check_boundary(examples[e], skip, prompt + chosen[:-1], tokenizer)
+        # lists of Python integers take ten times the memory
+        prompts[e] = np.array(prompt, np.int32)
     return encoded
 
 
-# ------------------------------------------------------------------------------------------------ batches
+def _shortened(
+    examples: Examples, e: int, prompt: list[int], room: int, tokenizer: Tokenizer, max_length: int
+) -> tuple[list[int], int]:
+    """The prompt of example e in `room` tokens, and how many history items it had to lose."""
+    skip = 0
+    while len(prompt) > room:
+        skip += 1
+        if skip >= len(examples.history_rows(e)):
+            raise ValueError(
+                f"user {examples[e].user}: {len(prompt)} prompt tokens do not fit --max_length "
+                f"{max_length} even with a history of one item; raise --max_length"
+            )
+        (prompt,) = tokenizer.encode_prompts([render_prompt(examples[e], skip)])
+    return prompt, skip
 
 
+def _check_boundary(example: Example, skip: int, ids: list[int], tokenizer: Tokenizer) -> None:
+    """ValueError unless prompt and chosen title, encoded apart, are the tokens of both together."""
+    text, title = render_prompt(example, skip), example.candidates[example.target]
+    (together,) = tokenizer.encode_answered([text], [title])
+    if ids != together:
+        raise ValueError(
+            f"prompt and completion tokenise differently together: ...{f'{text} {title}'[-80:]!r}"
+        )
+
+
+# ------------------------------------------------------------------------------------------ batches
 @dataclass
 class PromptTree:
-    """A batch of prompts with N completions each: one row per prompt, its completions behind it, right-padded."""
+    """A batch of prompts with N completions each: a row per prompt, right-padded.
+
+    Its completions stand behind it, one after another."""
 
     input_ids: Tensor  # (B, P + C) int64
     position_ids: Tensor  # (B, P + C) int64; completions go on from the prompt's true length
@@ -663,13 +653,12 @@ class PromptTree:
     num_completions: int
 
     def to(self, device) -> "PromptTree":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PromptTree(
-            **{k: to_device(v, device) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: to_device(v, device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
-        """(M,) token log-probs -> (B, N) sums per completion, of the same bits whenever they are run.
+        """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run.
 
         One row per completion: no two tokens are added to the same place by threads in any order,
         which is what index_add does on a GPU."""
@@ -688,31 +677,17 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     """B prompts (lists or arrays of ids) and, per prompt, N completions that each end in EOS.
 
     ValueError if N differs or anything is empty.
-    All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The last prompt token
-    predicts the first token of every completion."""
-    if not prompts or len(prompts) != len(completions):
-        raise ValueError(
-            f"expected one list of completions per prompt, got {len(completions)} for {len(prompts)} prompts"
-        )
-    N = len(completions[0])
-    if N == 0 or any(len(group) != N for group in completions):
-        raise ValueError(
-            f"every prompt needs the same number of completions, at least 1; got {[len(g) for g in completions]}"
-        )
-    if any(len(p) == 0 for p in prompts) or any(
-        len(c) == 0 for group in completions for c in group
-    ):
-        raise ValueError(
-            "empty prompt or completion: a prompt needs a token, a completion at least its EOS"
-        )
-    B, P = len(prompts), max(map(len, prompts))
+    All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The
+    last prompt token predicts the first token of every completion."""
+    _check_parts(prompts, completions)
+    B, P, N = len(prompts), max(map(len, prompts)), len(completions[0])
     C = max(sum(len(c) - 1 for c in group) for group in completions)
     input_ids = np.zeros((B, P + C), np.int64)
     position_ids = np.zeros((B, P + C), np.int64)
     branch_ids = np.full((B, P + C), -1, np.int64)
     rows, labels, sequence_ids = [], [], []
     for b, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        length = len(prompt)
+        length, first = len(prompt), b * (P + C)  # flat index of the row's first token
         input_ids[b, :length] = prompt
         position_ids[b, :length] = np.arange(length)
         branch_ids[b, :length] = 0
@@ -722,34 +697,46 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
             input_ids[b, at : at + inner] = completion[:-1]
             position_ids[b, at : at + inner] = np.arange(length, length + inner)
             branch_ids[b, at : at + inner] = n + 1
-            rows += [b * (P + C) + length - 1, *range(b * (P + C) + at, b * (P + C) + at + inner)]
+            rows += [first + length - 1, *range(first + at, first + at + inner)]
             labels += completion
             sequence_ids += [b * N + n] * len(completion)
             at += inner
-    tensors = (
-        input_ids,
-        position_ids,
-        branch_ids,
-        np.array(rows),
-        np.array(labels),
-        np.array(sequence_ids),
-    )
-    return PromptTree(*map(torch.from_numpy, tensors), prompt_width=P, num_completions=N)
+    scored = [np.array(ids) for ids in (rows, labels, sequence_ids)]
+    arrays = (input_ids, position_ids, branch_ids, *scored)
+    return PromptTree(*map(torch.from_numpy, arrays), prompt_width=P, num_completions=N)
+
+
+def _check_parts(prompts: list, completions: list[list[list[int]]]) -> None:
+    if not prompts or len(prompts) != len(completions):
+        got = f"{len(completions)} for {len(prompts)} prompts"
+        raise ValueError(f"expected one list of completions per prompt, got {got}")
+    counts = [len(group) for group in completions]
+    if min(counts) == 0 or min(counts) < max(counts):
+        raise ValueError(
+            f"every prompt needs the same number of completions, at least 1; got {counts}"
+        )
+    sequences = [*prompts, *(c for group in completions for c in group)]
+    if any(len(ids) == 0 for ids in sequences):
+        raise ValueError(
+            "empty prompt or completion: a prompt needs a token, a completion at least its EOS"
+        )
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
-    """Copy to the device without waiting for it: from pageable memory the host would wait until the GPU is idle."""
+    """Copy to the device without waiting for it.
+
+    From pageable memory the host would wait until the GPU is idle."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Divide one global batch: per rank a list of micro-batches of examples with similar widths; `widths` as tree_widths.
+    """Divide one global batch: per rank a list of micro-batches of examples with similar widths.
 
-    Sorted by width and dealt out in turn, so that ranks carry equal loads. A micro-batch holds one example, or as many as
-    stay within `budget` tokens, padding included. All ranks get the same number of micro-batches; the missing ones are
-    empty lists."""
+    `widths` as tree_widths. Sorted by width and dealt out in turn, so that ranks carry equal loads.
+    A micro-batch holds one example, or as many as stay within `budget` tokens, padding included.
+    All ranks get the same number of micro-batches; the missing ones are empty lists."""
     ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
     ranks = []
     for rank in range(num_ranks):
@@ -768,7 +755,7 @@ def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[lis
 
 
 def prefetch(make: Callable, items: Iterable) -> Iterator:
-    """make(item) for each item, in order, the next one made in the background while this one is used."""
+    """make(item) for each item, in order; the next is made in the background meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         made = deque()
         for item in items:

@@ -2,15 +2,17 @@
 
     python bench/breakdown.py
 
-Every operation of a step (preparation of its micro-batch, forward, backward, update) is put into a part by its name and the
-shapes of its inputs, and counted with its own time, without that of operations it calls. FLOP/s are those of a part's
-GEMMs, computed from their shapes, against one large GEMM of the same dtype in the same process: what the machine can do.
+Every operation of a step (preparation of its micro-batch, forward, backward, update) is put into a
+part by its name and the shapes of its inputs, and counted with its own time, without that of
+operations it calls. FLOP/s are those of a part's GEMMs, computed from their shapes, against one
+large GEMM of the same dtype in the same process: what the machine can do.
 """
 
 from collections import defaultdict
 
 import torch
 from harness import (
+    LORA_RANK,
     SHAPES,
     examples,
     header,
@@ -30,7 +32,7 @@ from losses import recpo_loss
 from train import TrainConfig, train_step
 
 NUM_NEGATIVES = 3
-RANKS = {8, 16, 24}  # r = 8, stacked for two or three projections
+RANKS = {LORA_RANK, 2 * LORA_RANK, 3 * LORA_RANK}  # stacked for two or three projections
 PARTS = (
     "projections",
     "adapters",
@@ -79,14 +81,42 @@ def part_of(name: str, shapes: list, config, num_rows: int) -> str:
     return "other"
 
 
+def profile_step(step, args):
+    """The profiler's averages over `repeats` steps."""
+    activities = [ProfilerActivity.CPU]
+    if args.device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as profiled:
+        for _ in range(args.repeats):
+            step()
+    return profiled.key_averages(group_by_input_shape=True)
+
+
+def times_and_flops(events, args, num_rows: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Part -> seconds and GEMM FLOP of one step."""
+    times, flops = defaultdict(float), defaultdict(float)
+    for event in events:
+        # kernels: their time stands at the operations that launched them, too
+        if event.device_type != DeviceType.CPU:
+            continue
+        own = event.self_cpu_time_total
+        if args.device == "cuda" and "loader" not in event.key:
+            own = event.self_device_time_total
+        shapes = event.input_shapes or []
+        part = part_of(event.key, shapes, SHAPES[args.shape], num_rows)
+        times[part] += own / 1e6 / args.repeats
+        per_call = gemm_flops(event.key, [s for s in shapes if s])
+        flops[part] += per_call * event.count / args.repeats
+    return times, flops
+
+
 def main() -> None:
     args = parser(__doc__, batch=8, repeats=5).parse_args()
     one_process()
-    config, model = SHAPES[args.shape], make_model(args).train()
+    model = make_model(args).train()
     prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     options = TrainConfig()
 
     def compute(tree):
@@ -102,53 +132,34 @@ def main() -> None:
         synchronize()
 
     seconds = interleaved({"step": step}, args.repeats)["step"]
-    cuda = args.device == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=activities, record_shapes=True) as profiled:
-        for _ in range(args.repeats):
-            step()
+    events = profile_step(step, args)
     tree = tree_of(args, prompts, completions)
-    times, flops = defaultdict(float), defaultdict(float)
-    for event in profiled.key_averages(group_by_input_shape=True):
-        if (
-            event.device_type != DeviceType.CPU
-        ):  # kernels: their time stands at the operations that launched them, too
-            continue
-        own = (
-            event.self_cpu_time_total
-            if "loader" in event.key or not cuda
-            else event.self_device_time_total
-        )
-        part = part_of(event.key, event.input_shapes or [], config, len(tree.labels))
-        times[part] += own / 1e6 / args.repeats
-        flops[part] += (
-            gemm_flops(event.key, [s for s in event.input_shapes or [] if s])
-            * event.count
-            / args.repeats
-        )
-    total = sum(times.values())
+    times, flops = times_and_flops(events, args, len(tree.labels))
     rate = matrix_rate(args, tree.input_ids.numel())
+    header(
+        "Where the time of a step goes",
+        args,
+        f"Shape {args.shape}, a step of {args.batch} prompts: {tuple(tree.input_ids.shape)} tokens "
+        f"with padding, {len(tree.labels)} scored rows; median {1000 * seconds:.0f} ms unprofiled. "
+        f"One large GEMM: {rate / 1e9:.0f} GFLOP/s.",
+    )
+    print_parts(times, flops, seconds, rate, args)
 
-    note = f"Shape {args.shape}, a step of {args.batch} prompts: {tuple(tree.input_ids.shape)} tokens with padding, "
-    note += f"{len(tree.labels)} scored rows; median {1000 * seconds:.0f} ms unprofiled. One large GEMM: {rate / 1e9:.0f} GFLOP/s."
-    header("Where the time of a step goes", args, note)
+
+def print_parts(times: dict, flops: dict, seconds: float, rate: float, args) -> None:
+    """A row per part, then what the GPU waited, then the whole step."""
+    total, total_flops = sum(times.values()), sum(flops.values())
     rows = []
     for part in PARTS:
-        reached = flops[part] / times[part] if times[part] else 0
-        rows.append(
-            [
-                part,
-                f"{100 * times[part] / total:.1f} %",
-                f"{flops[part] / 1e9:.1f}" if flops[part] else "",
-            ]
-        )
-        rows[-1].append(f"{100 * reached / rate:.0f} %" if flops[part] else "")
-    if cuda:
+        row = [part, f"{100 * times[part] / total:.1f} %", "", ""]
+        if flops[part]:
+            reached = flops[part] / times[part] if times[part] else 0
+            row[2:] = [f"{flops[part] / 1e9:.1f}", f"{100 * reached / rate:.0f} %"]
+        rows.append(row)
+    if args.device == "cuda":
         rows.append(["GPU idle", f"{100 * (1 - total / seconds):.1f} % of the step", "", ""])
-    reached = sum(flops.values()) / seconds
-    rows.append(
-        ["whole step", "100 %", f"{sum(flops.values()) / 1e9:.1f}", f"{100 * reached / rate:.0f} %"]
-    )
+    share = f"{100 * total_flops / seconds / rate:.0f} %"
+    rows.append(["whole step", "100 %", f"{total_flops / 1e9:.1f}", share])
     table(["part", "share of time", "GEMM GFLOP", "of the machine's matrix rate"], rows)
 
 

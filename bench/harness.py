@@ -1,8 +1,9 @@
-"""What the benchmarks share: models with random weights, real prompts, interleaved timing, peak memory, Markdown tables.
+"""What the benchmarks share: random weights, real prompts, interleaved timing, peak memory, tables.
 
-Shapes: `tiny` for a CPU in fp32, `llama-3.1-8b` and `qwen2.5-7b` for a GPU in bf16, with random weights: speed does not
-depend on their values. Prompts are MovieLens-1M's training examples where the archive is at hand (--data_dir, or
-ml-1m.zip in $RECPO_DATA), cut with a tokenizer made from the same data; otherwise random ids of a fixed length.
+Shapes: `tiny` for a CPU in fp32, `llama-3.1-8b` and `qwen2.5-7b` for a GPU in bf16, with random
+weights: speed does not depend on their values. Prompts are MovieLens-1M's training examples where
+the archive is at hand (--data_dir, or ml-1m.zip in $RECPO_DATA), cut with a tokenizer made from the
+same data; otherwise random ids of a fixed length.
 """
 
 import argparse
@@ -33,26 +34,19 @@ from loaders.frozen import DataConfig, encode_split, prepare  # noqa: E402
 from lora import TARGET_MODULES, apply_lora  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
+LORA_RANK, LORA_ALPHA = 8, 32  # train.py's defaults
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 SHAPES = {
     "tiny": ModelConfig("llama", 8000, 384, 1024, 6, 6, 2, 64, max_position_embeddings=4096),
     "llama-3.1-8b": ModelConfig(
-        "llama",
-        128256,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        128,
-        1e-5,
-        5e5,
-        LLAMA3_ROPE | {"original_max_position_embeddings": 8192},
+        "llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, LLAMA3_ROPE
     ),
     "qwen2.5-7b": ModelConfig(
         "qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, attention_bias=True
@@ -93,7 +87,9 @@ def dtype_of(args) -> torch.dtype:
 
 
 def make_model(args, lora: bool = True) -> Transformer:
-    """Random weights straight on the device, and an adapter away from its start, where half of its gradients are zero."""
+    """Random weights straight on the device, and an adapter away from its start.
+
+    There half of its gradients are zero."""
     config = SHAPES[args.shape]
     if args.layers:
         config = ModelConfig(**vars(config) | {"num_hidden_layers": args.layers})
@@ -104,7 +100,7 @@ def make_model(args, lora: bool = True) -> Transformer:
     torch.set_default_dtype(torch.float32)
     model.inv_freq = model.inv_freq.to(args.device)
     if lora:
-        apply_lora(model, r=8, lora_alpha=32, target_modules=TARGET_MODULES)
+        apply_lora(model, LORA_RANK, LORA_ALPHA, target_modules=TARGET_MODULES)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "lora_B" in name:
@@ -124,29 +120,25 @@ def transformers_model(ours: Transformer):
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     raw = {k: v for k, v in hf_config(vars(ours.config)).items() if k != "architectures"}
     config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+    dtype = ours.lm_head.weight.dtype
     with torch.device(ours.inv_freq.device):
-        theirs = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=ours.lm_head.weight.dtype
-        )
-    theirs.load_state_dict(
-        {name: p for name, p in ours.state_dict().items() if ".lora_" not in name}
-    )
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base = {name: p for name, p in ours.state_dict().items() if ".lora_" not in name}
+    theirs.load_state_dict(base)
     return theirs.eval()
 
 
 def movielens(args, count: int):
-    """(encoded training examples, tokenizer) of the first `count` drawn; cut with 8,000 tokens made from the data."""
+    """(encoded training examples, tokenizer) of the first `count` drawn.
+
+    The tokenizer has 8,000 tokens made from the data."""
     scratch = Path(tempfile.gettempdir()) / "recpo-bench"
-    prepared = prepare(
-        DataConfig(
-            dataset="movielens", data_dir=args.data_dir, train_size=3000, prepared_dir=str(scratch)
-        )
-    )
+    source = {"dataset": "movielens", "data_dir": args.data_dir}
+    prepared = prepare(DataConfig(**source, train_size=3000, prepared_dir=str(scratch)))
     base = scratch / "tokenizer"
     if not (base / "tokenizer.json").exists():
-        make_base_model(
-            base, prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=8000, seed=0
-        )
+        sizes = {"hidden_size": 64, "num_layers": 1, "vocab_size": 8000}
+        make_base_model(base, prepared.splits["train"], **sizes, seed=0)
     tokenizer = Tokenizer(base)
     prepared.splits["train"] = prepared.splits["train"].select(np.arange(count))
     prepared.hash = f"{prepared.hash}-{count}"
@@ -159,12 +151,11 @@ def examples(
     """Prompts and completions, chosen first: MovieLens-1M's, or random ids."""
     if args.data_dir:
         encoded, _ = movielens(args, count)
-        slots = np.concatenate(
-            [encoded.examples.target[:, None], encoded.examples.negatives(num_completions - 1)], 1
-        )
-        return [p.tolist() for p in encoded.prompts], [
-            encoded.slots(e, slots[e]) for e in range(count)
-        ]
+        chosen = encoded.examples.target[:, None]
+        rejected = encoded.examples.negatives(num_completions - 1)
+        slots = np.concatenate([chosen, rejected], 1)
+        prompts = [p.tolist() for p in encoded.prompts]
+        return prompts, [encoded.slots(e, slots[e]) for e in range(count)]
     generator = torch.Generator().manual_seed(2)
 
     def ids(length):
@@ -185,14 +176,16 @@ def one_process() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def interleaved(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each way, run in turn in one process: what slows the machine down slows all of them."""
+    """Median seconds of each way, run in turn in one process.
+
+    What slows the machine down slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()  # warm up: allocations, compilation
@@ -207,7 +200,9 @@ def interleaved(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
 
 
 def peak_mib(way: Callable) -> float:
-    """MiB that `way` adds at its peak. On a CPU this is the process's high-water mark: one call per process."""
+    """MiB that `way` adds at its peak.
+
+    On a CPU this is the process's high-water mark: one call per process."""
     gc.collect()
     if torch.cuda.is_available():
         synchronize()
@@ -216,9 +211,8 @@ def peak_mib(way: Callable) -> float:
         way()
         synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the high-water mark starts again from what is held now
+    # the high-water mark starts again from what is held now
+    Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     way()
     return _status("VmHWM") - before
@@ -226,9 +220,8 @@ def peak_mib(way: Callable) -> float:
 
 def _status(key: str) -> float:
     """A line of /proc/self/status in MiB (getrusage would start from the parent's peak)."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(key))
     return int(line.split()[1]) / 1024
 
 
@@ -242,7 +235,9 @@ def in_fresh_process(argv: list[str], launcher: list[str] | None = None) -> floa
 
 
 def matrix_rate(args, M: int, repeats: int = 20) -> float:
-    """FLOP/s of a GEMM (M, D) x (D, F), the largest projection of the shape: what the machine can do. On a CPU in fp32."""
+    """FLOP/s of a GEMM (M, D) x (D, F), the largest projection of the shape; on a CPU in fp32.
+
+    What the machine can do."""
     config = SHAPES[args.shape]
     dtype = dtype_of(args) if args.device == "cuda" else torch.float32
     a = torch.randn(M, config.hidden_size, device=args.device, dtype=dtype)
@@ -251,7 +246,7 @@ def matrix_rate(args, M: int, repeats: int = 20) -> float:
     return 2 * M * config.hidden_size * config.intermediate_size / seconds
 
 
-# ------------------------------------------------------------------------------------------------ printing
+# ----------------------------------------------------------------------------------------- printing
 def commit() -> str:
     """The checkout's commit, and whether anything was changed since."""
     git = ["git", "-C", str(ROOT)]
@@ -266,12 +261,9 @@ def header(title: str, args, note: str = "") -> None:
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if args.device == "cuda":
         machine = torch.cuda.get_device_name()
-    print(
-        f"# {title}\n\n`python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`".rstrip(
-            " `"
-        )
-        + "`\n"
-    )
+    script = Path(sys.argv[0])
+    command = f"python {script.parent.name}/{script.name} {' '.join(sys.argv[1:])}".rstrip()
+    print(f"# {title}\n\n`{command}`\n")
     print(f"{machine}, torch {torch.__version__}, commit {commit()}. {note}\n")
 
 

@@ -2,9 +2,10 @@
 
     python bench/loading.py
 
-Writes a model of about 2.2 GB (bf16, random, several files) to a temporary folder, starts 2 processes that load it with
---shard full and with none, and samples their anonymous memory (RssAnon: the mapped files do not count) every 2 ms. The
-figure is the peak above what was held after the imports and the meeting of the processes.
+Writes a model of about 2.2 GB (bf16, random, several files) to a temporary folder, starts 2
+processes that load it with --shard full and with none, and samples their anonymous memory (RssAnon:
+the mapped files do not count) every 2 ms. The figure is the peak above what was held after the
+imports and the meeting of the processes.
 """
 
 import argparse
@@ -28,11 +29,8 @@ CONFIG = ModelConfig("llama", 64000, 2048, 5632, 20, 16, 8, 128)
 
 
 def anonymous() -> int:
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("RssAnon")
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 
@@ -60,6 +58,17 @@ def worker(args) -> None:
     os._exit(0)
 
 
+def load_on_ranks(folder: str, mode: str) -> list[list[str]]:
+    """Rank, bytes of its weights, of its largest slice and of its peak, and seconds, of 2 ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, __file__, "--worker", folder, "--shard", mode]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if len(lines) < 2:
+        sys.exit(done.stderr[-3000:])
+    return sorted(line.split()[1:] for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,46 +87,17 @@ def main() -> None:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         save_pretrained(model, folder, shard_bytes=500 * 10**6)
         del model
-        header(
-            "Loading a sharded model", args, f"A model of {size / 1e9:.2f} GB in bf16, 2 processes."
-        )
+        note = f"A model of {size / 1e9:.2f} GB in bf16, 2 processes."
+        header("Loading a sharded model", args, note)
         rows = []
         for mode in ("full", "none"):
-            launcher = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node=2",
-                __file__,
-            ]
-            done = subprocess.run(
-                [*launcher, "--worker", folder, "--shard", mode], capture_output=True, text=True
-            )
-            results = sorted(
-                line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")
-            )
-            if len(results) < 2:
-                sys.exit(done.stderr[-3000:])
-            for rank, own, largest, peak, seconds in results:
+            for rank, own, largest, peak, seconds in load_on_ranks(folder, mode):
                 mib = [f"{int(n) / 2**20:,.0f}" for n in (own, largest, peak)]
-                rows.append(
-                    [
-                        mode,
-                        rank,
-                        *mib,
-                        f"{int(peak) / (int(own) + int(largest)):.2f}",
-                        f"{float(seconds):.1f}",
-                    ]
-                )
-        columns = [
-            "--shard",
-            "rank",
-            "own weights, MiB",
-            "largest slice, MiB",
-            "peak anonymous memory, MiB",
-        ]
-        table([*columns, "peak / (own + largest)", "seconds"], rows)
+                ratio = int(peak) / (int(own) + int(largest))
+                rows.append([mode, rank, *mib, f"{ratio:.2f}", f"{float(seconds):.1f}"])
+    columns = ["--shard", "rank", "own weights, MiB", "largest slice, MiB"]
+    columns += ["peak anonymous memory, MiB", "peak / (own + largest)", "seconds"]
+    table(columns, rows)
 
 
 if __name__ == "__main__":

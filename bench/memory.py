@@ -1,6 +1,8 @@
-"""The estimator of --dry_run against real steps: peak of live tensor bytes of two training steps, weights and moments included.
+"""The estimator of --dry_run against real steps: peak of live tensor bytes of two training steps.
 
-python bench/memory.py          the configurations of tests/test_estimate.py, on a CPU in fp32
+Weights and moments included.
+
+    python bench/memory.py          the configurations of tests/test_estimate.py, on a CPU in fp32
 """
 
 import sys
@@ -21,22 +23,10 @@ def main() -> None:
         step, peak = estimated_and_measured(config, r, checkpointing, B, P, four_bit)
         parts = [step.weights, step.trained, step.passing]
         what = f"{name}: d = {config.hidden_size}, V = {config.vocab_size:,}, {B} prompts of {P}"
-        rows.append(
-            [
-                what,
-                *(f"{n / 1e6:.0f}" for n in (*parts, sum(parts), peak)),
-                f"{sum(parts) / peak:.3f}",
-            ]
-        )
-    columns = [
-        "step",
-        "weights",
-        "trained, gradients, moments",
-        "activations and scratch",
-        "estimate",
-        "measured",
-    ]
-    table([*columns, "estimate / measured"], rows)
+        bytes_ = (*parts, sum(parts), peak)
+        rows.append([what, *(f"{n / 1e6:.0f}" for n in bytes_), f"{sum(parts) / peak:.3f}"])
+    columns = ["step", "weights", "trained, gradients, moments", "activations and scratch"]
+    table([*columns, "estimate", "measured", "estimate / measured"], rows)
 
 
 if __name__ == "__main__":

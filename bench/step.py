@@ -1,20 +1,25 @@
-"""A training step here against the same step written the usual way, on the same examples and weights.
+"""A training step here against the same step written the usual way, on the same examples, weights.
 
     python bench/step.py                        Markdown tables; --help lists the sizes
 
-usual   transformers + peft: one padded full sequence per completion (K + 1 per prompt), through the policy and, for
-        preferences, through a second model as the reference; logits of every position in fp32, log_softmax, gather.
-        Its micro-batch is the fastest of those tried; with and without gradient checkpointing (the authors use it).
-here    one PromptTree per prompt, log-probs of the scored rows only, reference log-probs computed once and kept.
+usual   transformers + peft: one padded full sequence per completion (K + 1 per prompt), through the
+        policy and, for preferences, through a second model as the reference; logits of every
+        position in fp32, log_softmax, gather. Its micro-batch is the fastest of those tried; with
+        and without gradient checkpointing (the authors use it).
+here    one PromptTree per prompt, log-probs of the scored rows only, reference log-probs computed
+        once and kept.
 
-Both sides run forward, loss, backward, clipping and fused AdamW. Times are medians of interleaved repetitions in one
-process; peak memory is what the first step adds to the loaded policy, in a process of its own on a CPU.
+Both sides run forward, loss, backward, clipping and fused AdamW. Times are medians of interleaved
+repetitions in one process; peak memory is what the first step adds to the loaded policy, in a
+process of its own on a CPU.
 """
 
 import sys
 
 import torch
 from harness import (
+    LORA_ALPHA,
+    LORA_RANK,
     dtype_of,
     examples,
     header,
@@ -38,14 +43,17 @@ NUM_NEGATIVES = 3
 MARGIN = 6.0  # λ φ_w / φ_l of every pair
 
 
-# ------------------------------------------------------------------------------------------------ the usual way
+# ------------------------------------------------------------------------------------ the usual way
 def peft_model(ours: Transformer):
     """The same weights in transformers, the same adapter in peft."""
     model = transformers_model(ours)
     import peft
 
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=list(TARGET_MODULES)
+        task_type="CAUSAL_LM",
+        r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        target_modules=list(TARGET_MODULES),
     )
     model = peft.get_peft_model(model, settings)
     theirs = dict(model.named_parameters())
@@ -63,13 +71,11 @@ def usual_logps(model, prompts, completions, device) -> torch.Tensor:
     width = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     positions = torch.arange(width, device=device)
-    lengths, starts = (
-        torch.tensor(n, device=device)[:, None] for n in (list(map(len, rows)), starts)
-    )
-    logits = model(
-        input_ids=input_ids, attention_mask=(positions < lengths).long(), use_cache=False
-    ).logits
-    logits = logits[:, :-1].to(torch.float32)  # (B N, T - 1, V)
+    lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]
+    starts = torch.tensor(starts, device=device)[:, None]
+    mask = (positions < lengths).long()
+    output = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    logits = output.logits[:, :-1].to(torch.float32)  # (B N, T - 1, V)
     token_logps = logits.log_softmax(-1).gather(2, input_ids[:, 1:, None]).squeeze(2)
     scored = ((positions >= starts) & (positions < lengths))[:, 1:]
     return (token_logps * scored).sum(1).view(len(prompts), -1)
@@ -109,7 +115,7 @@ class Usual:
         return total
 
 
-# ------------------------------------------------------------------------------------------------ this project
+# ------------------------------------------------------------------------------------- this project
 class Here:
     def __init__(self, model: Transformer, kind: str, prompts, completions, args):
         self.model, self.kind, self.args = model.train(), kind, args
@@ -138,16 +144,14 @@ class Here:
         else:
             logps = tree.sum_logps(token_logps)
             margins = torch.full((len(logps), NUM_NEGATIVES), MARGIN, device=logps.device)
-            loss = (
-                recpo_loss(logps, self.reference_logps[number], margins, beta=1.0)[0].sum()
-                / self.num_prompts
-            )
+            losses, _ = recpo_loss(logps, self.reference_logps[number], margins, beta=1.0)
+            loss = losses.sum() / self.num_prompts
         return loss, {"loss": (loss.detach(), 1.0 / len(self.trees))}
 
     def step(self) -> float:
-        return train_step(
-            self.model, self.optimizer, range(len(self.trees)), self.compute, 1e-5, self.config
-        ).read()["loss"]
+        numbers = range(len(self.trees))
+        done = train_step(self.model, self.optimizer, numbers, self.compute, 1e-5, self.config)
+        return done.read()["loss"]
 
 
 def moved(model: Transformer) -> None:
@@ -159,103 +163,107 @@ def moved(model: Transformer) -> None:
 
 
 def compare(kind: str, args) -> None:
+    """The tables of one loss, "recpo" or "sft"."""
     prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1)
     model = make_model(args)
-    usual = {"plain": Usual(model, kind, checkpointing=False)}
-    usual["checkpointed"] = Usual(
-        model, kind, checkpointing=True, reference=usual["plain"].reference
-    )
+    plain = Usual(model, kind, checkpointing=False)
+    checkpointed = Usual(model, kind, checkpointing=True, reference=plain.reference)
+    usual = {"plain": plain, "checkpointed": checkpointed}
     here = Here(model, kind, prompts, completions, args)
     if kind == "recpo":
         here.reference_pass()
         for u in usual.values():
             moved(u.model)
         moved(model)
-
-    # the same loss and gradients before any update
-    loss = here.compute(0)[0] if len(here.trees) == 1 else None
-    usual_loss = usual["plain"].step(prompts, completions, args.batch, update=False)
-    gap = "not compared"
-    if loss is not None:
-        loss.backward()
-        pairs = [(dict(model.named_parameters())[n.removeprefix("base_model.model.").replace(".default", "")].grad, p.grad)
-                 for n, p in usual["plain"].model.named_parameters() if p.requires_grad]  # fmt: skip
-        gap = f"{max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs):.1e}"
-        for p in (*here.parameters, *usual["plain"].parameters):
-            p.grad = None
-        if dtype_of(args) == torch.float32:
-            assert abs(loss.item() - usual_loss) < 1e-4, (loss.item(), usual_loss)
+    agreement = same_before_update(here, plain, prompts, completions, args)
 
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= args.batch]
-    best = {}
+    best = {name: fastest(u, prompts, completions, sizes) for name, u in usual.items()}
+    ways = {}
     for name, u in usual.items():
-        tried = {}
-        for size in sizes:
-            try:
-                tried |= interleaved(
-                    {size: lambda size=size, u=u: u.step(prompts, completions, size)}, 1
-                )
-            except torch.OutOfMemoryError:  # larger ones will not fit either
-                u.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                break
-        best[name] = min(tried, key=tried.get)
-    ways = {
-        name: lambda name=name: usual[name].step(prompts, completions, best[name]) for name in usual
-    }
+        ways[name] = lambda u=u, size=best[name]: u.step(prompts, completions, size)
     ways["here"] = here.step
     if kind == "recpo":
         ways["reference pass"] = here.reference_pass
     seconds = interleaved(ways, args.repeats)
+    peak = peaks(kind, ways, best, args)
+    name = "RecPO, K = 3" if kind == "recpo" else "SFT"
+    print(f"{name}: {agreement}\n")
+    print_steps(f"{name} step", kind, seconds, peak, best)
 
+
+def same_before_update(here: Here, usual: Usual, prompts, completions, args) -> str:
+    """How far the two sides agree on loss and gradients, before any update."""
+    usual_loss = usual.step(prompts, completions, args.batch, update=False)
+    if len(here.trees) > 1:
+        return (
+            f"loss {usual_loss:.6f} (usual) and nan (here); "
+            "largest relative gradient difference not compared"
+        )
+    loss = here.compute(0)[0]
+    loss.backward()
+    ours, gap = dict(here.model.named_parameters()), 0.0
+    for name, p in usual.model.named_parameters():
+        if p.requires_grad:
+            own = ours[name.removeprefix("base_model.model.").replace(".default", "")]
+            difference = (own.grad - p.grad).abs().max() / p.grad.abs().max()
+            gap = max(gap, difference.item())
+    for p in (*here.parameters, *usual.parameters):
+        p.grad = None
+    if dtype_of(args) == torch.float32:
+        assert abs(loss.item() - usual_loss) < 1e-4, (loss.item(), usual_loss)
+    return (
+        f"loss {usual_loss:.6f} (usual) and {loss.item():.6f} (here); "
+        f"largest relative gradient difference {gap:.1e}"
+    )
+
+
+def fastest(usual: Usual, prompts, completions, sizes: list[int]) -> int:
+    """The micro-batch of these sizes with the quickest step."""
+    tried = {}
+    for size in sizes:
+        way = {size: lambda size=size: usual.step(prompts, completions, size)}
+        try:
+            tried |= interleaved(way, 1)
+        except torch.OutOfMemoryError:  # larger ones will not fit either
+            usual.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            break
+    return min(tried, key=tried.get)
+
+
+def peaks(kind: str, ways: dict, best: dict[str, int], args) -> dict[str, float]:
+    """MiB that a step of each side adds."""
+    names = ("plain", "checkpointed", "here")
     if args.device == "cuda":  # the models fill the GPU, a second process would not fit beside them
-        peak = {name: peak_mib(ways[name]) for name in ("plain", "checkpointed", "here")}
-    else:
-        argv = [sys.argv[0], *sys.argv[1:], "--kind", kind]
-        peak = {name: in_fresh_process([*argv, "--peak_of", name, "--micro_batch", str(best.get(name, 0))])
-                for name in ("plain", "checkpointed", "here")}  # fmt: skip
-    what = "transformers + peft, policy and reference" if kind == "recpo" else "transformers + peft"
-    rows = [
-        [f"{what}, micro-batch {best['plain']}", seconds["plain"], peak["plain"]],
-        [
-            f"the same, checkpointing, micro-batch {best['checkpointed']}",
-            seconds["checkpointed"],
-            peak["checkpointed"],
-        ],
-        ["here" + (", reference kept" if kind == "recpo" else ""), seconds["here"], peak["here"]],
+        return {name: peak_mib(ways[name]) for name in names}
+    argv, peak = [*sys.argv, "--kind", kind], {}
+    for name in names:
+        own = ["--peak_of", name, "--micro_batch", str(best.get(name, 0))]
+        peak[name] = in_fresh_process([*argv, *own])
+    return peak
+
+
+def print_steps(title: str, kind: str, seconds: dict, peak: dict, best: dict[str, int]) -> None:
+    what, kept = "transformers + peft", ""
+    if kind == "recpo":
+        what, kept = "transformers + peft, policy and reference", ", reference kept"
+    plain, checkpointed, here = seconds["plain"], seconds["checkpointed"], seconds["here"]
+    same = f"the same, checkpointing, micro-batch {best['checkpointed']}"
+    steps = [
+        (f"{what}, micro-batch {best['plain']}", plain, peak["plain"]),
+        (same, checkpointed, peak["checkpointed"]),
+        (f"here{kept}", here, peak["here"]),
     ]
     if kind == "recpo":
-        rows.append(
-            [
-                "here, reference pass spread over 3 epochs",
-                seconds["here"] + seconds["reference pass"] / 3,
-                peak["here"],
-            ]
-        )
-    own = "nan" if loss is None else f"{loss.item():.6f}"
-    name = "RecPO, K = 3" if kind == "recpo" else "SFT"
-    print(
-        f"{name}: loss {usual_loss:.6f} (usual) and {own} (here); largest relative gradient difference {gap}\n"
-    )
-    table(
-        [
-            f"{name} step",
-            "median ms",
-            "plain / this",
-            "checkpointed / this",
-            "peak memory added, MiB",
-        ],
-        [
-            [
-                row,
-                f"{1000 * s:.0f}",
-                f"{seconds['plain'] / s:.1f}",
-                f"{seconds['checkpointed'] / s:.1f}",
-                f"{mib:.0f}",
-            ]
-            for row, s, mib in rows
-        ],
-    )
+        spread = here + seconds["reference pass"] / 3
+        steps.append(("here, reference pass spread over 3 epochs", spread, peak["here"]))
+    rows = []
+    for name, s, mib in steps:
+        ratios = [f"{plain / s:.1f}", f"{checkpointed / s:.1f}"]
+        rows.append([name, f"{1000 * s:.0f}", *ratios, f"{mib:.0f}"])
+    columns = [title, "median ms", "plain / this", "checkpointed / this"]
+    table([*columns, "peak memory added, MiB"], rows)
 
 
 def main() -> None:
@@ -270,26 +278,31 @@ def main() -> None:
     one_process()
     kinds = ["recpo", "sft"] if args.kind == "both" else [args.kind]
     if args.peak_of:
-        (kind,) = kinds
-        prompts, completions = examples(
-            args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1
-        )
-        model = make_model(args)
-        if args.peak_of == "here":
-            here = Here(model, kind, prompts, completions, args)
-            print(peak_mib(here.step))
-        else:
-            usual = Usual(model, kind, args.peak_of == "checkpointed")
-            print(peak_mib(lambda: usual.step(prompts, completions, args.micro_batch)))
+        print_peak(kinds[0], args)
         return
     prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES)
     lengths = [len(p) for p in prompts]
+    answers = [len(c) for group in completions for c in group]
     source = "MovieLens-1M" if args.data_dir else "random ids"
-    note = f"Shape {args.shape}, {args.batch} prompts a step, {source}: prompts of {min(lengths)} to {max(lengths)} tokens, "
-    note += f"completions of {sum(len(c) for g in completions for c in g) / 4 / len(prompts):.1f} on average."
-    header("One training step against the usual way", args, note)
+    header(
+        "One training step against the usual way",
+        args,
+        f"Shape {args.shape}, {args.batch} prompts a step, {source}: prompts of {min(lengths)} to "
+        f"{max(lengths)} tokens, completions of {sum(answers) / len(answers):.1f} on average.",
+    )
     for kind in kinds:
         compare(kind, args)
+
+
+def print_peak(kind: str, args) -> None:
+    """MiB that a step of --peak_of adds."""
+    prompts, completions = examples(args, args.batch, 1 + NUM_NEGATIVES if kind == "recpo" else 1)
+    model = make_model(args)
+    if args.peak_of == "here":
+        print(peak_mib(Here(model, kind, prompts, completions, args).step))
+        return
+    usual = Usual(model, kind, args.peak_of == "checkpointed")
+    print(peak_mib(lambda: usual.step(prompts, completions, args.micro_batch)))
 
 
 if __name__ == "__main__":

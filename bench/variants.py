@@ -1,10 +1,11 @@
-"""What --gradient_checkpointing and --compile cost and save: one RecPO step, its four combinations on the same micro-batch.
+"""What --gradient_checkpointing and --compile cost and save: one RecPO step in four combinations.
 
-    python bench/variants.py                     the small shape on a CPU, Llama-3.1-8B's on a GPU
-    python bench/variants.py --prompt 512 --data_dir ""      prompts of 512 tokens, completions of 12
+    python bench/variants.py                the small shape on a CPU, Llama-3.1-8B's on a GPU
+    python bench/variants.py --prompt 512 --data_dir ""     prompts of 512 tokens, completions of 12
 
-Times are medians of interleaved steps in one process, after compilation. Tokens are those of the tree: the prompt once.
-FLOP/s are those of the model's forward and backward, without what checkpointing runs again.
+The micro-batch is the same for all. Times are medians of interleaved steps in one process, after
+compilation. Tokens are those of the tree: the prompt once. FLOP/s are those of the model's forward
+and backward, without what checkpointing runs again.
 """
 
 import sys
@@ -12,6 +13,7 @@ import time
 
 import torch
 from harness import (
+    LORA_RANK,
     dtype_of,
     examples,
     header,
@@ -58,42 +60,48 @@ def main() -> None:
         return
     lengths = [len(p) for p in prompts]
     tokens = sum(lengths) + sum(len(c) for group in completions for c in group)
-    note = f"Shape {args.shape}, {args.batch} prompts of {min(lengths)} to {max(lengths)} tokens, {tokens:,} tree tokens a step"
-    header("Checkpointing and torch.compile", args, note + ".")
+    note = (
+        f"Shape {args.shape}, {args.batch} prompts of {min(lengths)} to {max(lengths)} tokens, "
+        f"{tokens:,} tree tokens a step."
+    )
+    header("Checkpointing and torch.compile", args, note)
     compiling = {}
     for way in ("compiled", "both"):
         start = time.perf_counter()
         run(way)
-        compiling[way] = time.perf_counter() - start
+        compiling[way] = f"{time.perf_counter() - start:.0f}"
     seconds = interleaved({way: lambda way=way: run(way) for way in WAYS}, args.repeats)
+    peak = peaks(run, args)
+    flops, rate = step_flops(args, model, prompts, completions), matrix_rate(args, tokens)
+    rows = []
+    for way, s in seconds.items():
+        cells = [f"{1000 * s:.0f}", f"{seconds['eager'] / s:.2f}", f"{tokens / s:,.0f}"]
+        cells += [f"{flops / s / rate:.0%}", peak.get(way, ""), compiling.get(way, "")]
+        rows.append([way, *cells])
+    columns = ["RecPO step", "median ms", "eager / this", "tokens/s", "of the GEMM's FLOP/s"]
+    table([*columns, "peak memory added, MiB", "first step, s"], rows)
+
+
+def peaks(run, args) -> dict[str, str]:
+    """MiB that a step of each way adds.
+
+    On a CPU of eager ways alone: the compiler's own memory would hide that of compiled steps, which
+    the high-water mark of a process cannot tell apart."""
     if args.device == "cuda":
-        peak = {way: peak_mib(lambda way=way: run(way)) for way in WAYS}
-    else:
-        peak = {
-            way: in_fresh_process([*sys.argv, "--peak_of", way])
-            for way in ("eager", "checkpointing")
-        }  # the compiler's own
-        # memory would hide that of compiled steps, which the high-water mark of a process cannot tell apart
+        return {way: f"{peak_mib(lambda way=way: run(way)):.0f}" for way in WAYS}
+    peak = {}
+    for way in ("eager", "checkpointing"):
+        peak[way] = f"{in_fresh_process([*sys.argv, '--peak_of', way]):.0f}"
+    return peak
+
+
+def step_flops(args, model, prompts, completions) -> float:
+    """FLOP of the step's forward and backward, padding included."""
     widest = max(completions, key=lambda group: sum(map(len, group)))
-    shape = (args.batch, max(lengths), [len(ids) for ids in widest])
-    flops = fake_step(
-        model.config, dtype_of(args), 8, TARGET_MODULES, 0.0, False, *shape, args.device == "cuda"
-    ).flops
-    rate = matrix_rate(args, tokens)
-    rows = [
-        [way, f"{1000 * s:.0f}", f"{seconds['eager'] / s:.2f}", f"{tokens / s:,.0f}", f"{flops / s / rate:.0%}", f"{peak[way]:.0f}" if way in peak else "",
-         f"{compiling[way]:.0f}" if way in compiling else ""]
-        for way, s in seconds.items()
-    ]  # fmt: skip
-    columns = [
-        "RecPO step",
-        "median ms",
-        "eager / this",
-        "tokens/s",
-        "of the GEMM's FLOP/s",
-        "peak memory added, MiB",
-    ]
-    table([*columns, "first step, s"], rows)
+    shape = (args.batch, max(map(len, prompts)), [len(ids) for ids in widest])
+    adapter = (LORA_RANK, TARGET_MODULES, 0.0)
+    step = fake_step(model.config, dtype_of(args), *adapter, False, *shape, args.device == "cuda")
+    return step.flops
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""A small model made from nothing: only for the demo and for machines without a GPU. Real language models skip this file.
+"""A small model made from nothing: only for the demo and for machines without a GPU.
 
-`make_base_model` writes a normal Hugging Face directory: a tokenizer trained on the data's own titles and prompts, and
-random Llama weights. Its tokenizer puts a space behind every line break, so that a title has the same tokens in the
-candidate list and behind "Answer:".
+Real language models skip this file. `make_base_model` writes a normal Hugging Face directory: a
+tokenizer trained on the data's own titles and prompts, and random Llama weights. Its tokenizer puts
+a space behind every line break, so that a title has the same tokens in the candidate list and
+behind "Answer:".
 """
 
 import json
@@ -16,25 +17,26 @@ from model import ModelConfig, init_weights, save_pretrained
 
 EOS = "<|end_of_text|>"
 
-
-# Llama-3's pre-tokenizer: a word with its leading space, up to three digits, punctuation, line breaks
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Llama-3's pre-tokenizer: a word with its leading space, up to three digits, punctuation, breaks
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def make_base_model(
     path, examples: Examples, *, hidden_size: int, num_layers: int, vocab_size: int, seed: int
 ):
-    """Write tokenizer and random weights to `path`; the tokenizer sees the titles and 1,000 training prompts."""
+    """Write tokenizer and random weights to `path`.
+
+    The tokenizer sees the titles and 1,000 training prompts."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace("\n", "\n ")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -44,9 +46,8 @@ def make_base_model(
     texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": EOS, "model_max_length": 4096}, indent=2) + "\n"
-    )
+    settings = {"eos_token": EOS, "model_max_length": 4096}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     config = ModelConfig(
         model_type="llama",
         vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,  # rounded up to whole tiles

@@ -37,7 +37,7 @@ from data import (
     encode_examples,
     k_core,
 )
-from demo.planted import World, bayes_scores, planted_world
+from demo.planted import World, bayes_scores, planted_world, world_of
 from hub.tokenizer import Tokenizer
 from loaders.amazon import load_amazon
 from loaders.beeradvocate import load_beeradvocate
@@ -162,14 +162,11 @@ class Prepared:
         return scores
 
     def optimum(self, split: str) -> np.ndarray | None:
-        """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown.
-
-        It is known in the planted world, if histories are shown whole."""
-        options = self.options
-        if options["dataset"] != "planted" or options["history"] < World.max_length - 1:
+        """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown."""
+        world = world_of(self.options)
+        if world is None:
             return None
-        world = World(num_users=options["planted_users"], seed=options["data_seed"])
-        return bayes_scores(world, self.splits[split], options["min_rating"])
+        return bayes_scores(world, self.splits[split], self.options["min_rating"])
 
 
 def load_log(config: DataConfig) -> Interactions:

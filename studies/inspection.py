@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import arg, parse_config
-from data import Examples, Interactions, encode_examples, render_prompt
+from data import Encoded, Examples, Interactions, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, Prepared, prepare
 from studies.paper import TABLE_3
@@ -60,19 +60,13 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
     rated = log.rating[~np.isnan(log.rating)]
     values, counts = np.unique(rated, return_counts=True)
     if len(values) > 12:
-        values, counts = (
-            np.arange(1, 6),
-            np.bincount(np.clip(np.rint(rated), 1, 5).astype(int), minlength=6)[1:],
-        )
-    shares = ", ".join(
-        f"{v:g}: {c / max(1, len(rated)):.1%}" for v, c in zip(values, counts, strict=True)
-    )
-    out += ["", f"ratings {shares or 'none'}"]
+        rounded = np.clip(np.rint(rated), 1, 5).astype(int)
+        values, counts = np.arange(1, 6), np.bincount(rounded, minlength=6)[1:]
+    shares = counts / max(1, len(rated))
+    shown = ", ".join(f"{v:g}: {s:.1%}" for v, s in zip(values, shares, strict=True))
+    out += ["", f"ratings {shown or 'none'}"]
     for name, counts in (("user", per_user), ("item", per_item)):
-        out.append(
-            f"interactions per {name}: "
-            + ", ".join(f"{q}% {np.percentile(counts, q):.0f}" for q in (0, 25, 50, 75, 100))
-        )
+        out.append(f"interactions per {name}: {percentiles(counts, (0, 25, 50, 75, 100))}")
     same = log.user[1:] == log.user[:-1]
     tied = (log.timestamp[1:] == log.timestamp[:-1]) & same
     out.append(
@@ -88,6 +82,10 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
     return "\n".join(out)
 
 
+def percentiles(counts, wanted: tuple[int, ...]) -> str:
+    return ", ".join(f"{q}% {np.percentile(counts, q):.0f}" for q in wanted)
+
+
 def title_lines(prepared: Prepared) -> list[str]:
     """Titles that several items have, and how often a candidate's title stands inside another's."""
     titles = list(prepared.log.titles)
@@ -99,12 +97,10 @@ def title_lines(prepared: Prepared) -> list[str]:
         f"titles: {len(titles):,}, {numbered:,} of them told apart by a number; "
         f"longest {max(map(len, titles))} characters"
     ]
-    test = prepared.splits["test"]
-    lists = test.candidates[:5000]
-    inside = sum(
-        any(a != b and a in b for a in names for b in names)
-        for names in ([titles[c] for c in row] for row in lists)
-    )
+    lists, inside = prepared.splits["test"].candidates[:5000], 0
+    for row in lists:
+        names = [titles[c] for c in row]
+        inside += any(a != b and a in b for a in names for b in names)
     out.append(
         f"candidate lists in which one title stands inside another: "
         f"{inside / len(lists):.1%} of {len(lists):,} test lists"
@@ -118,47 +114,41 @@ def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
         if not config.tokenizer:
             from demo.tiny import make_base_model
 
-            make_base_model(
-                scratch, examples, hidden_size=64, num_layers=1, vocab_size=4096, seed=0
-            )
+            sizes = {"hidden_size": 64, "num_layers": 1, "vocab_size": 4096}
+            make_base_model(scratch, examples, **sizes, seed=0)
         tokenizer = Tokenizer(config.tokenizer or scratch)
     encoded = encode_examples(examples, tokenizer, config.max_length)
     lengths = [len(ids) for ids in encoded.prompts]
-    print(
-        f"\nprompt tokens ({config.tokenizer or 'a tokenizer of 4,096 tokens made from this data'})"
-        ": ",
-        end="",
-    )
-    print(", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (0, 5, 50, 95, 99, 100)))
+    cut_by = config.tokenizer or "a tokenizer of 4,096 tokens made from this data"
+    print(f"\nprompt tokens ({cut_by}): {percentiles(lengths, (0, 5, 50, 95, 99, 100))}")
     print(
         f"prompts shortened to --max_length {config.max_length}: "
         f"{encoded.num_shortened} ({encoded.num_dropped} history items)"
     )
     for e in range(config.show, min(config.show + 3, len(examples))):
-        example = examples[e]
-        print(f"\n---- training example {e}, user {example.user}:\n\n{render_prompt(example)}")
-        print(
-            f"\nchosen:   {example.candidates[example.target]!r}, "
-            f"score {example.scores[example.target]:.3f}"
-        )
-        for slot in examples.negatives(3)[e]:
-            kind = "random" if examples.is_random[e, slot] else "follows"
-            margin = example.scores[example.target] / example.scores[slot]
-            print(
-                f"rejected: {example.candidates[slot]!r}, "
-                f"score {example.scores[slot]:.3f} ({kind}), target margin {margin:.2f}"
-            )
-        (completion,) = encoded.slots(e, [example.target])
-        ids = (encoded.prompts[e].tolist()[-3:], completion)
-        shown = [
-            " ".join(repr(tokenizer.inner.decode([i], skip_special_tokens=False)) for i in part)
-            for part in ids
-        ]
-        print(
-            f"boundary: ... {shown[0]} || {shown[1]}   "
-            "(|| ends the prompt; all behind it is scored)"
-        )
+        show_example(encoded, e, tokenizer)
     return lengths
+
+
+def show_example(encoded: Encoded, e: int, tokenizer: Tokenizer) -> None:
+    """The prompt, the chosen and three rejected titles with their scores, the token boundary."""
+    examples, example = encoded.examples, encoded.examples[e]
+    chosen_score = example.scores[example.target]
+    print(f"\n---- training example {e}, user {example.user}:\n\n{render_prompt(example)}")
+    print(f"\nchosen:   {example.candidates[example.target]!r}, score {chosen_score:.3f}")
+    for slot in examples.negatives(3)[e]:
+        kind = "random" if examples.is_random[e, slot] else "follows"
+        score = example.scores[slot]
+        print(
+            f"rejected: {example.candidates[slot]!r}, score {score:.3f} ({kind}), "
+            f"target margin {chosen_score / score:.2f}"
+        )
+    (completion,) = encoded.slots(e, [example.target])
+    shown = []
+    for ids in (encoded.prompts[e].tolist()[-3:], completion):
+        tokens = [tokenizer.inner.decode([i], skip_special_tokens=False) for i in ids]
+        shown.append(" ".join(map(repr, tokens)))
+    print(f"boundary: ... {shown[0]} || {shown[1]}   (|| ends the prompt; all behind it is scored)")
 
 
 def draw(folder: Path, log: Interactions, prompt_tokens: list[int]) -> None:

@@ -115,7 +115,9 @@ def shown_options(settings: dict, stage: str, usual: dict) -> dict:
 
 def _place(option: str) -> int:
     order = [o for o in SHOWN if o not in ("history_items", "ratings")]
-    return order.index(option) if option in order else len(order)
+    if option in order:
+        return order.index(option)
+    return len(order)
 
 
 def usual_values(group: list[Result]) -> dict:
@@ -166,15 +168,13 @@ def shared_options(results: list[Result]) -> dict:
     if not trained:
         return {}
     defaults = asdict(TrainConfig())
-    first = trained[0].config
-    return {
-        k: v
-        for k, v in first.items()
-        if k in defaults
-        and k not in NOT_THE_METHOD
-        and v != defaults[k]
-        and all(r.config.get(k) == v for r in trained)
-    }
+    shared = {}
+    for option, value in trained[0].config.items():
+        if option not in defaults or option in NOT_THE_METHOD or value == defaults[option]:
+            continue
+        if all(r.config.get(option) == value for r in trained):
+            shared[option] = value
+    return shared
 
 
 def same_seeds(a: Method, b: Method) -> tuple[Method, Method]:
@@ -215,12 +215,10 @@ def sweep(methods: dict[str, Method], option: str) -> list[tuple[float, Method]]
     base = base_method(methods, "recpo")
     if base is None:
         return []
-    found = [
-        m
-        for m in methods.values()
-        if m.stage == "recpo" and differing(m.settings, base.settings) <= {option}
-    ]
-    points = [(m.settings[option], m) for m in found]
+    points = []
+    for m in methods.values():
+        if m.stage == "recpo" and differing(m.settings, base.settings) <= {option}:
+            points.append((m.settings[option], m))
     plain = base_method(methods, "sdpo")
     if option == "margin_lambda" and plain:
         points.append((0.0, plain))
@@ -238,11 +236,9 @@ def sweep(methods: dict[str, Method], option: str) -> list[tuple[float, Method]]
 def input_methods(methods: dict[str, Method]) -> dict[str, Method]:
     """SFT results that differ in what a prompt shows alone."""
     base = base_method(methods, "sft")
-    return {
-        m.name: m
-        for m in methods.values()
-        if m.stage == "sft" and differing(m.settings, base.settings) <= {"history_items", "ratings"}
-    }
+    found = [m for m in methods.values() if m.stage == "sft"]
+    inputs = {"history_items", "ratings"}
+    return {m.name: m for m in found if differing(m.settings, base.settings) <= inputs}
 
 
 def differing(a: dict, b: dict) -> set[str]:
@@ -261,11 +257,8 @@ def probe_rows(methods: dict[str, Method], probe: str) -> dict[str, list[dict]]:
     for method in methods.values():
         contents = [r.probes[probe] for r in method.results if probe in r.probes]
         for how in ("written", "ranked first"):
-            found = [
-                c["rows"][f"{method.stage}, {how}"]
-                for c in contents
-                if f"{method.stage}, {how}" in c["rows"]
-            ]
+            name = f"{method.stage}, {how}"
+            found = [c["rows"][name] for c in contents if name in c["rows"]]
             if found:
                 rows[f"{method.name}; {how}"] = found
     return rows
@@ -276,8 +269,7 @@ def mean_bins(group: list[dict]) -> dict[str, dict]:
     bins = {}
     for name, entry in group[0]["bins"].items():
         entries = [g["bins"][name] for g in group]
-        means = {
-            key: float(np.mean([e[key] for e in entries])) for key in ("hit_ratio@1", "variance")
-        }
-        bins[name] = {"n": entry["n"], **means}
+        bins[name] = {"n": entry["n"]}
+        for key in ("hit_ratio@1", "variance"):
+            bins[name][key] = float(np.mean([e[key] for e in entries]))
     return bins

@@ -31,17 +31,16 @@ def smooth(values: Iterable[float], width: int) -> np.ndarray:
 
 def preference_logs(methods: dict[str, Method]) -> dict[str, list[dict]]:
     """The steps of each preference stage, of the first seed."""
-    logs = {name: method.results[0].folder / "metrics.jsonl" for name, method in methods.items()}
-    entries = {
-        name: [json.loads(line) for line in log.read_text().splitlines()]
-        for name, log in logs.items()
-        if log.exists()
-    }
-    return {
-        name: steps
-        for name, lines in entries.items()
-        if (steps := [e for e in lines if "rewards/margins" in e])
-    }
+    logs = {}
+    for name, method in methods.items():
+        file = method.results[0].folder / "metrics.jsonl"
+        if not file.exists():
+            continue
+        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        steps = [entry for entry in entries if "rewards/margins" in entry]
+        if steps:
+            logs[name] = steps
+    return logs
 
 
 def draw_curves(plt, methods: dict[str, Method], file: Path) -> None:
@@ -69,18 +68,17 @@ def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -
     """HR@1 and ValidRatio over the values of one option, with 95 % intervals."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     values = [value for value, _ in sweep]
-    for axis, keys in (
-        (axes[0], ("hit_ratio@1", "ranking/hit_ratio@1")),
-        (axes[1], ("valid_ratio",)),
-    ):
-        for key in keys:
-            means = [m.mean(key) for _, m in sweep]
-            spans = [bootstrap(m.per_user(key)) for _, m in sweep]
-            errors = np.abs(np.array(spans).T - means)
-            what = {"hit_ratio@1": "HR@1 written", "ranking/hit_ratio@1": "HR@1 ranked first"}.get(
-                key, "ValidRatio"
-            )
-            axis.errorbar(values, means, errors, marker="o", capsize=3, label=what)
+    panels = (
+        (axes[0], "hit_ratio@1", "HR@1 written"),
+        (axes[0], "ranking/hit_ratio@1", "HR@1 ranked first"),
+        (axes[1], "valid_ratio", "ValidRatio"),
+    )
+    for axis, key, what in panels:
+        means = [m.mean(key) for _, m in sweep]
+        spans = [bootstrap(m.per_user(key)) for _, m in sweep]
+        errors = np.abs(np.array(spans).T - means)
+        axis.errorbar(values, means, errors, marker="o", capsize=3, label=what)
+    for axis in axes:
         axis.set(xlabel=f"{label}{' (0: S-DPO)' if label == 'λ' else ''}", ylim=(0, None))
         axis.legend()
     figure.savefig(file, dpi=110)
@@ -90,23 +88,15 @@ def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -
 def draw_bars(plt, methods: dict[str, Method], file: Path) -> None:
     """HR@1 of the input configurations (Figure 2)."""
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for i, method in enumerate(methods.values()):
-        for j, key in enumerate(("hit_ratio@1", "ranking/hit_ratio@1")):
-            low, high = bootstrap(method.per_user(key))
-            mean = method.mean(key)
-            name = ("written", "ranked first")[j] if i == 0 else None
-            axis.bar(
-                i + 0.4 * j - 0.2,
-                mean,
-                0.38,
-                yerr=[[mean - low], [high - mean]],
-                capsize=3,
-                color=f"C{j}",
-                label=name,
-            )
-    axis.set_xticks(
-        range(len(methods)), [name.replace(", ", ",\n") for name in methods], fontsize=8
-    )
+    measures = (("hit_ratio@1", "written"), ("ranking/hit_ratio@1", "ranked first"))
+    places = np.arange(len(methods))
+    for j, (key, label) in enumerate(measures):
+        means = np.array([method.mean(key) for method in methods.values()])
+        spans = [bootstrap(method.per_user(key)) for method in methods.values()]
+        errors = np.abs(np.array(spans).T - means)
+        axis.bar(places + 0.4 * j - 0.2, means, 0.38, yerr=errors, capsize=3, label=label)
+    names = [name.replace(", ", ",\n") for name in methods]
+    axis.set_xticks(places, names, fontsize=8)
     axis.set(ylabel="HR@1")
     axis.legend()
     figure.savefig(file, dpi=110)
@@ -137,10 +127,9 @@ def draw_margins(plt, file: Path) -> None:
     chosen = preference_score(torch.tensor(5.0), torch.tensor(0.0))
     kinds = [kind for kind in MARGINS if kind != "none"]
     figure, axes = plt.subplots(2, len(kinds), figsize=(13, 7), layout="constrained")
+    flat = scores.reshape(-1, 1)
     for column, kind in enumerate(kinds):
-        margins = 2.0 * target_margins(
-            chosen.expand(scores.numel()), scores.reshape(-1, 1), kind
-        ).view(scores.shape)
+        margins = 2.0 * target_margins(chosen.expand(len(flat)), flat, kind).view(scores.shape)
         # -d loss / d (reward gap) of one pair that is 4 nats apart: sigma(margin - gap)
         weights = torch.sigmoid(margins - 4.0)
         for axis, values, title in (
@@ -149,11 +138,8 @@ def draw_margins(plt, file: Path) -> None:
         ):
             image = axis.pcolormesh(steps, ratings, values, shading="nearest")
             figure.colorbar(image, ax=axis)
-            axis.set(
-                title=f"{kind}, λ = 2: {title}",
-                xlabel="steps until the rejected item",
-                ylabel="its rating",
-            )
+            axis.set(title=f"{kind}, λ = 2: {title}", ylabel="its rating")
+            axis.set(xlabel="steps until the rejected item")
     figure.suptitle("Chosen item rated 5 and next; over rating and latency of the rejected one")
     figure.savefig(file, dpi=110)
     plt.close(figure)

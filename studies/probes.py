@@ -38,7 +38,7 @@ from data import (
     encode_examples,
     freeze,
 )
-from demo.planted import World, bayes_scores
+from demo.planted import bayes_scores, world_of
 from eval import (
     EvalConfig,
     check_run_data,
@@ -94,9 +94,11 @@ def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Example
     ends = log.start[1:] - 1  # row of each user's last interaction
     fits = ends - log.start[:-1] >= config.min_history + count - 1
     for rows, wanted in ((ends - 1, before_last), (ends, last)):
-        if wanted is not None:
-            rating = log.rating[np.maximum(rows, 0)]
-            fits &= rating >= config.min_rating if wanted else rating <= DISLIKED
+        rating = log.rating[np.maximum(rows, 0)]
+        if wanted is True:
+            fits &= rating >= config.min_rating
+        if wanted is False:
+            fits &= rating <= DISLIKED
     rows = (ends - count + 1)[fits]
     rng = np.random.default_rng([config.data_seed, 10 + (probe == "temptation") + 2 * (count == 1)])
     rows = rng.permutation(rows)
@@ -111,7 +113,7 @@ def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Example
 
 
 def choice_of_scores(scores: np.ndarray) -> np.ndarray:
-    """The best-scored candidate; equal ones share."""
+    """The best-scored candidate; equal ones share: the target's part is ranking_metrics' HR@1."""
     best = scores == scores.max(1, keepdims=True)
     return best / best.sum(1, keepdims=True)
 
@@ -134,9 +136,8 @@ def outcomes(probe: str, examples: Examples, choice: np.ndarray) -> dict[str, np
     if probe in ("adherence", "temptation"):
         follows = ~examples.is_random
         follows[np.arange(len(own)), examples.target] = False
-        found["takes the later one" if probe == "adherence" else "takes the disliked one"] = (
-            choice * follows
-        ).sum(1)
+        name = "takes the later one" if probe == "adherence" else "takes the disliked one"
+        found[name] = (choice * follows).sum(1)
     return found
 
 
@@ -169,12 +170,9 @@ def reference_choices(probe: str, examples: Examples, config: DataConfig) -> dic
     """Choices of chance, counting and, where it is known, the optimal recommender."""
     sign = -1 if probe == "aversion" else 1
     choices = {"chance": np.full(examples.candidates.shape, 1 / NUM_CANDIDATES)}
-    choices |= {
-        name: choice_of_scores(sign * scores)
-        for name, scores in counting_baselines(examples).items()
-    }
-    if config.dataset == "planted" and config.history >= World.max_length - 1:
-        world = World(num_users=config.planted_users, seed=config.data_seed)
+    for name, scores in counting_baselines(examples).items():
+        choices[name] = choice_of_scores(sign * scores)
+    if world := world_of(vars(config)):
         limits = (1.0, DISLIKED) if probe == "aversion" else (config.min_rating, 5.0)
         choices["Bayes-optimal"] = choice_of_scores(bayes_scores(world, examples, *limits))
     return choices
@@ -198,24 +196,19 @@ def run_probe(
     (model, tokenizer).
 
     Every model has two rows: what it writes (greedy), and what it ranks first."""
-    examples = (
-        prepared.splits["test"]
-        if probe == "length"
-        else probe_examples(prepared.log, config, probe)
-    )
-    rows = {
-        name: measure(probe, examples, choice)
-        for name, choice in reference_choices(probe, examples, config).items()
-    }
+    if probe == "length":
+        examples = prepared.splits["test"]
+    else:
+        examples = probe_examples(prepared.log, config, probe)
+    references = reference_choices(probe, examples, config)
+    rows = {name: measure(probe, examples, choice) for name, choice in references.items()}
     records = {}
     for name, load in models.items():
         model, tokenizer = load()
         encoded: Encoded = encode_examples(examples, tokenizer, options["max_length"])
-        records[name] = predict(
-            model, tokenizer, encoded, range(len(examples)), options["decode"],
-            options["decode_rest"],
-            options["micro_batch_tokens"], device=device,
-        )  # fmt: skip
+        how = [options[key] for key in ("decode", "decode_rest", "micro_batch_tokens")]
+        indices = range(len(examples))
+        records[name] = predict(model, tokenizer, encoded, indices, *how, device=device)
         del model
         free_memory()  # before the next one is loaded
         rows[f"{name}, written"] = measure(probe, examples, choice_of_answers(records[name]))
@@ -257,14 +250,12 @@ def probe_table(probe: str, examples: Examples, rows: dict[str, dict]) -> str:
     figures = [name for name in some if not name.endswith("_ci95")]
     lines += ["| | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for name, row in rows.items():
-        cells = [
-            f"{row[f]:.4f} [{row[f'{f}_ci95'][0]:.3f}, {row[f'{f}_ci95'][1]:.3f}]" for f in figures
-        ]
-        lines.append(
-            f"| {name} | "
-            + " | ".join(cells if name != "chance" else [f"{row[f]:.4f}" for f in figures])
-            + " |"
-        )
+        cells = []
+        for figure in figures:
+            low, high = row[f"{figure}_ci95"]
+            interval = "" if name == "chance" else f" [{low:.3f}, {high:.3f}]"
+            cells.append(f"{row[figure]:.4f}{interval}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -274,12 +265,11 @@ def main() -> None:
     sources = sources_of(config)
     prepared = prepare(config)
     check_run_data(config, sources, prepared.hash)
-    models = {
-        name: partial(load_source, config, source, device) for name, source in sources.items()
-    }
-    examples, rows, records = run_probe(
-        config.probe, config, prepared, models, vars(config), device
-    )
+    models = {}
+    for name, source in sources.items():
+        models[name] = partial(load_source, config, source, device)
+    options = vars(config)
+    examples, rows, records = run_probe(config.probe, config, prepared, models, options, device)
     facts = {"probe": config.probe, "n": len(examples), "data_hash": prepared.hash, "rows": rows}
     for name in sources if config.output_dir else ():
         save_predictions(Path(config.output_dir) / name / config.probe, facts, records[name])

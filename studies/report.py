@@ -132,11 +132,9 @@ def shared_lines(results: list[Result]) -> list[str]:
 
 def repeat_lines(methods: dict[str, Method]) -> list[str]:
     repeats = [f"{r.folder} ({m.name}, seed {r.seed})" for m in methods.values() for r in m.repeats]
-    return (
-        [f"Not counted, because that seed is there already: {'; '.join(repeats)}."]
-        if repeats
-        else []
-    )
+    if not repeats:
+        return []
+    return [f"Not counted, because that seed is there already: {'; '.join(repeats)}."]
 
 
 def data_table(config: dict, data_hash: str) -> str:
@@ -149,24 +147,23 @@ def data_table(config: dict, data_hash: str) -> str:
         )
     known = {f.name for f in fields(DataConfig)}
     options = DataConfig(**{k: v for k, v in config.items() if k in known})
-    lines = statistics(options, prepared).splitlines()
-    return "\n".join(
-        f"- {line.strip()}" if line and not line.startswith("|") else line for line in lines
-    )
+    lines = []
+    for line in statistics(options, prepared).splitlines():
+        in_table = not line or line.startswith("|")
+        lines.append(line if in_table else f"- {line.strip()}")
+    return "\n".join(lines)
 
 
 def probe_tables(methods: dict[str, Method]) -> str:
     """The probes' rows, averaged over the runs of a method."""
-    sizes = {
-        probe: content["n"]
-        for m in methods.values()
-        for r in m.results
-        for probe, content in r.probes.items()
-    }
+    sizes = {}
+    for method in methods.values():
+        for result in method.results:
+            sizes |= {probe: content["n"] for probe, content in result.probes.items()}
     lines = []
     for probe, n in sorted(sizes.items()):
-        rows = probe_rows(methods, probe)
-        text = length_table(rows) if probe == "length" else figures_table(rows)
+        make_table = length_table if probe == "length" else figures_table
+        text = make_table(probe_rows(methods, probe))
         lines += ["", f"**{probe}** (n = {n:,})", "", text]
     return "\n".join(lines)
 
@@ -183,7 +180,8 @@ def figures_table(rows: dict[str, list[dict]]) -> str:
         cells = []
         for key in figures:
             mean = np.mean([g[key] for g in group])
-            width = np.mean([g[f"{key}_ci95"][1] - g[f"{key}_ci95"][0] for g in group]) / 2
+            intervals = [g[f"{key}_ci95"] for g in group]
+            width = np.mean([high - low for low, high in intervals]) / 2
             cells.append(f"{mean:.4f}" if name == "chance" else f"{mean:.4f} ± {width:.3f}")
         lines.append([row_name(name, group), *cells])
     return table(["", *figures], lines)
@@ -244,10 +242,9 @@ def asked(methods: dict[str, Method]) -> list[tuple[str, Method, Method, tuple[s
 def claims(methods: dict[str, Method]) -> str:
     """The paper's claims, held, not held or not distinguishable; Holm over the whole table."""
     said = {"higher": "held", "lower": "not held", "not distinguishable": "not distinguishable"}
-    answers = [
-        (text, [difference_of(a, b, measure) for measure in measures])
-        for text, a, b, measures in asked(methods)
-    ]
+    answers = []
+    for text, a, b, measures in asked(methods):
+        answers.append((text, [difference_of(a, b, measure) for measure in measures]))
     family = [difference for _, differences in answers for difference in differences]
     judge(family)
     rows = []

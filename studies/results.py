@@ -64,7 +64,8 @@ START_OPTIONS = [
 
 def defaults_of(config: dict) -> dict:
     """Every option of the script that wrote this configuration, at its default."""
-    return asdict(BaselineConfig() if "method" in config else TrainConfig())
+    script = BaselineConfig if "method" in config else TrainConfig
+    return asdict(script())
 
 
 def origin_of(run: Path, config: dict) -> Path | None:

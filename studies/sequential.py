@@ -109,13 +109,8 @@ class GRU4Rec(Recommender):
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
         D = config.hidden_size
-        self.gru = nn.GRU(
-            D,
-            D,
-            config.num_layers,
-            batch_first=True,
-            dropout=config.dropout if config.num_layers > 1 else 0.0,
-        )
+        dropout = config.dropout if config.num_layers > 1 else 0.0
+        self.gru = nn.GRU(D, D, config.num_layers, batch_first=True, dropout=dropout)
 
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
         return self.gru(self.dropout(self.items(items)))[0]
@@ -140,9 +135,8 @@ class Caser(Recommender):
         )
         self.vertical = nn.Conv2d(1, vertical, (WINDOW, 1))
         self.hidden = nn.Linear(filters * WINDOW + vertical * D, D)
-        self.mix = nn.Linear(
-            2 * D, D
-        )  # the paper scores with vectors of width 2 D; this keeps one embedding per item
+        # the paper scores with vectors of width 2 D; this keeps one embedding per item
+        self.mix = nn.Linear(2 * D, D)
 
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
         B, T = items.shape
@@ -160,19 +154,15 @@ class Block(nn.Module):
     def __init__(self, config: BaselineConfig):
         super().__init__()
         D = config.hidden_size
-        self.norm1, self.norm2, self.dropout = (
-            nn.LayerNorm(D),
-            nn.LayerNorm(D),
-            nn.Dropout(config.dropout),
-        )
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.dropout = nn.Dropout(config.dropout)
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (
-            self.qkv(self.norm1(x)).view(B, T, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
-        )  # (B, HEADS, T, D / HEADS) each
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, HEADS, D // HEADS)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, HEADS, T, D / HEADS) each
         attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, T, D)
         x = x + self.dropout(self.out(attended))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
@@ -188,9 +178,8 @@ class SASRec(Recommender):
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
         T = items.shape[1]
         x = self.items(items) * math.sqrt(self.items.embedding_dim)
-        x = self.dropout(
-            x + self.positions.weight[-T:]
-        )  # counted from the end: windows are filled from the right
+        # positions count from the end: windows are filled from the right
+        x = self.dropout(x + self.positions.weight[-T:])
         order = torch.arange(T)
         mask = (order <= order[:, None]) & (items != 0)[:, None, None]  # (B, 1, T, T)
         mask = mask | torch.eye(T, dtype=torch.bool)  # padding sees itself, so that no row is empty
@@ -239,6 +228,18 @@ def hit_ratio(scores: np.ndarray, examples: Examples) -> float:
 
 
 # ----------------------------------------------------------------------------------------- training
+def build_model(config: BaselineConfig, log: Interactions) -> Recommender:
+    """The method with fresh weights; the padding's vector is zero."""
+    kind = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method]
+    model = kind(config, log.num_items, log.num_users)
+    for name, p in model.named_parameters():
+        if name in ("items.weight", "users.weight", "positions.weight"):
+            nn.init.normal_(p, std=0.02)
+    with torch.no_grad():
+        model.items.weight[0] = 0
+    return model
+
+
 def step_loss(
     model: Recommender, windows: Tensor, users: Tensor, num_sampled: int, generator: torch.Generator
 ) -> Tensor:
@@ -252,9 +253,8 @@ def step_loss(
         return F.cross_entropy(states @ model.items.weight[1:].T, target - 1)
     sampled = torch.randint(1, num_items + 1, (num_sampled,), generator=generator)
     logits = states @ model.items(sampled).T
-    logits = logits.masked_fill(
-        sampled == target[:, None], -1e9
-    )  # the target itself, drawn by chance
+    drawn_by_chance = sampled == target[:, None]  # the target itself
+    logits = logits.masked_fill(drawn_by_chance, -1e9)
     own = (states * model.items(target)).sum(1, keepdim=True)
     return F.cross_entropy(torch.cat([own, logits], 1), torch.zeros(len(target), dtype=torch.long))
 
@@ -265,19 +265,12 @@ def train(
     """The model of the best epoch on validation, an entry per epoch. Test data is not seen here."""
     torch.manual_seed(config.seed)
     generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
-    model = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method](
-        config, log.num_items, log.num_users
-    )
-    for name, p in model.named_parameters():
-        if name in ("items.weight", "users.weight", "positions.weight"):
-            nn.init.normal_(p, std=0.02)
-    with torch.no_grad():
-        model.items.weight[0] = 0
+    model = build_model(config, log)
     windows, users = (torch.from_numpy(a) for a in training_windows(log, config.num_shown))
     if not len(windows):
         raise ValueError("no user has two interactions before the last two: nothing to train on")
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    best, best_state, history = -1.0, {}, []
+    best, best_epoch, best_state, history = -1.0, 0, {}, []
     for epoch in range(1, config.epochs + 1):
         model.train()
         started, losses = time.time(), []
@@ -289,25 +282,17 @@ def train(
             optimizer.step()
             losses.append(loss.item())
         found = hit_ratio(candidate_scores(model, val, config.num_shown), val)
-        history.append(
-            {
-                "epoch": epoch,
-                "loss": float(np.mean(losses)),
-                "val_hit_ratio@1": found,
-                "seconds": time.time() - started,
-            }
-        )
+        entry = {"epoch": epoch, "loss": float(np.mean(losses)), "val_hit_ratio@1": found}
+        history.append(entry | {"seconds": time.time() - started})
         better = found > best
         report(
-            f"{config.method} epoch {epoch:3} | loss {history[-1]['loss']:.4f} "
+            f"{config.method} epoch {epoch:3} | loss {entry['loss']:.4f} "
             f"| validation HR@1 {found:.4f}{' *' if better else ''}"
         )
         if better:
-            best, best_state = found, {name: t.clone() for name, t in model.state_dict().items()}
-        elif (
-            epoch - next(e["epoch"] for e in history if e["val_hit_ratio@1"] == best)
-            >= config.patience
-        ):
+            best, best_epoch = found, epoch
+            best_state = {name: t.clone() for name, t in model.state_dict().items()}
+        elif epoch - best_epoch >= config.patience:
             break
     model.load_state_dict(best_state)
     return model, history
@@ -353,10 +338,8 @@ def main() -> None:
         "seconds": round(time.time() - started, 1),
     }
     if history:
-        metrics |= {
-            "best_epoch": max(history, key=lambda h: h["val_hit_ratio@1"])["epoch"],
-            "epochs": len(history),
-        }
+        best = max(history, key=lambda h: h["val_hit_ratio@1"])
+        metrics |= {"best_epoch": best["epoch"], "epochs": len(history)}
     print(
         f"\n{config.dataset}, data {prepared.hash[:12]}, {metrics['seconds']} s\n\n"
         f"{results_table({config.method: metrics})}"
@@ -366,9 +349,8 @@ def main() -> None:
         with writing(folder):
             save_predictions(folder / "eval", metrics, records)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
-            (folder / "metrics.jsonl").write_text(
-                "".join(json.dumps(entry) + "\n" for entry in history)
-            )
+            lines = "".join(json.dumps(entry) + "\n" for entry in history)
+            (folder / "metrics.jsonl").write_text(lines)
         print(f"\nwritten to {folder}")
 
 

@@ -26,10 +26,13 @@ ROOT = Path(__file__).parents[1]
 
 def flags_of(options: dict) -> list[str]:
     """{"a": 1, "b": true, "c": false} -> --a=1 --b --no_c"""
-    return [
-        f"--{k}={v}" if not isinstance(v, bool) else f"--{k}" if v else f"--no_{k}"
-        for k, v in options.items()
-    ]
+    flags = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def start_options(folder: Path, after: str) -> dict:
@@ -70,14 +73,12 @@ def execute(command: list[str], log: Path) -> None:
         out.flush()
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
     if code:
-        last = [line for line in log.read_text().splitlines() if "error" in line.lower()][:1]
-        raise ValueError(
-            f"{log}: the run failed (exit code {code}){': ' + last[0] if last else ''}; "
-            "the same command goes on"
-        )
+        errors = [line for line in log.read_text().splitlines() if "error" in line.lower()]
+        why = f": {errors[0]}" if errors else ""
+        raise ValueError(f"{log}: the run failed (exit code {code}){why}; the same command goes on")
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -94,28 +95,57 @@ def main() -> None:
         help="model that training runs begin with, where the table leaves it open",
     )
     parser.add_argument("--prepared_dir", default="prepared")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def given_options(args: argparse.Namespace) -> dict:
+    """Data options of every run that the command line gives."""
+    given = {"prepared_dir": args.prepared_dir}
+    for option in ("dataset", "data_dir"):
+        if value := getattr(args, option):
+            given[option] = value
+    return given
+
+
+def read_table(args: argparse.Namespace) -> dict:
+    """The table, completed by the command line; ValueError if it leaves something open."""
     table = read_json(args.table)
-    folder: Path = args.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    extra = {"prepared_dir": args.prepared_dir} | {
-        k: v for k in ("dataset", "data_dir") if (v := getattr(args, k))
-    }
-    if not (table["common"] | extra).get("dataset"):
+    if not (table["common"] | given_options(args)).get("dataset"):
         raise ValueError(f"{args.table} leaves the data set open: --dataset")
     if args.model:
         table["training"] = table.get("training", {}) | {"model": args.model}
-    if any(
-        run.get("script", "train.py") == "train.py" for run in table["runs"]
-    ) and "model" not in table.get("training", {}):
+    trains = any(run.get("script", "train.py") == "train.py" for run in table["runs"])
+    if trains and "model" not in table.get("training", {}):
         raise ValueError(
             f"{args.table} leaves the model open: --model, a Hugging Face directory or hub name"
         )
     names = [run["name"] for run in table["runs"]]
     if len(set(names)) < len(names):
         raise ValueError(f"{args.table}: names of runs must differ: {names}")
+    return table
+
+
+def measure_probes(folder: Path, name: str, probes: list[str], prepared_dir: str) -> None:
+    """Measure the probes of a run that are not there yet."""
+    stages = [s.strip() for s in read_json(folder / name / "config.json")["stages"].split(",")]
+    out = folder / name / "probes"
+    for probe in probes:
+        started = time.time()
+        if all((out / stage / probe / "metrics.json").exists() for stage in stages):
+            continue
+        flags = flags_of({"run": folder / name, "probe": probe, "output_dir": out})
+        flags += flags_of({"prepared_dir": prepared_dir})
+        execute([sys.executable, "-m", "studies.probes", *flags], folder / f"{name}.log")
+        print(f"{name}, {probe}: {time.time() - started:.0f} s", flush=True)
+
+
+def main() -> None:
+    args = parse_args()
+    table, extra = read_table(args), given_options(args)
+    folder: Path = args.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(table["runs"], 1):
-        where, started = f"{number}/{len(names)} {run['name']}", time.time()
+        where, started = f"{number}/{len(table['runs'])} {run['name']}", time.time()
         if is_finished(folder / run["name"], run, run.get("script", "train.py")):
             print(f"{where}: finished before", flush=True)
             continue
@@ -123,23 +153,7 @@ def main() -> None:
         execute(command, folder / f"{run['name']}.log")
         print(f"{where}: {time.time() - started:.0f} s", flush=True)
     for name in table.get("probed", []):
-        for probe in table.get("probes", []):
-            out, started = folder / name / "probes", time.time()
-            stages = [
-                s.strip() for s in read_json(folder / name / "config.json")["stages"].split(",")
-            ]
-            if all((out / stage / probe / "metrics.json").exists() for stage in stages):
-                continue
-            command = [
-                sys.executable,
-                "-m",
-                "studies.probes",
-                f"--run={folder / name}",
-                f"--probe={probe}",
-                f"--output_dir={out}",
-            ]
-            execute([*command, f"--prepared_dir={args.prepared_dir}"], folder / f"{name}.log")
-            print(f"{name}, {probe}: {time.time() - started:.0f} s", flush=True)
+        measure_probes(folder, name, table.get("probes", []), args.prepared_dir)
     print(f"all runs are in {folder}; python -m studies.report {folder} makes the tables")
 
 

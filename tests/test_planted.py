@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import Examples, Interactions, build_examples, k_core, make_interactions
-from demo.planted import World, bayes_scores, planted_world
+from demo.planted import World, bayes_scores, planted_world, world_of
 from eval import ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
@@ -251,3 +251,12 @@ def test_bayes_policy_beats_counting():
     print(f"{len(examples)} users: " + ", ".join(f"{name} {hit:.3f}" for name, hit in hits.items()))
     assert hits["Bayes"] > hits["popularity"] + 0.4 and hits["Bayes"] > hits["Markov"] + 0.1
     assert hits["Bayes"] == max(hits.values()) < 0.95
+
+
+def test_the_best_recommender_is_known_where_histories_are_shown_whole():
+    """One interaction less in a prompt, or another data set, and nobody knows it."""
+    whole = World.max_length - 1
+    known = world_of(vars(DataConfig(planted_users=50, data_seed=3, history=whole)))
+    assert known == World(num_users=50, seed=3)
+    assert world_of(vars(DataConfig(history=whole - 1))) is None
+    assert world_of(vars(DataConfig(dataset="movielens", data_dir="ml-1m"))) is None
