@@ -9,8 +9,8 @@ candidates, same metrics.
     SASRec    causal self-attention over the items (arXiv:1808.09781)
 
 All three turn a user's items into one vector per position and score an item by its inner product
-with that item's embedding. They train on every position before each user's last two interactions,
-in windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
+with that item's embedding. They train on every position before each user's last two interactions
+(with a split in time: before the date), in windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
 items drawn uniformly for the batch, as the 19 others of a test list are. A prompt shows --history
 items (20), these models --max_items of them (50; 0: as many as the prompt). Ratings are not used:
 a low rating counts as an interaction, as in these papers. Training stops when HR@1 on the
@@ -36,7 +36,13 @@ from torch import Tensor, nn
 from common import arg, parse_config, run_cli, writing
 from data import Examples, Interactions
 from eval import ranking_metrics, results_table, save_predictions, summarise
-from loaders.counting import counting_baselines, item_knn, markov, popularity
+from loaders.counting import (
+    counting_baselines,
+    item_knn,
+    markov,
+    popularity,
+    training_interactions,
+)
 from loaders.frozen import DataConfig, prepare
 
 NEURAL = ("gru4rec", "caser", "sasrec")
@@ -194,9 +200,9 @@ def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarr
 
     A user's items are cut from the end into windows that share one item, filled from the right.
     Position t predicts position t + 1, so each item but a user's first is predicted once."""
-    windows, users = [], []
+    windows, users, ends = [], [], log.training_end()
     for user in range(log.num_users):
-        items = log.item[log.start[user] : log.start[user + 1] - 2] + 1
+        items = log.item[log.start[user] : ends[user]] + 1
         for end in range(len(items), 1, -size):
             part = items[max(0, end - size - 1) : end]
             windows.append(np.concatenate([np.zeros(size + 1 - len(part), np.int64), part]))
@@ -241,17 +247,23 @@ def build_model(config: BaselineConfig, log: Interactions) -> Recommender:
 
 
 def step_loss(
-    model: Recommender, windows: Tensor, users: Tensor, num_sampled: int, generator: torch.Generator
+    model: Recommender,
+    windows: Tensor,
+    users: Tensor,
+    num_sampled: int,
+    generator: torch.Generator,
+    pool: Tensor | None = None,  # items that may be drawn, shifted by one; None: all
 ) -> Tensor:
     """Cross-entropy of the next item among itself and the batch's samples; mean over positions."""
     states = model(windows[:, :-1], users)
     target = windows[:, 1:]
     known = (target != 0) & (windows[:, :-1] != 0)
     states, target = states[known], target[known]  # (n, D), (n,)
-    num_items = model.items.num_embeddings - 1
-    if not num_sampled or num_sampled >= num_items:
-        return F.cross_entropy(states @ model.items.weight[1:].T, target - 1)
-    sampled = torch.randint(1, num_items + 1, (num_sampled,), generator=generator)
+    if pool is None:
+        pool = torch.arange(1, model.items.num_embeddings)
+    if not num_sampled or num_sampled >= len(pool):
+        return F.cross_entropy(states @ model.items(pool).T, torch.searchsorted(pool, target))
+    sampled = pool[torch.randint(len(pool), (num_sampled,), generator=generator)]
     logits = states @ model.items(sampled).T
     drawn_by_chance = sampled == target[:, None]  # the target itself
     logits = logits.masked_fill(drawn_by_chance, -1e9)
@@ -269,6 +281,9 @@ def train(
     windows, users = (torch.from_numpy(a) for a in training_windows(log, config.num_shown))
     if not len(windows):
         raise ValueError("no user has two interactions before the last two: nothing to train on")
+    pool = None
+    if log.train_end is not None:  # items from after the date are not known yet
+        pool = torch.from_numpy(np.unique(training_interactions(log)[1]) + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     best, best_epoch, best_state, history = -1.0, 0, {}, []
     for epoch in range(1, config.epochs + 1):
@@ -276,7 +291,8 @@ def train(
         started, losses = time.time(), []
         order = torch.from_numpy(rng.permutation(len(windows)))
         for rows in order.split(config.batch_size):
-            loss = step_loss(model, windows[rows], users[rows], config.num_sampled, generator)
+            batch = windows[rows], users[rows]
+            loss = step_loss(model, *batch, config.num_sampled, generator, pool)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
