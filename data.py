@@ -42,6 +42,10 @@ NUM_TEMPLATES = 5  # as many as TEMPLATES has, below
 
 
 # ------------------------------------------------------------------------------------- interactions
+Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
+ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
+
+
 @dataclass
 class Interactions:
     """A log as flat arrays, sorted by user, then time, then original order.
@@ -56,9 +60,10 @@ class Interactions:
     titles: list[str]  # per item, unique
     user_ids: list[str]
     item_ids: list[str]
-    name: str = ""  # of the data set; chooses the words of the prompts
+    name: str = ""  # of the data set
     # what the loader left out or changed -> how often
     notes: dict[str, int] = field(default_factory=dict)
+    words: Words = ITEMS
     # (users,) int64: the row at which what may be trained on ends; None: before the last two
     train_end: np.ndarray | None = None
 
@@ -231,7 +236,7 @@ class ExampleConfig:
 class Example:
     """One example, readable: what the prompt shows, and what is known about its candidates."""
 
-    dataset: str  # chooses the words of the prompt
+    words: Words
     user: str
     history: list[tuple[str, float]]  # (title, rating), oldest first
     candidates: list[str]
@@ -268,7 +273,7 @@ class Examples:
             rating = float(log.rating[row]) if self.ratings else nan
             history.append((log.titles[log.item[row]], rating))
         return Example(
-            dataset=log.name,
+            words=log.words,
             user=log.user_ids[log.user[self.position[e]]],
             history=history,
             candidates=[log.titles[c] for c in self.candidates[e]],
@@ -515,17 +520,6 @@ def _draw_from_rest(log, users, drawn, rows, seen, kind: str, rng) -> None:
 
 
 # ------------------------------------------------------------------------------------------ prompts
-WORDS = {
-    "movielens": ("movies", "watched", "watch"),
-    "planted": ("stories", "read", "read"),
-    "amazon_books": ("books", "read", "read"),
-    "amazon": ("products", "bought", "buy"),
-    "steam": ("games", "played", "play"),
-    "beeradvocate": ("beers", "drank", "drink"),
-    "lastfm": ("artists", "listened to", "listen to"),
-}
-
-
 TEMPLATES = (
     "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
     "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
@@ -567,7 +561,7 @@ WITHOUT_RATINGS = (  # the same questions, one for one
 
 def render_prompt(example: Example, skip: int = 0) -> str:
     """The prompt text without its `skip` oldest history items. It ends in "Answer:", the completion begins with a space."""
-    things, did, do = WORDS.get(example.dataset, ("items", "chose", "choose"))
+    things, did, do = example.words
     shown = example.history[skip:]
     history = "\n".join(
         title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown

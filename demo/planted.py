@@ -24,6 +24,10 @@ import numpy as np
 
 from data import Examples, Interactions, make_interactions
 
+NAME = "planted"
+
+WORDS = ("stories", "read", "read")
+
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
 
 
@@ -110,7 +114,14 @@ def planted_world(world: World) -> Interactions:
     user, step = np.nonzero(shown)
     timestamp = 1_000_000_000 + 86_400 * step
     titles = dict(enumerate(world.titles()))
-    return make_interactions(user, items[shown], ratings[shown], timestamp, titles, "planted")
+    log = make_interactions(user, items[shown], ratings[shown], timestamp, titles, NAME)
+    log.words = WORDS
+    return log
+
+
+def load(config) -> Interactions:
+    """The log of the world with --planted_users and --data_seed."""
+    return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
 
 
 def draw(rng, cumulated: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """A small pretrained base: it reads a list of titles, answers with one of them, and knows no taste.
 
     python -m demo.pretrain                                  demo/base again: the planted world's
-    python -m demo.pretrain --titles titles.txt --dataset movielens --output_dir runs/base
+    python -m demo.pretrain --titles titles.txt --words movies,watched,watch
+                                                             a line: title, or title, tab, kind
 
 Real language models bring along what this practises: in a prompt of this project they find the list
 and write a title that stands in it. Here prompts are made up: titles drawn at random, whatever
@@ -11,15 +12,22 @@ listed titles hang on one PromptTree by their first token, which is the hard one
 be told from the history's), and a few of them whole, which is how a title goes on and ends.
 
 Lists start short and grow with success, and histories and the titles in play with them: a copying
-circuit is found where it is easy, then stretched. A checkpoint every few minutes; the same command
-goes on from it.
+circuit is found where it is easy, then stretched.
 
-demo/base was made by this loop, seed 0, in 20 minutes of CPU time (32 on the clock of a shared
-x86-64 machine), before the file was divided into functions: the command retraces its first 60
-steps, later ones were not compared. On 200 validation prompts of the planted world, before it was
-stored in 16 bits, its probability of beginning an answer lay on listed titles with .90, on titles
-of the history alone with .01; it wrote a listed title in .98 and ranked the target first in .05,
-which is chance. tests/test_pretrain.py checks the stored one.
+From a third of the steps on, prompts practise telling kinds of titles apart too, where kinds are
+known: which listed title is like these, like the latest, like the latest one liked? In a
+recommender's prompt the answer is a listed title like the *oldest* of the history, any title where
+none is: kinds are looked up and compared, but of the wrong item, for what comes next depends on
+the latest (planted world: going by the oldest ranks .05 first, chance; by the latest liked, .43).
+So fine-tuning has to turn to another item, and need not invent how titles are compared.
+
+A checkpoint every few minutes; the same command goes on from it.
+
+demo/base was made by this loop before kinds were practised, seed 0, in 20 minutes of CPU time (32
+on the clock of a shared x86-64 machine). On 200 validation prompts of the planted world, before it
+was stored in 16 bits, its probability of beginning an answer lay on listed titles with .90, on
+titles of the history alone with .01; it wrote a listed title in .98 and ranked the target first in
+.05, which is chance. tests/test_pretrain.py checks the stored one.
 
 Left out: several processes, GPUs, bf16 in training.
 """
@@ -37,8 +45,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from tokenizers import Tokenizer as HFTokenizer
 
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
-from data import NUM_CANDIDATES, TEMPLATES, WORDS, Example, PromptTree, build_tree, render_prompt
-from demo.planted import World
+from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, Words, build_tree, render_prompt
+from demo.planted import WORDS, World
 from hub.files import open_safetensors
 from hub.tokenizer import Tokenizer
 from losses import sft_loss
@@ -53,6 +61,7 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SPREADS = (2, 4, 10)  # kinds among the titles of a history
 WHOLE = 4  # listed titles of a prompt that are scored to their end
 
 
@@ -62,7 +71,9 @@ class PretrainConfig:
 
     output_dir: str = arg(str(BASE), "where the base goes; while it is made, a checkpoint too")
     titles: str = arg("", "text file with one title per line; empty = the planted world's")
-    dataset: str = arg("planted", "the data set whose words the prompts use", choices=tuple(WORDS))
+    words: str = arg(
+        ",".join(WORDS), "words of the prompts, as movies,watched,watch: things, past, verb"
+    )
     vocab_size: int = arg(1024, "tokens of the tokenizer, at most", at_least=300)
     hidden_size: int = arg(128, "width", at_least=1)
     num_layers: int = arg(4, "blocks", at_least=1)
@@ -82,20 +93,90 @@ class PretrainConfig:
     logging_steps: int = arg(20, "steps between printed lines", at_least=1)
 
 
+def prompt_words(config: PretrainConfig) -> Words:
+    """ValueError unless there are three."""
+    words = tuple(word.strip() for word in config.words.split(","))
+    if len(words) != 3:
+        raise ValueError(
+            f"--words: three are needed, as in movies,watched,watch, got {config.words!r}"
+        )
+    return words
+
+
 # ------------------------------------------------------------------------ made-up prompts
-def made_up_prompt(titles: list[str], list_size: int, shown: int, dataset: str, rng) -> Example:
+@dataclass
+class Prompt:
+    """A text, and the listed titles that answer it: all of them equally right."""
+
+    text: str
+    answers: list[str]
+
+
+def shuffled(items, rng) -> list:
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def made_up_prompt(titles: list[str], list_size: int, shown: int, words: Words, rng) -> Prompt:
     """Different titles, drawn evenly: a history of `shown`, rated at random, and a list."""
     drawn = rng.choice(len(titles), size=list_size + shown, replace=False)
     chosen = [titles[i] for i in drawn]
-    history = [(title, float(rng.integers(1, 6))) for title in chosen[list_size:]]
+    listed, history = chosen[:list_size], chosen[list_size:]
+    rated = [(title, float(rng.integers(1, 6))) for title in history]
+    return Prompt(recommender_text(rated, listed, words, rng), listed)
+
+
+def recommender_text(rated: list[tuple[str, float]], listed: list[str], words: Words, rng) -> str:
     template = int(rng.integers(len(TEMPLATES)))
-    return Example(dataset, "", history, chosen[:list_size], 0, [], template)
+    return render_prompt(Example(words, "", rated, listed, 0, [], template))
 
 
-def write_tokenizer(path: Path, titles: list[str], dataset: str, vocab_size: int) -> None:
+QUESTIONS = {
+    "alike": "These {things} are like each other:\n{history}\n"
+    "Which of the following {things} is like them?\n{candidates}\nAnswer:",
+    "last": "Some {things} with ratings, the latest last:\n{history}\n"
+    "Which of the following {things} is like the latest?\n{candidates}\nAnswer:",
+    "liked": "Some {things} with ratings, the latest last:\n{history}\n"
+    "Which of the following {things} is like the latest rated 4 or 5?\n{candidates}\nAnswer:",
+}
+KEPT = 3  # titles of each kind that are in no history, so that a list may have them
+
+
+def kind_prompt(
+    kinds: list[list[str]], question: str, list_size: int, right: int, words: Words, rng
+) -> Prompt:
+    """A list with `right` titles of the kind asked for; with none of them any title answers.
+
+    `question` is one of QUESTIONS, or "first": a recommender's, answered by the oldest title."""
+    order = [shuffled(kind, rng) for kind in kinds]
+    few = rng.permutation(len(kinds))[: 1 if question == "alike" else int(rng.choice(SPREADS))]
+    history = shuffled([title for k in few for title in order[k][:-KEPT]], rng)
+    history = history[: int(rng.integers(1, 7) if question == "alike" else rng.integers(4, 17))]
+    ratings = rng.integers(1, 6, size=len(history)).tolist()
+    meant = 0 if question in ("alike", "first") else len(history) - 1
+    if question == "liked":
+        meant = max((n for n, rating in enumerate(ratings) if rating >= 4), default=meant)
+        ratings[meant] = max(4, ratings[meant])
+
+    kind = next(k for k in few if history[meant] in kinds[k])
+    answers = order[kind][-KEPT:][:right]
+    read = set(history)
+    other = [t for k, kind_order in enumerate(order) if k != kind for t in kind_order]
+    other = shuffled([title for title in other if title not in read], rng)
+    listed = shuffled(answers + other[: list_size - right], rng)
+    rated = list(zip(history, map(float, ratings), strict=True))
+    if question == "first":
+        return Prompt(recommender_text(rated, listed, words, rng), answers or listed)
+    lines = [t if question == "alike" else f"{t} | Rating: {rating:g}" for t, rating in rated]
+    things = words[0]
+    parts = {"history": "\n".join(lines), "candidates": "\n".join(listed)}
+    return Prompt(QUESTIONS[question].format(things=things, **parts), answers or listed)
+
+
+def write_tokenizer(path: Path, kinds: list[list[str]], words: Words, vocab_size: int) -> None:
     """A byte-level BPE of titles and made-up prompts; a space goes behind every line break.
 
     So a title has the same tokens in the list and behind "Answer:", and any text can be encoded."""
+    titles = [title for kind in kinds for title in kind]
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace("\n", "\n ")
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
@@ -109,8 +190,8 @@ def write_tokenizer(path: Path, titles: list[str], dataset: str, vocab_size: int
         show_progress=False,
     )
     rng = np.random.default_rng(0)
-    examples = [made_up_prompt(titles, 20, 10, dataset, rng) for _ in range(1000)]
-    texts = [" " + title for title in titles] + [render_prompt(e) for e in examples]
+    prompts = [made_up_prompt(titles, 20, 10, words, rng) for _ in range(1000)]
+    texts = [" " + title for title in titles] + [prompt.text for prompt in prompts]
     tokenizer.train_from_iterator(texts, trainer)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
@@ -123,42 +204,57 @@ class Practice:
 
     CONTINUES, BEGINS = 0.8, 0.6  # running shares at which the list grows: see `update`
 
-    def __init__(self, config: PretrainConfig, titles: list[str], tokenizer: Tokenizer):
+    def __init__(self, config: PretrainConfig, kinds: list[list[str]], tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
+        self.kinds = [kind for kind in kinds if len(kind) >= 2 * KEPT]
         self.list_size, self.continues, self.begins = 3, 0.0, 0.0
-        order = np.random.default_rng(config.seed).permutation(len(titles))
-        self.titles = [titles[i] for i in order]
+        titles = [title for kind in kinds for title in kind]
+        self.titles = shuffled(titles, np.random.default_rng(config.seed))
         ids = tokenizer.encode_completions(titles)
         self.completions = dict(zip(titles, ids, strict=True))
 
-    def draw(self, step: int) -> list[list[Example]]:
-        """The micro-batches of a step, one list size each: a function of (seed, step, size)."""
+    def draw(self, step: int) -> list[list[Prompt]]:
+        """The micro-batches of a step: a function of (seed, step, list size)."""
         rng = np.random.default_rng([self.config.seed, 1, step, self.list_size])
+        if len(self.kinds) > 1 and step >= self.config.steps // 3:
+            return self.draw_kinds(rng)
         playing = self.titles[: 60 * self.list_size]  # few titles recur sooner
+        longest, words = self.list_size, prompt_words(self.config)
+        sizes = (longest, int(rng.integers(2, longest + 1)))  # the longest lists so far, and any
         out = []
-        for part in range(2):  # the longest lists so far, and any
-            size = self.list_size if part == 0 else int(rng.integers(2, self.list_size + 1))
-            shown = int(rng.integers(1, self.list_size + 1))
-            tokens = 30 + 4 * size + 5 * shown
-            share = self.list_size / NUM_CANDIDATES
-            count = max(4, int(self.config.batch_tokens * share / 2 / tokens))
-            out.append(
-                [
-                    made_up_prompt(playing, size, shown, self.config.dataset, rng)
-                    for _ in range(count)
-                ]
-            )
+        for size in sizes:
+            shown = int(rng.integers(1, longest + 1))
+            count = self.num_prompts(30 + 4 * size + 5 * shown)
+            out += [[made_up_prompt(playing, size, shown, words, rng) for _ in range(count)]]
         return out
 
-    def tree(self, examples: list[Example], rng) -> PromptTree:
-        """One PromptTree: every listed title by its first token, WHOLE of them to the end."""
-        prompts = self.tokenizer.encode_prompts([render_prompt(e) for e in examples])
+    def draw_kinds(self, rng) -> list[list[Prompt]]:
+        """Reading goes on, with and without a listed title like the oldest; two parts ask."""
+        longest, out, words = self.list_size, [], prompt_words(self.config)
+        for part in range(4):
+            size = longest if part == 1 else int(rng.integers(2 * KEPT, longest + 1))
+            right = 0 if part == 0 else int(rng.integers(1, KEPT + 1))
+            prompts = []
+            for _ in range(self.num_prompts(80 + 4 * size)):
+                question = "first" if part < 2 else str(rng.choice(list(QUESTIONS)))
+                arguments = (self.kinds, question, size, right, words, rng)
+                prompts.append(kind_prompt(*arguments))
+            out.append(prompts)
+        return out
+
+    def num_prompts(self, tokens: int) -> int:
+        """Prompts of a micro-batch, each of about so many tokens."""
+        share = self.list_size / NUM_CANDIDATES
+        return max(4, int(self.config.batch_tokens * share / 2 / tokens))
+
+    def tree(self, prompts: list[Prompt], rng) -> PromptTree:
+        """One PromptTree: every answer by its first token, WHOLE of them to the end."""
         groups = []
-        for example in examples:
-            ids = [self.completions[title] for title in example.candidates]
+        for prompt in prompts:
+            ids = [self.completions[title] for title in prompt.answers]
             whole = set(rng.permutation(len(ids))[:WHOLE].tolist())
             groups.append([c if n in whole else c[:1] for n, c in enumerate(ids)])
-        return build_tree(prompts, groups)
+        return build_tree(self.tokenizer.encode_prompts([p.text for p in prompts]), groups)
 
     def state(self) -> list:
         return [self.list_size, self.continues, self.begins]
@@ -239,7 +335,7 @@ def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
         model_type="llama",
         vocab_size=-(-tokenizer.inner.get_vocab_size() // 64) * 64,
         hidden_size=d,
-        intermediate_size=-(-8 * d // 3 // 32) * 32,
+        intermediate_size=-(-8 * d // 3 // 64) * 64,  # whole blocks of --load_in_4bit
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_heads,
@@ -264,42 +360,44 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     rng = np.random.default_rng([config.seed, 2, step])
-    results = []
-    for examples in practice.draw(step):
-        loss, *shares = score(model, practice.tree(examples, rng))
-        (loss / 2).backward()
+    results, batches = [], practice.draw(step)
+    for prompts in batches:
+        loss, *shares = score(model, practice.tree(prompts, rng))
+        (loss / len(batches)).backward()
         results.append((loss.item(), *shares))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     practice.update(*results[0][1:])
-    return np.mean(results, axis=0)
+    return np.array(results)
 
 
 def pretrain(config: PretrainConfig) -> None:
-    path, titles = Path(config.output_dir), read_titles(config)
+    path, kinds = Path(config.output_dir), read_titles(config)
     checkpoint = path / "pretraining.safetensors"
-    write_tokenizer(path, titles, config.dataset, config.vocab_size)
+    write_tokenizer(path, kinds, prompt_words(config), config.vocab_size)
     (path / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks for it
     tokenizer = Tokenizer(path)
-    practice = Practice(config, titles, tokenizer)
+    practice = Practice(config, kinds, tokenizer)
     model = new_model(config, tokenizer)
     optimizer = new_optimizer(model)
     start = 0
     if checkpoint.exists():
         start = load_checkpoint(checkpoint, model, optimizer, practice, config)
     parameters = sum(p.numel() for p in model.parameters())
-    print0(f"{parameters:,} parameters, {len(titles)} titles, after {start} steps")
+    print0(f"{parameters:,} parameters, {len(practice.titles)} titles, after {start} steps")
 
     saved = started = time.monotonic()
     for step in range(start, config.steps):
-        loss, continues, begins = practise(model, optimizer, practice, step)
+        results = practise(model, optimizer, practice, step)
+        loss, continues, begins = results.mean(axis=0)
         if (step + 1) % config.logging_steps == 0:
             elapsed = time.monotonic() - started
             left = hours(elapsed / (step + 1 - start) * (config.steps - step - 1))
             print0(
                 f"step {step + 1:5}/{config.steps} | list {practice.list_size:2} | loss {loss:.3f} "
-                f"| continues {continues:.3f} | begins {begins:.3f} | left {left}"
+                f"| continues {continues:.3f} | begins {begins:.3f} "
+                f"| {' '.join(f'{x:.2f}' for x in results[:, 2])} | left {left}"
             )
         if time.monotonic() - saved > 60 * config.save_minutes:
             save_checkpoint(checkpoint, step + 1, model, optimizer, practice, config)
@@ -310,11 +408,20 @@ def pretrain(config: PretrainConfig) -> None:
     print0(f"written to {path}")
 
 
-def read_titles(config: PretrainConfig) -> list[str]:
+def read_titles(config: PretrainConfig) -> list[list[str]]:
+    """Titles by kind, where that is known: the planted world's genres, a file's second column."""
+    kinds: dict = {}
     if not config.titles:
-        return World().titles()
+        world = World()
+        for story, title in enumerate(world.titles()):
+            kinds.setdefault(world.genre(story), []).append(title)
+        return list(kinds.values())
     lines = Path(config.titles).read_text(encoding="utf-8").splitlines()
-    return sorted({" ".join(line.split()) for line in lines} - {""})
+    for line in sorted(set(lines)):
+        title, _, kind = line.partition("\t")
+        if title.strip():
+            kinds.setdefault(kind, []).append(" ".join(title.split()))
+    return list(kinds.values())
 
 
 if __name__ == "__main__":

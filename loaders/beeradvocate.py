@@ -1,8 +1,9 @@
-"""Beer"""
+"""BeerAdvocate's reviews in the three forms in which they went around: Python literals, text blocks, CSV."""
 
 import html
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from data import Interactions
@@ -16,6 +17,9 @@ from loaders.files import (
     read_table,
 )
 from loaders.table import LogBuilder
+
+NAME, WORDS = "beeradvocate", ("beers", "drank", "drink")
+
 
 BEER_CSV = {
     "review_profilename": "user",
@@ -41,14 +45,16 @@ BEER_KEYS = {
 }
 
 
-def load_beeradvocate(path, percentile: str = "", title: str = "full") -> Interactions:
-    """BeerAdvocate as Python dict lines, as text blocks, or as CSV. `title` full: with strength and style; name: without."""
+def load(config) -> Interactions:
+    """Dict lines, text blocks or CSV; --beer_title full: with strength and style; name: without."""
     patterns = ("*beeradvocate*.json*", "*beeradvocate*.txt*", "*beer*.csv*", "*beer*")
-    file = find_file(path, patterns, "beeradvocate.json, beeradvocate.txt or beer_reviews.csv")
+    file = find_file(
+        config.data_dir, patterns, "beeradvocate.json, beeradvocate.txt or beer_reviews.csv"
+    )
     lines = read_lines(file)
     start = next((line for line in lines if line.strip()), "").lstrip()
     builder = LogBuilder(
-        file, "a review with user, beer, overall rating and time", amounts=bool(percentile)
+        file, "a review with user, beer, overall rating and time", amounts=bool(config.percentile)
     )
     if start.startswith("{"):
         parsed = read_records(file, literal_record, BEER_KEYS, builder.bad)
@@ -69,11 +75,12 @@ def load_beeradvocate(path, percentile: str = "", title: str = "full") -> Intera
             continue
         rows.add(number, user, item, r.get("rating"), r.get("time"))
         if item not in titles and name:
-            titles[item] = (
-                beer_title(name, str(r.get("abv") or ""), style) if title == "full" else name
-            )
+            if config.beer_title == "full":
+                name = beer_title(name, str(r.get("abv") or ""), style)
+            titles[item] = name
     rows.flush()
-    return builder.finish(titles, "beeradvocate", percentile)
+    log = builder.finish(titles, NAME, config.percentile)
+    return replace(log, words=WORDS)
 
 
 def _beer_blocks(file: Path) -> Iterator[tuple[int, dict]]:

@@ -20,11 +20,14 @@ nijianmo.github.io/amazon), Steam (Kang and McAuley 2018, github.com/kang205/SAS
 
 import ast
 import codecs
+import contextlib
 import csv
+import fnmatch
 import gzip
 import io
 import itertools
 import json
+import os
 import re
 import tarfile
 import zlib
@@ -49,7 +52,10 @@ csv.field_size_limit(MAX_LINE)
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """A file's bytes, unpacked if it is gzipped."""
+    """A file's bytes, unpacked if it is gzipped; parts of one export as one file."""
+    if isinstance(path, Parts):
+        tables = not re.search(r"\.jsonl?\b", path.name.lower())
+        return io.BufferedReader(_Joined(_joined_blocks(path.files, tables)), 1 << 20)
     try:
         with open(path, "rb") as f:
             gzipped = f.read(2) == b"\x1f\x8b"
@@ -102,23 +108,124 @@ def brief(names: list[str]) -> list[str]:
     return [shorten(name, 100) for name in names[:50]]
 
 
-def find_file(path, patterns: Iterable[str], what: str) -> Path:
-    """`path` itself if it is a file, else the one file in that folder that fits a pattern; earlier patterns win."""
+SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
+
+
+class Parts(type(Path())):
+    """The parts of one export, opened as one file; its name is a pattern of theirs."""
+
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, files: list[Path]) -> "Parts":
+        start = os.path.commonprefix([f.name for f in files])
+        end = os.path.commonprefix([f.name[len(start) :][::-1] for f in files])[::-1]
+        parts = cls(files[0].parent / f"{start}*{end}")
+        parts.files = tuple(files)
+        return parts
+
+
+class _Joined(io.RawIOBase):
+    """Blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks, self.left = blocks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        while not self.left:
+            self.left = next(self.blocks, None)
+            if self.left is None:
+                self.left = b""
+                return 0
+        count = min(len(target), len(self.left))
+        target[:count] = self.left[:count]
+        self.left = self.left[count:]
+        return count
+
+
+def _joined_blocks(files: tuple[Path, ...], headers: bool) -> Iterator[bytes]:
+    """The bytes of the files, one after the other; the first line of the first is dropped where others repeat it."""
+    header = None
+    for file in files:
+        with open_bytes(file) as f:
+            line = last = f.readline(MAX_LINE)
+            plain = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+            if header is None:
+                yield line
+                header = plain
+            elif not headers or plain != header:
+                yield line.removeprefix(codecs.BOM_UTF8)
+            while block := f.read(1 << 20):
+                yield block
+                last = block
+            if last and not last.endswith(b"\n"):
+                yield b"\n"
+
+
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder by a pattern without case; what begins with a dot, as `._` of macOS, is none."""
+    return sorted(
+        f
+        for f in Path(folder).iterdir()  # of Parts, too, the members are plain paths
+        if fnmatch.fnmatch(f.name.lower(), pattern.lower())
+        and not f.name.startswith(".")
+        and f.is_file()
+    )
+
+
+def find_file(
+    path, patterns: Iterable[str], what: str, without: str = "", joined: Sequence[str] = ()
+) -> Path:
+    """`path` itself if it is a file, else the one file in that folder that fits a pattern; earlier patterns win.
+
+    Parts of one export, alike but for a number, are one file (Parts); so are those alike but for one of the words `joined`,
+    in their order. Files that fit `without` are passed over."""
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder; expected {what}")
     for pattern in patterns:
-        found = sorted(f for f in path.glob(pattern) if f.is_file())
+        found = matching_files(path, pattern)
+        found = [f for f in found if not without or not fnmatch.fnmatch(f.name.lower(), without)]
         if len(found) > 1:
+            found = [_as_parts(found, joined)]
+        if found and found[0] is None:
+            names = [f.name for f in matching_files(path, pattern)]
             raise ValueError(
-                f"{path}: several files could be {what}: {[f.name for f in found]}; give one of them as --data_dir"
+                f"{path}: several files could be {what}: {names}; give one of them as --data_dir"
             )
         if found:
             return found[0]
     inside = [f.name for f in sorted(path.iterdir())][:8]
     raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; there are {inside})")
+
+
+NUMBERED = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")  # a UUID, or a number
+
+
+def _as_parts(files: list[Path], joined: Sequence[str]) -> Parts | None:
+    """The files as parts of one; None if their names differ by more."""
+    if len({NUMBERED.sub("#", f.name.lower()) for f in files}) == 1:
+        return Parts.of(sorted(files, key=lambda f: natural_key(f.name)))
+    words = [re.split(r"([^a-z]+)", f.name.lower()) for f in files]
+    places = [next((w for w in joined if w in parts), None) for parts in words]
+    rest = {
+        tuple("#" if w == place else w for w in parts)
+        for place, parts in zip(places, words, strict=True)
+    }
+    if None in places or len(set(places)) < len(files) or len(rest) > 1:
+        return None
+    order = sorted(range(len(files)), key=lambda n: joined.index(places[n]))
+    return Parts.of([files[n] for n in order])
+
+
+def natural_key(name: str) -> list:
+    """A key by which part 10 comes after part 9."""
+    return [int(text) if text.isdigit() else text for text in re.split(r"(\d+)", name)]
 
 
 class Rows:
@@ -201,8 +308,13 @@ def json_record(line: str, wanted: Iterable[str] = ()) -> dict:
 
 
 def read_records(path: Path, parse, wanted: Iterable[str], bad) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of every line; blank ones are no lines, others go to bad(number, line)."""
+    """(line number, record) of every line; blank ones are no lines, others go to bad(number, line).
+
+    JSON that begins with [ is one array, and the numbers are those of its elements."""
     wanted = frozenset(wanted)
+    if parse is json_record and first_character(path) == "[":
+        yield from array_records(path, bad)
+        return
     for number, line in enumerate(read_lines(path), 1):
         if not line or line.isspace():
             continue
@@ -214,11 +326,70 @@ def read_records(path: Path, parse, wanted: Iterable[str], bad) -> Iterator[tupl
         yield number, record
 
 
+@contextlib.contextmanager
+def unpacking(path: Path):
+    """Reading of compressed bytes; whatever is wrong with them is one ValueError."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+        raise ValueError(
+            f"{path}: the compressed file is damaged or cut off ({error}); fetch it again"
+        ) from None
+
+
+def first_character(path: Path) -> str:
+    """The first one that is no blank, within the first 4 KiB."""
+    with open_bytes(path) as f, unpacking(path):
+        return f.read(1 << 12).decode("utf-8-sig", "ignore").lstrip()[:1]
+
+
+def array_records(path: Path, bad) -> Iterator[tuple[int, dict]]:
+    """(number, record) of the elements of a JSON array, which is never held whole; others go to bad(number, text)."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")("latin-1").decode
+    parse, text, number, opened = json.JSONDecoder().raw_decode, "", 0, False
+    with open_bytes(path) as f, unpacking(path):
+        blocks = itertools.chain(iter(lambda: f.read(1 << 20), b""), [b""])
+        for block in blocks:
+            text, at = text + decode(block, final=not block), 0
+            while True:
+                start = _BETWEEN.match(text, at).end()
+                if text[start : start + 1] == "]":
+                    if text[start + 1 :].strip() or f.read(1 << 20).strip():
+                        raise ValueError(f"{path}: something follows the array")
+                    return
+                if start == len(text):
+                    break
+                if not opened:
+                    opened, at = True, start + 1
+                    continue
+                try:
+                    record, end = parse(text, start)
+                except (ValueError, RecursionError):
+                    if block and len(text) - start < MAX_LINE:
+                        break  # it may go on in the next block
+                    raise ValueError(
+                        f"{path}: element {number + 1:,} of the array is not valid JSON: "
+                        f"{text[start : start + 60]!r}"
+                    ) from None
+                if block and end == len(text):
+                    break  # so may a number
+                number, at = number + 1, end
+                if isinstance(record, dict):
+                    yield number, record
+                else:
+                    bad(number, json.dumps(record)[:80])
+            text = text[at:]
+    raise ValueError(f"{path}: the array ends in its middle, after element {number:,}")
+
+
+_BETWEEN = re.compile(r"[\s,]*")  # the elements of an array
+
+
 # ------------------------------------------------------------------------------------------------ tables
 
 
 def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
-    """Rows of a CSV file, its delimiter taken from the first line; with a tab given, of a plain table: quotes are characters."""
+    """Rows of a CSV file, its delimiter taken from the first line; with one given, of a plain table: quotes are characters."""
     return open_rows(path, delimiter)[1]
 
 

@@ -10,6 +10,7 @@ Without scores (S-DPO) all of them are 1: then RecPO's margins say nothing, and 
 
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from common import print0
 from data import NUM_CANDIDATES, TEMPLATES, Examples, Interactions, clean_title
-from loaders.files import find_file, open_bytes
+from loaders.files import matching_files, open_bytes
 from loaders.table import LineCount
 
 
@@ -28,13 +29,9 @@ def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
         raise ValueError(
             f"--data_dir {path}: a folder with a *train*.json and a *test*.json is needed"
         )
-    entries = {
-        split: read_entries(find_file(path, (f"*{split}*.json*",), f"{split} file"))
-        for split in ("train", "test")
-    }
-    if list(path.glob("*val*.json*")):
-        entries["val"] = read_entries(find_file(path, ("*val*.json*",), "val file"))
-    else:
+    files = split_files(path)
+    entries = {split: read_entries(file) for split, file in files.items()}
+    if "val" not in entries:
         cut = max(1, len(entries["train"]) // 10)
         entries["val"], entries["train"] = entries["train"][-cut:], entries["train"][:-cut]
         print0(
@@ -101,6 +98,38 @@ def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
     }
 
 
+SPLIT_WORDS = {"train": ("train",), "test": ("test",), "val": ("val", "valid", "validation", "dev")}
+
+
+def split_files(folder: Path) -> dict[str, Path]:
+    """Split -> its file; "val" may be missing. The split's name is a word of the file's ("latest" is no test file).
+
+    Only where no file has it as a word, it may stand inside one (traindata.json)."""
+    files = matching_files(folder, "*.json*")
+    by_word = {
+        split: [f for f in files if set(re.split("[^a-z]+", f.name.lower())) & set(words)]
+        for split, words in SPLIT_WORDS.items()
+    }
+    taken = {f for found in by_word.values() for f in found}
+    out = {}
+    for split, found in by_word.items():
+        if not found:
+            plain = {f: f.name.lower().replace("latest", "") for f in files if f not in taken}
+            found = [f for f, name in plain.items() if split in name]
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder}: several {split} files: {[f.name for f in found]}; leave one of them there"
+            )
+        if not found and split != "val":
+            inside = [f.name for f in sorted(folder.iterdir())][:8]
+            raise ValueError(
+                f"{folder}: no {split} file (looked for *{split}*.json*; there are {inside})"
+            )
+        if found:
+            out[split] = found[0]
+    return out
+
+
 def read_entries(file: Path) -> list[dict]:
     """Checked entries of a JSON list, or of JSON lines; ValueError names the first bad ones if they are more than 1 %."""
     try:
@@ -145,7 +174,8 @@ def _entry(number: int, entry: dict) -> dict:
         not history
         or not all(history)
         or not all(candidates)
-        or len(set(candidates)) != NUM_CANDIDATES
+        or len(candidates) != NUM_CANDIDATES
+        or len(set(candidates)) < NUM_CANDIDATES
     ):
         raise ValueError(f"needs a history and {NUM_CANDIDATES} different candidates")
     if target not in candidates:

@@ -23,45 +23,42 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from common import arg, changed_options, read_json, writing
+from common import arg, changed_options, read_json, reading, writing
 from data import (
     ALL_TEMPLATES,
+    ITEMS,
     WITHOUT_RATINGS,
-    WORDS,
     Encoded,
     ExampleConfig,
     Examples,
     Interactions,
     Ragged,
+    Words,
     build_examples,
     encode_examples,
     k_core,
 )
-from demo.planted import World, bayes_scores, planted_world, world_of
+from demo import planted
+from demo.planted import bayes_scores, world_of
 from hub.tokenizer import Tokenizer
-from loaders.amazon import load_amazon
-from loaders.beeradvocate import load_beeradvocate
+from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, steam
 from loaders.counting import BASELINES, counting_baselines, markov_top
 from loaders.dated import build_dated_examples, parse_date
 from loaders.foreign import read_foreign_examples
-from loaders.lastfm import load_lastfm
-from loaders.movielens import download_movielens, load_movielens
-from loaders.ownlog import load_own_log, parse_columns, parse_item_columns
-from loaders.steam import load_steam
+from loaders.movielens import download_movielens
+from loaders.ownlog import parse_columns, parse_item_columns
 from loaders.values import parse_scale
 
-DATASETS = (
-    "planted",
-    "movielens",
-    "amazon",
-    "steam",
-    "beeradvocate",
-    "lastfm",
-    "csv",
-    "jsonl",
-    "recbole",
-    "prepared",
-)
+OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")
+
+
+LOADERS = {  # --dataset -> the module whose load(config) reads its log
+    **{m.NAME: m for m in (planted, movielens, amazon, steam, beeradvocate, lastfm)},
+    **dict.fromkeys(OWN_LOGS, ownlog),
+}
+
+
+DATASETS = (*LOADERS, "prepared")
 
 
 @dataclass(frozen=True)
@@ -77,16 +74,16 @@ class DataConfig(ExampleConfig):
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg(
         "",
-        "csv, jsonl, recbole: names or positions of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
+        "csv, jsonl, recbole, parquet: names or positions of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
     )
-    item_file: str = arg("", "csv, jsonl, recbole: a second file, with item and title")
+    item_file: str = arg("", "csv, jsonl, recbole, parquet: a second file, with item and title")
     item_columns: str = arg(
         "",
         "names or positions of --item_file's columns, item=...,title=...",
     )
     scale: str = arg(
         "",
-        "csv, jsonl, recbole: lowest and highest rating of another scale than 1 to 5, such as 0,100, or binary; mapped to 1 to 5",
+        "csv, jsonl, recbole, parquet: lowest and highest rating of another scale than 1 to 5, such as 0,100, or binary; mapped to 1 to 5",
     )
     percentile: str = arg(
         "",
@@ -95,7 +92,7 @@ class DataConfig(ExampleConfig):
     )
     repeats: str = arg(
         "last",
-        "csv, jsonl, recbole: of a repeated user-item pair the last counts, or the sum of its amounts",
+        "csv, jsonl, recbole, parquet: of a repeated user-item pair the last counts, or the sum of its amounts",
         choices=("last", "sum"),
     )
     beer_title: str = arg(
@@ -120,7 +117,7 @@ class DataConfig(ExampleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        own = self.dataset in ("csv", "jsonl", "recbole")
+        own = self.dataset in OWN_LOGS
         changed = changed_options(self)
         for name, fits in (
             ("columns", own),
@@ -192,7 +189,12 @@ class Prepared:
         file = self.folder / f"baselines-{split}.safetensors"
         if file.exists():
             kept = map_arrays(file)
-            return {name: kept[name] for name in BASELINES}
+            shape = self.splits[split].candidates.shape
+            with reading(file):
+                scores = {name: kept[name] for name in BASELINES}
+                if any(s.shape != shape or not np.isfinite(s).all() for s in scores.values()):
+                    raise TypeError(f"expected numbers of shape {shape}")
+            return scores
         scores = counting_baselines(self.splits[split])
         _keep(file, {name: np.ascontiguousarray(values) for name, values in scores.items()})
         return scores
@@ -206,34 +208,22 @@ class Prepared:
 
 
 def load_log(config: DataConfig) -> Interactions:
-    path, percentile = config.data_dir, config.percentile
     usual = gc.get_threshold()
     gc.set_threshold(
         200_000, 20, 100
     )  # as usual it walks through short-lived rows again and again, and doubles the time
     try:
-        if config.dataset == "planted":
-            return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
-        if config.dataset == "movielens":
-            return load_movielens(path)
-        if config.dataset == "beeradvocate":
-            return load_beeradvocate(path, percentile, config.beer_title)
-        if config.dataset in ("csv", "jsonl", "recbole"):
-            return load_own_log(
-                path,
-                config.dataset,
-                config.columns,
-                config.item_file,
-                percentile,
-                config.repeats,
-                config.scale,
-                config.item_columns,
-            )
-        return {"amazon": load_amazon, "steam": load_steam, "lastfm": load_lastfm}[config.dataset](
-            path, percentile
-        )
+        return LOADERS[config.dataset].load(config)
     finally:
         gc.set_threshold(*usual)
+
+
+def words_of(dataset: str, data_dir: str = "") -> Words:
+    """The words of a data set's prompts, for what is asked without its log."""
+    module = LOADERS.get(dataset)
+    if module is amazon:  # books are read
+        return amazon.words(Path(data_dir))
+    return getattr(module, "WORDS", ITEMS)
 
 
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
@@ -278,12 +268,14 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, if there are any; the raw files are not asked for."""
     for meta in sorted(Path(prepared_dir).glob("*/meta.json")):
-        if read_json(meta)["hash"].startswith(content_hash):
+        with reading(meta):
+            same = read_json(meta)["hash"].startswith(content_hash)
+        if same:
             return _read_prepared(meta.parent, check=False)
     return None
 
 
-PREPARED_FORMAT = 2  # raised when the same options give other examples than before
+PREPARED_FORMAT = 3  # raised when the same options give other examples than before
 
 
 LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
@@ -306,10 +298,17 @@ DATA_SUFFIXES = (
     ".txt",
     ".inter",
     ".item",
+    ".data",
+    ".parquet",
 )
 
 
-COMPANIONS = ("meta_*", "steam_games*", "*.item")  # beside a raw file that was given by name
+COMPANIONS = (
+    "meta_*",
+    "steam_games*",
+    "*.item",
+    "movies.*",
+)  # beside a raw file that was given by name
 
 
 def _file_facts(config: DataConfig) -> list:
@@ -322,7 +321,7 @@ def _file_facts(config: DataConfig) -> list:
         else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
     )
     files = sorted(
-        f for f in given | {f for f in beside if f.suffix in DATA_SUFFIXES} if f.is_file()
+        f for f in given | {f for f in beside if f.suffix.lower() in DATA_SUFFIXES} if f.is_file()
     )
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
 
@@ -349,6 +348,7 @@ def _write_prepared(folder: Path, log: Interactions, splits, options: dict, coun
         "hash": _content_hash(arrays, texts | facts),
         "raw_counts": counts,
         "notes": log.notes,
+        "words": log.words,
         **facts,
     }
     for name, values in texts.items():
@@ -364,34 +364,31 @@ def _write_prepared(folder: Path, log: Interactions, splits, options: dict, coun
 
 
 def _read_prepared(folder: Path, check: bool) -> Prepared:
-    meta = read_json(folder / "meta.json")
-    arrays = map_arrays(folder / "examples.safetensors")
+    meta = _read_meta(folder / "meta.json")
+    file = folder / "examples.safetensors"
+    arrays = map_arrays(file)
+    facts = {name: meta[name] for name in ("name", "history", *USUALLY) if name in meta}
     try:
-        texts = {
-            name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
-            for name in LOG_TEXTS
-        }
-        facts = {
-            name: meta[name]
-            for name in ("name", "history", "min_shown_rating", "ratings")
-            if name in meta
-        }
-        shown = {name: facts[name] for name in ("min_shown_rating", "ratings") if name in facts}
-        if (
-            check
-            and _content_hash(arrays, {n: list(t) for n, t in texts.items()} | facts)
-            != meta["hash"]
-        ):
-            raise ValueError(
-                f"{folder}: prepared examples do not match their hash; delete the folder"
-            )
+        with reading(file):
+            texts = {
+                name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
+                for name in LOG_TEXTS
+            }
+            whole = {name: list(values) for name, values in texts.items()} if check else {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder}: prepared examples are damaged ({error}); delete it") from None
+    if check and _content_hash(arrays, whole | facts) != meta["hash"]:
+        raise ValueError(f"{folder}: prepared examples do not match their hash; delete the folder")
+    with reading(file):
         log = Interactions(
             **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS},
             **texts,
             name=meta["name"],
             notes=meta["notes"],
+            words=tuple(meta["words"]),
             train_end=arrays.get(TRAIN_END),
         )
+        shown = {name: meta[name] for name in USUALLY if name in meta}
         splits = {
             split: Examples(
                 log,
@@ -402,20 +399,38 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
             )
             for split in ("train", "val", "test")
         }
-    except (KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{folder}: prepared examples are damaged ({error}); delete the folder"
-        ) from None
     return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
+
+
+def _read_meta(file: Path) -> dict:
+    """meta.json of a prepared folder, every entry of its type; ValueError names the file."""
+    meta = read_json(file)
+    with reading(file):
+        kinds = {"options": dict, "hash": str, "raw_counts": dict, "notes": dict, "words": list}
+        kinds |= {"name": str, "history": int}
+        for name, kind in kinds.items():
+            if not isinstance(meta[name], kind):
+                raise TypeError(f"{name} must be {kind.__name__}")
+        counts = [meta["raw_counts"][name] for name in ("users", "items", "interactions")]
+        if not all(isinstance(n, int) for n in (*counts, *meta["notes"].values())):
+            raise TypeError("counts are whole numbers")
+        if len(meta["words"]) != 3 or not all(isinstance(word, str) for word in meta["words"]):
+            raise TypeError("words are three texts")
+        if not isinstance(meta.get("ratings", True), bool) or meta["history"] < 1:
+            raise TypeError("history is above 0, ratings true or false")
+        float(meta.get("min_shown_rating", 0.0))
+    return meta
+
+
+USUALLY = {"min_shown_rating": 0.0, "ratings": True}  # what is as usual is not named
 
 
 def _prompt_facts(name: str, examples: Examples) -> dict:
     """What shapes the prompts besides the arrays; what is as usual is not named, and leaves the hash as it was."""
     facts = {"name": name, "history": examples.history}
-    usual = {"min_shown_rating": 0.0, "ratings": True}
     return facts | {
         key: getattr(examples, key)
-        for key, value in usual.items()
+        for key, value in USUALLY.items()
         if getattr(examples, key) != value
     }
 
@@ -497,25 +512,13 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         max_length,
         ALL_TEMPLATES,
         WITHOUT_RATINGS,
-        WORDS,
+        prepared.log.words,
     ]
     file = (
         prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
     )
     if file.exists():
-        arrays = map_arrays(file)
-        texts = zip(
-            arrays["items"].tolist(),
-            Ragged(arrays["completions"], arrays["completion_lengths"]),
-            strict=True,
-        )
-        prompts = Ragged(arrays["prompts"], arrays["prompt_lengths"])
-        return Encoded(
-            examples,
-            prompts,
-            {item: ids.tolist() for item, ids in texts},
-            *arrays["counts"].tolist(),
-        )
+        return _read_encoded(file, examples)
 
     encoded = encode_examples(examples, tokenizer, max_length)
     completions = list(encoded.completions.values())
@@ -529,6 +532,26 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
     }
     _keep(file, arrays)
     return encoded
+
+
+def _read_encoded(file: Path, examples: Examples) -> Encoded:
+    """What encode_split kept; ValueError names the file if its parts do not fit together."""
+    arrays = map_arrays(file)
+    with reading(file):
+        lengths = arrays["prompt_lengths"], arrays["completion_lengths"]
+        ids = arrays["prompts"], arrays["completions"]
+        items, counts = arrays["items"].tolist(), arrays["counts"].tolist()
+        fits = len(lengths[0]) == len(examples) and len(lengths[1]) == len(items)
+        for values, parts in zip(ids, lengths, strict=True):
+            whole = values.ndim == parts.ndim == 1 and parts.min(initial=1) > 0
+            fits = fits and whole and parts.sum() == len(values) and values.min(initial=0) >= 0
+            fits = fits and values.dtype == np.int32
+        known = np.isin(examples.candidates, items).all()
+        if not (fits and known and len(counts) == 2):
+            raise TypeError("its parts do not fit together; delete it, it will be made again")
+        completions = zip(items, Ragged(ids[1], lengths[1]), strict=True)
+        spelt = {item: part.tolist() for item, part in completions}
+        return Encoded(examples, Ragged(ids[0], lengths[0]), spelt, *counts)
 
 
 def _keep(file: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -1,20 +1,23 @@
-"""Lastfm"""
+"""LastFM-1K's listening events: an interaction is a user's first play of an artist, its amount all plays."""
 
 import tarfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from data import Interactions
 from loaders.files import Rows, find_file, read_lines
 from loaders.table import LogBuilder
 
+NAME, WORDS = "lastfm", ("artists", "listened to", "listen to")
 
-def load_lastfm(path, percentile: str = "") -> Interactions:
+
+def load(config) -> Interactions:
     """userid-timestamp-artid-artname-traid-traname.tsv, plain, gzipped, or inside lastfm-dataset-1K.tar.gz.
 
     An interaction is a user's first play of an artist that has a MusicBrainz id; its amount is the number of all plays."""
     what = "userid-timestamp-artid-artname-traid-traname.tsv, or lastfm-dataset-1K.tar.gz"
-    file = find_file(path, ("userid-timestamp*", "lastfm-dataset-1K*"), what)
+    file = find_file(config.data_dir, ("userid-timestamp*", "lastfm-dataset-1K*"), what)
     builder = LogBuilder(
         file, "user, time, artist id, artist, track id, track between tabs", "sum", amounts=True
     )
@@ -29,7 +32,8 @@ def load_lastfm(path, percentile: str = "") -> Interactions:
             rows.add(number, fields[0], fields[2], 1.0, fields[1])
             titles.setdefault(fields[2], fields[3])
     rows.flush()
-    return builder.finish(titles, "lastfm", percentile or "item")
+    log = builder.finish(titles, NAME, config.percentile or "item")
+    return replace(log, words=WORDS)
 
 
 def _lastfm_member(file: Path):

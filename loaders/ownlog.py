@@ -26,13 +26,17 @@ import numpy as np
 
 from common import print0
 from data import Interactions, clean_title
+from loaders import parquet
 from loaders.files import (
     CHUNK,
+    SPLIT_NAMES,
     Chunk,
     brief,
     find_file,
     json_record,
+    matching_files,
     open_rows,
+    read_lines,
     read_records,
     table_chunks,
 )
@@ -136,11 +140,11 @@ def load_own_log(
     scale: str = "",
     item_columns: str = "",
 ) -> Interactions:
-    """`kind` csv, jsonl or recbole; `columns` as in parse_columns; `repeats` of a pair: last, or sum of the amounts;
+    """`kind` csv, jsonl, recbole or parquet; `columns` as in parse_columns; `repeats` of a pair: last, or sum of the amounts;
     `scale` as in parse_scale."""
     file = find_own_file(path, kind)
-    if kind == "recbole" and not item_file and file.with_suffix(".item").exists():
-        item_file = str(file.with_suffix(".item"))
+    if kind == "recbole" and not item_file:
+        item_file = beside(file, "*.item*")
     given = parse_columns(columns)
     wanted = tuple(field for field in FIELDS if field != "title" or not item_file)
     table = open_table(
@@ -171,13 +175,17 @@ def load_own_log(
     return log
 
 
+PATTERNS = {  # of the files in a folder, and what they are called
+    "csv": (("*.csv*", "*.tsv*", "*.txt*"), "a CSV file"),
+    "jsonl": (("*.jsonl*", "*.json*"), "a file of JSON lines"),
+    "recbole": (("*.inter*",), "a .inter file"),
+}
+
+
 def find_own_file(path, kind: str) -> Path:
-    patterns, what = {
-        "csv": (("*.csv*", "*.tsv*"), "a CSV file"),
-        "jsonl": (("*.jsonl*", "*.json*"), "a file of JSON lines"),
-        "recbole": (("*.inter",), "a .inter file"),
-    }[kind]
-    return find_file(path, patterns, what)
+    if kind == "parquet":
+        return Path(path)  # a folder is read whole
+    return find_file(path, *PATTERNS[kind], joined=SPLIT_NAMES if kind == "recbole" else ())
 
 
 def choose_rating(
@@ -382,6 +390,27 @@ def read_log(table: "Table", builder: LogBuilder) -> Titles:
     return titles
 
 
+def beside(file: Path, pattern: str) -> str:
+    """The one file in the same folder that fits; of several the one of the same name; "" if there is none."""
+    found = matching_files(file.parent, pattern)
+    if len(found) > 1:
+        name = file.name.split(".")[0]
+        found = [f for f in found if f.name.split(".")[0] == name]
+    return str(found[0]) if len(found) == 1 else ""
+
+
+def atomic_delimiter(file: Path) -> str:
+    """What stands between the typed names in the header of RecBole's atomic files; "" where quotes are to be expected."""
+    header = next(read_lines(file), "").strip("\ufeff")
+    between = next((mark for mark in "\t,;| " if _all_typed(header.split(mark))), "\t")
+    return between if between.isspace() else ""
+
+
+def _all_typed(names: list[str]) -> bool:
+    typed = re.compile(r"[^\s,;|:]+:(token|float)(_seq)?")
+    return len(names) > 1 and all(typed.fullmatch(name.strip()) for name in names)
+
+
 def read_item_file(
     file: Path,
     kind: str,
@@ -391,10 +420,12 @@ def read_item_file(
     notes: list[str],
 ) -> dict[str, str]:
     """Titles by item id of the items that the log has; ids that differ only as written numbers are matched, and said."""
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"--item_file {file}: no such file")
-    if kind != "recbole":
-        kind = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", file.name) else "csv"
+    if parquet.is_parquet(file) or (kind == "parquet" and file.is_dir()):
+        kind = "parquet"
+    elif kind != "recbole":
+        kind = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", file.name.lower()) else "csv"
     names = item_given or {
         field: name
         for field, name in given.items()
@@ -524,7 +555,10 @@ def open_table(
     find = ColumnFinder(file, given, required, only, option, strict)
     if kind == "jsonl":
         return open_json(file, find)
-    delimiter, rows = open_rows(file, "\t" if kind == "recbole" else "")
+    if kind == "parquet":
+        fields = find.by_name(parquet.column_names(file))
+        return Table(fields, parquet.read_chunks(file, fields))
+    delimiter, rows = open_rows(file, atomic_delimiter(file) if kind == "recbole" else "")
     header = [name.strip() for name in next(rows, [])]
     if kind == "recbole":
         header = [name.partition(":")[0] for name in header]
@@ -663,3 +697,17 @@ def _json_chunks(records, fields: dict[str, str], bad: list[tuple[int, str]]) ->
         table = {field: [record.get(name) for _, record in chunk] for field, name in fields.items()}
         yield [number for number, _ in chunk], table, found
     yield [], {}, list(bad)
+
+
+def load(config) -> Interactions:
+    """The log of --dataset csv, jsonl, recbole or parquet, by its general options."""
+    return load_own_log(
+        config.data_dir,
+        config.dataset,
+        config.columns,
+        config.item_file,
+        config.percentile,
+        config.repeats,
+        config.scale,
+        config.item_columns,
+    )

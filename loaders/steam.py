@@ -1,13 +1,17 @@
-"""Steam"""
+"""Steam's reviews and games, as Kang and McAuley published them: Python literals, one a line; hours become ratings."""
+
+from dataclasses import replace
 
 from data import Interactions
 from loaders.files import Rows, find_file, literal_record, read_records, read_titles
 from loaders.table import LogBuilder
 
+NAME, WORDS = "steam", ("games", "played", "play")
 
-def load_steam(path, percentile: str = "") -> Interactions:
+
+def load(config) -> Interactions:
     """steam_reviews.json and steam_games.json (Python literals, gzipped or not) of a folder. The amount is hours of play."""
-    file = find_file(path, ("steam_reviews*", "*reviews*"), "steam_reviews.json.gz")
+    file = find_file(config.data_dir, ("steam_reviews*", "*reviews*"), "steam_reviews.json.gz")
     games = find_file(
         file.parent, ("steam_games*", "*games*"), "steam_games.json.gz, for the titles"
     )
@@ -23,4 +27,5 @@ def load_steam(path, percentile: str = "") -> Interactions:
     for item, title in read_titles(games, literal_record, "id", ("app_name", "title")):
         if item in builder.items and title:
             titles.setdefault(item, title)
-    return builder.finish(titles, "steam", percentile or "item")
+    log = builder.finish(titles, NAME, config.percentile or "item")
+    return replace(log, words=WORDS)

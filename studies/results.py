@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 
-from common import read_json
+from common import check_types, read_json, reading
 from eval import ranking_metrics
+from loaders.frozen import DataConfig
 from objectives import PREFERENCE_LOSSES
 from runtime.runs import FREE_TO_CHANGE
 from studies.sequential import BaselineConfig
@@ -73,7 +76,7 @@ def origin_of(run: Path, config: dict) -> Path | None:
     start = Path(config.get("adapter") or config.get("model", ""))
     for folder in (start, run.parent.joinpath(*start.parts[-2:])):
         file = folder.parent / "config.json"
-        if folder.parent != run and file.exists() and "stages" in read_json(file):
+        if folder.parent != run and file.is_file() and "stages" in read_json(file):
             return folder
     return None
 
@@ -87,7 +90,7 @@ def settings_of(stage: str, run: Path, config: dict) -> dict:
     origin = origin_of(run, config)
     if origin:
         earlier = origin.name
-        start = settings_of(earlier, origin.parent, read_json(origin.parent / "config.json"))
+        start = settings_of(earlier, origin.parent, read_config(origin.parent / "config.json"))
     else:
         earlier = "sft" if "sft" in _stages(config) else "raw"
         start = settings
@@ -114,12 +117,29 @@ def collect(folder: Path) -> list[Result]:
         run = stage if _is_baseline(stage) else stage.parent
         if not (run / "config.json").exists():
             continue
-        config = read_json(run / "config.json")
+        config = read_config(run / "config.json")
         name = config["method"] if run == stage else stage.name
         results.append(read_result(name, run, config, stage))
     if not results:
         raise ValueError(f"{folder}: no finished stage of a run (eval/metrics.json) below it")
+    check_figures(results)
     return results
+
+
+def read_config(file: Path) -> dict:
+    """The options of a run or baseline, of the types that they have today; ValueError names the file."""
+    config = read_json(file)
+    types = get_type_hints(BaselineConfig if "method" in config else TrainConfig)
+    check_types(file, {k: v for k, v in config.items() if k in types}, types)
+    for name, value in config.items():  # options of older versions are options, too
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{file}: {name} must be a text or a number, got {value!r}")
+    known = {f.name for f in fields(DataConfig)}
+    try:
+        DataConfig(**{k: v for k, v in config.items() if k in known})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return config
 
 
 def _is_baseline(folder: Path) -> bool:
@@ -143,19 +163,89 @@ def read_result(stage: str, run: Path, config: dict, folder: Path) -> Result:
         candidates[probe] = digest_of(probed)
         values |= probe_values(probe, probed)
     settings = settings_of(stage, run, config)
-    metrics = read_json(folder / "eval" / "metrics.json")
+    metrics = read_metrics(folder / "eval" / "metrics.json")
     return Result(stage, run, config, folder, settings, values, candidates, metrics, probes)
 
 
-def read_probe(file: Path) -> dict:
+def read_metrics(file: Path) -> dict:
+    """metrics.json of a tested stage; ValueError names the file."""
     content = read_json(file)
-    if any("bins" in row and "spread" not in row for row in content["rows"].values()):
-        raise ValueError(f"{file}: bins of an older version, without intervals; measure it again")
+    with reading(file):
+        if not all(is_number(value) for value in content["baselines"].values()):
+            raise TypeError("baselines are numbers")
+        if not isinstance(content.get("data_hash", ""), str):
+            raise TypeError("data_hash is a text")
     return content
 
 
+def read_probe(file: Path) -> dict:
+    """metrics.json of a probe; ValueError names the file."""
+    content = read_json(file)
+    with reading(file):
+        rows = content["rows"]
+        if not is_number(content["n"]) or not rows:
+            raise TypeError("n is a number, and rows are not empty")
+        if any("bins" in row and "spread" not in row for row in rows.values()):
+            raise ValueError(
+                f"{file}: bins of an older version, without intervals; measure it again"
+            )
+        for row in rows.values():
+            check_row(row)
+    return content
+
+
+def check_row(row: dict) -> None:
+    """Figures with their intervals; TypeError or KeyError if they are none."""
+    for name, entry in row.get("bins", {}).items():
+        if not isinstance(name, str) or not is_number(entry["n"]):
+            raise TypeError("bins have a size")
+        if not is_number(entry["hit_ratio@1"]) or not is_number(entry["variance"]):
+            raise TypeError("bins have a figure and its variance")
+    for name, value in row.items():
+        if name == "bins" or name.endswith("_ci95"):
+            continue
+        ends = row[f"{name}_ci95"]
+        if len(ends) != 2 or not all(map(is_number, (value, *ends))):
+            raise TypeError(f"{name} is a number with an interval")
+
+
 def read_records(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """predictions.jsonl; ValueError names the file and the line."""
+    records = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(checked_record(json.loads(line)))
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file}: line {number} is no prediction ({type(error).__name__}: {error})"
+            ) from None
+    if len({len(r["logps"]) for r in records}) != 1:
+        raise ValueError(f"{file}: no predictions, or lists of different lengths")
+    return records
+
+
+def checked_record(record: dict) -> dict:
+    candidates, logps, slot = (record[key] for key in ("candidates", "logps", "target_slot"))
+    texts = [record["user"], record["target"], *candidates]
+    if not isinstance(candidates, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("user, target and candidates are texts")
+    if not isinstance(logps, list) or len(logps) != len(candidates):
+        raise TypeError("a log-prob for each candidate")
+    if not all(is_number(value) and math.isfinite(value) for value in logps):
+        raise TypeError("logps are numbers")
+    if type(slot) is not int or not 0 <= slot < len(candidates):
+        raise TypeError("target_slot is the place of a candidate")
+    if not all(isinstance(record[key], bool) for key in ("hit", "valid")):
+        raise TypeError("hit and valid are true or false")
+    return record
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float)
 
 
 def digest_of(records: list[dict]) -> str:
@@ -178,6 +268,19 @@ def probe_values(probe: str, records: list[dict]) -> dict[str, np.ndarray]:
         hits = np.array([r["valid"] for r in records], float) - hits
         ranked = 1 - ranked
     return {f"{probe}/written": hits, f"{probe}/ranked": ranked}
+
+
+def check_figures(results: list[Result]) -> None:
+    """A probe's rows must hold the same figures everywhere, or they cannot stand in one table."""
+    first: dict[str, tuple] = {}  # probe -> its figures, and where they were found first
+    for result in results:
+        for probe, content in result.probes.items():
+            file = result.run / "probes" / result.stage / probe / "metrics.json"
+            for row in content["rows"].values():
+                figures = set(row), set(row.get("bins", ()))
+                usual, where = first.setdefault(probe, (figures, file))
+                if figures != usual:
+                    raise ValueError(f"{file}: other figures than in {where}; measure both again")
 
 
 def check_candidates(results: list[Result]) -> None:

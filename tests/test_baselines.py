@@ -14,8 +14,7 @@ import pytest
 from data import Examples, Interactions, build_examples, k_core, make_interactions
 from eval import ranking_metrics
 from loaders.counting import counting_baselines, item_knn, markov, popularity
-from loaders.frozen import DataConfig
-from loaders.movielens import load_movielens
+from loaders.frozen import DataConfig, load_log
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -184,7 +183,7 @@ def test_nan_scores_are_refused():
 
 @cache
 def movielens() -> Interactions:
-    return load_movielens(MOVIELENS)
+    return load_log(DataConfig(dataset="movielens", data_dir=str(MOVIELENS)))
 
 
 @pytest.mark.skipif(

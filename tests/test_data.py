@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 import data
 from data import (
+    ITEMS,
     NUM_CANDIDATES,
     TEMPLATES,
     Example,
@@ -32,7 +33,8 @@ from data import (
     tree_widths,
 )
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.frozen import DataConfig, encode_split, prepare, words_of
+from loaders.movielens import WORDS as MOVIES
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val", "test")
@@ -473,9 +475,9 @@ def test_prompt_shows_history_then_candidates():
         ["Élite", "% s", "12 Monkeys"],
     )
     for template in range(len(TEMPLATES)):
-        lines = render_prompt(
-            Example("movielens", "u", history, candidates, 0, [], template)
-        ).split("\n")
+        lines = render_prompt(Example(MOVIES, "u", history, candidates, 0, [], template)).split(
+            "\n"
+        )
         at = lines.index("Alien: {0} | Rating: 4")
         assert lines[at : at + 3] == [
             "Alien: {0} | Rating: 4",
@@ -534,8 +536,8 @@ def test_prompt_rows_are_those_before_the_position():
 def test_templates_differ_and_words_follow_the_data_set():
     """All templates are distinct and in use; each names what is recommended by the data set's word."""
     prompts = {
-        (name, t): render_prompt(Example(name, "u", [("A", 4.0)], ["B", "C"], 0, [], t))
-        for name in ("movielens", "planted", "something else")
+        (words, t): render_prompt(Example(words, "u", [("A", 4.0)], ["B", "C"], 0, [], t))
+        for words in (MOVIES, words_of("planted"), ITEMS)
         for t in range(len(TEMPLATES))
     }
     assert len(set(prompts.values())) == len(prompts)
@@ -578,7 +580,7 @@ WORDS = [
     "first",
 ]
 TEXTS = [
-    render_prompt(Example("movielens", "u", [(t, 4.0) for t in NASTY], NASTY, 0, [], n))
+    render_prompt(Example(MOVIES, "u", [(t, 4.0) for t in NASTY], NASTY, 0, [], n))
     for n in range(5)
 ]
 TEXTS += [f" {a} {b}: {a}\n\n{b} 19{n}\n  \n" for n, a in enumerate(WORDS) for b in WORDS]
@@ -690,7 +692,7 @@ def test_bos_is_the_tokenizers_own(family, tokenizer, folders):
 @pytest.mark.parametrize("title", NASTY)
 def test_prompt_and_completion_make_the_joint_encoding(title, tokenizer):
     """Prompt ids + completion ids are what the tokenizer makes of the whole text, and the completion ends in EOS."""
-    prompt = render_prompt(Example("movielens", "u", [(title, 4.0)], [title, "Alien 3"], 0, [], 0))
+    prompt = render_prompt(Example(MOVIES, "u", [(title, 4.0)], [title, "Alien 3"], 0, [], 0))
     (prompt_ids,), (joint,) = (
         tokenizer.encode_prompts([prompt]),
         tokenizer.encode_prompts([f"{prompt} {title}"]),

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,19 @@ from test_loaders import DATA, check_table
 from data import build_examples, clean_title, encode_examples, render_prompt
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
-from loaders.amazon import load_amazon
-from loaders.beeradvocate import beer_title, load_beeradvocate, mend_encoding
+from loaders.beeradvocate import beer_title, mend_encoding
 from loaders.files import MAX_LINE, literal_record, read_lines
 from loaders.frozen import DataConfig, load_log, prepare
-from loaders.lastfm import load_lastfm
 from loaders.ownlog import load_own_log, parse_columns
-from loaders.steam import load_steam
 from loaders.table import LogBuilder, parse_times, percentile_ratings
+
+
+def load(dataset: str, path, **options):
+    return load_log(DataConfig(dataset=dataset, data_dir=str(path), **options))
+
+
+load_amazon, load_steam = partial(load, "amazon"), partial(load, "steam")
+load_beeradvocate, load_lastfm = partial(load, "beeradvocate"), partial(load, "lastfm")
 
 
 def needs(name: str):
@@ -407,7 +413,7 @@ def test_steam_hours_become_ratings_within_the_game(tmp_path):
     assert (
         log.titles == ["Sam & Max", "Portal™"] and log.notes["reviews without hours of play"] == 1
     )
-    assert [r for *_, r, _ in rows_of(load_steam(tmp_path, "all"))] == [3, 5, 1]
+    assert [r for *_, r, _ in rows_of(load_steam(tmp_path, percentile="all"))] == [3, 5, 1]
 
 
 @pytest.mark.parametrize("form, content", [("beeradvocate.json", literal_lines(BEER)), ("beeradvocate.txt.gz", beer_blocks()), ("beer_reviews.csv", beer_csv())])  # fmt: skip
@@ -423,7 +429,7 @@ def test_beeradvocate_in_three_forms(form, content, tmp_path):
         "lines with rating 0, which means none": 1,
         "reviews without a user name": 1,
     }
-    assert load_beeradvocate(tmp_path, title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
+    assert load_beeradvocate(tmp_path, beer_title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
 
 
 def test_twice_encoded_names_are_mended():
@@ -481,6 +487,33 @@ def test_recbole_atomic_files(tmp_path):
         'The "M"',
         "Go",
     ]
+
+
+@pytest.mark.parametrize("between", [",", ";", "|", " ", " \t", "\t "])
+def test_recbole_with_another_separator(between, tmp_path):
+    """RecBole's field_separator is an option: what stands between the typed names tells it."""
+    put(tmp_path / "ml.inter", INTER.replace("\t", between))
+    put(tmp_path / "ml.item", ITEM)
+    log = load("recbole", tmp_path)
+    assert [row[:2] for row in rows_of(log)] == [("u1", "20"), ("u1", "10"), ("u2", "10")]
+    assert log.titles == ['The "M"', "Go"]
+
+
+@pytest.mark.parametrize(
+    "names", [("ml.train.inter", "ml.valid.inter", "ml.test.inter"), ("ml.part1.inter", "ml.part2.inter", "ml.part3.inter")]
+)  # fmt: skip
+def test_recbole_splits_are_joined(names, tmp_path):
+    """A benchmark's three files are the log that they were cut from; the header of each but the first is none of its rows."""
+    header, *rows = INTER.splitlines()
+    for name, row in zip(names, rows, strict=True):
+        put(tmp_path / name, f"{header}\n{row}")  # the last line without its end
+    put(tmp_path / "ml.item", ITEM)
+    joined = load("recbole", tmp_path)
+    (tmp_path / "whole").mkdir()
+    put(tmp_path / "whole/ml.inter", INTER)
+    put(tmp_path / "whole/ml.item", ITEM)
+    whole = load("recbole", tmp_path / "whole")
+    assert rows_of(joined) == rows_of(whole) and joined.titles == whole.titles
 
 
 # ------------------------------------------------------------------------------------------------ own logs
@@ -763,9 +796,11 @@ def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
         assert example.target not in negatives
 
 
-def test_prepared_json_that_does_not_fit_is_named(tmp_path):
+@pytest.mark.parametrize("short", [True, False])
+def test_prepared_json_that_does_not_fit_is_named(short, tmp_path):
     entries = [foreign_entry(n, True) for n in range(50)]
-    entries[3]["itemList"] = entries[3]["itemList"][:19]
+    items = entries[3]["itemList"]
+    entries[3]["itemList"] = items[:19] if short else [*items, items[0]]
     put(tmp_path / "train.json", json.dumps(entries))
     put(tmp_path / "test.json", json.dumps(entries[10:]))
     with pytest.raises(

@@ -23,8 +23,8 @@ from data import (
     make_interactions,
     unique_titles,
 )
-from loaders.frozen import DataConfig
-from loaders.movielens import MOVIELENS_URL, download_movielens, load_movielens, movielens_titles
+from loaders.frozen import DataConfig, load_log, prepare
+from loaders.movielens import MOVIELENS_URL, download_movielens, movielens_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -52,6 +52,10 @@ def random_rows(seed: int, num_users: int = 12, num_items: int = 15, n: int = 20
     rng = np.random.default_rng(seed)
     columns = [rng.integers(m, size=n) for m in (num_users, num_items, 5, 8)]
     return [(f"u{u}", int(i) * 10, int(r) + 1, int(t)) for u, i, r, t in zip(*columns, strict=True)]
+
+
+def load_movielens(path) -> Interactions:
+    return load_log(DataConfig(dataset="movielens", data_dir=str(path)))
 
 
 def log_of(rows: list[tuple]) -> Interactions:
@@ -486,3 +490,18 @@ def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatc
             == liked.any(1).sum()
         )
         assert liked.any(1).mean() == pytest.approx(share, abs=5e-4)
+
+
+HASHES = {  # of the examples with default options: what was published with them must stay comparable
+    0: "56846b922f7a42454287e645cb327d720a62f6b10145686bad5afaf756377acb",
+    20: "4f5be1e891da251389f99ec6fb5e41f576af5643ba39d7b69550821a41a4c562",
+}
+
+
+@needs_movielens
+@pytest.mark.parametrize("core", HASHES)
+def test_hashes_of_movielens_stay(core, tmp_path):
+    config = DataConfig(
+        dataset="movielens", data_dir=str(MOVIELENS), core=core, prepared_dir=str(tmp_path)
+    )
+    assert prepare(config).hash == HASHES[core]

@@ -26,6 +26,46 @@ def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
     assert np.mean(masses) > 0.75  # of all answers, on the 20 listed ones
 
 
+def parts(prompt):
+    """Listed titles, and the history's titles with their ratings (None where it shows none)."""
+    lines = prompt.text.split("\n")[1:-1]
+    question = next(n for n, line in enumerate(lines) if len(line.split(" | ")[0].split()) > 2)
+    shown = [line.partition(" | Rating: ") for line in lines[:question]]
+    return lines[question + 1 :], [(title, rating) for title, _, rating in shown]
+
+
+@pytest.mark.parametrize("question", ["first", *pretrain.QUESTIONS])
+@pytest.mark.parametrize("right", [0, 2])
+def test_a_question_has_the_listed_titles_of_the_kind_meant_as_answers(question, right):
+    """Like the oldest, the latest, the latest liked, or all; never a title of the history."""
+    kinds, rng = pretrain.read_titles(PretrainConfig()), np.random.default_rng(0)
+    kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
+    for _ in range(50):
+        prompt = pretrain.kind_prompt(kinds, question, 20, right, ("stories", "read", "read"), rng)
+        listed, history = parts(prompt)
+        liked = [title for title, rating in history if rating in ("4", "5")]
+        meant = {
+            "first": [history[0][0]],
+            "alike": [title for title, _ in history],
+            "last": [history[-1][0]],
+            "liked": liked[-1:],
+        }[question]
+        (kind,) = {kind_of[title] for title in meant}
+        assert len(set(listed)) == 20 and not {title for title, _ in history} & set(listed)
+        of_the_kind = {title for title in listed if kind_of[title] == kind}
+        assert len(of_the_kind) == right
+        assert set(prompt.answers) == (of_the_kind or set(listed))
+
+
+def test_titles_of_a_file_may_name_their_kinds(tmp_path):
+    """title<TAB>kind; without a kind they are all of one, and nothing asks for kinds."""
+    (tmp_path / "t.txt").write_text("Emma\tnovel\nHamlet\tplay\nPersuasion\tnovel\n\nEmma\tnovel\n")
+    config = PretrainConfig(titles=str(tmp_path / "t.txt"), output_dir=str(tmp_path))
+    assert sorted(pretrain.read_titles(config)) == [["Emma", "Persuasion"], ["Hamlet"]]
+    (tmp_path / "t.txt").write_text("Emma\nHamlet\n")
+    assert pretrain.read_titles(config) == [["Emma", "Hamlet"]]
+
+
 def test_the_base_is_small_and_encodes_any_text():
     """16-bit weights of at most 6 MB; byte-level tokens, so other data sets' titles go through."""
     assert sum(f.stat().st_size for f in BASE.iterdir()) <= 6 * 10**6
@@ -47,7 +87,7 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch)
         "steps": 5,
         "save_minutes": 0.0,
     }
-    options = small | {"titles": str(titles), "dataset": "movielens", "vocab_size": 400}
+    options = small | {"titles": str(titles), "words": "movies,watched,watch", "vocab_size": 400}
 
     whole = PretrainConfig(**options, output_dir=str(tmp_path / "whole"))
     pretrain.pretrain(whole)

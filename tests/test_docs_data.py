@@ -1,0 +1,137 @@
+"""docs/data.md: its commands run on small files of the same shape, its queries in SQLite."""
+
+import csv
+import io
+import json
+import re
+import shlex
+import sqlite3
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_datasets import INTER, ITEM, json_lines, load, put, rows_of
+from test_finding import amazon_csv
+
+from common import parse_config
+from loaders.frozen import DataConfig, prepare
+
+PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+QUERIES = [text for kind, text in BLOCKS if kind == "sql"]
+
+USERS, ITEMS = range(1, 11), range(1, 61)
+EVENTS = [(u, 1 + (7 * u + 3 * n) % 60, 1 + (u + n) % 5, 1600000000 + 86400 * n + u) for u in USERS for n in range(20)]  # fmt: skip
+
+
+def table(names: str, rows, delimiter: str = ",", quoting=csv.QUOTE_MINIMAL) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter, quoting=quoting)
+    writer.writerows([names.split(","), *rows])
+    return out.getvalue()
+
+
+def make_files(folder: Path) -> None:
+    """Everything that the page's commands name."""
+    names = [(i, f"Title {i}") for i in ITEMS]
+    put(
+        folder / "ml-25m/ratings.csv",
+        table("userId,movieId,rating,timestamp", EVENTS).replace("\r", ""),
+    )
+    put(folder / "ml-25m/movies.csv", table("movieId,title,genres", [(*n, "Drama") for n in names]))
+    with zipfile.ZipFile(folder / "ml-100k.zip", "w") as z:
+        z.writestr("ml-100k/u.data", "".join("\t".join(map(str, e)) + "\n" for e in EVENTS))
+        z.writestr(
+            "ml-100k/u.item", "".join(f"{i}|{t} (1995)|01-Jan-1995||http|0\n" for i, t in names)
+        )
+    reviews = [{"user_id": f"AE{u}", "parent_asin": f"B{i:09d}", "rating": float(r), "timestamp": t * 1000} for u, i, r, t in EVENTS]  # fmt: skip
+    put(folder / "amazon-2023/Beauty.csv", amazon_csv(reviews, False))
+    put(folder / "amazon-2023/meta_Beauty.jsonl", json_lines({"parent_asin": f"B{i:09d}", "title": t} for i, t in names))  # fmt: skip
+    titled = [(*event, f"Title {event[1]}") for event in EVENTS]
+    put(folder / "log.csv", table("customer,sku,stars,ordered_at,product", titled))
+    events = [{"uid": u, "vid": i, "at": t} for u, i, _, t in EVENTS for _ in range(1 + u % 4)]
+    put(folder / "events.json", json.dumps(events))
+    put(folder / "videos.csv", table("id,name", names))
+    header = INTER.splitlines()[0]
+    put(folder / "recbole/ml.inter", "\n".join([header, *("\t".join(map(str, e)) for e in EVENTS)]))
+    put(folder / "recbole/ml.item", "\n".join([ITEM.splitlines()[0], *(f"{i}\t{t}\tDrama" for i, t in names)]))  # fmt: skip
+    likes = [(u, i, int(r > 2), t, f"Title {i}") for u, i, r, t in EVENTS]
+    put(folder / "likes.csv", table("user,item,rating,timestamp,title", likes))
+    hours = [(u, i, 10 * r + 0.1 * u, t, f"Title {i}") for u, i, r, t in EVENTS]
+    put(folder / "played.csv", table("user,item,hours,timestamp,title", hours))
+    anime = [(u, i, -1 if (u + i) % 9 == 0 else 2 * r) for u, i, r, _ in EVENTS]
+    put(folder / "anime/rating.csv", table("user_id,anime_id,rating", anime))
+    shows = [(i, t, "Action, Drama", "TV", "12", 7.1, 1000) for i, t in names]
+    put(
+        folder / "anime/anime.csv", table("anime_id,name,genre,type,episodes,rating,members", shows)
+    )
+    books = [(u, f"{i:09d}X", 0 if (u + i) % 9 == 0 else 2 * r) for u, i, r, _ in EVENTS]
+    text = table("User-ID,ISBN,Book-Rating", books, ";", csv.QUOTE_ALL)
+    put(folder / "BX-Book-Ratings.csv", text.encode("latin-1"))
+    known = [(f"{i:09d}X", f'Caf\u00e9 \\"{t}\\"; a story', "Somebody", 1999) for i, t in names]
+    text = table("ISBN,Book-Title,Book-Author,Year-Of-Publication", known, ";", csv.QUOTE_ALL)
+    put(folder / "BX-Books.csv", text.replace('\\""', '\\"').encode("latin-1"))
+
+
+def make_parquet(folder: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="the extra pyarrow is not installed")
+    pq = pytest.importorskip("pyarrow.parquet")
+    user, item, rating, time = map(list, zip(*EVENTS, strict=True))
+    moments = pa.array(time).cast(pa.timestamp("s", "UTC"))
+    columns = {"user": user, "item": item, "rating": rating, "timestamp": moments}
+    columns["title"] = [f"Title {i}" for i in item]
+    pq.write_table(pa.table(columns), folder / "log.parquet")
+    (folder / "exported").mkdir()
+    columns = {"user_id": user, "item_id": item, "rating": rating, "event_time": moments}
+    for part in range(2):
+        rows = pa.table(columns).slice(100 * part, 100)
+        pq.write_table(rows, folder / f"exported/part-{part}.snappy.parquet")
+    items = {"item_id": list(ITEMS), "title": [f"Title {i}" for i in ITEMS]}
+    pq.write_table(pa.table(items), folder / "items.parquet")
+
+
+def test_the_page_has_commands_and_queries():
+    assert len(COMMANDS) >= 12 and len(QUERIES) == 2
+    assert all(command.startswith("python data.py --dataset ") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.split()[3:6]))
+def test_commands_of_the_page(command, tmp_path, monkeypatch, capsys):
+    """Each prepares examples whose titles are the items'."""
+    make_files(tmp_path)
+    if "parquet" in command:
+        make_parquet(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare(parse_config(DataConfig, shlex.split(command)[2:]))
+    log = prepared.log
+    assert (log.num_users, log.num_items) == (10, 60)
+    assert all("Title" in title and '"";' not in title for title in log.titles)
+    assert 4 < log.rating.max() <= 5
+    assert len(prepared.splits["train"]) > 0 and "ids are shown" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=["ratings", "plays"])
+def test_queries_of_the_page(query, tmp_path, capsys):
+    """They give the five columns of the kept users: the last rating of a pair, or its repeats at the first time."""
+    kept = {u for u in USERS if u % 2}
+    again = [(u, i, 6 - r, t + 50) for u, i, r, t in EVENTS[::3]]
+    with sqlite3.connect(":memory:") as db:
+        db.execute("CREATE TABLE events (user_id, item_id, rating, event_time)")
+        db.executemany("INSERT INTO events VALUES (?, ?, ?, ?)", EVENTS + again)
+        db.execute("CREATE TABLE items (item_id, name)")
+        db.executemany("INSERT INTO items VALUES (?, ?)", [(i, f"Title {i}") for i in ITEMS])
+        db.execute("CREATE TABLE users_kept (user_id)")
+        db.executemany("INSERT INTO users_kept VALUES (?)", [(u,) for u in kept])
+        cursor = db.execute(query)
+        names, rows = [column[0] for column in cursor.description], cursor.fetchall()
+    plays = "plays" in names
+    assert names == ["user", "item", "plays" if plays else "rating", "timestamp", "title"]
+    expected: dict = {}
+    for u, i, r, t in sorted(EVENTS + again, key=lambda e: e[3]):
+        if u in kept:
+            count, first = expected.get((u, i), (0, t))
+            expected[u, i] = (count + 1, first) if plays else (r, t)
+    assert {(u, i): (r, t) for u, i, r, t, _ in rows} == expected
+    log = load("csv", put(tmp_path / "log.csv", table(",".join(names), rows)))
+    assert len(rows_of(log)) == len(expected) and log.titles[0].startswith("Title")
