@@ -44,6 +44,7 @@ from loaders.counting import (
     training_interactions,
 )
 from loaders.frozen import DataConfig, prepare
+from loaders.lists import other_lists
 
 NEURAL = ("gru4rec", "caser", "sasrec")
 COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}
@@ -79,6 +80,10 @@ class BaselineConfig(DataConfig):
     batch_size: int = arg(256, "windows per step", at_least=1)
     learning_rate: float = arg(1e-3, "Adam's learning rate", above=0)
     seed: int = arg(0, "seed of weights, order, samples and dropout")
+    lists: bool = arg(
+        False,
+        "test on lists of popular and of retrieved items too, for the report of studies.lists",
+    )
     output_dir: str = arg(
         "", "folder of config.json, metrics.jsonl and eval/; empty = only print", group="output"
     )
@@ -90,6 +95,8 @@ class BaselineConfig(DataConfig):
                 "--max_items 0 shows what a prompt shows, but these models read disliked items "
                 "too, and --history_items positive hides them from prompts: give a number"
             )
+        if self.lists and not self.output_dir:
+            raise ValueError("--lists writes below --output_dir, which is not given")
 
     @property
     def num_shown(self) -> int:
@@ -263,7 +270,8 @@ def step_loss(
         pool = torch.arange(1, model.items.num_embeddings)
     if not num_sampled or num_sampled >= len(pool):
         return F.cross_entropy(states @ model.items(pool).T, torch.searchsorted(pool, target))
-    sampled = pool[torch.randint(len(pool), (num_sampled,), generator=generator)]
+    places = torch.randint(1, len(pool) + 1, (num_sampled,), generator=generator)
+    sampled = pool[places - 1]
     logits = states @ model.items(sampled).T
     drawn_by_chance = sampled == target[:, None]  # the target itself
     logits = logits.masked_fill(drawn_by_chance, -1e9)
@@ -336,19 +344,23 @@ def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
     return records
 
 
+def method_scores(config: BaselineConfig, model, examples: Examples) -> np.ndarray:
+    """(E, 20) scores of the candidates by the configured method."""
+    if config.method in NEURAL:
+        return candidate_scores(model, examples, config.num_shown)
+    if config.method == "random":
+        return np.random.default_rng(config.seed).random(examples.candidates.shape)
+    return COUNTING[config.method](examples)
+
+
 def main() -> None:
     config = parse_config(BaselineConfig)
     prepared = prepare(config)
     log, val, test = prepared.log, prepared.splits["val"], prepared.splits["test"]
-    history, started = [], time.time()
+    model, history, started = None, [], time.time()
     if config.method in NEURAL:
         model, history = train(config, log, val)
-        scores = candidate_scores(model, test, config.num_shown)
-    elif config.method == "random":
-        scores = np.random.default_rng(config.seed).random(test.candidates.shape)
-    else:
-        scores = COUNTING[config.method](test)
-    records = records_of(test, scores)
+    records = records_of(test, method_scores(config, model, test))
     metrics = summarise(records, counting_baselines(test)) | {
         "data_hash": prepared.hash,
         "seconds": round(time.time() - started, 1),
@@ -367,6 +379,11 @@ def main() -> None:
             (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
             lines = "".join(json.dumps(entry) + "\n" for entry in history)
             (folder / "metrics.jsonl").write_text(lines)
+            for kind, examples in other_lists(test, config).items() if config.lists else ():
+                found = records_of(examples, method_scores(config, model, examples))
+                facts = summarise(found, counting_baselines(examples))
+                facts |= {"data_hash": prepared.hash, "negatives": kind}
+                save_predictions(folder / "lists" / config.method / kind, facts, found)
         print(f"\nwritten to {folder}")
 
 
