@@ -4,7 +4,7 @@
 
 Of every user, in order of time:
 
-    training | validation: last liked one before the date | the date | test: first liked one after it
+    training | validation: last liked before the date | date | test: first liked after it
 
     training     examples whose followers all lie before the user's validation item (before the
                  date, where there is none); the counting recommenders are fitted on the same rows

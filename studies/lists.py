@@ -5,7 +5,8 @@
 
 Trained as they were, the stages are tested again where the 19 others are drawn by popularity, and
 where they are Markov's best for the history (--negatives retrieved), beside the lists of the run.
-The results go to RUN/lists/STAGE/KIND. Histories and targets are those of the run's own test split. The baselines of studies.sequential keep
+The results go to RUN/lists/STAGE/KIND. Histories and targets are those of
+the run's own test split. The baselines of studies.sequential keep
 no weights; with --lists they write the same when they are trained."""
 
 import json

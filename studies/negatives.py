@@ -1,4 +1,4 @@
-"""More negatives side by side: what K rejected titles per prompt do to answers, rewards and log-probs.
+"""More negatives side by side: what K rejected titles do to answers, rewards and log-probs.
 
 A row for every K of recpo and of sdpo; all else must be equal. Training figures are means over the
 last tenth of the steps in metrics.jsonl, then over the runs. Whether the loss may fall while

@@ -10,7 +10,8 @@ candidates, same metrics.
 
 All three turn a user's items into one vector per position and score an item by its inner product
 with that item's embedding. They train on every position before each user's last two interactions
-(with a split in time: before the date), in windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
+(with a split in time: before the date), in
+windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
 items drawn uniformly for the batch, as the 19 others of a test list are. A prompt shows --history
 items (20), these models --max_items of them (50; 0: as many as the prompt). Ratings are not used:
 a low rating counts as an interaction, as in these papers. Training stops when HR@1 on the
