@@ -26,8 +26,8 @@ CACHE_BYTES = 1 << 28  # rows of item-kNN that are kept
 
 
 def training_rows(log: Interactions) -> np.ndarray:
-    """(n,) bool: all but each user's last two interactions."""
-    return log.start[log.user + 1] - np.arange(len(log.user)) > 2
+    """(n,) bool: all but each user's last two interactions, or what a split in time leaves."""
+    return np.arange(len(log.user)) < log.training_end()[log.user]
 
 
 def best_items(scores: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
