@@ -24,7 +24,7 @@ def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
     low, high = metrics["ranking/hit_ratio@1_ci95"]
     assert low <= 1 / 20 <= high
     masses = [np.exp(r["logps"]).sum() for r in records]
-    assert np.mean(masses) > 0.75  # of all answers, on the 20 listed ones
+    assert np.mean(masses) > 0.65  # of all answers, on the 20 listed ones
 
 
 def parts(prompt):
