@@ -41,11 +41,11 @@ NUM_CANDIDATES = 20
 NUM_TEMPLATES = 5  # as many as TEMPLATES has, below
 
 
+# ------------------------------------------------------------------------------------- interactions
 Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
 ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
 
 
-# ------------------------------------------------------------------------------------- interactions
 @dataclass
 class Interactions:
     """A log as flat arrays, sorted by user, then time, then original order.
@@ -64,6 +64,14 @@ class Interactions:
     # what the loader left out or changed -> how often
     notes: dict[str, int] = field(default_factory=dict)
     words: Words = ITEMS
+    # (users,) int64: the row at which what may be trained on ends; None: before the last two
+    train_end: np.ndarray | None = None
+
+    def training_end(self) -> np.ndarray:
+        """(users,) the row behind the last interaction of each user that training may see."""
+        if self.train_end is not None:
+            return self.train_end
+        return np.maximum(self.start[1:] - 2, self.start[:-1])
 
     @property
     def num_users(self) -> int:
@@ -178,6 +186,7 @@ def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
         titles=[log.titles[i] for i in items],
         user_ids=[log.user_ids[u] for u in users],
         item_ids=[log.item_ids[i] for i in items],
+        train_end=None,
     )
 
 
@@ -208,7 +217,9 @@ class ExampleConfig:
         "all", "random candidates are new to the user, or to the prompt", choices=("all", "seen")
     )
     negatives: str = arg(
-        "uniform", "random candidates: uniform or by popularity", choices=("uniform", "popularity")
+        "uniform",
+        "other candidates: uniform, by popularity, or retrieved (Markov's best for the history)",
+        choices=("uniform", "popularity", "retrieved"),
     )
     num_templates: int = arg(0, "prompt templates; 0 = all", at_least=0, at_most=NUM_TEMPLATES)
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
@@ -301,41 +312,64 @@ class Examples:
         return np.take_along_axis(self.others, first, 1)
 
 
-def build_examples(log: Interactions, config: ExampleConfig | None = None) -> dict[str, Examples]:
+# (log, rows, interactions shown, count, items left out or None: all of the user) -> (E, count)
+# item codes, the best first; -1 where none is left
+Retrieve = Callable[[Interactions, np.ndarray, int, int, np.ndarray | None], np.ndarray]
+
+
+def build_examples(
+    log: Interactions,
+    config: ExampleConfig | None = None,
+    retrieve: Retrieve | None = None,  # what --negatives retrieved asks
+    places: dict[str, np.ndarray] | None = None,  # split -> rows that may be predicted
+) -> dict[str, Examples]:
     """All three splits, {"train", "val", "test"} -> Examples, from one seeded generator per split.
 
-    Raises ValueError if a split is empty or a user has touched so much that random candidates run
-    out."""
+    With `places`, only the splits that it names. Raises ValueError if a split is empty or a user
+    has touched so much that random candidates run out."""
     config = config or ExampleConfig()
+    places = places or last_two_places(log, config)
     keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
     splits = {}
-    for number, split in enumerate(("train", "val", "test")):
-        rng = np.random.default_rng([config.data_seed, number])
-        rows, num_places = _eligible_rows(log, split, config)
+    for split in places:
+        rng = np.random.default_rng([config.data_seed, SPLITS.index(split)])
+        rows = _with_liked_item(log, split, places[split], config)
         size = config.train_size if split == "train" else config.test_size
         rows = rng.permutation(rows)
         rows = rows[:size] if size else rows
         if len(rows) == 0:
-            raise ValueError(_why_empty(log, split, num_places, config))
+            raise ValueError(_why_empty(log, split, len(places[split]), config))
         steps = np.arange(config.followers if split == "train" else 1)
-        splits[split] = freeze(log, split, rows, steps, keys, config, rng)
+        splits[split] = freeze(log, split, rows, steps, keys, config, rng, retrieve)
     return splits
 
 
-def _eligible_rows(log: Interactions, split: str, config: ExampleConfig) -> tuple[np.ndarray, int]:
-    """Rows (n,) whose chosen item is a liked one, and how many there are, liked or not."""
+SPLITS = ("train", "val", "test")
+
+
+def last_two_places(log: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
+    """Split -> rows (n,) that may be predicted: each user's last, the one before, all earlier."""
     position = np.arange(len(log.user))
     age = position - log.start[:-1][log.user]  # interactions before this one
     room = log.start[1:][log.user] - position  # interactions from this one on
+    places = {
+        # followers end before the user's last two interactions, which are validation and test
+        "train": room >= config.followers + 2,
+        "val": room == 2,
+        "test": room == 1,
+    }
+    return {
+        split: np.flatnonzero((age >= config.min_history) & fits) for split, fits in places.items()
+    }
+
+
+def _with_liked_item(log: Interactions, split: str, rows, config: ExampleConfig) -> np.ndarray:
+    """Those of the rows (n,) whose chosen item is a liked one."""
     if split != "train":
-        rows = np.flatnonzero((age >= config.min_history) & (room == (2 if split == "val" else 1)))
-        return rows[log.rating[rows] >= config.min_rating], len(rows)
-    # followers end before the user's last two interactions, which are validation and test
-    rows = np.flatnonzero((age >= config.min_history) & (room >= config.followers + 2))
+        return rows[log.rating[rows] >= config.min_rating]
     # all prefixes at once would take 200 bytes each
     parts = np.array_split(rows, len(rows) // 2**20 + 1)
-    liked = [part[_chosen_follower(log, part, config)[1]] for part in parts]
-    return np.concatenate(liked), len(rows)
+    return np.concatenate([part[_chosen_follower(log, part, config)[1]] for part in parts])
 
 
 def _why_empty(log: Interactions, split: str, num_places: int, config: ExampleConfig) -> str:
@@ -367,8 +401,10 @@ def _chosen_follower(log, rows, config: ExampleConfig) -> tuple[np.ndarray, np.n
     return chosen, beats_random & liked
 
 
-def freeze(log, split, rows, steps, keys, config: ExampleConfig, rng) -> Examples:
-    """Draw the random candidates, score and shuffle all 20; order the negatives, draw templates."""
+def freeze(
+    log, split, rows, steps, keys, config: ExampleConfig, rng, retrieve: Retrieve | None = None
+) -> Examples:
+    """Draw the other candidates, score and shuffle all 20; order the negatives, draw templates."""
     E, F = len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
     seen = None
@@ -377,7 +413,10 @@ def freeze(log, split, rows, steps, keys, config: ExampleConfig, rng) -> Example
         before = np.maximum(before, log.start[log.user[rows]][:, None])
         seen = log.item[np.concatenate([before, follow], 1)]
     count = NUM_CANDIDATES - F
-    randoms = _draw_unseen(log, log.user[rows], count, keys, seen, config.negatives, rng)
+    if config.negatives == "retrieved":
+        randoms = _retrieved(log, rows, count, seen, config, retrieve)
+    else:
+        randoms = _draw_unseen(log, log.user[rows], count, keys, seen, config.negatives, rng)
 
     items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
     ratings = np.concatenate([log.rating[follow], np.full(randoms.shape, config.neg_rating)], 1)
@@ -405,6 +444,25 @@ def freeze(log, split, rows, steps, keys, config: ExampleConfig, rng) -> Example
         template.astype(np.int32),
         config.min_rating if config.history_items == "positive" else 0.0,
         config.ratings,
+    )
+
+
+def _retrieved(log, rows, count: int, seen, config: ExampleConfig, retrieve) -> np.ndarray:
+    """(E, count) what the given recommender puts highest of what the user never touched."""
+    if retrieve is None:
+        raise ValueError("--negatives retrieved needs a recommender that retrieves them")
+    items = retrieve(log, rows, config.history, count, seen)
+    short = np.flatnonzero((items < 0).any(1))
+    if len(short):
+        raise ValueError(_too_few(log, log.user[rows[short[0]]], count, seen))
+    return items
+
+
+def _too_few(log: Interactions, user: int, count: int, seen) -> str:
+    what = "this user never touched" if seen is None else "are not in the prompt"
+    return (
+        f"user {log.user_ids[user]}: fewer than {count} items left that {what} "
+        f"({log.num_items} in all); lower --core, or raise --followers"
     )
 
 
@@ -457,11 +515,7 @@ def _draw_from_rest(log, users, drawn, rows, seen, kind: str, rng) -> None:
         touched = log.item[log.start[user] : log.start[user + 1]] if seen is None else seen[e]
         left = np.setdiff1d(np.arange(log.num_items), touched)
         if len(left) < count:
-            what = "this user never touched" if seen is None else "are not in the prompt"
-            raise ValueError(
-                f"user {log.user_ids[user]}: fewer than {count} items left that {what} "
-                f"({log.num_items} in all); lower --core, or raise --followers"
-            )
+            raise ValueError(_too_few(log, user, count, seen))
         shares = weights[left] / weights[left].sum()
         drawn[e] = rng.choice(left, size=count, replace=False, p=shares)
 

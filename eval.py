@@ -12,6 +12,8 @@ another spelling of a title is possible and the text is wanted.
         any Hugging Face directory, with or without a PEFT adapter
     python eval.py --run runs/planted-1 --recommend my.json
         rank the candidates of one user, with probabilities
+    python eval.py --run runs/planted-1 --recommend all --output recs.jsonl
+        the ten best items for every user of the log (studies/recommend.py)
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a
 listed title; ranking/* are computed from the log-probabilities of all candidates (always
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from common import (
     arg,
+    changed_options,
     check_types,
     free_memory,
     parse_config,
@@ -48,22 +51,17 @@ from common import (
 from data import (
     NUM_CANDIDATES,
     Encoded,
-    Example,
     Examples,
     PromptTree,
-    build_tree,
-    clean_title,
     encode_examples,
     micro_batches,
     prefetch,
-    render_prompt,
     tree_widths,
 )
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare, words_of
-from loaders.values import parse_scale
+from loaders.frozen import DataConfig, encode_split, prepare
 from lora import load_adapter
 from model import Transformer, generate, load_4bit, load_pretrained
 from runtime.stages import check_data, load_stage
@@ -113,7 +111,18 @@ class EvalConfig(DataConfig):
     stage: str = arg("", "stage of the run; empty = all finished ones")
     model: str = arg("", "Hugging Face directory or hub name, instead of --run")
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
-    recommend: str = arg("", "JSON file with one user's history and candidates: rank them and stop")
+    recommend: str = arg(
+        "",
+        "recommend and stop: a JSON file with one user's history and candidates; or all users of "
+        "the log, a .txt file of their ids, a .jsonl file of new users",
+    )
+    retriever: str = arg(
+        "markov",
+        "recommend: where the candidates of many users come from",
+        choices=("markov", "item-knn", "popularity", "sasrec"),
+    )
+    top_k: int = arg(10, "recommend: items for each of many users", at_least=1)
+    output: str = arg("", "recommend: the .jsonl file of many users; a restart goes on with it")
     split: str = arg("test", "val or test", choices=("val", "test"))
     decode: str = arg(
         "greedy",
@@ -150,6 +159,15 @@ class EvalConfig(DataConfig):
         super().__post_init__()
         if bool(self.run) == bool(self.model or self.adapter):
             raise ValueError("give either --run, or --model and/or --adapter")
+        given = changed_options(self) & {"retriever", "top_k", "output"}
+        if given and not self.for_many:
+            names = ", ".join(f"--{name}" for name in sorted(given))
+            raise ValueError(f"{names}: for --recommend all, a .txt or a .jsonl file only")
+
+    @property
+    def for_many(self) -> bool:
+        """Recommendations for many users, studies/recommend.py."""
+        return self.recommend == "all" or Path(self.recommend).suffix in (".txt", ".jsonl")
 
 
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
@@ -467,98 +485,6 @@ def with_run_options(config: EvalConfig) -> EvalConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-REQUEST = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
-
-
-def read_request(config: EvalConfig) -> Example:
-    """One user's history and candidates, cleaned as training cleans its titles;
-    ValueError says what does not fit."""
-    file = Path(config.recommend)
-    request = read_json(file)
-    history, candidates = request.get("history"), request.get("candidates")
-    if not isinstance(history, list) or not isinstance(candidates, list) or len(candidates) < 2:
-        raise ValueError(f"{file}: expected {REQUEST}, with at least two different candidates")
-    rows = []
-    for number, entry in enumerate(history, 1):
-        entry = entry if isinstance(entry, dict) else {}
-        title = request_title(file, f"history entry {number}", entry.get("title"))
-        rows.append((title, request_rating(config, number, entry.get("rating"))))
-    titles: list[str] = []
-    for number, candidate in enumerate(candidates, 1):
-        title = request_title(file, f"candidate {number}", candidate)
-        if title in titles:
-            first = titles.index(title) + 1
-            raise ValueError(f"{file}: candidates {first} and {number} are one title, {title!r}")
-        titles.append(title)
-    if config.history_items == "positive":  # as the model was trained
-        rows = [(title, rating) for title, rating in rows if rating >= config.min_rating]
-    if not config.ratings:
-        rows = [(title, math.nan) for title, _ in rows]
-    words = words_of(config.dataset, config.data_dir)
-    return Example(words, "", rows[-config.history :], titles, 0, [], 0)
-
-
-def request_title(file: Path, place: str, title) -> str:
-    if not isinstance(title, str):
-        raise ValueError(f"{file}: {place} has no title; expected {REQUEST}")
-    cleaned = clean_title(title)
-    if not cleaned:
-        raise ValueError(f"{file}: {place} is empty, {title!r}: leave it out or name it")
-    return cleaned
-
-
-def request_rating(config: EvalConfig, number: int, rating) -> float:
-    """A rating as prompts show it, mapped from --scale;
-    NaN, if the model saw histories without ratings and none is given."""
-    positive = config.history_items == "positive"
-    if rating is None and not positive and (not config.ratings or config.dataset == "prepared"):
-        return math.nan
-    scale = parse_scale(config.scale)
-    low, high = scale or (0.0, 5.0)
-    is_number = isinstance(rating, int | float) and not isinstance(rating, bool)
-    if not is_number or not low <= rating <= high or (rating == 0 and not scale):
-        what = f"of --scale {config.scale}" if scale else "above 0 and up to 5"
-        raise ValueError(
-            f"{config.recommend}: history entry {number} has rating {rating!r}; expected a number "
-            f"{what}, as the ratings of the log"
-        )
-    return 1 + 4 * (rating - low) / (high - low) if scale else float(rating)
-
-
-def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, room: int) -> list:
-    """Prompt ids that leave `room` of --max_length;
-    the oldest history goes first, as in training."""
-    for skip in range(max(1, len(example.history))):
-        (prompt,) = tokenizer.encode_prompts([render_prompt(example, skip)])
-        if len(prompt) <= config.max_length - room:
-            return prompt
-    raise ValueError(
-        f"{config.recommend}: {len(prompt)} prompt tokens and a candidate of {room} do not fit "
-        f"--max_length {config.max_length}; give fewer candidates, or raise it"
-    )
-
-
-def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
-    """The candidates of one user, best first,
-    with their share of the probability of all of them."""
-    example = read_request(config)
-    candidates = example.candidates
-    completions = tokenizer.encode_completions(candidates)
-    if len(set(map(tuple, completions))) < len(completions):
-        raise ValueError(f"{config.recommend}: two candidates have the same tokens: {candidates}")
-    prompt = fitting_prompt(config, tokenizer, example, max(map(len, completions)))
-    tree = build_tree([prompt], [completions]).to(device)
-    with torch.no_grad():
-        logps = tree.sum_logps(model(tree)[0])[0]  # (N,)
-    shares = logps.softmax(0).tolist()
-    order = logps.argsort(descending=True).tolist()
-    lines = [
-        f"{rank:3}. {shares[n]:6.1%}  log-prob {logps[n]:8.2f}  {candidates[n]}"
-        for rank, n in enumerate(order, 1)
-    ]
-    return "\n".join(lines)
-
-
 def load_source(
     config: EvalConfig, source: tuple[Path, Path | None], device: torch.device
 ) -> tuple[Transformer, Tokenizer]:
@@ -576,6 +502,11 @@ def load_source(
 
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig))
+    if config.for_many:
+        from studies.recommend import recommend_users  # it builds on this file
+
+        recommend_users(config)
+        return
     _, _, device = setup_distributed()
     sources = sources_of(config)
     if config.recommend:
@@ -587,6 +518,8 @@ def main() -> None:
     for name, source in sources.items():
         model, tokenizer = load_source(config, source, device)
         if config.recommend:
+            from studies.request import recommend  # it builds on this file
+
             print(f"{name}:\n{recommend(config, model, tokenizer, device)}")
             return
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)

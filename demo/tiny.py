@@ -9,10 +9,11 @@ behind "Answer:".
 import json
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data import Examples, render_prompt
+from data import Examples, Interactions, render_prompt
 from model import ModelConfig, init_weights, save_pretrained
 
 EOS = "<|end_of_text|>"
@@ -22,6 +23,14 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def known_titles(log: Interactions) -> list[str]:
+    """All titles of the log; with a split in time those of the items that training sees."""
+    if log.train_end is None:
+        return list(log.titles)
+    inside = np.arange(len(log.user)) < log.training_end()[log.user]
+    return [log.titles[item] for item in np.unique(log.item[inside])]
 
 
 def make_base_model(
@@ -42,7 +51,7 @@ def make_base_model(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[EOS], show_progress=False
     )
-    texts = [" " + title for title in examples.log.titles]
+    texts = [" " + title for title in known_titles(examples.log)]
     texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(path / "tokenizer.json"))

@@ -42,7 +42,8 @@ from demo import planted
 from demo.planted import bayes_scores, world_of
 from hub.tokenizer import Tokenizer
 from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, steam
-from loaders.counting import BASELINES, counting_baselines
+from loaders.counting import BASELINES, counting_baselines, markov_top
+from loaders.dated import build_dated_examples, parse_date
 from loaders.foreign import read_foreign_examples
 from loaders.movielens import download_movielens
 from loaders.ownlog import parse_columns, parse_item_columns
@@ -109,6 +110,14 @@ class DataConfig(ExampleConfig):
         "keep users and items with at least this many interactions (iterated k-core); 0 = all",
         at_least=0,
     )
+    split_by: str = arg(
+        "last",
+        "tests: each user's last interaction, or the first liked one after a date (time)",
+        choices=("last", "time"),
+    )
+    split_date: str = arg(
+        "", "--split_by time: the date, such as 2000-12-01; empty: 10 % of all lies after it"
+    )
     prepared_dir: str = arg("prepared", "where prepared examples are kept")
 
     def __post_init__(self):
@@ -137,9 +146,36 @@ class DataConfig(ExampleConfig):
             raise ValueError("--item_columns names the columns of --item_file, which is not given")
         if self.scale and self.percentile:
             raise ValueError("--scale maps ratings, --percentile ranks amounts: give one of them")
+        if self.split_date and self.split_by != "time":
+            raise ValueError("--split_date has no effect without --split_by time")
+        if self.split_date:
+            parse_date(self.split_date)
+        if self.split_by == "time":
+            self.check_nothing_tells_of_later()
+        if self.negatives == "retrieved" and self.dataset == "prepared":
+            raise ValueError(
+                "--negatives has no effect with --dataset prepared: its candidates are fixed"
+            )
         parse_columns(self.columns)
         parse_item_columns(self.item_columns)
         parse_scale(self.scale)
+
+    def check_nothing_tells_of_later(self) -> None:
+        """ValueError for what would carry later interactions over the date of a split in time."""
+        if self.dataset == "prepared":
+            raise ValueError(
+                "--split_by has no effect with --dataset prepared: its splits are fixed"
+            )
+        if self.core:
+            raise ValueError(
+                "--core counts the whole log, what comes after the date included: "
+                "with --split_by time filter the file itself"
+            )
+        if self.percentile or self.dataset in ("steam", "lastfm"):
+            raise ValueError(
+                "--split_by time needs ratings: ranks of amounts (--percentile; steam, lastfm) "
+                "are taken over the whole log, what comes after the date included"
+            )
 
 
 @dataclass
@@ -210,6 +246,8 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
         for f in fields(DataConfig)
         if f.name not in ("prepared_dir", "download")
     }
+    if config.split_by == "last":  # folders from before there was a choice keep their names
+        del options["split_by"], options["split_date"]
     if config.download and config.dataset == "movielens":
         download_movielens(Path(config.data_dir))
     options |= {"format": PREPARED_FORMAT, "source": _file_facts(config) if config.data_dir else []}
@@ -223,7 +261,10 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
             log = load_log(config)
             counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
             log = k_core(log, config.core)
-            splits = build_examples(log, config)
+            if config.split_by == "time":
+                log, splits = build_dated_examples(log, config, markov_top)
+            else:
+                splits = build_examples(log, config, markov_top)
         _write_prepared(folder, log, splits, options, counts)
     return _read_prepared(folder, check)
 
@@ -243,6 +284,9 @@ PREPARED_FORMAT = 3  # raised when the same options give other examples than bef
 
 
 LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
+
+
+TRAIN_END = "log.train_end"  # of a split in time
 
 
 LOG_TEXTS = ("titles", "user_ids", "item_ids")
@@ -287,6 +331,8 @@ def _write_prepared(folder: Path, log: Interactions, splits, options: dict, coun
     beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     beside.chmod(0o755)
     arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
+    if log.train_end is not None:
+        arrays[TRAIN_END] = log.train_end
     arrays |= {
         f"{split}.{name}": getattr(ex, name)
         for split, ex in splits.items()
@@ -338,6 +384,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
             name=meta["name"],
             notes=meta["notes"],
             words=tuple(meta["words"]),
+            train_end=arrays.get(TRAIN_END),
         )
         shown = {name: meta[name] for name in USUALLY if name in meta}
         splits = {

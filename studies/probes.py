@@ -49,7 +49,7 @@ from eval import (
     wilson,
     with_run_options,
 )
-from loaders.counting import counting_baselines
+from loaders.counting import counting_baselines, markov_top
 from loaders.frozen import DataConfig, prepare
 from studies.statistics import spread_of_bins
 
@@ -75,6 +75,11 @@ class ProbeConfig(EvalConfig):
         super().__post_init__()
         if self.probe != "length" and self.dataset == "prepared":
             raise ValueError("--probe needs a log; prepared examples have their candidates already")
+        if self.probe != "length" and self.split_by == "time":
+            raise ValueError(
+                f"--probe {self.probe} asks for each user's last two interactions, which a run "
+                "with --split_by time may have been trained on; only length fits it"
+            )
         if self.recommend or self.split != "test":
             raise ValueError(
                 "--recommend and --split belong to eval.py; a probe has its own examples"
@@ -106,7 +111,7 @@ def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Example
     if len(rows) == 0:
         raise ValueError(f"--probe {probe}: no user's last two interactions fit it")
     keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
-    examples = freeze(log, probe, rows, np.arange(count), keys, config, rng)
+    examples = freeze(log, probe, rows, np.arange(count), keys, config, rng, markov_top)
     if probe == "aversion":
         examples.template = np.full(len(rows), LOWEST, np.int32)
     return examples

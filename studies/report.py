@@ -1,6 +1,7 @@
 """Tables and pictures from run folders: measured values with intervals, the paper's figure
 beside, and which differences are real.
 
+    python -m studies.report runs/planted-table                         into its folder report/
     python -m studies.report runs/planted-table --output_dir results/planted-table
 
 Every finished stage and baseline under the folder is a result. Results are one method, its
@@ -14,7 +15,11 @@ first); intervals resample users, so they say nothing of another seed: the numbe
 stands beside each. Where a table asks several questions, Holm's correction holds for all of them
 together. An interval that holds 0 is "not distinguishable".
 
-Writes report.md and, with matplotlib, curves.png, margins.png and, where there are runs for them,
+Beside them: harder lists (studies.lists), coverage, popularity and calibration of first places
+(studies.popularity), and K rejected titles side by side (studies.negatives).
+
+Writes report.md, report.html (one file with all pictures; tables are sorted by a click)
+and, with matplotlib, curves.png, margins.png and, where there are runs for them,
 a picture of each swept option (margin_lambda, num_negatives, decay), inputs.png and length.png.
 
 References: the paper's Tables 1 and 2 (LLaMA3-8B rows; they are other candidates and another
@@ -40,10 +45,12 @@ from studies.methods import (
     shared_options,
     sweep,
 )
+from studies.page import page
 from studies.paper import RESULTS
 from studies.pictures import draw_all
 from studies.probes import SPREAD_COLUMNS, spread_cells
 from studies.results import Result, check_candidates, collect
+from studies.sections import more_sections
 from studies.statistics import bootstrap, judge, mcnemar, spread_of_bins
 
 MEASURES = ("hit_ratio@1", "valid_ratio", "ranking/hit_ratio@1")
@@ -301,20 +308,22 @@ def main() -> None:
     parser.add_argument(
         "folder", type=Path, help="folder of run folders, as studies.tables leaves it"
     )
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, help="default: FOLDER/report")
     parser.add_argument("--note", default="", help="a line for the top: command, machine, commit")
     args = parser.parse_args()
 
     results = collect(args.folder)
     check_candidates(results)
-    text = report_text(results, args.note)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    drawn = draw_all(grouped(results), args.output_dir)
+    folder, methods = args.output_dir or args.folder / "report", grouped(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    more, drawn = more_sections(methods, folder)
+    text = f"{report_text(results, args.note)}\n\n{more}"
+    whole = f"{text}\n\n{picture_text(draw_all(methods, folder) + drawn)}\n"
 
-    file = args.output_dir / "report.md"
-    file.write_text(f"{text}\n\n{picture_text(drawn)}\n")
+    (folder / "report.md").write_text(whole)
+    (folder / "report.html").write_text(page(whole, folder), encoding="utf-8")
     print(text)
-    print(f"\nwritten to {file}")
+    print(f"\nwritten to {folder / 'report.md'} and report.html")
 
 
 if __name__ == "__main__":

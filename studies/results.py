@@ -39,7 +39,7 @@ class Result:
 
 
 # Not part of a method: the seed, paths, and what a run may change when it goes on.
-NOT_THE_METHOD = {"seed", "data_dir", "item_file", "download", *FREE_TO_CHANGE.split()}
+NOT_THE_METHOD = {"seed", "lists", "data_dir", "item_file", "download", *FREE_TO_CHANGE.split()}
 
 PREFERENCE_OPTIONS = [
     "beta",

@@ -9,8 +9,9 @@ candidates, same metrics.
     SASRec    causal self-attention over the items (arXiv:1808.09781)
 
 All three turn a user's items into one vector per position and score an item by its inner product
-with that item's embedding. They train on every position before each user's last two interactions,
-in windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
+with that item's embedding. They train on every position before each user's last two interactions
+(with a split in time: before the date), in
+windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
 items drawn uniformly for the batch, as the 19 others of a test list are. A prompt shows --history
 items (20), these models --max_items of them (50; 0: as many as the prompt). Ratings are not used:
 a low rating counts as an interaction, as in these papers. Training stops when HR@1 on the
@@ -36,8 +37,15 @@ from torch import Tensor, nn
 from common import arg, parse_config, run_cli, writing
 from data import Examples, Interactions
 from eval import ranking_metrics, results_table, save_predictions, summarise
-from loaders.counting import counting_baselines, item_knn, markov, popularity
+from loaders.counting import (
+    counting_baselines,
+    item_knn,
+    markov,
+    popularity,
+    training_interactions,
+)
 from loaders.frozen import DataConfig, prepare
+from loaders.lists import other_lists
 
 NEURAL = ("gru4rec", "caser", "sasrec")
 COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}
@@ -73,6 +81,10 @@ class BaselineConfig(DataConfig):
     batch_size: int = arg(256, "windows per step", at_least=1)
     learning_rate: float = arg(1e-3, "Adam's learning rate", above=0)
     seed: int = arg(0, "seed of weights, order, samples and dropout")
+    lists: bool = arg(
+        False,
+        "test on lists of popular and of retrieved items too, for the report of studies.lists",
+    )
     output_dir: str = arg(
         "", "folder of config.json, metrics.jsonl and eval/; empty = only print", group="output"
     )
@@ -84,6 +96,8 @@ class BaselineConfig(DataConfig):
                 "--max_items 0 shows what a prompt shows, but these models read disliked items "
                 "too, and --history_items positive hides them from prompts: give a number"
             )
+        if self.lists and not self.output_dir:
+            raise ValueError("--lists writes below --output_dir, which is not given")
 
     @property
     def num_shown(self) -> int:
@@ -194,9 +208,9 @@ def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarr
 
     A user's items are cut from the end into windows that share one item, filled from the right.
     Position t predicts position t + 1, so each item but a user's first is predicted once."""
-    windows, users = [], []
+    windows, users, ends = [], [], log.training_end()
     for user in range(log.num_users):
-        items = log.item[log.start[user] : log.start[user + 1] - 2] + 1
+        items = log.item[log.start[user] : ends[user]] + 1
         for end in range(len(items), 1, -size):
             part = items[max(0, end - size - 1) : end]
             windows.append(np.concatenate([np.zeros(size + 1 - len(part), np.int64), part]))
@@ -241,17 +255,24 @@ def build_model(config: BaselineConfig, log: Interactions) -> Recommender:
 
 
 def step_loss(
-    model: Recommender, windows: Tensor, users: Tensor, num_sampled: int, generator: torch.Generator
+    model: Recommender,
+    windows: Tensor,
+    users: Tensor,
+    num_sampled: int,
+    generator: torch.Generator,
+    pool: Tensor | None = None,  # items that may be drawn, shifted by one; None: all
 ) -> Tensor:
     """Cross-entropy of the next item among itself and the batch's samples; mean over positions."""
     states = model(windows[:, :-1], users)
     target = windows[:, 1:]
     known = (target != 0) & (windows[:, :-1] != 0)
     states, target = states[known], target[known]  # (n, D), (n,)
-    num_items = model.items.num_embeddings - 1
-    if not num_sampled or num_sampled >= num_items:
-        return F.cross_entropy(states @ model.items.weight[1:].T, target - 1)
-    sampled = torch.randint(1, num_items + 1, (num_sampled,), generator=generator)
+    if pool is None:
+        pool = torch.arange(1, model.items.num_embeddings)
+    if not num_sampled or num_sampled >= len(pool):
+        return F.cross_entropy(states @ model.items(pool).T, torch.searchsorted(pool, target))
+    places = torch.randint(1, len(pool) + 1, (num_sampled,), generator=generator)
+    sampled = pool[places - 1]
     logits = states @ model.items(sampled).T
     drawn_by_chance = sampled == target[:, None]  # the target itself
     logits = logits.masked_fill(drawn_by_chance, -1e9)
@@ -269,6 +290,9 @@ def train(
     windows, users = (torch.from_numpy(a) for a in training_windows(log, config.num_shown))
     if not len(windows):
         raise ValueError("no user has two interactions before the last two: nothing to train on")
+    pool = None
+    if log.train_end is not None:  # items from after the date are not known yet
+        pool = torch.from_numpy(np.unique(training_interactions(log)[1]) + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     best, best_epoch, best_state, history = -1.0, 0, {}, []
     for epoch in range(1, config.epochs + 1):
@@ -276,7 +300,8 @@ def train(
         started, losses = time.time(), []
         order = torch.from_numpy(rng.permutation(len(windows)))
         for rows in order.split(config.batch_size):
-            loss = step_loss(model, windows[rows], users[rows], config.num_sampled, generator)
+            batch = windows[rows], users[rows]
+            loss = step_loss(model, *batch, config.num_sampled, generator, pool)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -320,19 +345,23 @@ def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
     return records
 
 
+def method_scores(config: BaselineConfig, model, examples: Examples) -> np.ndarray:
+    """(E, 20) scores of the candidates by the configured method."""
+    if config.method in NEURAL:
+        return candidate_scores(model, examples, config.num_shown)
+    if config.method == "random":
+        return np.random.default_rng(config.seed).random(examples.candidates.shape)
+    return COUNTING[config.method](examples)
+
+
 def main() -> None:
     config = parse_config(BaselineConfig)
     prepared = prepare(config)
     log, val, test = prepared.log, prepared.splits["val"], prepared.splits["test"]
-    history, started = [], time.time()
+    model, history, started = None, [], time.time()
     if config.method in NEURAL:
         model, history = train(config, log, val)
-        scores = candidate_scores(model, test, config.num_shown)
-    elif config.method == "random":
-        scores = np.random.default_rng(config.seed).random(test.candidates.shape)
-    else:
-        scores = COUNTING[config.method](test)
-    records = records_of(test, scores)
+    records = records_of(test, method_scores(config, model, test))
     metrics = summarise(records, counting_baselines(test)) | {
         "data_hash": prepared.hash,
         "seconds": round(time.time() - started, 1),
@@ -351,6 +380,11 @@ def main() -> None:
             (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
             lines = "".join(json.dumps(entry) + "\n" for entry in history)
             (folder / "metrics.jsonl").write_text(lines)
+            for kind, examples in other_lists(test, config).items() if config.lists else ():
+                found = records_of(examples, method_scores(config, model, examples))
+                facts = summarise(found, counting_baselines(examples))
+                facts |= {"data_hash": prepared.hash, "negatives": kind}
+                save_predictions(folder / "lists" / config.method / kind, facts, found)
         print(f"\nwritten to {folder}")
 
 

@@ -19,12 +19,13 @@ from test_report import write_stage
 from common import parse_config
 from data import render_prompt
 from demo.tiny import make_base_model
-from eval import EvalConfig, read_request
+from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.foreign import read_foreign_examples
 from loaders.frozen import DataConfig, _read_prepared, encode_split, find_prepared, load_log
 from loaders.frozen import prepare as prepare_examples
 from studies.report import report_text
+from studies.request import read_request
 from studies.results import check_candidates, collect
 from train import TrainConfig
 

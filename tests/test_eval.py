@@ -21,11 +21,9 @@ from eval import (
     EvalConfig,
     compare_with_one_pass,
     evaluate,
-    fitting_prompt,
     match_title,
     predict,
     ranking_metrics,
-    read_request,
     summarise,
     trie_walk,
     verified_branch,
@@ -36,6 +34,7 @@ from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
 from loaders.movielens import WORDS as MOVIES
 from model import load_pretrained
+from studies.request import fitting_prompt, read_request
 
 
 @pytest.fixture(scope="module")

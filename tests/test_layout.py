@@ -13,7 +13,12 @@ ORDER = (
     *("runtime", "eval", "objectives", "train", "studies", "bench"),
 )
 # imported inside a function or under __main__, because they build on the importer
-LATER = {("train", "bench.estimate"), ("data", "studies.inspection")}
+LATER = {
+    ("train", "bench.estimate"),
+    ("data", "studies.inspection"),
+    ("eval", "studies.recommend"),
+    ("eval", "studies.request"),
+}
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "bench")
 
 

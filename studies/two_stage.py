@@ -1,0 +1,311 @@
+"""Retrieve, then rank: figures over the whole catalogue, beside the retriever alone.
+
+    python -m studies.two_stage --run runs/planted-1 --retriever markov --list_sizes 20,50,100
+
+Leave-last-two as everywhere: a test case is a user's last interaction, if it was liked; its
+history is all that lies before. The retriever is fitted on training interactions only and orders
+the items that the history does not hold; the model ranks its first N (lists longer than
+NUM_CANDIDATES: studies/ranking.py), and what lies behind them keeps the retriever's place. So both
+give the target a place among all items, and every figure is of the same users:
+
+    HR@k      the target is among the first k
+    NDCG@10   1 / log2(1 + place), 0 behind the tenth; one item is relevant, so the ideal is 1
+    MRR       mean of 1 / place
+    ceiling   what a ranker that always puts a retrieved target first would get
+
+Differences are paired over users: 95 % intervals by resampling them, Holm's correction over the
+list sizes of a figure. On the planted world the best possible order is known: of the same lists,
+and of all items.
+
+Left out: tuning of the retriever; candidates from several retrievers. Legend: E users, I items.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import arg, check_options, parse_config, progress, run_cli, setup_distributed, writing
+from data import NUM_CANDIDATES, Examples
+from demo.planted import World, bayes_scores
+from eval import EvalConfig, check_run_data, load_source, sources_of, with_run_options
+from loaders.frozen import Prepared, prepare
+from loaders.retrieval import Retriever, best_items, training_rows
+from studies.ranking import ListRanker, ShownList, rank_long, shown_order
+from studies.retrievers import fit_retriever
+from studies.statistics import Difference, bootstrap, judge, resampled_means
+
+CHUNK = 64  # users whose lists are ranked together
+MEASURES = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
+
+
+@dataclass(frozen=True)
+class TwoStageConfig:
+    """Evaluate retriever and model together, over the whole catalogue."""
+
+    run: str = arg("", "run folder of train.py", group="what is evaluated")
+    stage: str = arg("", "stage of the run; empty = the last finished one")
+    retriever: str = arg(
+        "markov",
+        "where the lists come from",
+        choices=("markov", "item-knn", "popularity", "sasrec"),
+    )
+    list_sizes: str = arg("20,50,100", "comma-separated lengths of the retrieved lists")
+    users: int = arg(0, "test users, the first of the split's random order; 0 = all", at_least=0)
+    prepared_dir: str = arg("prepared", "where the run's prepared examples are kept", group="how")
+    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
+    output: str = arg("", "JSON file for all figures; empty = only print")
+
+    def __post_init__(self):
+        check_options(self)
+        if not self.run:
+            raise ValueError("--run is needed: the folder of a run of train.py")
+        self.sizes()
+
+    def sizes(self) -> list[int]:
+        parts = [part.strip() for part in self.list_sizes.split(",")]
+        if not all(part.isdecimal() and int(part) >= 2 for part in parts):
+            raise ValueError(f"--list_sizes: expected numbers >= 2, got {self.list_sizes!r}")
+        return sorted({int(part) for part in parts})
+
+
+# ------------------------------------------------------------------------------------------ places
+def touched_before(examples: Examples, e: int) -> np.ndarray:
+    """Item codes of the history, newest last."""
+    log, p = examples.log, int(examples.position[e])
+    return log.item[log.start[log.user[p]] : p].astype(np.int64)
+
+
+def targets(examples: Examples) -> np.ndarray:
+    """(E,) item codes."""
+    return np.take_along_axis(examples.candidates, examples.target[:, None], 1)[:, 0]
+
+
+def place_among_all(scores: np.ndarray, exclude: np.ndarray, target: int) -> int:
+    """The target's place from 1 by falling score (I,), equal scores by code; none of `exclude`."""
+    allowed = np.ones(len(scores), bool)
+    allowed[exclude] = False
+    before = scores > scores[target]
+    before[:target] |= scores[:target] == scores[target]
+    return 1 + int((before & allowed).sum())
+
+
+def place_in_list(order: np.ndarray, target: int, otherwise: int) -> int:
+    """Its place in a ranked list, or the retriever's where the list does not hold it."""
+    found = np.flatnonzero(order == target)
+    return int(found[0]) + 1 if len(found) else otherwise
+
+
+def gains(places: np.ndarray) -> dict[str, np.ndarray]:
+    """Places (E,) from 1 -> every measure (E,)."""
+    values = {f"HR@{k}": (places <= k).astype(float) for k in (1, 5, 10)}
+    values["NDCG@10"] = np.where(places <= 10, 1 / np.log2(1 + places), 0.0)
+    return values | {"MRR": 1 / places}
+
+
+def retrieved(
+    retriever: Retriever, examples: Examples, size: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(E,) places of the targets by the retriever alone, and its lists of up to `size` items."""
+    places, lists = [], []
+    for e, target in enumerate(progress(targets(examples).tolist(), "retrieve", len(examples))):
+        history = touched_before(examples, e)
+        scores = retriever.scores(history)
+        places.append(place_among_all(scores, history, target))
+        lists.append(best_items(scores, history, size))
+    return np.array(places), lists
+
+
+# ------------------------------------------------------------------------------------------ rankers
+def by_model(ranker: ListRanker, examples: Examples) -> Callable:
+    """For rank_long: log-probs of some items for one user, in an order that the user's id draws."""
+    log = examples.log
+
+    def shown(e: int, items: np.ndarray) -> tuple[ShownList, np.ndarray]:
+        example = examples[e]
+        order = shown_order(f"{example.user} {items[0]} {items[-1]}", len(items))
+        titles = [log.titles[c] for c in items[order]]
+        return ShownList(example.user, example.history, titles), order
+
+    def score(asked: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        made = [shown(e, items) for e, items in asked]
+        rows = ranker.logps([one for one, _ in made])
+        values = [np.empty(len(row)) for row in rows]
+        for value, row, (_, order) in zip(values, rows, made, strict=True):
+            value[order] = row
+        return values
+
+    return score
+
+
+def model_places(
+    ranker: ListRanker, examples: Examples, lists: list[np.ndarray], retriever_places: np.ndarray
+) -> np.ndarray:
+    """(E,) places of the targets after the model has ranked each list."""
+    score, wanted, places = by_model(ranker, examples), targets(examples), []
+    starts = range(0, len(lists), CHUNK)
+    what = f"rank {max(map(len, lists))}"
+    for start in progress(starts, what, len(starts)):
+        part = lists[start : start + CHUNK]
+        orders = rank_long(part, lambda asked, at=start: score([(at + i, c) for i, c in asked]))
+        for e, order in enumerate(orders, start):
+            places.append(place_in_list(order, wanted[e], retriever_places[e]))
+    return np.array(places)
+
+
+def optimum_scores(prepared: Prepared, examples: Examples) -> np.ndarray | None:
+    """(E, I) of the best possible recommender, -inf for items of the history; None if unknown."""
+    options = prepared.options
+    if options["dataset"] != "planted" or options["history"] < World.max_length - 1:
+        return None
+    world = World(num_users=options["planted_users"], seed=options["data_seed"])
+    every = examples.select(slice(None))
+    every.candidates = np.tile(np.arange(examples.log.num_items), (len(examples), 1))
+    with np.errstate(divide="ignore"):  # a genre that is read out
+        scores = bayes_scores(world, every, options["min_rating"])
+    for e in range(len(examples)):
+        scores[e, touched_before(examples, e)] = -np.inf
+    return scores
+
+
+def optimum_places(
+    scores: np.ndarray, examples: Examples, lists: list[np.ndarray], retriever_places: np.ndarray
+) -> np.ndarray:
+    """(E,) places after the best possible order of each list; equals in the retriever's order."""
+    orders = [c[np.argsort(-scores[e, c], kind="stable")] for e, c in enumerate(lists)]
+    wanted = targets(examples)
+    return np.array(
+        [place_in_list(o, wanted[e], retriever_places[e]) for e, o in enumerate(orders)]
+    )
+
+
+# ------------------------------------------------------------------------------------------ figures
+def evaluate_lists(
+    examples: Examples,
+    retriever: Retriever,
+    ranker: ListRanker,
+    sizes: list[int],
+    optimum: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Row of the table -> places of the targets (E,)."""
+    num_items = examples.log.num_items
+    alone, lists = retrieved(retriever, examples, max(sizes) if optimum is None else num_items)
+    rows = {"retriever": alone}
+    for size in sizes:
+        short = [items[:size] for items in lists]
+        rows[f"+ model, N = {size}"] = model_places(ranker, examples, short, alone)
+        if optimum is not None:
+            rows[f"+ optimum, N = {size}"] = optimum_places(optimum, examples, short, alone)
+        rows[f"ceiling, N = {size}"] = np.where(alone <= size, 1, alone)
+    if optimum is not None:
+        rows["optimum of all items"] = optimum_places(optimum, examples, lists, alone)
+    return rows
+
+
+def differences(rows: dict[str, np.ndarray]) -> dict[str, dict[str, Difference]]:
+    """Measure -> row of the model -> it less the retriever, paired over users; Holm per measure."""
+    base, found = gains(rows["retriever"]), {}
+    for measure in MEASURES:
+        family = {}
+        for name in rows:
+            if name.startswith("+ model"):
+                values = gains(rows[name])[measure] - base[measure]
+                means = resampled_means(values)
+                family[name] = Difference(float(values.mean()), means, (1, 1))
+        judge(list(family.values()))
+        found[measure] = family
+    return found
+
+
+def figures(rows: dict[str, np.ndarray]) -> dict:
+    """Row -> measure -> mean and 95 % interval; "minus retriever" with interval and verdict."""
+    result = {}
+    for name, places in rows.items():
+        result[name] = {
+            measure: {"mean": float(values.mean()), "ci95": bootstrap(values)}
+            for measure, values in gains(places).items()
+        }
+    for measure, family in differences(rows).items():
+        for name, d in family.items():
+            result[name][measure] |= {
+                "minus_retriever": d.mean,
+                "minus_retriever_interval": d.interval,
+                "verdict": d.verdict,
+            }
+    return result
+
+
+def tables(result: dict) -> str:
+    """Markdown: every row's measures, and the differences to the retriever."""
+    lines = [f"| | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES)]
+    for name, row in result.items():
+        cells = [
+            f"{row[m]['mean']:.4f} [{row[m]['ci95'][0]:.3f}, {row[m]['ci95'][1]:.3f}]"
+            for m in MEASURES
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"| minus the retriever | {' | '.join(MEASURES)} |"]
+    lines.append("|---|" + "---|" * len(MEASURES))
+    for name, row in result.items():
+        if "verdict" in row["MRR"]:
+            cells = []
+            for m in MEASURES:
+                low, high = row[m]["minus_retriever_interval"]
+                mean, verdict = row[m]["minus_retriever"], row[m]["verdict"]
+                cells.append(f"{mean:+.4f} [{low:+.3f}, {high:+.3f}] {verdict}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = parse_config(TwoStageConfig)
+    _, world_size, device = setup_distributed()
+    if world_size > 1:
+        raise ValueError("studies.two_stage runs in one process: start it without torchrun")
+    source = EvalConfig(
+        run=config.run,
+        stage=config.stage,
+        prepared_dir=config.prepared_dir,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+    source = with_run_options(source)
+    if source.dataset == "prepared":
+        raise ValueError(f"{config.run}: prepared examples have no log to retrieve from")
+    started = time.monotonic()
+    stage, weights = list(sources_of(source).items())[-1]
+    prepared = prepare(source)
+    check_run_data(source, [stage], prepared.hash)
+    test = prepared.splits["test"]
+    examples = test.select(slice(config.users or None))
+    rows = training_rows(prepared.log)
+    retriever = fit_retriever(config.retriever, prepared, source, rows)
+    model, tokenizer = load_source(source, weights, device)
+    limits = (source.max_length, config.micro_batch_tokens)
+    ranker = ListRanker(model, tokenizer, prepared.log.name, *limits, device)
+    optimum = optimum_scores(prepared, examples)
+    result = figures(evaluate_lists(examples, retriever, ranker, config.sizes(), optimum))
+    facts = {
+        "run": config.run,
+        "stage": stage,
+        "retriever": config.retriever,
+        "users": len(examples),
+        "items": prepared.log.num_items,
+        "data_hash": prepared.hash,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    print(
+        f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
+        f"{prepared.log.num_items:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
+        f"lists longer than {NUM_CANDIDATES} in groups with shared anchors; [95 % interval]\n"
+    )
+    print(tables(result))
+    if config.output:
+        with writing(config.output):
+            Path(config.output).write_text(json.dumps(facts | {"rows": result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
