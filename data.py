@@ -130,7 +130,8 @@ _CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
 
 
 def clean_title(title: str) -> str:
-    """HTML entities become text, white space and control characters single blanks: a title is one line of a prompt."""
+    """HTML entities become text, white space and control characters single blanks:
+    a title is one line of a prompt."""
     title = " ".join(unicodedata.normalize("NFC", html.unescape(title)).translate(_CONTROL).split())
     if len(title) > MAX_TITLE:
         title = title[: MAX_TITLE - 1].rstrip() + "…"
@@ -560,7 +561,8 @@ WITHOUT_RATINGS = (  # the same questions, one for one
 
 
 def render_prompt(example: Example, skip: int = 0) -> str:
-    """The prompt text without its `skip` oldest history items. It ends in "Answer:", the completion begins with a space."""
+    """The prompt text without its `skip` oldest history items.
+    It ends in "Answer:", the completion begins with a space."""
     things, did, do = example.words
     shown = example.history[skip:]
     history = "\n".join(

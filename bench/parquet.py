@@ -1,12 +1,13 @@
-"""Time and memory of preparing a large Parquet log, made on the spot: parts as a warehouse exports them, and a table of items.
+"""Time and memory of preparing a large Parquet log, made on the spot:
+parts as a warehouse exports them, and a table of items.
 
-    python bench/parquet.py                     100 million rows: about 3 GB in the folder of temporary files
+    python bench/parquet.py                     100 million rows: about 3 GB of temporary files
     python bench/parquet.py --rows 10000000
 
-The log holds a user (int64), an item (text), a rating (decimal), a time (microseconds, UTC), and a review that nobody asked for;
-its rows stand in the order of time, so that a user's lie all over it. Users and items are drawn unevenly, as people choose:
-half of the rows are of the 25 % most active users. The load runs in a process of its own.
-"""
+The log holds a user (int64), an item (text), a rating (decimal), a time (microseconds, UTC), and a
+review that nobody asked for; its rows stand in the order of time, so that a user's lie all over it.
+Users and items are drawn unevenly, as people choose: half of the rows are of the 25 % most active
+users. The load runs in a process of its own."""
 
 import json
 import resource
@@ -49,13 +50,15 @@ def write_log(folder: Path, rows: int) -> int:
         file = folder / f"log/part-{part:05d}.snappy.parquet"
         pq.write_table(pa.table(columns), file, row_group_size=500_000)
         size += file.stat().st_size
-    titles = {"item_id": [f"B{i:09d}" for i in range(num_items)], "title": [f"Item {i}" for i in range(num_items)]}  # fmt: skip
-    pq.write_table(pa.table(titles), folder / "items.parquet")
+    ids = [f"B{i:09d}" for i in range(num_items)]
+    titles = [f"Item {i}" for i in range(num_items)]
+    pq.write_table(pa.table({"item_id": ids, "title": titles}), folder / "items.parquet")
     return size
 
 
 def child(folder: Path, step: str) -> None:
-    """Read, or prepare, in this process; print seconds, processor seconds, peak MiB and rows kept."""
+    """Read, or prepare, in this process; print seconds, processor seconds,
+    peak MiB and rows kept."""
     config = DataConfig(
         dataset="parquet",
         data_dir=str(folder / "log"),
@@ -64,7 +67,10 @@ def child(folder: Path, step: str) -> None:
         prepared_dir=str(folder / "prepared"),
     )
     started = time.perf_counter()
-    log = load_log(config) if step == "read" else prepare(config).log
+    if step == "read":
+        log = load_log(config)
+    else:
+        log = prepare(config).log
     used = resource.getrusage(resource.RUSAGE_SELF)
     facts = [
         time.perf_counter() - started,

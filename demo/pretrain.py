@@ -6,10 +6,10 @@
 
 Real language models bring along what this practises: in a prompt of this project they find the list
 and write a title that stands in it. Here prompts are made up: titles drawn at random, whatever
-their genre, into histories with random ratings and into lists. Every listed title is right, so the best
-the model can do is to spread its answer evenly over the list: reading, without a preference. All
-listed titles hang on one PromptTree by their first token, which is the hard one (20 titles have to
-be told from the history's), and a few of them whole, which is how a title goes on and ends.
+their genre, into histories with random ratings and into lists. Every listed title is right, so the
+best the model can do is to spread its answer evenly over the list: reading, without a preference.
+All listed titles hang on one PromptTree by their first token, which is the hard one (20 titles have
+to be told from the history's), and a few of them whole, which is how a title goes on and ends.
 
 Lists start short and grow with success, and histories and the titles in play with them: a copying
 circuit is found where it is easy, then stretched.
@@ -152,7 +152,8 @@ def kind_prompt(
     order = [shuffled(kind, rng) for kind in kinds]
     few = rng.permutation(len(kinds))[: 1 if question == "alike" else int(rng.choice(SPREADS))]
     history = shuffled([title for k in few for title in order[k][:-KEPT]], rng)
-    history = history[: int(rng.integers(1, 7) if question == "alike" else rng.integers(4, 17))]
+    lengths = (1, 7) if question == "alike" else (4, 17)
+    history = history[: int(rng.integers(*lengths))]
     ratings = rng.integers(1, 6, size=len(history)).tolist()
     meant = 0 if question in ("alike", "first", "any") else len(history) - 1
     if question == "liked":
@@ -289,7 +290,8 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 
 
 def score(model: Transformer, tree) -> tuple[torch.Tensor, float, float]:
-    """Mean NLL, the share of later tokens that are right, the probability of listed first tokens."""
+    """Mean NLL, the share of later tokens that are right,
+    the probability of listed first tokens."""
     token_logps, greedy_ids = model(tree)
     first = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
     first[1:] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]

@@ -114,7 +114,8 @@ def check_weights(
     """Name -> file of every expected weight (name -> shape), without reading them.
 
     ValueError names what is wrong. `four_bit`: 4-bit weights of bitsandbytes may stand where 16-bit
-    ones are expected (quantized.py reads them); their absmax and states are among the names then.
+    ones are expected (hub/quantized.py reads them); their absmax and states are among the names
+    then.
     """
     files = weight_files(path)
     quantised = {name for name in expected if f"{name}.quant_state.bitsandbytes__nf4" in files}

@@ -1,13 +1,15 @@
-"""Amazon's reviews as McAuley's group published them in 2014, 2018 and 2023: JSON lines, or ratings only as CSV.
+"""Amazon's reviews as McAuley's group published them in 2014, 2018 and 2023:
+JSON lines, or ratings only as CSV.
 
-    2018   Books_5.json.gz (reviewerID, asin, overall, unixReviewTime) or Books.csv (item,user,rating,timestamp, no header)
+    2018   Books_5.json.gz (reviewerID, asin, overall, unixReviewTime)
+           or Books.csv (item,user,rating,timestamp, no header)
     2014   ratings_Books.csv (user,item,rating,timestamp, no header)
-    2023   Books.jsonl.gz or Books.csv (user_id, parent_asin, rating, timestamp in milliseconds, with a header), or the
-           Books.train.csv, Books.valid.csv, Books.test.csv of its benchmark, read together
+    2023   Books.jsonl.gz or Books.csv (user_id, parent_asin, rating, timestamp in milliseconds,
+           with a header), or the Books.train.csv, Books.valid.csv, Books.test.csv of its benchmark,
+           read together
 
-Titles come from meta_<category>.json or .jsonl beside them. References: Ni et al. 2019 (nijianmo.github.io/amazon), Hou et
-al. 2024 (amazon-reviews-2023.github.io).
-"""
+Titles come from meta_<category>.json or .jsonl beside them. References: Ni et al.
+2019 (nijianmo.github.io/amazon), Hou et al. 2024 (amazon-reviews-2023.github.io)."""
 
 import itertools
 import re
@@ -72,7 +74,8 @@ def load(config) -> Interactions:
 
 
 def words(data_dir: Path) -> Words:
-    """The words of the prompts, from the names of the files alone; those of products if they are gone."""
+    """The words of the prompts, from the names of the files alone;
+    those of products if they are gone."""
     try:
         file = find_file(data_dir, FILES, WHAT, without="meta_*", joined=SPLIT_NAMES)
     except ValueError:

@@ -1,4 +1,5 @@
-"""BeerAdvocate's reviews in the three forms in which they went around: Python literals, text blocks, CSV."""
+"""BeerAdvocate's reviews in the three forms in which they went around:
+Python literals, text blocks, CSV."""
 
 import html
 import re
@@ -102,7 +103,8 @@ def _beer_rows(file: Path, bad) -> Iterator[tuple[int, dict]]:
     header = next(rows, [])
     if missing := BEER_CSV.keys() - set(header):
         raise ValueError(
-            f"{file}: line 1 is no header of beer reviews: no column {sorted(missing)}, found {brief(header)}"
+            f"{file}: line 1 is no header of beer reviews: no column {sorted(missing)}, "
+            f"found {brief(header)}"
         )
     columns = {header.index(name): key for name, key in BEER_CSV.items()}
     for number, row in enumerate(rows, 2):
@@ -113,7 +115,8 @@ def _beer_rows(file: Path, bad) -> Iterator[tuple[int, dict]]:
 
 
 def mend_encoding(text: str) -> str:
-    """ "KÃ¶lsch" -> "Kölsch": UTF-8 that somebody has read as latin-1. Other texts stay as they are."""
+    """ "KÃ¶lsch" -> "Kölsch": UTF-8 that somebody has read as latin-1.
+    Other texts stay as they are."""
     try:
         return text.encode("latin-1").decode("utf-8")
     except UnicodeError:
@@ -121,10 +124,11 @@ def mend_encoding(text: str) -> str:
 
 
 def beer_title(name: str, abv: str, style: str) -> str:
-    """Name, strength and style, as the paper's prompts have them: "Sausa Weizen (5% ABV, Hefeweizen)"."""
-    name = (
-        " ".join(re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name)).split()) or name
-    )  # some names repeat the strength
+    """Name, strength and style, as the paper's prompts have them:
+    "Sausa Weizen (5% ABV, Hefeweizen)"."""
+    # some names repeat the strength
+    bare = re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name))
+    name = " ".join(bare.split()) or name
     try:
         strength = f"{float(abv):g}% ABV" if float(abv) > 0 else ""
     except ValueError:  # missing

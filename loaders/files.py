@@ -1,22 +1,27 @@
-"""Raw files of five data sets, of a user's own log, and of other projects, into one table (interactions.py).
+"""Raw files of five data sets, of a user's own log, and of other projects,
+into one table (loaders/table.py).
 
     movielens      ratings.dat, movies.dat of MovieLens-1M, or its zip
-    amazon         2018 reviews as JSON lines, or ratings only as CSV, with the metadata file beside them
-    steam          steam_reviews.json, steam_games.json: Python literals, one a line; hours become ratings
+    amazon         2018 reviews as JSON lines, or ratings only as CSV,
+                   with the metadata file beside them
+    steam          steam_reviews.json, steam_games.json: Python literals, one a line;
+                   hours become ratings
     beeradvocate   Python literals, text blocks, or CSV
-    lastfm         LastFM-1K's listening events; an interaction is a user's first play of an artist, its amount all plays
+    lastfm         LastFM-1K's listening events; an interaction is a user's first play of an artist,
+                   its amount all plays
     csv, jsonl     your own log (--columns)
     recbole        RecBole's .inter and .item
 
-Files may be gzipped. They are read line by line, as UTF-8 with latin-1 for stray bytes. A line that cannot be understood is
-counted and named; more than 1 % of them is an error. What is understood but holds no usable interaction (no play time, no
-user name, a rating of 0, an item without title) is left out and counted by reason. Python literals are parsed by a
-grammar of their own, with `ast.literal_eval` for what it does not cover; nothing is ever evaluated.
+Files may be gzipped. They are read line by line, as UTF-8 with latin-1 for stray bytes. A line that
+cannot be understood is counted and named; more than 1 % of them is an error. What is understood but
+holds no usable interaction (no play time, no user name, a rating of 0, an item without title) is
+left out and counted by reason. Python literals are parsed by a grammar of their own, with
+`ast.literal_eval` for what it does not cover; nothing is ever evaluated.
 
-References: MovieLens-1M (grouplens.org/datasets/movielens/1m, may not be redistributed), Amazon 2018 (Ni et al. 2019,
-nijianmo.github.io/amazon), Steam (Kang and McAuley 2018, github.com/kang205/SASRec), BeerAdvocate (McAuley and Leskovec
-2013), LastFM-1K (Celma 2010), RecBole's atomic files.
-"""
+References: MovieLens-1M (grouplens.org/datasets/movielens/1m, may not be redistributed), Amazon
+2018 (Ni et al. 2019, nijianmo.github.io/amazon), Steam (Kang and McAuley 2018,
+github.com/kang205/SASRec), BeerAdvocate (McAuley and Leskovec 2013), LastFM-1K (Celma 2010),
+RecBole's atomic files."""
 
 import ast
 import codecs
@@ -59,17 +64,16 @@ def open_bytes(path: Path) -> io.BufferedReader:
     try:
         with open(path, "rb") as f:
             gzipped = f.read(2) == b"\x1f\x8b"
-        return (
-            io.BufferedReader(gzip.open(path), 1 << 20)
-            if gzipped
-            else open(path, "rb", buffering=1 << 20)
-        )
+        if gzipped:
+            return io.BufferedReader(gzip.open(path), 1 << 20)
+        return open(path, "rb", buffering=1 << 20)
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened ({error.strerror or error})") from None
 
 
 def read_lines(path: Path, source=None) -> Iterator[str]:
-    """Lines without their ends. ValueError if the file is damaged; a line above MAX_LINE comes cut off, with a NUL behind it."""
+    """Lines without their ends. ValueError if the file is damaged;
+    a line above MAX_LINE comes cut off, with a NUL behind it."""
     with source or open_bytes(path) as f:
         try:
             start = f.peek(2)[:2]
@@ -147,7 +151,8 @@ class _Joined(io.RawIOBase):
 
 
 def _joined_blocks(files: tuple[Path, ...], headers: bool) -> Iterator[bytes]:
-    """The bytes of the files, one after the other; the first line of the first is dropped where others repeat it."""
+    """The bytes of the files, one after the other;
+    the first line of the first is dropped where others repeat it."""
     header = None
     for file in files:
         with open_bytes(file) as f:
@@ -166,7 +171,8 @@ def _joined_blocks(files: tuple[Path, ...], headers: bool) -> Iterator[bytes]:
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
-    """Files of a folder by a pattern without case; what begins with a dot, as `._` of macOS, is none."""
+    """Files of a folder by a pattern without case;
+    what begins with a dot, as `._` of macOS, is none."""
     return sorted(
         f
         for f in Path(folder).iterdir()  # of Parts, too, the members are plain paths
@@ -179,10 +185,11 @@ def matching_files(folder: Path, pattern: str) -> list[Path]:
 def find_file(
     path, patterns: Iterable[str], what: str, without: str = "", joined: Sequence[str] = ()
 ) -> Path:
-    """`path` itself if it is a file, else the one file in that folder that fits a pattern; earlier patterns win.
+    """`path` itself if it is a file, else the one file in that folder that fits a pattern;
+    earlier patterns win.
 
-    Parts of one export, alike but for a number, are one file (Parts); so are those alike but for one of the words `joined`,
-    in their order. Files that fit `without` are passed over."""
+    Parts of one export, alike but for a number, are one file (Parts); so are those alike but for
+    one of the words `joined`, in their order. Files that fit `without` are passed over."""
     path = Path(path)
     if path.is_file():
         return path
@@ -246,7 +253,7 @@ class Rows:
         self.numbers, self.rows = [], []
 
 
-# ------------------------------------------------------------------------------------------------ records
+# ------------------------------------------------------------------------------------------ records
 
 
 _TEXT = r"""u?(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
@@ -255,16 +262,21 @@ _TEXT = r"""u?(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
 _PLAIN = r"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|True|False|None"
 
 
-_PAIR = re.compile(
-    rf"({_TEXT}): ({_TEXT}|{_PLAIN}|\{{(?:[^{{}}'\"u]|u(?!['\"])|{_TEXT})*\}}|\[(?:[^\[\]'\"u]|u(?!['\"])|{_TEXT})*\])(, |\}}\s*$)"
-)
+_FLAT_DICT = rf"\{{(?:[^{{}}'\"u]|u(?!['\"])|{_TEXT})*\}}"
+
+
+_FLAT_LIST = rf"\[(?:[^\[\]'\"u]|u(?!['\"])|{_TEXT})*\]"
+
+
+_PAIR = re.compile(rf"({_TEXT}): ({_TEXT}|{_PLAIN}|{_FLAT_DICT}|{_FLAT_LIST})(, |\}}\s*$)")
 
 
 def literal_record(line: str, wanted: Iterable[str]) -> dict:
     """The wanted keys of a line that is a Python dict literal; ValueError if it is not.
 
-    Its pairs are walked by one regular expression; only a value with escapes, and a line that the expression does not
-    cover from end to end, goes through `ast.literal_eval`, which takes ten times as long."""
+    Its pairs are walked by one regular expression; only a value with escapes, and a line that the
+    expression does not cover from end to end, goes through `ast.literal_eval`, which takes ten
+    times as long."""
     found, at, end = {}, 1, ""
     if line.startswith("{"):
         while match := _PAIR.match(line, at):
@@ -286,7 +298,9 @@ def _value(text: str):
     if text[-1] in "'\"" and "\\" not in text:
         return text.lstrip("u")[1:-1]
     if text[-1].isdigit():
-        return float(text) if "." in text or "e" in text or "E" in text else int(text)
+        if "." in text or "e" in text or "E" in text:
+            return float(text)
+        return int(text)
     return _literal(text)
 
 
@@ -344,7 +358,8 @@ def first_character(path: Path) -> str:
 
 
 def array_records(path: Path, bad) -> Iterator[tuple[int, dict]]:
-    """(number, record) of the elements of a JSON array, which is never held whole; others go to bad(number, text)."""
+    """(number, record) of the elements of a JSON array, which is never held whole;
+    others go to bad(number, text)."""
     decode = codecs.getincrementaldecoder("utf-8-sig")("latin-1").decode
     parse, text, number, opened = json.JSONDecoder().raw_decode, "", 0, False
     with open_bytes(path) as f, unpacking(path):
@@ -385,11 +400,12 @@ def array_records(path: Path, bad) -> Iterator[tuple[int, dict]]:
 _BETWEEN = re.compile(r"[\s,]*")  # the elements of an array
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def read_table(path: Path, delimiter: str = "") -> Iterator[list[str]]:
-    """Rows of a CSV file, its delimiter taken from the first line; with one given, of a plain table: quotes are characters."""
+    """Rows of a CSV file, its delimiter taken from the first line;
+    with one given, of a plain table: quotes are characters."""
     return open_rows(path, delimiter)[1]
 
 
@@ -433,7 +449,13 @@ class _Lines:
 
     def __iter__(self) -> Iterator[str]:
         again, taken, lines = self.again, self.taken, self.lines
-        while (line := again.popleft() if again else next(lines, None)) is not None:
+        while True:
+            if again:
+                line = again.popleft()
+            else:
+                line = next(lines, None)
+            if line is None:
+                return
             taken.append(line)
             yield f"{line}\n"
 
@@ -445,8 +467,9 @@ class _Lines:
 def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
     """Records as Python's csv module reads them, line breaks inside quotes included, however many.
 
-    A record that is none by the strict rules, or whose number of fields is not the first one's, is read again on its own:
-    a stray quote must not swallow the rows behind it, and some write quotes inside quotes with a backslash."""
+    A record that is none by the strict rules, or whose number of fields is not the first one's, is
+    read again on its own: a stray quote must not swallow the rows behind it, and some write quotes
+    inside quotes with a backslash."""
     source, width = _Lines(lines), 0
     taken = source.taken
     while True:
@@ -463,7 +486,8 @@ def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
 
 
 def _recovered(source: _Lines, delimiter: str, width: int) -> Iterator[list[str]]:
-    """The record that begins here, read with backslash escapes or as one line; or a bad row. `width` 0 allows any."""
+    """The record that begins here, read with backslash escapes or as one line; or a bad row.
+    `width` 0 allows any."""
     if any('\\"' in line for line in source.taken):
         source.rewind()
         row = _one_record(map(_plain_escapes, source), delimiter, strict=True)
@@ -497,35 +521,27 @@ def _one_record(lines: Iterable[str], delimiter: str, strict: bool) -> list[str]
 
 
 def read_titles(file: Path, parse, key: str, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(item id, title) of a file of items; the first of `names` that holds a text is the title, "" if none does."""
+    """(item id, title) of a file of items; the first of `names` that holds a text is the title,
+    "" if none does."""
     count = LineCount(file, f"records with {key}, {names[0]}")
     for _, record in read_records(file, parse, (key, *names), count.bad):
         count.lines += 1
         item = record.get(key)
         if isinstance(item, (str, int)):  # two lines of Steam's games have no id
-            yield (
-                str(item),
-                next(
-                    (
-                        record[n]
-                        for n in names
-                        if isinstance(record.get(n), str) and record[n].strip()
-                    ),
-                    "",
-                ),
-            )
+            texts = (record[n] for n in names if isinstance(record.get(n), str))
+            yield str(item), next((text for text in texts if text.strip()), "")
     count.check()
 
 
-Chunk = tuple[
-    Sequence[int], dict[str, Sequence], list[tuple[int, str]]
-]  # line numbers, values by field, bad lines
+# line numbers, values by field, bad lines
+Chunk = tuple[Sequence[int], dict[str, Sequence], list[tuple[int, str]]]
 
 
 def table_chunks(
     rows: Iterator[list[str]], positions: dict[str, int], width: int, first_line: int
 ) -> Iterator[Chunk]:
-    """The columns at `positions` of a table's rows, CHUNK rows at a time; rows of another width are bad."""
+    """The columns at `positions` of a table's rows, CHUNK rows at a time;
+    rows of another width are bad."""
     while chunk := list(itertools.islice(rows, CHUNK)):
         numbers, bad = range(first_line, first_line + len(chunk)), []
         first_line += len(chunk)
@@ -537,10 +553,8 @@ def table_chunks(
                 if len(row) != width and row not in ([], [""])
             ]
             pairs = [(number, row) for number, row in pairs if len(row) == width]
-            numbers, chunk = [number for number, _ in pairs], [row for _, row in pairs]
+            numbers = [number for number, _ in pairs]
+            chunk = [row for _, row in pairs]
         columns = list(zip(*chunk, strict=True))
-        yield (
-            numbers,
-            {field: columns[at] for field, at in positions.items()} if columns else {},
-            bad,
-        )
+        values = {field: columns[at] for field, at in positions.items()} if columns else {}
+        yield numbers, values, bad

@@ -1,9 +1,9 @@
 """Frozen examples: options, splits, candidates, preference scores, and the prompt's text.
 
-Every prefix of a user's log is a possible example: the history is what lies before a position, the candidates are
-what follows it plus random items the user never touched. A user's last interaction is the test case, the one before it
-validation, all earlier ones training. Candidates, negatives and templates are drawn once and shared by every model that
-is compared.
+Every prefix of a user's log is a possible example: the history is what lies before a position, the
+candidates are what follows it plus random items the user never touched. A user's last interaction
+is the test case, the one before it validation, all earlier ones training. Candidates, negatives and
+templates are drawn once and shared by every model that is compared.
 
 Legend: E examples, F followers among the candidates.
 """
@@ -63,18 +63,20 @@ DATASETS = (*LOADERS, "prepared")
 
 @dataclass(frozen=True)
 class DataConfig(ExampleConfig):
-    """Turn a raw interaction log into frozen examples; print its statistics and one rendered example."""
+    """Turn a raw interaction log into frozen examples;
+    print its statistics and one rendered example."""
 
     dataset: str = arg(
         "planted",
-        f"one of {', '.join(DATASETS)} (loaders.py, ownlog.py)",
+        f"one of {', '.join(DATASETS)} (loaders/)",
         group="data",
         choices=DATASETS,
     )
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg(
         "",
-        "csv, jsonl, recbole, parquet: names or positions of your columns, user=...,item=...,rating=...,timestamp=...,title=...",
+        "csv, jsonl, recbole, parquet: names or positions of your columns, "
+        "user=...,item=...,rating=...,timestamp=...,title=...",
     )
     item_file: str = arg("", "csv, jsonl, recbole, parquet: a second file, with item and title")
     item_columns: str = arg(
@@ -83,16 +85,19 @@ class DataConfig(ExampleConfig):
     )
     scale: str = arg(
         "",
-        "csv, jsonl, recbole, parquet: lowest and highest rating of another scale than 1 to 5, such as 0,100, or binary; mapped to 1 to 5",
+        "csv, jsonl, recbole, parquet: lowest and highest rating of another scale than 1 to 5, "
+        "such as 0,100, or binary; mapped to 1 to 5",
     )
     percentile: str = arg(
         "",
-        "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; empty: steam, lastfm by item",
+        "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; "
+        "empty: steam, lastfm by item",
         choices=("", "item", "user", "all"),
     )
     repeats: str = arg(
         "last",
-        "csv, jsonl, recbole, parquet: of a repeated user-item pair the last counts, or the sum of its amounts",
+        "csv, jsonl, recbole, parquet: of a repeated user-item pair the last counts, "
+        "or the sum of its amounts",
         choices=("last", "sum"),
     )
     beer_title: str = arg(
@@ -175,7 +180,8 @@ class DataConfig(ExampleConfig):
 
 @dataclass
 class Prepared:
-    """A log and its three splits, as frozen on disk. `hash` covers every array, title and the history shown."""
+    """A log and its three splits, as frozen on disk.
+    `hash` covers every array, title and the history shown."""
 
     log: Interactions
     splits: dict[str, Examples]
@@ -209,9 +215,8 @@ class Prepared:
 
 def load_log(config: DataConfig) -> Interactions:
     usual = gc.get_threshold()
-    gc.set_threshold(
-        200_000, 20, 100
-    )  # as usual it walks through short-lived rows again and again, and doubles the time
+    # as usual it walks through short-lived rows again and again, and doubles the time
+    gc.set_threshold(200_000, 20, 100)
     try:
         return LOADERS[config.dataset].load(config)
     finally:
@@ -227,10 +232,11 @@ def words_of(dataset: str, data_dir: str = "") -> Words:
 
 
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
-    """The frozen examples of these options, written once under --prepared_dir and read from there ever after.
+    """The frozen examples of these options,
+    written once under --prepared_dir and read from there ever after.
 
-    Arrays stay in the file and are mapped into memory: processes share them, and touch only the rows they use. `check`
-    compares them with their hash, which reads them all."""
+    Arrays stay in the file and are mapped into memory: processes share them, and touch only the
+    rows they use. `check` compares them with their hash, which reads them all."""
     if config.dataset != "planted" and not config.data_dir:
         raise ValueError(
             f"--dataset {config.dataset} needs --data_dir, the folder or zip with its raw files"
@@ -245,10 +251,8 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     if config.download and config.dataset == "movielens":
         download_movielens(Path(config.data_dir))
     options |= {"format": PREPARED_FORMAT, "source": _file_facts(config) if config.data_dir else []}
-    folder = (
-        Path(config.prepared_dir)
-        / f"{config.dataset}-{_sha256(json.dumps(options, sort_keys=True).encode())[:12]}"
-    )
+    key = _sha256(json.dumps(options, sort_keys=True).encode())[:12]
+    folder = Path(config.prepared_dir) / f"{config.dataset}-{key}"
     if not (folder / "meta.json").exists():
         if config.dataset == "prepared":
             log, splits = read_foreign_examples(config)
@@ -266,7 +270,8 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
 
 
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
-    """Prepared examples with this hash (or its beginning) below the folder, if there are any; the raw files are not asked for."""
+    """Prepared examples with this hash (or its beginning) below the folder, if there are any;
+    the raw files are not asked for."""
     for meta in sorted(Path(prepared_dir).glob("*/meta.json")):
         with reading(meta):
             same = read_json(meta)["hash"].startswith(content_hash)
@@ -303,34 +308,27 @@ DATA_SUFFIXES = (
 )
 
 
-COMPANIONS = (
-    "meta_*",
-    "steam_games*",
-    "*.item",
-    "movies.*",
-)  # beside a raw file that was given by name
+# beside a raw file that was given by name
+COMPANIONS = ("meta_*", "steam_games*", "*.item", "movies.*")
 
 
 def _file_facts(config: DataConfig) -> list:
     """Names, sizes and times of the raw files: other files are prepared anew."""
     path = Path(config.data_dir)
     given = {path, Path(config.item_file)}
-    beside = (
-        path.rglob("*")
-        if path.is_dir()
-        else (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
-    )
-    files = sorted(
-        f for f in given | {f for f in beside if f.suffix.lower() in DATA_SUFFIXES} if f.is_file()
-    )
+    if path.is_dir():
+        beside = path.rglob("*")
+    else:
+        beside = (f for pattern in COMPANIONS for f in path.parent.glob(pattern))
+    data = {f for f in beside if f.suffix.lower() in DATA_SUFFIXES}
+    files = sorted(f for f in given | data if f.is_file())
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
 
 
 def _write_prepared(folder: Path, log: Interactions, splits, options: dict, counts: dict) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(
-        tempfile.mkdtemp(prefix=folder.name, dir=folder.parent)
-    )  # renamed into place when it is whole
+    # renamed into place when it is whole
+    beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     beside.chmod(0o755)
     arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
     if log.train_end is not None:
@@ -426,7 +424,8 @@ USUALLY = {"min_shown_rating": 0.0, "ratings": True}  # what is as usual is not 
 
 
 def _prompt_facts(name: str, examples: Examples) -> dict:
-    """What shapes the prompts besides the arrays; what is as usual is not named, and leaves the hash as it was."""
+    """What shapes the prompts besides the arrays;
+    what is as usual is not named, and leaves the hash as it was."""
     facts = {"name": name, "history": examples.history}
     return facts | {
         key: getattr(examples, key)
@@ -436,7 +435,8 @@ def _prompt_facts(name: str, examples: Examples) -> dict:
 
 
 class Texts(Sequence):
-    """Strings as one array of UTF-8 bytes and their ends, read when they are asked for: ten million are no objects."""
+    """Strings as one array of UTF-8 bytes and their ends, read when they are asked for:
+    ten million are no objects."""
 
     def __init__(self, data: np.ndarray, ends: np.ndarray):
         self.data, self.ends = data, ends
@@ -463,7 +463,8 @@ class Texts(Sequence):
 
 
 def map_arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, mapped into memory read-only; ValueError if it is damaged."""
+    """The arrays of a safetensors file, mapped into memory read-only;
+    ValueError if it is damaged."""
     kinds = {
         "I64": np.int64,
         "I32": np.int32,
@@ -502,7 +503,8 @@ def _content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
 
 
 def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """encode_examples, kept in the prepared folder: a run, its other ranks and the next run with this tokenizer read it."""
+    """encode_examples, kept in the prepared folder:
+    a run, its other ranks and the next run with this tokenizer read it."""
     examples = prepared.splits[split]
     facts = [
         ENCODED_FORMAT,
@@ -514,9 +516,8 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         WITHOUT_RATINGS,
         prepared.log.words,
     ]
-    file = (
-        prepared.folder / f"tokens-{split}-{_sha256(json.dumps(facts).encode())[:12]}.safetensors"
-    )
+    key = _sha256(json.dumps(facts).encode())[:12]
+    file = prepared.folder / f"tokens-{split}-{key}.safetensors"
     if file.exists():
         return _read_encoded(file, examples)
 

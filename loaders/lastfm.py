@@ -1,4 +1,5 @@
-"""LastFM-1K's listening events: an interaction is a user's first play of an artist, its amount all plays."""
+"""LastFM-1K's listening events: an interaction is a user's first play of an artist,
+its amount all plays."""
 
 import tarfile
 import zlib
@@ -13,9 +14,11 @@ NAME, WORDS = "lastfm", ("artists", "listened to", "listen to")
 
 
 def load(config) -> Interactions:
-    """userid-timestamp-artid-artname-traid-traname.tsv, plain, gzipped, or inside lastfm-dataset-1K.tar.gz.
+    """userid-timestamp-artid-artname-traid-traname.tsv, plain, gzipped,
+    or inside lastfm-dataset-1K.tar.gz.
 
-    An interaction is a user's first play of an artist that has a MusicBrainz id; its amount is the number of all plays."""
+    An interaction is a user's first play of an artist that has a MusicBrainz id;
+    its amount is the number of all plays."""
     what = "userid-timestamp-artid-artname-traid-traname.tsv, or lastfm-dataset-1K.tar.gz"
     file = find_file(config.data_dir, ("userid-timestamp*", "lastfm-dataset-1K*"), what)
     builder = LogBuilder(

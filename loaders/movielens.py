@@ -1,11 +1,12 @@
-"""MovieLens in the layouts that GroupLens publishes: what people have is one of these folders, or its zip.
+"""MovieLens in the layouts that GroupLens publishes:
+what people have is one of these folders, or its zip.
 
     ratings.dat, movies.dat    1M and 10M: `::` between the fields, 10M with half stars
     ratings.csv, movies.csv    latest, latest-small, 20M, 25M, 32M: CSV with a header
     u.data, u.item             100K: tabs; movies between `|`
 
-Movies are UTF-8, or latin-1 where they are not. MovieLens may not be redistributed (grouplens.org/datasets/movielens).
-"""
+Movies are UTF-8, or latin-1 where they are not.
+MovieLens may not be redistributed (grouplens.org/datasets/movielens)."""
 
 import contextlib
 import csv
@@ -88,7 +89,7 @@ def load(config) -> Interactions:
     return replace(log, words=WORDS)
 
 
-# ------------------------------------------------------------------------------------------------ the two files
+# ------------------------------------------------------------------------------------ the two files
 def _ratings(content: bytes, file: str, layout: Layout) -> np.ndarray:
     """(n, 4) float64: user, movie, rating, time, checked."""
     separator, first_line = layout.separator.encode(), 1
@@ -154,7 +155,7 @@ def _shown(line: bytes) -> str:
     return repr(line[:80])
 
 
-# ------------------------------------------------------------------------------------------------ where they are
+# ----------------------------------------------------------------------------------- where they are
 Place = tuple[Path, str]  # a folder and "", or a zip and the folder inside it
 
 
@@ -229,9 +230,10 @@ def _read(place: Place, name: str) -> tuple[bytes, str]:
         return archive.read(member), f"{path}:{member}"
 
 
-# ------------------------------------------------------------------------------------------------ titles
+# ------------------------------------------------------------------------------------------- titles
 def movielens_titles(names: dict[int, str]) -> dict[int, str]:
-    """ "Matrix, The (1999)" -> "The Matrix"; the year stays where two movies share a name ("Titanic (1997)")."""
+    """ "Matrix, The (1999)" -> "The Matrix";
+    the year stays where two movies share a name ("Titanic (1997)")."""
     plain = {}
     for movie, name in names.items():
         title = re.sub(r"\s*\(\d{4}\)$", "", name)
@@ -252,7 +254,8 @@ def movielens_titles(names: dict[int, str]) -> dict[int, str]:
 
 
 def download_movielens(path: Path) -> None:
-    """Fetch the published zip with a progress bar; it is put in place only after its checksum fits."""
+    """Fetch the published zip with a progress bar;
+    it is put in place only after its checksum fits."""
     target = path if path.suffix == ".zip" else path / "ml-1m.zip"
     if target.exists():
         return

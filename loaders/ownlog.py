@@ -1,19 +1,22 @@
-"""Your own interaction log: CSV, JSON lines, or RecBole's atomic files, with the columns under any names and in any order.
+"""Your own interaction log: CSV, JSON lines, or RecBole's atomic files,
+with the columns under any names and in any order.
 
-    python train.py --dataset csv --data_dir log.csv --columns user=uid,item=sku,rating=stars,timestamp=when,title=name
+    python train.py --dataset csv --data_dir log.csv \\
+        --columns user=uid,item=sku,rating=stars,timestamp=when,title=name
     python train.py --dataset csv --data_dir u.data --columns user=1,item=2,rating=3,timestamp=4 \\
         --item_file u.item --item_columns item=1,title=2
     python train.py --dataset csv --data_dir likes.csv --scale binary
 
-Users and items are any ids. Ratings are above 0 and up to 5; --scale 0,100 maps another scale linearly to 1 to 5, and
---scale binary likes and dislikes; hours, plays or prices become ratings by rank with --percentile. Without a rating column the
-number of repeats is taken; without a timestamp column, the order of the file; without titles, the ids. Times are seconds (or
-milli-, micro-, nanoseconds) or dates with the year first. --item_file names a second file with item and title. Columns without
---columns are looked up under their usual names; numbers are positions, counted from 1, with a header line or without.
+Users and items are any ids. Ratings are above 0 and up to 5; --scale 0,100 maps another scale
+linearly to 1 to 5, and --scale binary likes and dislikes; hours, plays or prices become ratings by
+rank with --percentile. Without a rating column the number of repeats is taken; without a timestamp
+column, the order of the file; without titles, the ids. Times are seconds (or milli-, micro-,
+nanoseconds) or dates with the year first. --item_file names a second file with item and title.
+Columns without --columns are looked up under their usual names; numbers are positions, counted from
+1, with a header line or without.
 
-What is empty, NULL, NA or the like is absent: such rows are left out and counted, such titles are none. Left out: dates with
-the day or the month first, which nobody can tell apart.
-"""
+What is empty, NULL, NA or the like is absent: such rows are left out and counted, such titles are
+none. Left out: dates with the day or the month first, which nobody can tell apart. """
 
 import itertools
 import re
@@ -112,7 +115,8 @@ AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, what
 def parse_columns(
     text: str, option: str = "--columns", allowed: tuple[str, ...] = FIELDS
 ) -> dict[str, str]:
-    """ "user=uid,item=sku" -> {"user": "uid", "item": "sku"}; ValueError names what is not understood."""
+    """ "user=uid,item=sku" -> {"user": "uid", "item": "sku"};
+    ValueError names what is not understood."""
     columns = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         field, equals, name = part.partition("=")
@@ -140,8 +144,8 @@ def load_own_log(
     scale: str = "",
     item_columns: str = "",
 ) -> Interactions:
-    """`kind` csv, jsonl, recbole or parquet; `columns` as in parse_columns; `repeats` of a pair: last, or sum of the amounts;
-    `scale` as in parse_scale."""
+    """`kind` csv, jsonl, recbole or parquet; `columns` as in parse_columns; `repeats` of a pair:
+    last, or sum of the amounts; `scale` as in parse_scale."""
     file = find_own_file(path, kind)
     if kind == "recbole" and not item_file:
         item_file = beside(file, "*.item*")
@@ -191,20 +195,24 @@ def find_own_file(path, kind: str) -> Path:
 def choose_rating(
     file: Path, fields: dict[str, str], percentile: str, repeats: str, scale: str, notes: list[str]
 ) -> tuple[str, str]:
-    """--percentile and --repeats as the columns ask for them: without ratings, and with amounts instead, ranks are ratings."""
+    """--percentile and --repeats as the columns ask for them:
+    without ratings, and with amounts instead, ranks are ratings."""
     if "rating" not in fields:
         if scale:
             raise ValueError(
-                f"{file}: --scale {scale}, but there is no rating column; name it with --columns rating=NAME"
+                f"{file}: --scale {scale}, but there is no rating column; "
+                "name it with --columns rating=NAME"
             )
         notes.append(
-            "no rating column; how often a user chose an item became its rating, by rank (--percentile)"
+            "no rating column; how often a user chose an item became its rating, "
+            "by rank (--percentile)"
         )
         percentile, repeats = percentile or "item", "sum"
     elif plain_name(fields["rating"]) in AMOUNTS and not percentile and not scale:
         percentile = "item"
         notes.append(
-            f"{fields['rating']} are amounts: ranked among those of the same item they become ratings (--percentile)"
+            f"{fields['rating']} are amounts: ranked among those of the same item "
+            "they become ratings (--percentile)"
         )
     elif repeats == "sum" and not percentile:
         raise ValueError(
@@ -216,7 +224,7 @@ def choose_rating(
     return percentile, repeats
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------- rows
 MEANING = {
     "rating": "rating (a number)",
     "timestamp": "timestamp (seconds, or an ISO date like 2024-12-31)",
@@ -323,12 +331,13 @@ class OwnLogBuilder(LogBuilder):
 ROUNDED = re.compile(r"\d([.,]\d+)?E\+\d+")  # 9.78014E+12
 
 
-# ------------------------------------------------------------------------------------------------ titles
+# ------------------------------------------------------------------------------------------- titles
 SEVERAL_SHARE = 0.2  # of the items with more than one title: then a column holds something else
 
 
 class Titles:
-    """The title of each item by any key: of several the smallest, for the order of the lines is nothing."""
+    """The title of each item by any key: of several the smallest,
+    for the order of the lines is nothing."""
 
     def __init__(self):
         self.smallest: dict = {}
@@ -348,7 +357,8 @@ class Titles:
                 smallest[key] = min(before, text)
 
     def judge(self, file: Path, named: bool, column: str, option: str, notes: list[str]) -> None:
-        """Say where the titles are hardly the items'; ValueError if nobody named the column and it looks like another thing."""
+        """Say where the titles are hardly the items';
+        ValueError if nobody named the column and it looks like another thing."""
         several, count = self.several, len(self.smallest)
         if several:
             pairs = [f"{a!r} and {b!r}" for a, b in itertools.islice(several.values(), 2)]
@@ -373,7 +383,8 @@ class Titles:
 
 
 def read_log(table: "Table", builder: LogBuilder) -> Titles:
-    """All rows into the builder, line numbers for times that there are none of; the titles by the items' codes."""
+    """All rows into the builder, line numbers for times that there are none of;
+    the titles by the items' codes."""
     titles = Titles()
     for numbers, columns, bad in table.chunks:
         for number, why in bad:
@@ -391,7 +402,8 @@ def read_log(table: "Table", builder: LogBuilder) -> Titles:
 
 
 def beside(file: Path, pattern: str) -> str:
-    """The one file in the same folder that fits; of several the one of the same name; "" if there is none."""
+    """The one file in the same folder that fits; of several the one of the same name;
+    "" if there is none."""
     found = matching_files(file.parent, pattern)
     if len(found) > 1:
         name = file.name.split(".")[0]
@@ -400,7 +412,8 @@ def beside(file: Path, pattern: str) -> str:
 
 
 def atomic_delimiter(file: Path) -> str:
-    """What stands between the typed names in the header of RecBole's atomic files; "" where quotes are to be expected."""
+    """What stands between the typed names in the header of RecBole's atomic files;
+    "" where quotes are to be expected."""
     header = next(read_lines(file), "").strip("\ufeff")
     between = next((mark for mark in "\t,;| " if _all_typed(header.split(mark))), "\t")
     return between if between.isspace() else ""
@@ -419,7 +432,8 @@ def read_item_file(
     builder: LogBuilder,
     notes: list[str],
 ) -> dict[str, str]:
-    """Titles by item id of the items that the log has; ids that differ only as written numbers are matched, and said."""
+    """Titles by item id of the items that the log has;
+    ids that differ only as written numbers are matched, and said."""
     if not file.exists():
         raise ValueError(f"--item_file {file}: no such file")
     if parquet.is_parquet(file) or (kind == "parquet" and file.is_dir()):
@@ -452,7 +466,8 @@ def read_item_file(
 
 
 class NearIds:
-    """Finds the log's ids in an item file: as they are, or as numbers written otherwise (7.0 or 007 for 7)."""
+    """Finds the log's ids in an item file: as they are,
+    or as numbers written otherwise (7.0 or 007 for 7)."""
 
     def __init__(self, items: Codes):
         self.items = items
@@ -484,8 +499,9 @@ class NearIds:
         if not titles:
             raise ValueError(
                 f"{file}: none of the {len(ids):,} items of {log} has a title in it; the log has "
-                f"{' and '.join(ours)}, the file has {theirs}: write the ids alike, or name the right "
-                "columns with --columns item=NAME and --item_columns item=NAME,title=NAME"
+                f"{' and '.join(ours)}, the file has {theirs}: write the ids alike, "
+                "or name the right columns with "
+                "--columns item=NAME and --item_columns item=NAME,title=NAME"
             )
         if rewritten := [(a, b) for a, b in self.rewritten.items() if a in titles]:
             a, b = rewritten[0]
@@ -501,7 +517,8 @@ class NearIds:
 
 
 def number_in(name: str) -> str:
-    """The digits of an id that is a whole number, without leading zeros and ".0"; "" if it is none."""
+    """The digits of an id that is a whole number, without leading zeros and ".0";
+    "" if it is none."""
     match = re.fullmatch(r"0*(\d+)(?:\.0*)?", name)
     return match[1] if match else ""
 
@@ -523,7 +540,7 @@ def show_ids(names: Mapping[str, str], ids: list[str], notes: list[str]) -> dict
     return {**names, **{i: i for i in untitled}}
 
 
-# ------------------------------------------------------------------------------------------------ columns
+# ------------------------------------------------------------------------------------------ columns
 MAX_BAD_IN_A_ROW = 10_000  # bad JSON lines before a good one
 
 
@@ -551,7 +568,8 @@ def open_table(
 ) -> Table:
     """Names of the columns that hold each field of `only`, and the rows, CHUNK lines at a time.
 
-    `given` comes from `option`; all-digit columns of a table are positions. `strict`: a given name must exist."""
+    `given` comes from `option`; all-digit columns of a table are positions. `strict`:
+    a given name must exist."""
     find = ColumnFinder(file, given, required, only, option, strict)
     if kind == "jsonl":
         return open_json(file, find)
@@ -579,8 +597,8 @@ def open_table(
 
 
 def is_header(first: list[str], following: list[list[str]], positions: dict[str, int]) -> bool:
-    """Whether a table's first row names its columns: it holds text where the rows behind it hold numbers or times, or where
-    they must be; of ids and titles, one of the usual names."""
+    """Whether a table's first row names its columns: it holds text where the rows behind it hold
+    numbers or times, or where they must be; of ids and titles, one of the usual names."""
     for field, at in positions.items():
         value, below = first[at], [row[at] for row in following if len(row) > at]
         if field in ("rating", "timestamp"):
@@ -598,7 +616,8 @@ def is_header(first: list[str], following: list[list[str]], positions: dict[str,
 
 
 class ColumnFinder:
-    """Which column holds which field: the given ones, the others under their usual names; ValueError lists what there is."""
+    """Which column holds which field: the given ones, the others under their usual names;
+    ValueError lists what there is."""
 
     def __init__(
         self, file: Path, given: dict[str, str], required, only, option: str, strict: bool
@@ -631,8 +650,9 @@ class ColumnFinder:
             if names.count(name) > 1:
                 places = [f"{f}={names.index(n) + 1}" for f, n in fields.items()]
                 raise ValueError(
-                    f"{self.file}: {names.count(name)} columns are named {name}, which was to be the "
-                    f"{field}; rename one, or count the columns: {self.option} {','.join(places)}"
+                    f"{self.file}: {names.count(name)} columns are named {name}, "
+                    f"which was to be the {field}; rename one, or count the columns: "
+                    f"{self.option} {','.join(places)}"
                 )
         return fields
 
@@ -661,8 +681,10 @@ class ColumnFinder:
             return
         there = f"; there are {brief(names)}" if names else ""
         ways = f"Say {self.option} {','.join(f'{field}=NAME' for field in missing)}{there}"
-        count = min(len(names), len(FIELDS) - 1) if self.is_log else len(self.only)
-        example = ",".join(f"{f}={n}" for n, f in enumerate((self.only)[: max(2, count)], 1))
+        count = len(self.only)
+        if self.is_log:
+            count = min(len(names), len(FIELDS) - 1)
+        example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
         raise ValueError(
             f"{self.file}: which column is the {missing[0]}? {ways}. "
             f"If the file has no header line, count its columns: {self.option} {example}"
@@ -677,7 +699,8 @@ def open_json(file: Path, find: ColumnFinder) -> Table:
         bad.append((number, shorten(line)))
         if len(bad) > MAX_BAD_IN_A_ROW:
             raise ValueError(
-                f"{file}: {len(bad):,} lines together are no JSON objects, first line {bad[0][0]}: {bad[0][1]!r}"
+                f"{file}: {len(bad):,} lines together are no JSON objects, "
+                f"first line {bad[0][0]}: {bad[0][1]!r}"
             )
 
     parsed = read_records(file, json_record, (), note)

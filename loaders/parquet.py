@@ -1,12 +1,14 @@
-"""Columns of a Parquet file, or of the folder of parts that Spark, BigQuery or DuckDB write, in the form of a table's chunks.
+"""Columns of a Parquet file, or of the folder of parts that Spark, BigQuery or DuckDB write,
+in the form of a table's chunks.
 
-    python train.py --dataset parquet --data_dir log.parquet --columns user=uid,item=sku,rating=stars,timestamp=when
+    python train.py --dataset parquet --data_dir log.parquet \\
+        --columns user=uid,item=sku,rating=stars,timestamp=when
 
-Only the named columns are read, BATCH rows at a time: memory does not grow with the file. Ids are whole numbers, texts,
-decimals without fraction or UUIDs; ratings any numbers; times timestamps with or without a zone (then UTC), dates, or what a
-CSV may hold. Values may be dictionary-encoded, and null. In a folder, `key=value` parts of a path are columns (Hive). Needs
-the package pyarrow. Left out: nested columns, and the folders of Delta Lake and Iceberg, which keep removed rows, too.
-"""
+Only the named columns are read, BATCH rows at a time: memory does not grow with the file. Ids are
+whole numbers, texts, decimals without fraction or UUIDs; ratings any numbers; times timestamps with
+or without a zone (then UTC), dates, or what a CSV may hold. Values may be dictionary-encoded, and
+null. In a folder, `key=value` parts of a path are columns (Hive). Needs the package pyarrow. Left
+out: nested columns, and the folders of Delta Lake and Iceberg, which keep removed rows, too."""
 
 import contextlib
 import uuid
@@ -37,7 +39,8 @@ def column_names(path: Path) -> list[str]:
 
 
 def read_chunks(path: Path, fields: dict[str, str]) -> Iterator[Chunk]:
-    """The rows of all parts, numbered through; `fields`: field -> column. ValueError names the part and the column."""
+    """The rows of all parts, numbered through; `fields`: field -> column.
+    ValueError names the part and the column."""
     first = 1
     for part in find_parts(path):
         constant = _folder_values(path, part)
@@ -52,28 +55,32 @@ def read_chunks(path: Path, fields: dict[str, str]) -> Iterator[Chunk]:
             yield numbers, values, []
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 def find_parts(path: Path) -> list[Path]:
-    """The file, or the files of a folder; what begins with a dot or an underscore is none of them."""
+    """The file, or the files of a folder;
+    what begins with a dot or an underscore is none of them."""
     if path.is_file():
         return [path]
     if (path / "_delta_log").is_dir() or list(path.glob("metadata/*.metadata.json")):
         raise ValueError(
-            f"{path}: a table of Delta Lake or Iceberg, whose folder keeps removed rows, too: export it, "
-            "with COPY ... TO 'log.parquet' in DuckDB or df.write.parquet in Spark"
+            f"{path}: a table of Delta Lake or Iceberg, whose folder keeps removed rows, too: "
+            "export it, with COPY ... TO 'log.parquet' in DuckDB or df.write.parquet in Spark"
         )
     found = [f for f in path.rglob("*") if f.is_file() and is_parquet(f)]
-    found = [
-        f for f in found if not any(n.startswith((".", "_")) for n in f.relative_to(path).parts)
-    ]
+    found = [f for f in found if not _hidden(f.relative_to(path))]
     if not found:
         inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "nothing"
         raise ValueError(f"{path}: no .parquet file or folder of such files; there is {inside}")
     return sorted(found, key=lambda f: natural_key(str(f.relative_to(path))))
 
 
+def _hidden(path: Path) -> bool:
+    return any(name.startswith((".", "_")) for name in path.parts)
+
+
 def _folder_values(path: Path, part: Path) -> dict[str, str | None]:
-    """Columns that the names of folders hold: {"date": "2024-01-01"} of .../date=2024-01-01/part-0.parquet."""
+    """Columns that the names of folders hold:
+    {"date": "2024-01-01"} of .../date=2024-01-01/part-0.parquet."""
     folders = part.relative_to(path).parts[:-1] if path.is_dir() else ()
     pairs = (folder.partition("=") for folder in folders)
     values = {key: unquote(value) for key, equals, value in pairs if equals and key}
@@ -114,7 +121,8 @@ def _open(part: Path):
 
 
 def _batches(part: Path, names: list[str]) -> Iterator:
-    """Record batches of these columns; texts as dictionaries, of which each value is made but once."""
+    """Record batches of these columns; texts as dictionaries,
+    of which each value is made but once."""
     pa = _arrow()
     schema = _open(part).schema_arrow
     if missing := [name for name in names if name not in schema.names]:
@@ -133,7 +141,7 @@ def _batches(part: Path, names: list[str]) -> Iterator:
         yield batch
 
 
-# ------------------------------------------------------------------------------------------------ values
+# ------------------------------------------------------------------------------------------- values
 def texts_or_ids(column) -> list:
     """Texts, whole numbers, or None: what an id or a title may be."""
     pa = _arrow()
@@ -213,7 +221,9 @@ def _whole(value) -> int | float | None:
     """7.0 and Decimal("7") are 7; a fraction stays, and is refused as an id."""
     if value is None or value != value:
         return None
-    return int(value) if value == value // 1 and abs(value) < 1e38 else float(value)
+    if value == value // 1 and abs(value) < 1e38:
+        return int(value)
+    return float(value)
 
 
 def _through_dictionary(column, read=texts_or_ids) -> list:

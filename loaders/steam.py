@@ -1,4 +1,5 @@
-"""Steam's reviews and games, as Kang and McAuley published them: Python literals, one a line; hours become ratings."""
+"""Steam's reviews and games, as Kang and McAuley published them: Python literals, one a line;
+hours become ratings."""
 
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ NAME, WORDS = "steam", ("games", "played", "play")
 
 
 def load(config) -> Interactions:
-    """steam_reviews.json and steam_games.json (Python literals, gzipped or not) of a folder. The amount is hours of play."""
+    """steam_reviews.json and steam_games.json (Python literals, gzipped or not) of a folder.
+    The amount is hours of play."""
     file = find_file(config.data_dir, ("steam_reviews*", "*reviews*"), "steam_reviews.json.gz")
     games = find_file(
         file.parent, ("steam_games*", "*games*"), "steam_games.json.gz, for the titles"

@@ -1,10 +1,11 @@
-"""The table that everything starts from: interactions as flat arrays, how a loader fills it, and its k-core.
+"""The table that everything starts from: interactions as flat arrays, how a loader fills it,
+and its k-core.
 
-A loader (loaders.py) parses raw files and hands rows to a `LogBuilder`, piece by piece while the file streams by. After
-`finish` no step knows where the data came from. Memory grows with the interactions kept, not with the file: an id
-becomes an int32 code when it is read, and repeated pairs of user and item are merged as they pile up. Nothing is kept per
-user but the text of its id; a log of n interactions takes 20 bytes each, and some three times that while it is sorted.
-"""
+A loader (loaders/) parses raw files and hands rows to a `LogBuilder`, piece by piece while the
+file streams by. After `finish` no step knows where the data came from. Memory grows with the
+interactions kept, not with the file: an id becomes an int32 code when it is read, and repeated
+pairs of user and item are merged as they pile up. Nothing is kept per user but the text of its id;
+a log of n interactions takes 20 bytes each, and some three times that while it is sorted."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,20 +19,22 @@ MAX_BAD_SHARE = 0.01  # of the lines; with more of them the file is not what it 
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Ratings 1 to 5 (float32) by rank inside each group: ceil(5 * mid-rank / size), so that the top fifth gets 5.
+    """Ratings 1 to 5 (float32) by rank inside each group:
+    ceil(5 * mid-rank / size), so that the top fifth gets 5.
 
-    amount (n,) float, group (n,) int codes. Equal amounts get equal ratings, a group of one gets 3 (appendix E.1)."""
+    amount (n,) float, group (n,) int codes. Equal amounts get equal ratings,
+    a group of one gets 3 (appendix E.1)."""
     order = np.lexsort((amount, group))
     g, a = group[order], amount[order]
     n = len(g)
     first = np.flatnonzero(np.append(True, g[1:] != g[:-1]))  # of each group
     size = np.diff(np.append(first, n))
-    tie = np.flatnonzero(
-        np.append(True, (g[1:] != g[:-1]) | (a[1:] != a[:-1]))
-    )  # first row of each set of equal ones
+    # first row of each set of equal ones
+    tie = np.flatnonzero(np.append(True, (g[1:] != g[:-1]) | (a[1:] != a[:-1])))
     length = np.diff(np.append(tie, n))
     start = np.repeat(first, size)[tie]
-    # rows before it in its group, and half of its own: (r - 1/2) / n is the share of the group that lies below
+    # rows before it in its group, and half of its own:
+    # (r - 1/2) / n is the share of the group that lies below
     share = (tie - start + length / 2) / np.repeat(size, size)[tie]
     ratings = np.empty(n, np.float32)
     ratings[order] = np.repeat(np.ceil(5 * share), length)
@@ -39,8 +42,8 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 class Codes(dict):
-    """Id -> int code in order of appearance; an id that is no id (blank, None, True, 1.5) -> -1, and one of `absent`, which
-    mean that there is none, -> -2. Spaces around it do not count."""
+    """Id -> int code in order of appearance; an id that is no id (blank, None, True, 1.5) -> -1,
+    and one of `absent`, which mean that there is none, -> -2. Spaces around it do not count."""
 
     ABSENT = -2
 
@@ -79,7 +82,8 @@ FIELDS = ("user", "item", "rating", "time")  # of a row, for messages
 
 
 def _convert(convert, missing, values: Sequence) -> np.ndarray:
-    """convert(values), with `missing` for each value that it refuses: halves are tried until those stand alone."""
+    """convert(values), with `missing` for each value that it refuses:
+    halves are tried until those stand alone."""
     try:
         return convert(values)
     except (ValueError, TypeError, OverflowError, AttributeError, OSError):
@@ -97,13 +101,12 @@ def shorten(text: str, length: int = 200) -> str:
 
 
 class LineCount:
-    """Counts the lines of a file, names the first bad ones, and stops where they are more than chance."""
+    """Counts the lines of a file, names the first bad ones,
+    and stops where they are more than chance."""
 
     def __init__(self, source, expected: str):
-        self.source, self.expected = (
-            str(source),
-            expected,
-        )  # `expected`: what a line should be, for messages
+        self.source = str(source)
+        self.expected = expected  # what a line should be, for messages
         self.lines, self.num_bad = 0, 0
         self.first_bad: list[tuple[int, str]] = []
 
@@ -115,9 +118,8 @@ class LineCount:
     def _bad(self, number: int, why: str) -> None:
         self.num_bad += 1
         self.first_bad = sorted([*self.first_bad, (number, shorten(why))])[:3]
-        if (
-            self.num_bad > 1000 and self.lines >= 100_000
-        ):  # a bad beginning may yet be less than 1 % of the whole
+        # a bad beginning may yet be less than 1 % of the whole
+        if self.num_bad > 1000 and self.lines >= 100_000:
             self.check()
 
     def bad_lines(self) -> str:
@@ -136,13 +138,14 @@ class LineCount:
 
 
 class LogBuilder(LineCount):
-    """Rows of a log while its file streams by: checked, coded, merged. `add`, `bad` and `skip` as they come, then `finish`."""
+    """Rows of a log while its file streams by: checked, coded, merged.
+    `add`, `bad` and `skip` as they come, then `finish`."""
 
     COMPACT = 1 << 22  # rows that pile up before repeated pairs are merged
 
     def __init__(self, source, expected: str, repeats: str = "last", amounts: bool = False):
-        """`repeats` of a user-item pair: the "last" rating wins, or amounts "sum" up at the first time. `amounts` may be any
-        numbers >= 0; otherwise they are ratings, above 0 and up to 5."""
+        """`repeats` of a user-item pair: the "last" rating wins, or amounts "sum" up at the first
+        time. `amounts` may be any numbers >= 0; otherwise they are ratings, above 0 and up to 5."""
         super().__init__(source, expected)
         self.repeats, self.amounts = repeats, amounts
         self.users, self.items = Codes(), Codes()
@@ -170,7 +173,8 @@ class LogBuilder(LineCount):
         amounts: Sequence,
         times: Sequence,
     ) -> np.ndarray:
-        """Add rows as read, line `numbers` beside them; returns their item codes, -1 where the row is bad."""
+        """Add rows as read, line `numbers` beside them;
+        returns their item codes, -1 where the row is bad."""
         self.lines += len(numbers)
         raw = (users, items, amounts, times)
         columns = tuple(
@@ -179,12 +183,8 @@ class LogBuilder(LineCount):
         )
         user, item, amount, time = columns
         top = np.finfo(np.float32).max if self.amounts else 5
-        fine = (
-            user >= 0,
-            item >= 0,
-            (amount >= 0) & (amount <= top),
-            time >= 0,
-        )  # NaN is none of it
+        # NaN is none of it
+        fine = (user >= 0, item >= 0, (amount >= 0) & (amount <= top), time >= 0)
         good = np.logical_and.reduce(fine)
         none = self.none(columns, good)
         for row in np.flatnonzero(~good & ~none):
@@ -203,7 +203,8 @@ class LogBuilder(LineCount):
         return item
 
     def none(self, columns: tuple[np.ndarray, ...], good: np.ndarray) -> np.ndarray:
-        """(rows,) bool: rows that are understood but hold no interaction; they are counted by reason."""
+        """(rows,) bool: rows that are understood but hold no interaction;
+        they are counted by reason."""
         zero = good & (columns[2] == 0) & (not self.amounts)  # BeerAdvocate has some
         self.notes["lines with rating 0, which means none"] += int(zero.sum())
         return zero
@@ -236,11 +237,9 @@ class LogBuilder(LineCount):
             pairs, which = np.unique(key, return_inverse=True)
             sums = np.bincount(which, weights=amount, minlength=len(pairs))
             amount = sums[which].astype(np.float32)
-        merged = (
-            "repeated pairs of user and item, of which the last counts"
-            if self.repeats == "last"
-            else "repeats, added up"
-        )
+        merged = "repeats, added up"
+        if self.repeats == "last":
+            merged = "repeated pairs of user and item, of which the last counts"
         self.notes[merged] += int(len(keep) - keep.sum())
         self.chunks = [tuple(column[keep] for column in (user, item, amount, time))]
         self.kept, self.pending = int(keep.sum()), 0
@@ -248,8 +247,9 @@ class LogBuilder(LineCount):
     def finish(
         self, titles: Mapping[str, str] | None, name: str, percentile: str = ""
     ) -> Interactions:
-        """The sorted log. `titles` by item id; None: ids are titles; items without one are dropped, and counted.
-        `percentile` item, user or all: amounts become ratings by rank inside such a group."""
+        """The sorted log. `titles` by item id; None: ids are titles; items without one are dropped,
+        and counted. `percentile` item, user or all: amounts become ratings by rank inside such a
+        group."""
         self.check()
         self.compact()
         if not self.kept:
@@ -275,7 +275,8 @@ class LogBuilder(LineCount):
             self.notes["interactions with an item that has no title"] = int(len(keep) - keep.sum())
             if not keep.any():
                 raise ValueError(
-                    f"{self.source}: not one of its {len(names):,} items has a title; first {self.items.ids[:3]}"
+                    f"{self.source}: not one of its {len(names):,} items has a title; "
+                    f"first {self.items.ids[:3]}"
                 )
             user, item, amount, time = (column[keep] for column in (user, item, amount, time))
         if self.num_bad:

@@ -1,8 +1,9 @@
-"""What one value of a user's table means: numbers and times however they are written, marks of absence, scales.
+"""What one value of a user's table means: numbers and times however they are written,
+marks of absence, scales.
 
-A value is a number or a time, ABSENT (left empty, NULL, ...: counted and said, never an error) or NaN (not understood: a
-bad line). Columns come CHUNK values at a time; the usual case goes through `float` alone.
-"""
+A value is a number or a time, ABSENT (left empty, NULL, ...: counted and said, never an error) or
+NaN (not understood: a bad line). Columns come CHUNK values at a time; the usual case goes through
+`float` alone."""
 
 import math
 import re
@@ -24,12 +25,11 @@ ABSENT_TITLES = ABSENT_IDS | {"0"}  # fillna(0)
 
 WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
 
-MAX_SECONDS = (
-    1e11  # the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
-)
+# the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
+MAX_SECONDS = 1e11
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 _SPACES = re.compile(r"(?<=\d)[\s\u00a0\u202f'’](?=\d{3}(?:\D|$))")  # 1 234, 1'234
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # 1,234.5
 _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+|[-+]?\d{1,3}(?:\.\d{3})+(?:,\d+)?")  # 3,5 and 1.234,5
@@ -37,13 +37,15 @@ _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+|[-+]?\d{1,3}(?:\.\d{3})+(?:,\d+)?")  
 
 @dataclass
 class NumberStyle:
-    """How a column writes its numbers: "" with a point, "thousands" as 1,234.5 or "decimal" as 1.234,5."""
+    """How a column writes its numbers: "" with a point,
+    "thousands" as 1,234.5 or "decimal" as 1.234,5."""
 
     delimiter: str = ","  # of the file: where it is a semicolon, a comma is decimal
     comma: str = ""
 
     def look(self, values: Sequence) -> None:
-        """Settle what a comma means, at the first values that have one; it holds for the rest of the column."""
+        """Settle what a comma means, at the first values that have one;
+        it holds for the rest of the column."""
         texts = [v.strip() for v in values if isinstance(v, str) and "," in v]
         if self.comma or not texts:
             return
@@ -93,7 +95,7 @@ def _float(value) -> float:
     return BAD if math.isinf(number) else number
 
 
-# ------------------------------------------------------------------------------------------------ scales
+# ------------------------------------------------------------------------------------------- scales
 def parse_scale(text: str) -> tuple[float, float] | None:
     """ "0,100" -> (0, 100), "binary" -> (0, 1), "" -> None; ValueError if it is no scale."""
     if not text:
@@ -104,7 +106,8 @@ def parse_scale(text: str) -> tuple[float, float] | None:
     ends = _float(low), _float(high)
     if not comma or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
         raise ValueError(
-            f"--scale {text!r}: expected the lowest and the highest rating, such as 0,100, or binary"
+            f"--scale {text!r}: expected the lowest and the highest rating, "
+            "such as 0,100, or binary"
         )
     return ends
 
@@ -143,12 +146,14 @@ class Span:
             return "--scale 0,1" if self.fractions else "--scale binary"
         if high < 4 or (high == 4 and self.zeros and not self.fractions):
             start = 0 if self.zeros or self.least < 1 else 1
-            return f"--scale {start},{max(start + 1, math.ceil(high))}; if they are 1 to 5 all the same: --scale 1,5"
+            end = max(start + 1, math.ceil(high))
+            return f"--scale {start},{end}; if they are 1 to 5 all the same: --scale 1,5"
         return ""
 
 
 class Ratings:
-    """The rating column: what a scale maps linearly to 1 to 5, or amounts as they are; remembers which values there were."""
+    """The rating column: what a scale maps linearly to 1 to 5, or amounts as they are;
+    remembers which values there were."""
 
     def __init__(self, scale: str, amounts: bool, style: NumberStyle):
         self.scale, self.binary, self.amounts = parse_scale(scale), scale == "binary", amounts
@@ -159,7 +164,8 @@ class Ratings:
         self.highest = self.scale[1] if self.scale else 5.0
 
     def __call__(self, values: Sequence) -> np.ndarray:
-        """(n,) float32: ratings of 1 to 5 (without --scale, above 0 and up to 5) or amounts from 0 on, ABSENT or BAD."""
+        """(n,) float32: ratings of 1 to 5 (without --scale, above 0 and up to 5) or amounts from 0
+        on, ABSENT or BAD."""
         x = self.style.numbers(values)
         number = np.isfinite(x)
         low, high = self.scale or ((0.0, math.inf) if self.amounts else (1e-9, 5.0))
@@ -168,7 +174,9 @@ class Ratings:
             inside &= (x == 0) | (x == 1)
         marks = {f"{mark:g}": x == mark for mark in (0.0, -1.0) if not low <= mark <= high}
         self.seen.add(x[number])
-        none = np.any(list(marks.values()), axis=0) if marks else np.zeros_like(number)
+        none = np.zeros_like(number)
+        if marks:
+            none = np.any(list(marks.values()), axis=0)
         self.marks.update({name: int(rows.sum()) for name, rows in marks.items()})
         self.kept.add(x[inside | none])
         x[number & ~inside] = BAD
@@ -179,7 +187,8 @@ class Ratings:
         return x.astype(np.float32)
 
     def doubt(self, span: Span) -> str:
-        """Why the ratings do not look like those of a scale from 1 to 5, and the way out; "" if they do."""
+        """Why the ratings do not look like those of a scale from 1 to 5, and the way out;
+        "" if they do."""
         found = f"ratings from {span.lowest:g} to {span.highest:g}"
         if self.amounts:
             return ""
@@ -190,7 +199,8 @@ class Ratings:
             return f"{what} {low:g},{high:g}: {found}" if outside or self.binary else ""
         advice = span.scale()
         return advice and (
-            f"{found} are not those of a scale from 1 to 5; say which scale it is, and they are mapped: {advice}"
+            f"{found} are not those of a scale from 1 to 5; "
+            f"say which scale it is, and they are mapped: {advice}"
         )
 
 
@@ -202,20 +212,21 @@ def round_up(high: float) -> float:
     return 10.0 ** math.ceil(math.log10(high))
 
 
-# ------------------------------------------------------------------------------------------------ times
+# -------------------------------------------------------------------------------------------- times
+# 2017/07/14 20:09, 2017-07-14 20:09:44.5 UTC, 2017-07-14 20:09:44 +0000
 _TIME = re.compile(
     r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})"
     r"(?:[T\s]+(\d{1,2}):(\d{2})(?::(\d{2})(?:[.,](\d+))?)?)?"
     r"\s*(?:Z|UTC|GMT|([-+])(\d{2}):?(\d{2})?)?(?:\s*UTC)?",
     re.IGNORECASE,
-)  # 2017/07/14 20:09, 2017-07-14 20:09:44.5 UTC, 2017-07-14 20:09:44 +0000
+)
 
 TIME_ADVICE = "write times as 2024-12-31 or 2024-12-31 23:59:59, or in seconds since 1970"
 
 
 def parse_times(values: Sequence) -> np.ndarray:
-    """float64 seconds of times given as seconds (also milli-, micro- or nanoseconds) or as dates with the year first, UTC
-    where no zone is named.
+    """float64 seconds of times given as seconds (also milli-, micro- or nanoseconds) or as dates
+    with the year first, UTC where no zone is named.
 
     ValueError where one is neither, or lies before 1970."""
     try:

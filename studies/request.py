@@ -22,7 +22,8 @@ REQUEST = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...
 
 
 def read_request(config: EvalConfig) -> Example:
-    """One user's history and candidates, cleaned as training cleans its titles; ValueError says what does not fit."""
+    """One user's history and candidates, cleaned as training cleans its titles;
+    ValueError says what does not fit."""
     file = Path(config.recommend)
     request = read_json(file)
     history, candidates = request.get("history"), request.get("candidates")
@@ -58,7 +59,8 @@ def request_title(file: Path, place: str, title) -> str:
 
 
 def request_rating(config: EvalConfig, number: int, rating) -> float:
-    """A rating as prompts show it, mapped from --scale; NaN, if the model saw histories without ratings and none is given."""
+    """A rating as prompts show it, mapped from --scale;
+    NaN, if the model saw histories without ratings and none is given."""
     positive = config.history_items == "positive"
     if rating is None and not positive and (not config.ratings or config.dataset == "prepared"):
         return math.nan
@@ -75,7 +77,8 @@ def request_rating(config: EvalConfig, number: int, rating) -> float:
 
 
 def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, room: int) -> list:
-    """Prompt ids that leave `room` of --max_length; the oldest history goes first, as in training."""
+    """Prompt ids that leave `room` of --max_length;
+    the oldest history goes first, as in training."""
     for skip in range(max(1, len(example.history))):
         (prompt,) = tokenizer.encode_prompts([render_prompt(example, skip)])
         if len(prompt) <= config.max_length - room:
@@ -87,7 +90,8 @@ def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, r
 
 
 def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
-    """The candidates of one user, best first, with their share of the probability of all of them."""
+    """The candidates of one user, best first,
+    with their share of the probability of all of them."""
     example = read_request(config)
     candidates = example.candidates
     completions = tokenizer.encode_completions(candidates)

@@ -127,7 +127,8 @@ def collect(folder: Path) -> list[Result]:
 
 
 def read_config(file: Path) -> dict:
-    """The options of a run or baseline, of the types that they have today; ValueError names the file."""
+    """The options of a run or baseline, of the types that they have today;
+    ValueError names the file."""
     config = read_json(file)
     types = get_type_hints(BaselineConfig if "method" in config else TrainConfig)
     check_types(file, {k: v for k, v in config.items() if k in types}, types)

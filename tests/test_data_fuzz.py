@@ -35,9 +35,8 @@ def make_files(root: Path) -> None:
     """One sound folder of each kind."""
     options = {"planted_users": 40, "train_size": 20, "test_size": 5, "followers": 3}
     prepared = prepare_examples(DataConfig(prepared_dir=str(root / "made"), **options))
-    make_base_model(
-        root / "tokenizer", prepared.splits["train"], hidden_size=64, num_layers=1, vocab_size=400, seed=0  # noqa: E501
-    )  # fmt: skip
+    shape = {"hidden_size": 64, "num_layers": 1, "vocab_size": 400}
+    make_base_model(root / "tokenizer", prepared.splits["train"], **shape, seed=0)
     prepared.baselines("test")
     encode_split(prepared, "test", Tokenizer(root / "tokenizer"), 1024)
     prepared.folder.rename(root / "prepared")
@@ -68,13 +67,14 @@ def write_parquet(file: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    seconds = pa.array(range(1500000000, 1500000060), pa.int64())
     table = {
         "user": [f"u{n % 5}" for n in range(60)],
         "item": pa.array([n % 20 for n in range(60)]),
         "rating": pa.array([1.0 + n % 5 for n in range(60)]),
-        "timestamp": pa.array(range(1500000000, 1500000060), pa.int64()).cast(pa.timestamp("s", "UTC")),  # noqa: E501
+        "timestamp": seconds.cast(pa.timestamp("s", "UTC")),
         "title": [f"Title {n % 20}" for n in range(60)],
-    }  # fmt: skip
+    }
     file.parent.mkdir(parents=True)
     pq.write_table(pa.table(table), file, compression="none", use_dictionary=["user"])
 

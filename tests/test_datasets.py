@@ -1,4 +1,5 @@
-"""Loaders of Amazon, Steam, BeerAdvocate, LastFM, own logs, RecBole and prepared JSON: files of ours, real samples, fuzz."""
+"""Loaders of Amazon, Steam, BeerAdvocate, LastFM, own logs, RecBole and prepared JSON:
+files of ours, real samples, fuzz."""
 
 import ast
 import csv
@@ -61,7 +62,7 @@ def rows_of(log) -> list[tuple]:
     return [(log.user_ids[u], log.item_ids[i], r, t) for u, i, r, t in columns]
 
 
-# ------------------------------------------------------------------------------------------------ lines and literals
+# ------------------------------------------------------------------------------- lines and literals
 def random_literal(rng: random.Random, depth: int = 0):
     texts = [
         "",
@@ -93,7 +94,8 @@ def random_literal(rng: random.Random, depth: int = 0):
 
 
 def test_literal_lines_are_what_python_reads():
-    """On 3,000 random dicts the wanted keys equal those of ast.literal_eval, with the u prefixes of Python 2 and without."""
+    """On 3,000 random dicts the wanted keys equal those of ast.literal_eval,
+    with the u prefixes of Python 2 and without."""
     rng = random.Random(0)
     for _ in range(3000):
         record = {
@@ -127,7 +129,8 @@ def test_lines_that_are_no_literal_are_refused(line):
 
 
 def test_lines_are_unpacked_and_decoded(tmp_path):
-    """Gzip, byte-order marks, UTF-16, stray latin-1 bytes, Windows line ends; a line without end is cut, not swallowed."""
+    """Gzip, byte-order marks, UTF-16, stray latin-1 bytes, Windows line ends;
+    a line without end is cut, not swallowed."""
     assert list(read_lines(put(tmp_path / "a.gz", "x\r\ny"))) == ["x", "y"]
     assert list(read_lines(put(tmp_path / "b", b"\xef\xbb\xbfx\n\xc3\xa9 K\xf6lsch\n"))) == [
         "x",
@@ -143,7 +146,8 @@ def test_lines_are_unpacked_and_decoded(tmp_path):
 
 
 def test_titles_are_one_line_of_a_prompt():
-    """Line breaks of every kind, control characters, entities, lone surrogates, and titles as long as a page."""
+    """Line breaks of every kind, control characters, entities, lone surrogates,
+    and titles as long as a page."""
     title = clean_title(" A\nB\x0b\x85C\u2028D\x00E &lt;b&gt; \ud800 \ufeff")
     assert title == "A B C D E <b> ?"
     assert len(clean_title("x" * 1000)) == 200
@@ -151,12 +155,21 @@ def test_titles_are_one_line_of_a_prompt():
 
 @pytest.mark.parametrize(
     "value, seconds",
-    [("978300760", 978300760), (978300760, 978300760), ("1529193600000", 1529193600), (1529193600123456789, 1529193600),
-     ("2009-05-04T23:08:57Z", 1241478537), ("2009-05-04 23:08:57", 1241478537), ("2009-05-05T01:08:57+02:00", 1241478537),
-     ("2017-12-17", 1513468800), ("0", 0)],
-)  # fmt: skip
+    [
+        ("978300760", 978300760),
+        (978300760, 978300760),
+        ("1529193600000", 1529193600),
+        (1529193600123456789, 1529193600),
+        ("2009-05-04T23:08:57Z", 1241478537),
+        ("2009-05-04 23:08:57", 1241478537),
+        ("2009-05-05T01:08:57+02:00", 1241478537),
+        ("2017-12-17", 1513468800),
+        ("0", 0),
+    ],
+)
 def test_times_are_seconds_whatever_their_form(value, seconds):
-    """Seconds, milli- and nanoseconds, ISO dates with and without zone; also beside others in one column."""
+    """Seconds, milli- and nanoseconds, ISO dates with and without zone;
+    also beside others in one column."""
     assert parse_times([value]).astype(int).tolist() == [seconds]
     assert parse_times([value, "2000-01-01"]).astype(int).tolist() == [seconds, 946684800]
 
@@ -167,7 +180,7 @@ def test_times_that_are_none_are_refused(value):
         parse_times([value])
 
 
-# ------------------------------------------------------------------------------------------------ percentiles
+# -------------------------------------------------------------------------------------- percentiles
 def test_percentile_ratings_are_mid_ranks_of_the_group():
     """ceil(5 * mid-rank / size): equal amounts tie, the top fifth gets 5, a group of one gets 3."""
     rng = np.random.default_rng(0)
@@ -187,9 +200,10 @@ def test_percentile_ratings_are_mid_ranks_of_the_group():
     assert ranks.tolist() == [0, 20, 20, 20, 20, 20]
 
 
-# ------------------------------------------------------------------------------------------------ streaming
+# ---------------------------------------------------------------------------------------- streaming
 def test_repeated_pairs_merge_while_the_file_streams():
-    """Rows held stay near the number of distinct pairs, however long the file; the last rating, or the sum, is right."""
+    """Rows held stay near the number of distinct pairs, however long the file;
+    the last rating, or the sum, is right."""
     rng = np.random.default_rng(1)
     rows = [
         (f"u{u}", f"i{i}", float(r), int(t))
@@ -214,7 +228,8 @@ def test_repeated_pairs_merge_while_the_file_streams():
 
 
 def test_a_few_bad_lines_are_counted_and_many_are_an_error(tmp_path):
-    """1 % is passed over with the first line numbers named; more is an error that says what was expected."""
+    """1 % is passed over with the first line numbers named;
+    more is an error that says what was expected."""
     good = [f"u{n % 7},i{n % 50},{1 + n % 5},{n},T{n % 50}" for n in range(400)]
     lines = ["user,item,rating,timestamp,title", *good]
     lines[17], lines[30] = "u1,i2,stars,9,T2", "u1,i2"
@@ -228,7 +243,7 @@ def test_a_few_bad_lines_are_counted_and_many_are_an_error(tmp_path):
         load_own_log(put(tmp_path / "b.csv", "\n".join(lines)), "csv")
 
 
-# ------------------------------------------------------------------------------------------------ files of ours
+# ------------------------------------------------------------------------------------ files of ours
 AMAZON = [
     {
         "overall": 5.0,
@@ -292,12 +307,16 @@ STEAM_GAMES = [
     {"app_name": "no id"},
 ]
 BEER = [
-    {"review/overall": 1.5, "beer/name": "Sausa 5% Weizen", "beer/ABV": 5.0, "beer/style": "Hefeweizen", "beer/beerId": "4",
-     "user/profileName": "stcules", "review/timeUnix": 1234817823, "review/timeStruct": {"hour": 20}},
-    {"review/overall": 4.0, "beer/name": "Pale Ale", "beer/ABV": None, "beer/style": "", "beer/beerId": "5",
-     "user/profileName": "stcules", "review/timeUnix": 1234817800},
-    {"review/overall": 0.0, "beer/name": "Pale Ale", "beer/style": "", "beer/beerId": "5", "user/profileName": "ann", "review/timeUnix": 9},
-    {"review/overall": 5.0, "beer/name": "Pale Ale", "beer/style": "", "beer/beerId": "5", "user/profileName": "", "review/timeUnix": 9},
+    {"review/overall": 1.5, "beer/name": "Sausa 5% Weizen", "beer/ABV": 5.0,
+     "beer/style": "Hefeweizen", "beer/beerId": "4", "user/profileName": "stcules",
+     "review/timeUnix": 1234817823, "review/timeStruct": {"hour": 20}},
+    {"review/overall": 4.0, "beer/name": "Pale Ale", "beer/ABV": None,
+     "beer/style": "", "beer/beerId": "5", "user/profileName": "stcules",
+     "review/timeUnix": 1234817800},
+    {"review/overall": 0.0, "beer/name": "Pale Ale", "beer/style": "", "beer/beerId": "5",
+     "user/profileName": "ann", "review/timeUnix": 9},
+    {"review/overall": 5.0, "beer/name": "Pale Ale", "beer/style": "", "beer/beerId": "5",
+     "user/profileName": "", "review/timeUnix": 9},
 ]  # fmt: skip
 BEER_ROWS = [("stcules", "5", 4.0, 1234817800), ("stcules", "4", 1.5, 1234817823)]
 LASTFM = """\
@@ -307,7 +326,12 @@ user_000001\t2009-05-01T00:00:00Z\tmb-1\tDeep "Dish\t\tOther
 user_000001\t2009-05-01T00:00:00Z\t\tNobody\t\tOther
 user_000002\t2009-05-02T00:00:00Z\tmb-1\tDeep "Dish\t\tOther
 """
-INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\nu1\t10\t4.0\t100\nu1\t20\t2.5\t50\nu2\t10\t5\t70\n"
+INTER = """\
+user_id:token\titem_id:token\trating:float\ttimestamp:float
+u1\t10\t4.0\t100
+u1\t20\t2.5\t50
+u2\t10\t5\t70
+"""
 ITEM = 'item_id:token\tmovie_title:token_seq\tgenre:token_seq\n10\tThe "M"\tDrama\n20\tGo\tComedy\n'
 
 
@@ -324,15 +348,13 @@ def literal_lines(records) -> str:
 
 def beer_blocks() -> str:
     names = {"user/profileName": "review/profileName", "review/timeUnix": "review/time"}
-    blocks = [
-        [
-            f"{names.get(k, k)}: {'' if v is None else v}"
-            for k, v in r.items()
-            if k != "review/timeStruct"
-        ]
-        for r in BEER
-    ]
-    return "\n\n".join("\n".join(block) for block in blocks) + "\n\n"
+    text = ""
+    for record in BEER:
+        for key, value in record.items():
+            if key != "review/timeStruct":
+                text += f"{names.get(key, key)}: {'' if value is None else value}\n"
+        text += "\n"
+    return text
 
 
 def beer_csv() -> bytes:
@@ -356,15 +378,16 @@ def beer_csv() -> bytes:
     ]
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerows(
-        [["", *names], *([n, *(record.get(key) for key in keys)] for n, record in enumerate(BEER))]
-    )
+    writer.writerow(["", *names])
+    for n, record in enumerate(BEER):
+        writer.writerow([n, *(record.get(key) for key in keys)])
     return out.getvalue().encode("latin-1")
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_amazon_reviews_and_titles(suffix, tmp_path):
-    """The last of a repeated pair counts; entities are text; an item whose title is a piece of a page is dropped."""
+    """The last of a repeated pair counts; entities are text;
+    an item whose title is a piece of a page is dropped."""
     put(tmp_path / f"Books_5.json{suffix}", json_lines(AMAZON))
     put(tmp_path / f"meta_Books.json{suffix}", json_lines(AMAZON_META))
     log = load_amazon(tmp_path)
@@ -401,7 +424,8 @@ def test_amazon_without_titles_says_what_is_missing(tmp_path):
 
 
 def test_steam_hours_become_ratings_within_the_game(tmp_path):
-    """Python literals; hours rank among the game's players; without hours a review is counted and left out."""
+    """Python literals; hours rank among the game's players;
+    without hours a review is counted and left out."""
     put(tmp_path / "steam_reviews.json.gz", literal_lines(STEAM))
     put(tmp_path / "steam_games.json.gz", literal_lines(STEAM_GAMES))
     log = load_steam(tmp_path)
@@ -416,9 +440,17 @@ def test_steam_hours_become_ratings_within_the_game(tmp_path):
     assert [r for *_, r, _ in rows_of(load_steam(tmp_path, percentile="all"))] == [3, 5, 1]
 
 
-@pytest.mark.parametrize("form, content", [("beeradvocate.json", literal_lines(BEER)), ("beeradvocate.txt.gz", beer_blocks()), ("beer_reviews.csv", beer_csv())])  # fmt: skip
+@pytest.mark.parametrize(
+    "form, content",
+    [
+        ("beeradvocate.json", literal_lines(BEER)),
+        ("beeradvocate.txt.gz", beer_blocks()),
+        ("beer_reviews.csv", beer_csv()),
+    ],
+)
 def test_beeradvocate_in_three_forms(form, content, tmp_path):
-    """Dict lines, text blocks and CSV give the same log; zeros and empty names are counted and left out."""
+    """Dict lines, text blocks and CSV give the same log;
+    zeros and empty names are counted and left out."""
     put(tmp_path / form, content)
     log = load_beeradvocate(tmp_path)
     assert rows_of(log) == BEER_ROWS and log.titles == [
@@ -452,7 +484,8 @@ def test_beer_titles_hold_strength_and_style():
 
 @pytest.mark.parametrize("form", ["plain", "gz", "tar"])
 def test_lastfm_counts_plays_of_artists(form, tmp_path):
-    """One row per user and artist at the first play, rated by the number of plays among the artist's listeners."""
+    """One row per user and artist at the first play,
+    rated by the number of plays among the artist's listeners."""
     name = "userid-timestamp-artid-artname-traid-traname.tsv"
     if form == "tar":
         with tarfile.open(tmp_path / "lastfm-dataset-1K.tar.gz", "w:gz") as archive:
@@ -500,10 +533,15 @@ def test_recbole_with_another_separator(between, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("ml.train.inter", "ml.valid.inter", "ml.test.inter"), ("ml.part1.inter", "ml.part2.inter", "ml.part3.inter")]
-)  # fmt: skip
+    "names",
+    [
+        ("ml.train.inter", "ml.valid.inter", "ml.test.inter"),
+        ("ml.part1.inter", "ml.part2.inter", "ml.part3.inter"),
+    ],
+)
 def test_recbole_splits_are_joined(names, tmp_path):
-    """A benchmark's three files are the log that they were cut from; the header of each but the first is none of its rows."""
+    """A benchmark's three files are the log that they were cut from;
+    the header of each but the first is none of its rows."""
     header, *rows = INTER.splitlines()
     for name, row in zip(names, rows, strict=True):
         put(tmp_path / name, f"{header}\n{row}")  # the last line without its end
@@ -516,7 +554,7 @@ def test_recbole_splits_are_joined(names, tmp_path):
     assert rows_of(joined) == rows_of(whole) and joined.titles == whole.titles
 
 
-# ------------------------------------------------------------------------------------------------ own logs
+# ----------------------------------------------------------------------------------------- own logs
 OWN = [
     ("ann", "7", 4.5, 1600000000, "Go"),
     ("ann", "8", 2, 1600000100, 'say "A, B"'),
@@ -566,7 +604,8 @@ def test_own_csv_without_header_counts_columns(tmp_path):
 
 
 def test_own_json_lines_and_item_file(tmp_path):
-    """Numbers as ids and times; titles from a second file, CSV or JSON lines; ids where an item has none."""
+    """Numbers as ids and times; titles from a second file, CSV or JSON lines;
+    ids where an item has none."""
     records = [{"user": u, "item": int(i), "rating": r, "timestamp": t} for u, i, r, t, _ in OWN]
     file = put(tmp_path / "log.jsonl.gz", json_lines(records))
     items = put(tmp_path / "items.csv", "item_id,name\n7,Go\n9,unseen\n")
@@ -580,7 +619,8 @@ def test_own_json_lines_and_item_file(tmp_path):
 
 
 def test_own_hours_and_missing_columns(tmp_path, capsys):
-    """Another scale says what to do; no rating, no time, no title each have a meaning, and a note."""
+    """Another scale says what to do; no rating, no time, no title each have a meaning,
+    and a note."""
     scores = [(u, i, 10 * r, t, n) for u, i, r, t, n in OWN]
     file = put(
         tmp_path / "scores.csv", own_csv(("user", "item", "score", "date", "title"), rows=scores)
@@ -588,17 +628,13 @@ def test_own_hours_and_missing_columns(tmp_path, capsys):
     with pytest.raises(ValueError, match="ratings from 20 to 50 are not .*: --percentile item"):
         load_own_log(file, "csv")
     assert [r for *_, r, _ in rows_of(load_own_log(file, "csv", percentile="item"))] == [2, 3, 4]
-    file = put(
-        tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title"))
-    )  # below 5, but hours all the same
+    # below 5, but hours all the same
+    file = put(tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title")))
     assert [r for *_, r, _ in rows_of(load_own_log(file, "csv"))] == [2, 3, 4]
     clicks = put(tmp_path / "clicks.csv", "user,item\nb,1\na,1\nb,2\nb,1\nb,1\n")
     log = load_own_log(clicks, "csv")
-    assert rows_of(log) == [
-        ("a", "1", 2, 3),
-        ("b", "1", 4, 2),
-        ("b", "2", 3, 4),
-    ]  # times are line numbers
+    # times are line numbers
+    assert rows_of(log) == [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]
     notes = capsys.readouterr().out
     assert all(text in notes for text in ("no rating column", "no timestamp column", "no titles"))
 
@@ -611,7 +647,8 @@ def test_columns_that_are_not_understood_are_named(text):
 
 @pytest.mark.parametrize("second", ["", 'T" oops'])
 def test_a_quote_that_is_not_closed_costs_its_own_line_only(second, tmp_path):
-    """The rows behind a stray quote are read, whether the file ends or another stray quote closes it."""
+    """The rows behind a stray quote are read,
+    whether the file ends or another stray quote closes it."""
     rows = [f"u{n % 9},i{n},{1 + n % 5},{n},T{n}" for n in range(2000)]
     rows[100] = 'u1,i100,3,100,"Unclosed'
     if second:
@@ -634,7 +671,8 @@ def test_lists_of_texts_do_not_backtrack():
 
 
 def test_columns_are_the_likely_ones(tmp_path):
-    """Ids before names; a product's name is the title, not the user's; keys that the first JSON line lacks are found."""
+    """Ids before names; a product's name is the title, not the user's;
+    keys that the first JSON line lacks are found."""
     text = "user_id,name,product_id,product_name,user,rating\n" + "".join(
         f"{u},Bob {u},{i},Thing {i},x,4\n" for u in range(3) for i in range(3)
     )
@@ -650,7 +688,8 @@ def test_columns_are_the_likely_ones(tmp_path):
 
 
 def test_files_that_are_no_tables_say_so(tmp_path):
-    """Excel's own format, UTF-16 without mark, JSON lines that are none; Excel's sep= line is understood."""
+    """Excel's own format, UTF-16 without mark, JSON lines that are none;
+    Excel's sep= line is understood."""
     with pytest.raises(ValueError, match="save the table as CSV"):
         load_own_log(put(tmp_path / "a.csv", b"PK\x03\x04\x14\x00"), "csv")
     with pytest.raises(ValueError, match="not text in UTF-8"):
@@ -678,7 +717,8 @@ def test_an_item_file_may_name_the_item_otherwise(tmp_path):
 
 
 def test_order_within_a_second_and_titles_that_change(tmp_path):
-    """Milliseconds order a log although seconds are kept; of two titles of an item the same one is taken in any order."""
+    """Milliseconds order a log although seconds are kept;
+    of two titles of an item the same one is taken in any order."""
     rows = [
         f"u,{n},4,{1600000000000 + 100 * (9 - n)},{'New' if n else 'Old'}" for n in range(9)
     ] + ["v,0,4,1600000000000,New"]
@@ -745,7 +785,7 @@ def test_the_order_of_lines_changes_nothing(tmp_path):
     assert len(set(hashes)) == 1
 
 
-# ------------------------------------------------------------------------------------------------ prepared JSON
+# ------------------------------------------------------------------------------------ prepared JSON
 def foreign_entry(n: int, scores: bool) -> dict:
     items = [f"T{(n + 3 * i) % 97}" for i in range(20)]
     entry = {
@@ -764,7 +804,8 @@ def foreign_entry(n: int, scores: bool) -> dict:
 
 @pytest.mark.parametrize("scores", [False, True], ids=["S-DPO", "authors"])
 def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
-    """Lists, targets and scores are those of the files; without ratings a history line is the title alone."""
+    """Lists, targets and scores are those of the files;
+    without ratings a history line is the title alone."""
     parts = {"train": 40, "test": 15}
     for split, count in parts.items():
         put(
@@ -811,7 +852,7 @@ def test_prepared_json_that_does_not_fit_is_named(short, tmp_path):
         )
 
 
-# ------------------------------------------------------------------------------------------------ real samples
+# ------------------------------------------------------------------------------------- real samples
 @needs("amazon/Gift_Cards_5.json.gz")
 def test_real_amazon_sample():
     """Gift Cards: distinct pairs whose item has a usable title, counted with json and sets."""
@@ -834,7 +875,8 @@ def test_real_amazon_sample():
 
 @needs("amazon/AMAZON_FASHION_5.json.gz")
 def test_real_repeats_keep_the_last(tmp_path):
-    """Fashion repeats pairs in style variants; of each the latest rating stays, of one day the one further down."""
+    """Fashion repeats pairs in style variants;
+    of each the latest rating stays, of one day the one further down."""
     file = DATA / "amazon/AMAZON_FASHION_5.json.gz"
     reviews = [json.loads(line) for line in gzip.open(file)]
     last = {}
@@ -847,7 +889,8 @@ def test_real_repeats_keep_the_last(tmp_path):
 
 @needs("steam/steam_games.json.gz")
 def test_real_steam_titles(tmp_path):
-    """Every game of the original file, reviewed once each: app_name, else title, as ast.literal_eval reads them."""
+    """Every game of the original file, reviewed once each:
+    app_name, else title, as ast.literal_eval reads them."""
     lines = (
         gzip.open(DATA / "steam/steam_games.json.gz", "rt", encoding="utf-8").read().splitlines()
     )
@@ -906,13 +949,13 @@ def test_real_beer_samples():
 
 @needs("lastfm")
 def test_real_lastfm_sample():
-    """Pairs of user and artist with id, and the time of the first play, from a few lines over the same file."""
+    """Pairs of user and artist with id, and the time of the first play,
+    from a few lines over the same file."""
     (file,) = (DATA / "lastfm").glob("*.tsv")
     fields = [line.rstrip("\n").split("\t") for line in file.open(encoding="utf-8")]
     plays = Counter((f[0], f[2]) for f in fields if f[2])
-    first = {
-        (f[0], f[2]): f[1] for f in fields if f[2]
-    }  # newest first, so the last one met is the first play
+    # newest first, so the last one met is the first play
+    first = {(f[0], f[2]): f[1] for f in fields if f[2]}
     log = load_lastfm(DATA / "lastfm")
     assert (
         len(fields) == 5000
@@ -945,7 +988,7 @@ def test_real_sdpo_sample(tmp_path):
         assert example.candidates[example.target] == clean_title(entry["trueSelection"])
 
 
-# ------------------------------------------------------------------------------------------------ fuzz
+# --------------------------------------------------------------------------------------------- fuzz
 SPECIAL = "<|end_of_text|>"
 
 
@@ -974,28 +1017,45 @@ def sources() -> dict[str, tuple[dict[str, bytes], dict]]:
         split: json.dumps([foreign_entry(n, True) for n in range(20)])
         for split in ("train", "test")
     }
-    return {
-        name: ({file: text.encode() if isinstance(text, str) else text for file, text in files.items()}, options | {"dataset": kind})
-        for name, kind, files, options in (
-            ("amazon", "amazon", {"Books.json": json_lines(many(AMAZON, "reviewerID")), "meta_Books.json": json_lines(AMAZON_META)}, {}),
-            ("steam", "steam", {"steam_reviews.json": literal_lines(many(STEAM, "username")), "steam_games.json": literal_lines(games).replace("'tag ", "u'tag ")}, {}),
-            ("beer lines", "beeradvocate", {"beeradvocate.json": literal_lines(many(BEER, "user/profileName"))}, {}),
-            ("beer blocks", "beeradvocate", {"beeradvocate.txt": beer_blocks() * 15}, {}),
-            ("beer csv", "beeradvocate", {"beer_reviews.csv": beer_csv() + beer_csv().split(b"\n", 1)[1] * 15}, {}),
-            ("lastfm", "lastfm", {"userid-timestamp-x.tsv": lastfm}, {}),
-            ("csv", "csv", {"log.csv": own_csv(rows=many_own)}, {}),
-            ("hours", "csv", {"log.csv": own_csv(rows=many_own)}, {"percentile": "user"}),
-            ("jsonl", "jsonl", {"log.jsonl": json_lines(records)}, {}),
-            ("recbole", "recbole", {"x.inter": INTER + INTER.split("\n", 1)[1] * 40, "x.item": ITEM}, {}),
-            ("prepared", "prepared", {f"{split}.json": text for split, text in entries.items()}, {}),
-        )
-    }  # fmt: skip
+    amazon = {
+        "Books.json": json_lines(many(AMAZON, "reviewerID")),
+        "meta_Books.json": json_lines(AMAZON_META),
+    }
+    steam = {
+        "steam_reviews.json": literal_lines(many(STEAM, "username")),
+        "steam_games.json": literal_lines(games).replace("'tag ", "u'tag "),
+    }
+    beer_lines = literal_lines(many(BEER, "user/profileName"))
+    beer_table = beer_csv() + beer_csv().split(b"\n", 1)[1] * 15
+    recbole = {"x.inter": INTER + INTER.split("\n", 1)[1] * 40, "x.item": ITEM}
+    prepared = {f"{split}.json": text for split, text in entries.items()}
+    tables = (
+        ("amazon", "amazon", amazon, {}),
+        ("steam", "steam", steam, {}),
+        ("beer lines", "beeradvocate", {"beeradvocate.json": beer_lines}, {}),
+        ("beer blocks", "beeradvocate", {"beeradvocate.txt": beer_blocks() * 15}, {}),
+        ("beer csv", "beeradvocate", {"beer_reviews.csv": beer_table}, {}),
+        ("lastfm", "lastfm", {"userid-timestamp-x.tsv": lastfm}, {}),
+        ("csv", "csv", {"log.csv": own_csv(rows=many_own)}, {}),
+        ("hours", "csv", {"log.csv": own_csv(rows=many_own)}, {"percentile": "user"}),
+        ("jsonl", "jsonl", {"log.jsonl": json_lines(records)}, {}),
+        ("recbole", "recbole", recbole, {}),
+        ("prepared", "prepared", prepared, {}),
+    )
+    out = {}
+    for name, kind, files, options in tables:
+        content = {f: t.encode() if isinstance(t, str) else t for f, t in files.items()}
+        out[name] = content, options | {"dataset": kind}
+    return out
 
 
 NUMBER = re.compile(rb"-?\d+(\.\d+)?")
-POISON = [b"NaN", b"-1", b"inf", b"1e999", b"", b"null", b"0", b"99999999999999999999999", b"true", b"[]", b"{}", b"\xff\xfe",
-          b"\x00", b"\xed\xa0\x80", b'"', b"'", b"\\", b"\n", b"\r", b"\\ud800", b"|", b",", b"\t", b"::", b": ", SPECIAL.encode(),
-          "\u2028".encode(), b"\\n", b"Answer:"]  # fmt: skip
+POISON = [
+    b"NaN", b"-1", b"inf", b"1e999", b"", b"null", b"0", b"99999999999999999999999", b"true",
+    b"[]", b"{}", b"\xff\xfe", b"\x00", b"\xed\xa0\x80", b'"', b"'", b"\\", b"\n", b"\r",
+    b"\\ud800", b"|", b",", b"\t", b"::", b": ", SPECIAL.encode(), "\u2028".encode(), b"\\n",
+    b"Answer:",
+]  # fmt: skip
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
@@ -1038,7 +1098,8 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
-    """Load mutated files of every kind: a log that keeps its promises, or one ValueError. Counts both."""
+    """Load mutated files of every kind: a log that keeps its promises, or one ValueError.
+    Counts both."""
     outcomes: Counter = Counter()
     everything = list(sources().items())
     eos = tokenizer.eos_id
@@ -1104,7 +1165,8 @@ def tokenizer(tmp_path_factory):
 
 
 def test_mutated_files_are_refused_or_counted(tmp_path, tokenizer, capsys):
-    """440 files: every loader refuses some and loads some; no traceback, no control token in a prompt."""
+    """440 files: every loader refuses some and loads some;
+    no traceback, no control token in a prompt."""
     outcomes = fuzz(range(440), tmp_path, tokenizer)
     encoded = outcomes.pop("encoded")
     for how in ("loaded", "refused"):

@@ -1,4 +1,5 @@
-"""The split in time: who is tested on what, and that nothing from after the date is seen before it."""
+"""The split in time: who is tested on what, and that nothing from after the date is seen before
+it."""
 
 from dataclasses import replace
 
@@ -165,7 +166,8 @@ def test_sequential_models_train_before_the_date():
 
 
 def test_prepared_examples_remember_where_training_ends(tmp_path):
-    """Read back from disk; another date is another folder; the usual split's folder is as before."""
+    """Read back from disk; another date is another folder;
+    the usual split's folder is as before."""
     config = DataConfig(
         planted_users=120, followers=3, min_history=4, split_by="time", prepared_dir=str(tmp_path)
     )

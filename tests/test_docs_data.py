@@ -22,7 +22,11 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 QUERIES = [text for kind, text in BLOCKS if kind == "sql"]
 
 USERS, ITEMS = range(1, 11), range(1, 61)
-EVENTS = [(u, 1 + (7 * u + 3 * n) % 60, 1 + (u + n) % 5, 1600000000 + 86400 * n + u) for u in USERS for n in range(20)]  # noqa: E501  # fmt: skip
+EVENTS = [
+    (u, 1 + (7 * u + 3 * n) % 60, 1 + (u + n) % 5, 1600000000 + 86400 * n + u)
+    for u in USERS
+    for n in range(20)
+]
 
 
 def table(names: str, rows, delimiter: str = ",", quoting=csv.QUOTE_MINIMAL) -> str:
@@ -45,9 +49,13 @@ def make_files(folder: Path) -> None:
         z.writestr(
             "ml-100k/u.item", "".join(f"{i}|{t} (1995)|01-Jan-1995||http|0\n" for i, t in names)
         )
-    reviews = [{"user_id": f"AE{u}", "parent_asin": f"B{i:09d}", "rating": float(r), "timestamp": t * 1000} for u, i, r, t in EVENTS]  # noqa: E501  # fmt: skip
+    reviews = [
+        {"user_id": f"AE{u}", "parent_asin": f"B{i:09d}", "rating": float(r), "timestamp": t * 1000}
+        for u, i, r, t in EVENTS
+    ]
     put(folder / "amazon-2023/Beauty.csv", amazon_csv(reviews, False))
-    put(folder / "amazon-2023/meta_Beauty.jsonl", json_lines({"parent_asin": f"B{i:09d}", "title": t} for i, t in names))  # noqa: E501  # fmt: skip
+    products = ({"parent_asin": f"B{i:09d}", "title": t} for i, t in names)
+    put(folder / "amazon-2023/meta_Beauty.jsonl", json_lines(products))
     titled = [(*event, f"Title {event[1]}") for event in EVENTS]
     put(folder / "log.csv", table("customer,sku,stars,ordered_at,product", titled))
     events = [{"uid": u, "vid": i, "at": t} for u, i, _, t in EVENTS for _ in range(1 + u % 4)]
@@ -55,7 +63,8 @@ def make_files(folder: Path) -> None:
     put(folder / "videos.csv", table("id,name", names))
     header = INTER.splitlines()[0]
     put(folder / "recbole/ml.inter", "\n".join([header, *("\t".join(map(str, e)) for e in EVENTS)]))
-    put(folder / "recbole/ml.item", "\n".join([ITEM.splitlines()[0], *(f"{i}\t{t}\tDrama" for i, t in names)]))  # noqa: E501  # fmt: skip
+    items = [ITEM.splitlines()[0], *(f"{i}\t{t}\tDrama" for i, t in names)]
+    put(folder / "recbole/ml.item", "\n".join(items))
     likes = [(u, i, int(r > 2), t, f"Title {i}") for u, i, r, t in EVENTS]
     put(folder / "likes.csv", table("user,item,rating,timestamp,title", likes))
     hours = [(u, i, 10 * r + 0.1 * u, t, f"Title {i}") for u, i, r, t in EVENTS]

@@ -20,9 +20,9 @@ from loaders.frozen import DataConfig, prepare, words_of
 )
 def test_a_log_is_found_whatever_its_case_and_beside_hidden_files(name, tmp_path):
     """macOS leaves ._log.csv, Spark .part.crc, an editor .log.csv.swp: none of them is a log."""
-    put(tmp_path / "made.gz", own_csv()).rename(tmp_path / name) if name.lower().endswith(
-        "gz"
-    ) else put(tmp_path / name, own_csv())
+    packed = name.lower().endswith("gz")
+    made = put(tmp_path / ("made.gz" if packed else "made.csv"), own_csv())
+    made.rename(tmp_path / name)
     for hidden in (f"._{name}", f".{name}", ".DS_Store", f".{name}.crc"):
         put(tmp_path / hidden, b"\x00\x05\x16\x07")
     assert rows_of(load("csv", tmp_path)) == OWN_ROWS
@@ -125,7 +125,11 @@ def test_a_long_array_is_read_in_blocks(tmp_path):
     """Elements that lie across blocks of 1 MiB, with texts that hold brackets,
     commas and letters of two bytes."""
     text = '], [{"é": 1}, ' * 30
-    records = [{"user": f"u{n % 9}", "item": n, "rating": 1 + n % 5, "timestamp": n, "title": f"T{n}", "text": text} for n in range(6000)]  # noqa: E501  # fmt: skip
+    records = [
+        {"user": f"u{n % 9}", "item": n, "rating": 1 + n % 5, "timestamp": n,
+         "title": f"T{n}", "text": text}
+        for n in range(6000)
+    ]  # fmt: skip
     file = put(tmp_path / "log.json", json.dumps(records, ensure_ascii=False))
     assert file.stat().st_size > 2.5e6
     lines = put(tmp_path / "log.jsonl", json_lines(records))
@@ -260,10 +264,14 @@ def test_bad_lines_of_an_edition_are_named(edition, file, old, new, culprit, tmp
 
 # ------------------------------------------------------------------------------ Amazon of 2023
 REVIEWS = [
-    {"rating": 4.0, "title": "Great!", "text": "x", "asin": "B0V0000001", "parent_asin": f"B0P000000{n}", "user_id": f"AE{n % 2}", "timestamp": 1500062984000 + n}  # noqa: E501
+    {"rating": 4.0, "title": "Great!", "text": "x", "asin": "B0V0000001",
+     "parent_asin": f"B0P000000{n}", "user_id": f"AE{n % 2}", "timestamp": 1500062984000 + n}
     for n in range(4)
 ]  # fmt: skip
-META = [{"main_category": "All", "title": f"River {n}", "parent_asin": f"B0P000000{n}"} for n in range(4)]  # noqa: E501  # fmt: skip
+META = [
+    {"main_category": "All", "title": f"River {n}", "parent_asin": f"B0P000000{n}"}
+    for n in range(4)
+]
 AMAZON_ROWS = [
     ("AE0", "B0P0000000", 4, 1500062984), ("AE0", "B0P0000002", 4, 1500062984),
     ("AE1", "B0P0000001", 4, 1500062984), ("AE1", "B0P0000003", 4, 1500062984),

@@ -1,4 +1,5 @@
-"""Mutated files of models, tokenizers, adapters and run folders: read, or one message with the file's name.
+"""Mutated files of models, tokenizers, adapters and run folders:
+read, or one message with the file's name.
 
 `python -m pytest -m slow tests/test_hub_fuzz.py` tries 5,000 of them."""
 
@@ -25,11 +26,12 @@ from runtime.stages import check_data, load_stage
 
 ODD = [
     None, True, False, 0, 1, -1, 2, 7, 1.5, -0.5, 1e308, 10**30, 2**31, float("nan"), float("inf"),
-    "", "x", "0", "é\ud83d", "../..", "/", "a\0b", "(", "model.safetensors", [], [0], [None], [[]], ["x"], {}, {"a": 1},
+    "", "x", "0", "é\ud83d", "../..", "/", "a\0b", "(", "model.safetensors",
+    [], [0], [None], [[]], ["x"], {}, {"a": 1},
 ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------ what is mutated, and who reads it
+# ---------------------------------------------------------------- what is mutated, and who reads it
 def make_files(root: Path) -> None:
     """One sound folder of each kind."""
     write_checkpoint(root / "single")
@@ -92,7 +94,7 @@ def mutated_json(content, rng: random.Random):
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         node = content
         while True:
-            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            keys = list(node if isinstance(node, dict) else range(len(node)))
             if not keys:
                 break
             key = rng.choice(keys)

@@ -64,7 +64,8 @@ def test_one_table_shows_all_lists(tmp_path):
 
 
 def test_negatives_stand_side_by_side(tmp_path):
-    """A row per K, last tenth of the steps, mean and range of the seeds; one K alone has no table."""
+    """A row per K, last tenth of the steps, mean and range of the seeds;
+    one K alone has no table."""
     write_stage(tmp_path, "recpo", [1, 0, 0, 0], seed=0)
     assert negative_rows(grouped(collect(tmp_path))) == []
     write_stage(tmp_path, "recpo", [1, 1, 0, 0], seed=1)

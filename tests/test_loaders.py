@@ -1,4 +1,5 @@
-"""The interaction table against plain loops, and the MovieLens loader on hand-made files, damaged ones and the real ones."""
+"""The interaction table against plain loops, and the MovieLens loader on hand-made files,
+damaged ones and the real ones."""
 
 import hashlib
 import http.client
@@ -48,7 +49,8 @@ MOVIES = """\
 
 
 def random_rows(seed: int, num_users: int = 12, num_items: int = 15, n: int = 200) -> list[tuple]:
-    """(user, item, rating, timestamp) with many repeated pairs and many equal times, in no order."""
+    """(user, item, rating, timestamp) with many repeated pairs and many equal times,
+    in no order."""
     rng = np.random.default_rng(seed)
     columns = [rng.integers(m, size=n) for m in (num_users, num_items, 5, 8)]
     return [(f"u{u}", int(i) * 10, int(r) + 1, int(t)) for u, i, r, t in zip(*columns, strict=True)]
@@ -86,10 +88,11 @@ def check_table(log: Interactions) -> None:
         ) == end - start > 0
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_are_sorted_and_the_last_of_a_pair_is_kept(seed):
-    """By user, then time, ties in the order of the file; of a repeated user-item pair only the last one stays."""
+    """By user, then time, ties in the order of the file;
+    of a repeated user-item pair only the last one stays."""
     rows = random_rows(seed)
     by_pair = {}
     for row in sorted(rows, key=lambda row: (row[0], row[3])):  # stable
@@ -130,14 +133,14 @@ def test_titles_are_cleaned():
     assert clean_title(" Sam &amp; Max\n Hit\tthe  Road ") == "Sam & Max Hit the Road"
 
 
-# ------------------------------------------------------------------------------------------------ k-core
+# ------------------------------------------------------------------------------------------- k-core
 def core_by_loop(rows: list[tuple], k: int) -> list[tuple]:
     """Remove one user or item with fewer than k rows at a time, until there is none."""
     while True:
-        users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
-        poor = [(0, u) for u, n in users.items() if n < k] + [
-            (1, i) for i, n in items.items() if n < k
-        ]
+        users = Counter(row[0] for row in rows)
+        items = Counter(row[1] for row in rows)
+        poor = [(0, u) for u, n in users.items() if n < k]
+        poor += [(1, i) for i, n in items.items() if n < k]
         if not poor:
             return rows
         column, value = poor[0]
@@ -147,7 +150,8 @@ def core_by_loop(rows: list[tuple], k: int) -> list[tuple]:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("k", [0, 1, 2, 4, 6])
 def test_k_core_equals_removal_one_by_one(seed, k):
-    """What is left does not depend on the order of removal; rows keep their order and their content."""
+    """What is left does not depend on the order of removal;
+    rows keep their order and their content."""
     log = log_of(random_rows(seed, num_users=20, num_items=25, n=150))
     expected = core_by_loop(rows_of(log), k)
     if not expected:
@@ -168,7 +172,7 @@ def test_k_core_test_is_not_vacuous():
     assert 0 in left and any(0 < n < 140 for n in left)
 
 
-# ------------------------------------------------------------------------------------------------ MovieLens files
+# ---------------------------------------------------------------------------------- MovieLens files
 def write_movielens(folder: Path, ratings: str = RATINGS, movies: str = MOVIES) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ratings.dat").write_bytes(ratings.encode("latin-1"))
@@ -198,7 +202,8 @@ def check_small_movielens(log: Interactions) -> None:
 
 
 def test_movielens_loads_from_folder_and_zip(tmp_path):
-    """The folder of the files, the folder around it, the zip, and the folder that holds the zip give the same log."""
+    """The folder of the files, the folder around it, the zip,
+    and the folder that holds the zip give the same log."""
     write_movielens(tmp_path / "outer/ml-1m")
     (tmp_path / "zipped").mkdir()
     archive = zip_movielens(tmp_path / "zipped/ml-1m.zip")
@@ -221,7 +226,8 @@ def test_movielens_loads_from_folder_and_zip(tmp_path):
         ("Mystery, Alaska (1999)", "Mystery, Alaska"),
         ("Associate, The (L'Associe)(1982)", "The Associate (L'Associe)"),
         ("Postino, Il (The Postman) (1994)", "Il Postino (The Postman)"),
-        ("Seventh Seal, The (Sjunde inseglet, Det) (1957)", "The Seventh Seal (Sjunde inseglet, Det)"),
+        ("Seventh Seal, The (Sjunde inseglet, Det) (1957)",
+         "The Seventh Seal (Sjunde inseglet, Det)"),
         ("Umbrellas of Cherbourg, The (Parapluies de Cherbourg, Les) (1964)",
          "The Umbrellas of Cherbourg (Parapluies de Cherbourg, Les)"),
         ("Atalante, L' (1934)", "L'Atalante"),
@@ -232,12 +238,14 @@ def test_movielens_loads_from_folder_and_zip(tmp_path):
     ],
 )  # fmt: skip
 def test_year_goes_and_article_moves_to_the_front(name, title):
-    """A title reads as a person would write it: nothing is cut out of its middle, no foreign name is lost."""
+    """A title reads as a person would write it:
+    nothing is cut out of its middle, no foreign name is lost."""
     assert movielens_titles({1: name}) == {1: title}
 
 
 def test_shared_names_keep_the_year():
-    """Two movies of one name stay apart by their years, also when only the article's place differs."""
+    """Two movies of one name stay apart by their years,
+    also when only the article's place differs."""
     names = {
         1: "Titanic (1953)",
         2: "Titanic (1997)",
@@ -253,7 +261,8 @@ def test_shared_names_keep_the_year():
     "ratings, culprit",
     [
         ("", r"line 1\b"),
-        (RATINGS[:-1], r"line 5\b.*truncated"),  # only the line break is missing: a digit might be, too
+        # only the line break is missing: a digit might be, too
+        (RATINGS[:-1], r"line 5\b.*truncated"),
         (RATINGS[:-8], r"line 5\b.*truncated"),
         (RATINGS[: RATINGS.rindex("::")] + "\n", r"line 5\b"),  # in the middle of a record
         (RATINGS.replace("::3::", "::"), r"line 3\b"),
@@ -268,10 +277,14 @@ def test_shared_names_keep_the_year():
         (RATINGS.replace("::3::", "::0::"), r"line 3\b"),
         (RATINGS.replace("2::661::", "2::0::"), r"line 3\b"),
     ],
-    ids=["empty", "no line break", "cut", "cut record", "short", "long", "comma", "tab", "mixed", "letters", "blank", "nan", "6", "0", "item 0"],
+    ids=[
+        "empty", "no line break", "cut", "cut record", "short", "long", "comma", "tab", "mixed",
+        "letters", "blank", "nan", "6", "0", "item 0",
+    ],
 )  # fmt: skip
 def test_bad_ratings_are_named_by_file_and_line(ratings, culprit, tmp_path):
-    """A file that was cut off, or that holds anything but whole and sensible records, is refused where it is wrong."""
+    """A file that was cut off, or that holds anything but whole and sensible records,
+    is refused where it is wrong."""
     write_movielens(tmp_path, ratings=ratings)
     with pytest.raises(ValueError, match=rf"ratings\.dat.*{culprit}"):
         load_movielens(tmp_path)
@@ -301,14 +314,16 @@ def test_bad_ratings_are_named_by_file_and_line(ratings, culprit, tmp_path):
     ],
 )
 def test_bad_movies_are_named_by_file_and_line(movies, culprit, tmp_path):
-    """Records without three fields, without a number or without a title are refused; so are rated movies not listed."""
+    """Records without three fields, without a number or without a title are refused;
+    so are rated movies not listed."""
     write_movielens(tmp_path, movies=movies)
     with pytest.raises(ValueError, match=rf"movies\.dat.*{culprit}"):
         load_movielens(tmp_path)
 
 
 def test_missing_files_are_named(tmp_path):
-    """A path without the files, a folder with one of them, and a zip with one of them say what is missing where."""
+    """A path without the files, a folder with one of them,
+    and a zip with one of them say what is missing where."""
     with pytest.raises(ValueError, match=r"nowhere.*ratings\.dat"):
         load_movielens(tmp_path / "nowhere")
     (write_movielens(tmp_path / "half") / "movies.dat").unlink()
@@ -319,7 +334,8 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_damaged_zip_is_refused_by_name(tmp_path):
-    """Cut off anywhere or with any one byte changed, a zip gives a ValueError with its name, or the right log."""
+    """Cut off anywhere or with any one byte changed, a zip gives a ValueError with its name,
+    or the right log."""
     whole = zip_movielens(tmp_path / "ml-1m.zip").read_bytes()
     damaged = [whole[:n] for n in range(0, len(whole), 7)]
     damaged += [whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1 :] for i in range(len(whole))]
@@ -336,7 +352,7 @@ def test_damaged_zip_is_refused_by_name(tmp_path):
     assert refused > len(damaged) / 2
 
 
-# ------------------------------------------------------------------------------------------------ the download
+# ------------------------------------------------------------------------------------- the download
 class Response(io.BytesIO):
     """What urlopen returns; breaks off with `error` at the end."""
 
@@ -353,7 +369,8 @@ class Response(io.BytesIO):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A function that makes the URL answer with these bytes, and publishes their checksum if asked to."""
+    """A function that makes the URL answer with these bytes,
+    and publishes their checksum if asked to."""
 
     def serve(content: bytes, published: bool, error: Exception | None = None) -> None:
         def urlopen(url, timeout):
@@ -379,7 +396,8 @@ def test_download_with_the_published_checksum_is_put_in_place(path, tmp_path, se
 
 
 def test_download_with_another_checksum_is_not_used(tmp_path, served):
-    """Whatever is not the published file, whole, is refused with both checksums and not put in place."""
+    """Whatever is not the published file, whole,
+    is refused with both checksums and not put in place."""
     content = zip_movielens(tmp_path / "made.zip").read_bytes()
     served(content, published=False)
     with pytest.raises(
@@ -399,7 +417,8 @@ def test_download_with_another_checksum_is_not_used(tmp_path, served):
     ],
 )
 def test_broken_download_says_what_to_do(error, tmp_path, served):
-    """No network, or one that breaks off, is one message with the address and the way out; a later try succeeds."""
+    """No network, or one that breaks off, is one message with the address and the way out;
+    a later try succeeds."""
     content = zip_movielens(tmp_path / "made.zip").read_bytes()
     served(content[:100], published=False, error=error)
     with pytest.raises(ValueError, match=f"{MOVIELENS_URL}.*--data_dir"):
@@ -410,7 +429,7 @@ def test_broken_download_says_what_to_do(error, tmp_path, served):
     check_small_movielens(load_movielens(tmp_path / "new"))
 
 
-# ------------------------------------------------------------------------------------------------ the real file
+# ------------------------------------------------------------------------------------ the real file
 @cache
 def movielens() -> Interactions:
     return load_movielens(MOVIELENS)
@@ -418,7 +437,8 @@ def movielens() -> Interactions:
 
 @needs_movielens
 def test_movielens_has_the_published_size():
-    """6,040 users, 3,706 rated movies, 1,000,209 ratings of 1 to 5, nobody with fewer than 20; titles are unique."""
+    """6,040 users, 3,706 rated movies, 1,000,209 ratings of 1 to 5, nobody with fewer than 20;
+    titles are unique."""
     log = movielens()
     check_table(log)
     assert (log.num_users, log.num_items, len(log.user)) == (6040, 3706, 1000209)
@@ -428,7 +448,8 @@ def test_movielens_has_the_published_size():
 
 @needs_movielens
 def test_movielens_titles_read_well():
-    """No title keeps a moved article or white space; a year stays only where two movies share the name."""
+    """No title keeps a moved article or white space;
+    a year stays only where two movies share the name."""
     titles = movielens().titles
     assert {
         "The Matrix",
@@ -450,13 +471,13 @@ def test_movielens_titles_read_well():
     [(0, (6040, 3706, 1000209), 3486, 3563), (20, (6022, 3043, 995154), 3486, 3548)],
 )
 def test_movielens_splits_have_the_known_sizes(core, size, num_val, num_test):
-    """The k-core and the number of users whose last (test) or last but one (validation) item is liked."""
+    """The k-core and the number of users whose last (test) or last but one (validation) item is
+    liked."""
     started = time.perf_counter()
     log = k_core(load_movielens(MOVIELENS), core)
     splits = build_examples(log, DataConfig(dataset="movielens", data_dir=str(DATA), core=core))
-    print(
-        f"MovieLens-1M, core {core}: {time.perf_counter() - started:.1f} s from the zip to frozen examples"
-    )
+    seconds = time.perf_counter() - started
+    print(f"MovieLens-1M, core {core}: {seconds:.1f} s from the zip to frozen examples")
     assert (log.num_users, log.num_items, len(log.user)) == size
     assert {split: len(examples) for split, examples in splits.items()} == {
         "train": 10000,
@@ -467,32 +488,30 @@ def test_movielens_splits_have_the_known_sizes(core, size, num_val, num_test):
 
 @needs_movielens
 def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatch):
-    """5 interactions before, 10 after and before the user's last two: 903,569; the chosen one of the ten must be liked."""
+    """5 interactions before, 10 after and before the user's last two: 903,569;
+    the chosen one of the ten must be liked."""
     with zipfile.ZipFile(MOVIELENS) as z:
         lengths = Counter(
             line.split(b"::", 1)[0] for line in z.read("ml-1m/ratings.dat").splitlines()
         )
     assert sum(max(0, n - 2 - 10 - 5 + 1) for n in lengths.values()) == 903569
-    monkeypatch.setattr(
-        "data.freeze", lambda log, split, rows, *rest: rows
-    )  # counting needs no candidates
+    # counting needs no candidates
+    monkeypatch.setattr("data.freeze", lambda log, split, rows, *rest: rows)
     log, options = movielens(), {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0}
     rows = build_examples(log, DataConfig(**options, min_rating=0))["train"]
     assert len(rows) == len(set(rows.tolist())) == 903569
     ratings = log.rating[rows[:, None] + np.arange(10)].astype(int)
-    squares = ratings**2 * (
-        2520 // np.arange(1, 11)
-    )  # of the scores, times 2520: integers, so that ties are exact
+    # of the scores, times 2520: integers, so that ties are exact
+    squares = ratings**2 * (2520 // np.arange(1, 11))
     best = np.take_along_axis(ratings, squares.argmax(1)[:, None], 1)
     for positive, liked, share in (("argmax", best >= 4, 0.716), ("first", ratings >= 4, 0.959)):
-        assert (
-            len(build_examples(log, DataConfig(**options, positive=positive))["train"])
-            == liked.any(1).sum()
-        )
+        rows = build_examples(log, DataConfig(**options, positive=positive))["train"]
+        assert len(rows) == liked.any(1).sum()
         assert liked.any(1).mean() == pytest.approx(share, abs=5e-4)
 
 
-HASHES = {  # of the examples with default options: what was published with them must stay comparable
+# of the examples with default options: what was published with them must stay comparable
+HASHES = {
     0: "56846b922f7a42454287e645cb327d720a62f6b10145686bad5afaf756377acb",
     20: "4f5be1e891da251389f99ec6fb5e41f576af5643ba39d7b69550821a41a4c562",
 }

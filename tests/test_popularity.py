@@ -1,4 +1,5 @@
-"""Coverage, popularity and calibration of first places: worked examples, intervals, changes from SFT."""
+"""Coverage, popularity and calibration of first places:
+worked examples, intervals, changes from SFT."""
 
 import json
 from types import SimpleNamespace
@@ -66,7 +67,8 @@ def test_calibration_error_of_a_worked_example():
 
 
 def test_intervals_of_coverage_hold_what_other_users_would_cover(monkeypatch):
-    """Of 60 draws of 300 users the intervals hold the mean coverage of 300 users in 90 % or more."""
+    """Of 60 draws of 300 users the intervals hold the mean coverage of 300 users in 90 % or
+    more."""
     monkeypatch.setattr(popularity, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
     shares = 1 / np.arange(1, 401)

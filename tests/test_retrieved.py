@@ -1,4 +1,5 @@
-"""Retrieved candidates: Markov over the whole catalogue, never touched, fitted on training rows alone."""
+"""Retrieved candidates: Markov over the whole catalogue, never touched,
+fitted on training rows alone."""
 
 from dataclasses import replace
 
@@ -40,7 +41,8 @@ def plain_scores(log: Interactions, row: int, history: int) -> dict[int, float]:
 
 @pytest.mark.parametrize("cells", [1, 1 << 23])  # one row at a time, and all at once
 def test_retrieved_items_are_the_best_of_a_plain_loop(log, monkeypatch, cells):
-    """Their scores are the highest of all never-touched items, and those that markov() gives them."""
+    """Their scores are the highest of all never-touched items,
+    and those that markov() gives them."""
     monkeypatch.setattr(counting, "BLOCK_CELLS", cells)
     rows = log.start[1:4] - 1
     found = markov_top(log, rows, 20, 12)
@@ -66,7 +68,8 @@ def test_equal_scores_go_to_the_more_popular_item():
 
 
 def test_every_list_holds_the_target_and_retrieved_items(log):
-    """Training lists hold followers beside them; what `seen` leaves in may have been touched elsewhere."""
+    """Training lists hold followers beside them;
+    what `seen` leaves in may have been touched elsewhere."""
     splits = build_examples(log, CONFIG, markov_top)
     for split, followers in (("train", 3), ("val", 1), ("test", 1)):
         examples = splits[split]
