@@ -108,6 +108,14 @@ def whole(tmp_path_factory):
     return tmp_path, metrics, time.time() - started
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_group_is_left():
+    """A script's main() that ran in this process may leave its process group behind."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def group():
     """A process group of one."""

@@ -30,10 +30,11 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
-# a run of 3 + 3 steps on the demo's base; --sft_lora_r is the demo's: all weights
+# a run of 6 + 6 steps on the demo's base, all weights in SFT
 TINY = [
     "--planted_users=150", "--train_size=20", "--test_size=8", "--batch_size=8",
     "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
+    "--stages=sft,recpo", "--sft_lora_r=0",
 ]  # fmt: skip
 # A run whose random state matters: an adapter and dropout in SFT, which all weights would not have
 SAVING = ("--save_steps=2", "--sft_lora_r=4", "--lora_dropout=0.1", "--micro_batch_tokens=1500")
