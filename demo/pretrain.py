@@ -41,19 +41,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Tokenizer as HFTokenizer
 
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
 from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, Words, build_tree, render_prompt
 from demo.planted import WORDS, World
+from demo.tiny import train_tokenizer
 from hub.files import open_safetensors
 from hub.tokenizer import Tokenizer
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
 
 BASE = Path(__file__).parent / "base"
-EOS = "<|end_of_text|>"
 # Llama-3's pre-tokenizer (a word with its leading space, up to three digits, punctuation, line
 # breaks), but for the first alternative: a rating behind a title is one token, not four.
 SPLIT = (
@@ -177,30 +175,12 @@ def kind_prompt(
 
 
 def write_tokenizer(path: Path, kinds: list[list[str]], words: Words, vocab_size: int) -> None:
-    """A byte-level BPE of titles and made-up prompts; a space goes behind every line break.
-
-    So a title has the same tokens in the list and behind "Answer:", and any text can be encoded."""
+    """Of titles and made-up prompts; byte-level, so that any text can be encoded."""
     titles = [title for kind in kinds for title in kind]
-    tokenizer = HFTokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Replace("\n", "\n ")
-    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[EOS],
-        show_progress=False,
-    )
     rng = np.random.default_rng(0)
     prompts = [made_up_prompt(titles, 20, 10, words, rng) for _ in range(1000)]
     texts = [" " + title for title in titles] + [prompt.text for prompt in prompts]
-    tokenizer.train_from_iterator(texts, trainer)
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path / "tokenizer.json"))
-    facts = {"eos_token": EOS, "model_max_length": 4096}
-    (path / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+    train_tokenizer(path, texts, SPLIT, vocab_size)
 
 
 class Practice:

@@ -33,17 +33,14 @@ def known_titles(log: Interactions) -> list[str]:
     return [log.titles[item] for item in np.unique(log.item[inside])]
 
 
-def make_base_model(
-    path, examples: Examples, *, hidden_size: int, num_layers: int, vocab_size: int, seed: int
-):
-    """Write tokenizer and random weights to `path`.
+def train_tokenizer(path: Path, texts: list[str], split: str, vocab_size: int) -> HFTokenizer:
+    """A byte-level BPE of these texts, at most `vocab_size` tokens, written to `path`.
 
-    The tokenizer sees the titles and 1,000 training prompts."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    A space goes behind every line break, so that a title has the same tokens in a list and behind
+    "Answer:"; `split` is the regular expression that cuts words."""
     tokenizer = HFTokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace("\n", "\n ")
-    words = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    words = pre_tokenizers.Split(Regex(split), "isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,12 +48,24 @@ def make_base_model(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[EOS], show_progress=False
     )
-    texts = [" " + title for title in known_titles(examples.log)]
-    texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
     tokenizer.train_from_iterator(texts, trainer)
+    path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {"eos_token": EOS, "model_max_length": 4096}
     (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return tokenizer
+
+
+def make_base_model(
+    path, examples: Examples, *, hidden_size: int, num_layers: int, vocab_size: int, seed: int
+):
+    """Write tokenizer and random weights to `path`.
+
+    The tokenizer sees the titles and 1,000 training prompts."""
+    path = Path(path)
+    texts = [" " + title for title in known_titles(examples.log)]
+    texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
+    tokenizer = train_tokenizer(path, texts, SPLIT, vocab_size)
     config = ModelConfig(
         model_type="llama",
         vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,  # rounded up to whole tiles

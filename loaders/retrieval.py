@@ -15,6 +15,7 @@ counted when they are asked for, and kept as long as they fit into CACHE_BYTES.
 Left out: ratings, as in loaders/counting.py. Legend: I items, n interactions, P distinct pairs.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 
 import numpy as np
@@ -44,12 +45,12 @@ def best_items(scores: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
     return chosen[np.lexsort((chosen, -scores[chosen]))]
 
 
-class Retriever:
+class Retriever(ABC):
     """Scores every item of the catalogue for one history."""
 
+    @abstractmethod
     def scores(self, history: np.ndarray) -> np.ndarray:
         """Item codes, newest last -> (I,) float64."""
-        raise NotImplementedError
 
     def top(self, history: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
         """The n best item codes that are not excluded, or as many as there are."""
@@ -72,12 +73,13 @@ class SumOverHistory(Retriever):
         self.counts = np.bincount(item, minlength=num_items)
         self.count_pairs(user, item)
 
+    @abstractmethod
     def count_pairs(self, user: np.ndarray, item: np.ndarray) -> None:
-        raise NotImplementedError
+        """Keep what rows are made of, from the pairs (n,), (n,) that may be used."""
 
+    @abstractmethod
     def row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """Distinct candidates of an item, and their values."""
-        raise NotImplementedError
 
     def scores(self, history: np.ndarray) -> np.ndarray:
         total = np.zeros(self.num_items)

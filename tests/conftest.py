@@ -9,6 +9,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 
 from families import END_OF_TEXT, byte_level, llama2_style
 
+from data import Examples, Interactions
 from hub.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, save_pretrained
 
@@ -139,6 +141,25 @@ def in_process(monkeypatch, tmp_path):
 
     yield call
     signal.signal(signal.SIGTERM, handler)
+
+
+# ------------------------------------------------------------------------ examples
+def examples_at(
+    log: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20
+) -> Examples:
+    E, n = candidates.shape
+    return Examples(
+        log,
+        "test",
+        history,
+        np.array(positions),
+        candidates.astype(np.int32),
+        target=np.zeros(E, np.int32),
+        scores=np.zeros((E, n), np.float32),
+        is_random=np.ones((E, n), bool),
+        others=np.tile(np.arange(1, n, dtype=np.int32), (E, 1)),
+        template=np.zeros(E, np.int32),
+    )
 
 
 # ------------------------------------------------------------------------ tokenizers

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import examples_at
 
 from data import Examples, Interactions, build_examples, k_core, make_interactions
 from eval import ranking_metrics
@@ -28,24 +29,6 @@ def log_of(sequences: list[list[int]], num_items: int) -> Interactions:
     return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(num_items)})
 
 
-def examples_at(
-    log: Interactions, positions: list[int], history: int, candidates: np.ndarray
-) -> Examples:
-    E, n = candidates.shape
-    return Examples(
-        log,
-        "test",
-        history,
-        np.array(positions),
-        candidates.astype(np.int32),
-        target=np.zeros(E, np.int32),
-        scores=np.zeros((E, n), np.float32),
-        is_random=np.ones((E, n), bool),
-        others=np.tile(np.arange(1, n, dtype=np.int32), (E, 1)),
-        template=np.zeros(E, np.int32),
-    )
-
-
 @pytest.fixture
 def random_examples() -> Examples:
     """70 users (more than one word of bits) with 1 to 18 of 31 items;
@@ -55,7 +38,7 @@ def random_examples() -> Examples:
     last = [
         end - 1 for start, end in zip(log.start[:-1], log.start[1:], strict=True) if end - start > 3
     ]
-    return examples_at(log, last, 6, np.array([rng.permutation(31)[:20] for _ in last]))
+    return examples_at(log, last, np.array([rng.permutation(31)[:20] for _ in last]), history=6)
 
 
 def training_sequences(log: Interactions) -> list[list[int]]:
@@ -80,7 +63,7 @@ def test_popularity_excludes_the_last_two():
     """A candidate counts only where it lies before a user's last two interactions,
     however short the log is."""
     log = log_of([[0, 1, 2, 3], [1, 0, 3], [2, 1], [3]], 5)  # and 0 1 2 3 4 by the last user
-    examples = examples_at(log, [3], 20, np.array([[0, 1, 2, 3, 4]]))
+    examples = examples_at(log, [3], np.array([[0, 1, 2, 3, 4]]))
     assert popularity(examples).tolist() == [[2, 3, 1, 0, 0]]
 
 
@@ -105,7 +88,7 @@ def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
     log = log_of([np.random.default_rng(n).permutation(15)[:6].tolist() for n in range(150)], 15)
     for examples in (
         random_examples,
-        examples_at(log, [400, 850], 20, np.array([[1, 2, 7, 9], [3, 2, 11, 14]])),
+        examples_at(log, [400, 850], np.array([[1, 2, 7, 9], [3, 2, 11, 14]])),
     ):
         whole = item_knn(examples)
         with monkeypatch.context() as patch:
@@ -151,7 +134,7 @@ def test_short_history_is_not_filled_from_the_user_before():
     """A history shorter than the window ends at the user's own first row."""
     log = log_of([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]], 10)
     candidates = np.array([[1, 2, 7, 9]])
-    second_user = examples_at(log, [7], 20, candidates)  # shows item 6 alone
+    second_user = examples_at(log, [7], candidates)  # shows item 6 alone
     assert (markov(second_user) == markov(replace(second_user, history=1))).all()
     assert (item_knn(second_user) == item_knn(replace(second_user, history=1))).all()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import write_json
 from test_datasets import foreign_entry
-from test_hub_fuzz import mutate, mutated_bytes, mutated_json
+from test_hub_fuzz import mutate, mutated_bytes, mutated_json, mutations
 from test_report import write_stage
 
 from common import parse_config
@@ -171,24 +171,14 @@ def mutate_file(file: Path, rng: random.Random) -> None:
 def try_mutations(root: Path, count: int, seed: int) -> int:
     """How many of them were refused; every refusal names a file of the folder."""
     make_files(root / "sound")
-    names, refused = list(READERS), 0
-    for n in range(count):
-        rng = random.Random(f"{seed} {n}")
-        name = names[n % len(names)]
-        shutil.rmtree(root / "tried", ignore_errors=True)
-        shutil.copytree(root / "sound", root / "tried")
-        mutate_file(root / "tried" / name, rng)
-        try:
-            READERS[name](root / "tried")
-        except (ValueError, OSError) as error:
-            refused += 1
-            folder = name.split("/")[0]
-            # options that are understood and wrong name the option
-            named = rf"tried/{folder}|^--|^these were tested on different.*tried/{folder}"
-            assert re.search(named, str(error)), (n, name, str(error))
-            assert len(str(error)) < 3000
-        except BaseException as error:
-            raise AssertionError(f"mutation {n} of {name}: {error!r}") from error
+    refused = 0
+    for n, name, error in mutations(root, READERS, mutate_file, count, seed):
+        refused += 1
+        folder = name.split("/")[0]
+        # options that are understood and wrong name the option
+        named = rf"tried/{folder}|^--|^these were tested on different.*tried/{folder}"
+        assert re.search(named, error), (n, name, error)
+        assert len(error) < 3000
     return refused
 
 

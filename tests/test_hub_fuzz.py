@@ -144,24 +144,33 @@ def mutate(file: Path, rng: random.Random) -> None:
     file.write_bytes(mutated_bytes(content, rng))
 
 
-def try_mutations(root: Path, count: int, seed: int) -> int:
-    """How many of them were refused; every refusal names a file of the folder."""
-    make_files(root / "sound")
-    names, refused = list(READERS), 0
+def mutations(root: Path, readers: dict, mutate_file, count: int, seed: int):
+    """(n, name, error) of every mutated file that its reader refused; root/sound holds sound ones.
+
+    Anything but a ValueError or an OSError fails the test."""
+    names = list(readers)
     for n in range(count):
         rng = random.Random(f"{seed} {n}")
         name = names[n % len(names)]
         shutil.rmtree(root / "tried", ignore_errors=True)
         shutil.copytree(root / "sound", root / "tried")
-        mutate(root / "tried" / name, rng)
+        mutate_file(root / "tried" / name, rng)
         try:
-            READERS[name](root / "tried")
+            readers[name](root / "tried")
         except (ValueError, OSError) as error:
-            refused += 1
-            folder = name.split("/")[0]
-            assert re.search(rf"tried/{folder}|target_modules", str(error)), (n, name, str(error))
+            yield n, name, str(error)
         except BaseException as error:
             raise AssertionError(f"mutation {n} of {name}: {error!r}") from error
+
+
+def try_mutations(root: Path, count: int, seed: int) -> int:
+    """How many of them were refused; every refusal names a file of the folder."""
+    make_files(root / "sound")
+    refused = 0
+    for n, name, error in mutations(root, READERS, mutate, count, seed):
+        refused += 1
+        folder = name.split("/")[0]
+        assert re.search(rf"tried/{folder}|target_modules", error), (n, name, error)
     return refused
 
 

@@ -6,30 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from conftest import examples_at
 
-from data import Examples, Interactions, build_examples, k_core, make_interactions
+from data import Interactions, build_examples, k_core, make_interactions
 from demo.planted import World, bayes_scores, planted_world, world_of
 from eval import ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
-
-
-def examples_at(
-    log: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20
-) -> Examples:
-    E, n = candidates.shape
-    return Examples(
-        log,
-        "test",
-        history,
-        np.array(positions),
-        candidates.astype(np.int32),
-        target=np.zeros(E, np.int32),
-        scores=np.zeros((E, n), np.float32),
-        is_random=np.ones((E, n), bool),
-        others=np.tile(np.arange(1, n, dtype=np.int32), (E, 1)),
-        template=np.zeros(E, np.int32),
-    )
 
 
 def last_positions(log: Interactions) -> list[int]:
