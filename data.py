@@ -153,15 +153,15 @@ def unique_titles(titles: list[str]) -> list[str]:
     return out
 
 
-def k_core(log: Interactions, k: int) -> Interactions:
+def k_core(interactions: Interactions, k: int) -> Interactions:
     """Drop users and items with fewer than k interactions, again and again until none is left.
 
     k = 0 keeps all."""
-    keep = np.ones(len(log.user), bool)
+    keep = np.ones(len(interactions.user), bool)
     while k > 0:
-        users = np.bincount(log.user[keep], minlength=log.num_users)
-        items = np.bincount(log.item[keep], minlength=log.num_items)
-        smaller = keep & (users[log.user] >= k) & (items[log.item] >= k)
+        users = np.bincount(interactions.user[keep], minlength=interactions.num_users)
+        items = np.bincount(interactions.item[keep], minlength=interactions.num_items)
+        smaller = keep & (users[interactions.user] >= k) & (items[interactions.item] >= k)
         if smaller.sum() == keep.sum():
             break
         keep = smaller
@@ -169,23 +169,23 @@ def k_core(log: Interactions, k: int) -> Interactions:
         raise ValueError(
             f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all"
         )
-    return log if keep.all() else select_rows(log, keep)
+    return interactions if keep.all() else select_rows(interactions, keep)
 
 
-def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
+def select_rows(interactions: Interactions, keep: np.ndarray) -> Interactions:
     """Only these rows, and the users and items that still occur in them."""
-    users, user = np.unique(log.user[keep], return_inverse=True)
-    items, item = np.unique(log.item[keep], return_inverse=True)
+    users, user = np.unique(interactions.user[keep], return_inverse=True)
+    items, item = np.unique(interactions.item[keep], return_inverse=True)
     return replace(
-        log,
+        interactions,
         user=user.astype(np.int32),
         item=item.astype(np.int32),
-        rating=log.rating[keep],
-        timestamp=log.timestamp[keep],
+        rating=interactions.rating[keep],
+        timestamp=interactions.timestamp[keep],
         start=np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
-        titles=[log.titles[i] for i in items],
-        user_ids=[log.user_ids[u] for u in users],
-        item_ids=[log.item_ids[i] for i in items],
+        titles=[interactions.titles[i] for i in items],
+        user_ids=[interactions.user_ids[u] for u in users],
+        item_ids=[interactions.item_ids[i] for i in items],
         train_end=None,
     )
 
@@ -250,7 +250,7 @@ class Example:
 class Examples:
     """A split with frozen candidates; example e predicts what follows row position[e] - 1."""
 
-    log: Interactions
+    interactions: Interactions
     split: str
     history: int  # interactions shown
     position: np.ndarray  # (E,) int64
@@ -269,15 +269,15 @@ class Examples:
         return len(self.position)
 
     def __getitem__(self, e: int) -> Example:
-        log, history = self.log, []
+        interactions, history = self.interactions, []
         for row in self.history_rows(e):
-            rating = float(log.rating[row]) if self.ratings else nan
-            history.append((log.titles[log.item[row]], rating))
+            rating = float(interactions.rating[row]) if self.ratings else nan
+            history.append((interactions.titles[interactions.item[row]], rating))
         return Example(
-            words=log.words,
-            user=log.user_ids[log.user[self.position[e]]],
+            words=interactions.words,
+            user=interactions.user_ids[interactions.user[self.position[e]]],
             history=history,
-            candidates=[log.titles[c] for c in self.candidates[e]],
+            candidates=[interactions.titles[c] for c in self.candidates[e]],
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
             template=int(self.template[e]),
@@ -286,9 +286,9 @@ class Examples:
     def history_rows(self, e: int) -> Sequence[int]:
         """Rows of the log that the prompt shows, oldest first."""
         p = int(self.position[e])
-        start = int(self.log.start[self.log.user[p]])
+        start = int(self.interactions.start[self.interactions.user[p]])
         if self.min_shown_rating:
-            liked = np.flatnonzero(self.log.rating[start:p] >= self.min_shown_rating)
+            liked = np.flatnonzero(self.interactions.rating[start:p] >= self.min_shown_rating)
             return (start + liked[-self.history :]).tolist()
         return range(max(start, p - self.history), p)
 
@@ -318,7 +318,7 @@ Retrieve = Callable[[Interactions, np.ndarray, int, int, np.ndarray | None], np.
 
 
 def build_examples(
-    log: Interactions,
+    interactions: Interactions,
     config: ExampleConfig | None = None,
     retrieve: Retrieve | None = None,  # what --negatives retrieved asks
     places: dict[str, np.ndarray] | None = None,  # split -> rows that may be predicted
@@ -328,30 +328,30 @@ def build_examples(
     With `places`, only the splits that it names. Raises ValueError if a split is empty or a user
     has touched so much that random candidates run out."""
     config = config or ExampleConfig()
-    places = places or last_two_places(log, config)
-    keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
+    places = places or last_two_places(interactions, config)
+    keys = np.sort(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
     splits = {}
     for split in places:
         rng = np.random.default_rng([config.data_seed, SPLITS.index(split)])
-        rows = _with_liked_item(log, split, places[split], config)
+        rows = _with_liked_item(interactions, split, places[split], config)
         size = config.train_size if split == "train" else config.test_size
         rows = rng.permutation(rows)
         rows = rows[:size] if size else rows
         if len(rows) == 0:
-            raise ValueError(_why_empty(log, split, len(places[split]), config))
+            raise ValueError(_why_empty(interactions, split, len(places[split]), config))
         steps = np.arange(config.followers if split == "train" else 1)
-        splits[split] = freeze(log, split, rows, steps, keys, config, rng, retrieve)
+        splits[split] = freeze(interactions, split, rows, steps, keys, config, rng, retrieve)
     return splits
 
 
 SPLITS = ("train", "val", "test")
 
 
-def last_two_places(log: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
+def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
     """Split -> rows (n,) that may be predicted: each user's last, the one before, all earlier."""
-    position = np.arange(len(log.user))
-    age = position - log.start[:-1][log.user]  # interactions before this one
-    room = log.start[1:][log.user] - position  # interactions from this one on
+    position = np.arange(len(interactions.user))
+    age = position - interactions.start[:-1][interactions.user]  # interactions before this one
+    room = interactions.start[1:][interactions.user] - position  # interactions from this one on
     places = {
         # followers end before the user's last two interactions, which are validation and test
         "train": room >= config.followers + 2,
@@ -363,33 +363,37 @@ def last_two_places(log: Interactions, config: ExampleConfig) -> dict[str, np.nd
     }
 
 
-def _with_liked_item(log: Interactions, split: str, rows, config: ExampleConfig) -> np.ndarray:
+def _with_liked_item(
+    interactions: Interactions, split: str, rows, config: ExampleConfig
+) -> np.ndarray:
     """Those of the rows (n,) whose chosen item is a liked one."""
     if split != "train":
-        return rows[log.rating[rows] >= config.min_rating]
+        return rows[interactions.rating[rows] >= config.min_rating]
     # all prefixes at once would take 200 bytes each
     parts = np.array_split(rows, len(rows) // 2**20 + 1)
-    return np.concatenate([part[_chosen_follower(log, part, config)[1]] for part in parts])
+    return np.concatenate([part[_chosen_follower(interactions, part, config)[1]] for part in parts])
 
 
-def _why_empty(log: Interactions, split: str, num_places: int, config: ExampleConfig) -> str:
+def _why_empty(
+    interactions: Interactions, split: str, num_places: int, config: ExampleConfig
+) -> str:
     if num_places:
         return (
             f"no {split} example: in none of {num_places:,} places is the chosen item liked: "
-            f"ratings go from {log.rating.min():g} to {log.rating.max():g}, "
+            f"ratings go from {interactions.rating.min():g} to {interactions.rating.max():g}, "
             f"--min_rating is {config.min_rating:g}"
         )
     after = f" and {config.followers + 2} after" if split == "train" else ""
     which = "--min_history or --followers" if split == "train" else "--min_history"
     return (
         f"no {split} example: no user has {config.min_history} interactions before{after} a point "
-        f"(the longest log has {np.diff(log.start).max()}); lower {which}"
+        f"(the longest log has {np.diff(interactions.start).max()}); lower {which}"
     )
 
 
-def _chosen_follower(log, rows, config: ExampleConfig) -> tuple[np.ndarray, np.ndarray]:
+def _chosen_follower(interactions, rows, config: ExampleConfig) -> tuple[np.ndarray, np.ndarray]:
     """Which follower is chosen (E,), and whether the example counts (E,): only if it is liked."""
-    ratings = log.rating[rows[:, None] + np.arange(config.followers)]
+    ratings = interactions.rating[rows[:, None] + np.arange(config.followers)]
     if config.positive == "first":
         liked = ratings >= config.min_rating
         return liked.argmax(1), liked.any(1)
@@ -402,7 +406,14 @@ def _chosen_follower(log, rows, config: ExampleConfig) -> tuple[np.ndarray, np.n
 
 
 def freeze(
-    log, split, rows, steps, keys, config: ExampleConfig, rng, retrieve: Retrieve | None = None
+    interactions,
+    split,
+    rows,
+    steps,
+    keys,
+    config: ExampleConfig,
+    rng,
+    retrieve: Retrieve | None = None,
 ) -> Examples:
     """Draw the other candidates, score and shuffle all 20; order the negatives, draw templates."""
     E, F = len(rows), len(steps)
@@ -410,21 +421,25 @@ def freeze(
     seen = None
     if config.exclude == "seen":
         before = rows[:, None] - 1 - np.arange(config.history)
-        before = np.maximum(before, log.start[log.user[rows]][:, None])
-        seen = log.item[np.concatenate([before, follow], 1)]
+        before = np.maximum(before, interactions.start[interactions.user[rows]][:, None])
+        seen = interactions.item[np.concatenate([before, follow], 1)]
     count = NUM_CANDIDATES - F
     if config.negatives == "retrieved":
-        randoms = _retrieved(log, rows, count, seen, config, retrieve)
+        randoms = _retrieved(interactions, rows, count, seen, config, retrieve)
     else:
-        randoms = _draw_unseen(log, log.user[rows], count, keys, seen, config.negatives, rng)
+        randoms = _draw_unseen(
+            interactions, interactions.user[rows], count, keys, seen, config.negatives, rng
+        )
 
-    items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
-    ratings = np.concatenate([log.rating[follow], np.full(randoms.shape, config.neg_rating)], 1)
+    items = np.concatenate([interactions.item[follow], randoms], 1).astype(np.int32)
+    ratings = np.concatenate(
+        [interactions.rating[follow], np.full(randoms.shape, config.neg_rating)], 1
+    )
     delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, config.neg_step)], 1)
     scores = preference_score(ratings, delays, config.decay).astype(np.float32)
     chosen = np.zeros(E, np.int64)
     if split == "train":
-        chosen, _ = _chosen_follower(log, rows, config)
+        chosen, _ = _chosen_follower(interactions, rows, config)
 
     slots = np.tile(np.arange(NUM_CANDIDATES), (E, 1))
     order = rng.permuted(slots, axis=1)  # shown slot -> drawn slot
@@ -432,7 +447,7 @@ def freeze(
     others = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
     template = rng.integers(config.num_templates or len(TEMPLATES), size=E)
     return Examples(
-        log,
+        interactions,
         split,
         config.history,
         rows.astype(np.int64),
@@ -447,26 +462,26 @@ def freeze(
     )
 
 
-def _retrieved(log, rows, count: int, seen, config: ExampleConfig, retrieve) -> np.ndarray:
+def _retrieved(interactions, rows, count: int, seen, config: ExampleConfig, retrieve) -> np.ndarray:
     """(E, count) what the given recommender puts highest of what the user never touched."""
     if retrieve is None:
         raise ValueError("--negatives retrieved needs a recommender that retrieves them")
-    items = retrieve(log, rows, config.history, count, seen)
+    items = retrieve(interactions, rows, config.history, count, seen)
     short = np.flatnonzero((items < 0).any(1))
     if len(short):
-        raise ValueError(_too_few(log, log.user[rows[short[0]]], count, seen))
+        raise ValueError(_too_few(interactions, interactions.user[rows[short[0]]], count, seen))
     return items
 
 
-def _too_few(log: Interactions, user: int, count: int, seen) -> str:
+def _too_few(interactions: Interactions, user: int, count: int, seen) -> str:
     what = "this user never touched" if seen is None else "are not in the prompt"
     return (
-        f"user {log.user_ids[user]}: fewer than {count} items left that {what} "
-        f"({log.num_items} in all); lower --core, or raise --followers"
+        f"user {interactions.user_ids[user]}: fewer than {count} items left that {what} "
+        f"({interactions.num_items} in all); lower --core, or raise --followers"
     )
 
 
-def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarray:
+def _draw_unseen(interactions, users, count: int, keys, seen, kind: str, rng) -> np.ndarray:
     """(E, count) distinct items per row that the user never touched (or, with `seen`, not there).
 
     `keys` are the log's pairs, user * num_items + item, sorted."""
@@ -477,13 +492,13 @@ def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarr
         if n == 0:
             return drawn
         if kind == "uniform":
-            new = rng.integers(log.num_items, size=n)
+            new = rng.integers(interactions.num_items, size=n)
         else:
-            new = rng.choice(log.item, size=n)
+            new = rng.choice(interactions.item, size=n)
         drawn[missing] = new
         row, _ = np.nonzero(missing)
         if seen is None:
-            key = users[row].astype(np.int64) * log.num_items + new
+            key = users[row].astype(np.int64) * interactions.num_items + new
             at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
             taken = keys[at] == key
         else:
@@ -491,7 +506,7 @@ def _draw_unseen(log, users, count: int, keys, seen, kind: str, rng) -> np.ndarr
         again = _repeated(drawn)
         again[missing] |= taken
         missing = again
-    _draw_from_rest(log, users, drawn, np.flatnonzero(missing.any(1)), seen, kind, rng)
+    _draw_from_rest(interactions, users, drawn, np.flatnonzero(missing.any(1)), seen, kind, rng)
     return drawn
 
 
@@ -504,18 +519,22 @@ def _repeated(drawn: np.ndarray) -> np.ndarray:
     return repeated
 
 
-def _draw_from_rest(log, users, drawn, rows, seen, kind: str, rng) -> None:
+def _draw_from_rest(interactions, users, drawn, rows, seen, kind: str, rng) -> None:
     """Fill these rows from the items that are left: chance finds the last few too slowly."""
     count = drawn.shape[1]
-    weights = np.ones(log.num_items)
+    weights = np.ones(interactions.num_items)
     if kind != "uniform":
-        weights = np.bincount(log.item, minlength=log.num_items).astype(float)
+        weights = np.bincount(interactions.item, minlength=interactions.num_items).astype(float)
     for e in rows:
         user = users[e]
-        touched = log.item[log.start[user] : log.start[user + 1]] if seen is None else seen[e]
-        left = np.setdiff1d(np.arange(log.num_items), touched)
+        touched = (
+            interactions.item[interactions.start[user] : interactions.start[user + 1]]
+            if seen is None
+            else seen[e]
+        )
+        left = np.setdiff1d(np.arange(interactions.num_items), touched)
         if len(left) < count:
-            raise ValueError(_too_few(log, user, count, seen))
+            raise ValueError(_too_few(interactions, user, count, seen))
         shares = weights[left] / weights[left].sum()
         drawn[e] = rng.choice(left, size=count, replace=False, p=shares)
 
@@ -619,7 +638,7 @@ def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
 
     The prompt's, and those of all completions together."""
     # tokens that a title takes on the tree: EOS is no input
-    inner = np.zeros(encoded.examples.log.num_items, np.int64)
+    inner = np.zeros(encoded.examples.interactions.num_items, np.int64)
     inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
     items = np.take_along_axis(encoded.examples.candidates, np.asarray(slots), 1)
     prompts = encoded.prompts
@@ -637,7 +656,7 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
     without history, whose candidates tokenise alike, or whose prompt and completion tokenise
     differently together."""
     items = np.unique(examples.candidates).tolist()
-    titles = tokenizer.encode_completions([examples.log.titles[i] for i in items])
+    titles = tokenizer.encode_completions([examples.interactions.titles[i] for i in items])
     completions = dict(zip(items, titles, strict=True))
     prompts = tokenizer.encode_prompts([render_prompt(examples[e]) for e in range(len(examples))])
     encoded = Encoded(examples, prompts, completions)

@@ -272,7 +272,9 @@ def predict(
         outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
         for e, ids in zip(batch, outputs, strict=False):  # a dummy's output belongs to nobody
             answer = tokenizer.answer(ids)
-            titles = [encoded.examples.log.titles[c] for c in encoded.examples.candidates[e]]
+            titles = [
+                encoded.examples.interactions.titles[c] for c in encoded.examples.candidates[e]
+            ]
             slot = match_title(answer, titles)
             logps, one_pass = records[e]["logps"], records[e]["answer"]
             record = _record(encoded.examples, e, slot, "generated", logps, answer)
@@ -283,11 +285,11 @@ def predict(
 def _record(
     examples: Examples, e: int, slot: int, how: str, logps: list[float], answer: str | None = None
 ) -> dict:
-    titles = [examples.log.titles[c] for c in examples.candidates[e]]
+    titles = [examples.interactions.titles[c] for c in examples.candidates[e]]
     target = int(examples.target[e])
     return {
         "example": e,
-        "user": examples.log.user_ids[examples.log.user[examples.position[e]]],
+        "user": examples.interactions.user_ids[examples.interactions.user[examples.position[e]]],
         "target": titles[target],
         "answer": titles[slot] if slot >= 0 else answer,
         "valid": slot >= 0,

@@ -126,13 +126,15 @@ def child(dataset: str, path: str, step: str) -> None:
     config = DataConfig(dataset=dataset, data_dir=path, prepared_dir=kept)
     started = time.perf_counter()
     if step == "prepare":
-        log = prepare(config).log
+        interactions = prepare(config).interactions
     else:
-        log = load_log(config)
+        interactions = load_log(config)
         if step == "examples":
-            build_examples(log, config)
+            build_examples(interactions, config)
     seconds = time.perf_counter() - started
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, len(log.user))
+    print(
+        seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, len(interactions.user)
+    )
 
 
 def measure(what: str, dataset: str, file: Path, step: str = "load") -> list[str]:

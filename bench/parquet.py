@@ -68,15 +68,15 @@ def child(folder: Path, step: str) -> None:
     )
     started = time.perf_counter()
     if step == "read":
-        log = load_log(config)
+        interactions = load_log(config)
     else:
-        log = prepare(config).log
+        interactions = prepare(config).interactions
     used = resource.getrusage(resource.RUSAGE_SELF)
     facts = [
         time.perf_counter() - started,
         used.ru_utime + used.ru_stime,
         used.ru_maxrss / 1024,
-        len(log.user),
+        len(interactions.user),
     ]
     print(json.dumps(facts))
 

@@ -114,9 +114,9 @@ def planted_world(world: World) -> Interactions:
     user, step = np.nonzero(shown)
     timestamp = 1_000_000_000 + 86_400 * step
     titles = dict(enumerate(world.titles()))
-    log = make_interactions(user, items[shown], ratings[shown], timestamp, titles, NAME)
-    log.words = WORDS
-    return log
+    interactions = make_interactions(user, items[shown], ratings[shown], timestamp, titles, NAME)
+    interactions.words = WORDS
+    return interactions
 
 
 def load(config) -> Interactions:
@@ -143,9 +143,9 @@ def bayes_scores(
     world: World, examples: Examples, min_rating: float = 4.0, max_rating: float = 5.0
 ) -> np.ndarray:
     """(E, 20) log P(next story = candidate, min_rating <= rating <= max_rating | whole history)."""
-    log = examples.log
+    interactions = examples.interactions
     titles = {title: i for i, title in enumerate(world.titles())}
-    story = np.array([titles[t] for t in log.titles])  # item code -> story
+    story = np.array([titles[t] for t in interactions.titles])  # item code -> story
     genre_given_taste = world.genre_given_taste()
     liked = (np.arange(1, 6) >= min_rating) & (np.arange(1, 6) <= max_rating)
     own_genre = world.rating_given(np.eye(world.num_genres, dtype=bool))  # (G, G, 5)
@@ -154,14 +154,14 @@ def bayes_scores(
     scores = np.zeros(examples.candidates.shape)
     for e in range(len(examples)):
         p = int(examples.position[e])
-        rows = slice(int(log.start[log.user[p]]), p)
+        rows = slice(int(interactions.start[interactions.user[p]]), p)
         if p - rows.start > examples.history:
             raise ValueError(
                 f"a history of {p - rows.start} stories is not shown whole "
                 f"(--history {examples.history})"
             )
-        genres = world.genre(story[log.item[rows]])
-        taste = forward(world, genres, log.rating[rows].astype(int))
+        genres = world.genre(story[interactions.item[rows]])
+        taste = forward(world, genres, interactions.rating[rows].astype(int))
         read = np.bincount(genres, minlength=world.num_genres)
         unread = (world.stories_per_genre - read).astype(float)
         candidates = world.genre(story[examples.candidates[e]])

@@ -25,12 +25,12 @@ SPLIT = (
 )
 
 
-def known_titles(log: Interactions) -> list[str]:
+def known_titles(interactions: Interactions) -> list[str]:
     """All titles of the log; with a split in time those of the items that training sees."""
-    if log.train_end is None:
-        return list(log.titles)
-    inside = np.arange(len(log.user)) < log.training_end()[log.user]
-    return [log.titles[item] for item in np.unique(log.item[inside])]
+    if interactions.train_end is None:
+        return list(interactions.titles)
+    inside = np.arange(len(interactions.user)) < interactions.training_end()[interactions.user]
+    return [interactions.titles[item] for item in np.unique(interactions.item[inside])]
 
 
 def train_tokenizer(path: Path, texts: list[str], split: str, vocab_size: int) -> HFTokenizer:
@@ -63,7 +63,7 @@ def make_base_model(
 
     The tokenizer sees the titles and 1,000 training prompts."""
     path = Path(path)
-    texts = [" " + title for title in known_titles(examples.log)]
+    texts = [" " + title for title in known_titles(examples.interactions)]
     texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
     tokenizer = train_tokenizer(path, texts, SPLIT, vocab_size)
     config = ModelConfig(

@@ -69,8 +69,8 @@ def load(config) -> Interactions:
         if item in ids and title and "<span" not in title:  # pieces of a page instead of a title
             titles.setdefault(item, title)
     books = category.startswith("Books")
-    log = builder.finish(titles, "amazon_books" if books else NAME, config.percentile)
-    return replace(log, words=BOOK_WORDS if books else WORDS)
+    interactions = builder.finish(titles, "amazon_books" if books else NAME, config.percentile)
+    return replace(interactions, words=BOOK_WORDS if books else WORDS)
 
 
 def words(data_dir: Path) -> Words:

@@ -80,8 +80,8 @@ def load(config) -> Interactions:
                 name = beer_title(name, str(r.get("abv") or ""), style)
             titles[item] = name
     rows.flush()
-    log = builder.finish(titles, NAME, config.percentile)
-    return replace(log, words=WORDS)
+    interactions = builder.finish(titles, NAME, config.percentile)
+    return replace(interactions, words=WORDS)
 
 
 def _beer_blocks(file: Path) -> Iterator[tuple[int, dict]]:

@@ -42,41 +42,41 @@ CHUNK_WORDS = 1 << 18  # 2 MiB of user bits: stays in a core's cache
 BITS_BYTES = 1 << 28  # bits of all items asked for, of one block of users
 
 
-def training_interactions(log: Interactions) -> tuple[np.ndarray, np.ndarray]:
+def training_interactions(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
     """User and item codes (int64, in the order of the log) of what may be trained on.
 
     All but each user's last two interactions, or what a split in time leaves."""
-    inside = np.arange(len(log.user)) < log.training_end()[log.user]
-    return log.user[inside].astype(np.int64), log.item[inside].astype(np.int64)
+    inside = np.arange(len(interactions.user)) < interactions.training_end()[interactions.user]
+    return interactions.user[inside].astype(np.int64), interactions.item[inside].astype(np.int64)
 
 
-def item_counts(log: Interactions) -> np.ndarray:
+def item_counts(interactions: Interactions) -> np.ndarray:
     """(items,) training interactions of each item."""
-    return np.bincount(training_interactions(log)[1], minlength=log.num_items)
+    return np.bincount(training_interactions(interactions)[1], minlength=interactions.num_items)
 
 
 def popularity(examples: Examples) -> np.ndarray:
     """(E, n) number of training interactions of the candidate."""
-    return item_counts(examples.log)[examples.candidates].astype(float)
+    return item_counts(examples.interactions)[examples.candidates].astype(float)
 
 
 def item_knn(examples: Examples) -> np.ndarray:
     """(E, n) sum over the history of DECAY^age
     * |users of both| / sqrt(|users of the item| * |users of the candidate|)."""
-    log = examples.log
-    user, item = training_interactions(log)
-    counts = item_counts(log)
+    interactions = examples.interactions
+    user, item = training_interactions(interactions)
+    counts = item_counts(interactions)
 
     def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        known = np.full(log.num_items, -1)  # item -> row of the bits; -1: not asked for
+        known = np.full(interactions.num_items, -1)  # item -> row of the bits; -1: not asked for
         known[first] = known[second] = 0
         asked = np.flatnonzero(known == 0)
         known[asked] = np.arange(len(asked))
         first_row, second_row = known[first], known[second]
         both = np.zeros(len(first))
-        words = max(1, min((log.num_users + 63) // 64, BITS_BYTES // (8 * len(asked))))
+        words = max(1, min((interactions.num_users + 63) // 64, BITS_BYTES // (8 * len(asked))))
         # users in blocks: their bits must fit into memory
-        for lowest in range(0, log.num_users, 64 * words):
+        for lowest in range(0, interactions.num_users, 64 * words):
             inside = (user >= lowest) & (user < lowest + 64 * words) & (known[item] >= 0)
             u, rows = user[inside] - lowest, known[item[inside]]
             bits = np.zeros(len(asked) * words, np.uint64)  # one bit per item and user
@@ -96,15 +96,15 @@ def item_knn(examples: Examples) -> np.ndarray:
 def markov(examples: Examples) -> np.ndarray:
     """(E, n) sum over the history of DECAY^age * C[item, candidate] / sqrt(popularity);
     C weighs distance d by 1/d."""
-    log = examples.log
-    user, item = training_interactions(log)
-    counts = item_counts(log)
+    interactions = examples.interactions
+    user, item = training_interactions(interactions)
+    counts = item_counts(interactions)
 
     def transitions(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        wanted = first * log.num_items + second
+        wanted = first * interactions.num_items + second
         weights = np.zeros(len(wanted))
         for distance in range(1, MAX_DISTANCE + 1):
-            pairs = item[:-distance] * log.num_items + item[distance:]
+            pairs = item[:-distance] * interactions.num_items + item[distance:]
             pairs = np.sort(pairs[user[:-distance] == user[distance:]])
             count = np.searchsorted(pairs, wanted, "right") - np.searchsorted(pairs, wanted)
             weights += count / distance
@@ -113,16 +113,16 @@ def markov(examples: Examples) -> np.ndarray:
     return _sum_over_history(examples, transitions)
 
 
-def shown_history(log: Interactions, rows: np.ndarray, history: int):
+def shown_history(interactions: Interactions, rows: np.ndarray, history: int):
     """Items before each row, newest first, and their weights: (E, A) int64 and (E, A) float64.
 
     Weights are DECAY^age, 0 where the user's log has not begun."""
     age = np.arange(history)
     before = rows[:, None] - 1 - age
-    first = log.start[log.user[rows]][:, None]
+    first = interactions.start[interactions.user[rows]][:, None]
     weights = np.where(before >= first, DECAY**age, 0.0)
     # int64: products of two items pass 2**31
-    return log.item[np.maximum(before, first)].astype(np.int64), weights
+    return interactions.item[np.maximum(before, first)].astype(np.int64), weights
 
 
 # item codes (P,), (P,) -> (P,), in order of the pair
@@ -132,11 +132,11 @@ PairValues = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def _sum_over_history(examples: Examples, pair_values: PairValues) -> np.ndarray:
     """(E, n) sum over the shown history of DECAY^age * pair_values(item, candidate),
     each distinct pair valued once."""
-    log = examples.log
-    items, weights = shown_history(log, examples.position, examples.history)
-    keys = items[:, :, None] * log.num_items + examples.candidates[:, None, :]  # (E, A, n)
+    interactions = examples.interactions
+    items, weights = shown_history(interactions, examples.position, examples.history)
+    keys = items[:, :, None] * interactions.num_items + examples.candidates[:, None, :]  # (E, A, n)
     wanted, which = np.unique(keys, return_inverse=True)
-    values = pair_values(*np.divmod(wanted, log.num_items))[which].reshape(keys.shape)
+    values = pair_values(*np.divmod(wanted, interactions.num_items))[which].reshape(keys.shape)
     return np.einsum("ea,ean->en", weights, values)
 
 
@@ -145,21 +145,21 @@ def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
     return {name: scores(examples) for name, scores in BASELINES.items()}
 
 
-def transition_table(log: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def transition_table(interactions: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """C[item, candidate] / sqrt(popularity of the candidate), all that is not 0.
 
     Row i is candidates[start[i] : start[i + 1]] with their values: (start, candidates, values)."""
-    user, item = training_interactions(log)
-    counts = np.maximum(np.bincount(item, minlength=log.num_items), 1)
+    user, item = training_interactions(interactions)
+    counts = np.maximum(np.bincount(item, minlength=interactions.num_items), 1)
     pairs, weights = [], []
     for distance in range(1, MAX_DISTANCE + 1):
         same = user[:-distance] == user[distance:]
-        pairs.append((item[:-distance] * log.num_items + item[distance:])[same])
+        pairs.append((item[:-distance] * interactions.num_items + item[distance:])[same])
         weights.append(np.full(len(pairs[-1]), 1 / distance))
     keys, which = np.unique(np.concatenate(pairs), return_inverse=True)
     values = np.bincount(which, np.concatenate(weights), minlength=len(keys))
-    first, second = np.divmod(keys, log.num_items)
-    start = np.searchsorted(first, np.arange(log.num_items + 1))
+    first, second = np.divmod(keys, interactions.num_items)
+    start = np.searchsorted(first, np.arange(interactions.num_items + 1))
     return start, second, values / np.sqrt(counts[second])
 
 
@@ -172,7 +172,7 @@ def runs_of(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def markov_top(
-    log: Interactions,
+    interactions: Interactions,
     rows: np.ndarray,  # (E,) rows of the log; the history is what lies before
     history: int,
     count: int,
@@ -182,17 +182,17 @@ def markov_top(
 
     Equal scores (0 above all) go to the more popular item, then to the lower code. -1 where no
     item is left."""
-    table = transition_table(log)
-    order = np.argsort(-item_counts(log), kind="stable")  # the place of a column in a tie
+    table = transition_table(interactions)
+    order = np.argsort(-item_counts(interactions), kind="stable")  # the place of a column in a tie
     found = np.full((len(rows), count), -1, np.int64)
-    step = max(1, BLOCK_CELLS // log.num_items)
+    step = max(1, BLOCK_CELLS // interactions.num_items)
     for at in range(0, len(rows), step):
         block = np.asarray(rows[at : at + step])
-        scores = catalogue_scores(log, table, block, history)
+        scores = catalogue_scores(interactions, table, block, history)
         if exclude is None:
-            user = log.user[block]
-            touched, which = runs_of(log.start[user], log.start[user + 1])
-            scores[which, log.item[touched]] = -np.inf
+            user = interactions.user[block]
+            touched, which = runs_of(interactions.start[user], interactions.start[user + 1])
+            scores[which, interactions.item[touched]] = -np.inf
         else:
             np.put_along_axis(scores, exclude[at : at + step].astype(np.int64), -np.inf, 1)
         columns, kept = best_columns(scores[:, order], count)
@@ -204,11 +204,13 @@ def markov_top(
 BLOCK_CELLS = 1 << 23  # scores of the whole catalogue at a time: 64 MiB
 
 
-def catalogue_scores(log: Interactions, table, rows: np.ndarray, history: int) -> np.ndarray:
+def catalogue_scores(
+    interactions: Interactions, table, rows: np.ndarray, history: int
+) -> np.ndarray:
     """(E, items) Markov's score of every item for the history before each row."""
     start, candidates, values = table
-    items, weights = shown_history(log, rows, history)
-    scores = np.zeros((len(rows), log.num_items))
+    items, weights = shown_history(interactions, rows, history)
+    scores = np.zeros((len(rows), interactions.num_items))
     for age in range(history):  # within one age no cell occurs twice
         cells, which = runs_of(start[items[:, age]], start[items[:, age] + 1])
         scores[which, candidates[cells]] += weights[which, age] * values[cells]

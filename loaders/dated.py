@@ -51,14 +51,14 @@ def date_text(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def date_of(log: Interactions, split_date: str) -> int:
+def date_of(interactions: Interactions, split_date: str) -> int:
     """Seconds of the date; ValueError if no interaction lies before it, or none after it."""
-    first, last = int(log.timestamp.min()), int(log.timestamp.max())
+    first, last = int(interactions.timestamp.min()), int(interactions.timestamp.max())
     if split_date:
         date = parse_date(split_date)
     else:
-        place = int((1 - LAST_SHARE) * len(log.timestamp))
-        date = int(np.partition(log.timestamp, place)[place])
+        place = int((1 - LAST_SHARE) * len(interactions.timestamp))
+        date = int(np.partition(interactions.timestamp, place)[place])
     if not first < date <= last:
         raise ValueError(
             f"--split_by time: {date_text(date)} does not divide the log, whose times go from "
@@ -67,10 +67,10 @@ def date_of(log: Interactions, split_date: str) -> int:
     return date
 
 
-def last_row_of_each(log: Interactions, rows: np.ndarray) -> np.ndarray:
+def last_row_of_each(interactions: Interactions, rows: np.ndarray) -> np.ndarray:
     """(users,) the last of these rows that belongs to the user, or -1."""
-    last = np.full(log.num_users, -1, np.int64)
-    np.maximum.at(last, log.user[rows], rows)
+    last = np.full(interactions.num_users, -1, np.int64)
+    np.maximum.at(last, interactions.user[rows], rows)
     return last
 
 
@@ -86,37 +86,45 @@ def past_places(past: Interactions, config: ExampleConfig) -> dict[str, np.ndarr
     return {"train": train, "val": val[has_val]}
 
 
-def test_places(log: Interactions, date: int, config: ExampleConfig) -> np.ndarray:
+def test_places(interactions: Interactions, date: int, config: ExampleConfig) -> np.ndarray:
     """(E,) each user's first liked row from the date on, if enough history lies before it."""
-    rows = np.flatnonzero((log.timestamp >= date) & (log.rating >= config.min_rating))
-    _, first = np.unique(log.user[rows], return_index=True)
+    rows = np.flatnonzero(
+        (interactions.timestamp >= date) & (interactions.rating >= config.min_rating)
+    )
+    _, first = np.unique(interactions.user[rows], return_index=True)
     rows = rows[first]
-    return rows[rows - log.start[log.user[rows]] >= config.min_history]
+    return rows[rows - interactions.start[interactions.user[rows]] >= config.min_history]
 
 
-def in_whole_log(examples: Examples, log: Interactions, rows: np.ndarray, items) -> Examples:
+def in_whole_log(
+    examples: Examples, interactions: Interactions, rows: np.ndarray, items
+) -> Examples:
     """Examples of the past as examples of the whole log; rows and items: past code -> its code."""
     candidates = items[examples.candidates].astype(np.int32)
-    return replace(examples, log=log, position=rows[examples.position], candidates=candidates)
+    return replace(
+        examples, interactions=interactions, position=rows[examples.position], candidates=candidates
+    )
 
 
 def build_dated_examples(
-    log: Interactions, config, retrieve: Retrieve | None = None
+    interactions: Interactions, config, retrieve: Retrieve | None = None
 ) -> tuple[Interactions, dict[str, Examples]]:
     """The log, which now knows where training ends, and its three splits."""
-    date = date_of(log, config.split_date)
-    before = log.timestamp < date
-    past = select_rows(log, before)
+    date = date_of(interactions, config.split_date)
+    before = interactions.timestamp < date
+    past = select_rows(interactions, before)
     places = past_places(past, config)
 
-    rows, items = np.flatnonzero(before), np.unique(log.item[before])
-    users = np.unique(log.user[before])
-    train_end = log.start[:-1].copy()
+    rows, items = np.flatnonzero(before), np.unique(interactions.item[before])
+    users = np.unique(interactions.user[before])
+    train_end = interactions.start[:-1].copy()
     train_end[users] += past.train_end - past.start[:-1]
     note = f"interactions from {date_text(date)} (UTC) on, which training does not see"
-    log = replace(log, train_end=train_end, notes=log.notes | {note: int((~before).sum())})
+    interactions = replace(
+        interactions, train_end=train_end, notes=interactions.notes | {note: int((~before).sum())}
+    )
 
-    test = test_places(log, date, config)
+    test = test_places(interactions, date, config)
     for split, found in (*places.items(), ("test", test)):
         if len(found) == 0:
             raise ValueError(
@@ -125,5 +133,5 @@ def build_dated_examples(
                 f"{config.min_history} or --followers {config.followers}"
             )
     splits = build_examples(past, config, retrieve, places)
-    splits = {split: in_whole_log(ex, log, rows, items) for split, ex in splits.items()}
-    return log, splits | build_examples(log, config, retrieve, {"test": test})
+    splits = {split: in_whole_log(ex, interactions, rows, items) for split, ex in splits.items()}
+    return interactions, splits | build_examples(interactions, config, retrieve, {"test": test})

@@ -48,9 +48,11 @@ def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
         named += [(f"{split} {entry['number']}", entry) for entry in part]
         rows += sum(len(entry["history"]) + 1 for entry in part)
 
-    log = _log_of(named, titles, code)
-    splits = {split: Examples(log, split, config.history, **arrays[split]) for split in arrays}
-    return log, splits
+    interactions = _log_of(named, titles, code)
+    splits = {
+        split: Examples(interactions, split, config.history, **arrays[split]) for split in arrays
+    }
+    return interactions, splits
 
 
 def _entries_by_split(path: Path) -> dict[str, list[dict]]:

@@ -183,7 +183,7 @@ class Prepared:
     """A log and its three splits, as frozen on disk.
     `hash` covers every array, title and the history shown."""
 
-    log: Interactions
+    interactions: Interactions
     splits: dict[str, Examples]
     hash: str
     folder: Path
@@ -255,17 +255,25 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     folder = Path(config.prepared_dir) / f"{config.dataset}-{key}"
     if not (folder / "meta.json").exists():
         if config.dataset == "prepared":
-            log, splits = read_foreign_examples(config)
-            counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
+            interactions, splits = read_foreign_examples(config)
+            counts = {
+                "users": interactions.num_users,
+                "items": interactions.num_items,
+                "interactions": len(interactions.user),
+            }
         else:
-            log = load_log(config)
-            counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
-            log = k_core(log, config.core)
+            interactions = load_log(config)
+            counts = {
+                "users": interactions.num_users,
+                "items": interactions.num_items,
+                "interactions": len(interactions.user),
+            }
+            interactions = k_core(interactions, config.core)
             if config.split_by == "time":
-                log, splits = build_dated_examples(log, config, markov_top)
+                interactions, splits = build_dated_examples(interactions, config, markov_top)
             else:
-                splits = build_examples(log, config, markov_top)
-        _write_prepared(folder, log, splits, options, counts)
+                splits = build_examples(interactions, config, markov_top)
+        _write_prepared(folder, interactions, splits, options, counts)
     return _read_prepared(folder, check)
 
 
@@ -325,28 +333,30 @@ def _file_facts(config: DataConfig) -> list:
     return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:1000]]
 
 
-def _write_prepared(folder: Path, log: Interactions, splits, options: dict, counts: dict) -> None:
+def _write_prepared(
+    folder: Path, interactions: Interactions, splits, options: dict, counts: dict
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # renamed into place when it is whole
     beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     beside.chmod(0o755)
-    arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
-    if log.train_end is not None:
-        arrays[TRAIN_END] = log.train_end
+    arrays = {f"log.{name}": getattr(interactions, name) for name in LOG_ARRAYS}
+    if interactions.train_end is not None:
+        arrays[TRAIN_END] = interactions.train_end
     arrays |= {
         f"{split}.{name}": getattr(ex, name)
         for split, ex in splits.items()
         for name in Examples.ARRAYS
     }
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    texts = {name: getattr(log, name) for name in LOG_TEXTS}
-    facts = _prompt_facts(log.name, splits["test"])
+    texts = {name: getattr(interactions, name) for name in LOG_TEXTS}
+    facts = _prompt_facts(interactions.name, splits["test"])
     meta = {
         "options": options,
         "hash": _content_hash(arrays, texts | facts),
         "raw_counts": counts,
-        "notes": log.notes,
-        "words": log.words,
+        "notes": interactions.notes,
+        "words": interactions.words,
         **facts,
     }
     for name, values in texts.items():
@@ -378,7 +388,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
     if check and _content_hash(arrays, whole | facts) != meta["hash"]:
         raise ValueError(f"{folder}: prepared examples do not match their hash; delete the folder")
     with reading(file):
-        log = Interactions(
+        interactions = Interactions(
             **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS},
             **texts,
             name=meta["name"],
@@ -389,7 +399,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
         shown = {name: meta[name] for name in USUALLY if name in meta}
         splits = {
             split: Examples(
-                log,
+                interactions,
                 split,
                 meta["history"],
                 **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS},
@@ -397,7 +407,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
             )
             for split in ("train", "val", "test")
         }
-    return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
+    return Prepared(interactions, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
 
 
 def _read_meta(file: Path) -> dict:
@@ -514,7 +524,7 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         max_length,
         ALL_TEMPLATES,
         WITHOUT_RATINGS,
-        prepared.log.words,
+        prepared.interactions.words,
     ]
     key = _sha256(json.dumps(facts).encode())[:12]
     file = prepared.folder / f"tokens-{split}-{key}.safetensors"

@@ -35,8 +35,8 @@ def load(config) -> Interactions:
             rows.add(number, fields[0], fields[2], 1.0, fields[1])
             titles.setdefault(fields[2], fields[3])
     rows.flush()
-    log = builder.finish(titles, NAME, config.percentile or "item")
-    return replace(log, words=WORDS)
+    interactions = builder.finish(titles, NAME, config.percentile or "item")
+    return replace(interactions, words=WORDS)
 
 
 def _lastfm_member(file: Path):

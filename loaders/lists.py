@@ -16,14 +16,14 @@ def other_lists(test: Examples, config: ExampleConfig) -> dict[str, Examples]:
 
     Users, histories and targets stay; candidates are drawn from --data_seed and the kind, so every
     method that is tested on them meets the same."""
-    log, lists = test.log, {}
-    keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
+    interactions, lists = test.interactions, {}
+    keys = np.sort(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
     for number, kind in enumerate(KINDS):
         if kind == config.negatives:
             continue
         rng = np.random.default_rng([config.data_seed, TEST_SEED, number])
         as_kind = replace(config, negatives=kind)
         lists[kind] = freeze(
-            log, "test", test.position, np.arange(1), keys, as_kind, rng, markov_top
+            interactions, "test", test.position, np.arange(1), keys, as_kind, rng, markov_top
         )
     return lists

@@ -81,12 +81,12 @@ def load(config) -> Interactions:
         name = f"{NAME}-10m"
     try:
         titles = movielens_titles(names)
-        log = make_interactions(
+        interactions = make_interactions(
             user.astype(np.int64), item.astype(np.int64), rating, timestamp, titles, name
         )
     except ValueError as error:
         raise ValueError(f"{movies_name}: {error}") from None
-    return replace(log, words=WORDS)
+    return replace(interactions, words=WORDS)
 
 
 # ------------------------------------------------------------------------------------ the two files

@@ -169,14 +169,14 @@ def load_own_log(
     else:
         titles.judge(file, "title" in given, table.fields.get("title", ""), "--columns", notes)
         names = {builder.items.ids[code]: title for code, title in titles.smallest.items()}
-    log = builder.finish(show_ids(names, builder.items.ids, notes), kind, percentile)
-    if "rating" not in table.fields and len(set(log.rating[:100_000].tolist())) == 1:
+    interactions = builder.finish(show_ids(names, builder.items.ids, notes), kind, percentile)
+    if "rating" not in table.fields and len(set(interactions.rating[:100_000].tolist())) == 1:
         notes.append(
             "nobody chose an item twice, so all ratings are 3 and none is liked: --min_rating 3"
         )
-    for note in (*notes, *builder.remarks(log)):
+    for note in (*notes, *builder.remarks(interactions)):
         print0(f"note: {note}")
-    return log
+    return interactions
 
 
 PATTERNS = {  # of the files in a folder, and what they are called
@@ -308,7 +308,7 @@ class OwnLogBuilder(LogBuilder):
         elif "rating" in self.fields and (doubt := ratings.doubt(ratings.kept)):
             raise ValueError(f"{self.source}: column {self.fields['rating']}: {doubt}")
 
-    def remarks(self, log: Interactions) -> Iterator[str]:
+    def remarks(self, interactions: Interactions) -> Iterator[str]:
         """What a user should know about a log that was read."""
         for mark, count in self.ratings.marks.items():
             zero = f"; if 0 is a rating: --scale 0,{self.ratings.highest:g}" if mark == "0" else ""
@@ -321,9 +321,14 @@ class OwnLogBuilder(LogBuilder):
                     f"{len(rounded):,} {field} ids look rounded by a spreadsheet, such as "
                     f"{' and '.join(rounded[:2])}: different {field}s may have become one"
                 )
-        if "timestamp" in self.fields and len(log.user) > 1 and np.ptp(log.timestamp) == 0:
+        if (
+            "timestamp" in self.fields
+            and len(interactions.user) > 1
+            and np.ptp(interactions.timestamp) == 0
+        ):
             yield (
-                f"all times are {int(log.timestamp[0])}: were they rounded by a spreadsheet "
+                f"all times are {int(interactions.timestamp[0])}: were they rounded by a "
+                "spreadsheet "
                 "(1.5E+12)? The order of the file is taken as the order in time"
             )
 
@@ -491,14 +496,15 @@ class NearIds:
             found.append(name)
         return found
 
-    def judge(self, file: Path, log: str, titles: dict, notes: list[str]) -> None:
+    def judge(self, file: Path, log_name: str, titles: dict, notes: list[str]) -> None:
         """Say what of the join looks wrong; ValueError if nothing was found."""
         ids = self.items.ids
         ours = [repr(i) for i in ids if i not in titles][:2]
         theirs = " and ".join(map(repr, self.others)) or "none but those"
         if not titles:
             raise ValueError(
-                f"{file}: none of the {len(ids):,} items of {log} has a title in it; the log has "
+                f"{file}: none of the {len(ids):,} items of {log_name} has a title in it; "
+                "the log has "
                 f"{' and '.join(ours)}, the file has {theirs}: write the ids alike, "
                 "or name the right columns with "
                 "--columns item=NAME and --item_columns item=NAME,title=NAME"

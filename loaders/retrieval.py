@@ -26,9 +26,9 @@ from loaders.counting import DECAY, MAX_DISTANCE
 CACHE_BYTES = 1 << 28  # rows of item-kNN that are kept
 
 
-def training_rows(log: Interactions) -> np.ndarray:
+def training_rows(interactions: Interactions) -> np.ndarray:
     """(n,) bool: all but each user's last two interactions, or what a split in time leaves."""
-    return np.arange(len(log.user)) < log.training_end()[log.user]
+    return np.arange(len(interactions.user)) < interactions.training_end()[interactions.user]
 
 
 def best_items(scores: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
@@ -151,8 +151,10 @@ class ItemKNN(SumOverHistory):
 COUNTING_RETRIEVERS = {"popularity": Popularity, "item-knn": ItemKNN, "markov": Markov}
 
 
-def fit(name: str, log: Interactions, rows: np.ndarray | None = None, shown: int = 20) -> Retriever:
+def fit(
+    name: str, interactions: Interactions, rows: np.ndarray | None = None, shown: int = 20
+) -> Retriever:
     """A counting retriever of these rows of the log (n,) bool, all without; reads `shown` items."""
     keep = slice(None) if rows is None else rows
-    user, item = log.user[keep].astype(np.int64), log.item[keep].astype(np.int64)
-    return COUNTING_RETRIEVERS[name](user, item, log.num_items, shown)
+    user, item = interactions.user[keep].astype(np.int64), interactions.item[keep].astype(np.int64)
+    return COUNTING_RETRIEVERS[name](user, item, interactions.num_items, shown)

@@ -29,5 +29,5 @@ def load(config) -> Interactions:
     for item, title in read_titles(games, literal_record, "id", ("app_name", "title")):
         if item in builder.items and title:
             titles.setdefault(item, title)
-    log = builder.finish(titles, NAME, config.percentile or "item")
-    return replace(log, words=WORDS)
+    interactions = builder.finish(titles, NAME, config.percentile or "item")
+    return replace(interactions, words=WORDS)

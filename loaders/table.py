@@ -284,9 +284,11 @@ class LogBuilder(LineCount):
         # codes in the order of the ids: the order of the lines changes nothing
         user, (user_ids,) = _recode(user, self.users.ids)
         item, (item_ids, names) = _recode(item, self.items.ids, names)
-        log = _sorted(user, item, amount, time, unique_titles(names), user_ids, item_ids, name)
-        log.notes = {why: count for why, count in self.notes.items() if count}
-        return log
+        interactions = _sorted(
+            user, item, amount, time, unique_titles(names), user_ids, item_ids, name
+        )
+        interactions.notes = {why: count for why, count in self.notes.items() if count}
+        return interactions
 
 
 def _recode(codes: np.ndarray, ids: list[str], *others: list) -> tuple[np.ndarray, list[list]]:

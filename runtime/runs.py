@@ -220,7 +220,7 @@ def where_not_finite(run: Run, schedule, step: int, ranks: list[int]) -> str:
         for batch in schedule.micro_batches(step, r)
         for e in batch
     ]
-    interactions, position = run.train.examples.log, run.train.examples.position
+    interactions, position = run.train.examples.interactions, run.train.examples.position
     shown = examples[:8]
     users = [interactions.user_ids[interactions.user[position[e]]] for e in shown]
     named = ", ".join(f"{e} (user {user})" for e, user in zip(shown, users, strict=True))

@@ -40,24 +40,34 @@ def inspect() -> None:
     print(statistics(config, prepared))
     lengths = show_examples(config, train)
     if config.plots:
-        draw(Path(config.plots), prepared.log, lengths)
+        draw(Path(config.plots), prepared.interactions, lengths)
 
 
 def statistics(config: DataConfig, prepared: Prepared) -> str:
     """Markdown: sizes before and after the filter and in the paper, then one line per property."""
-    log, raw = prepared.log, prepared.raw_counts
-    per_user, per_item = np.diff(log.start), np.bincount(log.item, minlength=log.num_items)
+    interactions, raw = prepared.interactions, prepared.raw_counts
+    per_user, per_item = (
+        np.diff(interactions.start),
+        np.bincount(interactions.item, minlength=interactions.num_items),
+    )
     rows = [("read", raw["users"], raw["items"], raw["interactions"])]
-    rows.append((f"after --core {config.core}", log.num_users, log.num_items, len(log.user)))
-    paper, reading = TABLE_3.get(log.name, (None, ""))
+    rows.append(
+        (
+            f"after --core {config.core}",
+            interactions.num_users,
+            interactions.num_items,
+            len(interactions.user),
+        )
+    )
+    paper, reading = TABLE_3.get(interactions.name, (None, ""))
     rows += [("paper, Table 3", *paper)] if paper else []
     out = ["|  | users | items | interactions |", "|---|---|---|---|"]
     out += [f"| {name} | {u:,} | {i:,} | {n:,} |" for name, u, i, n in rows]
     out += ["", f"The paper's row reads as: {reading}."] if paper else []
-    out += ["", "dropped or changed while reading:"] if log.notes else []
-    out += [f"  {count:>10,}  {why}" for why, count in log.notes.items()]
+    out += ["", "dropped or changed while reading:"] if interactions.notes else []
+    out += [f"  {count:>10,}  {why}" for why, count in interactions.notes.items()]
 
-    rated = log.rating[~np.isnan(log.rating)]
+    rated = interactions.rating[~np.isnan(interactions.rating)]
     values, counts = np.unique(rated, return_counts=True)
     if len(values) > 12:
         rounded = np.clip(np.rint(rated), 1, 5).astype(int)
@@ -67,15 +77,15 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
     out += ["", f"ratings {shown or 'none'}"]
     for name, counts in (("user", per_user), ("item", per_item)):
         out.append(f"interactions per {name}: {percentiles(counts, (0, 25, 50, 75, 100))}")
-    same = log.user[1:] == log.user[:-1]
-    tied = (log.timestamp[1:] == log.timestamp[:-1]) & same
+    same = interactions.user[1:] == interactions.user[:-1]
+    tied = (interactions.timestamp[1:] == interactions.timestamp[:-1]) & same
     out.append(
         f"neighbours in a user's log with the same time: {tied.sum() / max(1, same.sum()):.1%} "
         "(the order of the file decides)"
     )
     out += title_lines(prepared)
     for split, examples in prepared.splits.items():
-        users = len(np.unique(log.user[examples.position]))
+        users = len(np.unique(interactions.user[examples.position]))
         few = split == "train" and 0 < len(examples) < config.train_size
         all_of_them = f" (all there are; --train_size {config.train_size})" if few else ""
         out.append(f"{split}: {len(examples):,} examples of {users:,} users{all_of_them}")
@@ -88,7 +98,7 @@ def percentiles(counts, wanted: tuple[int, ...]) -> str:
 
 def title_lines(prepared: Prepared) -> list[str]:
     """Titles that several items have, and how often a candidate's title stands inside another's."""
-    titles = list(prepared.log.titles)
+    titles = list(prepared.interactions.titles)
     taken, numbered = set(titles), 0
     for title in titles:
         name, _, number = title.rpartition(" (")
@@ -151,7 +161,7 @@ def show_example(encoded: Encoded, e: int, tokenizer: Tokenizer) -> None:
     print(f"boundary: ... {shown[0]} || {shown[1]}   (|| ends the prompt; all behind it is scored)")
 
 
-def draw(folder: Path, log: Interactions, prompt_tokens: list[int]) -> None:
+def draw(folder: Path, interactions: Interactions, prompt_tokens: list[int]) -> None:
     """statistics.png: ratings, history lengths, item popularity, prompt lengths."""
     try:
         import matplotlib
@@ -162,12 +172,14 @@ def draw(folder: Path, log: Interactions, prompt_tokens: list[int]) -> None:
         raise ValueError("--plots needs matplotlib: pip install matplotlib") from None
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    ratings = Counter(np.rint(log.rating[~np.isnan(log.rating)] * 2).astype(int).tolist())
+    ratings = Counter(
+        np.rint(interactions.rating[~np.isnan(interactions.rating)] * 2).astype(int).tolist()
+    )
     axes[0, 0].bar([r / 2 for r in ratings], ratings.values(), width=0.4)
     axes[0, 0].set(title="Ratings", xlabel="rating", ylabel="interactions", xlim=(0, 5.5))
     for axis, counts, what in (
-        (axes[0, 1], np.diff(log.start), "user"),
-        (axes[1, 0], np.bincount(log.item), "item"),
+        (axes[0, 1], np.diff(interactions.start), "user"),
+        (axes[1, 0], np.bincount(interactions.item), "item"),
     ):
         edges = np.geomspace(1, max(2, counts.max() + 1), 40)
         axis.hist(counts, bins=np.unique(edges.round()))
@@ -180,7 +192,9 @@ def draw(folder: Path, log: Interactions, prompt_tokens: list[int]) -> None:
         )
     axes[1, 1].hist(prompt_tokens, bins=40)
     axes[1, 1].set(title="Training prompts", xlabel="tokens", ylabel="prompts")
-    users, items = f"{log.num_users:,} users", f"{log.num_items:,} items"
-    figure.suptitle(f"{log.name}: {users}, {items}, {len(log.user):,} interactions")
+    users, items = f"{interactions.num_users:,} users", f"{interactions.num_items:,} items"
+    figure.suptitle(
+        f"{interactions.name}: {users}, {items}, {len(interactions.user):,} interactions"
+    )
     figure.savefig(folder / "statistics.png", dpi=120)
     print(f"\nwritten to {folder / 'statistics.png'}")

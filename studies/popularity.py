@@ -62,14 +62,14 @@ class Catalogue:
 
     @staticmethod
     def of(prepared: Prepared) -> "Catalogue":
-        counts = item_counts(prepared.log)
+        counts = item_counts(prepared.interactions)
         ordered = np.sort(counts)
         below = np.searchsorted(ordered, counts)
         equal = np.searchsorted(ordered, counts, "right") - below
         top = np.zeros(len(counts), bool)
         most = np.argsort(-counts, kind="stable")  # of equally popular ones the lower code
         top[most[: max(1, len(counts) // 100)]] = True
-        codes = {title: code for code, title in enumerate(prepared.log.titles)}
+        codes = {title: code for code, title in enumerate(prepared.interactions.titles)}
         return Catalogue(codes, (below + equal / 2) / len(counts), top)
 
 

@@ -86,7 +86,7 @@ class ProbeConfig(EvalConfig):
             )
 
 
-def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Examples:
+def probe_examples(interactions: Interactions, config: DataConfig, probe: str) -> Examples:
     """Frozen candidates of a probe, over all users that fit it; target: the first to come.
 
     adherence    the last two are liked; both are candidates, the sooner is the target
@@ -96,10 +96,10 @@ def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Example
 
     Random items fill up to 20. Disliked is a rating <= 2. Training never sees the last two."""
     (before_last, last), count = PROBES[probe]
-    ends = log.start[1:] - 1  # row of each user's last interaction
-    fits = ends - log.start[:-1] >= config.min_history + count - 1
+    ends = interactions.start[1:] - 1  # row of each user's last interaction
+    fits = ends - interactions.start[:-1] >= config.min_history + count - 1
     for rows, wanted in ((ends - 1, before_last), (ends, last)):
-        rating = log.rating[np.maximum(rows, 0)]
+        rating = interactions.rating[np.maximum(rows, 0)]
         if wanted is True:
             fits &= rating >= config.min_rating
         if wanted is False:
@@ -110,8 +110,8 @@ def probe_examples(log: Interactions, config: DataConfig, probe: str) -> Example
     rows = rows[: config.test_size] if config.test_size else rows
     if len(rows) == 0:
         raise ValueError(f"--probe {probe}: no user's last two interactions fit it")
-    keys = np.sort(log.user.astype(np.int64) * log.num_items + log.item)
-    examples = freeze(log, probe, rows, np.arange(count), keys, config, rng, markov_top)
+    keys = np.sort(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
+    examples = freeze(interactions, probe, rows, np.arange(count), keys, config, rng, markov_top)
     if probe == "aversion":
         examples.template = np.full(len(rows), LOWEST, np.int32)
     return examples
@@ -148,7 +148,10 @@ def outcomes(probe: str, examples: Examples, choice: np.ndarray) -> dict[str, np
 
 def history_lengths(examples: Examples) -> np.ndarray:
     """(E,) interactions of the user before the predicted one, shown or not."""
-    return examples.position - examples.log.start[examples.log.user[examples.position]]
+    return (
+        examples.position
+        - examples.interactions.start[examples.interactions.user[examples.position]]
+    )
 
 
 def by_length(examples: Examples, hits: np.ndarray) -> dict:
@@ -204,7 +207,7 @@ def run_probe(
     if probe == "length":
         examples = prepared.splits["test"]
     else:
-        examples = probe_examples(prepared.log, config, probe)
+        examples = probe_examples(prepared.interactions, config, probe)
     references = reference_choices(probe, examples, config)
     rows = {name: measure(probe, examples, choice) for name, choice in references.items()}
     records = {}

@@ -66,21 +66,23 @@ class Profile:
 class LogUsers(Sequence):
     """Users of the log, all or those named in a file."""
 
-    def __init__(self, log: Interactions, codes: np.ndarray):
-        self.log, self.codes = log, codes
+    def __init__(self, interactions: Interactions, codes: np.ndarray):
+        self.interactions, self.codes = interactions, codes
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, i: int) -> Profile:
-        log, user = self.log, int(self.codes[i])
-        rows = slice(int(log.start[user]), int(log.start[user + 1]))
-        items = log.item[rows].astype(np.int64)
-        titles = [log.titles[c] for c in items]
-        return Profile(log.user_ids[user], titles, log.rating[rows].tolist(), items)
+        interactions, user = self.interactions, int(self.codes[i])
+        rows = slice(int(interactions.start[user]), int(interactions.start[user + 1]))
+        items = interactions.item[rows].astype(np.int64)
+        titles = [interactions.titles[c] for c in items]
+        return Profile(
+            interactions.user_ids[user], titles, interactions.rating[rows].tolist(), items
+        )
 
 
-def named_users(file: Path, log: Interactions) -> LogUsers:
+def named_users(file: Path, interactions: Interactions) -> LogUsers:
     """The users whose ids stand in a text file, one a line; blank lines do not count."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -89,15 +91,17 @@ def named_users(file: Path, log: Interactions) -> LogUsers:
     wanted = {line.strip(): number for number, line in enumerate(lines, 1) if line.strip()}
     if not wanted:
         raise ValueError(f"{file}: expected ids of users, one a line; it has none")
-    codes = {user: code for code, user in enumerate(log.user_ids) if user in wanted}
+    codes = {user: code for code, user in enumerate(interactions.user_ids) if user in wanted}
     for user, number in wanted.items():
         if user not in codes:
-            some = ", ".join(str(log.user_ids[i]) for i in range(min(3, log.num_users)))
+            some = ", ".join(
+                str(interactions.user_ids[i]) for i in range(min(3, interactions.num_users))
+            )
             raise ValueError(
                 f"{file}:{number}: user {user!r} is not in the log (its ids look like {some}); "
                 "a new user needs a .jsonl file with a history"
             )
-    return LogUsers(log, np.array([codes[user] for user in wanted]))
+    return LogUsers(interactions, np.array([codes[user] for user in wanted]))
 
 
 class NewUsers(Sequence):
@@ -105,10 +109,10 @@ class NewUsers(Sequence):
 
     SHAPE = '{"user": "...", "history": [{"title": "...", "rating": 4}, ...]}'
 
-    def __init__(self, file: Path, log: Interactions, config: EvalConfig):
-        self.file, self.log, self.config = file, log, config
-        self.by_title = {title: code for code, title in enumerate(log.titles)}
-        self.by_id = {item: code for code, item in enumerate(log.item_ids)}
+    def __init__(self, file: Path, interactions: Interactions, config: EvalConfig):
+        self.file, self.interactions, self.config = file, interactions, config
+        self.by_title = {title: code for code, title in enumerate(interactions.titles)}
+        self.by_id = {item: code for code, item in enumerate(interactions.item_ids)}
         self.offsets, self.numbers = [], []
         seen, at = {}, 0
         with open(file, "rb") as f:
@@ -201,14 +205,14 @@ class NewUsers(Sequence):
         if code is None:
             what = f"the log has no item {item!r}" if item is not None else "expected an item"
             self.fail(number, f'{what}; give {{"title": "..."}}, or "item" with an id of the log')
-        return code, self.log.titles[code]
+        return code, self.interactions.titles[code]
 
     def candidate(self, entry, number: int) -> Candidate:
         """A title or id of the log as text, or an object as in a history."""
         if isinstance(entry, dict):
             code, title = self.item_of(entry, number)
             new = None if entry.get("item") is None else str(entry["item"])
-            return Candidate(new if code is None else self.log.item_ids[code], title)
+            return Candidate(new if code is None else self.interactions.item_ids[code], title)
         text = clean_title(str(entry))
         code = self.by_title.get(text, self.by_id.get(str(entry)))
         if code is None:
@@ -217,16 +221,20 @@ class NewUsers(Sequence):
                 f"{entry!r} is neither a title nor an item id of the log; "
                 'a new item is given as {"title": "..."}',
             )
-        return Candidate(self.log.item_ids[code], self.log.titles[code])
+        return Candidate(self.interactions.item_ids[code], self.interactions.titles[code])
 
 
-def users_of(config: EvalConfig, log: Interactions) -> LogUsers | NewUsers:
+def users_of(config: EvalConfig, interactions: Interactions) -> LogUsers | NewUsers:
     if config.recommend == "all":
-        return LogUsers(log, np.arange(log.num_users))
+        return LogUsers(interactions, np.arange(interactions.num_users))
     file = Path(config.recommend)
     if not file.is_file():
         raise ValueError(f"--recommend {file}: no such file")
-    return NewUsers(file, log, config) if file.suffix == ".jsonl" else named_users(file, log)
+    return (
+        NewUsers(file, interactions, config)
+        if file.suffix == ".jsonl"
+        else named_users(file, interactions)
+    )
 
 
 # -------------------------------------------------------------------------------------------- lists
@@ -239,13 +247,15 @@ def shown_history(profile: Profile, config: EvalConfig) -> list[tuple[str, float
     return pairs if config.ratings else [(title, math.nan) for title, _ in pairs]
 
 
-def candidates_of(profile: Profile, retriever: Retriever, log: Interactions) -> list[Candidate]:
+def candidates_of(
+    profile: Profile, retriever: Retriever, interactions: Interactions
+) -> list[Candidate]:
     """Given ones, or the retriever's best that the user has not touched; shuffled by the user."""
     found = profile.candidates
     if not found:
         codes = retriever.top(profile.items, profile.items, NUM_CANDIDATES)
         found = [
-            Candidate(log.item_ids[code], log.titles[code], rank)
+            Candidate(interactions.item_ids[code], interactions.titles[code], rank)
             for rank, code in enumerate(codes.tolist(), 1)
         ]
     return [found[i] for i in shown_order(profile.user, len(found))]
@@ -275,7 +285,7 @@ def finished_batches(
     retriever: Retriever,
     ranker: ListRanker,
     config,
-    log,
+    interactions,
 ) -> Iterator[list[tuple[int, dict]]]:
     """(place of the user, its line) of each micro-batch; users without a list come first."""
 
@@ -284,7 +294,7 @@ def finished_batches(
         for place in places.tolist():
             profile = users[place]
             history = shown_history(profile, config)
-            candidates = candidates_of(profile, retriever, log)
+            candidates = candidates_of(profile, retriever, interactions)
             if history and candidates:
                 members.append((place, profile.user, candidates, history))
             else:
@@ -421,8 +431,8 @@ def recommend_users(config: EvalConfig) -> None:
         prepared = prepare(config)
         retriever = fit_retriever(config.retriever, prepared, config)
     check_run_data(config, [stage], prepared.hash)
-    log = prepared.log
-    users = users_of(config, log)
+    interactions = prepared.interactions
+    users = users_of(config, interactions)
     output = Path(config.output)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -435,9 +445,9 @@ def recommend_users(config: EvalConfig) -> None:
     todo = open_places[rank::world_size]
     model, tokenizer = load_source(config, source, device)
     ranker = ListRanker(
-        model, tokenizer, log.name, config.max_length, config.micro_batch_tokens, device
+        model, tokenizer, interactions.name, config.max_length, config.micro_batch_tokens, device
     )
-    batches = finished_batches(users, todo, retriever, ranker, config, log)
+    batches = finished_batches(users, todo, retriever, ranker, config, interactions)
     started = time.monotonic()
     with writing(parts.own), parts.open() as part:
         for _ in progress(written(batches, part), "recommend", len(todo)):

@@ -41,16 +41,16 @@ def sasrec_config(config: DataConfig) -> BaselineConfig:
 
 
 def fit_sasrec(prepared: Prepared, config: BaselineConfig) -> SASRecRetriever:
-    log = prepared.log
+    interactions = prepared.interactions
     own = {f.name for f in fields(BaselineConfig)} - {f.name for f in fields(DataConfig)}
     facts = {name: getattr(config, name) for name in sorted(own - {"output_dir"})}
     key = hashlib.sha256(json.dumps([prepared.hash, facts]).encode()).hexdigest()[:12]
     file = prepared.folder / f"sasrec-{key}.safetensors"
     if file.exists():
-        model = SASRec(config, log.num_items, log.num_users)
+        model = SASRec(config, interactions.num_items, interactions.num_users)
         model.load_state_dict(load_file(file))
         return SASRecRetriever(model, config.num_shown)
-    model, _ = train(config, log, prepared.splits["val"], report=print0)
+    model, _ = train(config, interactions, prepared.splits["val"], report=print0)
     unfinished = file.with_suffix(f".{os.getpid()}")
     with writing(file):
         save_file(model.state_dict(), unfinished)
@@ -63,5 +63,5 @@ def fit_retriever(
 ) -> Retriever:
     """Fitted on these rows of the log (n,) bool, all without; SASRec never sees the last two."""
     if name in COUNTING_RETRIEVERS:
-        return fit(name, prepared.log, rows, config.history)
+        return fit(name, prepared.interactions, rows, config.history)
     return fit_sasrec(prepared, sasrec_config(config))

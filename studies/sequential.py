@@ -203,14 +203,14 @@ class SASRec(Recommender):
 
 
 # --------------------------------------------------------------------------------------------- data
-def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarray]:
+def training_windows(interactions: Interactions, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(W, size + 1) items before each user's last two interactions, and (W,) users.
 
     A user's items are cut from the end into windows that share one item, filled from the right.
     Position t predicts position t + 1, so each item but a user's first is predicted once."""
-    windows, users, ends = [], [], log.training_end()
-    for user in range(log.num_users):
-        items = log.item[log.start[user] : ends[user]] + 1
+    windows, users, ends = [], [], interactions.training_end()
+    for user in range(interactions.num_users):
+        items = interactions.item[interactions.start[user] : ends[user]] + 1
         for end in range(len(items), 1, -size):
             part = items[max(0, end - size - 1) : end]
             windows.append(np.concatenate([np.zeros(size + 1 - len(part), np.int64), part]))
@@ -220,11 +220,11 @@ def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarr
 
 def shown_items(examples: Examples, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(E, size) last items before each position, filled from the right, and (E,) users."""
-    log, at = examples.log, np.asarray(examples.position)
+    interactions, at = examples.interactions, np.asarray(examples.position)
     rows = at[:, None] - np.arange(size, 0, -1)
-    users = log.user[at].astype(np.int64)
-    inside = rows >= log.start[users][:, None]
-    return np.where(inside, log.item[np.maximum(rows, 0)].astype(np.int64) + 1, 0), users
+    users = interactions.user[at].astype(np.int64)
+    inside = rows >= interactions.start[users][:, None]
+    return np.where(inside, interactions.item[np.maximum(rows, 0)].astype(np.int64) + 1, 0), users
 
 
 @torch.no_grad()
@@ -242,10 +242,10 @@ def hit_ratio(scores: np.ndarray, examples: Examples) -> float:
 
 
 # ----------------------------------------------------------------------------------------- training
-def build_model(config: BaselineConfig, log: Interactions) -> Recommender:
+def build_model(config: BaselineConfig, interactions: Interactions) -> Recommender:
     """The method with fresh weights; the padding's vector is zero."""
     kind = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method]
-    model = kind(config, log.num_items, log.num_users)
+    model = kind(config, interactions.num_items, interactions.num_users)
     for name, p in model.named_parameters():
         if name in ("items.weight", "users.weight", "positions.weight"):
             nn.init.normal_(p, std=0.02)
@@ -281,18 +281,18 @@ def step_loss(
 
 
 def train(
-    config: BaselineConfig, log: Interactions, val: Examples, report=print
+    config: BaselineConfig, interactions: Interactions, val: Examples, report=print
 ) -> tuple[Recommender, list[dict]]:
     """The model of the best epoch on validation, an entry per epoch. Test data is not seen here."""
     torch.manual_seed(config.seed)
     generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
-    model = build_model(config, log)
-    windows, users = (torch.from_numpy(a) for a in training_windows(log, config.num_shown))
+    model = build_model(config, interactions)
+    windows, users = (torch.from_numpy(a) for a in training_windows(interactions, config.num_shown))
     if not len(windows):
         raise ValueError("no user has two interactions before the last two: nothing to train on")
     pool = None
-    if log.train_end is not None:  # items from after the date are not known yet
-        pool = torch.from_numpy(np.unique(training_interactions(log)[1]) + 1)
+    if interactions.train_end is not None:  # items from after the date are not known yet
+        pool = torch.from_numpy(np.unique(training_interactions(interactions)[1]) + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     best, best_epoch, best_state, history = -1.0, 0, {}, []
     for epoch in range(1, config.epochs + 1):
@@ -357,10 +357,10 @@ def method_scores(config: BaselineConfig, model, examples: Examples) -> np.ndarr
 def main() -> None:
     config = parse_config(BaselineConfig)
     prepared = prepare(config)
-    log, val, test = prepared.log, prepared.splits["val"], prepared.splits["test"]
+    interactions, val, test = prepared.interactions, prepared.splits["val"], prepared.splits["test"]
     model, history, started = None, [], time.time()
     if config.method in NEURAL:
-        model, history = train(config, log, val)
+        model, history = train(config, interactions, val)
     records = records_of(test, method_scores(config, model, test))
     metrics = summarise(records, counting_baselines(test)) | {
         "data_hash": prepared.hash,

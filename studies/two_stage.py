@@ -75,8 +75,8 @@ class TwoStageConfig:
 # ------------------------------------------------------------------------------------------ places
 def touched_before(examples: Examples, e: int) -> np.ndarray:
     """Item codes of the history, newest last."""
-    log, p = examples.log, int(examples.position[e])
-    return log.item[log.start[log.user[p]] : p].astype(np.int64)
+    interactions, p = examples.interactions, int(examples.position[e])
+    return interactions.item[interactions.start[interactions.user[p]] : p].astype(np.int64)
 
 
 def targets(examples: Examples) -> np.ndarray:
@@ -122,12 +122,12 @@ def retrieved(
 # ------------------------------------------------------------------------------------------ rankers
 def by_model(ranker: ListRanker, examples: Examples) -> Callable:
     """For rank_long: log-probs of some items for one user, in an order that the user's id draws."""
-    log = examples.log
+    interactions = examples.interactions
 
     def shown(e: int, items: np.ndarray) -> tuple[ShownList, np.ndarray]:
         example = examples[e]
         order = shown_order(f"{example.user} {items[0]} {items[-1]}", len(items))
-        titles = [log.titles[c] for c in items[order]]
+        titles = [interactions.titles[c] for c in items[order]]
         return ShownList(example.user, example.history, titles), order
 
     def score(asked: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
@@ -163,7 +163,7 @@ def optimum_scores(prepared: Prepared, examples: Examples) -> np.ndarray | None:
         return None
     world = World(num_users=options["planted_users"], seed=options["data_seed"])
     every = examples.select(slice(None))
-    every.candidates = np.tile(np.arange(examples.log.num_items), (len(examples), 1))
+    every.candidates = np.tile(np.arange(examples.interactions.num_items), (len(examples), 1))
     with np.errstate(divide="ignore"):  # a genre that is read out
         scores = bayes_scores(world, every, options["min_rating"])
     for e in range(len(examples)):
@@ -191,7 +191,7 @@ def evaluate_lists(
     optimum: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """Row of the table -> places of the targets (E,)."""
-    num_items = examples.log.num_items
+    num_items = examples.interactions.num_items
     alone, lists = retrieved(retriever, examples, max(sizes) if optimum is None else num_items)
     rows = {"retriever": alone}
     for size in sizes:
@@ -280,11 +280,11 @@ def main() -> None:
     check_run_data(source, [stage], prepared.hash)
     test = prepared.splits["test"]
     examples = test.select(slice(config.users or None))
-    rows = training_rows(prepared.log)
+    rows = training_rows(prepared.interactions)
     retriever = fit_retriever(config.retriever, prepared, source, rows)
     model, tokenizer = load_source(source, weights, device)
     limits = (source.max_length, config.micro_batch_tokens)
-    ranker = ListRanker(model, tokenizer, prepared.log.name, *limits, device)
+    ranker = ListRanker(model, tokenizer, prepared.interactions.name, *limits, device)
     optimum = optimum_scores(prepared, examples)
     result = figures(evaluate_lists(examples, retriever, ranker, config.sizes(), optimum))
     facts = {
@@ -292,7 +292,7 @@ def main() -> None:
         "stage": stage,
         "retriever": config.retriever,
         "users": len(examples),
-        "items": prepared.log.num_items,
+        "items": prepared.interactions.num_items,
         "data_hash": prepared.hash,
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -145,11 +145,11 @@ def in_process(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------ examples
 def examples_at(
-    log: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20
+    interactions: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20
 ) -> Examples:
     E, n = candidates.shape
     return Examples(
-        log,
+        interactions,
         "test",
         history,
         np.array(positions),

@@ -34,23 +34,29 @@ def random_examples() -> Examples:
     """70 users (more than one word of bits) with 1 to 18 of 31 items;
     the last position of those with more than 3."""
     rng = np.random.default_rng(0)
-    log = log_of([rng.permutation(31)[: rng.integers(1, 19)].tolist() for _ in range(70)], 31)
+    interactions = log_of(
+        [rng.permutation(31)[: rng.integers(1, 19)].tolist() for _ in range(70)], 31
+    )
     last = [
-        end - 1 for start, end in zip(log.start[:-1], log.start[1:], strict=True) if end - start > 3
+        end - 1
+        for start, end in zip(interactions.start[:-1], interactions.start[1:], strict=True)
+        if end - start > 3
     ]
-    return examples_at(log, last, np.array([rng.permutation(31)[:20] for _ in last]), history=6)
+    return examples_at(
+        interactions, last, np.array([rng.permutation(31)[:20] for _ in last]), history=6
+    )
 
 
-def training_sequences(log: Interactions) -> list[list[int]]:
-    bounds = zip(log.start[:-1], log.start[1:], strict=True)
-    return [log.item[start : max(start, end - 2)].tolist() for start, end in bounds]
+def training_sequences(interactions: Interactions) -> list[list[int]]:
+    bounds = zip(interactions.start[:-1], interactions.start[1:], strict=True)
+    return [interactions.item[start : max(start, end - 2)].tolist() for start, end in bounds]
 
 
 def scores_by_loop(examples: Examples, pair_value) -> list[list[float]]:
     return [
         [
             sum(
-                0.8**age * pair_value(int(examples.log.item[row]), int(c))
+                0.8**age * pair_value(int(examples.interactions.item[row]), int(c))
                 for age, row in enumerate(reversed(rows))
             )
             for c in examples.candidates[e]
@@ -62,8 +68,10 @@ def scores_by_loop(examples: Examples, pair_value) -> list[list[float]]:
 def test_popularity_excludes_the_last_two():
     """A candidate counts only where it lies before a user's last two interactions,
     however short the log is."""
-    log = log_of([[0, 1, 2, 3], [1, 0, 3], [2, 1], [3]], 5)  # and 0 1 2 3 4 by the last user
-    examples = examples_at(log, [3], np.array([[0, 1, 2, 3, 4]]))
+    interactions = log_of(
+        [[0, 1, 2, 3], [1, 0, 3], [2, 1], [3]], 5
+    )  # and 0 1 2 3 4 by the last user
+    examples = examples_at(interactions, [3], np.array([[0, 1, 2, 3, 4]]))
     assert popularity(examples).tolist() == [[2, 3, 1, 0, 0]]
 
 
@@ -71,7 +79,7 @@ def test_item_knn_matches_a_dict_loop(random_examples):
     """The packed bits give the cosine between sets of users,
     summed over the shown history with decay."""
     users = defaultdict(set)
-    for user, items in enumerate(training_sequences(random_examples.log)):
+    for user, items in enumerate(training_sequences(random_examples.interactions)):
         for item in items:
             users[item].add(user)
 
@@ -85,10 +93,12 @@ def test_item_knn_matches_a_dict_loop(random_examples):
 
 def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
     """Chunks bound the memory and change nothing, down to one pair and 64 users at a time."""
-    log = log_of([np.random.default_rng(n).permutation(15)[:6].tolist() for n in range(150)], 15)
+    interactions = log_of(
+        [np.random.default_rng(n).permutation(15)[:6].tolist() for n in range(150)], 15
+    )
     for examples in (
         random_examples,
-        examples_at(log, [400, 850], np.array([[1, 2, 7, 9], [3, 2, 11, 14]])),
+        examples_at(interactions, [400, 850], np.array([[1, 2, 7, 9], [3, 2, 11, 14]])),
     ):
         whole = item_knn(examples)
         with monkeypatch.context() as patch:
@@ -102,7 +112,7 @@ def test_markov_matches_a_dict_loop(random_examples):
     """Transitions are counted forwards, within a user,
     up to ten steps apart and weighted by 1 / distance."""
     transitions, count = defaultdict(float), defaultdict(int)
-    for items in training_sequences(random_examples.log):
+    for items in training_sequences(random_examples.interactions):
         for at, item in enumerate(items):
             count[item] += 1
             for distance, later in enumerate(items[at + 1 : at + 11], 1):
@@ -119,22 +129,22 @@ def test_markov_matches_a_dict_loop(random_examples):
 def test_scores_do_not_depend_on_the_last_two(random_examples):
     """Exchanging every user's last two items changes no score of an example that predicts the first
     of them."""
-    log = random_examples.log
+    interactions = random_examples.interactions
     before = replace(random_examples, position=random_examples.position - 1)
-    item = log.item.copy()
-    for start, end in zip(log.start[:-1], log.start[1:], strict=True):
+    item = interactions.item.copy()
+    for start, end in zip(interactions.start[:-1], interactions.start[1:], strict=True):
         if end - start >= 2:
-            item[end - 2 : end] = (item[end - 2 : end] + 1) % log.num_items
-    after = replace(before, log=replace(log, item=item))
+            item[end - 2 : end] = (item[end - 2 : end] + 1) % interactions.num_items
+    after = replace(before, interactions=replace(interactions, item=item))
     for name, scores in counting_baselines(before).items():
         assert (scores == counting_baselines(after)[name]).all(), name
 
 
 def test_short_history_is_not_filled_from_the_user_before():
     """A history shorter than the window ends at the user's own first row."""
-    log = log_of([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]], 10)
+    interactions = log_of([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]], 10)
     candidates = np.array([[1, 2, 7, 9]])
-    second_user = examples_at(log, [7], candidates)  # shows item 6 alone
+    second_user = examples_at(interactions, [7], candidates)  # shows item 6 alone
     assert (markov(second_user) == markov(replace(second_user, history=1))).all()
     assert (item_knn(second_user) == item_knn(replace(second_user, history=1))).all()
 

@@ -61,9 +61,12 @@ def log_of(rows: list[tuple]) -> Interactions:
     )
 
 
-def own_rows(log: Interactions, row: int) -> range:
+def own_rows(interactions: Interactions, row: int) -> range:
     """All rows of the user who owns this one."""
-    return range(int(log.start[log.user[row]]), int(log.start[log.user[row] + 1]))
+    return range(
+        int(interactions.start[interactions.user[row]]),
+        int(interactions.start[interactions.user[row] + 1]),
+    )
 
 
 def arrays_of(splits: dict[str, Examples]) -> list[np.ndarray]:
@@ -87,15 +90,17 @@ def chosen_by_loop(ratings: list[float], config: DataConfig) -> int | None:
     return best if counts else None
 
 
-def positions_by_loop(log: Interactions, config: DataConfig) -> dict[str, list[int]]:
+def positions_by_loop(interactions: Interactions, config: DataConfig) -> dict[str, list[int]]:
     """All positions that make an example, per split."""
     found: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for start, end in zip(log.start[:-1].tolist(), log.start[1:].tolist(), strict=True):
+    for start, end in zip(
+        interactions.start[:-1].tolist(), interactions.start[1:].tolist(), strict=True
+    ):
         for p in range(start + config.min_history, end):
-            ratings = log.rating[p : p + config.followers].tolist()
+            ratings = interactions.rating[p : p + config.followers].tolist()
             if p + config.followers <= end - 2 and chosen_by_loop(ratings, config) is not None:
                 found["train"].append(p)
-            if p >= end - 2 and log.rating[p] >= config.min_rating:
+            if p >= end - 2 and interactions.rating[p] >= config.min_rating:
                 found["test" if p == end - 1 else "val"].append(p)
     return found
 
@@ -120,35 +125,41 @@ CONFIGS = [
 def test_examples_equal_a_plain_loop(seed, config):
     """Positions, candidates, chosen item,
     scores and flags of every example are what the definitions say."""
-    log = log_of(random_rows(seed))
-    splits = build_examples(log, replace(config, data_seed=seed))
-    expected = positions_by_loop(log, config)
+    interactions = log_of(random_rows(seed))
+    splits = build_examples(interactions, replace(config, data_seed=seed))
+    expected = positions_by_loop(interactions, config)
     random_score = np.float32(config.neg_rating / (1 + config.neg_step) ** config.decay)
     for split, examples in splits.items():
         assert sorted(examples.position.tolist()) == expected[split]
         num_follow = config.followers if split == "train" else 1
         for e, p in enumerate(examples.position.tolist()):
-            rows = own_rows(log, p)
-            follow = {int(log.item[p + s]): s for s in range(num_follow)}
+            rows = own_rows(interactions, p)
+            follow = {int(interactions.item[p + s]): s for s in range(num_follow)}
             candidates = examples.candidates[e].tolist()
             assert len(set(candidates)) == NUM_CANDIDATES and follow.keys() <= set(candidates)
             randoms = set(candidates) - follow.keys()
             if config.exclude == "all":
-                assert not randoms & set(log.item[rows.start : rows.stop].tolist())
-            assert not randoms & set(log.item[max(rows.start, p - config.history) : p].tolist())
+                assert not randoms & set(interactions.item[rows.start : rows.stop].tolist())
+            assert not randoms & set(
+                interactions.item[max(rows.start, p - config.history) : p].tolist()
+            )
             chosen = (
-                chosen_by_loop(log.rating[p : p + num_follow].tolist(), config)
+                chosen_by_loop(interactions.rating[p : p + num_follow].tolist(), config)
                 if split == "train"
                 else 0
             )
             assert (
-                candidates[examples.target[e]] == log.item[p + chosen]
-                and log.rating[p + chosen] >= config.min_rating
+                candidates[examples.target[e]] == interactions.item[p + chosen]
+                and interactions.rating[p + chosen] >= config.min_rating
             )
             for slot, item in enumerate(candidates):
                 assert examples.is_random[e, slot] == (item in randoms)
                 s = follow.get(item)
-                score = random_score if s is None else log.rating[p + s] / (1 + s) ** config.decay
+                score = (
+                    random_score
+                    if s is None
+                    else interactions.rating[p + s] / (1 + s) ** config.decay
+                )
                 assert examples.scores[e, slot] == pytest.approx(score, rel=1e-6)
             if config.positive == "argmax":
                 assert (
@@ -160,13 +171,13 @@ def test_examples_equal_a_plain_loop(seed, config):
 def test_training_never_sees_the_last_two():
     """Histories and followers of training examples end before the user's last two interactions,
     whatever the options."""
-    log = log_of(random_rows(0))
+    interactions = log_of(random_rows(0))
     for followers in (1, 10, 19):
         examples = build_examples(
-            log, DataConfig(train_size=0, followers=followers, min_history=1)
+            interactions, DataConfig(train_size=0, followers=followers, min_history=1)
         )["train"]
-        ends = log.start[log.user[examples.position] + 1]
-        assert (examples.position + followers).max() <= len(log.user) - 2
+        ends = interactions.start[interactions.user[examples.position] + 1]
+        assert (examples.position + followers).max() <= len(interactions.user) - 2
         assert (examples.position + followers <= ends - 2).all()
         assert (examples.position + followers == ends - 2).any()
 
@@ -211,22 +222,22 @@ def test_random_candidates_have_the_stated_distribution(kind):
         rows += [(u, int(i), 5, t) for t, i in enumerate(items)]
     # too short for 19 followers; makes the popular ones more popular
     rows += [(150, i, 5, i) for i in range(24)]
-    log = log_of(rows)
+    interactions = log_of(rows)
     examples = build_examples(
-        log, DataConfig(train_size=0, test_size=1, followers=19, negatives=kind)
+        interactions, DataConfig(train_size=0, test_size=1, followers=19, negatives=kind)
     )["train"]
     popularity = (
-        np.bincount(log.item, minlength=log.num_items)
+        np.bincount(interactions.item, minlength=interactions.num_items)
         if kind == "popularity"
-        else np.ones(log.num_items)
+        else np.ones(interactions.num_items)
     )
-    mean, variance = np.zeros(log.num_items), np.zeros(log.num_items)
+    mean, variance = np.zeros(interactions.num_items), np.zeros(interactions.num_items)
     for p in examples.position.tolist():
         share = popularity.astype(float)
-        share[log.item[own_rows(log, p)]] = 0
+        share[interactions.item[own_rows(interactions, p)]] = 0
         share /= share.sum()
         mean, variance = mean + share, variance + share * (1 - share)
-    drawn = np.bincount(examples.candidates[examples.is_random], minlength=log.num_items)
+    drawn = np.bincount(examples.candidates[examples.is_random], minlength=interactions.num_items)
     assert drawn.sum() == len(examples) > 800  # one random candidate each
     assert np.abs((drawn - mean) / np.sqrt(variance + 1e-9)).max() < 4
 
@@ -234,14 +245,17 @@ def test_random_candidates_have_the_stated_distribution(kind):
 def test_exclude_seen_admits_what_the_user_touched_elsewhere():
     """Under --exclude seen, items from before the shown history or from the future may be random
     candidates."""
-    log = log_of(random_rows(4))
+    interactions = log_of(random_rows(4))
     touched = {"all": 0, "seen": 0}
     for exclude in touched:
-        for examples in build_examples(log, DataConfig(exclude=exclude, history=6)).values():
+        for examples in build_examples(
+            interactions, DataConfig(exclude=exclude, history=6)
+        ).values():
             for e, p in enumerate(examples.position.tolist()):
                 randoms = examples.candidates[e][examples.is_random[e]]
                 touched[exclude] += len(
-                    set(randoms.tolist()) & set(log.item[own_rows(log, p)].tolist())
+                    set(randoms.tolist())
+                    & set(interactions.item[own_rows(interactions, p)].tolist())
                 )
     assert touched["all"] == 0 and touched["seen"] > 100
 
@@ -249,9 +263,10 @@ def test_exclude_seen_admits_what_the_user_touched_elsewhere():
 def test_examples_are_a_function_of_the_seed():
     """The same seed draws the same examples, another one other candidates,
     orders and templates of other prefixes."""
-    log = log_of(random_rows(5))
+    interactions = log_of(random_rows(5))
     one, again, other = (
-        build_examples(log, DataConfig(train_size=50, data_seed=seed)) for seed in (1, 1, 2)
+        build_examples(interactions, DataConfig(train_size=50, data_seed=seed))
+        for seed in (1, 1, 2)
     )
     assert all_equal(one, again)
     for split in SPLITS:
@@ -264,12 +279,12 @@ def test_examples_are_a_function_of_the_seed():
 def test_sizes_take_a_random_part():
     """--train_size and --test_size limit the splits;
     what is drawn is spread over the log and holds no example twice."""
-    log = log_of(random_rows(6, num_users=100))
-    splits = build_examples(log, DataConfig(train_size=60, test_size=15))
+    interactions = log_of(random_rows(6, num_users=100))
+    splits = build_examples(interactions, DataConfig(train_size=60, test_size=15))
     assert [len(splits[split]) for split in SPLITS] == [60, 15, 15]
     for examples in splits.values():
         assert len(set(examples.position.tolist())) == len(examples)
-        assert len(np.unique(log.user[examples.position])) >= 15
+        assert len(np.unique(interactions.user[examples.position])) >= 15
 
 
 def test_the_order_of_input_rows_does_not_matter():
@@ -294,10 +309,12 @@ def test_just_enough_random_candidates_are_found(kind):
     splits = build_examples(
         log_of(rows), DataConfig(followers=1, test_size=0, train_size=20, negatives=kind)
     )
-    log = splits["test"].log
+    interactions = splits["test"].interactions
     (e,) = [e for e in range(len(splits["test"])) if splits["test"][e].user == "greedy"]
     left = {f"Title {i}" for i in range(281, 300)}
-    assert log.num_items == 300 and set(splits["test"][e].candidates) == left | {"Title 280"}
+    assert interactions.num_items == 300 and set(splits["test"][e].candidates) == left | {
+        "Title 280"
+    }
 
 
 def test_no_example_is_an_error_that_names_the_split():
@@ -397,15 +414,16 @@ def test_prompt_shows_history_then_candidates():
 def test_prompt_rows_are_those_before_the_position():
     """The shown history is the user's latest interactions before the predicted one, in order,
     and nobody else's."""
-    log = log_of(random_rows(12))
-    for examples in build_examples(log, DataConfig(train_size=100, history=7)).values():
+    interactions = log_of(random_rows(12))
+    for examples in build_examples(interactions, DataConfig(train_size=100, history=7)).values():
         for e, p in enumerate(examples.position.tolist()):
-            rows = list(own_rows(log, p))
+            rows = list(own_rows(interactions, p))
             shown = rows[: rows.index(p)][-7:]
             assert examples[e].history == [
-                (log.titles[log.item[r]], float(log.rating[r])) for r in shown
+                (interactions.titles[interactions.item[r]], float(interactions.rating[r]))
+                for r in shown
             ]
-            assert examples[e].user == log.user_ids[log.user[p]]
+            assert examples[e].user == interactions.user_ids[interactions.user[p]]
 
 
 def test_templates_differ_and_words_follow_the_data_set():
@@ -417,9 +435,13 @@ def test_templates_differ_and_words_follow_the_data_set():
         for t in range(len(TEMPLATES))
     }
     assert len(set(prompts.values())) == len(prompts)
-    log = log_of(random_rows(13))
-    assert set(build_examples(log)["train"].template.tolist()) == set(range(len(TEMPLATES)))
-    assert set(build_examples(log, DataConfig(num_templates=2))["train"].template.tolist()) == {
+    interactions = log_of(random_rows(13))
+    assert set(build_examples(interactions)["train"].template.tolist()) == set(
+        range(len(TEMPLATES))
+    )
+    assert set(
+        build_examples(interactions, DataConfig(num_templates=2))["train"].template.tolist()
+    ) == {
         0,
         1,
     }
@@ -430,9 +452,9 @@ def nasty_examples(rows=None, titles=None, **options) -> Examples:
     """Test examples whose titles are NASTY and more."""
     rows = rows or random_rows(14, num_users=15, num_items=50, shortest=8, longest=25)
     titles = titles or [*NASTY, *(f"{word} {n}" for n in range(3) for word in WORDS)]
-    log = make_interactions(*zip(*rows, strict=True), dict(enumerate(titles)), "movielens")
+    interactions = make_interactions(*zip(*rows, strict=True), dict(enumerate(titles)), "movielens")
     return build_examples(
-        log, DataConfig(followers=2, min_rating=1, min_history=3, history=9, **options)
+        interactions, DataConfig(followers=2, min_rating=1, min_history=3, history=9, **options)
     )["test"]
 
 

@@ -51,15 +51,15 @@ def put(file: Path, text: str | bytes) -> Path:
     return file
 
 
-def rows_of(log) -> list[tuple]:
+def rows_of(interactions) -> list[tuple]:
     columns = zip(
-        log.user.tolist(),
-        log.item.tolist(),
-        log.rating.tolist(),
-        log.timestamp.tolist(),
+        interactions.user.tolist(),
+        interactions.item.tolist(),
+        interactions.rating.tolist(),
+        interactions.timestamp.tolist(),
         strict=True,
     )
-    return [(log.user_ids[u], log.item_ids[i], r, t) for u, i, r, t in columns]
+    return [(interactions.user_ids[u], interactions.item_ids[i], r, t) for u, i, r, t in columns]
 
 
 # ------------------------------------------------------------------------------- lines and literals
@@ -215,7 +215,7 @@ def test_repeated_pairs_merge_while_the_file_streams():
         for at in range(0, len(rows), 50):
             builder.add(range(at, at + 50), *zip(*rows[at : at + 50], strict=True))
             assert sum(len(chunk[0]) for chunk in builder.chunks) <= 64 + 256 + 50
-        log = builder.finish({f"i{i}": f"T{i}" for i in range(9)}, "x")
+        interactions = builder.finish({f"i{i}": f"T{i}" for i in range(9)}, "x")
         expected: dict = {}
         for u, i, r, t in sorted(rows, key=lambda row: row[3]):  # stable
             if repeats == "last":
@@ -223,8 +223,8 @@ def test_repeated_pairs_merge_while_the_file_streams():
             else:
                 total, first = expected.get((u, i), (0.0, t))
                 expected[u, i] = (total + r, first)
-        assert {(u, i): (r, t) for u, i, r, t in rows_of(log)} == expected
-        check_table(log)
+        assert {(u, i): (r, t) for u, i, r, t in rows_of(interactions)} == expected
+        check_table(interactions)
 
 
 def test_a_few_bad_lines_are_counted_and_many_are_an_error(tmp_path):
@@ -233,9 +233,9 @@ def test_a_few_bad_lines_are_counted_and_many_are_an_error(tmp_path):
     good = [f"u{n % 7},i{n % 50},{1 + n % 5},{n},T{n % 50}" for n in range(400)]
     lines = ["user,item,rating,timestamp,title", *good]
     lines[17], lines[30] = "u1,i2,stars,9,T2", "u1,i2"
-    log = load_own_log(put(tmp_path / "a.csv", "\n".join(lines)), "csv")
-    (note,) = [why for why in log.notes if "could not be read" in why]
-    assert log.notes[note] == 2 and "line 18" in note and "line 31" in note
+    interactions = load_own_log(put(tmp_path / "a.csv", "\n".join(lines)), "csv")
+    (note,) = [why for why in interactions.notes if "could not be read" in why]
+    assert interactions.notes[note] == 2 and "line 18" in note and "line 31" in note
     lines[40:60] = ["nonsense"] * 20
     with pytest.raises(
         ValueError, match=r"b\.csv: 22 of 400 lines .*1%.*line 18.*not rows with user, item"
@@ -390,19 +390,19 @@ def test_amazon_reviews_and_titles(suffix, tmp_path):
     an item whose title is a piece of a page is dropped."""
     put(tmp_path / f"Books_5.json{suffix}", json_lines(AMAZON))
     put(tmp_path / f"meta_Books.json{suffix}", json_lines(AMAZON_META))
-    log = load_amazon(tmp_path)
+    interactions = load_amazon(tmp_path)
     expected = [
         ("A1", "B000000002", 2, 86400),
         ("A1", "B000000001", 5, 864000),
         ("A2", "B000000001", 3, 172800),
     ]
     assert (
-        rows_of(log) == expected
-        and log.titles == ["Tom & Jerry", "Go"]
-        and log.name == "amazon_books"
+        rows_of(interactions) == expected
+        and interactions.titles == ["Tom & Jerry", "Go"]
+        and interactions.name == "amazon_books"
     )
-    assert log.notes["interactions with an item that has no title"] == 1
-    check_table(log)
+    assert interactions.notes["interactions with an item that has no title"] == 1
+    check_table(interactions)
 
 
 @pytest.mark.parametrize("columns", [("asin", "reviewerID"), ("reviewerID", "asin")])
@@ -428,14 +428,15 @@ def test_steam_hours_become_ratings_within_the_game(tmp_path):
     without hours a review is counted and left out."""
     put(tmp_path / "steam_reviews.json.gz", literal_lines(STEAM))
     put(tmp_path / "steam_games.json.gz", literal_lines(STEAM_GAMES))
-    log = load_steam(tmp_path)
-    assert rows_of(log) == [
+    interactions = load_steam(tmp_path)
+    assert rows_of(interactions) == [
         ("Bob", "10", 4, 1513641600),
         ("Chaos Syren", "20", 3, 1513382400),
         ("Chaos Syren", "10", 2, 1513468800),
     ]
     assert (
-        log.titles == ["Sam & Max", "Portal™"] and log.notes["reviews without hours of play"] == 1
+        interactions.titles == ["Sam & Max", "Portal™"]
+        and interactions.notes["reviews without hours of play"] == 1
     )
     assert [r for *_, r, _ in rows_of(load_steam(tmp_path, percentile="all"))] == [3, 5, 1]
 
@@ -452,12 +453,12 @@ def test_beeradvocate_in_three_forms(form, content, tmp_path):
     """Dict lines, text blocks and CSV give the same log;
     zeros and empty names are counted and left out."""
     put(tmp_path / form, content)
-    log = load_beeradvocate(tmp_path)
-    assert rows_of(log) == BEER_ROWS and log.titles == [
+    interactions = load_beeradvocate(tmp_path)
+    assert rows_of(interactions) == BEER_ROWS and interactions.titles == [
         "Sausa Weizen (5% ABV, Hefeweizen)",
         "Pale Ale",
     ]
-    assert log.notes == {
+    assert interactions.notes == {
         "lines with rating 0, which means none": 1,
         "reviews without a user name": 1,
     }
@@ -494,16 +495,16 @@ def test_lastfm_counts_plays_of_artists(form, tmp_path):
             archive.addfile(entry, io.BytesIO(LASTFM.encode()))
     else:
         put(tmp_path / (name + ".gz" if form == "gz" else name), LASTFM)
-    log = load_lastfm(tmp_path)
+    interactions = load_lastfm(tmp_path)
     first, second, other = 1241136000, 1241392137, 1241222400
-    assert rows_of(log) == [
+    assert rows_of(interactions) == [
         ("user_000001", "mb-1", 4, first),
         ("user_000001", "mb-2", 3, second),
         ("user_000002", "mb-1", 2, other),
     ]
     assert (
-        log.titles == ['Deep "Dish', "坂本龍一"]
-        and log.notes["plays of an artist without MusicBrainz id"] == 1
+        interactions.titles == ['Deep "Dish', "坂本龍一"]
+        and interactions.notes["plays of an artist without MusicBrainz id"] == 1
     )
 
 
@@ -511,12 +512,12 @@ def test_recbole_atomic_files(tmp_path):
     """Typed headers; quotes are characters; titles come from the .item file beside."""
     put(tmp_path / "ml.inter", INTER)
     put(tmp_path / "ml.item", ITEM)
-    log = load_own_log(tmp_path, "recbole")
-    assert rows_of(log) == [
+    interactions = load_own_log(tmp_path, "recbole")
+    assert rows_of(interactions) == [
         ("u1", "20", 2.5, 50),
         ("u1", "10", 4, 100),
         ("u2", "10", 5, 70),
-    ] and log.titles == [
+    ] and interactions.titles == [
         'The "M"',
         "Go",
     ]
@@ -527,9 +528,9 @@ def test_recbole_with_another_separator(between, tmp_path):
     """RecBole's field_separator is an option: what stands between the typed names tells it."""
     put(tmp_path / "ml.inter", INTER.replace("\t", between))
     put(tmp_path / "ml.item", ITEM)
-    log = load("recbole", tmp_path)
-    assert [row[:2] for row in rows_of(log)] == [("u1", "20"), ("u1", "10"), ("u2", "10")]
-    assert log.titles == ['The "M"', "Go"]
+    interactions = load("recbole", tmp_path)
+    assert [row[:2] for row in rows_of(interactions)] == [("u1", "20"), ("u1", "10"), ("u2", "10")]
+    assert interactions.titles == ['The "M"', "Go"]
 
 
 @pytest.mark.parametrize(
@@ -581,12 +582,14 @@ def own_csv(
 def test_own_csv_in_any_order_and_dialect(delimiter, order, tmp_path):
     """The usual names are found; others are given; quoted fields may hold the delimiter."""
     file = put(tmp_path / "log.csv", own_csv(order=order, delimiter=delimiter))
-    log = load_own_log(file, "csv")
-    assert rows_of(log) == OWN_ROWS and log.titles == ["Go", 'say "A, B"']
+    interactions = load_own_log(file, "csv")
+    assert rows_of(interactions) == OWN_ROWS and interactions.titles == ["Go", 'say "A, B"']
     names = ("who", "what", "stars", "at", "called")
     file = put(tmp_path / "named.csv", own_csv(names, order, delimiter))
-    log = load_own_log(file, "csv", "user=who,item=what,rating=stars,timestamp=at,title=called")
-    assert rows_of(log) == OWN_ROWS and log.titles == ["Go", 'say "A, B"']
+    interactions = load_own_log(
+        file, "csv", "user=who,item=what,rating=stars,timestamp=at,title=called"
+    )
+    assert rows_of(interactions) == OWN_ROWS and interactions.titles == ["Go", 'say "A, B"']
     with pytest.raises(
         ValueError,
         match=r"named\.csv: which column is the user\? Say --columns user=NAME,item=NAME.*who",
@@ -609,8 +612,8 @@ def test_own_json_lines_and_item_file(tmp_path):
     records = [{"user": u, "item": int(i), "rating": r, "timestamp": t} for u, i, r, t, _ in OWN]
     file = put(tmp_path / "log.jsonl.gz", json_lines(records))
     items = put(tmp_path / "items.csv", "item_id,name\n7,Go\n9,unseen\n")
-    log = load_own_log(file, "jsonl", item_file=str(items))
-    assert rows_of(log) == OWN_ROWS and log.titles == ["Go", "8"]
+    interactions = load_own_log(file, "jsonl", item_file=str(items))
+    assert rows_of(interactions) == OWN_ROWS and interactions.titles == ["Go", "8"]
     items = put(
         tmp_path / "items.jsonl",
         json_lines([{"item": 7, "title": "Go"}, {"item": "8", "title": "Stop"}]),
@@ -632,9 +635,9 @@ def test_own_hours_and_missing_columns(tmp_path, capsys):
     file = put(tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title")))
     assert [r for *_, r, _ in rows_of(load_own_log(file, "csv"))] == [2, 3, 4]
     clicks = put(tmp_path / "clicks.csv", "user,item\nb,1\na,1\nb,2\nb,1\nb,1\n")
-    log = load_own_log(clicks, "csv")
+    interactions = load_own_log(clicks, "csv")
     # times are line numbers
-    assert rows_of(log) == [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]
+    assert rows_of(interactions) == [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]
     notes = capsys.readouterr().out
     assert all(text in notes for text in ("no rating column", "no timestamp column", "no titles"))
 
@@ -653,10 +656,10 @@ def test_a_quote_that_is_not_closed_costs_its_own_line_only(second, tmp_path):
     rows[100] = 'u1,i100,3,100,"Unclosed'
     if second:
         rows[110] = f"u2,i110,3,110,{second}"
-    log = load_own_log(
+    interactions = load_own_log(
         put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *rows])), "csv"
     )
-    assert len(log.user) == 1999 and sum(log.notes.values()) == 1
+    assert len(interactions.user) == 1999 and sum(interactions.notes.values()) == 1
 
 
 def test_lists_of_texts_do_not_backtrack():
@@ -676,13 +679,17 @@ def test_columns_are_the_likely_ones(tmp_path):
     text = "user_id,name,product_id,product_name,user,rating\n" + "".join(
         f"{u},Bob {u},{i},Thing {i},x,4\n" for u in range(3) for i in range(3)
     )
-    log = load_own_log(put(tmp_path / "a.csv", text), "csv")
-    assert log.user_ids == ["0", "1", "2"] and log.titles == ["Thing 0", "Thing 1", "Thing 2"]
+    interactions = load_own_log(put(tmp_path / "a.csv", text), "csv")
+    assert interactions.user_ids == ["0", "1", "2"] and interactions.titles == [
+        "Thing 0",
+        "Thing 1",
+        "Thing 2",
+    ]
     lines = [{"user": "a", "item": "1"}] + [
         {"user": "a", "item": str(n), "rating": 4.5} for n in range(200)
     ]
-    log = load_own_log(put(tmp_path / "a.jsonl", json_lines(lines)), "jsonl")
-    assert set(log.rating.tolist()) == {4.5} and len(log.user) == 200
+    interactions = load_own_log(put(tmp_path / "a.jsonl", json_lines(lines)), "jsonl")
+    assert set(interactions.rating.tolist()) == {4.5} and len(interactions.user) == 200
     with pytest.raises(ValueError, match="item is named twice"):
         parse_columns("user=item,item=item")
 
@@ -711,9 +718,12 @@ def test_files_that_are_no_tables_say_so(tmp_path):
 
 def test_an_item_file_may_name_the_item_otherwise(tmp_path):
     """--columns item=sku is the log's; the item file's is found under its usual name."""
-    log = put(tmp_path / "log.csv", own_csv(("user", "sku2", "rating", "timestamp", "x")))
+    log_file = put(tmp_path / "log.csv", own_csv(("user", "sku2", "rating", "timestamp", "x")))
     items = put(tmp_path / "items.csv", "product_id,label\n7,Go\n8,Stop\n")
-    assert load_own_log(log, "csv", "item=sku2,title=label", str(items)).titles == ["Go", "Stop"]
+    assert load_own_log(log_file, "csv", "item=sku2,title=label", str(items)).titles == [
+        "Go",
+        "Stop",
+    ]
 
 
 def test_order_within_a_second_and_titles_that_change(tmp_path):
@@ -723,11 +733,13 @@ def test_order_within_a_second_and_titles_that_change(tmp_path):
         f"u,{n},4,{1600000000000 + 100 * (9 - n)},{'New' if n else 'Old'}" for n in range(9)
     ] + ["v,0,4,1600000000000,New"]
     for lines in (rows, rows[::-1]):
-        log = load_own_log(
+        interactions = load_own_log(
             put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *lines])), "csv"
         )
-        assert [i for u, i, *_ in rows_of(log) if u == "u"] == [str(n) for n in range(8, -1, -1)]
-        assert log.titles[0] == "New"
+        assert [i for u, i, *_ in rows_of(interactions) if u == "u"] == [
+            str(n) for n in range(8, -1, -1)
+        ]
+        assert interactions.titles[0] == "New"
 
 
 def test_a_renamed_or_rewritten_file_is_prepared_anew(tmp_path):
@@ -860,16 +872,22 @@ def test_real_amazon_sample():
     meta = (json.loads(line) for line in gzip.open(DATA / "amazon/meta_Gift_Cards.json.gz"))
     titled = {m["asin"] for m in meta if m.get("title") and "<span" not in m["title"]}
     pairs = {(r["reviewerID"], r["asin"]) for r in reviews if r["asin"] in titled}
-    log = load_amazon(DATA / "amazon/Gift_Cards_5.json.gz")
-    check_table(log)
-    assert (len(reviews), len(log.user), log.num_users, log.num_items) == (
+    interactions = load_amazon(DATA / "amazon/Gift_Cards_5.json.gz")
+    check_table(interactions)
+    assert (
+        len(reviews),
+        len(interactions.user),
+        interactions.num_users,
+        interactions.num_items,
+    ) == (
         2972,
         len(pairs),
         458,
         148,
     )
     assert {
-        (log.user_ids[u], log.item_ids[i]) for u, i in zip(log.user, log.item, strict=True)
+        (interactions.user_ids[u], interactions.item_ids[i])
+        for u, i in zip(interactions.user, interactions.item, strict=True)
     } == pairs
 
 
@@ -882,9 +900,14 @@ def test_real_repeats_keep_the_last(tmp_path):
     last = {}
     for r in sorted(reviews, key=lambda r: r["unixReviewTime"]):
         last[r["reviewerID"], r["asin"]] = (r["overall"], r["unixReviewTime"])
-    log = load_own_log(file, "jsonl")  # its metadata is not at hand
-    assert (len(reviews), len(last), log.num_users, log.num_items) == (3176, len(log.user), 406, 31)
-    assert {(u, i): (r, t) for u, i, r, t in rows_of(log)} == last
+    interactions = load_own_log(file, "jsonl")  # its metadata is not at hand
+    assert (len(reviews), len(last), interactions.num_users, interactions.num_items) == (
+        3176,
+        len(interactions.user),
+        406,
+        31,
+    )
+    assert {(u, i): (r, t) for u, i, r, t in rows_of(interactions)} == last
 
 
 @needs("steam/steam_games.json.gz")
@@ -905,10 +928,10 @@ def test_real_steam_titles(tmp_path):
     ]
     put(tmp_path / "steam_reviews.json", literal_lines(reviews))
     put(tmp_path / "steam_games.json.gz", "\n".join(lines))
-    log = load_steam(tmp_path)
-    assert log.num_items == len(names) and len(lines) == 32135
+    interactions = load_steam(tmp_path)
+    assert interactions.num_items == len(names) and len(lines) == 32135
     repeated = Counter(names.values())
-    for item, title in zip(log.item_ids, log.titles, strict=True):
+    for item, title in zip(interactions.item_ids, interactions.titles, strict=True):
         assert title == names[item] or (
             title.startswith(f"{names[item]} (") and repeated[names[item]] > 1
         )
@@ -926,11 +949,11 @@ def test_real_beer_samples():
         for r in reviews
         if r["user/profileName"] and r["review/overall"]
     }
-    log = load_beeradvocate(DATA / "beeradvocate/beeradvocate.sample.json")
+    interactions = load_beeradvocate(DATA / "beeradvocate/beeradvocate.sample.json")
     assert (
         len(reviews) == 2469
-        and {(u, i) for u, i, *_ in rows_of(log)} == pairs
-        and len(log.user) == len(pairs)
+        and {(u, i) for u, i, *_ in rows_of(interactions)} == pairs
+        and len(interactions.user) == len(pairs)
     )
     rows = list(
         csv.DictReader(
@@ -938,13 +961,13 @@ def test_real_beer_samples():
         )
     )
     pairs = {(r["review_profilename"], r["beer_beerid"]) for r in rows if r["review_profilename"]}
-    log = load_beeradvocate(DATA / "beeradvocate/beer_reviews.sample.csv")
+    interactions = load_beeradvocate(DATA / "beeradvocate/beer_reviews.sample.csv")
     assert (
         len(rows) == 6627
-        and {(u, i) for u, i, *_ in rows_of(log)} == pairs
-        and len(log.user) == len(pairs)
+        and {(u, i) for u, i, *_ in rows_of(interactions)} == pairs
+        and len(interactions.user) == len(pairs)
     )
-    assert any("Kölsch" in title for title in log.titles)
+    assert any("Kölsch" in title for title in interactions.titles)
 
 
 @needs("lastfm")
@@ -956,13 +979,13 @@ def test_real_lastfm_sample():
     plays = Counter((f[0], f[2]) for f in fields if f[2])
     # newest first, so the last one met is the first play
     first = {(f[0], f[2]): f[1] for f in fields if f[2]}
-    log = load_lastfm(DATA / "lastfm")
+    interactions = load_lastfm(DATA / "lastfm")
     assert (
         len(fields) == 5000
-        and len(log.user) == len(plays)
-        and log.notes["repeats, added up"] == sum(plays.values()) - len(plays)
+        and len(interactions.user) == len(plays)
+        and interactions.notes["repeats, added up"] == sum(plays.values()) - len(plays)
     )
-    assert {(u, i): t for u, i, _, t in rows_of(log)} == {
+    assert {(u, i): t for u, i, _, t in rows_of(interactions)} == {
         pair: int(parse_times([time])[0]) for pair, time in first.items()
     }
 
@@ -1120,17 +1143,17 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
                     data_dir=str(folder), prepared_dir=str(folder / f"p{seed}"), **options
                 )
                 prepared = prepare(config)
-                log, splits = prepared.log, prepared.splits
+                interactions, splits = prepared.interactions, prepared.splits
                 outcomes[name, "loaded"] += 1
             else:
-                log = load_log(config)
+                interactions = load_log(config)
                 outcomes[name, "loaded"] += 1
-                check_table(log)
-                assert (log.timestamp >= 0).all() and (
-                    (log.rating > 0) & (log.rating <= 5)
+                check_table(interactions)
+                assert (interactions.timestamp >= 0).all() and (
+                    (interactions.rating > 0) & (interactions.rating <= 5)
                 ).all(), (name, seed)
-                splits = build_examples(log, config)
-            titles = list(log.titles)
+                splits = build_examples(interactions, config)
+            titles = list(interactions.titles)
             assert all(t and t == clean_title(t) and len(t) <= 250 for t in titles), (name, seed)
             encoded = encode_examples(splits["test"].select(np.arange(1)), tokenizer, 100_000)
             assert eos not in encoded.prompts[0].tolist(), (name, seed)

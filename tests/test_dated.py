@@ -51,7 +51,10 @@ def poisoned(rows: list[tuple]) -> list[tuple]:
 def facts(examples, e: int) -> tuple:
     """What an example is made of, without codes, which other logs number differently."""
     example = examples[e]
-    shown = [examples.log.item_ids[examples.log.item[r]] for r in examples.history_rows(e)]
+    shown = [
+        examples.interactions.item_ids[examples.interactions.item[r]]
+        for r in examples.history_rows(e)
+    ]
     return (
         *(example.user, tuple(shown), tuple(example.candidates), example.target),
         *(tuple(example.scores), render_prompt(example), tuple(examples.others[e].tolist())),
@@ -65,7 +68,9 @@ def test_what_comes_after_the_date_reaches_no_training_example(negatives, exclud
     config = replace(CONFIG, negatives=negatives, exclude=exclude)
     rows = columns()
     logs = log_of(rows), log_of(poisoned(rows))
-    (_, one), (_, other) = (build_dated_examples(log, config, markov_top) for log in logs)
+    (_, one), (_, other) = (
+        build_dated_examples(interactions, config, markov_top) for interactions in logs
+    )
     for split in ("train", "val"):
         assert len(one[split]) == len(other[split]) > 5
         for e in range(len(one[split])):
@@ -85,31 +90,33 @@ def test_counting_scores_see_nothing_from_after_the_date():
         for name, scores in BASELINES.items():
             assert (scores(one[split]) == scores(other[split])).all(), (split, name)
     test = other["test"]
-    new = np.array([int(i) >= 1000 for i in test.log.item_ids])
+    new = np.array([int(i) >= 1000 for i in test.interactions.item_ids])
     for name, scores in BASELINES.items():
         assert (scores(test)[new[test.candidates]] == 0).all(), name
 
 
 def test_validation_items_are_not_fitted():
     """Another validation item leaves every counting score of the training lists as it was."""
-    log, splits = build_dated_examples(log_of(columns()), CONFIG)
-    swapped = log.item.copy()
+    interactions, splits = build_dated_examples(log_of(columns()), CONFIG)
+    swapped = interactions.item.copy()
     swapped[splits["val"].position] = 0
     train = splits["train"]
     for name, scores in BASELINES.items():
-        other = replace(train, log=replace(log, item=swapped))
+        other = replace(train, interactions=replace(interactions, item=swapped))
         assert (scores(train) == scores(other)).all(), name
 
 
 def test_who_is_tested_on_what():
     """By plain loops: first liked from the date on, last liked before it, followers before that."""
-    log, splits = build_dated_examples(log_of(columns()), CONFIG)
+    interactions, splits = build_dated_examples(log_of(columns()), CONFIG)
     expected = {"val": set(), "test": set(), "train": set()}
-    for user in range(log.num_users):
-        rows = list(range(log.start[user], log.start[user + 1]))
-        past = [r for r in rows if log.timestamp[r] < DATE]
-        after = [r for r in rows if log.timestamp[r] >= DATE and log.rating[r] >= 4]
-        liked = [r for r in past if log.rating[r] >= 4]
+    for user in range(interactions.num_users):
+        rows = list(range(interactions.start[user], interactions.start[user + 1]))
+        past = [r for r in rows if interactions.timestamp[r] < DATE]
+        after = [
+            r for r in rows if interactions.timestamp[r] >= DATE and interactions.rating[r] >= 4
+        ]
+        liked = [r for r in past if interactions.rating[r] >= 4]
         end = past[-1] + 1 if past else rows[0]
         if liked and liked[-1] - rows[0] >= 4:
             expected["val"].add(liked[-1])
@@ -117,19 +124,24 @@ def test_who_is_tested_on_what():
         if after and after[0] - rows[0] >= 4:
             expected["test"].add(after[0])
         expected["train"] |= {r for r in range(rows[0] + 4, end) if r + 3 <= end}
-        assert log.training_end()[user] == end
+        assert interactions.training_end()[user] == end
     assert set(splits["val"].position.tolist()) == expected["val"]
     assert set(splits["test"].position.tolist()) == expected["test"]
     train = set(splits["train"].position.tolist())
     assert train and train <= expected["train"]
-    assert any(log.start[u] == log.training_end()[u] for u in range(log.num_users))  # new users
+    assert any(
+        interactions.start[u] == interactions.training_end()[u]
+        for u in range(interactions.num_users)
+    )  # new users
     for examples in splits.values():
-        users = log.user[examples.position]
+        users = interactions.user[examples.position]
         target = examples.candidates[np.arange(len(examples)), examples.target]
         if examples.split != "train":
-            assert (target == log.item[examples.position]).all()
+            assert (target == interactions.item[examples.position]).all()
         for e, user in enumerate(users.tolist()):
-            touched = set(log.item[log.start[user] : log.start[user + 1]].tolist())
+            touched = set(
+                interactions.item[interactions.start[user] : interactions.start[user + 1]].tolist()
+            )
             random = set(examples.candidates[e][examples.is_random[e]].tolist())
             assert examples.split != "test" or not touched & random
 
@@ -139,8 +151,8 @@ def test_the_tiny_tokenizer_reads_no_later_title(tmp_path):
     rows = columns()
     files = []
     for number, table in enumerate((rows, poisoned(rows))):
-        log, splits = build_dated_examples(log_of(table), CONFIG)
-        assert not [t for t in known_titles(log) if int(t.split()[1]) >= 1000]
+        interactions, splits = build_dated_examples(log_of(table), CONFIG)
+        assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
         options = {"hidden_size": 32, "num_layers": 1, "vocab_size": 400, "seed": 0}
         make_base_model(tmp_path / str(number), splits["train"], **options)
         files.append((tmp_path / str(number) / "tokenizer.json").read_bytes())
@@ -150,17 +162,17 @@ def test_the_tiny_tokenizer_reads_no_later_title(tmp_path):
 def test_sequential_models_train_before_the_date():
     """Windows end where training ends, and sampled items are items that were known by then."""
     rows = columns()
-    log, splits = build_dated_examples(log_of(poisoned(rows)), CONFIG)
-    windows, users = training_windows(log, 8)
-    for user in range(log.num_users):
-        known = log.item[log.start[user] : log.training_end()[user]] + 1
+    interactions, splits = build_dated_examples(log_of(poisoned(rows)), CONFIG)
+    windows, users = training_windows(interactions, 8)
+    for user in range(interactions.num_users):
+        known = interactions.item[interactions.start[user] : interactions.training_end()[user]] + 1
         assert set(windows[users == user].ravel().tolist()) <= {0, *known.tolist()}
     options = {"hidden_size": 8, "num_layers": 1, "epochs": 2, "num_sampled": 0}
     config = BaselineConfig(**options, split_by="time")
-    model, _ = train_sequential(config, log, splits["val"], report=lambda text: None)
-    new = np.array([int(i) >= 1000 for i in log.item_ids])
+    model, _ = train_sequential(config, interactions, splits["val"], report=lambda text: None)
+    new = np.array([int(i) >= 1000 for i in interactions.item_ids])
     frozen = BaselineConfig(**options | {"epochs": 1, "learning_rate": 1e-12}, split_by="time")
-    start, _ = train_sequential(frozen, log, splits["val"], report=lambda text: None)
+    start, _ = train_sequential(frozen, interactions, splits["val"], report=lambda text: None)
     moved = (model.items.weight - start.items.weight).abs().amax(1)[1:].detach().numpy()
     assert moved[new].max() < 1e-6 < moved[~new].max()
 
@@ -172,33 +184,35 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
         planted_users=120, followers=3, min_history=4, split_by="time", prepared_dir=str(tmp_path)
     )
     made, read = prepare(config), prepare(config)
-    assert (read.log.training_end() == made.log.training_end()).all()
-    late = read.log.timestamp[read.splits["test"].position]
-    assert late.min() > read.log.timestamp[read.splits["val"].position].max()
-    assert any("training does not see" in why for why in read.log.notes)
+    assert (read.interactions.training_end() == made.interactions.training_end()).all()
+    late = read.interactions.timestamp[read.splits["test"].position]
+    assert late.min() > read.interactions.timestamp[read.splits["val"].position].max()
+    assert any("training does not see" in why for why in read.interactions.notes)
     usual = prepare(replace(config, split_by="last"))
-    assert usual.log.train_end is None and usual.folder != made.folder
+    assert usual.interactions.train_end is None and usual.folder != made.folder
     assert "split_by" not in usual.options
     assert usual.splits["test"].candidates.tolist() == (
-        build_examples(usual.log, replace(config, split_by="last"))["test"].candidates.tolist()
+        build_examples(usual.interactions, replace(config, split_by="last"))[
+            "test"
+        ].candidates.tolist()
     )
 
 
 def test_the_date_that_is_not_given_leaves_the_last_tenth():
-    log = log_of(columns())
-    share = (log.timestamp >= date_of(log, "")).mean()
+    interactions = log_of(columns())
+    share = (interactions.timestamp >= date_of(interactions, "")).mean()
     assert 0.1 <= share < 0.13
     assert parse_date("2000-12-01") == 975628800
     assert parse_date("2000-12-01T01:00+01:00") == 975628800
 
 
 def test_bad_dates_and_options_that_tell_of_later_are_refused():
-    log = log_of(columns())
+    interactions = log_of(columns())
     for date in ("1960-01-01", "2040-01-01"):
         with pytest.raises(ValueError, match="does not divide the log, whose times go from"):
-            date_of(log, date)
+            date_of(interactions, date)
     with pytest.raises(ValueError, match="no train example: --split_by time divides at"):
-        build_dated_examples(log, replace(CONFIG, history=90, min_history=80))
+        build_dated_examples(interactions, replace(CONFIG, history=90, min_history=80))
     for options, message in (
         ({"split_date": "tomorrow"}, "expected a date such as 2000-12-01"),
         ({"core": 5}, "--core counts the whole log"),

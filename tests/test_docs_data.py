@@ -113,10 +113,10 @@ def test_commands_of_the_page(command, tmp_path, monkeypatch, capsys):
         make_parquet(tmp_path)
     monkeypatch.chdir(tmp_path)
     prepared = prepare(parse_config(DataConfig, shlex.split(command)[2:]))
-    log = prepared.log
-    assert (log.num_users, log.num_items) == (10, 60)
-    assert all("Title" in title and '"";' not in title for title in log.titles)
-    assert 4 < log.rating.max() <= 5
+    interactions = prepared.interactions
+    assert (interactions.num_users, interactions.num_items) == (10, 60)
+    assert all("Title" in title and '"";' not in title for title in interactions.titles)
+    assert 4 < interactions.rating.max() <= 5
     assert len(prepared.splits["train"]) > 0 and "ids are shown" not in capsys.readouterr().out
 
 
@@ -143,5 +143,7 @@ def test_queries_of_the_page(query, tmp_path, capsys):
             count, first = expected.get((u, i), (0, t))
             expected[u, i] = (count + 1, first) if plays else (r, t)
     assert {(u, i): (r, t) for u, i, r, t, _ in rows} == expected
-    log = load("csv", put(tmp_path / "log.csv", table(",".join(names), rows)))
-    assert len(rows_of(log)) == len(expected) and log.titles[0].startswith("Title")
+    interactions = load("csv", put(tmp_path / "log.csv", table(",".join(names), rows)))
+    assert len(rows_of(interactions)) == len(expected) and interactions.titles[0].startswith(
+        "Title"
+    )

@@ -55,11 +55,11 @@ def half_trained(tmp_path_factory):
     U, L = 330, 18
     item = np.argsort(rng.random((U, len(titles))), axis=1)[:, :L].ravel()
     user, time = np.repeat(np.arange(U), L), np.tile(np.arange(L), U) + 1
-    log = make_interactions(
+    interactions = make_interactions(
         user, item, rng.integers(3, 6, U * L), time, dict(enumerate(titles)), "movielens"
     )
-    log.words = MOVIES
-    splits = build_examples(log, DataConfig(followers=3, history=5, train_size=400))
+    interactions.words = MOVIES
+    splits = build_examples(interactions, DataConfig(followers=3, history=5, train_size=400))
     folder = tmp_path_factory.mktemp("half-trained")
     make_base_model(folder, splits["train"], hidden_size=64, num_layers=2, vocab_size=400, seed=0)
     tokenizer, model = Tokenizer(folder), load_pretrained(folder)

@@ -70,8 +70,8 @@ def test_parts_of_json_lines_keep_equal_first_lines(tmp_path):
     ]
     for n in range(2):
         put(tmp_path / f"part-{n}.jsonl", json_lines(records))
-    log = load("jsonl", tmp_path, repeats="sum", percentile="all")
-    assert log.notes["repeats, added up"] == 3
+    interactions = load("jsonl", tmp_path, repeats="sum", percentile="all")
+    assert interactions.notes["repeats, added up"] == 3
 
 
 def test_parts_without_timestamps_go_on_in_the_order_of_their_numbers(tmp_path):
@@ -79,8 +79,8 @@ def test_parts_without_timestamps_go_on_in_the_order_of_their_numbers(tmp_path):
     for n in (9, 10):
         rows = [("a", f"i{n}{k}", 4 + k) for k in range(2)]
         put(tmp_path / f"log-{n}.csv", own_csv(names, order, rows=rows))
-    log = load("csv", tmp_path)
-    assert [item for _, item, *_ in rows_of(log)] == ["i90", "i91", "i100", "i101"]
+    interactions = load("csv", tmp_path)
+    assert [item for _, item, *_ in rows_of(interactions)] == ["i90", "i91", "i100", "i101"]
 
 
 def test_a_bad_line_of_a_part_is_named_with_all_parts(tmp_path):
@@ -202,12 +202,12 @@ def test_editions_of_movielens(edition, place, encoding, tmp_path):
         "zip": tmp_path / "ml-some.zip",
         "around the zip": tmp_path,
     }
-    log = load("movielens", paths[place])
-    assert rows_of(log) == [
+    interactions = load("movielens", paths[place])
+    assert rows_of(interactions) == [
         ("2", "30", 3, 978298413), ("7", "20", 1, 978300760), ("7", "10", 4.5, 978301968),
     ]  # fmt: skip
-    assert log.titles == TITLES and log.words == words_of("movielens")
-    assert log.name != "movielens"  # the paper's table is of 1M
+    assert interactions.titles == TITLES and interactions.words == words_of("movielens")
+    assert interactions.name != "movielens"  # the paper's table is of 1M
 
 
 def test_changed_movies_beside_given_ratings_are_prepared_anew(tmp_path):
@@ -301,11 +301,13 @@ def test_amazon_of_2023(form, category, tmp_path):
         put(tmp_path / f"{category}.csv", amazon_csv(REVIEWS, form == "history"))
     put(tmp_path / f"meta_{category}.jsonl", json_lines(META))
     put(tmp_path / f"._meta_{category}.jsonl", b"\0")
-    log = load("amazon", tmp_path)
-    assert rows_of(log) == AMAZON_ROWS and log.titles == [f"River {n}" for n in range(4)]
+    interactions = load("amazon", tmp_path)
+    assert rows_of(interactions) == AMAZON_ROWS and interactions.titles == [
+        f"River {n}" for n in range(4)
+    ]
     books = category == "Books"
-    assert log.words[0] == ("books" if books else "products")
-    assert words_of("amazon", str(tmp_path)) == log.words
+    assert interactions.words[0] == ("books" if books else "products")
+    assert words_of("amazon", str(tmp_path)) == interactions.words
 
 
 def test_amazon_with_an_unknown_header_is_refused(tmp_path):

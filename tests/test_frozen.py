@@ -36,15 +36,15 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
         again.folder,
     )
     assert all_equal(first.splits, again.splits)
-    built = build_examples(again.log, small_config(tmp_path))
+    built = build_examples(again.interactions, small_config(tmp_path))
     assert all_equal(built, again.splits)
     for split in SPLITS:
         for e in range(len(built[split])):
             assert built[split][e] == again.splits[split][e]
     assert first.raw_counts == {
         "users": 60,
-        "items": again.log.num_items,
-        "interactions": len(again.log.user),
+        "items": again.interactions.num_items,
+        "interactions": len(again.interactions.user),
     }
     assert list((tmp_path / "prepared").iterdir()) == [first.folder]
 
@@ -130,7 +130,7 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
     ]
     prepared = [prepare(small_config(tmp_path, **options)) for options in inputs]
     assert len({p.hash for p in prepared}) == 4
-    log = prepared[0].log
+    interactions = prepared[0].interactions
     for options, p in zip(inputs, prepared, strict=True):
         test = p.splits["test"]
         for name in ("position", "candidates", "target", "others"):
@@ -139,12 +139,15 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
             at = int(test.position[e])
             rows = [
                 r
-                for r in own_rows(log, at)
-                if r < at and (options["history_items"] == "all" or log.rating[r] >= 4)
+                for r in own_rows(interactions, at)
+                if r < at and (options["history_items"] == "all" or interactions.rating[r] >= 4)
             ][-20:]
             lines = render_prompt(test[e]).split("\n")
             form = "{} | Rating: {:g}" if options["ratings"] else "{}"
-            shown = [form.format(log.titles[log.item[r]], log.rating[r]) for r in rows]
+            shown = [
+                form.format(interactions.titles[interactions.item[r]], interactions.rating[r])
+                for r in rows
+            ]
             assert any(lines[i : i + len(shown)] == shown for i in range(len(lines))), (
                 options,
                 lines,

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_other_lists_keep_users_histories_and_targets():
     config = DataConfig(followers=3, min_history=4, train_size=50)
-    log = planted_world(World(num_users=150))
-    test = build_examples(log, config)["test"]
+    interactions = planted_world(World(num_users=150))
+    test = build_examples(interactions, config)["test"]
     lists = other_lists(test, config)
     assert list(lists) == ["popularity", "retrieved"]
     for kind, other in lists.items():
@@ -36,7 +36,7 @@ def test_other_lists_keep_users_histories_and_targets():
     again = other_lists(test, config)["popularity"]
     assert (again.candidates == lists["popularity"].candidates).all()
     retrieved = lists["retrieved"]
-    wanted = np.sort(markov_top(log, test.position, 20, 19), 1)
+    wanted = np.sort(markov_top(interactions, test.position, 20, 19), 1)
     assert (np.sort(retrieved.candidates[retrieved.is_random].reshape(-1, 19), 1) == wanted).all()
     assert list(other_lists(test, replace(config, negatives="retrieved"))) == list(KINDS[:2])
 

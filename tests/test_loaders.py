@@ -64,27 +64,33 @@ def log_of(rows: list[tuple]) -> Interactions:
     return make_interactions(*zip(*rows, strict=True), {row[1]: f"item {row[1]}" for row in rows})
 
 
-def rows_of(log: Interactions) -> list[tuple]:
+def rows_of(interactions: Interactions) -> list[tuple]:
     """The log's rows in its order, codes turned back into ids."""
     columns = zip(
-        log.user.tolist(),
-        log.item.tolist(),
-        log.rating.tolist(),
-        log.timestamp.tolist(),
+        interactions.user.tolist(),
+        interactions.item.tolist(),
+        interactions.rating.tolist(),
+        interactions.timestamp.tolist(),
         strict=True,
     )
-    return [(log.user_ids[u], int(log.item_ids[i]), int(r), t) for u, i, r, t in columns]
+    return [
+        (interactions.user_ids[u], int(interactions.item_ids[i]), int(r), t)
+        for u, i, r, t in columns
+    ]
 
 
-def check_table(log: Interactions) -> None:
+def check_table(interactions: Interactions) -> None:
     """What every later step takes for granted."""
-    assert log.start[0] == 0 and log.start[-1] == len(log.user)
-    assert (np.repeat(np.arange(log.num_users), np.diff(log.start)) == log.user).all()
-    assert sorted(set(log.item.tolist())) == list(range(log.num_items))
-    assert len(set(log.titles)) == len(log.titles) == len(log.item_ids)
-    for start, end in zip(log.start[:-1], log.start[1:], strict=True):
-        assert (np.diff(log.timestamp[start:end]) >= 0).all() and len(
-            set(log.item[start:end])
+    assert interactions.start[0] == 0 and interactions.start[-1] == len(interactions.user)
+    assert (
+        np.repeat(np.arange(interactions.num_users), np.diff(interactions.start))
+        == interactions.user
+    ).all()
+    assert sorted(set(interactions.item.tolist())) == list(range(interactions.num_items))
+    assert len(set(interactions.titles)) == len(interactions.titles) == len(interactions.item_ids)
+    for start, end in zip(interactions.start[:-1], interactions.start[1:], strict=True):
+        assert (np.diff(interactions.timestamp[start:end]) >= 0).all() and len(
+            set(interactions.item[start:end])
         ) == end - start > 0
 
 
@@ -98,11 +104,13 @@ def test_rows_are_sorted_and_the_last_of_a_pair_is_kept(seed):
     for row in sorted(rows, key=lambda row: (row[0], row[3])):  # stable
         by_pair.pop(row[:2], None)  # or the pair would keep its earlier place
         by_pair[row[:2]] = row
-    log = log_of(rows)
-    check_table(log)
-    assert rows_of(log) == list(by_pair.values())
-    assert len(log.user) < len(rows)
-    assert [log.titles[i] for i in log.item] == [f"item {row[1]}" for row in by_pair.values()]
+    interactions = log_of(rows)
+    check_table(interactions)
+    assert rows_of(interactions) == list(by_pair.values())
+    assert len(interactions.user) < len(rows)
+    assert [interactions.titles[i] for i in interactions.item] == [
+        f"item {row[1]}" for row in by_pair.values()
+    ]
 
 
 def test_items_without_title_are_named():
@@ -152,23 +160,23 @@ def core_by_loop(rows: list[tuple], k: int) -> list[tuple]:
 def test_k_core_equals_removal_one_by_one(seed, k):
     """What is left does not depend on the order of removal;
     rows keep their order and their content."""
-    log = log_of(random_rows(seed, num_users=20, num_items=25, n=150))
-    expected = core_by_loop(rows_of(log), k)
+    interactions = log_of(random_rows(seed, num_users=20, num_items=25, n=150))
+    expected = core_by_loop(rows_of(interactions), k)
     if not expected:
         with pytest.raises(ValueError, match=f"--core {k}"):
-            k_core(log, k)
+            k_core(interactions, k)
         return
-    core = k_core(log, k)
+    core = k_core(interactions, k)
     check_table(core)
     assert rows_of(core) == expected
-    assert core.titles == [f"item {i}" for i in core.item_ids] and core.name == log.name
+    assert core.titles == [f"item {i}" for i in core.item_ids] and core.name == interactions.name
     assert rows_of(k_core(core, k)) == expected
 
 
 def test_k_core_test_is_not_vacuous():
     """Among the random logs above one loses rows in several rounds, and one loses all."""
     logs = [log_of(random_rows(seed, num_users=20, num_items=25, n=150)) for seed in range(5)]
-    left = [len(core_by_loop(rows_of(log), k)) for log in logs for k in (4, 6)]
+    left = [len(core_by_loop(rows_of(interactions), k)) for interactions in logs for k in (4, 6)]
     assert 0 in left and any(0 < n < 140 for n in left)
 
 
@@ -188,17 +196,17 @@ def zip_movielens(file: Path, names=("ratings.dat", "movies.dat")) -> Path:
     return file
 
 
-def check_small_movielens(log: Interactions) -> None:
-    check_table(log)
-    assert rows_of(log) == [
+def check_small_movielens(interactions: Interactions) -> None:
+    check_table(interactions)
+    assert rows_of(interactions) == [
         ("2", 661, 3, 978298413),  # the same second: the order of the file
         ("2", 1193, 2, 978298413),
         ("7", 1193, 5, 978300760),
         ("7", 661, 1, 978300760),
         ("7", 3114, 4, 978301968),
     ]
-    assert log.titles == ["James and the Giant Peach", "Les Misérables", "Toy Story 2"]
-    assert log.name == "movielens"
+    assert interactions.titles == ["James and the Giant Peach", "Les Misérables", "Toy Story 2"]
+    assert interactions.name == "movielens"
 
 
 def test_movielens_loads_from_folder_and_zip(tmp_path):
@@ -439,11 +447,18 @@ def movielens() -> Interactions:
 def test_movielens_has_the_published_size():
     """6,040 users, 3,706 rated movies, 1,000,209 ratings of 1 to 5, nobody with fewer than 20;
     titles are unique."""
-    log = movielens()
-    check_table(log)
-    assert (log.num_users, log.num_items, len(log.user)) == (6040, 3706, 1000209)
-    assert set(log.rating.tolist()) == {1, 2, 3, 4, 5} and np.diff(log.start).min() == 20
-    assert log.rating.mean() == pytest.approx(3.58, abs=0.005)
+    interactions = movielens()
+    check_table(interactions)
+    assert (interactions.num_users, interactions.num_items, len(interactions.user)) == (
+        6040,
+        3706,
+        1000209,
+    )
+    assert (
+        set(interactions.rating.tolist()) == {1, 2, 3, 4, 5}
+        and np.diff(interactions.start).min() == 20
+    )
+    assert interactions.rating.mean() == pytest.approx(3.58, abs=0.005)
 
 
 @needs_movielens
@@ -474,11 +489,13 @@ def test_movielens_splits_have_the_known_sizes(core, size, num_val, num_test):
     """The k-core and the number of users whose last (test) or last but one (validation) item is
     liked."""
     started = time.perf_counter()
-    log = k_core(load_movielens(MOVIELENS), core)
-    splits = build_examples(log, DataConfig(dataset="movielens", data_dir=str(DATA), core=core))
+    interactions = k_core(load_movielens(MOVIELENS), core)
+    splits = build_examples(
+        interactions, DataConfig(dataset="movielens", data_dir=str(DATA), core=core)
+    )
     seconds = time.perf_counter() - started
     print(f"MovieLens-1M, core {core}: {seconds:.1f} s from the zip to frozen examples")
-    assert (log.num_users, log.num_items, len(log.user)) == size
+    assert (interactions.num_users, interactions.num_items, len(interactions.user)) == size
     assert {split: len(examples) for split, examples in splits.items()} == {
         "train": 10000,
         "val": num_val,
@@ -496,16 +513,19 @@ def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatc
         )
     assert sum(max(0, n - 2 - 10 - 5 + 1) for n in lengths.values()) == 903569
     # counting needs no candidates
-    monkeypatch.setattr("data.freeze", lambda log, split, rows, *rest: rows)
-    log, options = movielens(), {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0}
-    rows = build_examples(log, DataConfig(**options, min_rating=0))["train"]
+    monkeypatch.setattr("data.freeze", lambda interactions, split, rows, *rest: rows)
+    interactions, options = (
+        movielens(),
+        {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0},
+    )
+    rows = build_examples(interactions, DataConfig(**options, min_rating=0))["train"]
     assert len(rows) == len(set(rows.tolist())) == 903569
-    ratings = log.rating[rows[:, None] + np.arange(10)].astype(int)
+    ratings = interactions.rating[rows[:, None] + np.arange(10)].astype(int)
     # of the scores, times 2520: integers, so that ties are exact
     squares = ratings**2 * (2520 // np.arange(1, 11))
     best = np.take_along_axis(ratings, squares.argmax(1)[:, None], 1)
     for positive, liked, share in (("argmax", best >= 4, 0.716), ("first", ratings >= 4, 0.959)):
-        rows = build_examples(log, DataConfig(**options, positive=positive))["train"]
+        rows = build_examples(interactions, DataConfig(**options, positive=positive))["train"]
         assert len(rows) == liked.any(1).sum()
         assert liked.any(1).mean() == pytest.approx(share, abs=5e-4)
 

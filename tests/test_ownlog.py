@@ -51,8 +51,10 @@ def sound(tmp_path):
     return load(put(tmp_path / "sound.csv", table()))
 
 
-def same(log, other) -> bool:
-    return rows_of(log) == rows_of(other) and list(log.titles) == list(other.titles)
+def same(interactions, other) -> bool:
+    return rows_of(interactions) == rows_of(other) and list(interactions.titles) == list(
+        other.titles
+    )
 
 
 # ------------------------------------------------------------------------ positions
@@ -62,9 +64,9 @@ def test_numbers_are_positions_whatever_the_first_row_holds(first, tmp_path):
     rows = [first, *(row[:3] for row in ROWS if row[:2] != first[:2])]
     for delimiter in ",\t|;":
         file = put(tmp_path / "u.data", table(rows, None, delimiter))
-        log = load(file, columns="user=1,item=2,rating=3")
-        assert len(log.user) == len(rows)
-        assert {(u, i) for u, i, *_ in rows_of(log)} == {row[:2] for row in rows}
+        interactions = load(file, columns="user=1,item=2,rating=3")
+        assert len(interactions.user) == len(rows)
+        assert {(u, i) for u, i, *_ in rows_of(interactions)} == {row[:2] for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -80,21 +82,23 @@ def test_a_header_under_positions_is_text_where_numbers_must_be(names, sound, tm
 def test_item_files_without_header_are_named_by_position(sound, tmp_path):
     """Pipes and latin-1, as MovieLens-100k has them;
     the error without --item_columns says the command."""
-    log = put(tmp_path / "u.data", table([row[:4] for row in ROWS], None, "\t"))
+    log_file = put(tmp_path / "u.data", table([row[:4] for row in ROWS], None, "\t"))
     items = "".join(f"{i}|Caf\xe9 {i} (1995)|01-Jan-1995||http://x|0|1\n" for i in range(1, 41))
     options = {
         "columns": "user=1,item=2,rating=3,timestamp=4",
         "item_file": str(put(tmp_path / "u.item", items.encode("latin-1"))),
     }
     with pytest.raises(ValueError, match="--item_columns") as error:
-        load(log, **options)
+        load(log_file, **options)
     found = load(
-        log, **options, item_columns=re.findall(r"--item_columns (\S+)", str(error.value))[-1]
+        log_file,
+        **options,
+        item_columns=re.findall(r"--item_columns (\S+)", str(error.value))[-1],
     )
     assert rows_of(found) == rows_of(sound)
     assert list(found.titles)[0] == "Caf\xe9 1 (1995)"
     with pytest.raises(ValueError, match="asks for column 9, the first line has 7"):
-        load(log, **options, item_columns="item=1,title=9")
+        load(log_file, **options, item_columns="item=1,title=9")
     with pytest.raises(ValueError, match="--item_columns names the columns of --item_file"):
         DataConfig(dataset="csv", item_columns="item=1")
 
@@ -138,11 +142,11 @@ def test_another_scale_is_refused_with_the_option_that_maps_it(change, ends, fir
     low, high = ends
     number = {"true": 1, "false": 0}
     expected = [1 + 4 * (float(number.get(row[2], row[2])) - low) / (high - low) for row in rows]
-    log = load(file, scale=first)
-    by_pair = {(u, i): r for u, i, r, _ in rows_of(log)}
+    interactions = load(file, scale=first)
+    by_pair = {(u, i): r for u, i, r, _ in rows_of(interactions)}
     found = [by_pair[row[:2]] for row in rows]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert log.notes[f"ratings of {low} to {high} mapped to 1 to 5 (--scale)"] == len(rows)
+    assert interactions.notes[f"ratings of {low} to {high} mapped to 1 to 5 (--scale)"] == len(rows)
 
 
 def test_likes_as_json_booleans(tmp_path):
@@ -178,12 +182,12 @@ def test_absent_values_are_counted_and_never_ids_or_titles(mark, tmp_path, capsy
         rows[10 * column][column] = mark
     for row in rows:
         row[4] = mark if row[1] == "7" else row[4]
-    log = load(put(tmp_path / "a.csv", table(rows)))
-    assert len(log.user) == len(ROWS) - 4 == len(ROWS) - sum(log.notes.values())
-    reasons = {re.sub(r" \(.*", "", why) for why in log.notes}
+    interactions = load(put(tmp_path / "a.csv", table(rows)))
+    assert len(interactions.user) == len(ROWS) - 4 == len(ROWS) - sum(interactions.notes.values())
+    reasons = {re.sub(r" \(.*", "", why) for why in interactions.notes}
     assert reasons == {f"lines without {name}" for name in ("user", "item", "rating", "time")}
-    assert mark not in log.user_ids + log.item_ids
-    assert log.titles[log.item_ids.index("7")] == "7"
+    assert mark not in interactions.user_ids + interactions.item_ids
+    assert interactions.titles[interactions.item_ids.index("7")] == "7"
     assert "1 of 40 items have no title" in capsys.readouterr().out
 
 
@@ -191,8 +195,8 @@ def test_zero_is_a_rating_only_where_the_scale_has_it(tmp_path, capsys):
     rows = changed(2, lambda r: str(5 * (int(r) - 1) // 4))  # 0 to 5
     file = put(tmp_path / "a.csv", table(rows))
     zeros = sum(row[2] == "0" for row in rows)
-    log = load(file)
-    assert len(log.user) == len(rows) - zeros and sum(log.notes.values()) == zeros
+    interactions = load(file)
+    assert len(interactions.user) == len(rows) - zeros and sum(interactions.notes.values()) == zeros
     said = capsys.readouterr().out
     assert f"{zeros} ratings of 0 count as none; if 0 is a rating: --scale 0,5" in said
     assert len(load(file, scale="0,5").user) == len(rows)
@@ -299,8 +303,8 @@ def test_numbers_with_commas_are_read_as_the_column_writes_them(texts, delimiter
 
 def test_decimal_commas_in_a_file(tmp_path):
     rows = changed(2, lambda r: r.replace("1", "0,5").replace("3", "2,5"))
-    log = load(put(tmp_path / "a.csv", table(rows, delimiter=";")))
-    assert sorted(set(log.rating.tolist())) == [0.5, 2, 2.5, 4, 5]
+    interactions = load(put(tmp_path / "a.csv", table(rows, delimiter=";")))
+    assert sorted(set(interactions.rating.tolist())) == [0.5, 2, 2.5, 4, 5]
     hours = changed(2, lambda r: f"{int(r) * 700:,}.0")
     ranked = load(put(tmp_path / "b.csv", table(hours, ["user", "item", "hours", "time", "title"])))
     plain = load(put(tmp_path / "c.csv", table()), percentile="item")
@@ -349,8 +353,8 @@ def test_ids_that_differ_as_written_numbers_are_matched_and_said(write, tmp_path
     items = put(
         tmp_path / "items.csv", "item_id,title\n" + "".join(f"{i},T{i}\n" for i in range(41))
     )
-    log = load(put(tmp_path / "a.csv", table(rows, LOG)), item_file=str(items))
-    assert dict(zip(log.item_ids, log.titles, strict=True)) == {
+    interactions = load(put(tmp_path / "a.csv", table(rows, LOG)), item_file=str(items))
+    assert dict(zip(interactions.item_ids, interactions.titles, strict=True)) == {
         write.format(i): f"T{i}" for i in range(1, 41)
     }
     assert "40 item ids of items.csv were matched as numbers" in capsys.readouterr().out
@@ -381,8 +385,8 @@ def test_titles_that_vary_within_an_item_are_refused_unless_named(tmp_path, caps
     load(file, columns=re.search(r"all the same: --columns (\S+)", message)[1])
     assert "40 of 40 items have more than one title" in capsys.readouterr().out
     items = "item_id,title\n" + "".join(f"{i},T{i}\n" for i in range(41))
-    log = load(file, item_file=str(put(tmp_path / "items.csv", items)))
-    assert set(log.titles) == {f"T{i}" for i in range(1, 41)}
+    interactions = load(file, item_file=str(put(tmp_path / "items.csv", items)))
+    assert set(interactions.titles) == {f"T{i}" for i in range(1, 41)}
 
 
 def test_titles_that_many_items_share_are_said(tmp_path, capsys):

@@ -71,10 +71,10 @@ TYPES = {
 @pytest.mark.parametrize("kind", TYPES)
 def test_types_of_columns(kind, tmp_path):
     table = columns() | {name: make() for name, make in TYPES[kind].items()}
-    log = load("parquet", write(tmp_path / "log.parquet", table))
-    check_table(log)
-    assert rows_of(log) == expected(tmp_path)
-    assert log.titles == [f"T {100 + n}" for n in range(11)]
+    interactions = load("parquet", write(tmp_path / "log.parquet", table))
+    check_table(interactions)
+    assert rows_of(interactions) == expected(tmp_path)
+    assert interactions.titles == [f"T {100 + n}" for n in range(11)]
 
 
 def test_int96_and_dates(tmp_path):
@@ -92,8 +92,8 @@ def test_int96_and_dates(tmp_path):
 def test_uuids_are_ids(tmp_path):
     made = [uuid.UUID(int=int(r[0]) + 1) for r in ROWS]
     table = columns() | {"user": pa.array([u.bytes for u in made], pa.binary(16))}
-    log = load("parquet", write(tmp_path / "log.parquet", table))
-    assert set(log.user_ids) == {str(u) for u in made}
+    interactions = load("parquet", write(tmp_path / "log.parquet", table))
+    assert set(interactions.user_ids) == {str(u) for u in made}
 
 
 def test_nulls(tmp_path):
@@ -102,8 +102,10 @@ def test_nulls(tmp_path):
     table["title"] = [None if n % 3 else title for n, title in enumerate(table["title"])]
     table["rating"] = [None, *table["rating"][1:]]
     table["timestamp"] = [*table["timestamp"][:-1], None]
-    log = load("parquet", write(tmp_path / "log.parquet", table))
-    assert log.titles == [f"T {100 + n}" for n in range(11)] and len(log.user) == 70
+    interactions = load("parquet", write(tmp_path / "log.parquet", table))
+    assert (
+        interactions.titles == [f"T {100 + n}" for n in range(11)] and len(interactions.user) == 70
+    )
     for name in ("user", "rating"):
         empty = columns() | {name: pa.nulls(len(ROWS))}
         with pytest.raises(ValueError, match=r"log\.parquet"):
@@ -155,8 +157,8 @@ def test_values_in_the_names_of_folders_are_columns(tmp_path):
         part = columns(rows)
         del part["timestamp"]
         write(tmp_path / f"log/date={day}/part-0.parquet", part)
-    log = load("parquet", tmp_path / "log")
-    assert {t for *_, t in rows_of(log)} == {r[3] // 86400 * 86400 for r in ROWS}
+    interactions = load("parquet", tmp_path / "log")
+    assert {t for *_, t in rows_of(interactions)} == {r[3] // 86400 * 86400 for r in ROWS}
 
 
 def test_a_folder_without_parts_or_of_another_kind_is_refused(tmp_path):
@@ -197,16 +199,19 @@ def test_titles_come_from_a_second_file(tmp_path):
     table = columns()
     del table["title"]
     items = {"id": [f"{100 + n}" for n in range(11)], "name": [f"N {n}" for n in range(11)]}
-    log = write(tmp_path / "log.parquet", table)
+    log_file = write(tmp_path / "log.parquet", table)
     write(tmp_path / "items.parquet", items)
     write(tmp_path / "items/part-0.parquet", items)
     for item_file in ("items.parquet", "items"):
-        read = load("parquet", log, item_file=str(tmp_path / item_file))
+        read = load("parquet", log_file, item_file=str(tmp_path / item_file))
         assert read.titles == [f"N {n}" for n in range(11)]
-    log = put(tmp_path / "log.csv", own_csv())
+    log_file = put(tmp_path / "log.csv", own_csv())
     (tmp_path / "items.parquet").unlink()
     write(tmp_path / "items.parquet", {"item": [7, 8], "title": ["seven", "eight"]})
-    assert load("csv", log, item_file=str(tmp_path / "items.parquet")).titles == ["seven", "eight"]
+    assert load("csv", log_file, item_file=str(tmp_path / "items.parquet")).titles == [
+        "seven",
+        "eight",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -242,5 +247,5 @@ def test_parquet_and_csv_give_one_hash_but_for_the_name(tmp_path):
         followers=2, min_history=1,
     )  # fmt: skip
     same = prepare(config)
-    assert rows_of(same.log) == rows_of(prepared[1].log)
+    assert rows_of(same.interactions) == rows_of(prepared[1].interactions)
     assert (same.splits["test"].candidates == prepared[1].splits["test"].candidates).all()

@@ -15,8 +15,8 @@ from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
 
 
-def last_positions(log: Interactions) -> list[int]:
-    return (log.start[1:] - 1).tolist()
+def last_positions(interactions: Interactions) -> list[int]:
+    return (interactions.start[1:] - 1).tolist()
 
 
 # ------------------------------------------------------------------------ the log
@@ -25,13 +25,15 @@ def test_nobody_reads_a_story_twice(seed):
     """Every user has one interaction a day from the first to the last,
     with as many different stories."""
     world = World(num_users=20000, seed=seed)
-    log = planted_world(world)
-    lengths = np.diff(log.start)
-    assert len(np.unique(log.user.astype(np.int64) * log.num_items + log.item)) == len(log.user)
+    interactions = planted_world(world)
+    lengths = np.diff(interactions.start)
+    assert len(
+        np.unique(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
+    ) == len(interactions.user)
     assert world.min_length <= lengths.min() and lengths.max() <= world.max_length
-    day = (log.timestamp - log.timestamp.min()) // 86_400
+    day = (interactions.timestamp - interactions.timestamp.min()) // 86_400
     # a dropped repetition would leave a gap
-    assert (day == np.arange(len(day)) - log.start[log.user]).all()
+    assert (day == np.arange(len(day)) - interactions.start[interactions.user]).all()
 
 
 def test_the_world_is_a_function_of_its_seed():
@@ -45,10 +47,13 @@ def test_the_world_is_a_function_of_its_seed():
 def test_k_core_keeps_the_whole_world():
     """A 2-core of the default world is the world itself:
     every user and every story comes often enough."""
-    log = planted_world(World())
-    core = k_core(log, 2)
-    assert len(core.user) == len(log.user) and (core.num_users, core.num_items) == (4000, 20 * 16)
-    assert np.bincount(log.item).min() >= 20
+    interactions = planted_world(World())
+    core = k_core(interactions, 2)
+    assert len(core.user) == len(interactions.user) and (core.num_users, core.num_items) == (
+        4000,
+        20 * 16,
+    )
+    assert np.bincount(interactions.item).min() >= 20
 
 
 @pytest.mark.parametrize(
@@ -142,20 +147,25 @@ def brute_force(
 def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
     """The forward algorithm gives the log-probability that brute force gives,
     for every unread story and any history."""
-    log = planted_world(world)
+    interactions = planted_world(world)
     titles = {title: story for story, title in enumerate(world.titles())}
-    story = np.array([titles[title] for title in log.titles])
+    story = np.array([titles[title] for title in interactions.titles])
     positions, candidates = [], []
     for user in range(40):
-        length = int(log.start[user + 1] - log.start[user])
-        p = int(log.start[user]) + user % length  # histories of 0, 1, 2, ...
-        read = log.item[log.start[user] : p].tolist()
+        length = int(interactions.start[user + 1] - interactions.start[user])
+        p = int(interactions.start[user]) + user % length  # histories of 0, 1, 2, ...
+        read = interactions.item[interactions.start[user] : p].tolist()
         positions.append(p)
-        candidates.append([item for item in range(log.num_items) if item not in read][:6])
-    found = bayes_scores(world, examples_at(log, positions, np.array(candidates)), min_rating)
+        candidates.append([item for item in range(interactions.num_items) if item not in read][:6])
+    found = bayes_scores(
+        world, examples_at(interactions, positions, np.array(candidates)), min_rating
+    )
     for e, p in enumerate(positions):
-        rows = slice(int(log.start[log.user[p]]), p)
-        stories, ratings = story[log.item[rows]].tolist(), log.rating[rows].astype(int).tolist()
+        rows = slice(int(interactions.start[interactions.user[p]]), p)
+        stories, ratings = (
+            story[interactions.item[rows]].tolist(),
+            interactions.rating[rows].astype(int).tolist(),
+        )
         expected = [
             brute_force(world, stories, ratings, int(story[c]), min_rating) for c in candidates[e]
         ]
@@ -166,15 +176,17 @@ def test_bayes_scores_are_calibrated_on_the_log():
     """What the log does next agrees with the scores:
     the generator and the forward algorithm describe one world."""
     world = World(num_users=3000)
-    log = planted_world(world)
-    positions = last_positions(log)
-    everything = np.tile(np.arange(log.num_items), (len(positions), 1))
-    p = np.exp(bayes_scores(world, examples_at(log, positions, everything)))
+    interactions = planted_world(world)
+    positions = last_positions(interactions)
+    everything = np.tile(np.arange(interactions.num_items), (len(positions), 1))
+    p = np.exp(bayes_scores(world, examples_at(interactions, positions, everything)))
     for row, position in zip(p, positions, strict=True):
-        row[log.item[log.start[log.user[position]] : position]] = 0  # read before
-    liked, item = log.rating[positions] >= 4, log.item[positions]
+        row[interactions.item[interactions.start[interactions.user[position]] : position]] = (
+            0  # read before
+        )
+    liked, item = interactions.rating[positions] >= 4, interactions.item[positions]
     titles = world.titles()
-    genre_of = np.array([world.genre(titles.index(title)) for title in log.titles])
+    genre_of = np.array([world.genre(titles.index(title)) for title in interactions.titles])
     genre_p = np.stack([p[:, genre_of == g].sum(1) for g in range(world.num_genres)], 1)
     events = {"liked": (p.sum(1), liked)}  # probability and outcome per user
     for rank, best in enumerate(np.argsort(-genre_p, axis=1)[:, :3].T):
@@ -201,25 +213,28 @@ def test_bayes_scores_use_the_ratings():
         rows = [("a", 0, rating, 0), ("a", 23, 5, 1)] + [
             ("b", story, 5, story) for story in stories
         ]
-        log = make_interactions(*zip(*rows, strict=True), titles, "planted")
-        scores.append(bayes_scores(world, examples_at(log, [1], np.array([[1, 7, 13]])))[0])
+        interactions = make_interactions(*zip(*rows, strict=True), titles, "planted")
+        scores.append(
+            bayes_scores(world, examples_at(interactions, [1], np.array([[1, 7, 13]])))[0]
+        )
     assert scores[0][0] < scores[0][2] and scores[1][0] > scores[1][2]
 
 
 def test_a_history_not_shown_whole_is_refused():
     """Bayes-optimal is a bound only if the prompt shows what the forward algorithm reads."""
-    log = planted_world(World(num_users=300))
+    interactions = planted_world(World(num_users=300))
     config = DataConfig(planted_users=300, followers=4, min_history=3)
-    longest = int(np.diff(log.start).max()) - 1
+    longest = int(np.diff(interactions.start).max()) - 1
     bayes_scores(
-        World(num_users=300), build_examples(log, replace(config, history=longest))["test"]
+        World(num_users=300), build_examples(interactions, replace(config, history=longest))["test"]
     )
     with pytest.raises(
         ValueError,
         match=f"history of {longest} stories is not shown whole .--history {longest - 1}",
     ):
         bayes_scores(
-            World(num_users=300), build_examples(log, replace(config, history=longest - 1))["test"]
+            World(num_users=300),
+            build_examples(interactions, replace(config, history=longest - 1))["test"],
         )
 
 

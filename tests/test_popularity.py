@@ -36,7 +36,9 @@ def catalogue_of(counts: list[int]) -> Catalogue:
     for user in range(users):
         rows += [(user, 1000, 5, 10**6), (user, 1001, 5, 10**6 + 1)]
     titles = {row[1]: f"t{row[1]}" for row in rows}
-    return Catalogue.of(SimpleNamespace(log=make_interactions(*zip(*rows, strict=True), titles)))
+    return Catalogue.of(
+        SimpleNamespace(interactions=make_interactions(*zip(*rows, strict=True), titles))
+    )
 
 
 def test_percentiles_count_equals_half_and_the_last_two_not_at_all():

@@ -39,12 +39,12 @@ def random_log(seed: int = 0, num_users: int = 60):
 def test_probes_take_all_users_that_fit(probe):
     """Users, targets and the other future item against a plain loop over the log;
     the rest is random and never touched."""
-    log = random_log()
-    examples = probe_examples(log, DataConfig(min_history=3), probe)
+    interactions = random_log()
+    examples = probe_examples(interactions, DataConfig(min_history=3), probe)
     expected = {}
-    for u in range(log.num_users):
-        rows = list(range(log.start[u], log.start[u + 1]))
-        before, last = log.rating[rows[-2]], log.rating[rows[-1]]
+    for u in range(interactions.num_users):
+        rows = list(range(interactions.start[u], interactions.start[u + 1]))
+        before, last = interactions.rating[rows[-2]], interactions.rating[rows[-1]]
         count = 2 if probe in ("adherence", "temptation") else 1
         fits = {
             "adherence": before >= 4 and last >= 4,
@@ -52,27 +52,32 @@ def test_probes_take_all_users_that_fit(probe):
         }.get(probe, last <= 2)
         if fits and len(rows) - count >= 3:
             expected[u] = rows[-count:]
-    users = log.user[examples.position].tolist()
+    users = interactions.user[examples.position].tolist()
     assert sorted(users) == sorted(expected) and len(users) > 3
     for e, u in enumerate(users):
         rows = expected[u]
         assert examples.position[e] == rows[0]
         candidates = examples.candidates[e].tolist()
-        assert candidates[examples.target[e]] == log.item[rows[0]] and len(set(candidates)) == 20
+        assert (
+            candidates[examples.target[e]] == interactions.item[rows[0]]
+            and len(set(candidates)) == 20
+        )
         follows = [
             c
             for c, is_random in zip(candidates, examples.is_random[e], strict=True)
             if not is_random
         ]
-        assert sorted(follows) == sorted(log.item[rows].tolist())
-        touched = set(log.item[log.start[u] : log.start[u + 1]].tolist())
+        assert sorted(follows) == sorted(interactions.item[rows].tolist())
+        touched = set(interactions.item[interactions.start[u] : interactions.start[u + 1]].tolist())
         assert not touched & {c for c in candidates if c not in follows}
 
 
 def test_aversion_and_avoidance_share_their_sets():
     """The same users and candidates; only the question differs, and no split ever asks it."""
-    log, config = random_log(), DataConfig(min_history=3)
-    avoid, averse = (probe_examples(log, config, probe) for probe in ("avoidance", "aversion"))
+    interactions, config = random_log(), DataConfig(min_history=3)
+    avoid, averse = (
+        probe_examples(interactions, config, probe) for probe in ("avoidance", "aversion")
+    )
     assert (avoid.candidates == averse.candidates).all() and (avoid.target == averse.target).all()
     assert all("rate lowest?" in render_prompt(averse[e]) for e in range(len(averse)))
     assert not any("lowest" in render_prompt(avoid[e]) for e in range(len(avoid)))
@@ -81,9 +86,9 @@ def test_aversion_and_avoidance_share_their_sets():
 def test_figures_count_what_their_names_say():
     """Hits, the later item, the disliked one,
     and for avoidance listed answers that are another title; ties share."""
-    log = random_log()
+    interactions = random_log()
     config = DataConfig(min_history=3)
-    examples = probe_examples(log, config, "adherence")
+    examples = probe_examples(interactions, config, "adherence")
     E, rows = len(examples), np.arange(len(examples))
     later = [
         int(np.flatnonzero(~examples.is_random[e] & (np.arange(20) != examples.target[e]))[0])
@@ -97,8 +102,8 @@ def test_figures_count_what_their_names_say():
     assert (
         measure(
             "avoidance",
-            probe_examples(log, config, "avoidance"),
-            np.zeros((len(probe_examples(log, config, "avoidance")), 20)),
+            probe_examples(interactions, config, "avoidance"),
+            np.zeros((len(probe_examples(interactions, config, "avoidance")), 20)),
         )["avoidance"]
         == 0
     )
@@ -114,9 +119,9 @@ def test_figures_count_what_their_names_say():
 
 def test_chance_is_what_it_must_be():
     """1 in 20 everywhere, 19 in 20 for avoidance."""
-    log, config = random_log(), DataConfig(dataset="csv", min_history=3)
+    interactions, config = random_log(), DataConfig(dataset="csv", min_history=3)
     for probe in PROBES:
-        examples = probe_examples(log, config, probe)
+        examples = probe_examples(interactions, config, probe)
         figures = measure(probe, examples, reference_choices(probe, examples, config)["chance"])
         assert next(iter(figures.values())) == pytest.approx(0.95 if probe == "avoidance" else 0.05)
 
@@ -125,9 +130,9 @@ def test_the_optimum_beats_counting_in_the_planted_world():
     """Bayes-optimal is the best row of each probe that asks for a liked or disliked item;
     temptation takes few disliked ones."""
     config = DataConfig(planted_users=1500)
-    log = planted_world(World(num_users=1500, seed=0))
+    interactions = planted_world(World(num_users=1500, seed=0))
     for probe in ("adherence", "temptation", "aversion"):
-        examples = probe_examples(log, config, probe)
+        examples = probe_examples(interactions, config, probe)
         rows = {
             name: measure(probe, examples, c)
             for name, c in reference_choices(probe, examples, config).items()
@@ -158,8 +163,8 @@ def skewed_examples(num_users: int) -> SimpleNamespace:
     18 to some 1,500."""
     lengths = (18 + np.random.default_rng(0).lognormal(4, 1.2, num_users)).astype(int)
     start = np.append(0, np.cumsum(lengths + 1))
-    log = SimpleNamespace(start=start, user=np.repeat(np.arange(num_users), lengths + 1))
-    return SimpleNamespace(log=log, position=start[1:] - 1)
+    interactions = SimpleNamespace(start=start, user=np.repeat(np.arange(num_users), lengths + 1))
+    return SimpleNamespace(interactions=interactions, position=start[1:] - 1)
 
 
 def test_bins_are_quantiles():

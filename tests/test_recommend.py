@@ -129,16 +129,20 @@ def test_every_user_gets_what_the_retriever_finds_untouched(folder, whole):
 
 def test_order_is_that_of_plain_full_sequences(folder, whole):
     """Each title behind its prompt as one causal text, without a tree: same order, same shares."""
-    log = prepare(options(folder, output="x")).log
+    interactions = prepare(options(folder, output="x")).interactions
     tokenizer, model = Tokenizer(BASE), load_pretrained(BASE)
     load_adapter(model, folder / "adapter")
     for record in whole[:4]:
-        u = list(log.user_ids).index(record["user"])
-        rows = range(log.start[u + 1] - 6, log.start[u + 1])  # the newest six, the last two too
-        history = [(log.titles[log.item[r]], float(log.rating[r])) for r in rows]
+        u = list(interactions.user_ids).index(record["user"])
+        rows = range(
+            interactions.start[u + 1] - 6, interactions.start[u + 1]
+        )  # the newest six, the last two too
+        history = [
+            (interactions.titles[interactions.item[r]], float(interactions.rating[r])) for r in rows
+        ]
         by_rank = sorted(record["items"], key=lambda i: i["retrieved"])
         titles = [by_rank[i]["title"] for i in shown_order(record["user"], 20)]
-        text = render_prompt(Example(log.name, record["user"], history, titles, 0, [], 0))
+        text = render_prompt(Example(interactions.name, record["user"], history, titles, 0, [], 0))
         (prompt,) = tokenizer.encode_prompts([text])
         logps = []
         for ids in tokenizer.encode_completions(titles):
@@ -224,13 +228,19 @@ def test_named_users(folder, whole):
 
 def test_new_users(folder, whole):
     """A copy of a user of the log gets that user's list; given candidates may be new items."""
-    log = prepare(options(folder, output="x")).log
-    rows = range(log.start[0], log.start[1])
-    copied = [{"item": log.item_ids[log.item[r]], "rating": float(log.rating[r])} for r in rows]
+    interactions = prepare(options(folder, output="x")).interactions
+    rows = range(interactions.start[0], interactions.start[1])
+    copied = [
+        {
+            "item": interactions.item_ids[interactions.item[r]],
+            "rating": float(interactions.rating[r]),
+        }
+        for r in rows
+    ]
     titled = [{"title": "A story never seen", "rating": 5}, {"title": "Story of 3", "rating": 4}]
     given = ["Story of 4", "s5", {"title": "Fresh"}, {"item": "new-1", "title": "Fresher"}]
     entries = [
-        {"user": log.user_ids[0], "history": copied},
+        {"user": interactions.user_ids[0], "history": copied},
         {"user": "visitor", "history": titled},
         {"user": "cold", "history": titled[:1], "candidates": given},
     ]
@@ -238,7 +248,7 @@ def test_new_users(folder, whole):
     config = options(folder, recommend=folder / "new.jsonl", output=folder / "n.jsonl", top_k=4)
     recommend_users(config)
     copy, visitor, cold = read(folder / "n.jsonl")
-    first = next(r for r in whole if r["user"] == log.user_ids[0])
+    first = next(r for r in whole if r["user"] == interactions.user_ids[0])
     same([copy], [first | {"items": first["items"][:4]}])
     assert len(visitor["items"]) == 4 and "s3" not in {i["item"] for i in visitor["items"]}
     assert {(i["item"], i["title"]) for i in cold["items"]} == {
@@ -257,21 +267,23 @@ def test_sasrec_retrieves_with_its_own_scores(folder, tmp_path, monkeypatch):
     prepared = prepare(config)
     monkeypatch.setattr(retrievers, "train", None)  # a second training would fail
     retriever = retrievers.fit_retriever("sasrec", prepared, config)
-    test, log = prepared.splits["test"], prepared.log
+    test, interactions = prepared.splits["test"], prepared.interactions
     wanted = candidate_scores(retriever.model, test, retriever.num_shown)
     for e, p in enumerate(test.position):
-        scores = retriever.scores(log.item[log.start[log.user[p]] : p])
+        scores = retriever.scores(interactions.item[interactions.start[interactions.user[p]] : p])
         np.testing.assert_allclose(scores[test.candidates[e]], wanted[e], rtol=1e-4, atol=1e-5)
     for u, record in enumerate(read(tmp_path / "r.jsonl")):
-        items = log.item[log.start[u] : log.start[u + 1]].astype(np.int64)
-        best = [log.item_ids[c] for c in retriever.top(items, items, 20)]
+        items = interactions.item[interactions.start[u] : interactions.start[u + 1]].astype(
+            np.int64
+        )
+        best = [interactions.item_ids[c] for c in retriever.top(items, items, 20)]
         assert [i["item"] for i in sorted(record["items"], key=lambda i: i["retrieved"])] == best
 
 
 def test_a_user_who_touched_everything_has_an_empty_line(folder, tmp_path, capsys):
     """The others get their lists, and one note counts those without."""
-    log = write_log(tmp_path / "log.csv", greedy_user=True)
-    recommend_users(options(folder, data_dir=log, output=tmp_path / "r.jsonl"))
+    log_file = write_log(tmp_path / "log.csv", greedy_user=True)
+    recommend_users(options(folder, data_dir=log_file, output=tmp_path / "r.jsonl"))
     records = {r["user"]: r["items"] for r in read(tmp_path / "r.jsonl")}
     assert records.pop("u0") == [] and all(len(items) == 10 for items in records.values())
     assert "note: 1 users have an empty list: they touched every item" in capsys.readouterr().out

@@ -29,20 +29,20 @@ def examples() -> Examples:
 @pytest.mark.parametrize("name", COUNTING)
 def test_scores_are_those_of_the_candidate_lists(examples, name):
     """What counting.py says of 20 candidates, the retriever says of the same among all items."""
-    log = examples.log
-    retriever = fit(name, log, training_rows(log), shown=6)
+    interactions = examples.interactions
+    retriever = fit(name, interactions, training_rows(interactions), shown=6)
     wanted = COUNTING[name](examples)
     assert wanted.any() and len(examples) > 20
     for e, p in enumerate(examples.position):
-        history = log.item[log.start[log.user[p]] : p]
+        history = interactions.item[interactions.start[interactions.user[p]] : p]
         found = retriever.scores(history)
-        assert found.shape == (log.num_items,)
+        assert found.shape == (interactions.num_items,)
         np.testing.assert_allclose(found[examples.candidates[e]], wanted[e], rtol=1e-12, atol=0)
 
 
 def test_training_rows_leave_each_users_last_two_out():
-    log = random_log(users=3, length=5)
-    assert training_rows(log).tolist() == [True, True, True, False, False] * 3
+    interactions = random_log(users=3, length=5)
+    assert training_rows(interactions).tolist() == [True, True, True, False, False] * 3
 
 
 def test_best_items_by_score_then_code():
@@ -57,22 +57,25 @@ def test_best_items_by_score_then_code():
 
 def test_item_knn_keeps_rows_within_its_bytes(monkeypatch):
     """A small cache gives the same scores and never holds more than it may."""
-    log = random_log()
-    free = fit("item-knn", log)
-    whole = [free.scores(log.item[a:b]) for a, b in zip(log.start, log.start[1:], strict=False)]
+    interactions = random_log()
+    free = fit("item-knn", interactions)
+    whole = [
+        free.scores(interactions.item[a:b])
+        for a, b in zip(interactions.start, interactions.start[1:], strict=False)
+    ]
     monkeypatch.setattr(retrieval, "CACHE_BYTES", 2000)
-    tight = fit("item-knn", log)
-    for wanted, a, b in zip(whole, log.start, log.start[1:], strict=False):
-        assert (tight.scores(log.item[a:b]) == wanted).all()
+    tight = fit("item-knn", interactions)
+    for wanted, a, b in zip(whole, interactions.start, interactions.start[1:], strict=False):
+        assert (tight.scores(interactions.item[a:b]) == wanted).all()
         assert tight.cached_bytes <= 2000
         assert tight.cached_bytes == sum(x.nbytes for row in tight.cache.values() for x in row)
     assert 0 < len(tight.cache) < len(free.cache)
 
 
 def test_an_item_without_interactions_scores_nothing():
-    log = random_log()
-    rows = log.item != 5
+    interactions = random_log()
+    rows = interactions.item != 5
     for name in COUNTING:
-        retriever = fit(name, log, rows)
+        retriever = fit(name, interactions, rows)
         assert retriever.scores(np.array([1, 2]))[5] == 0
         assert np.isfinite(retriever.scores(np.array([5]))).all()

@@ -46,9 +46,9 @@ def test_every_item_is_predicted_once_and_the_last_two_never(size):
     and nothing of validation or test."""
     rng = np.random.default_rng(size)
     sequences = [rng.permutation(40)[: rng.integers(1, 30)].tolist() for _ in range(30)]
-    log = log_of(sequences)
-    windows, users = training_windows(log, size)
-    code = {int(log.item_ids[c]): c for c in range(log.num_items)}
+    interactions = log_of(sequences)
+    windows, users = training_windows(interactions, size)
+    code = {int(interactions.item_ids[c]): c for c in range(interactions.num_items)}
     for user, items in enumerate(sequences):
         predicted = []
         for row in windows[users == user]:
@@ -62,27 +62,28 @@ def test_every_item_is_predicted_once_and_the_last_two_never(size):
 
 def test_a_test_case_shows_what_lies_before_it():
     """The last items before the position, filled from the right, of this user alone."""
-    log = log_of([list(range(30)), list(range(40, 65)), list(range(60, 80))])
-    examples = build_examples(log, DataConfig(followers=2, min_history=2))["test"]
+    interactions = log_of([list(range(30)), list(range(40, 65)), list(range(60, 80))])
+    examples = build_examples(interactions, DataConfig(followers=2, min_history=2))["test"]
     items, users = shown_items(examples, 12)
     for e, p in enumerate(examples.position.tolist()):
-        start = int(log.start[log.user[p]])
-        expected = (log.item[max(start, p - 12) : p] + 1).tolist()
+        start = int(interactions.start[interactions.user[p]])
+        expected = (interactions.item[max(start, p - 12) : p] + 1).tolist()
         assert (
-            items[e].tolist() == [0] * (12 - len(expected)) + expected and users[e] == log.user[p]
+            items[e].tolist() == [0] * (12 - len(expected)) + expected
+            and users[e] == interactions.user[p]
         )
 
 
 def test_a_model_can_see_exactly_what_a_prompt_shows():
     """--max_items 0 takes --history:
     a model then reads the items of the prompt, no more and no fewer."""
-    log = log_of([list(range(30)), list(range(40, 65)), list(range(60, 68))])
+    interactions = log_of([list(range(30)), list(range(40, 65)), list(range(60, 68))])
     config = BaselineConfig(max_items=0, history=12, followers=2, min_history=2)
-    examples = build_examples(log, config)["test"]
+    examples = build_examples(interactions, config)["test"]
     items, _ = shown_items(examples, config.num_shown)
     for e in range(len(examples)):
         rows = examples.history_rows(e)
-        assert items[e][items[e] > 0].tolist() == (log.item[list(rows)] + 1).tolist()
+        assert items[e][items[e] > 0].tolist() == (interactions.item[list(rows)] + 1).tolist()
     assert SASRec(config, 50, 3).positions.num_embeddings == 12
     assert BaselineConfig().num_shown == 50
     with pytest.raises(ValueError, match="max_items must be >= 0"):
@@ -139,10 +140,10 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
 def test_a_simple_rule_is_learnt(name):
     """On a log where the next item follows from the last one,
     each puts it first among 20 nearly always."""
-    log = cyclic_log()
-    splits = build_examples(log, DataConfig(followers=2, min_history=2))
+    interactions = cyclic_log()
+    splits = build_examples(interactions, DataConfig(followers=2, min_history=2))
     config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=5, **SMALL)
-    model, history = train(config, log, splits["val"], report=lambda line: None)
+    model, history = train(config, interactions, splits["val"], report=lambda line: None)
     assert (
         hit_ratio(candidate_scores(model, splits["test"], config.max_items), splits["test"]) > 0.9
     )
@@ -152,8 +153,8 @@ def test_a_simple_rule_is_learnt(name):
 def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
     """Validation alone decides: the weights are those of its best epoch,
     and `patience` worse ones end it."""
-    log = cyclic_log(60)
-    splits = build_examples(log, DataConfig(followers=2, min_history=2))
+    interactions = cyclic_log(60)
+    splits = build_examples(interactions, DataConfig(followers=2, min_history=2))
     script, seen = iter([0.2, 0.5, 0.4, 0.3, 0.3, 0.9]), []
 
     def scripted(scores, examples):
@@ -163,7 +164,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
 
     monkeypatch.setattr("studies.sequential.hit_ratio", scripted)
     config = BaselineConfig(method="gru4rec", epochs=20, patience=3, **SMALL)
-    model, history = train(config, log, splits["val"], report=lambda line: None)
+    model, history = train(config, interactions, splits["val"], report=lambda line: None)
     assert [h["val_hit_ratio@1"] for h in history] == [0.2, 0.5, 0.4, 0.3, 0.3]
     assert (candidate_scores(model, splits["val"], config.max_items) == seen[1]).all()
 

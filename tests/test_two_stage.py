@@ -30,18 +30,18 @@ USERS = 300
 def planted():
     """A small planted world as prepared examples, and the optimum's scores of all items."""
     config = DataConfig(planted_users=USERS, followers=4)
-    log = planted_world(World(num_users=USERS))
+    interactions = planted_world(World(num_users=USERS))
     options = {"dataset": "planted", "history": 20, "planted_users": USERS, "data_seed": 0}
     options |= {"min_rating": 4.0}
-    prepared = Prepared(log, build_examples(log, config), "", None, {}, options)
+    prepared = Prepared(interactions, build_examples(interactions, config), "", None, {}, options)
     test = prepared.splits["test"].select(slice(120))
     return test, optimum_scores(prepared, test)
 
 
 @pytest.fixture(scope="module")
 def retriever(planted):
-    log = planted[0].log
-    return fit("markov", log, training_rows(log))
+    interactions = planted[0].interactions
+    return fit("markov", interactions, training_rows(interactions))
 
 
 class Scorer:
@@ -66,7 +66,7 @@ class ListRankerOf:
 
     def __init__(self, values: np.ndarray, examples):
         self.score = Scorer(values)
-        self.code = {title: c for c, title in enumerate(examples.log.titles)}
+        self.code = {title: c for c, title in enumerate(examples.interactions.titles)}
         self.row = {examples[e].user: e for e in range(len(examples))}
 
     def logps(self, lists):
@@ -79,12 +79,14 @@ class ListRankerOf:
 def test_the_retriever_alone_by_few_independent_lines(planted, retriever):
     """Every place by sorting (score, code) of counting.py's Markov over all items."""
     test, optimum = planted
-    log, places = test.log, []
+    interactions, places = test.interactions, []
     every = test.select(slice(None))
-    every.candidates = np.tile(np.arange(log.num_items), (len(test), 1))
+    every.candidates = np.tile(np.arange(interactions.num_items), (len(test), 1))
     for e, scores in enumerate(markov(every)):
         seen = set(touched_before(test, e).tolist())
-        order = sorted(set(range(log.num_items)) - seen, key=lambda c: (-round(scores[c], 9), c))
+        order = sorted(
+            set(range(interactions.num_items)) - seen, key=lambda c: (-round(scores[c], 9), c)
+        )
         places.append(1 + order.index(test.candidates[e, test.target[e]]))
     rows = evaluate_lists(test, retriever, ListRankerOf(optimum, test), [20], optimum)
     assert rows["retriever"].tolist() == places

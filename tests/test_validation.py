@@ -95,9 +95,9 @@ def test_validation_users_are_a_sample_of_the_validation_split(tmp_path):
         again = train.encode_sample(Spy(), None, TrainConfig(val_size=20))
     finally:
         train.encode_examples = encode
-    log = sample.log
+    interactions = sample.interactions
     assert len(sample.position) == 20 and np.array_equal(sample.position, again.position)
-    assert (sample.position == log.start[log.user[sample.position] + 1] - 2).all()
+    assert (sample.position == interactions.start[interactions.user[sample.position] + 1] - 2).all()
     assert train.encode_sample(Spy(), None, TrainConfig(val_size=0)) is None
 
 
@@ -107,8 +107,8 @@ def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypat
     inner = train.predict
 
     def spy(model, tokenizer, encoded, *rest):
-        log, position = encoded.examples.log, encoded.examples.position
-        answered.append(set(log.start[log.user[position] + 1] - position))
+        interactions, position = encoded.examples.interactions, encoded.examples.position
+        answered.append(set(interactions.start[interactions.user[position] + 1] - position))
         return inner(model, tokenizer, encoded, *rest)
 
     monkeypatch.setattr(train, "predict", spy)
