@@ -38,7 +38,8 @@ from hub.tokenizer import Tokenizer
 from losses import preference_score
 
 NUM_CANDIDATES = 20
-NUM_TEMPLATES = 5  # as many as TEMPLATES has, below
+# a candidate that the user never met counts as rated so, after so many steps (released code)
+RANDOM_RATING, RANDOM_STEPS = 3.0, 10
 
 
 # ------------------------------------------------------------------------------------- interactions
@@ -211,8 +212,6 @@ class ExampleConfig:
     )
     min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
-    neg_rating: float = arg(3.0, "rating given to random candidates", above=0)
-    neg_step: int = arg(10, "steps given to random candidates", at_least=0)
     exclude: str = arg(
         "all", "random candidates are new to the user, or to the prompt", choices=("all", "seen")
     )
@@ -221,7 +220,6 @@ class ExampleConfig:
         "other candidates: uniform, by popularity, or retrieved (Markov's best for the history)",
         choices=("uniform", "popularity", "retrieved"),
     )
-    num_templates: int = arg(0, "prompt templates; 0 = all", at_least=0, at_most=NUM_TEMPLATES)
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
 
     def __post_init__(self):
@@ -400,7 +398,7 @@ def _chosen_follower(interactions, rows, config: ExampleConfig) -> tuple[np.ndar
     scores = preference_score(ratings, np.arange(config.followers), config.decay)
     chosen = scores.argmax(1)  # the first of equal ones: the sooner
     best = np.take_along_axis(scores, chosen[:, None], 1)[:, 0]
-    beats_random = best > preference_score(config.neg_rating, config.neg_step, config.decay)
+    beats_random = best > preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay)
     liked = np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
     return chosen, beats_random & liked
 
@@ -433,9 +431,9 @@ def freeze(
 
     items = np.concatenate([interactions.item[follow], randoms], 1).astype(np.int32)
     ratings = np.concatenate(
-        [interactions.rating[follow], np.full(randoms.shape, config.neg_rating)], 1
+        [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)], 1
     )
-    delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, config.neg_step)], 1)
+    delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, RANDOM_STEPS)], 1)
     scores = preference_score(ratings, delays, config.decay).astype(np.float32)
     chosen = np.zeros(E, np.int64)
     if split == "train":
@@ -445,7 +443,7 @@ def freeze(
     order = rng.permuted(slots, axis=1)  # shown slot -> drawn slot
     target = (order == chosen[:, None]).argmax(1)
     others = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
-    template = rng.integers(config.num_templates or len(TEMPLATES), size=E)
+    template = rng.integers(len(TEMPLATES), size=E)
     return Examples(
         interactions,
         split,
@@ -553,7 +551,6 @@ TEMPLATES = (
     "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\n"
     "Answer:",
 )
-assert len(TEMPLATES) == NUM_TEMPLATES
 
 LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
 ALL_TEMPLATES = (

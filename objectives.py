@@ -112,7 +112,7 @@ def scaled_margins(options, loss: str, scores: Tensor) -> Tensor:
     if loss == "recpo":
         return options.margin_lambda * target_margins(chosen, rejected, options.margin)
     if loss == "odpo":
-        return options.odpo_alpha * target_margins(chosen, rejected, "log_gap")
+        return target_margins(chosen, rejected, "log_gap")
     return target_margins(chosen, rejected, "none")
 
 

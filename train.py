@@ -117,7 +117,6 @@ READ_BY = {  # option of a loss -> the stages that read it
     "num_negatives": PREFERENCE - set(PAIRWISE),
     "negative_source": PREFERENCE,
     "simpo_gamma": {"simpo"},
-    "odpo_alpha": {"odpo"},
 }
 
 
@@ -187,7 +186,6 @@ class TrainConfig(DataConfig):
         "simpo: target margin; gamma / beta between 0.25 and 1 is advised, the paper has 2",
         at_least=0,
     )
-    odpo_alpha: float = arg(1.0, "odpo: weight of the offset", at_least=0)
     sft_weight: float = arg(
         -1.0,
         "weight of the chosen title's mean NLL added to a preference loss; -1: 1 for cpo, else 0",
@@ -210,7 +208,6 @@ class TrainConfig(DataConfig):
         at_least=0,
         at_most=1,
     )
-    weight_decay: float = arg(0.0, "AdamW weight decay", at_least=0)
     adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
     shard: str = arg(
@@ -237,14 +234,10 @@ class TrainConfig(DataConfig):
         at_least=1,
     )
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
-    decode: str = arg(
-        "greedy",
-        "how test answers are found: greedy (one pass), generate, trie",
-        group="evaluation and output",
-        choices=("greedy", "generate", "trie"),
-    )
     decode_rest: bool = arg(
-        True, "generate an answer where no candidate verifies; off: count it invalid"
+        True,
+        "generate an answer where no candidate verifies; off: count it invalid",
+        group="evaluation and output",
     )
     val_size: int = arg(
         200,
@@ -574,8 +567,8 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
     widths = tree_widths(run.train, objective.slots)
     schedule = Schedule(config, epochs, widths, run.world_size)
     trained = [p for p in model.parameters() if p.requires_grad]
-    betas, decay = (0.9, config.adam_beta2), config.weight_decay
-    optimizer = torch.optim.AdamW(trained, lr=peak, betas=betas, weight_decay=decay, fused=True)
+    betas = (0.9, config.adam_beta2)
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=betas, weight_decay=0.0, fused=True)
 
     weights = starting_weights(base, adapter)
     identity = {"stage": name, "data": run.data_hash, "base or adapter to start from": weights}
@@ -663,7 +656,7 @@ def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
     """Evaluate on the test split, divided over ranks; metrics on rank 0, which also writes them."""
     config, started = run.config, time.time()
-    options = (config.decode, config.decode_rest, "evaluation")
+    options = ("greedy", config.decode_rest, "evaluation")
     records = predict_on_all_ranks(run, model, run.test, *options)
     if not is_main():
         return None

@@ -47,7 +47,7 @@ BEER_KEYS = {
 
 
 def load(config) -> Interactions:
-    """Dict lines, text blocks or CSV; --beer_title full: with strength and style; name: without."""
+    """Dict lines, text blocks or CSV; titles with strength and style, as the paper's."""
     patterns = ("*beeradvocate*.json*", "*beeradvocate*.txt*", "*beer*.csv*", "*beer*")
     file = find_file(
         config.data_dir, patterns, "beeradvocate.json, beeradvocate.txt or beer_reviews.csv"
@@ -76,9 +76,7 @@ def load(config) -> Interactions:
             continue
         rows.add(number, user, item, r.get("rating"), r.get("time"))
         if item not in titles and name:
-            if config.beer_title == "full":
-                name = beer_title(name, str(r.get("abv") or ""), style)
-            titles[item] = name
+            titles[item] = beer_title(name, str(r.get("abv") or ""), style)
     rows.flush()
     interactions = builder.finish(titles, NAME, config.percentile)
     return replace(interactions, words=WORDS)

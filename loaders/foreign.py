@@ -43,7 +43,7 @@ def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
         size = config.train_size if split == "train" else config.test_size
         order = rng.permutation(len(part))
         part = [part[i] for i in (order[:size] if size else order)]
-        arrays[split] = _example_arrays(part, code, config.num_templates, rng)
+        arrays[split] = _example_arrays(part, code, rng)
         arrays[split]["position"] += rows
         named += [(f"{split} {entry['number']}", entry) for entry in part]
         rows += sum(len(entry["history"]) + 1 for entry in part)
@@ -77,7 +77,7 @@ def _entries_by_split(path: Path) -> dict[str, list[dict]]:
 
 
 def _example_arrays(
-    part: list[dict], code: dict[str, int], num_templates: int, rng: np.random.Generator
+    part: list[dict], code: dict[str, int], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     """The arrays of a split; positions as if its entries were the first of the log."""
     lengths = [len(entry["history"]) + 1 for entry in part]
@@ -87,7 +87,7 @@ def _example_arrays(
     slots = np.tile(np.arange(NUM_CANDIDATES), (len(part), 1))
     others = slots[slots != target[:, None]].reshape(len(part), -1)
     others = rng.permuted(others, axis=1)
-    template = rng.integers(num_templates or len(TEMPLATES), size=len(part))
+    template = rng.integers(len(TEMPLATES), size=len(part))
     return {
         "position": np.cumsum(lengths, dtype=np.int64) - 1,
         "candidates": np.array(candidates, np.int32),

@@ -100,9 +100,6 @@ class DataConfig(ExampleConfig):
         "or the sum of its amounts",
         choices=("last", "sum"),
     )
-    beer_title: str = arg(
-        "full", "beeradvocate: full (name, strength, style) or name", choices=("full", "name")
-    )
     download: bool = arg(False, "fetch MovieLens-1M to data_dir first, and check its checksum")
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
     core: int = arg(
@@ -130,7 +127,6 @@ class DataConfig(ExampleConfig):
             ("item_columns", own),
             ("scale", own),
             ("repeats", own),
-            ("beer_title", self.dataset == "beeradvocate"),
         ):
             if name in changed and not fits:
                 raise ValueError(f"--{name} has no effect with --dataset {self.dataset}")

@@ -48,7 +48,6 @@ PREFERENCE_OPTIONS = [
     "num_negatives",
     "negative_source",
     "simpo_gamma",
-    "odpo_alpha",
     "sft_weight",
     "epochs",
     "learning_rate",

@@ -462,7 +462,6 @@ def test_beeradvocate_in_three_forms(form, content, tmp_path):
         "lines with rating 0, which means none": 1,
         "reviews without a user name": 1,
     }
-    assert load_beeradvocate(tmp_path, beer_title="name").titles == ["Sausa 5% Weizen", "Pale Ale"]
 
 
 def test_twice_encoded_names_are_mended():

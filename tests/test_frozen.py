@@ -62,7 +62,7 @@ def test_the_hash_is_that_of_the_content(tmp_path):
         {"train_size": 31},
         {"decay": 0.4},
         {"history": 6},
-        {"num_templates": 1},
+        {"followers": 9},
     )
     prepared_others = [prepare(small_config(tmp_path, **change)) for change in changes]
     assert len({prepared.hash, *(other.hash for other in prepared_others)}) == 1 + len(changes)

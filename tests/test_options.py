@@ -40,15 +40,12 @@ def test_every_training_run_of_a_committed_table_is_accepted(file):
         ({"lora_dropout": 1.0}, "--lora_dropout must be < 1"),
         ({"warmup_ratio": -1.0}, "--warmup_ratio must be >= 0"),
         ({"warmup_ratio": float("nan")}, "--warmup_ratio must be >= 0"),
-        ({"neg_rating": 0.0}, "--neg_rating must be > 0"),
         ({"beta": float("inf")}, "--beta must be a finite number, got inf"),
-        ({"neg_rating": float("inf")}, "--neg_rating must be a finite number"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be < 1"),
         ({"num_negatives": 20}, "--num_negatives must be <= 19"),
         ({"lora_alpha": 0.0}, "--lora_alpha must be > 0"),
         ({"sft_weight": -0.5}, "--sft_weight must be >= 0, or -1"),
         ({"followers": 20}, "--followers must be <= 19"),
-        ({"num_templates": 6}, "--num_templates must be <= 5"),
         ({"margin": "square"}, "--margin must be one of ratio, log_diff, log_ratio, none"),
         (
             {"margin": "none", "margin_lambda": 1.0},
@@ -76,7 +73,6 @@ OTHER = {  # a value of each option of a loss that is not its default
     "num_negatives": 2,
     "negative_source": "random",
     "simpo_gamma": 1.0,
-    "odpo_alpha": 0.5,
 }
 INERT = {
     "margin_lambda": "sdpo",
@@ -84,7 +80,6 @@ INERT = {
     "num_negatives": "dpo",
     "negative_source": "sft",
     "simpo_gamma": "recpo",
-    "odpo_alpha": "dpo",
 }
 
 
@@ -118,7 +113,7 @@ def steps(in_process, tmp_path, monkeypatch):
     def spy(model, optimizer, batches, objective, lr, config, replicas):
         (group,) = optimizer.param_groups
         step = {"objective": objective, "lr": lr, "kl": getattr(objective, "kl", None)}
-        step |= {name: group[name] for name in ("betas", "weight_decay")}
+        step |= {name: group[name] for name in ("betas",)}
         result = inner(model, optimizer, batches, objective, lr, config, replicas)
         taken.append(step | {"new_kl": result.on_device.get("kl")})
         return result
@@ -139,14 +134,14 @@ def test_options_of_the_step_reach_every_step_of_their_stage(steps):
     taken = steps(
         *("--stages=sft,kto", "--beta=0.1", "--sft_epochs=2", "--epochs=1", "--warmup_ratio=0.5"),
         *("--sft_learning_rate=3e-3", "--learning_rate=1e-3"),
-        *("--adam_beta2=0.9", "--weight_decay=0.25"),
+        "--adam_beta2=0.9",
     )
     kto = [step for step in taken if step["new_kl"] is not None]
     sft = [step for step in taken if step["new_kl"] is None]
     assert taken == sft + kto
     assert [step["lr"] for step in sft] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 2.25e-3, 0.75e-3])
     assert [step["lr"] for step in kto] == pytest.approx([5e-4, 1e-3, 1e-3])
-    assert {(step["betas"], step["weight_decay"]) for step in taken} == {((0.9, 0.9), 0.25)}
+    assert {step["betas"] for step in taken} == {(0.9, 0.9)}
 
     assert kto[0]["kl"] == 0 and kto[0]["new_kl"] == 0  # the policy is its reference
     assert kto[2]["kl"] != 0
