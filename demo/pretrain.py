@@ -12,7 +12,8 @@ All listed titles hang on one PromptTree by their first token, which is the hard
 to be told from the history's), and a few of them whole, which is how a title goes on and ends.
 
 Lists start short and grow with success, and histories and the titles in play with them: a copying
-circuit is found where it is easy, then stretched.
+circuit is found where it is easy, then stretched. With --title_tokens all titles are in play at
+once: what is learnt is to copy any token, not these.
 
 From a third of the steps on, prompts practise telling kinds of titles apart too, where kinds are
 known: which listed title is like these, like the latest, like the latest one liked? In a
@@ -41,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken
 
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
 from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, Words, build_tree, render_prompt
@@ -74,6 +76,11 @@ class PretrainConfig:
         ",".join(WORDS), "words of the prompts, as movies,watched,watch: things, past, verb"
     )
     vocab_size: int = arg(1024, "tokens of the tokenizer, at most", at_least=300)
+    title_tokens: bool = arg(
+        False,
+        "beside them one token for each title, line break included: prompts a third as long, "
+        "and nothing to spell",
+    )
     hidden_size: int = arg(128, "width", at_least=1)
     num_layers: int = arg(4, "blocks", at_least=1)
     num_heads: int = arg(4, "attention heads, each with keys and values of its own", at_least=1)
@@ -174,13 +181,24 @@ def kind_prompt(
     return Prompt(QUESTIONS[question].format(things=things, **parts), answers or listed)
 
 
-def write_tokenizer(path: Path, kinds: list[list[str]], words: Words, vocab_size: int) -> None:
-    """Of titles and made-up prompts; byte-level, so that any text can be encoded."""
+def write_tokenizer(path: Path, kinds: list[list[str]], config: PretrainConfig) -> None:
+    """Of titles and made-up prompts; byte-level, so that any text can be encoded.
+
+    A title's own token takes the white space before it along, so that a list is nothing but titles.
+    A title whose token would not be decoded to its text goes on being spelled."""
+    words = prompt_words(config)
     titles = [title for kind in kinds for title in kind]
     rng = np.random.default_rng(0)
     prompts = [made_up_prompt(titles, 20, 10, words, rng) for _ in range(1000)]
     texts = [" " + title for title in titles] + [prompt.text for prompt in prompts]
-    train_tokenizer(path, texts, SPLIT, vocab_size)
+    tokenizer = train_tokenizer(path, texts, SPLIT, config.vocab_size)
+    if config.title_tokens:
+        whole = [AddedToken(t, lstrip=True, single_word=True, normalized=False) for t in titles]
+        tokenizer.add_tokens(whole)
+        spelled = [t for t in titles if tokenizer.decode([tokenizer.token_to_id(t)]) != t]
+        tokenizer = train_tokenizer(path, texts, SPLIT, config.vocab_size)
+        tokenizer.add_tokens([token for token in whole if token.content not in spelled])
+        tokenizer.save(str(path / "tokenizer.json"))
 
 
 class Practice:
@@ -202,13 +220,15 @@ class Practice:
         rng = np.random.default_rng([self.config.seed, 1, step, self.list_size])
         if len(self.kinds) > 1 and step >= self.config.steps // 3:
             return self.draw_kinds(rng, settling=step >= self.config.steps)
-        playing = self.titles[: 60 * self.list_size]  # few titles recur sooner
+        whole = self.config.title_tokens
+        playing = self.titles if whole else self.titles[: 60 * self.list_size]  # few recur sooner
         longest, words = self.list_size, prompt_words(self.config)
         sizes = (longest, int(rng.integers(2, longest + 1)))  # the longest lists so far, and any
         out = []
         for size in sizes:
             shown = int(rng.integers(1, longest + 1))
-            count = self.num_prompts(30 + 4 * size + 5 * shown)
+            length = 1 if whole else 4
+            count = self.num_prompts(30 + length * size + (length + 1) * shown)
             out += [[made_up_prompt(playing, size, shown, words, rng) for _ in range(count)]]
         return out
 
@@ -232,7 +252,7 @@ class Practice:
 
     def num_prompts(self, tokens: int) -> int:
         """Prompts of a micro-batch, each of about so many tokens."""
-        share = self.list_size / NUM_CANDIDATES
+        share = 1 if self.config.title_tokens else self.list_size / NUM_CANDIDATES
         return max(4, int(self.config.batch_tokens * share / 2 / tokens))
 
     def tree(self, prompts: list[Prompt], rng) -> PromptTree:
@@ -366,7 +386,7 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
 def pretrain(config: PretrainConfig) -> None:
     path, kinds = Path(config.output_dir), read_titles(config)
     checkpoint = path / "pretraining.safetensors"
-    write_tokenizer(path, kinds, prompt_words(config), config.vocab_size)
+    write_tokenizer(path, kinds, config)
     (path / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks for it
     tokenizer = Tokenizer(path)
     practice = Practice(config, kinds, tokenizer)

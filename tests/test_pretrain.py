@@ -67,6 +67,26 @@ def test_titles_of_a_file_may_name_their_kinds(tmp_path):
     assert pretrain.read_titles(config) == [["Emma", "Hamlet"]]
 
 
+def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
+    """In history, list and answer, with the line break before it; what is no such token is spelled.
+
+    The longest title is taken, and none inside a word."""
+    titles = ["Jaws", "Jaws 2", "Go", "Café", "It's a Mad World"]
+    (tmp_path / "t.txt").write_text("\n".join(titles))
+    config = PretrainConfig(titles=str(tmp_path / "t.txt"), title_tokens=True)
+    pretrain.write_tokenizer(tmp_path, [titles], config)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    tokenizer = Tokenizer(tmp_path)
+    completions = dict(zip(titles, tokenizer.encode_completions(titles), strict=True))
+    assert {title for title, ids in completions.items() if len(ids) == 2} == {*titles} - {"Café"}
+    assert all(tokenizer.answer(ids) == title for title, ids in completions.items())
+    listed = [title for title in titles if title != "Café"]
+    text = "Gone:\nJaws 2 | Rating: 4\n" + "\n".join(listed) + "\nAnswer:"
+    (ids,) = tokenizer.encode_prompts([text])
+    own = {ids[0]: title for title, ids in completions.items() if title != "Café"}
+    assert [own[i] for i in ids if i in own] == ["Jaws 2", *listed]
+
+
 def test_the_base_is_small_and_encodes_any_text():
     """16-bit weights of at most 6 MB; byte-level tokens, so other data sets' titles go through."""
     assert sum(f.stat().st_size for f in BASE.iterdir()) <= 6 * 10**6
