@@ -71,19 +71,26 @@ def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
     """In history, list and answer, with the line break before it; what is no such token is spelled.
 
     The longest title is taken, and none inside a word."""
-    titles = ["Jaws", "Jaws 2", "Go", "Café", "It's a Mad World"]
+    titles = [
+        "Jaws",
+        "Jaws 2",
+        "Go",
+        "Alien³",
+        "It's a Mad World",
+        *(f"Tale {n}" for n in range(30)),
+    ]
     (tmp_path / "t.txt").write_text("\n".join(titles))
     config = PretrainConfig(titles=str(tmp_path / "t.txt"), title_tokens=True)
     pretrain.write_tokenizer(tmp_path, [titles], config)
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     tokenizer = Tokenizer(tmp_path)
     completions = dict(zip(titles, tokenizer.encode_completions(titles), strict=True))
-    assert {title for title, ids in completions.items() if len(ids) == 2} == {*titles} - {"Café"}
+    assert {title for title, ids in completions.items() if len(ids) == 2} == {*titles} - {"Alien³"}
     assert all(tokenizer.answer(ids) == title for title, ids in completions.items())
-    listed = [title for title in titles if title != "Café"]
+    listed = [title for title in titles if title != "Alien³"]
     text = "Gone:\nJaws 2 | Rating: 4\n" + "\n".join(listed) + "\nAnswer:"
     (ids,) = tokenizer.encode_prompts([text])
-    own = {ids[0]: title for title, ids in completions.items() if title != "Café"}
+    own = {ids[0]: title for title, ids in completions.items() if title != "Alien³"}
     assert [own[i] for i in ids if i in own] == ["Jaws 2", *listed]
 
 
