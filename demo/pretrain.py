@@ -227,8 +227,7 @@ class Practice:
         out = []
         for size in sizes:
             shown = int(rng.integers(1, longest + 1))
-            length = 1 if whole else 4
-            count = self.num_prompts(30 + length * size + (length + 1) * shown)
+            count = self.num_prompts(size, shown)
             out += [[made_up_prompt(playing, size, shown, words, rng) for _ in range(count)]]
         return out
 
@@ -241,7 +240,7 @@ class Practice:
             size = longest if part == 1 else int(rng.integers(2 * KEPT, longest + 1))
             right = 0 if part == 0 else int(rng.integers(1, KEPT + 1))
             prompts = []
-            for _ in range(self.num_prompts(80 + 4 * size)):
+            for _ in range(self.num_prompts(size, shown=10)):
                 question = "any" if settling else "first"
                 if part >= 2:
                     question = str(rng.choice(list(QUESTIONS)))
@@ -250,8 +249,10 @@ class Practice:
             out.append(prompts)
         return out
 
-    def num_prompts(self, tokens: int) -> int:
-        """Prompts of a micro-batch, each of about so many tokens."""
+    def num_prompts(self, size: int, shown: int) -> int:
+        """Prompts of a micro-batch with so many titles in list and history."""
+        title = 1 if self.config.title_tokens else 4  # tokens; a rating is one more
+        tokens = 30 + title * size + (title + 1) * shown
         share = 1 if self.config.title_tokens else self.list_size / NUM_CANDIDATES
         return max(4, int(self.config.batch_tokens * share / 2 / tokens))
 
