@@ -9,9 +9,7 @@ import json
 import math
 import os
 import sys
-import time
 import traceback
-from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import get_type_hints
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 GB = 10**9  # bytes
 BOUNDS = {  # name of a bound -> how it reads, whether a value keeps it
@@ -218,26 +215,6 @@ def hours(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def progress(items: Iterable, what: str, total: int, clock=time.monotonic) -> Iterator:
-    """The items, on rank 0 with a bar on a terminal, and with a printed line a minute without one.
-
-    What is over within a minute prints nothing; time left is that of rank 0's own items."""
-    if not is_main():
-        yield from items
-        return
-    if sys.stderr.isatty():
-        yield from tqdm(items, what, total, leave=False)
-        return
-    started = printed = clock()
-    for done, item in enumerate(items):
-        now = clock()
-        if done and now - printed >= 60:
-            left = (now - started) / done * max(0, total - done)
-            print0(f"{what} {done:5}/{total} | {hours(now - started)} | left {hours(left)}")
-            printed = now
-        yield item
-
-
 def setup_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -269,15 +246,6 @@ def stored_dtype(config, device) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
-
-
-def any_rank(flag: bool) -> bool:
-    """True on every rank if it is true on one; keeps ranks at the same number of forward passes."""
-    if dist.get_world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
 
 
 def free_memory() -> None:

@@ -23,9 +23,7 @@ width, T = P + C, M scored tokens.
 
 import html
 import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import isnan, nan
 
@@ -818,18 +816,6 @@ def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[lis
         ranks.append(batches)
     most = max(map(len, ranks))
     return [batches + [[] for _ in range(most - len(batches))] for batches in ranks]
-
-
-def prefetch(make: Callable, items: Iterable) -> Iterator:
-    """make(item) for each item, in order; the next is made in the background meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        made = deque()
-        for item in items:
-            made.append(pool.submit(make, item))
-            if len(made) > 1:
-                yield made.popleft().result()
-        while made:
-            yield made.popleft().result()
 
 
 if __name__ == "__main__":

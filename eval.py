@@ -25,8 +25,7 @@ Left out: tables over several runs. Legend: E examples, N = 20 candidates, M sco
 import json
 import math
 import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -42,7 +41,6 @@ from common import (
     check_types,
     free_memory,
     parse_config,
-    progress,
     read_json,
     reading,
     run_cli,
@@ -54,8 +52,6 @@ from data import (
     Examples,
     PromptTree,
     encode_examples,
-    micro_batches,
-    prefetch,
     tree_widths,
 )
 from hub.adapter import base_of
@@ -64,6 +60,7 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
 from lora import load_adapter
 from model import Transformer, generate, load_4bit, load_pretrained
+from runtime.passes import planned, prefetch, progress, rounds
 from runtime.stages import check_data, load_stage
 
 
@@ -206,21 +203,6 @@ def match_title(answer: str, titles: list[str]) -> int:
 
 
 DUMMY = [0]  # the example that a rank without work runs; nothing is recorded of it
-
-
-def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:
-    """This rank's micro-batches, narrow ones first."""
-    batches = micro_batches(widths, indices, 1, budget)[0]
-    return [batch for batch in reversed(batches) if batch]
-
-
-def rounds(batches: list[list[int]], any_rank: Callable[[bool], bool]) -> Iterator[list[int]]:
-    """The batches, then [] for as long as another rank has some left.
-
-    So every rank makes the same number of forward passes, as a sharded model needs."""
-    left = deque(batches)
-    while any_rank(bool(left)):
-        yield left.popleft() if left else []
 
 
 @torch.no_grad()

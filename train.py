@@ -47,7 +47,6 @@ from torch import Tensor
 
 from common import (
     Stopped,
-    any_rank,
     arg,
     changed_options,
     first,
@@ -61,15 +60,7 @@ from common import (
     stored_dtype,
     writing,
 )
-from data import (
-    NUM_CANDIDATES,
-    Encoded,
-    Examples,
-    encode_examples,
-    prefetch,
-    to_device,
-    tree_widths,
-)
+from data import NUM_CANDIDATES, Encoded, Examples, encode_examples, to_device, tree_widths
 from eval import predict, ranking_metrics, results_table, save_predictions, summarise
 from hub.adapter import base_of
 from hub.files import resolve_path
@@ -80,6 +71,7 @@ from losses import MARGINS
 from model import Transformer
 from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
+from runtime.passes import any_rank, prefetch
 from runtime.policy import load_policy
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
 from runtime.runs import (
