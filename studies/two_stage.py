@@ -299,7 +299,7 @@ def main() -> None:
     }
     print(
         f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
-        f"{prepared.log.num_items:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
+        f"{facts['items']:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
         f"lists longer than {NUM_CANDIDATES} in groups with shared anchors; [95 % interval]\n"
     )
     print(tables(result))
