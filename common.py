@@ -4,7 +4,6 @@ and the process group."""
 import argparse
 import contextlib
 import functools
-import gc
 import json
 import math
 import os
@@ -239,20 +238,6 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     if local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def stored_dtype(config, device) -> torch.dtype:
-    """--dtype of the frozen weights; auto is bfloat16 on a GPU."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
-
-
-def free_memory() -> None:
-    """Give back what models that nobody uses any more held: hooks tie them into cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,6 @@ from common import (
     arg,
     changed_options,
     check_types,
-    free_memory,
     parse_config,
     read_json,
     reading,
@@ -61,6 +60,7 @@ from loaders.frozen import DataConfig, encode_split, prepare
 from lora import load_adapter
 from model import Transformer, generate, load_4bit, load_pretrained
 from runtime.passes import planned, prefetch, progress, rounds
+from runtime.policy import free_memory
 from runtime.stages import check_data, load_stage
 
 

@@ -50,14 +50,12 @@ from common import (
     arg,
     changed_options,
     first,
-    free_memory,
     is_main,
     parse_config,
     print0,
     read_json,
     run_cli,
     setup_distributed,
-    stored_dtype,
     writing,
 )
 from data import NUM_CANDIDATES, Encoded, Examples, encode_examples, to_device, tree_widths
@@ -72,7 +70,7 @@ from model import Transformer
 from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
 from runtime.passes import any_rank, prefetch
-from runtime.policy import load_policy
+from runtime.policy import free_memory, load_policy, stored_dtype
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
 from runtime.runs import (
     Logger,

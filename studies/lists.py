@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import free_memory, parse_config, run_cli, setup_distributed
+from common import parse_config, run_cli, setup_distributed
 from eval import (
     EvalConfig,
     check_run_data,
@@ -28,6 +28,7 @@ from eval import (
 from loaders.counting import counting_baselines
 from loaders.frozen import prepare
 from loaders.lists import KINDS, other_lists
+from runtime.policy import free_memory
 from studies.methods import Method
 from studies.results import Result, read_records
 from studies.statistics import bootstrap

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, free_memory, parse_config, run_cli, setup_distributed
+from common import arg, parse_config, run_cli, setup_distributed
 from data import (
     LOWEST,
     NUM_CANDIDATES,
@@ -51,6 +51,7 @@ from eval import (
 )
 from loaders.counting import counting_baselines, markov_top
 from loaders.frozen import DataConfig, prepare
+from runtime.policy import free_memory
 from studies.statistics import spread_of_bins
 
 DISLIKED = 2.0  # highest rating of a disliked item
