@@ -1,9 +1,7 @@
-"""What every script shares: options from a dataclass, clear errors, printing,
-and the process group."""
+"""What every script shares: options from a dataclass, errors, printing, the process group."""
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -18,7 +16,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-GB = 10**9  # bytes
 BOUNDS = {  # name of a bound -> how it reads, whether a value keeps it
     "at_least": (">=", lambda value, bound: value >= bound),
     "above": (">", lambda value, bound: value > bound),
@@ -95,9 +92,7 @@ def read_json(file) -> dict:
 
 
 def parse_config(cls, argv=None):
-    """One --flag per dataclass field; --config file.json first, flags override it.
-
-    Unknown flags and keys are errors."""
+    """One --flag per dataclass field, over those of --config file.json; unknown ones are errors."""
     types = get_type_hints(cls)
     usage = "%(prog)s [--option value ...]"
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage=usage)
@@ -134,12 +129,6 @@ def check_types(file, content: dict, types: dict[str, type]) -> None:
             raise ValueError(f"{file}: {name} must be {types[name].__name__}, got {value!r}")
 
 
-@functools.cache
-def note_once(text: str) -> None:
-    """Print a note, however often the same files are opened."""
-    print0(f"note: {text}")
-
-
 @contextlib.contextmanager
 def reading(file):
     """JSON of the right syntax and the wrong content: one message that names the file."""
@@ -167,8 +156,7 @@ class Stopped(Exception):
 
 
 def run_cli(main) -> None:
-    """Run a script's main(). What a user can cause is one message and exit code 2;
-    the rest keeps its traceback."""
+    """Run main(): what a user can cause is one message and exit code 2, the rest a traceback."""
     code = 0
     try:
         main()
@@ -184,19 +172,15 @@ def run_cli(main) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
-    if code:
-        sys.stdout.flush()
-        # other ranks may wait in a collective: do not wait for them here, torchrun ends them
-        os._exit(code)
-    if dist.is_initialized():
-        # All is written and the ranks have met. Leave without the interpreter's teardown: with
-        # gloo's and FSDP's threads still about, it aborts now and then ("terminate called without
-        # an active exception"), and fails a finished run.
-        if torch.cuda.is_available():
+    if code or dist.is_initialized():
+        # Leave without the interpreter's teardown. After an error others may wait in a collective:
+        # torchrun ends them. After a good end gloo's and FSDP's threads are still about, and it
+        # aborts now and then ("terminate called without an active exception").
+        if not code and torch.cuda.is_available():
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def is_main() -> bool:
@@ -242,10 +226,8 @@ def setup_distributed() -> tuple[int, int, torch.device]:
 
 @contextlib.contextmanager
 def first(rank_variable: str = "RANK"):
-    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others,
-    who find its work done.
-
-    An error on the first one ends its process, and torchrun then ends the others."""
+    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who
+    find its work done. An error ends the first one's process, and torchrun then the others."""
     leads = int(os.environ.get(rank_variable, 0)) == 0
     if leads:
         yield
