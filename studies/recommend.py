@@ -34,10 +34,11 @@ from pathlib import Path
 import numpy as np
 
 from common import first, hours, is_main, print0, setup_distributed, writing
-from data import NUM_CANDIDATES, Interactions, clean_title
+from data import NUM_CANDIDATES, Interactions
 from eval import EvalConfig, check_run_data, load_source, sources_of
 from loaders.frozen import prepare
 from loaders.retrieval import Retriever
+from loaders.table import clean_title
 from runtime.passes import any_rank, prefetch, progress
 from studies.ranking import ListRanker, ShownList, shown_order
 from studies.retrievers import fit_retriever

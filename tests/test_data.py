@@ -25,7 +25,6 @@ from data import (
     Interactions,
     build_examples,
     encode_examples,
-    make_interactions,
     micro_batches,
     render_prompt,
     tree_widths,
@@ -33,6 +32,7 @@ from data import (
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare, words_of
 from loaders.movielens import WORDS as MOVIES
+from loaders.table import make_interactions
 
 SPLITS = ("train", "val", "test")
 
