@@ -10,9 +10,8 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
     Back to the Future
     Answer:                                 the completion is " Back to the Future" + EOS
 
-interactions (a table) -> splits, candidates, preference scores -> prompt -> tokens -> PromptTrees
-in micro-batches. loaders/ reads raw files; loaders/frozen.py freezes examples on disk. A prompt
-that is too long loses its oldest history items, never tokens.
+loaders/ reads raw files; loaders/frozen.py freezes examples on disk. A prompt that is too long
+loses its oldest history items, never tokens.
 
     python data.py --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
 
@@ -45,15 +44,13 @@ ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
 
 @dataclass
 class Interactions:
-    """A log as flat arrays, sorted by user, then time, then original order.
-
-    User u owns rows start[u] : start[u + 1]."""
+    """A log as flat arrays, sorted by user, then time, then original order."""
 
     user: np.ndarray  # (n,) int32 code
     item: np.ndarray  # (n,) int32 code
     rating: np.ndarray  # (n,) float32
     timestamp: np.ndarray  # (n,) int64 seconds
-    start: np.ndarray  # (users + 1,) int64
+    start: np.ndarray  # (users + 1,) int64: user u owns rows start[u] : start[u + 1]
     titles: list[str]  # per item, unique
     user_ids: list[str]
     item_ids: list[str]
@@ -80,9 +77,7 @@ class Interactions:
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
-    """Drop users and items with fewer than k interactions, again and again until none is left.
-
-    k = 0 keeps all."""
+    """Drop users and items with fewer than k interactions, until none is left; 0 keeps all."""
     keep = np.ones(len(interactions.user), bool)
     while k > 0:
         users = np.bincount(interactions.user[keep], minlength=interactions.num_users)
@@ -341,24 +336,21 @@ def freeze(
     """Draw the other candidates, score and shuffle all 20; order the negatives, draw templates."""
     E, F = len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
-    seen = None
+    users, seen = interactions.user[rows], None
     if config.exclude == "seen":
         before = rows[:, None] - 1 - np.arange(config.history)
-        before = np.maximum(before, interactions.start[interactions.user[rows]][:, None])
+        before = np.maximum(before, interactions.start[users][:, None])
         seen = interactions.item[np.concatenate([before, follow], 1)]
     count = NUM_CANDIDATES - F
     if config.negatives == "retrieved":
         randoms = _retrieved(interactions, rows, count, seen, config, retrieve)
     else:
-        randoms = _draw_unseen(
-            interactions, interactions.user[rows], count, keys, seen, config.negatives, rng
-        )
+        randoms = _draw_unseen(interactions, users, count, keys, seen, config.negatives, rng)
 
     items = np.concatenate([interactions.item[follow], randoms], 1).astype(np.int32)
-    ratings = np.concatenate(
-        [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)], 1
-    )
-    delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, RANDOM_STEPS)], 1)
+    rated = [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)]
+    delays = [np.tile(steps, (E, 1)), np.full(randoms.shape, RANDOM_STEPS)]
+    ratings, delays = np.concatenate(rated, 1), np.concatenate(delays, 1)
     scores = preference_score(ratings, delays, config.decay).astype(np.float32)
     chosen = np.zeros(E, np.int64)
     if split == "train":
@@ -450,11 +442,9 @@ def _draw_from_rest(interactions, users, drawn, rows, seen, kind: str, rng) -> N
         weights = np.bincount(interactions.item, minlength=interactions.num_items).astype(float)
     for e in rows:
         user = users[e]
-        touched = (
-            interactions.item[interactions.start[user] : interactions.start[user + 1]]
-            if seen is None
-            else seen[e]
-        )
+        touched = interactions.item[interactions.start[user] : interactions.start[user + 1]]
+        if seen is not None:
+            touched = seen[e]
         left = np.setdiff1d(np.arange(interactions.num_items), touched)
         if len(left) < count:
             raise ValueError(_too_few(interactions, user, count, seen))
@@ -502,19 +492,16 @@ WITHOUT_RATINGS = (  # the same questions, one for one
 
 
 def render_prompt(example: Example, skip: int = 0) -> str:
-    """The prompt text without its `skip` oldest history items.
-    It ends in "Answer:", the completion begins with a space."""
+    """The prompt text, up to "Answer:", without its `skip` oldest history items."""
     things, did, do = example.words
     shown = example.history[skip:]
     history = "\n".join(
         title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown
     )
     candidates = "\n".join(example.candidates)
-    templates = (
-        WITHOUT_RATINGS
-        if example.history and all(isnan(rating) for _, rating in example.history)
-        else ALL_TEMPLATES
-    )
+    templates = ALL_TEMPLATES
+    if example.history and all(isnan(rating) for _, rating in example.history):
+        templates = WITHOUT_RATINGS
     return templates[example.template].format(
         things=things, did=did, do=do, history=history, candidates=candidates
     )
@@ -556,9 +543,7 @@ class Ragged(Sequence):
 
 
 def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
-    """(E, 2) tokens of each example's row with completions at `slots` (E, N).
-
-    The prompt's, and those of all completions together."""
+    """(E, 2) tokens of each example's prompt, and of its completions at `slots` (E, N) together."""
     # tokens that a title takes on the tree: EOS is no input
     inner = np.zeros(encoded.examples.interactions.num_items, np.int64)
     inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
@@ -630,9 +615,7 @@ def _check_boundary(example: Example, skip: int, ids: list[int], tokenizer: Toke
 # ------------------------------------------------------------------------------------------ batches
 @dataclass
 class PromptTree:
-    """A batch of prompts with N completions each: a row per prompt, right-padded.
-
-    Its completions stand behind it, one after another."""
+    """A batch: a row per prompt, right-padded; its N completions behind it, one after another."""
 
     input_ids: Tensor  # (B, P + C) int64
     position_ids: Tensor  # (B, P + C) int64; completions go on from the prompt's true length
@@ -649,10 +632,8 @@ class PromptTree:
         return replace(self, **tensors)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
-        """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run.
-
-        One row per completion: no two tokens are added to the same place by threads in any order,
-        which is what index_add does on a GPU."""
+        """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run:
+        one row per completion, where index_add on a GPU adds in any order of its threads."""
         B, N = len(self.input_ids), self.num_completions
         width = self.input_ids.shape[1] - self.prompt_width + 1  # C inputs, and EOS: a title fits
         sequences = torch.arange(B * N, device=self.sequence_ids.device)
@@ -714,9 +695,7 @@ def _check_parts(prompts: list, completions: list[list[list[int]]]) -> None:
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
-    """Copy to the device without waiting for it.
-
-    From pageable memory the host would wait until the GPU is idle."""
+    """Copy without waiting: from pageable memory the host would wait until the GPU is idle."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
