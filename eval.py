@@ -25,11 +25,10 @@ Left out: tables over several runs. Legend: E examples, N = 20 candidates, M sco
 import json
 import math
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -38,10 +37,7 @@ from torch import Tensor
 from common import (
     arg,
     changed_options,
-    check_types,
     parse_config,
-    read_json,
-    reading,
     run_cli,
     setup_distributed,
 )
@@ -53,15 +49,12 @@ from data import (
     encode_examples,
     tree_widths,
 )
-from hub.adapter import base_of
-from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
-from lora import load_adapter
-from model import Transformer, generate, load_4bit, load_pretrained
+from loaders.frozen import encode_split, prepare
+from model import Transformer, generate
 from runtime.passes import planned, prefetch, progress, rounds
 from runtime.policy import free_memory
-from runtime.stages import check_data, load_stage
+from runtime.sources import SourceConfig, check_run_data, load_source, sources_of, with_run_options
 
 
 def ranking_metrics(
@@ -96,18 +89,10 @@ NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of co
 
 
 @dataclass(frozen=True)
-class EvalConfig(DataConfig):
+class EvalConfig(SourceConfig):
     """Evaluate a run folder, a Hugging Face directory or a PEFT adapter,
     or rank one user's candidates."""
 
-    run: str = arg(
-        "",
-        "run folder of train.py: model, adapter and data options are read from it",
-        group="what is evaluated",
-    )
-    stage: str = arg("", "stage of the run; empty = all finished ones")
-    model: str = arg("", "Hugging Face directory or hub name, instead of --run")
-    adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
     recommend: str = arg(
         "",
         "recommend and stop: a JSON file with one user's history and candidates; or all users of "
@@ -131,22 +116,6 @@ class EvalConfig(DataConfig):
     decode_rest: bool = arg(
         True, "generate an answer where no candidate verifies; off: count it invalid"
     )
-    dtype: str = arg(
-        "auto",
-        "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    prompt_format: str = arg(
-        "plain",
-        "plain text, or chat: the model's own chat template; a run's own choice with --run",
-        choices=("plain", "chat"),
-    )
-    load_in_4bit: bool = arg(False, "linear layers in 4 bits (NF4); a run's own choice with --run")
-    max_length: int = arg(
-        1024,
-        "tokens of prompt and longest candidate; longer prompts lose their oldest history",
-        at_least=1,
-    )
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
     output_dir: str = arg(
         "", "where metrics.json and predictions.jsonl of each stage go; empty = only print"
@@ -154,8 +123,6 @@ class EvalConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.run) == bool(self.model or self.adapter):
-            raise ValueError("give either --run, or --model and/or --adapter")
         given = changed_options(self) & {"retriever", "top_k", "output"}
         if given and not self.for_many:
             names = ", ".join(f"--{name}" for name in sorted(given))
@@ -426,62 +393,6 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
         f"{written}",
     ]
     return "\n".join(lines)
-
-
-def check_run_data(config: EvalConfig, stages: Iterable[str], data_hash: str) -> None:
-    """check_data for every stage of the run that is evaluated."""
-    way_out = "evaluate the stage on its own, by --model or --adapter"
-    for stage in stages if config.run else ():
-        check_data(Path(config.run) / stage, data_hash, way_out)
-
-
-def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
-    """Name -> (base, adapter) of everything to evaluate."""
-    if not config.run:
-        adapter = Path(config.adapter) if config.adapter else None
-        base = config.model or base_of(adapter)
-        return {(adapter or Path(base)).name: (resolve_path(base), adapter)}
-    run = Path(config.run)
-    with reading(run / "config.json"):
-        listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
-    if any(not s or Path(s).name != s for s in listed):
-        raise ValueError(f"{run / 'config.json'}: stages {listed} are no names of folders")
-    stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
-    if not stages:
-        raise ValueError(f"{run}: no stage of this run is finished yet")
-    return {stage: load_stage(run / stage) for stage in stages}
-
-
-def with_run_options(config: EvalConfig) -> EvalConfig:
-    """Data options, dtype, max_length and prompt_format of the run:
-    its examples are evaluated, whatever else was given."""
-    if not config.run:
-        return config
-    file = Path(config.run) / "config.json"
-    saved = read_json(file)
-    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"}
-    names |= {"dtype", "max_length", "load_in_4bit", "prompt_format"}
-    known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
-    check_types(file, known, get_type_hints(EvalConfig))
-    try:
-        return replace(config, **known)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-def load_source(
-    config: EvalConfig, source: tuple[Path, Path | None], device: torch.device
-) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a (base, adapter), ready to be evaluated."""
-    base, adapter = source
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    read = load_4bit if config.load_in_4bit else load_pretrained
-    model = read(base, getattr(torch, dtype), device)
-    if adapter:
-        load_adapter(model, adapter)
-    return model.eval(), Tokenizer(base, config.prompt_format)
 
 
 def main() -> None:

@@ -35,11 +35,12 @@ import numpy as np
 
 from common import first, hours, is_main, print0, setup_distributed, writing
 from data import NUM_CANDIDATES, Interactions
-from eval import EvalConfig, check_run_data, load_source, sources_of
+from eval import EvalConfig
 from loaders.frozen import prepare
 from loaders.retrieval import Retriever
 from loaders.table import clean_title
 from runtime.passes import any_rank, prefetch, progress
+from runtime.sources import check_run_data, load_source, sources_of
 from studies.ranking import ListRanker, ShownList, shown_order
 from studies.retrievers import fit_retriever
 

@@ -31,10 +31,11 @@ import numpy as np
 from common import arg, check_options, parse_config, run_cli, setup_distributed, writing
 from data import NUM_CANDIDATES, Examples
 from demo.planted import World, bayes_scores
-from eval import EvalConfig, check_run_data, load_source, sources_of, with_run_options
+from eval import EvalConfig
 from loaders.frozen import Prepared, prepare
 from loaders.retrieval import Retriever, best_items, training_rows
 from runtime.passes import progress
+from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order
 from studies.retrievers import fit_retriever
 from studies.statistics import Difference, bootstrap, judge, resampled_means
