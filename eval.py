@@ -397,37 +397,27 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
 
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig))
-    if config.for_many:
-        from studies.recommend import recommend_users  # it builds on this file
+    if config.recommend:
+        from studies.recommend import recommend  # it builds on this file
 
-        recommend_users(config)
+        recommend(config)
         return
     _, _, device = setup_distributed()
-    sources = sources_of(config)
-    if config.recommend:
-        sources = dict([list(sources.items())[-1]])
-    prepared = None if config.recommend else prepare(config)
-    if prepared:
-        check_run_data(config, sources, prepared.hash)
+    sources, prepared = sources_of(config), prepare(config)
+    check_run_data(config, sources, prepared.hash)
     rows = {}
     for name, source in sources.items():
         model, tokenizer = load_source(config, source, device)
-        if config.recommend:
-            from studies.request import recommend  # it builds on this file
-
-            print(f"{name}:\n{recommend(config, model, tokenizer, device)}")
-            return
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
         encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
-        baselines = prepared.baselines(config.split)
-        known = (encoded, baselines)
+        known = (encoded, prepared.baselines(config.split))
         metrics, records = evaluate(model, tokenizer, encoded.examples, *options, *known)
         del model
         free_memory()  # before the next one is loaded
         metrics |= {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
         rows[name] = metrics
         if config.output_dir:
-            save_predictions(Path(config.output_dir) / name, rows[name], records)
+            save_predictions(Path(config.output_dir) / name, metrics, records)
         if config.decode == "generate":
             print(
                 f"{name}: one pass and generation differ on {metrics['one_pass_differs']} "

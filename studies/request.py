@@ -90,7 +90,7 @@ def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, r
     )
 
 
-def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
+def ranked_request(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
     """The candidates of one user, best first,
     with their share of the probability of all of them."""
     example = read_request(config)

@@ -17,7 +17,6 @@ LATER = {
     ("train", "bench.estimate"),
     ("data", "studies.inspection"),
     ("eval", "studies.recommend"),
-    ("eval", "studies.request"),
 }
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "bench")
 
