@@ -22,7 +22,6 @@ listed title; ranking/* are computed from the log-probabilities of all candidate
 Left out: tables over several runs. Legend: E examples, N = 20 candidates, M scored tokens.
 """
 
-import json
 import math
 import unicodedata
 from collections.abc import Callable
@@ -55,6 +54,7 @@ from model import Transformer, generate
 from runtime.passes import planned, prefetch, progress, rounds
 from runtime.policy import free_memory
 from runtime.sources import SourceConfig, check_run_data, load_source, sources_of, with_run_options
+from runtime.stages import save_predictions
 
 
 def ranking_metrics(
@@ -347,15 +347,6 @@ def compare_with_one_pass(
         best = logits.topk(2, dim=-1).values
         near += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
     return {"one_pass_differs": len(differing), "one_pass_near_ties": near}
-
-
-def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / "predictions.jsonl", "w") as f:
-        for record in records:
-            kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
-            f.write(json.dumps(kept) + "\n")
-    (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def table_rows(name: str, metrics: dict) -> str:

@@ -59,7 +59,7 @@ from common import (
     writing,
 )
 from data import NUM_CANDIDATES, Encoded, Examples, encode_examples, to_device, tree_widths
-from eval import predict, ranking_metrics, results_table, save_predictions, summarise
+from eval import predict, ranking_metrics, results_table, summarise
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.targets import TARGET_MODULES
@@ -89,6 +89,7 @@ from runtime.stages import (
     check_start,
     load_stage,
     resume_stage,
+    save_predictions,
     save_stage,
     starting_weights,
     weights_key,
