@@ -6,14 +6,10 @@ answer (a stop id, or spaces and a line break). So the answer, its validity, and
 of the 20 come from one pass. Prompts where no candidate verifies are decoded for real, since
 another spelling of a title is possible and the text is wanted.
 
-    python eval.py --run runs/planted-1
-        every stage of a run, as train.py evaluates it
-    python eval.py --model DIR --adapter DIR ...
-        any Hugging Face directory, with or without a PEFT adapter
-    python eval.py --run runs/planted-1 --recommend my.json
-        rank the candidates of one user, with probabilities
-    python eval.py --run runs/planted-1 --recommend all --output recs.jsonl
-        the ten best items for every user of the log (studies/recommend.py)
+    python eval.py --run runs/planted-1              every stage of a run, as train.py evaluates it
+    python eval.py --model DIR --adapter DIR ...     a Hugging Face directory, a PEFT adapter
+    python eval.py --run DIR --recommend my.json     one user's candidates, with probabilities
+    python eval.py --run DIR --recommend all ...     items for every user (studies/recommend.py)
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a
 listed title; ranking/* are computed from the log-probabilities of all candidates (always
@@ -61,8 +57,7 @@ def ranking_metrics(
     scores: np.ndarray,  # (E, n), higher is better
     target: np.ndarray,  # (E,) slot of the chosen item
 ) -> dict[str, np.ndarray]:
-    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64)
-    of the target's rank among the n candidates.
+    """hit_ratio@k, ndcg@5 and mrr, (E,) float64 each, of the target's rank among n candidates.
 
     Ties are shared: the target's rank is uniform over the candidates of equal score, and each
     metric is the mean over these ranks. So a recommender whose scores are all equal gets exactly
@@ -221,10 +216,7 @@ def predict(
         outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
         for e, ids in zip(batch, outputs, strict=False):  # a dummy's output belongs to nobody
             answer = tokenizer.answer(ids)
-            titles = [
-                encoded.examples.interactions.titles[c] for c in encoded.examples.candidates[e]
-            ]
-            slot = match_title(answer, titles)
+            slot = match_title(answer, encoded.examples[e].candidates)
             logps, one_pass = records[e]["logps"], records[e]["answer"]
             record = _record(encoded.examples, e, slot, "generated", logps, answer)
             records[e] = record | {"one_pass": one_pass, "ids": ids}
@@ -234,11 +226,11 @@ def predict(
 def _record(
     examples: Examples, e: int, slot: int, how: str, logps: list[float], answer: str | None = None
 ) -> dict:
-    titles = [examples.interactions.titles[c] for c in examples.candidates[e]]
-    target = int(examples.target[e])
+    example = examples[e]
+    titles, target = example.candidates, example.target
     return {
         "example": e,
-        "user": examples.interactions.user_ids[examples.interactions.user[examples.position[e]]],
+        "user": example.user,
         "target": titles[target],
         "answer": titles[slot] if slot >= 0 else answer,
         "valid": slot >= 0,
@@ -321,22 +313,17 @@ def evaluate(
 def compare_with_one_pass(
     model: Transformer, encoded: Encoded, records: list[dict], stop_ids
 ) -> dict:
-    """How often free generation and the one pass name different titles,
-    and how many of those are near-ties.
+    """How often free generation and the one pass differ, and how many of those are near-ties.
 
-    They differ too where generation spelt a candidate that the one pass did not verify.
-    A near-tie: somewhere along the generated answer the two best logits are closer than NEAR_TIE.
-    """
+    They differ in the title, or where generation spelt a candidate that the one pass did not
+    verify. A near-tie: somewhere along the answer the two best logits are closer than NEAR_TIE."""
 
-    def missed(r: dict) -> bool:
+    def differs(r: dict) -> bool:
+        if r["one_pass"] is not None:
+            return r["one_pass"] != r["answer"]
         ended = len(r["ids"]) > 1 and r["ids"][-1] in stop_ids
         spellings = [c[:-1] for c in encoded.slots(r["example"], range(NUM_CANDIDATES))]
         return ended and r["ids"][:-1] in spellings
-
-    def differs(r: dict) -> bool:
-        if r["one_pass"] is None:
-            return missed(r)
-        return r["one_pass"] != r["answer"]
 
     differing = [r for r in records if differs(r)]
     near = 0
