@@ -449,7 +449,7 @@ def recommend_users(config: EvalConfig) -> None:
     todo = open_places[rank::world_size]
     model, tokenizer = load_source(config, source, device)
     ranker = ListRanker(
-        model, tokenizer, interactions.name, config.max_length, config.micro_batch_tokens, device
+        model, tokenizer, interactions.words, config.max_length, config.micro_batch_tokens, device
     )
     batches = finished_batches(users, todo, retriever, ranker, config, interactions)
     started = time.monotonic()

@@ -286,7 +286,7 @@ def main() -> None:
     retriever = fit_retriever(config.retriever, prepared, source, rows)
     model, tokenizer = load_source(source, weights, device)
     limits = (source.max_length, config.micro_batch_tokens)
-    ranker = ListRanker(model, tokenizer, prepared.interactions.name, *limits, device)
+    ranker = ListRanker(model, tokenizer, prepared.interactions.words, *limits, device)
     optimum = optimum_scores(prepared, examples)
     result = figures(evaluate_lists(examples, retriever, ranker, config.sizes(), optimum))
     facts = {

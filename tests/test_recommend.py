@@ -143,7 +143,7 @@ def test_order_is_that_of_plain_full_sequences(folder, whole):
         ]
         by_rank = sorted(record["items"], key=lambda i: i["retrieved"])
         titles = [by_rank[i]["title"] for i in shown_order(record["user"], 20)]
-        text = render_prompt(Example(interactions.name, record["user"], history, titles, 0, [], 0))
+        text = render_prompt(Example(interactions.words, record["user"], history, titles, 0, [], 0))
         (prompt,) = tokenizer.encode_prompts([text])
         logps = []
         for ids in tokenizer.encode_completions(titles):
