@@ -1,17 +1,12 @@
-"""What every script shares: options from a dataclass, clear errors, printing,
-and the process group."""
+"""What every script shares: options from a dataclass, errors, printing, the process group."""
 
 import argparse
 import contextlib
-import functools
-import gc
 import json
 import math
 import os
 import sys
-import time
 import traceback
-from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -20,9 +15,7 @@ from typing import get_type_hints
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from tqdm import tqdm
 
-GB = 10**9  # bytes
 BOUNDS = {  # name of a bound -> how it reads, whether a value keeps it
     "at_least": (">=", lambda value, bound: value >= bound),
     "above": (">", lambda value, bound: value > bound),
@@ -99,9 +92,7 @@ def read_json(file) -> dict:
 
 
 def parse_config(cls, argv=None):
-    """One --flag per dataclass field; --config file.json first, flags override it.
-
-    Unknown flags and keys are errors."""
+    """One --flag per dataclass field, over those of --config file.json; unknown ones are errors."""
     types = get_type_hints(cls)
     usage = "%(prog)s [--option value ...]"
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage=usage)
@@ -138,12 +129,6 @@ def check_types(file, content: dict, types: dict[str, type]) -> None:
             raise ValueError(f"{file}: {name} must be {types[name].__name__}, got {value!r}")
 
 
-@functools.cache
-def note_once(text: str) -> None:
-    """Print a note, however often the same files are opened."""
-    print0(f"note: {text}")
-
-
 @contextlib.contextmanager
 def reading(file):
     """JSON of the right syntax and the wrong content: one message that names the file."""
@@ -171,8 +156,7 @@ class Stopped(Exception):
 
 
 def run_cli(main) -> None:
-    """Run a script's main(). What a user can cause is one message and exit code 2;
-    the rest keeps its traceback."""
+    """Run main(): what a user can cause is one message and exit code 2, the rest a traceback."""
     code = 0
     try:
         main()
@@ -188,19 +172,15 @@ def run_cli(main) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
-    if code:
-        sys.stdout.flush()
-        # other ranks may wait in a collective: do not wait for them here, torchrun ends them
-        os._exit(code)
-    if dist.is_initialized():
-        # All is written and the ranks have met. Leave without the interpreter's teardown: with
-        # gloo's and FSDP's threads still about, it aborts now and then ("terminate called without
-        # an active exception"), and fails a finished run.
-        if torch.cuda.is_available():
+    if code or dist.is_initialized():
+        # Leave without the interpreter's teardown. After an error others may wait in a collective:
+        # torchrun ends them. After a good end gloo's and FSDP's threads are still about, and it
+        # aborts now and then ("terminate called without an active exception").
+        if not code and torch.cuda.is_available():
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def is_main() -> bool:
@@ -216,26 +196,6 @@ def hours(seconds: float) -> str:
     """h:mm:ss"""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def progress(items: Iterable, what: str, total: int, clock=time.monotonic) -> Iterator:
-    """The items, on rank 0 with a bar on a terminal, and with a printed line a minute without one.
-
-    What is over within a minute prints nothing; time left is that of rank 0's own items."""
-    if not is_main():
-        yield from items
-        return
-    if sys.stderr.isatty():
-        yield from tqdm(items, what, total, leave=False)
-        return
-    started = printed = clock()
-    for done, item in enumerate(items):
-        now = clock()
-        if done and now - printed >= 60:
-            left = (now - started) / done * max(0, total - done)
-            print0(f"{what} {done:5}/{total} | {hours(now - started)} | left {hours(left)}")
-            printed = now
-        yield item
 
 
 def setup_distributed() -> tuple[int, int, torch.device]:
@@ -264,35 +224,10 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def stored_dtype(config, device) -> torch.dtype:
-    """--dtype of the frozen weights; auto is bfloat16 on a GPU."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
-
-
-def any_rank(flag: bool) -> bool:
-    """True on every rank if it is true on one; keeps ranks at the same number of forward passes."""
-    if dist.get_world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
-
-
-def free_memory() -> None:
-    """Give back what models that nobody uses any more held: hooks tie them into cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 @contextlib.contextmanager
 def first(rank_variable: str = "RANK"):
-    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others,
-    who find its work done.
-
-    An error on the first one ends its process, and torchrun then ends the others."""
+    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who
+    find its work done. An error ends the first one's process, and torchrun then the others."""
     leads = int(os.environ.get(rank_variable, 0)) == 0
     if leads:
         yield

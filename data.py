@@ -10,9 +10,8 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
     Back to the Future
     Answer:                                 the completion is " Back to the Future" + EOS
 
-interactions (a table) -> splits, candidates, preference scores -> prompt -> tokens -> PromptTrees
-in micro-batches. loaders/ reads raw files; loaders/frozen.py freezes examples on disk. A prompt
-that is too long loses its oldest history items, never tokens.
+loaders/ reads raw files; loaders/frozen.py freezes examples on disk. A prompt that is too long
+loses its oldest history items, never tokens.
 
     python data.py --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
 
@@ -21,11 +20,7 @@ the candidates, B examples of a batch, N completions per example, P prompt width
 width, T = P + C, M scored tokens.
 """
 
-import html
-import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import isnan, nan
 
@@ -49,15 +44,13 @@ ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
 
 @dataclass
 class Interactions:
-    """A log as flat arrays, sorted by user, then time, then original order.
-
-    User u owns rows start[u] : start[u + 1]."""
+    """A log as flat arrays, sorted by user, then time, then original order."""
 
     user: np.ndarray  # (n,) int32 code
     item: np.ndarray  # (n,) int32 code
     rating: np.ndarray  # (n,) float32
     timestamp: np.ndarray  # (n,) int64 seconds
-    start: np.ndarray  # (users + 1,) int64
+    start: np.ndarray  # (users + 1,) int64: user u owns rows start[u] : start[u + 1]
     titles: list[str]  # per item, unique
     user_ids: list[str]
     item_ids: list[str]
@@ -83,81 +76,8 @@ class Interactions:
         return len(self.titles)
 
 
-def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -> Interactions:
-    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns.
-
-    `titles` maps item id to title."""
-    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
-    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
-    missing = [i for i in item_ids.tolist() if i not in titles]
-    if missing:
-        raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
-    rating, timestamp = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
-    keep = last_of_each_pair(user, item, timestamp)
-    names = unique_titles([titles[i] for i in item_ids.tolist()])
-    ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
-    columns = [column[keep] for column in (user, item, rating, timestamp)]
-    return _sorted(*columns, names, *ids, name)
-
-
-def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
-    order = np.lexsort((timestamp, user))  # stable: ties in time keep the order of the file
-    counts = np.bincount(user, minlength=len(user_ids))
-    return Interactions(
-        user[order].astype(np.int32),
-        item[order].astype(np.int32),
-        rating[order].astype(np.float32),
-        timestamp[order].astype(np.int64),
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        titles,
-        user_ids,
-        item_ids,
-        name,
-    )
-
-
-def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
-    """(n,) bool: the latest row of every user-item pair; of equal times the one further down."""
-    key = user.astype(np.int64) << 32 | item.astype(np.int64)
-    order = np.lexsort((timestamp, key))
-    key = key[order]
-    keep = np.zeros(len(key), bool)
-    keep[order[np.append(key[1:] != key[:-1], True)] if len(key) else order] = True
-    return keep
-
-
-MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
-_CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
-
-
-def clean_title(title: str) -> str:
-    """HTML entities become text, white space and control characters single blanks:
-    a title is one line of a prompt."""
-    title = " ".join(unicodedata.normalize("NFC", html.unescape(title)).translate(_CONTROL).split())
-    if len(title) > MAX_TITLE:
-        title = title[: MAX_TITLE - 1].rstrip() + "…"
-    return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
-
-
-def unique_titles(titles: list[str]) -> list[str]:
-    """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
-    taken, out = set(titles), []
-    first, next_number = set(), {}
-    for title in titles:
-        name, number = title, next_number.get(title, 1)
-        while name in first or (number > 1 and name in taken):
-            number += 1
-            name = f"{title} ({number})"
-        next_number[title] = number
-        first.add(name)
-        out.append(name)
-    return out
-
-
 def k_core(interactions: Interactions, k: int) -> Interactions:
-    """Drop users and items with fewer than k interactions, again and again until none is left.
-
-    k = 0 keeps all."""
+    """Drop users and items with fewer than k interactions, until none is left; 0 keeps all."""
     keep = np.ones(len(interactions.user), bool)
     while k > 0:
         users = np.bincount(interactions.user[keep], minlength=interactions.num_users)
@@ -416,24 +336,21 @@ def freeze(
     """Draw the other candidates, score and shuffle all 20; order the negatives, draw templates."""
     E, F = len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
-    seen = None
+    users, seen = interactions.user[rows], None
     if config.exclude == "seen":
         before = rows[:, None] - 1 - np.arange(config.history)
-        before = np.maximum(before, interactions.start[interactions.user[rows]][:, None])
+        before = np.maximum(before, interactions.start[users][:, None])
         seen = interactions.item[np.concatenate([before, follow], 1)]
     count = NUM_CANDIDATES - F
     if config.negatives == "retrieved":
         randoms = _retrieved(interactions, rows, count, seen, config, retrieve)
     else:
-        randoms = _draw_unseen(
-            interactions, interactions.user[rows], count, keys, seen, config.negatives, rng
-        )
+        randoms = _draw_unseen(interactions, users, count, keys, seen, config.negatives, rng)
 
     items = np.concatenate([interactions.item[follow], randoms], 1).astype(np.int32)
-    ratings = np.concatenate(
-        [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)], 1
-    )
-    delays = np.concatenate([np.tile(steps, (E, 1)), np.full(randoms.shape, RANDOM_STEPS)], 1)
+    rated = [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)]
+    delays = [np.tile(steps, (E, 1)), np.full(randoms.shape, RANDOM_STEPS)]
+    ratings, delays = np.concatenate(rated, 1), np.concatenate(delays, 1)
     scores = preference_score(ratings, delays, config.decay).astype(np.float32)
     chosen = np.zeros(E, np.int64)
     if split == "train":
@@ -525,11 +442,9 @@ def _draw_from_rest(interactions, users, drawn, rows, seen, kind: str, rng) -> N
         weights = np.bincount(interactions.item, minlength=interactions.num_items).astype(float)
     for e in rows:
         user = users[e]
-        touched = (
-            interactions.item[interactions.start[user] : interactions.start[user + 1]]
-            if seen is None
-            else seen[e]
-        )
+        touched = interactions.item[interactions.start[user] : interactions.start[user + 1]]
+        if seen is not None:
+            touched = seen[e]
         left = np.setdiff1d(np.arange(interactions.num_items), touched)
         if len(left) < count:
             raise ValueError(_too_few(interactions, user, count, seen))
@@ -577,19 +492,16 @@ WITHOUT_RATINGS = (  # the same questions, one for one
 
 
 def render_prompt(example: Example, skip: int = 0) -> str:
-    """The prompt text without its `skip` oldest history items.
-    It ends in "Answer:", the completion begins with a space."""
+    """The prompt text, up to "Answer:", without its `skip` oldest history items."""
     things, did, do = example.words
     shown = example.history[skip:]
     history = "\n".join(
         title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown
     )
     candidates = "\n".join(example.candidates)
-    templates = (
-        WITHOUT_RATINGS
-        if example.history and all(isnan(rating) for _, rating in example.history)
-        else ALL_TEMPLATES
-    )
+    templates = ALL_TEMPLATES
+    if example.history and all(isnan(rating) for _, rating in example.history):
+        templates = WITHOUT_RATINGS
     return templates[example.template].format(
         things=things, did=did, do=do, history=history, candidates=candidates
     )
@@ -631,9 +543,7 @@ class Ragged(Sequence):
 
 
 def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
-    """(E, 2) tokens of each example's row with completions at `slots` (E, N).
-
-    The prompt's, and those of all completions together."""
+    """(E, 2) tokens of each example's prompt, and of its completions at `slots` (E, N) together."""
     # tokens that a title takes on the tree: EOS is no input
     inner = np.zeros(encoded.examples.interactions.num_items, np.int64)
     inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
@@ -705,9 +615,7 @@ def _check_boundary(example: Example, skip: int, ids: list[int], tokenizer: Toke
 # ------------------------------------------------------------------------------------------ batches
 @dataclass
 class PromptTree:
-    """A batch of prompts with N completions each: a row per prompt, right-padded.
-
-    Its completions stand behind it, one after another."""
+    """A batch: a row per prompt, right-padded; its N completions behind it, one after another."""
 
     input_ids: Tensor  # (B, P + C) int64
     position_ids: Tensor  # (B, P + C) int64; completions go on from the prompt's true length
@@ -724,10 +632,8 @@ class PromptTree:
         return replace(self, **tensors)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
-        """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run.
-
-        One row per completion: no two tokens are added to the same place by threads in any order,
-        which is what index_add does on a GPU."""
+        """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run:
+        one row per completion, where index_add on a GPU adds in any order of its threads."""
         B, N = len(self.input_ids), self.num_completions
         width = self.input_ids.shape[1] - self.prompt_width + 1  # C inputs, and EOS: a title fits
         sequences = torch.arange(B * N, device=self.sequence_ids.device)
@@ -789,9 +695,7 @@ def _check_parts(prompts: list, completions: list[list[list[int]]]) -> None:
 
 
 def to_device(tensor: Tensor, device) -> Tensor:
-    """Copy to the device without waiting for it.
-
-    From pageable memory the host would wait until the GPU is idle."""
+    """Copy without waiting: from pageable memory the host would wait until the GPU is idle."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -818,18 +722,6 @@ def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[lis
         ranks.append(batches)
     most = max(map(len, ranks))
     return [batches + [[] for _ in range(most - len(batches))] for batches in ranks]
-
-
-def prefetch(make: Callable, items: Iterable) -> Iterator:
-    """make(item) for each item, in order; the next is made in the background meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        made = deque()
-        for item in items:
-            made.append(pool.submit(make, item))
-            if len(made) > 1:
-                yield made.popleft().result()
-        while made:
-            yield made.popleft().result()
 
 
 if __name__ == "__main__":

@@ -6,14 +6,10 @@ answer (a stop id, or spaces and a line break). So the answer, its validity, and
 of the 20 come from one pass. Prompts where no candidate verifies are decoded for real, since
 another spelling of a title is possible and the text is wanted.
 
-    python eval.py --run runs/planted-1
-        every stage of a run, as train.py evaluates it
-    python eval.py --model DIR --adapter DIR ...
-        any Hugging Face directory, with or without a PEFT adapter
-    python eval.py --run runs/planted-1 --recommend my.json
-        rank the candidates of one user, with probabilities
-    python eval.py --run runs/planted-1 --recommend all --output recs.jsonl
-        the ten best items for every user of the log (studies/recommend.py)
+    python eval.py --run runs/planted-1              every stage of a run, as train.py evaluates it
+    python eval.py --model DIR --adapter DIR ...     a Hugging Face directory, a PEFT adapter
+    python eval.py --run DIR --recommend my.json     one user's candidates, with probabilities
+    python eval.py --run DIR --recommend all ...     items for every user (studies/recommend.py)
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a
 listed title; ranking/* are computed from the log-probabilities of all candidates (always
@@ -22,15 +18,12 @@ listed title; ranking/* are computed from the log-probabilities of all candidate
 Left out: tables over several runs. Legend: E examples, N = 20 candidates, M scored tokens.
 """
 
-import json
 import math
 import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -39,12 +32,7 @@ from torch import Tensor
 from common import (
     arg,
     changed_options,
-    check_types,
-    free_memory,
     parse_config,
-    progress,
-    read_json,
-    reading,
     run_cli,
     setup_distributed,
 )
@@ -54,25 +42,22 @@ from data import (
     Examples,
     PromptTree,
     encode_examples,
-    micro_batches,
-    prefetch,
     tree_widths,
 )
-from hub.adapter import base_of
-from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
-from lora import load_adapter
-from model import Transformer, generate, load_4bit, load_pretrained
-from runtime.stages import check_data, load_stage
+from loaders.frozen import encode_split, prepare
+from model import Transformer, generate
+from runtime.passes import planned, prefetch, progress, rounds
+from runtime.policy import free_memory
+from runtime.sources import SourceConfig, check_run_data, load_source, sources_of, with_run_options
+from runtime.stages import save_predictions
 
 
 def ranking_metrics(
     scores: np.ndarray,  # (E, n), higher is better
     target: np.ndarray,  # (E,) slot of the chosen item
 ) -> dict[str, np.ndarray]:
-    """Per-example hit_ratio@k, ndcg@5 and mrr (each (E,) float64)
-    of the target's rank among the n candidates.
+    """hit_ratio@k, ndcg@5 and mrr, (E,) float64 each, of the target's rank among n candidates.
 
     Ties are shared: the target's rank is uniform over the candidates of equal score, and each
     metric is the mean over these ranks. So a recommender whose scores are all equal gets exactly
@@ -99,18 +84,10 @@ NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of co
 
 
 @dataclass(frozen=True)
-class EvalConfig(DataConfig):
+class EvalConfig(SourceConfig):
     """Evaluate a run folder, a Hugging Face directory or a PEFT adapter,
     or rank one user's candidates."""
 
-    run: str = arg(
-        "",
-        "run folder of train.py: model, adapter and data options are read from it",
-        group="what is evaluated",
-    )
-    stage: str = arg("", "stage of the run; empty = all finished ones")
-    model: str = arg("", "Hugging Face directory or hub name, instead of --run")
-    adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
     recommend: str = arg(
         "",
         "recommend and stop: a JSON file with one user's history and candidates; or all users of "
@@ -134,22 +111,6 @@ class EvalConfig(DataConfig):
     decode_rest: bool = arg(
         True, "generate an answer where no candidate verifies; off: count it invalid"
     )
-    dtype: str = arg(
-        "auto",
-        "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    prompt_format: str = arg(
-        "plain",
-        "plain text, or chat: the model's own chat template; a run's own choice with --run",
-        choices=("plain", "chat"),
-    )
-    load_in_4bit: bool = arg(False, "linear layers in 4 bits (NF4); a run's own choice with --run")
-    max_length: int = arg(
-        1024,
-        "tokens of prompt and longest candidate; longer prompts lose their oldest history",
-        at_least=1,
-    )
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
     output_dir: str = arg(
         "", "where metrics.json and predictions.jsonl of each stage go; empty = only print"
@@ -157,8 +118,6 @@ class EvalConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.run) == bool(self.model or self.adapter):
-            raise ValueError("give either --run, or --model and/or --adapter")
         given = changed_options(self) & {"retriever", "top_k", "output"}
         if given and not self.for_many:
             names = ", ".join(f"--{name}" for name in sorted(given))
@@ -206,21 +165,6 @@ def match_title(answer: str, titles: list[str]) -> int:
 
 
 DUMMY = [0]  # the example that a rank without work runs; nothing is recorded of it
-
-
-def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:
-    """This rank's micro-batches, narrow ones first."""
-    batches = micro_batches(widths, indices, 1, budget)[0]
-    return [batch for batch in reversed(batches) if batch]
-
-
-def rounds(batches: list[list[int]], any_rank: Callable[[bool], bool]) -> Iterator[list[int]]:
-    """The batches, then [] for as long as another rank has some left.
-
-    So every rank makes the same number of forward passes, as a sharded model needs."""
-    left = deque(batches)
-    while any_rank(bool(left)):
-        yield left.popleft() if left else []
 
 
 @torch.no_grad()
@@ -272,10 +216,7 @@ def predict(
         outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
         for e, ids in zip(batch, outputs, strict=False):  # a dummy's output belongs to nobody
             answer = tokenizer.answer(ids)
-            titles = [
-                encoded.examples.interactions.titles[c] for c in encoded.examples.candidates[e]
-            ]
-            slot = match_title(answer, titles)
+            slot = match_title(answer, encoded.examples[e].candidates)
             logps, one_pass = records[e]["logps"], records[e]["answer"]
             record = _record(encoded.examples, e, slot, "generated", logps, answer)
             records[e] = record | {"one_pass": one_pass, "ids": ids}
@@ -285,11 +226,11 @@ def predict(
 def _record(
     examples: Examples, e: int, slot: int, how: str, logps: list[float], answer: str | None = None
 ) -> dict:
-    titles = [examples.interactions.titles[c] for c in examples.candidates[e]]
-    target = int(examples.target[e])
+    example = examples[e]
+    titles, target = example.candidates, example.target
     return {
         "example": e,
-        "user": examples.interactions.user_ids[examples.interactions.user[examples.position[e]]],
+        "user": example.user,
         "target": titles[target],
         "answer": titles[slot] if slot >= 0 else answer,
         "valid": slot >= 0,
@@ -372,22 +313,17 @@ def evaluate(
 def compare_with_one_pass(
     model: Transformer, encoded: Encoded, records: list[dict], stop_ids
 ) -> dict:
-    """How often free generation and the one pass name different titles,
-    and how many of those are near-ties.
+    """How often free generation and the one pass differ, and how many of those are near-ties.
 
-    They differ too where generation spelt a candidate that the one pass did not verify.
-    A near-tie: somewhere along the generated answer the two best logits are closer than NEAR_TIE.
-    """
+    They differ in the title, or where generation spelt a candidate that the one pass did not
+    verify. A near-tie: somewhere along the answer the two best logits are closer than NEAR_TIE."""
 
-    def missed(r: dict) -> bool:
+    def differs(r: dict) -> bool:
+        if r["one_pass"] is not None:
+            return r["one_pass"] != r["answer"]
         ended = len(r["ids"]) > 1 and r["ids"][-1] in stop_ids
         spellings = [c[:-1] for c in encoded.slots(r["example"], range(NUM_CANDIDATES))]
         return ended and r["ids"][:-1] in spellings
-
-    def differs(r: dict) -> bool:
-        if r["one_pass"] is None:
-            return missed(r)
-        return r["one_pass"] != r["answer"]
 
     differing = [r for r in records if differs(r)]
     near = 0
@@ -398,15 +334,6 @@ def compare_with_one_pass(
         best = logits.topk(2, dim=-1).values
         near += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
     return {"one_pass_differs": len(differing), "one_pass_near_ties": near}
-
-
-def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / "predictions.jsonl", "w") as f:
-        for record in records:
-            kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
-            f.write(json.dumps(kept) + "\n")
-    (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def table_rows(name: str, metrics: dict) -> str:
@@ -446,95 +373,29 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
     return "\n".join(lines)
 
 
-def check_run_data(config: EvalConfig, stages: Iterable[str], data_hash: str) -> None:
-    """check_data for every stage of the run that is evaluated."""
-    way_out = "evaluate the stage on its own, by --model or --adapter"
-    for stage in stages if config.run else ():
-        check_data(Path(config.run) / stage, data_hash, way_out)
-
-
-def sources_of(config: EvalConfig) -> dict[str, tuple[Path, Path | None]]:
-    """Name -> (base, adapter) of everything to evaluate."""
-    if not config.run:
-        adapter = Path(config.adapter) if config.adapter else None
-        base = config.model or base_of(adapter)
-        return {(adapter or Path(base)).name: (resolve_path(base), adapter)}
-    run = Path(config.run)
-    with reading(run / "config.json"):
-        listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
-    if any(not s or Path(s).name != s for s in listed):
-        raise ValueError(f"{run / 'config.json'}: stages {listed} are no names of folders")
-    stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
-    if not stages:
-        raise ValueError(f"{run}: no stage of this run is finished yet")
-    return {stage: load_stage(run / stage) for stage in stages}
-
-
-def with_run_options(config: EvalConfig) -> EvalConfig:
-    """Data options, dtype, max_length and prompt_format of the run:
-    its examples are evaluated, whatever else was given."""
-    if not config.run:
-        return config
-    file = Path(config.run) / "config.json"
-    saved = read_json(file)
-    names = {f.name for f in fields(DataConfig)} - {"prepared_dir", "download"}
-    names |= {"dtype", "max_length", "load_in_4bit", "prompt_format"}
-    known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
-    check_types(file, known, get_type_hints(EvalConfig))
-    try:
-        return replace(config, **known)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-def load_source(
-    config: EvalConfig, source: tuple[Path, Path | None], device: torch.device
-) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a (base, adapter), ready to be evaluated."""
-    base, adapter = source
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    read = load_4bit if config.load_in_4bit else load_pretrained
-    model = read(base, getattr(torch, dtype), device)
-    if adapter:
-        load_adapter(model, adapter)
-    return model.eval(), Tokenizer(base, config.prompt_format)
-
-
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig))
-    if config.for_many:
-        from studies.recommend import recommend_users  # it builds on this file
+    if config.recommend:
+        from studies.recommend import recommend  # it builds on this file
 
-        recommend_users(config)
+        recommend(config)
         return
     _, _, device = setup_distributed()
-    sources = sources_of(config)
-    if config.recommend:
-        sources = dict([list(sources.items())[-1]])
-    prepared = None if config.recommend else prepare(config)
-    if prepared:
-        check_run_data(config, sources, prepared.hash)
+    sources, prepared = sources_of(config), prepare(config)
+    check_run_data(config, sources, prepared.hash)
     rows = {}
     for name, source in sources.items():
         model, tokenizer = load_source(config, source, device)
-        if config.recommend:
-            from studies.request import recommend  # it builds on this file
-
-            print(f"{name}:\n{recommend(config, model, tokenizer, device)}")
-            return
         options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
         encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
-        baselines = prepared.baselines(config.split)
-        known = (encoded, baselines)
+        known = (encoded, prepared.baselines(config.split))
         metrics, records = evaluate(model, tokenizer, encoded.examples, *options, *known)
         del model
         free_memory()  # before the next one is loaded
         metrics |= {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
         rows[name] = metrics
         if config.output_dir:
-            save_predictions(Path(config.output_dir) / name, rows[name], records)
+            save_predictions(Path(config.output_dir) / name, metrics, records)
         if config.decode == "generate":
             print(
                 f"{name}: one pass and generation differ on {metrics['one_pass_differs']} "

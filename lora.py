@@ -12,7 +12,6 @@ B stay fp32 over a bf16 base and are cast per use. Files are PEFT's (hub/adapter
 
 import hashlib
 import math
-import re
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +25,10 @@ from hub.adapter import (
     write_adapter,
 )
 from hub.quantized import base_weight, unquantized
+from hub.targets import TARGET_MODULES, find_targets, used_targets
 from kernels.lora import adapted_projections
 from kernels.nf4 import outside_graphs
 from model import Transformer
-
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -85,6 +83,12 @@ class LoRALinear(nn.Linear):
         self.lora_B.weight.zero_()
 
 
+def linear_names(model: Transformer) -> list[str]:
+    """Module paths of the layers that can carry an adapter."""
+    modules = model.named_modules()
+    return [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
+
+
 def apply_lora(
     model: Transformer,
     r: int,
@@ -101,10 +105,11 @@ def apply_lora(
         raise ValueError(f"LoRA rank r must be >= 1, got {r}")
     if getattr(model, "lora_config", None):
         raise ValueError("the model already carries LoRA adapters: merge_lora them first")
-    targets = _find_targets(model, target_modules)
+    linears = linear_names(model)
+    targets = find_targets(linears, target_modules)
     short = sorted({name.rpartition(".")[2] for name in targets})
     # whole paths only where the short names would select more
-    named = short if _find_targets(model, short) == targets else targets
+    named = short if find_targets(linears, short) == targets else targets
     model.requires_grad_(False)
     scaling = lora_scaling(r, lora_alpha, use_rslora)
     for name in targets:
@@ -121,47 +126,6 @@ def apply_lora(
         "use_rslora": use_rslora,
     }
     return model
-
-
-def _find_targets(model: Transformer, target_modules) -> list[str]:
-    linears = _linears(model)
-    if target_modules == "all-linear":
-        return linears
-    if isinstance(target_modules, str):
-        try:
-            found = [name for name in linears if re.fullmatch(target_modules, name)]
-        except re.error as error:
-            raise ValueError(f"target_modules {target_modules!r}: {error}") from None
-        unused = [] if found else [target_modules]
-    else:
-        found = [name for name in linears if any(_is_path_end(t, name) for t in target_modules)]
-        unused = sorted(set(target_modules) - set(_used_targets(model, target_modules)))
-    if unused or not found:
-        raise ValueError(
-            f"target_modules {unused or list(target_modules)} match no linear layer that can carry "
-            f"an adapter (lm_head and embeddings cannot); known: {TARGET_MODULES}"
-        )
-    return found
-
-
-def _linears(model: Transformer) -> list[str]:
-    modules = model.named_modules()
-    return [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
-
-
-def _used_targets(model: Transformer, targets):
-    """Those of a list that match something: PEFT ignores the others when it reads an adapter."""
-    if isinstance(targets, str):
-        return targets
-    linears = _linears(model)
-    used = [t for t in targets if any(_is_path_end(t, name) for name in linears)]
-    return used or targets
-
-
-def _is_path_end(target: str, name: str) -> bool:
-    """PEFT's rule for a list:
-    "q_proj", "self_attn.q_proj" and the whole path all mean that layer."""
-    return f".{name}".endswith(f".{target}")
 
 
 def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
@@ -204,12 +168,12 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
     held = {} if model.source else model.state_dict()
     tensors = read_adapter_tensors(path, config, model.source, model.name_or_path, held)
     settings = adapter_settings(path, config)
-    named = settings["target_modules"]
-    settings["target_modules"] = used = _used_targets(model, named)
+    linears, named = linear_names(model), settings["target_modules"]
+    settings["target_modules"] = used = used_targets(linears, named)
     ignored = [] if isinstance(named, str) else sorted(set(named) - set(used))
 
     r, expected = settings["r"], {}
-    for name in _find_targets(model, settings["target_modules"]):
+    for name in find_targets(linears, used):
         linear = model.get_submodule(name)
         expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, linear.in_features)
         expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, r)

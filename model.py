@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import note_once
 from hub.config import read_config, write_config
 from hub.files import (
     check_weights,
     divide_weights,
+    note_once,
     open_safetensors,
     remove_weights,
     resolve_path,

@@ -47,40 +47,30 @@ from torch import Tensor
 
 from common import (
     Stopped,
-    any_rank,
     arg,
     changed_options,
     first,
-    free_memory,
     is_main,
     parse_config,
     print0,
     read_json,
     run_cli,
     setup_distributed,
-    stored_dtype,
     writing,
 )
-from data import (
-    NUM_CANDIDATES,
-    Encoded,
-    Examples,
-    encode_examples,
-    prefetch,
-    to_device,
-    tree_widths,
-)
-from eval import predict, ranking_metrics, results_table, save_predictions, summarise
+from data import NUM_CANDIDATES, Encoded, Examples, encode_examples, to_device, tree_widths
+from eval import predict, ranking_metrics, results_table, summarise
 from hub.adapter import base_of
 from hub.files import resolve_path
+from hub.targets import TARGET_MODULES
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
-from lora import TARGET_MODULES
 from losses import MARGINS
 from model import Transformer
 from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
-from runtime.policy import load_policy
+from runtime.passes import any_rank, prefetch
+from runtime.policy import free_memory, load_policy, stored_dtype
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
 from runtime.runs import (
     Logger,
@@ -99,6 +89,7 @@ from runtime.stages import (
     check_start,
     load_stage,
     resume_stage,
+    save_predictions,
     save_stage,
     starting_weights,
     weights_key,

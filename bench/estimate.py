@@ -32,13 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import GB, print0
+from common import print0
 from data import BOUNDARY_CHECKS, build_tree, tree_widths
 from hub.quantized import to_4bit
 from lora import apply_lora
 from model import ModelConfig, Transformer
 from objectives import SFT, Preference
 from runtime.runs import Run
+from runtime.sharding import GB
 
 TFLOPS = 395.0  # achieved by a rank: half of an H200's dense bf16 rate
 

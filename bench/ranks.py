@@ -12,7 +12,7 @@ from harness import dtype_of, examples, make_model, synchronize, tree_of
 from scaling import Step
 from verdict import Row, at_least, at_most, figure
 
-from common import free_memory
+from runtime.policy import free_memory
 from runtime.sharding import shard
 from train import TrainConfig, train_step
 

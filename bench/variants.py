@@ -29,7 +29,7 @@ from harness import (
 from step import NUM_NEGATIVES, Here
 
 from bench.estimate import fake_step
-from lora import TARGET_MODULES
+from hub.targets import TARGET_MODULES
 
 WAYS = {
     "eager": (False, False),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import Examples, Interactions, make_interactions
+from data import Examples, Interactions, select_rows
 
 NAME = "planted"
 
@@ -112,11 +112,19 @@ def planted_world(world: World) -> Interactions:
 
     shown = np.arange(L) < lengths[:, None]
     user, step = np.nonzero(shown)
-    timestamp = 1_000_000_000 + 86_400 * step
-    titles = dict(enumerate(world.titles()))
-    interactions = make_interactions(user, items[shown], ratings[shown], timestamp, titles, NAME)
-    interactions.words = WORDS
-    return interactions
+    interactions = Interactions(
+        user,
+        items[shown],
+        ratings[shown].astype(np.float32),
+        timestamp=1_000_000_000 + 86_400 * step,
+        start=np.concatenate([[0], np.cumsum(shown.sum(1))]),
+        titles=world.titles(),
+        user_ids=[str(u) for u in users],
+        item_ids=[str(i) for i in range(G * per_genre)],
+        name=NAME,
+        words=WORDS,
+    )
+    return select_rows(interactions, np.ones(len(user), bool))  # stories that nobody read are none
 
 
 def load(config) -> Interactions:

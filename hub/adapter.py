@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import note_once, read_json
-from hub.files import open_safetensors, weight_files
+from common import read_json
+from hub.files import note_once, open_safetensors, weight_files
 
 PEFT_PREFIX = "base_model.model."
 

@@ -1,6 +1,7 @@
 """Where a checkpoint's files are, and safetensors in and out:
 single or sharded, checked before a weight is read."""
 
+import functools
 import json
 import re
 from collections.abc import Collection, Iterable
@@ -11,7 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import note_once, read_json
+from common import print0, read_json
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Print a note, however often the same files are opened."""
+    print0(f"note: {text}")
 
 
 def resolve_path(name, weights: bool = True) -> Path:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from common import note_once, read_json
+from common import read_json
 from hub.chat import PromptFrame, chat_frame
+from hub.files import note_once
 
 
 class Tokenizer:

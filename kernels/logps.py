@@ -24,10 +24,8 @@ upcast besides: 4 D bytes for each row of the slab.)
 
 impl   "reference"  three lines of plain PyTorch, the definition of correct
        "slabs"      the walk in PyTorch, for the CPU
-       "triton"     the walk with the two Triton kernels of logps_triton.py;
-                    on a CPU only in Triton's interpreter
-       "fused"      a third Triton kernel instead of the walk:
-                    logits never leave the chip, backward recomputes them
+       "triton"     the walk with two kernels of logps_triton.py; on a CPU in Triton's interpreter
+       "fused"      its third: logits never leave the chip, backward recomputes them
        "auto"       triton on a GPU, else slabs
 
 Legend: M scored rows, D hidden_size, V vocab_size, S rows of the head in one slab,

@@ -1,10 +1,8 @@
 """The three Triton kernels of the head (see logps.py): statistics, exponentials, a fused GEMM.
 
     _statistics_kernel    a tile of logits -> max, argmax, label's logit, Σ exp(z - max) of the rest
-    _exponentials_kernel  a tile of logits -> exp(z - running max), 0 in the label's column:
-                          weights of the second GEMM
-    _fused_kernel         a tile of hidden @ weight.T, kept in registers -> the same statistics:
-                          logits never reach memory
+    _exponentials_kernel  a tile of logits -> exp(z - running max), 0 in the label's column
+    _fused_kernel         a tile of hidden @ weight.T, kept in registers -> the same statistics
 
 One program owns one tile of ROWS x COLS and writes its own slots: no locks, no atomics, the same
 bits every time. There are as many programs as tiles, so that few rows on a wide vocabulary still

@@ -1,5 +1,4 @@
-"""Adapted projections of one input (q, k, v; gate, up; or one alone)
-as a single autograd function, without glue.
+"""Adapted projections of one input (q, k, v; gate, up; or one) as a single autograd function.
 
     y_i = x W_i^T + b_i + scaling · drop(x) A_i^T B_i^T
 
@@ -13,8 +12,7 @@ the frozen weights, and skips d x where nobody asks for it. Gradients of A and B
 stored in fp32 even over a bf16 base. Dropout draws one mask per group instead of one per
 projection: every adapter still sees an input dropped out with the same probability.
 
-`adapted_projections_reference` is the naive form: the definition of correct, also
-used where a W_i is trained too.
+`adapted_projections_reference` is the naive form, used where a W_i is trained too.
 
 Legend: T tokens (all leading dimensions), r LoRA rank, R = Σ r over the group's adapters.
 """
@@ -35,8 +33,7 @@ def adapted_projections(
     Bs: list[Tensor | None],  # (out_i, r)
     scaling: float,
     dropout: float = 0.0,  # probability, 0 in evaluation
-    # with one, its weight is 4-bit codes (kernels/nf4.py)
-    absmaxes: list[Tensor | None] | None = None,
+    absmaxes: list[Tensor | None] | None = None,  # with one, its weight is 4-bit codes (nf4.py)
 ) -> tuple[Tensor, ...]:  # (..., out_i)
     """All projections of x.
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from common import print0
-from data import NUM_CANDIDATES, TEMPLATES, Examples, Interactions, clean_title
+from data import NUM_CANDIDATES, TEMPLATES, Examples, Interactions
 from loaders.files import matching_files, open_bytes
-from loaders.table import LineCount
+from loaders.table import LineCount, clean_title
 
 
 def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:

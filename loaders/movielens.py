@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Interactions, clean_title, make_interactions
+from data import Interactions
+from loaders.table import clean_title, make_interactions
 
 NAME, WORDS = "movielens", ("movies", "watched", "watch")
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from common import print0
-from data import Interactions, clean_title
+from data import Interactions
 from loaders import parquet
 from loaders.files import (
     CHUNK,
@@ -44,7 +44,7 @@ from loaders.files import (
     table_chunks,
 )
 from loaders.table import FIELDS as ROW_FIELDS
-from loaders.table import Codes, LineCount, LogBuilder, shorten
+from loaders.table import Codes, LineCount, LogBuilder, clean_title, shorten
 from loaders.values import (
     ABSENT,
     ABSENT_IDS,

@@ -1,5 +1,4 @@
-"""The table that everything starts from: interactions as flat arrays, how a loader fills it,
-and its k-core.
+"""The table that everything starts from, interactions as flat arrays, and how a loader fills it.
 
 A loader (loaders/) parses raw files and hands rows to a `LogBuilder`, piece by piece while the
 file streams by. After `finish` no step knows where the data came from. Memory grows with the
@@ -7,15 +6,88 @@ interactions kept, not with the file: an id becomes an int32 code when it is rea
 pairs of user and item are merged as they pile up. Nothing is kept per user but the text of its id;
 a log of n interactions takes 20 bytes each, and some three times that while it is sorted."""
 
+import html
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from data import Interactions, _sorted, clean_title, last_of_each_pair, unique_titles
+from data import Interactions
 from loaders.values import parse_times
 
 MAX_BAD_SHARE = 0.01  # of the lines; with more of them the file is not what it was taken for
+
+
+MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
+
+
+def clean_title(title: str) -> str:
+    """HTML entities become text, white space and control characters single blanks:
+    a title is one line of a prompt."""
+    title = " ".join(unicodedata.normalize("NFC", html.unescape(title)).translate(_CONTROL).split())
+    if len(title) > MAX_TITLE:
+        title = title[: MAX_TITLE - 1].rstrip() + "…"
+    return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
+
+
+def unique_titles(titles: list[str]) -> list[str]:
+    """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
+    taken, out = set(titles), []
+    first, next_number = set(), {}
+    for title in titles:
+        name, number = title, next_number.get(title, 1)
+        while name in first or (number > 1 and name in taken):
+            number += 1
+            name = f"{title} ({number})"
+        next_number[title] = number
+        first.add(name)
+        out.append(name)
+    return out
+
+
+def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+    """(n,) bool: the latest row of every user-item pair; of equal times the one further down."""
+    key = user.astype(np.int64) << 32 | item.astype(np.int64)
+    order = np.lexsort((timestamp, key))
+    key = key[order]
+    keep = np.zeros(len(key), bool)
+    keep[order[np.append(key[1:] != key[:-1], True)] if len(key) else order] = True
+    return keep
+
+
+def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
+    order = np.lexsort((timestamp, user))  # stable: ties in time keep the order of the file
+    counts = np.bincount(user, minlength=len(user_ids))
+    return Interactions(
+        user[order].astype(np.int32),
+        item[order].astype(np.int32),
+        rating[order].astype(np.float32),
+        timestamp[order].astype(np.int64),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        titles,
+        user_ids,
+        item_ids,
+        name,
+    )
+
+
+def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -> Interactions:
+    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns.
+
+    `titles` maps item id to title."""
+    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
+    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
+    missing = [i for i in item_ids.tolist() if i not in titles]
+    if missing:
+        raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
+    rating, timestamp = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
+    keep = last_of_each_pair(user, item, timestamp)
+    names = unique_titles([titles[i] for i in item_ids.tolist()])
+    ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
+    columns = [column[keep] for column in (user, item, rating, timestamp)]
+    return _sorted(*columns, names, *ids, name)
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """The weights that a stage starts from:
 base, adapter or a fresh one, sharded, read, ready to train."""
 
+import gc
 from pathlib import Path
 
 import torch
 
-from common import print0, stored_dtype
+from common import print0
 from hub.quantized import give_back_freed_blocks, read_4bit, to_4bit
 from lora import apply_lora, read_adapter
 from model import Transformer, empty_model, weight_shapes
@@ -19,6 +20,20 @@ from runtime.sharding import (
     read_weights,
     shard,
 )
+
+
+def stored_dtype(config, device) -> torch.dtype:
+    """--dtype of the frozen weights; auto is bfloat16 on a GPU."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def free_memory() -> None:
+    """Give back what models that nobody uses any more held: hooks tie them into cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_policy(

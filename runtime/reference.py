@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import any_rank, is_main, print0, progress, stored_dtype, writing
-from data import Encoded, prefetch, to_device
+from common import is_main, print0, writing
+from data import Encoded, to_device
 from hub.files import open_safetensors
+from runtime.passes import any_rank, prefetch, progress
+from runtime.policy import stored_dtype
 from runtime.runs import Run
 from runtime.sharding import reshard
 

@@ -31,11 +31,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from common import GB
 from hub.adapter import PEFT_PREFIX
 from hub.files import check_weights, open_safetensors
 from lora import lora_layers, lora_scaling
 from model import Transformer, inverse_frequencies, weight_shapes
+
+GB = 10**9  # bytes
 
 
 def shard_group(mode: str, group_size: int, world_size: int) -> int:

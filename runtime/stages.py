@@ -169,3 +169,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     ):
         if (source / name).exists():
             shutil.copy(source / name, target / name)
+
+
+def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
+    """metrics.json, and a line of predictions.jsonl for each of eval.predict's records."""
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "predictions.jsonl", "w") as f:
+        for record in records:
+            kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
+            f.write(json.dumps(kept) + "\n")
+    (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

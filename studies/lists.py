@@ -14,20 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import free_memory, parse_config, run_cli, setup_distributed
-from eval import (
-    EvalConfig,
-    check_run_data,
-    evaluate,
-    load_source,
-    ranking_metrics,
-    save_predictions,
-    sources_of,
-    with_run_options,
-)
+from common import parse_config, run_cli, setup_distributed
+from eval import EvalConfig, evaluate, ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import prepare
 from loaders.lists import KINDS, other_lists
+from runtime.policy import free_memory
+from runtime.sources import check_run_data, load_source, sources_of, with_run_options
+from runtime.stages import save_predictions
 from studies.methods import Method
 from studies.results import Result, read_records
 from studies.statistics import bootstrap

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, free_memory, parse_config, run_cli, setup_distributed
+from common import arg, parse_config, run_cli, setup_distributed
 from data import (
     LOWEST,
     NUM_CANDIDATES,
@@ -39,18 +39,12 @@ from data import (
     freeze,
 )
 from demo.planted import bayes_scores, world_of
-from eval import (
-    EvalConfig,
-    check_run_data,
-    load_source,
-    predict,
-    save_predictions,
-    sources_of,
-    wilson,
-    with_run_options,
-)
+from eval import EvalConfig, predict, wilson
 from loaders.counting import counting_baselines, markov_top
 from loaders.frozen import DataConfig, prepare
+from runtime.policy import free_memory
+from runtime.sources import check_run_data, load_source, sources_of, with_run_options
+from runtime.stages import save_predictions
 from studies.statistics import spread_of_bins
 
 DISLIKED = 2.0  # highest rating of a disliked item

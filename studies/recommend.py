@@ -33,12 +33,16 @@ from pathlib import Path
 
 import numpy as np
 
-from common import any_rank, first, hours, is_main, print0, progress, setup_distributed, writing
-from data import NUM_CANDIDATES, Interactions, clean_title, prefetch
-from eval import EvalConfig, check_run_data, load_source, sources_of
+from common import first, hours, is_main, print0, setup_distributed, writing
+from data import NUM_CANDIDATES, Interactions
+from eval import EvalConfig
 from loaders.frozen import prepare
 from loaders.retrieval import Retriever
+from loaders.table import clean_title
+from runtime.passes import any_rank, prefetch, progress
+from runtime.sources import check_run_data, load_source, sources_of
 from studies.ranking import ListRanker, ShownList, shown_order
+from studies.request import ranked_request
 from studies.retrievers import fit_retriever
 
 CHUNK = 256  # users that are retrieved and tokenised together, while others are ranked
@@ -445,7 +449,7 @@ def recommend_users(config: EvalConfig) -> None:
     todo = open_places[rank::world_size]
     model, tokenizer = load_source(config, source, device)
     ranker = ListRanker(
-        model, tokenizer, interactions.name, config.max_length, config.micro_batch_tokens, device
+        model, tokenizer, interactions.words, config.max_length, config.micro_batch_tokens, device
     )
     batches = finished_batches(users, todo, retriever, ranker, config, interactions)
     started = time.monotonic()
@@ -480,3 +484,14 @@ def report(config, stage: str, total: int, ranked: int, seconds: float, without:
             f"note: {without:,} users have an empty list: they touched every item of the log, or "
             "have no item that a prompt may show"
         )
+
+
+def recommend(config: EvalConfig) -> None:
+    """What --recommend asks for: one user's ranking is printed, the lists of many are written."""
+    if config.for_many:
+        recommend_users(config)
+        return
+    _, _, device = setup_distributed()
+    stage, source = list(sources_of(config).items())[-1]
+    model, tokenizer = load_source(config, source, device)
+    print(f"{stage}:\n{ranked_request(config, model, tokenizer, device)}")

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from common import read_json
-from data import Example, build_tree, clean_title, render_prompt
+from data import Example, build_tree, render_prompt
 from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.frozen import words_of
+from loaders.table import clean_title
 from loaders.values import parse_scale
 from model import Transformer
 
@@ -89,7 +90,7 @@ def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, r
     )
 
 
-def recommend(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
+def ranked_request(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
     """The candidates of one user, best first,
     with their share of the probability of all of them."""
     example = read_request(config)

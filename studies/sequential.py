@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from common import arg, parse_config, run_cli, writing
 from data import Examples, Interactions
-from eval import ranking_metrics, results_table, save_predictions, summarise
+from eval import ranking_metrics, results_table, summarise
 from loaders.counting import (
     counting_baselines,
     item_knn,
@@ -46,6 +46,7 @@ from loaders.counting import (
 )
 from loaders.frozen import DataConfig, prepare
 from loaders.lists import other_lists
+from runtime.stages import save_predictions
 
 NEURAL = ("gru4rec", "caser", "sasrec")
 COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}

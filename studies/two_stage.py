@@ -28,12 +28,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, check_options, parse_config, progress, run_cli, setup_distributed, writing
+from common import arg, check_options, parse_config, run_cli, setup_distributed, writing
 from data import NUM_CANDIDATES, Examples
 from demo.planted import World, bayes_scores
-from eval import EvalConfig, check_run_data, load_source, sources_of, with_run_options
+from eval import EvalConfig
 from loaders.frozen import Prepared, prepare
 from loaders.retrieval import Retriever, best_items, training_rows
+from runtime.passes import progress
+from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order
 from studies.retrievers import fit_retriever
 from studies.statistics import Difference, bootstrap, judge, resampled_means
@@ -284,7 +286,7 @@ def main() -> None:
     retriever = fit_retriever(config.retriever, prepared, source, rows)
     model, tokenizer = load_source(source, weights, device)
     limits = (source.max_length, config.micro_batch_tokens)
-    ranker = ListRanker(model, tokenizer, prepared.interactions.name, *limits, device)
+    ranker = ListRanker(model, tokenizer, prepared.interactions.words, *limits, device)
     optimum = optimum_scores(prepared, examples)
     result = figures(evaluate_lists(examples, retriever, ranker, config.sizes(), optimum))
     facts = {
@@ -298,7 +300,7 @@ def main() -> None:
     }
     print(
         f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
-        f"{prepared.log.num_items:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
+        f"{facts['items']:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
         f"lists longer than {NUM_CANDIDATES} in groups with shared anchors; [95 % interval]\n"
     )
     print(tables(result))

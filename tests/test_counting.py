@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import examples_at
 
-from data import Examples, Interactions, build_examples, k_core, make_interactions
+from data import Examples, Interactions, build_examples, k_core
 from eval import ranking_metrics
 from loaders.counting import counting_baselines, item_knn, markov, popularity
 from loaders.frozen import DataConfig, load_log
+from loaders.table import make_interactions
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"

@@ -2,7 +2,6 @@
 batches, and the CLI."""
 
 import subprocess
-import threading
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -26,15 +25,14 @@ from data import (
     Interactions,
     build_examples,
     encode_examples,
-    make_interactions,
     micro_batches,
-    prefetch,
     render_prompt,
     tree_widths,
 )
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare, words_of
 from loaders.movielens import WORDS as MOVIES
+from loaders.table import make_interactions
 
 SPLITS = ("train", "val", "test")
 
@@ -633,31 +631,6 @@ def test_tree_widths_are_those_of_the_tree(tokenizer):
             tree.prompt_width,
             tree.input_ids.shape[1] - tree.prompt_width,
         ]
-
-
-def test_prefetch_keeps_the_order_and_runs_one_ahead():
-    """Items come in order; while one is used the next is being made, and no more;
-    an error reaches the user."""
-    started, made_next = [], threading.Event()
-
-    def make(item):
-        started.append(item)
-        if item == 1:
-            made_next.set()
-        if item == 4:
-            raise ValueError("item 4")
-        return item * 10
-
-    seen = []
-    with pytest.raises(ValueError, match="item 4"):
-        for value in prefetch(make, range(6)):
-            if value == 0:
-                # the first is in use, the second is made without being asked for
-                assert made_next.wait(10)
-            assert max(started) <= value // 10 + 1
-            seen.append(value)
-    assert seen == [0, 10, 20, 30]
-    assert list(prefetch(make, [])) == []
 
 
 # ------------------------------------------------------------------------ command line

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from test_loaders import DATA, check_table
 
-from data import build_examples, clean_title, encode_examples, render_prompt
+from data import build_examples, encode_examples, render_prompt
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.beeradvocate import beer_title, mend_encoding
 from loaders.files import MAX_LINE, literal_record, read_lines
 from loaders.frozen import DataConfig, load_log, prepare
 from loaders.ownlog import load_own_log, parse_columns
-from loaders.table import LogBuilder, parse_times, percentile_ratings
+from loaders.table import LogBuilder, clean_title, parse_times, percentile_ratings
 
 
 def load(dataset: str, path, **options):

@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data import Interactions, build_examples, make_interactions, render_prompt
+from data import Interactions, build_examples, render_prompt
 from demo.tiny import known_titles, make_base_model
 from loaders.counting import BASELINES, markov_top
 from loaders.dated import build_dated_examples, date_of, parse_date
 from loaders.frozen import DataConfig, prepare
+from loaders.table import make_interactions
 from studies.probes import ProbeConfig
 from studies.sequential import BaselineConfig, training_windows
 from studies.sequential import train as train_sequential

@@ -11,8 +11,9 @@ from bench.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gra
 from data import build_tree
 from demo.tiny import make_base_model
 from hub.quantized import Linear4bit, to_4bit
+from hub.targets import TARGET_MODULES
 from loaders.frozen import DataConfig, prepare
-from lora import TARGET_MODULES, apply_lora
+from lora import apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
 from runtime.sharding import replica_note

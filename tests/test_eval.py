@@ -8,14 +8,7 @@ import pytest
 import torch
 from launch import ROOT, run_script
 
-from data import (
-    Example,
-    build_examples,
-    build_tree,
-    encode_examples,
-    make_interactions,
-    render_prompt,
-)
+from data import Example, build_examples, build_tree, encode_examples, render_prompt
 from demo.tiny import make_base_model
 from eval import (
     EvalConfig,
@@ -33,6 +26,7 @@ from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
 from loaders.movielens import WORDS as MOVIES
+from loaders.table import make_interactions
 from model import load_pretrained
 from studies.request import fitting_prompt, read_request
 

@@ -7,8 +7,8 @@ import torch
 from conftest import max_diff, tiny_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from common import note_once
 from hub.adapter import PEFT_PREFIX, base_of
+from hub.files import note_once
 from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from model import load_pretrained
 

@@ -9,8 +9,8 @@ import torch
 from conftest import max_diff, tiny_model, write_checkpoint, write_json
 from safetensors.torch import load_file, save_file
 
-from common import note_once, read_json
-from hub.files import resolve_path
+from common import read_json
+from hub.files import note_once, resolve_path
 from model import load_pretrained
 
 INPUT_IDS = torch.arange(3, 17).view(2, 7)

@@ -16,12 +16,13 @@ import torch
 from conftest import write_checkpoint, write_json
 from test_hub_tokenizer import write_ends, write_tokenizer
 
-from eval import EvalConfig, sources_of, with_run_options
+from eval import EvalConfig
 from hub.adapter import base_fingerprint, base_of
 from hub.config import read_config
 from hub.tokenizer import Tokenizer
 from lora import apply_lora, load_adapter, save_adapter
 from model import empty_model, load_pretrained
+from runtime.sources import sources_of, with_run_options
 from runtime.stages import check_data, load_stage
 
 ODD = [

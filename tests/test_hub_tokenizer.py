@@ -10,8 +10,8 @@ from families import END_OF_TEXT, NASTY
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from common import note_once
 from data import Example, render_prompt
+from hub.files import note_once
 from hub.tokenizer import Tokenizer
 from loaders.movielens import WORDS as MOVIES
 

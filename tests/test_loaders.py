@@ -16,16 +16,10 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from data import (
-    Interactions,
-    build_examples,
-    clean_title,
-    k_core,
-    make_interactions,
-    unique_titles,
-)
+from data import Interactions, build_examples, k_core
 from loaders.frozen import DataConfig, load_log, prepare
 from loaders.movielens import MOVIELENS_URL, download_movielens, movielens_titles
+from loaders.table import clean_title, make_interactions, unique_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"

@@ -15,16 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import build_tree
+from hub.targets import TARGET_MODULES
 from kernels.lora import adapted_projections, adapted_projections_reference
-from lora import (
-    TARGET_MODULES,
-    LoRALinear,
-    apply_lora,
-    load_adapter,
-    lora_layers,
-    merge_lora,
-    save_adapter,
-)
+from lora import LoRALinear, apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_pretrained, save_pretrained
 
 INPUT_IDS = torch.arange(3, 17).view(2, 7)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import examples_at
 
-from data import Interactions, build_examples, k_core, make_interactions
+from data import Interactions, build_examples, k_core
 from demo.planted import World, bayes_scores, planted_world, world_of
 from eval import ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
+from loaders.table import make_interactions
 
 
 def last_positions(interactions: Interactions) -> list[int]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import make_interactions
+from loaders.table import make_interactions
 from studies import popularity
 from studies.methods import grouped
 from studies.popularity import (

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import build_examples, make_interactions, render_prompt
+from data import build_examples, render_prompt
 from demo.planted import World, planted_world
 from eval import wilson
 from loaders.frozen import DataConfig
+from loaders.table import make_interactions
 from studies.probes import (
     PROBE_NAMES,
     PROBES,

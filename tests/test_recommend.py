@@ -14,12 +14,13 @@ import torch
 import studies.recommend as recommend
 import studies.retrievers as retrievers
 from data import Example, render_prompt
-from eval import EvalConfig, with_run_options
+from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.counting import DECAY, MAX_DISTANCE
 from loaders.frozen import prepare
 from lora import apply_lora, load_adapter, save_adapter
 from model import load_pretrained
+from runtime.sources import with_run_options
 from studies.ranking import shown_order
 from studies.recommend import recommend_users
 from studies.sequential import candidate_scores
@@ -142,7 +143,7 @@ def test_order_is_that_of_plain_full_sequences(folder, whole):
         ]
         by_rank = sorted(record["items"], key=lambda i: i["retrieved"])
         titles = [by_rank[i]["title"] for i in shown_order(record["user"], 20)]
-        text = render_prompt(Example(interactions.name, record["user"], history, titles, 0, [], 0))
+        text = render_prompt(Example(interactions.words, record["user"], history, titles, 0, [], 0))
         (prompt,) = tokenizer.encode_prompts([text])
         logps = []
         for ids in tokenizer.encode_completions(titles):

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 import loaders.retrieval as retrieval
-from data import Examples, build_examples, make_interactions
+from data import Examples, build_examples
 from loaders.counting import item_knn, markov, popularity
 from loaders.frozen import DataConfig
 from loaders.retrieval import best_items, fit, training_rows
+from loaders.table import make_interactions
 
 COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}
 

@@ -286,7 +286,7 @@ def test_models_and_optimizers_go_with_their_stage(whole, in_process, monkeypatc
 
     optimizers = []
     monkeypatch.setattr("train.load_policy", watched(train.load_policy))
-    monkeypatch.setattr("eval.load_pretrained", watched(load_pretrained))
+    monkeypatch.setattr("runtime.sources.load_pretrained", watched(load_pretrained))
     monkeypatch.setattr("torch.optim.AdamW", watched_optimizer)
     gc.disable()  # it might come by at the right moment by chance
     try:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from launch import run_script
 
-from data import Interactions, build_examples, make_interactions
+from data import Interactions, build_examples
 from loaders.frozen import DataConfig
+from loaders.table import make_interactions
 from studies.sequential import (
     NEURAL,
     BaselineConfig,

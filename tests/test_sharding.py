@@ -37,10 +37,11 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from common import any_rank, setup_distributed
+from common import setup_distributed
 from data import build_tree
 from lora import load_adapter, merge_lora
 from model import generate, load_pretrained
+from runtime.passes import any_rank
 from runtime.sharding import gathered
 from train import TrainConfig, load_policy
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from launch import ROOT, TRAIN, losses, run_script, run_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import progress
 from data import build_examples
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
@@ -379,15 +378,3 @@ def test_first_movielens_losses_are_the_derived_ones():
     assert torch.nn.functional.softplus(margins.logsumexp(1)).mean().item() == pytest.approx(
         10.04, abs=0.1
     )
-
-
-def test_progress_prints_a_line_a_minute(capsys):
-    """Without a terminal: elapsed and left; what is over within a minute prints nothing."""
-    seconds = iter(range(0, 10**6, 40))
-    assert list(progress(range(4), "evaluation", 4, clock=lambda: next(seconds))) == [0, 1, 2, 3]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "evaluation     1/4 | 0:01:20 | left 0:04:00",
-        "evaluation     3/4 | 0:02:40 | left 0:00:53",
-    ]
-    assert list(progress(range(3), "short", 3)) == [0, 1, 2] and not capsys.readouterr().out
