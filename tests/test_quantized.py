@@ -268,6 +268,17 @@ def test_two_ranks_match_one_in_4_bits(in_4_bits, mode):
 
 @needs_newer
 @pytest.mark.slow
+def test_hybrid_over_four_ranks_matches_one_in_4_bits(in_4_bits):
+    """Codes divided over 2 ranks and kept twice give the losses of 1 process to 1e-4."""
+    tmp_path, flags, one = in_4_bits
+    flags = [*flags, "--shard=hybrid", "--shard_group_size=2"]
+    _, four = run_train(tmp_path, "hybrid", *flags, processes=4)
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(one, stage), losses(four, stage), atol=1e-4)
+
+
+@needs_newer
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(in_4_bits, processes):
     """Killed on 2 ranks amid a preference stage, resumed on 1 or 2: the losses of the whole run."""
