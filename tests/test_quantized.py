@@ -227,7 +227,7 @@ def in_4_bits(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("runs")
     data = {"planted_users": 100, "train_size": 12, "followers": 3}
     prepared = prepare(DataConfig(**data, prepared_dir=str(tmp_path / "titles")))
-    make_base_model(  # its rows are whole blocks of 64; those of the demo's base are not
+    make_base_model(  # its rows are whole blocks of 64
         tmp_path / "base", prepared.splits["train"],
         hidden_size=64, num_layers=2, vocab_size=400, seed=0,
     )  # fmt: skip
