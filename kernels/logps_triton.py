@@ -127,17 +127,13 @@ def _tile(M: int) -> dict:
 def _fused_tile(M: int, element_size: int) -> dict:
     """Tile of the fused kernel: 8 warps, because 4 spill registers where rows are not aligned.
 
-    Half precision has 32 fp32 sums for each of 256 threads. In fp32, without matrix units, half as
-    many leave room for a second block beside the first."""
+    Half precision has 32 fp32 sums for each of 256 threads, and three stages of 128 bytes of each
+    row fit every GPU's shared memory. In fp32, without matrix units, half as many sums and bytes
+    leave room for a second block beside the first; with 128 bytes Triton 3.9 spills on sm_89."""
     if INTERPRETED:
         return {"ROWS": min(32, triton.next_power_of_2(M)), "COLS": 4096, "INNER": 32}
-    # 128 bytes of each row: three stages of them fit every GPU's shared memory
-    return {
-        "ROWS": 64,
-        "COLS": 256 // element_size,
-        "INNER": 128 // element_size,
-        "num_warps": 8,
-    }
+    cols, inner = (128, 64) if element_size == 2 else (64, 16)
+    return {"ROWS": 64, "COLS": cols, "INNER": inner, "num_warps": 8}
 
 
 def _grid_and_tiles(M: int, width: int, tile: dict, device) -> tuple:

@@ -227,7 +227,7 @@ def in_4_bits(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("runs")
     data = {"planted_users": 100, "train_size": 12, "followers": 3}
     prepared = prepare(DataConfig(**data, prepared_dir=str(tmp_path / "titles")))
-    make_base_model(  # its rows are whole blocks of 64; those of the demo's base are not
+    make_base_model(  # its rows are whole blocks of 64
         tmp_path / "base", prepared.splits["train"],
         hidden_size=64, num_layers=2, vocab_size=400, seed=0,
     )  # fmt: skip
@@ -264,6 +264,17 @@ def test_two_ranks_match_one_in_4_bits(in_4_bits, mode):
     _, two = run_train(tmp_path, mode, *flags, f"--shard={mode}", processes=2)
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
+
+
+@needs_newer
+@pytest.mark.slow
+def test_hybrid_over_four_ranks_matches_one_in_4_bits(in_4_bits):
+    """Codes divided over 2 ranks and kept twice give the losses of 1 process to 1e-4."""
+    tmp_path, flags, one = in_4_bits
+    flags = [*flags, "--shard=hybrid", "--shard_group_size=2"]
+    _, four = run_train(tmp_path, "hybrid", *flags, processes=4)
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(one, stage), losses(four, stage), atol=1e-4)
 
 
 @needs_newer
