@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from losses import MARGINS, preference_score, target_margins
-from studies.methods import SWEPT, Method, input_methods, mean_bins, probe_rows, sweep
+from studies.methods import ORDER, SWEPT, Method, input_methods, mean_bins, probe_rows, sweep
 from studies.statistics import bootstrap
 
 
@@ -41,6 +41,37 @@ def preference_logs(methods: dict[str, Method]) -> dict[str, list[dict]]:
         if steps:
             logs[name] = steps
     return logs
+
+
+def draw_methods(plt, methods: dict[str, Method], file: Path) -> None:
+    """HR@1 written and ranked first with 95 % intervals, valid answers; counting rules as lines."""
+    figure, axes = plt.subplots(
+        1, 2, figsize=(9, 1 + 0.45 * len(methods)), sharey=True, width_ratios=(3, 1),
+        layout="constrained",
+    )  # fmt: skip
+    places = np.arange(len(methods))
+    panels = (
+        (axes[0], "hit_ratio@1", "written", -0.12),
+        (axes[0], "ranking/hit_ratio@1", "ranked first", 0.12),
+        (axes[1], "valid_ratio", "valid answers", 0.0),
+    )
+    for axis, key, label, shift in panels:
+        means = np.array([method.mean(key) for method in methods.values()])
+        spans = [bootstrap(method.per_user(key)) for method in methods.values()]
+        errors = np.abs(np.array(spans).T - means)
+        axis.errorbar(means, places + shift, xerr=errors, fmt="o", capsize=3, label=label)
+    baselines = next(iter(methods.values())).results[0].metrics.get("baselines", {})
+    for name, ranked in baselines.items():
+        axes[0].axvline(ranked, color="grey", linestyle=":")
+        above = axes[0].get_xaxis_transform()  # x in data, y in heights of the panel
+        axes[0].text(ranked, 1.02, name, transform=above, ha="center", fontsize=8)
+    axes[0].set_yticks(places, list(methods))
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="HR@1", xlim=(0, None))
+    axes[1].set(xlabel="valid answers", xlim=(0, 1.02))
+    axes[0].legend(fontsize=8, loc="upper right")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def draw_curves(plt, methods: dict[str, Method], file: Path) -> None:
@@ -79,7 +110,9 @@ def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -
         errors = np.abs(np.array(spans).T - means)
         axis.errorbar(values, means, errors, marker="o", capsize=3, label=what)
     for axis in axes:
-        axis.set(xlabel=f"{label}{' (0: S-DPO)' if label == 'λ' else ''}", ylim=(0, None))
+        axis.set(xlabel=f"{label}{' (0: S-DPO)' if label == 'λ' else ''}")
+        axis.margins(y=0.1)
+        axis.set_ylim(bottom=0)
         axis.legend()
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -156,6 +189,9 @@ def draw_all(methods: dict[str, Method], folder: Path) -> list[tuple[str, str]]:
         function(plt, *data, folder / file)
         drawn.append((file, title))
 
+    plain = {name: method for name, method in methods.items() if name in ORDER}
+    if len(plain) > 1:
+        draw("methods.png", "Methods, with the paper's objectives", draw_methods, plain)
     if preference_logs(methods):
         draw("curves.png", "Training curves of the preference stages", draw_curves, methods)
     for option, (label, title) in SWEPT.items():

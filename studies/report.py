@@ -19,7 +19,7 @@ Beside them: harder lists (studies.lists), coverage, popularity and calibration 
 (studies.popularity), and K rejected titles side by side (studies.negatives).
 
 Writes report.md, report.html (one file with all pictures; tables are sorted by a click)
-and, with matplotlib, curves.png, margins.png and, where there are runs for them,
+and, with matplotlib, methods.png, curves.png, margins.png and, where there are runs for them,
 a picture of each swept option (margin_lambda, num_negatives, decay), inputs.png and length.png.
 
 References: the paper's Tables 1 and 2 (LLaMA3-8B rows; they are other candidates and another

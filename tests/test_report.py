@@ -313,7 +313,7 @@ def test_the_report_has_tables_claims_and_pictures(tmp_path):
     pictures = [
         line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")
     ]
-    assert {"curves.png", "margin_lambda.png", "margins.png"} <= set(pictures)
+    assert {"methods.png", "curves.png", "margin_lambda.png", "margins.png"} <= set(pictures)
     assert all((tmp_path / "out" / p).stat().st_size > 10_000 for p in pictures)
 
 
