@@ -78,7 +78,7 @@ def recpo_loss(
     beta: float,
 ) -> tuple[Tensor, Tensor]:  # losses (B,), rewards (B, 1 + K) detached
     """RecPO (eq. 7): the chosen item must beat all K negatives at once, each by its own margin."""
-    logratios = policy_logps - reference_logps  # (B, 1 + K)
+    logratios = policy_logps - reference_logps  # (B, 1 + K), chosen first
     # One number per negative; > 0 means it sits closer to the chosen item than its margin allows.
     violations = beta * (logratios[:, 1:] - logratios[:, :1]) + target_margins  # (B, K)
     losses = F.softplus(violations.logsumexp(dim=1))  # (B,)
