@@ -33,6 +33,7 @@ that it writes listed titles and ranks the planted world's at chance.
 Left out: several processes, GPUs, bf16 in training.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -92,11 +93,10 @@ class PretrainConfig:
     learning_rate: float = arg(2e-3, "peak; warm-up, then a cosine to a hundredth of it", above=0)
     seed: int = arg(0, "seed of weights and prompts")
     save_minutes: float = arg(3.0, "minutes between checkpoints", at_least=0)
+    logging_steps: int = arg(20, "steps between printed lines", at_least=1)
 
     def __post_init__(self):
         check_options(self)
-
-    logging_steps: int = arg(20, "steps between printed lines", at_least=1)
 
 
 def prompt_words(config: PretrainConfig) -> Words:
@@ -308,7 +308,10 @@ def score(model: Transformer, tree) -> tuple[torch.Tensor, float, float]:
 def made_by(config: PretrainConfig) -> dict:
     """The options that a checkpoint must agree with to be gone on from."""
     free = ("output_dir", "save_minutes", "logging_steps")
-    return {name: value for name, value in asdict(config).items() if name not in free}
+    options = {name: value for name, value in asdict(config).items() if name not in free}
+    if config.titles:
+        options["titles"] = hashlib.sha256(Path(config.titles).read_bytes()).hexdigest()
+    return options
 
 
 def save_checkpoint(file: Path, step: int, model, optimizer, practice: Practice, config) -> None:
@@ -386,6 +389,11 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
 
 def pretrain(config: PretrainConfig) -> None:
     path, kinds = Path(config.output_dir), read_titles(config)
+    if (count := sum(map(len, kinds))) < 2 * NUM_CANDIDATES:
+        raise ValueError(
+            f"{config.titles}: {count} different titles; a history and a list of "
+            f"{NUM_CANDIDATES} each need {2 * NUM_CANDIDATES}"
+        )
     checkpoint = path / "pretraining.safetensors"
     write_tokenizer(path, kinds, config)
     (path / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks for it
@@ -432,10 +440,13 @@ def read_titles(config: PretrainConfig) -> list[list[str]]:
             kinds.setdefault(world.genre(story), []).append(title)
         return list(kinds.values())
     lines = Path(config.titles).read_text(encoding="utf-8").splitlines()
+    seen = set()
     for line in sorted(set(lines)):
         title, _, kind = line.partition("\t")
-        if title.strip():
-            kinds.setdefault(kind, []).append(" ".join(title.split()))
+        title = " ".join(title.split())
+        if title and title not in seen:  # of a title with several kinds the first one counts
+            seen.add(title)
+            kinds.setdefault(kind, []).append(title)
     return list(kinds.values())
 
 

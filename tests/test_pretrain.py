@@ -63,6 +63,10 @@ def test_titles_of_a_file_may_name_their_kinds(tmp_path):
     (tmp_path / "t.txt").write_text("Emma\tnovel\nHamlet\tplay\nPersuasion\tnovel\n\nEmma\tnovel\n")
     config = PretrainConfig(titles=str(tmp_path / "t.txt"), output_dir=str(tmp_path))
     assert sorted(pretrain.read_titles(config)) == [["Emma", "Persuasion"], ["Hamlet"]]
+    (tmp_path / "t.txt").write_text("Emma\tnovel\nEmma\tplay\nHamlet\tplay")
+    assert sorted(pretrain.read_titles(config)) == [["Emma"], ["Hamlet"]]
+    with pytest.raises(ValueError, match=r"t.txt: 2 different titles; .* need 40"):
+        pretrain.pretrain(config)
     (tmp_path / "t.txt").write_text("Emma\nHamlet\n")
     assert pretrain.read_titles(config) == [["Emma", "Hamlet"]]
 
