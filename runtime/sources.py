@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import torch
 
-from common import arg, check_types, read_json, reading
+from common import arg, changed_options, check_types, read_json, reading
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
@@ -82,8 +82,8 @@ OF_THIS_COMMAND = {"run", "stage", "model", "adapter", "prepared_dir", "download
 
 
 def with_run_options(config: SourceConfig) -> SourceConfig:
-    """Data options, dtype, max_length and prompt_format of the run:
-    its examples are evaluated, whatever else was given."""
+    """Data options, dtype, max_length and prompt_format of the run: its examples are evaluated;
+    ValueError if other values were given."""
     if not config.run:
         return config
     file = Path(config.run) / "config.json"
@@ -91,6 +91,12 @@ def with_run_options(config: SourceConfig) -> SourceConfig:
     names = {f.name for f in fields(SourceConfig)} - OF_THIS_COMMAND
     known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
     check_types(file, known, get_type_hints(type(config)))
+    for name in sorted(changed_options(config) & known.keys()):
+        if getattr(config, name) != known[name]:
+            raise ValueError(
+                f"--{name} {getattr(config, name)} has no effect beside --run, whose value holds: "
+                f"{known[name]!r} ({file}); leave it out"
+            )
     try:
         return replace(config, **known)
     except ValueError as error:

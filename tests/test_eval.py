@@ -28,6 +28,7 @@ from loaders.frozen import DataConfig
 from loaders.movielens import WORDS as MOVIES
 from loaders.table import make_interactions
 from model import load_pretrained
+from runtime.sources import with_run_options
 from studies.request import fitting_prompt, read_request
 
 
@@ -364,3 +365,13 @@ def test_nan_scores_are_refused():
     """A diverged model must not be ranked: NaN is never greater, so its target would come first."""
     with pytest.raises(ValueError, match="1 of 2 examples .* first 1"):
         ranking_metrics(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 0]))
+
+
+def test_an_option_beside_run_that_says_otherwise_is_refused(tmp_path):
+    """A run is evaluated on its own examples: what was given and would be replaced is named."""
+    saved = {"dataset": "planted", "test_size": 60, "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    taken = with_run_options(EvalConfig(run=str(tmp_path), test_size=60))
+    assert (taken.test_size, taken.dtype) == (60, "float32")
+    with pytest.raises(ValueError, match="--test_size 7 has no effect beside --run.* 60 .*leave"):
+        with_run_options(EvalConfig(run=str(tmp_path), test_size=7))
