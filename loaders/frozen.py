@@ -1,11 +1,8 @@
-"""Frozen examples: options, splits, candidates, preference scores, and the prompt's text.
+"""Frozen examples: from the data options to interactions, splits and token ids on disk.
 
-Every prefix of a user's log is a possible example: the history is what lies before a position, the
-candidates are what follows it plus random items the user never touched. A user's last interaction
-is the test case, the one before it validation, all earlier ones training. Candidates, negatives and
-templates are drawn once and shared by every model that is compared.
-
-Legend: E examples, F followers among the candidates.
+What a data set's options give is made once, written under a hash of every array and title, and read
+back mapped into memory: all models that are compared see the same candidates, negatives and
+templates. What examples are, data.py says.
 """
 
 import contextlib
