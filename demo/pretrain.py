@@ -44,6 +44,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as HFTokenizer
 
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
 from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, Words, build_tree, render_prompt
@@ -194,9 +195,9 @@ def write_tokenizer(path: Path, kinds: list[list[str]], config: PretrainConfig) 
     tokenizer = train_tokenizer(path, texts, SPLIT, config.vocab_size)
     if config.title_tokens:
         whole = [AddedToken(t, lstrip=True, single_word=True, normalized=False) for t in titles]
-        tokenizer.add_tokens(whole)
-        spelled = [t for t in titles if tokenizer.decode([tokenizer.token_to_id(t)]) != t]
-        tokenizer = train_tokenizer(path, texts, SPLIT, config.vocab_size)
+        trial = HFTokenizer.from_str(tokenizer.to_str())
+        trial.add_tokens(whole)
+        spelled = {t for t in titles if trial.decode([trial.token_to_id(t)]) != t}
         tokenizer.add_tokens([token for token in whole if token.content not in spelled])
         tokenizer.save(str(path / "tokenizer.json"))
 
