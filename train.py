@@ -496,7 +496,7 @@ class Stage:
             print0(f"note: {problem}")
             return
         metrics["epoch"] = (step + 1) / self.schedule.steps_per_epoch
-        self.logger(step, self.schedule.num_steps, metrics, self.name)
+        self.logger(step, self.schedule.num_steps, metrics, self.name, result.ended)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after this many steps."""

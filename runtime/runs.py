@@ -26,17 +26,18 @@ class Logger:
     """metrics.jsonl has every step; the screen an aligned line now and then,
     and a bar when it is a terminal."""
 
-    def __init__(self, file: Path, every: int, clock=time.monotonic):
+    def __init__(self, file: Path, every: int):
         self.file = open(file, "a") if is_main() else None
-        self.every, self.clock, self.bar, self.phase = every, clock, None, ""
-        self.start, self.first = clock(), 0
+        self.every, self.bar, self.phase = every, None, ""
+        self.start, self.first = 0.0, 0
 
-    def __call__(self, step: int, num_steps: int, metrics: dict, phase: str) -> None:
+    def __call__(self, step: int, num_steps: int, metrics: dict, phase: str, ended: float) -> None:
+        """`ended`: when this step did, in seconds of any clock."""
         if not self.file:
             return
         if phase != self.phase:
             self.close_bar()
-            self.phase, self.start, self.first = phase, self.clock(), step
+            self.phase, self.start, self.first = phase, ended, step
             hidden = not sys.stderr.isatty()
             self.bar = tqdm(total=num_steps, desc=phase, disable=hidden, leave=False)
         with writing(self.file.name):
@@ -54,9 +55,9 @@ class Logger:
         }
         parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
         parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
-        seconds = (self.clock() - self.start) / max(1, step - self.first)  # a step
-        parts += [f"{1000 * seconds:5.0f} ms/step"]
-        if step > self.first:
+        if step > self.first:  # the first one warms up: only its end is known
+            seconds = (ended - self.start) / (step - self.first)  # a step
+            parts += [f"{1000 * seconds:5.0f} ms/step"]
             parts += [f"left {hours(seconds * (num_steps - step - 1))}"]
         self.bar.write(" | ".join(parts), file=sys.stdout)
         sys.stdout.flush()
@@ -189,7 +190,7 @@ class StepMetrics:
         self.on_device, self.lr = means, lr
         values = torch.cat([torch.stack(list(means.values())), not_finite])
         self.values = values.to("cpu", non_blocking=True)  # into pinned memory
-        self.arrived = None
+        self.ended, self.arrived = time.monotonic(), None  # on a GPU the end is not known yet
         if values.is_cuda:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
@@ -198,6 +199,7 @@ class StepMetrics:
         """NotFinite if loss or gradient was not: that step's update was left out."""
         if self.arrived:
             self.arrived.synchronize()
+            self.ended = time.monotonic()
         values = self.values.tolist()  # the metrics, then a flag for each rank
         flags = values[len(self.on_device) :]
         metrics = dict(zip(self.on_device, values, strict=False)) | {"learning_rate": self.lr}

@@ -33,20 +33,41 @@ import train
 from eval import main as evaluate_run
 from model import load_pretrained
 from runtime.checkpoint import checkpoints, damage
-from runtime.runs import Logger
+from runtime.runs import Logger, StepMetrics
 from studies.probes import main as probe_run
 
 
 # ------------------------------------------------------------------------ the log
+def printed_lines(tmp_path, capsys, ends: list[float], num_steps: int) -> list[str]:
+    """What a stage prints, a line a step, whose steps ended at these times."""
+    logger = Logger(tmp_path / "m.jsonl", 1)
+    for step, ended in enumerate(ends):
+        metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
+        logger(step, num_steps, metrics, "sft", ended)
+    logger.close()
+    return capsys.readouterr().out.splitlines()
+
+
 def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
     """Steps of 2 seconds: after 3 of 100 the stage has 97 * 2 s left."""
-    times = iter([0.0, 0.0, 4.0, 4.0])
-    logger = Logger(tmp_path / "m.jsonl", 3, clock=lambda: next(times))
-    for step in range(3):
-        logger(step, 100, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, "sft")
-    logger.close()
-    assert "3/100 | loss  1.0000" in (out := capsys.readouterr().out)
-    assert "2000 ms/step | left 0:03:14" in out
+    line = printed_lines(tmp_path, capsys, [5.0, 7.0, 9.0], 100)[-1]
+    assert "3/100 | loss  1.0000" in line
+    assert line.endswith("2000 ms/step | left 0:03:14")
+
+
+def test_no_time_is_printed_before_a_step_was_timed(tmp_path, capsys):
+    first, second = printed_lines(tmp_path, capsys, [5.0, 7.0], 2)
+    assert "ms/step" not in first and "left" not in first and first.endswith("lr 1.0e-01")
+    assert second.endswith("2000 ms/step | left 0:00:00")
+
+
+def test_a_step_ends_when_it_did_and_not_when_its_metrics_are_read(monkeypatch):
+    """Metrics are read one step late, the last ones at once: both are as long as they were."""
+    monkeypatch.setattr("runtime.runs.time.monotonic", iter([3.0]).__next__)
+    means = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}
+    result = StepMetrics(means, torch.zeros(1), 0.1)
+    result.read()
+    assert result.ended == 3.0
 
 
 # ------------------------------------------------------------------------ the folder
