@@ -70,7 +70,7 @@ from model import Transformer
 from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
 from runtime.passes import any_rank, prefetch
-from runtime.policy import free_memory, load_policy, stored_dtype
+from runtime.policy import free_memory, load_policy, say_what_4_bits_cost, stored_dtype
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
 from runtime.runs import (
     Logger,
@@ -677,6 +677,8 @@ def main() -> None:
     folder = agreed_folder(config)
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
     print0(f"{processes}, {device.type}, {stored_dtype(config, device)}, run folder {folder}")
+    if config.load_in_4bit:
+        say_what_4_bits_cost(device.type)
 
     with first():
         prepared = prepare(config, check=is_main())

@@ -2,6 +2,7 @@
 base, adapter or a fresh one, sharded, read, ready to train."""
 
 import gc
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,6 +28,17 @@ def stored_dtype(config, device) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, config.dtype)
+
+
+@cache  # once a process, however many models it loads
+def say_what_4_bits_cost(device_type: str) -> None:
+    """Of a CPU, as bench/four_bit.py measured it; a GPU's cost is bench/gpu.py's to measure."""
+    if device_type == "cpu":
+        print0(
+            "note: --load_in_4bit on a CPU saves memory and costs time: where it was measured, "
+            "weights took 0.37 of the memory of 16 bits, loading 15.1 times and a training step "
+            "2.9 times as long (docs/kernel.md, Weights in 4 bits)"
+        )
 
 
 def free_memory() -> None:

@@ -14,7 +14,7 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig
 from lora import load_adapter
 from model import Transformer, load_4bit, load_pretrained
-from runtime.policy import stored_dtype
+from runtime.policy import say_what_4_bits_cost, stored_dtype
 from runtime.stages import check_data, load_stage
 
 
@@ -108,6 +108,8 @@ def load_source(
 ) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a (base, adapter), ready to be evaluated."""
     base, adapter = source
+    if config.load_in_4bit:
+        say_what_4_bits_cost(device.type)
     read = load_4bit if config.load_in_4bit else load_pretrained
     model = read(base, stored_dtype(config, device), device)
     if adapter:

@@ -1,12 +1,13 @@
 """A base in 4 bits: logits of transformers + bitsandbytes, autograd's gradients, any ranks."""
 
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, max_diff, tiny_model, transformers_model
-from launch import ROOT, lines, losses, run_train, start_train, wait_for
+from launch import ROOT, lines, losses, run_script, run_train, start_train, wait_for
 from safetensors.torch import load_file, save_file
 
 from data import build_tree
@@ -16,6 +17,7 @@ from kernels.nf4 import matrix, quantize_nf4
 from loaders.frozen import DataConfig, prepare
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_4bit, load_pretrained, save_pretrained
+from runtime.policy import say_what_4_bits_cost
 from runtime.sharding import split
 from train import TrainConfig
 
@@ -223,7 +225,7 @@ FOUR_BIT_RUN = [
 
 @pytest.fixture(scope="module")
 def in_4_bits(tmp_path_factory):
-    """SFT + RecPO on a base in 4 bits, in one process: (folder, flags, metrics)."""
+    """SFT + RecPO on a base in 4 bits, in one process: (folder, flags, metrics, output)."""
     tmp_path = tmp_path_factory.mktemp("runs")
     data = {"planted_users": 100, "train_size": 12, "followers": 3}
     prepared = prepare(DataConfig(**data, prepared_dir=str(tmp_path / "titles")))
@@ -236,7 +238,30 @@ def in_4_bits(tmp_path_factory):
         f"--config={ROOT / 'configs/demo.json'}",
         f"--model={tmp_path / 'base'}",
     )
-    return tmp_path, flags, run_train(tmp_path, "one", *flags)[1]
+    output, metrics = run_train(tmp_path, "one", *flags)
+    return tmp_path, flags, metrics, output
+
+
+def test_training_and_evaluation_say_once_what_4_bits_cost_on_a_cpu(in_4_bits):
+    """With the figures that docs/kernel.md shows as measured."""
+    tmp_path, _, _, output = in_4_bits
+    flags = (f"--run={tmp_path / 'one'}", f"--prepared_dir={tmp_path / 'prepared'}")
+    evaluated = run_script(ROOT / "eval.py", *flags, cwd=tmp_path)  # of two stages
+    assert evaluated.returncode == 0, evaluated.stderr
+    page = (ROOT / "docs" / "kernel.md").read_text().split("python bench/four_bit.py")[1]
+    rows = re.findall(r"^\| (16|4) \| (.*) \|$", page, re.MULTILINE)
+    measured = {bits: [float(x.replace(",", "")) for x in row.split(" | ")] for bits, row in rows}
+    stored, *_, loading, step = np.divide(measured["4"], measured["16"])
+    for text in (output, evaluated.stdout):
+        assert text.count("note: --load_in_4bit on a CPU") == 1
+        assert f"{stored:.2f} of the memory of 16 bits" in text
+        assert f"loading {loading:.1f} times and a training step {step:.1f} times" in text
+
+
+def test_a_gpu_has_no_note_of_what_a_cpu_pays(capsys):
+    say_what_4_bits_cost.cache_clear()
+    say_what_4_bits_cost("cuda")
+    assert not capsys.readouterr().out
 
 
 def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
@@ -260,7 +285,7 @@ needs_newer = pytest.mark.skipif(not DIVIDES_BYTES, reason="torch 2.11 cannot sh
 )
 def test_two_ranks_match_one_in_4_bits(in_4_bits, mode):
     """Codes divided over 2 ranks, or replicated, give the losses of 1 process to 1e-4."""
-    tmp_path, flags, one = in_4_bits
+    tmp_path, flags, one, _ = in_4_bits
     _, two = run_train(tmp_path, mode, *flags, f"--shard={mode}", processes=2)
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
@@ -270,7 +295,7 @@ def test_two_ranks_match_one_in_4_bits(in_4_bits, mode):
 @pytest.mark.slow
 def test_hybrid_over_four_ranks_matches_one_in_4_bits(in_4_bits):
     """Codes divided over 2 ranks and kept twice give the losses of 1 process to 1e-4."""
-    tmp_path, flags, one = in_4_bits
+    tmp_path, flags, one, _ = in_4_bits
     flags = [*flags, "--shard=hybrid", "--shard_group_size=2"]
     _, four = run_train(tmp_path, "hybrid", *flags, processes=4)
     for stage in ("sft", "recpo"):
@@ -282,7 +307,7 @@ def test_hybrid_over_four_ranks_matches_one_in_4_bits(in_4_bits):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(in_4_bits, processes):
     """Killed on 2 ranks amid a preference stage, resumed on 1 or 2: the losses of the whole run."""
-    tmp_path, flags, one = in_4_bits
+    tmp_path, flags, one, _ = in_4_bits
     name = f"killed-{processes}"
     flags = [*flags, "--save_steps=1", "--gradient_checkpointing"]
     process = start_train(tmp_path, name, *flags, processes=2)
