@@ -150,11 +150,7 @@ def _is_baseline(folder: Path) -> bool:
 def read_result(stage: str, run: Path, config: dict, folder: Path) -> Result:
     """A tested stage: test split and probes, each with the hash of what it was tested on."""
     records = read_records(folder / "eval" / "predictions.jsonl")
-    values = {
-        "hit_ratio@1": np.array([r["hit"] for r in records], float),
-        "valid_ratio": np.array([r["valid"] for r in records], float),
-        "ranking/hit_ratio@1": ranked_first(records),
-    }
+    values = tested_values(records)
     candidates = {"test": digest_of(records)}
     probes = {}
     for file in sorted((run / "probes" / stage).glob("*/metrics.json")):
@@ -251,6 +247,15 @@ def is_number(value) -> bool:
 def digest_of(records: list[dict]) -> str:
     facts = [[r["user"], r["candidates"], r["target"]] for r in records]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def tested_values(records: list[dict]) -> dict[str, np.ndarray]:
+    """Measure -> (n,) what each user counts for."""
+    return {
+        "hit_ratio@1": np.array([r["hit"] for r in records], float),
+        "valid_ratio": np.array([r["valid"] for r in records], float),
+        "ranking/hit_ratio@1": ranked_first(records),
+    }
 
 
 def ranked_first(records: list[dict]) -> np.ndarray:
