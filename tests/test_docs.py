@@ -139,6 +139,13 @@ def test_every_option_in_prose_is_one_of_some_program():
         assert set(re.findall(r"--[a-z][\w-]+", prose)) <= known, page
 
 
+def test_every_option_of_training_is_documented():
+    text = "".join(page.read_text() for page in PAGES)
+    named = {f"--{name.removeprefix('no_')}" for name in re.findall(r"--(\w+)", text)}
+    options = {o for o in options_of(ROOT / "train.py") if not o.startswith("--no_")}
+    assert options - named == {"-h"}
+
+
 def test_names_in_the_reading_order_are_in_the_file_of_their_row():
     rows = re.findall(
         r"^\| \d\. \[(\w+\.py)\]\S* \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
