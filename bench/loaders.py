@@ -22,7 +22,7 @@ import numpy as np
 from harness import header, parser, table
 
 from data import build_examples
-from loaders.frozen import DataConfig, load_log, prepare
+from loaders.frozen import DataConfig, load_interactions, prepare
 
 TEXT = (
     "A lot of foam. But a lot.\tIn the smell some banana, and then lactic and tart. "
@@ -128,7 +128,7 @@ def child(dataset: str, path: str, step: str) -> None:
     if step == "prepare":
         interactions = prepare(config).interactions
     else:
-        interactions = load_log(config)
+        interactions = load_interactions(config)
         if step == "examples":
             build_examples(interactions, config)
     seconds = time.perf_counter() - started

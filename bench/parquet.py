@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from harness import header, parser, table
 
-from loaders.frozen import DataConfig, load_log, prepare
+from loaders.frozen import DataConfig, load_interactions, prepare
 
 PART = 2_500_000  # rows of a file
 
@@ -68,7 +68,7 @@ def child(folder: Path, step: str) -> None:
     )
     started = time.perf_counter()
     if step == "read":
-        interactions = load_log(config)
+        interactions = load_interactions(config)
     else:
         interactions = prepare(config).interactions
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -206,7 +206,7 @@ class Prepared:
         return bayes_scores(world, self.splits[split], self.options["min_rating"])
 
 
-def load_log(config: DataConfig) -> Interactions:
+def load_interactions(config: DataConfig) -> Interactions:
     usual = gc.get_threshold()
     # as usual it walks through short-lived rows again and again, and doubles the time
     gc.set_threshold(200_000, 20, 100)
@@ -255,7 +255,7 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
                 "interactions": len(interactions.user),
             }
         else:
-            interactions = load_log(config)
+            interactions = load_interactions(config)
             counts = {
                 "users": interactions.num_users,
                 "items": interactions.num_items,
@@ -284,13 +284,14 @@ def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
 PREPARED_FORMAT = 3  # raised when the same options give other examples than before
 
 
-LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start")
+# In the file these are log.user, ...: the names are part of the content hash.
+INTERACTION_ARRAYS = ("user", "item", "rating", "timestamp", "start")
 
 
 TRAIN_END = "log.train_end"  # of a split in time
 
 
-LOG_TEXTS = ("titles", "user_ids", "item_ids")
+INTERACTION_TEXTS = ("titles", "user_ids", "item_ids")
 
 
 DATA_SUFFIXES = (
@@ -333,7 +334,7 @@ def _write_prepared(
     # renamed into place when it is whole
     beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     beside.chmod(0o755)
-    arrays = {f"log.{name}": getattr(interactions, name) for name in LOG_ARRAYS}
+    arrays = {f"log.{name}": getattr(interactions, name) for name in INTERACTION_ARRAYS}
     if interactions.train_end is not None:
         arrays[TRAIN_END] = interactions.train_end
     arrays |= {
@@ -342,7 +343,7 @@ def _write_prepared(
         for name in Examples.ARRAYS
     }
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    texts = {name: getattr(interactions, name) for name in LOG_TEXTS}
+    texts = {name: getattr(interactions, name) for name in INTERACTION_TEXTS}
     facts = _prompt_facts(interactions.name, splits["test"])
     meta = {
         "options": options,
@@ -373,7 +374,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
         with reading(file):
             texts = {
                 name: Texts(arrays.pop(f"{name}.bytes"), arrays.pop(f"{name}.ends"))
-                for name in LOG_TEXTS
+                for name in INTERACTION_TEXTS
             }
             whole = {name: list(values) for name, values in texts.items()} if check else {}
     except UnicodeDecodeError as error:
@@ -382,7 +383,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
         raise ValueError(f"{folder}: prepared examples do not match their hash; delete the folder")
     with reading(file):
         interactions = Interactions(
-            **{name: arrays[f"log.{name}"] for name in LOG_ARRAYS},
+            **{name: arrays[f"log.{name}"] for name in INTERACTION_ARRAYS},
             **texts,
             name=meta["name"],
             notes=meta["notes"],

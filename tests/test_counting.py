@@ -15,7 +15,7 @@ from conftest import examples_at
 from data import Examples, Interactions, build_examples, k_core
 from eval import ranking_metrics
 from loaders.counting import counting_baselines, item_knn, markov, popularity
-from loaders.frozen import DataConfig, load_log
+from loaders.frozen import DataConfig, load_interactions
 from loaders.table import make_interactions
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
@@ -152,7 +152,7 @@ def test_short_history_is_not_filled_from_the_user_before():
 
 @cache
 def movielens() -> Interactions:
-    return load_log(DataConfig(dataset="movielens", data_dir=str(MOVIELENS)))
+    return load_interactions(DataConfig(dataset="movielens", data_dir=str(MOVIELENS)))
 
 
 @pytest.mark.skipif(

@@ -22,7 +22,13 @@ from demo.tiny import make_base_model
 from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.foreign import read_foreign_examples
-from loaders.frozen import DataConfig, _read_prepared, encode_split, find_prepared, load_log
+from loaders.frozen import (
+    DataConfig,
+    _read_prepared,
+    encode_split,
+    find_prepared,
+    load_interactions,
+)
 from loaders.frozen import prepare as prepare_examples
 from studies.report import report_text
 from studies.request import read_request
@@ -140,7 +146,7 @@ READERS = {
     "runs/recpo-0/probes/recpo/avoidance/predictions.jsonl": read_runs,
 }
 if has_pyarrow():
-    READERS["parquet/log.parquet"] = lambda root: load_log(
+    READERS["parquet/log.parquet"] = lambda root: load_interactions(
         DataConfig(dataset="parquet", data_dir=str(root / "parquet"), min_rating=1)
     )
 

@@ -24,13 +24,13 @@ from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.beeradvocate import beer_title, mend_encoding
 from loaders.files import MAX_LINE, literal_record, read_lines
-from loaders.frozen import DataConfig, load_log, prepare
+from loaders.frozen import DataConfig, load_interactions, prepare
 from loaders.ownlog import load_own_log, parse_columns
 from loaders.table import LogBuilder, clean_title, parse_times, percentile_ratings
 
 
 def load(dataset: str, path, **options):
-    return load_log(DataConfig(dataset=dataset, data_dir=str(path), **options))
+    return load_interactions(DataConfig(dataset=dataset, data_dir=str(path), **options))
 
 
 load_amazon, load_steam = partial(load, "amazon"), partial(load, "steam")
@@ -1145,7 +1145,7 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
                 interactions, splits = prepared.interactions, prepared.splits
                 outcomes[name, "loaded"] += 1
             else:
-                interactions = load_log(config)
+                interactions = load_interactions(config)
                 outcomes[name, "loaded"] += 1
                 check_table(interactions)
                 assert (interactions.timestamp >= 0).all() and (

@@ -28,7 +28,7 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
     """The second call reads equal arrays and titles without touching the raw data;
     nothing else is left in the folder."""
     first = prepare(small_config(tmp_path))
-    monkeypatch.setattr("loaders.frozen.load_log", None)
+    monkeypatch.setattr("loaders.frozen.load_interactions", None)
     again = prepare(small_config(tmp_path))
     assert (first.hash, first.raw_counts, first.folder) == (
         again.hash,

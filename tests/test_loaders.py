@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from data import Interactions, build_examples, k_core
-from loaders.frozen import DataConfig, load_log, prepare
+from loaders.frozen import DataConfig, load_interactions, prepare
 from loaders.movielens import MOVIELENS_URL, download_movielens, movielens_titles
 from loaders.table import clean_title, make_interactions, unique_titles
 
@@ -51,7 +51,7 @@ def random_rows(seed: int, num_users: int = 12, num_items: int = 15, n: int = 20
 
 
 def load_movielens(path) -> Interactions:
-    return load_log(DataConfig(dataset="movielens", data_dir=str(path)))
+    return load_interactions(DataConfig(dataset="movielens", data_dir=str(path)))
 
 
 def log_of(rows: list[tuple]) -> Interactions:

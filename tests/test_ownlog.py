@@ -13,7 +13,7 @@ import pytest
 from test_datasets import put, rows_of
 
 from loaders.files import csv_rows
-from loaders.frozen import DataConfig, load_log, prepare
+from loaders.frozen import DataConfig, load_interactions, prepare
 from loaders.values import NumberStyle, parse_scale, parse_times, read_times
 
 NAMES = ["user_id", "item_id", "rating", "timestamp", "title"]
@@ -43,7 +43,7 @@ def changed(column: int, change) -> list[tuple]:
 
 
 def load(file, **options):
-    return load_log(DataConfig(**({"dataset": "csv", "data_dir": str(file)} | options)))
+    return load_interactions(DataConfig(**({"dataset": "csv", "data_dir": str(file)} | options)))
 
 
 @pytest.fixture

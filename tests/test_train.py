@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data import build_examples
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, load_log, prepare
+from loaders.frozen import DataConfig, encode_split, load_interactions, prepare
 from losses import target_margins
 from objectives import SFT, Preference, Schedule
 from runtime.runs import NotFinite
@@ -371,7 +371,7 @@ def test_first_movielens_losses_are_the_derived_ones():
     if not archive.exists():
         pytest.skip("MovieLens-1M is not at hand")
     config = DataConfig(dataset="movielens", data_dir=str(archive), train_size=10000)
-    examples = build_examples(load_log(config), config)["train"]
+    examples = build_examples(load_interactions(config), config)["train"]
     slots = np.concatenate([examples.target[:, None], examples.negatives(3)], 1)
     scores = torch.from_numpy(np.take_along_axis(examples.scores, slots, 1))
     margins = 2.0 * target_margins(scores[:, 0], scores[:, 1:], "ratio")
