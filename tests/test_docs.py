@@ -9,8 +9,10 @@ import pytest
 
 from eval import EvalConfig
 from studies.inspection import InspectConfig
+from studies.lists import ListsConfig
 from studies.probes import ProbeConfig
 from studies.sequential import BaselineConfig
+from studies.two_stage import TwoStageConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -19,8 +21,10 @@ OPTIONS = {
     "train.py": TrainConfig,
     "eval.py": EvalConfig,
     "data.py": InspectConfig,
+    "studies.lists": ListsConfig,
     "studies.probes": ProbeConfig,
     "studies.sequential": BaselineConfig,
+    "studies.two_stage": TwoStageConfig,
 }
 
 
