@@ -1,6 +1,7 @@
 """Retrieve, then rank: figures over the whole catalogue, beside the retriever alone.
 
     python -m studies.two_stage --run runs/planted-1 --retriever markov --list_sizes 20,50,100
+    python -m studies.report runs/planted-1            all stages and retrievers side by side
 
 Leave-last-two as everywhere: a test case is a user's last interaction, if it was liked; its
 history is all that lies before. The retriever is fitted on training interactions only and orders
@@ -15,7 +16,7 @@ give the target a place among all items, and every figure is of the same users:
 
 Differences are paired over users: 95 % intervals by resampling them, Holm's correction over the
 list sizes of a figure. On the planted world the best possible order is known: of the same lists,
-and of all items.
+and of all items. Figures and every user's places go to RUN/two_stage/STAGE/RETRIEVER.json.
 
 Left out: tuning of the retriever; candidates from several retrievers. Legend: E users, I items.
 """
@@ -35,6 +36,7 @@ from eval import EvalConfig
 from loaders.frozen import Prepared, prepare
 from loaders.retrieval import Retriever, best_items, training_rows
 from runtime.passes import progress
+from runtime.policy import free_memory
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order
 from studies.retrievers import fit_retriever
@@ -49,7 +51,7 @@ class TwoStageConfig:
     """Evaluate retriever and model together, over the whole catalogue."""
 
     run: str = arg("", "run folder of train.py", group="what is evaluated")
-    stage: str = arg("", "stage of the run; empty = the last finished one")
+    stage: str = arg("", "stage of the run; empty = all finished ones")
     retriever: str = arg(
         "markov",
         "where the lists come from",
@@ -59,7 +61,9 @@ class TwoStageConfig:
     users: int = arg(0, "test users, the first of the split's random order; 0 = all", at_least=0)
     prepared_dir: str = arg("prepared", "where the run's prepared examples are kept", group="how")
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
-    output: str = arg("", "JSON file for all figures; empty = only print")
+    output_dir: str = arg(
+        "", "folder of STAGE/RETRIEVER.json; empty = RUN/two_stage, where studies.report looks"
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -187,14 +191,14 @@ def optimum_places(
 # ------------------------------------------------------------------------------------------ figures
 def evaluate_lists(
     examples: Examples,
-    retriever: Retriever,
+    found: tuple[np.ndarray, list[np.ndarray]],
     ranker: ListRanker,
     sizes: list[int],
     optimum: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-    """Row of the table -> places of the targets (E,)."""
-    num_items = examples.interactions.num_items
-    alone, lists = retrieved(retriever, examples, max(sizes) if optimum is None else num_items)
+    """Row of the table -> places of the targets (E,); `found` is what retrieved() gives, for the
+    longest list, or for all items where the optimum is known."""
+    alone, lists = found
     rows = {"retriever": alone}
     for size in sizes:
         short = [items[:size] for items in lists]
@@ -262,6 +266,16 @@ def tables(result: dict) -> str:
     return "\n".join(lines)
 
 
+def save_figures(file: Path, facts: dict, rows: dict[str, np.ndarray], result: dict) -> None:
+    """Facts, places (E,) of every row in the order of the test split, and figures()."""
+    places = {name: values.tolist() for name, values in rows.items()}
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(facts | {"rows": result, "places": places}) + "\n")
+        unfinished.rename(file)
+
+
 def main() -> None:
     config = parse_config(TwoStageConfig)
     _, world_size, device = setup_distributed()
@@ -277,36 +291,45 @@ def main() -> None:
     if source.dataset == "prepared":
         raise ValueError(f"{config.run}: prepared examples have no log to retrieve from")
     started = time.monotonic()
-    stage, weights = list(sources_of(source).items())[-1]
+    stages = sources_of(source)
     prepared = prepare(source)
-    check_run_data(source, [stage], prepared.hash)
-    test = prepared.splits["test"]
-    examples = test.select(slice(config.users or None))
-    rows = training_rows(prepared.interactions)
-    retriever = fit_retriever(config.retriever, prepared, source, rows)
-    model, tokenizer = load_source(source, weights, device)
+    interactions = prepared.interactions
+    check_run_data(source, stages, prepared.hash)
+    examples = prepared.splits["test"].select(slice(config.users or None))
+
+    retriever = fit_retriever(config.retriever, prepared, source, training_rows(interactions))
+    optimum, sizes = optimum_scores(prepared, examples), config.sizes()
+    longest = max(sizes) if optimum is None else interactions.num_items
+    found = retrieved(retriever, examples, longest)
+    seconds = time.monotonic() - started  # until here, for all stages
+
+    folder = Path(config.output_dir or f"{config.run}/two_stage")
     limits = (source.max_length, config.micro_batch_tokens)
-    ranker = ListRanker(model, tokenizer, prepared.interactions.words, *limits, device)
-    optimum = optimum_scores(prepared, examples)
-    result = figures(evaluate_lists(examples, retriever, ranker, config.sizes(), optimum))
-    facts = {
-        "run": config.run,
-        "stage": stage,
-        "retriever": config.retriever,
-        "users": len(examples),
-        "items": prepared.interactions.num_items,
-        "data_hash": prepared.hash,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(
-        f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
-        f"{facts['items']:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
-        f"lists longer than {NUM_CANDIDATES} in groups with shared anchors; [95 % interval]\n"
-    )
-    print(tables(result))
-    if config.output:
-        with writing(config.output):
-            Path(config.output).write_text(json.dumps(facts | {"rows": result}, indent=2) + "\n")
+    for stage, weights in stages.items():
+        started = time.monotonic()
+        model, tokenizer = load_source(source, weights, device)
+        ranker = ListRanker(model, tokenizer, interactions.words, *limits, device)
+        rows = evaluate_lists(examples, found, ranker, sizes, optimum)
+        result = figures(rows)
+        facts = {
+            "run": config.run,
+            "stage": stage,
+            "retriever": config.retriever,
+            "users": len(examples),
+            "items": interactions.num_items,
+            "data_hash": prepared.hash,
+            "seconds": round(seconds + time.monotonic() - started, 1),
+        }
+        file = folder / stage / f"{config.retriever}.json"
+        save_figures(file, facts, rows, result)
+        print(
+            f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
+            f"{facts['items']:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
+            f"lists longer than {NUM_CANDIDATES} in groups with shared anchors; [95 % interval]\n"
+        )
+        print(f"{tables(result)}\n\nwritten to {file}", flush=True)
+        del model, ranker
+        free_memory()  # before the next one is loaded
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from studies.two_stage import (
     figures,
     gains,
     optimum_scores,
+    retrieved,
     tables,
     targets,
     touched_before,
@@ -88,7 +89,8 @@ def test_the_retriever_alone_by_few_independent_lines(planted, retriever):
             set(range(interactions.num_items)) - seen, key=lambda c: (-round(scores[c], 9), c)
         )
         places.append(1 + order.index(test.candidates[e, test.target[e]]))
-    rows = evaluate_lists(test, retriever, ListRankerOf(optimum, test), [20], optimum)
+    found = retrieved(retriever, test, interactions.num_items)
+    rows = evaluate_lists(test, found, ListRankerOf(optimum, test), [20], optimum)
     assert rows["retriever"].tolist() == places
     shown = figures(rows)["retriever"]
     assert shown["HR@5"]["mean"] == np.mean([p <= 5 for p in places]) > 0
@@ -172,7 +174,8 @@ def test_a_noisy_scorer_does_as_well_in_groups_as_in_one_list(planted, retriever
 def test_figures_lie_between_retriever_and_ceiling(planted, retriever):
     """The optimum as the model: its rows are the optimum's, below the ceiling and all items'."""
     test, optimum = planted
-    rows = evaluate_lists(test, retriever, ListRankerOf(optimum, test), [20, 50], optimum)
+    found = retrieved(retriever, test, test.interactions.num_items)
+    rows = evaluate_lists(test, found, ListRankerOf(optimum, test), [20, 50], optimum)
     result = figures(rows)
     for size in (20, 50):
         model, best = result[f"+ model, N = {size}"], result[f"+ optimum, N = {size}"]
