@@ -15,8 +15,9 @@ first); intervals resample users, so they say nothing of another seed: the numbe
 stands beside each. Where a table asks several questions, Holm's correction holds for all of them
 together. An interval that holds 0 is "not distinguishable".
 
-Beside them: harder lists (studies.lists), coverage, popularity and calibration of first places
-(studies.popularity), and K rejected titles side by side (studies.negatives).
+Beside them: harder lists (studies.lists), the whole catalogue (studies.two_stage), coverage,
+popularity and calibration of first places (studies.popularity), and K rejected titles side by side
+(studies.negatives).
 
 Writes report.md, report.html (one file with all pictures; tables are sorted by a click)
 and, with matplotlib, methods.png, curves.png, margins.png and, where there are runs for them,

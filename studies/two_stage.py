@@ -18,7 +18,8 @@ Differences are paired over users: 95 % intervals by resampling them, Holm's cor
 list sizes of a figure. On the planted world the best possible order is known: of the same lists,
 and of all items. Figures and every user's places go to RUN/two_stage/STAGE/RETRIEVER.json.
 
-Left out: tuning of the retriever; candidates from several retrievers. Legend: E users, I items.
+Left out: tuning of the retriever; candidates from several retrievers. Legend: E users, I items, M
+measures.
 """
 
 import json
@@ -40,10 +41,11 @@ from runtime.policy import free_memory
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order
 from studies.retrievers import fit_retriever
-from studies.statistics import Difference, bootstrap, judge, resampled_means
+from studies.statistics import Difference, interval_of, judge, resampled_means
 
 CHUNK = 64  # users whose lists are ranked together
 MEASURES = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
+MODEL = "+ model"  # how the names of the model's rows begin
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,12 @@ def gains(places: np.ndarray) -> dict[str, np.ndarray]:
     values = {f"HR@{k}": (places <= k).astype(float) for k in (1, 5, 10)}
     values["NDCG@10"] = np.where(places <= 10, 1 / np.log2(1 + places), 0.0)
     return values | {"MRR": 1 / places}
+
+
+def gain_columns(places: np.ndarray) -> np.ndarray:
+    """(E,) -> (E, M)."""
+    values = gains(places)
+    return np.stack([values[measure] for measure in MEASURES], 1)
 
 
 def retrieved(
@@ -202,7 +210,7 @@ def evaluate_lists(
     rows = {"retriever": alone}
     for size in sizes:
         short = [items[:size] for items in lists]
-        rows[f"+ model, N = {size}"] = model_places(ranker, examples, short, alone)
+        rows[f"{MODEL}, N = {size}"] = model_places(ranker, examples, short, alone)
         if optimum is not None:
             rows[f"+ optimum, N = {size}"] = optimum_places(optimum, examples, short, alone)
         rows[f"ceiling, N = {size}"] = np.where(alone <= size, 1, alone)
@@ -211,30 +219,33 @@ def evaluate_lists(
     return rows
 
 
-def differences(rows: dict[str, np.ndarray]) -> dict[str, dict[str, Difference]]:
-    """Measure -> row of the model -> it less the retriever, paired over users; Holm per measure."""
-    base, found = gains(rows["retriever"]), {}
-    for measure in MEASURES:
-        family = {}
-        for name in rows:
-            if name.startswith("+ model"):
-                values = gains(rows[name])[measure] - base[measure]
-                means = resampled_means(values)
-                family[name] = Difference(float(values.mean()), means, (1, 1))
-        judge(list(family.values()))
-        found[measure] = family
-    return found
-
-
 def figures(rows: dict[str, np.ndarray]) -> dict:
-    """Row -> measure -> mean and 95 % interval; "minus retriever" with interval and verdict."""
-    result = {}
-    for name, places in rows.items():
-        result[name] = {
-            measure: {"mean": float(values.mean()), "ci95": bootstrap(values)}
-            for measure, values in gains(places).items()
-        }
-    for measure, family in differences(rows).items():
+    """Places of studies.two_stage's own rows -> paired_figures."""
+    gained = {name: gain_columns(places) for name, places in rows.items()}
+    return paired_figures(gained, [name for name in rows if name.startswith(MODEL)])
+
+
+def paired_figures(gained: dict[str, np.ndarray], ranked: list[str]) -> dict:
+    """Row -> measure -> mean and 95 % interval, of gains (n, M).
+
+    Those of the `ranked` rows less the first row's, the retriever, too: "minus_retriever" with
+    interval and verdict. All rows see the same draws of users, so differences are paired; Holm over
+    the ranked rows of a measure."""
+    stacked = np.stack(list(gained.values()), 1)  # (n, rows, M)
+    means = resampled_means(stacked.reshape(len(stacked), -1))
+    means = means.reshape(-1, *stacked.shape[1:])  # (resamples, rows, M)
+    values, result = stacked.mean(0), {name: {} for name in gained}
+    for m, measure in enumerate(MEASURES):
+        family = {}
+        for i, name in enumerate(gained):
+            result[name][measure] = {
+                "mean": float(values[i, m]),
+                "ci95": interval_of(means[:, i, m]),
+            }
+            if name in ranked:
+                less = means[:, i, m] - means[:, 0, m]
+                family[name] = Difference(float(values[i, m] - values[0, m]), less, (1, 1))
+        judge(list(family.values()))
         for name, d in family.items():
             result[name][measure] |= {
                 "minus_retriever": d.mean,
@@ -244,26 +255,40 @@ def figures(rows: dict[str, np.ndarray]) -> dict:
     return result
 
 
-def tables(result: dict) -> str:
-    """Markdown: every row's measures, and the differences to the retriever."""
-    lines = [f"| | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES)]
+def figure_rows(result: dict) -> list[list[str]]:
+    """A row of cells for each row: its name and measures."""
+    rows = []
     for name, row in result.items():
-        cells = [
-            f"{row[m]['mean']:.4f} [{row[m]['ci95'][0]:.3f}, {row[m]['ci95'][1]:.3f}]"
-            for m in MEASURES
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"| minus the retriever | {' | '.join(MEASURES)} |"]
-    lines.append("|---|" + "---|" * len(MEASURES))
+        entries = [row[measure] for measure in MEASURES]
+        cells = [f"{e['mean']:.4f} [{e['ci95'][0]:.3f}, {e['ci95'][1]:.3f}]" for e in entries]
+        rows.append([name, *cells])
+    return rows
+
+
+def difference_rows(result: dict) -> list[list[str]]:
+    """A row of cells for each row that is compared with the retriever."""
+    rows = []
     for name, row in result.items():
         if "verdict" in row["MRR"]:
             cells = []
-            for m in MEASURES:
-                low, high = row[m]["minus_retriever_interval"]
-                mean, verdict = row[m]["minus_retriever"], row[m]["verdict"]
-                cells.append(f"{mean:+.4f} [{low:+.3f}, {high:+.3f}] {verdict}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            for entry in (row[measure] for measure in MEASURES):
+                low, high = entry["minus_retriever_interval"]
+                less = f"{entry['minus_retriever']:+.4f} [{low:+.3f}, {high:+.3f}]"
+                cells.append(f"{less}: {entry['verdict']}")
+            rows.append([name, *cells])
+    return rows
+
+
+def tables(result: dict) -> str:
+    """Markdown: every row's measures, and the differences to the retriever."""
+    parts = []
+    for corner, rows in (
+        ("", figure_rows(result)),
+        ("minus the retriever", difference_rows(result)),
+    ):
+        lines = [[corner, *MEASURES], ["---"] * (1 + len(MEASURES)), *rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
 
 
 def save_figures(file: Path, facts: dict, rows: dict[str, np.ndarray], result: dict) -> None:
