@@ -3,6 +3,10 @@ beside, and which differences are real.
 
     python -m studies.report runs/planted-table                         into its folder report/
     python -m studies.report runs/planted-table --output_dir results/planted-table
+    python -m studies.report runs/planted-table --measure all
+
+--measure first measures, for every run, what is missing of probes, other lists and the whole
+catalogue (studies.measure).
 
 Every finished stage and baseline under the folder is a result. Results are one method, its
 figures their mean, if their whole configuration but seed and paths is equal, that of the stage
@@ -35,6 +39,7 @@ import numpy as np
 from common import run_cli
 from loaders.frozen import DataConfig, find_prepared
 from studies.inspection import statistics
+from studies.measure import MEASURED, measure_missing, wanted_kinds
 from studies.methods import (
     Method,
     base_method,
@@ -311,10 +316,20 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, help="default: FOLDER/report")
     parser.add_argument("--note", default="", help="a line for the top: command, machine, commit")
+    parser.add_argument(
+        "--measure",
+        default="",
+        help=f"first measure what is missing: all, or some of {', '.join(MEASURED)}",
+    )
     args = parser.parse_args()
+    wanted = wanted_kinds(args.measure)
 
     results = collect(args.folder)
     check_candidates(results)
+    if wanted:
+        measure_missing(results, wanted)
+        results = collect(args.folder)
+        check_candidates(results)
     folder, methods = args.output_dir or args.folder / "report", grouped(results)
     folder.mkdir(parents=True, exist_ok=True)
     more, drawn = more_sections(methods, folder)
