@@ -26,7 +26,7 @@ def read_places(file: Path) -> tuple[Places, int]:
         for name, values in content["places"].items():
             if not values or not all(type(v) is int and 1 <= v <= items for v in values):
                 raise TypeError("places are numbers from 1 to items")
-            places[name] = np.array(values)
+            places[name] = np.array(values, np.int64)
         if {len(values) for values in places.values()} != {len(places["retriever"])}:
             raise TypeError("every row has as many users as the retriever's")
     return places, items
