@@ -10,21 +10,51 @@ the run's own test split. The baselines of studies.sequential keep
 no weights; with --lists they write the same when they are trained."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import parse_config, run_cli, setup_distributed
-from eval import EvalConfig, evaluate, ranking_metrics
+from common import arg, parse_config, run_cli, setup_distributed
+from eval import evaluate, ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import prepare
 from loaders.lists import KINDS, other_lists
 from runtime.policy import free_memory
-from runtime.sources import check_run_data, load_source, sources_of, with_run_options
+from runtime.sources import (
+    SourceConfig,
+    check_run_data,
+    load_source,
+    sources_of,
+    with_run_options,
+)
 from runtime.stages import save_predictions
 from studies.methods import Method
 from studies.results import Result, read_records
 from studies.statistics import bootstrap
+
+
+@dataclass(frozen=True)
+class ListsConfig(SourceConfig):
+    """Test the stages of a run on other candidate lists of its test users."""
+
+    decode: str = arg(
+        "greedy",
+        "how answers are written, as eval.py does it",
+        group="how",
+        choices=("greedy", "generate", "trie"),
+    )
+    decode_rest: bool = arg(
+        True, "generate an answer where no candidate verifies; off: count it invalid"
+    )
+    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
+
+    def __post_init__(self):
+        if not self.run:
+            raise ValueError("studies.lists tests the stages of a run on other lists: give --run")
+        super().__post_init__()
+        if self.dataset == "prepared":
+            raise ValueError("prepared examples have no log to draw other lists from")
 
 
 def list_values(result: Result, kind: str) -> np.ndarray | None:
@@ -78,9 +108,7 @@ def counting_rows(methods: dict[str, Method]) -> list[list[str]]:
 
 
 def main() -> None:
-    config = with_run_options(parse_config(EvalConfig))
-    if not config.run:
-        raise ValueError("studies.lists tests the stages of a run on other lists: give --run")
+    config = with_run_options(parse_config(ListsConfig))
     _, _, device = setup_distributed()
     prepared, sources = prepare(config), sources_of(config)
     check_run_data(config, sources, prepared.hash)

@@ -3,6 +3,10 @@ beside, and which differences are real.
 
     python -m studies.report runs/planted-table                         into its folder report/
     python -m studies.report runs/planted-table --output_dir results/planted-table
+    python -m studies.report runs/planted-table --measure all
+
+--measure first measures, for every run, what is missing of probes, other lists and the whole
+catalogue (studies.measure).
 
 Every finished stage and baseline under the folder is a result. Results are one method, its
 figures their mean, if their whole configuration but seed and paths is equal, that of the stage
@@ -15,8 +19,9 @@ first); intervals resample users, so they say nothing of another seed: the numbe
 stands beside each. Where a table asks several questions, Holm's correction holds for all of them
 together. An interval that holds 0 is "not distinguishable".
 
-Beside them: harder lists (studies.lists), coverage, popularity and calibration of first places
-(studies.popularity), and K rejected titles side by side (studies.negatives).
+Beside them: harder lists (studies.lists), the whole catalogue (studies.two_stage), coverage,
+popularity and calibration of first places (studies.popularity), and K rejected titles side by side
+(studies.negatives).
 
 Writes report.md, report.html (one file with all pictures; tables are sorted by a click)
 and, with matplotlib, methods.png, curves.png, margins.png and, where there are runs for them,
@@ -34,6 +39,7 @@ import numpy as np
 from common import run_cli
 from loaders.frozen import DataConfig, find_prepared
 from studies.inspection import statistics
+from studies.measure import MEASURED, measure_missing, wanted_kinds
 from studies.methods import (
     Method,
     base_method,
@@ -310,10 +316,20 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, help="default: FOLDER/report")
     parser.add_argument("--note", default="", help="a line for the top: command, machine, commit")
+    parser.add_argument(
+        "--measure",
+        default="",
+        help=f"first measure what is missing: all, or some of {', '.join(MEASURED)}",
+    )
     args = parser.parse_args()
+    wanted = wanted_kinds(args.measure)
 
     results = collect(args.folder)
     check_candidates(results)
+    if wanted:
+        measure_missing(results, wanted)
+        results = collect(args.folder)
+        check_candidates(results)
     folder, methods = args.output_dir or args.folder / "report", grouped(results)
     folder.mkdir(parents=True, exist_ok=True)
     more, drawn = more_sections(methods, folder)

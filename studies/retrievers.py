@@ -1,23 +1,20 @@
 """A retriever by its name: the counting ones of loaders/retrieval.py, or SASRec, trained here.
 
 SASRec trains as in studies/sequential.py, on everything before each user's last two interactions,
-and stops by validation. Its weights are kept beside the prepared examples: a second call, or
-another process, reads them.
+and stops by validation. Its weights are kept beside the prepared examples: a second call, another
+process, or a call after studies.sequential with its usual options reads them.
 """
 
-import hashlib
-import json
-import os
 from dataclasses import fields
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from common import print0, writing
+from common import print0
 from loaders.frozen import DataConfig, Prepared
 from loaders.retrieval import COUNTING_RETRIEVERS, Retriever, fit
-from studies.sequential import BaselineConfig, SASRec, train
+from studies.sequential import BaselineConfig, SASRec, keep_weights, train, weights_file
 
 
 class SASRecRetriever(Retriever):
@@ -42,19 +39,13 @@ def sasrec_config(config: DataConfig) -> BaselineConfig:
 
 def fit_sasrec(prepared: Prepared, config: BaselineConfig) -> SASRecRetriever:
     interactions = prepared.interactions
-    own = {f.name for f in fields(BaselineConfig)} - {f.name for f in fields(DataConfig)}
-    facts = {name: getattr(config, name) for name in sorted(own - {"output_dir"})}
-    key = hashlib.sha256(json.dumps([prepared.hash, facts]).encode()).hexdigest()[:12]
-    file = prepared.folder / f"sasrec-{key}.safetensors"
+    file = weights_file(config, prepared)
     if file.exists():
         model = SASRec(config, interactions.num_items, interactions.num_users)
         model.load_state_dict(load_file(file))
         return SASRecRetriever(model, config.num_shown)
     model, _ = train(config, interactions, prepared.splits["val"], report=print0)
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    with writing(file):
-        save_file(model.state_dict(), unfinished)
-        unfinished.rename(file)
+    keep_weights(model, file)
     return SASRecRetriever(model, config.num_shown)
 
 

@@ -1,8 +1,11 @@
-"""Sections of a report beyond the paper's tables: other lists, popularity, more negatives."""
+"""Sections of a report beyond the paper's tables: other lists, the whole catalogue, popularity,
+more negatives."""
 
 from pathlib import Path
 
 from loaders.lists import KINDS
+from studies import two_stage
+from studies.catalogue import by_retriever, rows_of
 from studies.lists import list_rows
 from studies.methods import Method
 from studies.negatives import COLUMNS, negative_rows
@@ -24,6 +27,31 @@ def lists_section(methods: dict[str, Method]) -> list[str]:
         "(Markov's best that the user never touched). Training is that of the run."
     )
     return ["## Harder lists", text, markdown_table(["method", *KINDS], rows)]
+
+
+def catalogue_section(methods: dict[str, Method]) -> list[str]:
+    parts = []
+    for retriever, (groups, items) in by_retriever(methods).items():
+        rows, runs = rows_of(retriever, groups)
+        result = two_stage.paired_figures(rows, [name for name in rows if name in runs])
+        figures = [[*cells, runs.get(cells[0], "")] for cells in two_stage.figure_rows(result)]
+        differences = two_stage.difference_rows(result)
+        n, columns = len(rows[f"{retriever} alone"]), list(two_stage.MEASURES)
+        parts += [
+            f"**{retriever}** retrieves N of {items:,} items for {n:,} test users:",
+            markdown_table(["", *columns, "runs"], figures),
+            f"Minus {retriever} alone, over the same users; each column holds together "
+            "(Holm, 95 %):",
+            markdown_table(["difference", *columns], differences),
+        ]
+    if not parts:
+        return []
+    text = (
+        "Where the target comes among all items that the history does not hold. A model ranks the "
+        "N items that a retriever puts first; the ceiling puts a retrieved target first always. "
+        "Intervals resample users."
+    )
+    return ["## The whole catalogue", text, *parts]
 
 
 def popularity_section(beyond: Beyond) -> list[str]:
@@ -60,7 +88,8 @@ def negatives_section(methods: dict[str, Method]) -> list[str]:
 def more_sections(methods: dict[str, Method], folder: Path) -> tuple[str, list[tuple[str, str]]]:
     """Markdown, and (file, title) of the pictures drawn into the folder."""
     beyond = Beyond.of(methods)
-    parts = lists_section(methods) + popularity_section(beyond) + negatives_section(methods)
+    parts = lists_section(methods) + catalogue_section(methods)
+    parts += popularity_section(beyond) + negatives_section(methods)
     plt, drawn = pyplot(), []
     if plt and draw_reliability(plt, beyond, folder / "calibration.png"):
         drawn.append(("calibration.png", "How often the first place is right"))

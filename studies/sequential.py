@@ -23,15 +23,18 @@ Legend: B windows of a batch, T positions of a window, D width, E examples, 0 is
 codes are shifted by one.
 """
 
+import hashlib
 import json
 import math
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import arg, parse_config, run_cli, writing
@@ -44,7 +47,7 @@ from loaders.counting import (
     popularity,
     training_interactions,
 )
-from loaders.frozen import DataConfig, prepare
+from loaders.frozen import DataConfig, Prepared, prepare
 from loaders.lists import other_lists
 from runtime.stages import save_predictions
 
@@ -324,6 +327,21 @@ def train(
     return model, history
 
 
+def weights_file(config: BaselineConfig, prepared: Prepared) -> Path:
+    """Where weights of these options are kept beside the examples, for studies/retrievers.py."""
+    own = {f.name for f in fields(BaselineConfig)} - {f.name for f in fields(DataConfig)}
+    facts = {name: getattr(config, name) for name in sorted(own - {"output_dir", "lists"})}
+    key = hashlib.sha256(json.dumps([prepared.hash, facts]).encode()).hexdigest()[:12]
+    return prepared.folder / f"{config.method}-{key}.safetensors"
+
+
+def keep_weights(model: Recommender, file: Path) -> None:
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    with writing(file):
+        save_file(model.state_dict(), unfinished)
+        unfinished.rename(file)
+
+
 def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
     """As eval.py's records: the best-scored title is the answer, so every answer is valid."""
     records = []
@@ -377,7 +395,7 @@ def main() -> None:
     if config.output_dir:
         folder = Path(config.output_dir)
         with writing(folder):
-            save_predictions(folder / "eval", metrics, records)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
             lines = "".join(json.dumps(entry) + "\n" for entry in history)
             (folder / "metrics.jsonl").write_text(lines)
@@ -386,7 +404,10 @@ def main() -> None:
                 facts = summarise(found, counting_baselines(examples))
                 facts |= {"data_hash": prepared.hash, "negatives": kind}
                 save_predictions(folder / "lists" / config.method / kind, facts, found)
+            save_predictions(folder / "eval", metrics, records)  # last: then it is finished
         print(f"\nwritten to {folder}")
+    if config.method == "sasrec":  # a retriever, too
+        keep_weights(model, weights_file(config, prepared))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ RESAMPLES = 10_000
 
 
 def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(RESAMPLES,) means over users drawn with replacement."""
+    """Of values (n,) or (n, M) the means over users drawn with replacement, (RESAMPLES,) or
+    (RESAMPLES, M); all columns see the same draws."""
     rng, n, means = np.random.default_rng(seed), len(values), []
     for _ in range(RESAMPLES // 100):  # in portions: all draws at once would take gigabytes
-        means.append(values[rng.integers(n, size=(100, n))].mean(1))
+        draws = rng.integers(n, size=(100, n)) + n * np.arange(100)[:, None]
+        times = np.bincount(draws.ravel(), minlength=100 * n).reshape(100, n)  # of each user
+        means.append(times @ values / n)
     return np.concatenate(means)
 
 

@@ -9,30 +9,20 @@ A table is a JSON file: "common" options of every run, and "runs", each with a n
 (train.py unless it says so), its own options, and perhaps "after": "run/stage", whose result it
 starts from. What is finished is skipped, what was interrupted goes on (train.py's --resume auto),
 so the command may be killed and given again at any time. "probes" are measured for every stage of
-the runs listed in "probed". Every run leaves its log beside its folder.
+the runs listed in "probed". Every run leaves its log beside its folder. The other lists and the
+whole catalogue are measured by the report (--measure).
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from common import read_json, run_cli
 from runtime.stages import load_stage
+from studies.measure import execute, flags_of, measure, probe_jobs
 
 ROOT = Path(__file__).parents[1]
-
-
-def flags_of(options: dict) -> list[str]:
-    """{"a": 1, "b": true, "c": false} -> --a=1 --b --no_c"""
-    flags = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            flags.append(f"--{name}={value}")
-    return flags
 
 
 def start_options(folder: Path, after: str) -> dict:
@@ -64,18 +54,6 @@ def command_of(
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     where = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     return [*launcher, *where, *flags_of(options)], script
-
-
-def execute(command: list[str], log: Path) -> None:
-    """Run it, its output in `log`; ValueError names the log if it fails."""
-    with open(log, "a") as out:
-        out.write(f"\n$ {' '.join(command[1:])}\n")
-        out.flush()
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
-    if code:
-        errors = [line for line in log.read_text().splitlines() if "error" in line.lower()]
-        why = f": {errors[0]}" if errors else ""
-        raise ValueError(f"{log}: the run failed (exit code {code}){why}; the same command goes on")
 
 
 def parse_args() -> argparse.Namespace:
@@ -125,20 +103,6 @@ def read_table(args: argparse.Namespace) -> dict:
     return table
 
 
-def measure_probes(folder: Path, name: str, probes: list[str], prepared_dir: str) -> None:
-    """Measure the probes of a run that are not there yet."""
-    stages = [s.strip() for s in read_json(folder / name / "config.json")["stages"].split(",")]
-    out = folder / name / "probes"
-    for probe in probes:
-        started = time.time()
-        if all((out / stage / probe / "metrics.json").exists() for stage in stages):
-            continue
-        flags = flags_of({"run": folder / name, "probe": probe, "output_dir": out})
-        flags += flags_of({"prepared_dir": prepared_dir})
-        execute([sys.executable, "-m", "studies.probes", *flags], folder / f"{name}.log")
-        print(f"{name}, {probe}: {time.time() - started:.0f} s", flush=True)
-
-
 def main() -> None:
     args = parse_args()
     table, extra = read_table(args), given_options(args)
@@ -153,8 +117,11 @@ def main() -> None:
         execute(command, folder / f"{run['name']}.log")
         print(f"{where}: {time.time() - started:.0f} s", flush=True)
     for name in table.get("probed", []):
-        measure_probes(folder, name, table.get("probes", []), args.prepared_dir)
+        stages = read_json(folder / name / "config.json")["stages"].replace(" ", "").split(",")
+        for job in probe_jobs(folder / name, stages, table.get("probes", []), args.prepared_dir):
+            measure(folder / name, job)
     print(f"all runs are in {folder}; python -m studies.report {folder} makes the tables")
+    print("(with --measure all also what is missing of probes, other lists, the whole catalogue)")
 
 
 if __name__ == "__main__":

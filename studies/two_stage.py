@@ -1,6 +1,7 @@
 """Retrieve, then rank: figures over the whole catalogue, beside the retriever alone.
 
     python -m studies.two_stage --run runs/planted-1 --retriever markov --list_sizes 20,50,100
+    python -m studies.report runs/planted-1            all stages and retrievers side by side
 
 Leave-last-two as everywhere: a test case is a user's last interaction, if it was liked; its
 history is all that lies before. The retriever is fitted on training interactions only and orders
@@ -15,9 +16,10 @@ give the target a place among all items, and every figure is of the same users:
 
 Differences are paired over users: 95 % intervals by resampling them, Holm's correction over the
 list sizes of a figure. On the planted world the best possible order is known: of the same lists,
-and of all items.
+and of all items. Figures and every user's places go to RUN/two_stage/STAGE/RETRIEVER.json.
 
-Left out: tuning of the retriever; candidates from several retrievers. Legend: E users, I items.
+Left out: tuning of the retriever; candidates from several retrievers. Legend: E users, I items, M
+measures.
 """
 
 import json
@@ -35,13 +37,15 @@ from eval import EvalConfig
 from loaders.frozen import Prepared, prepare
 from loaders.retrieval import Retriever, best_items, training_rows
 from runtime.passes import progress
+from runtime.policy import free_memory
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order
 from studies.retrievers import fit_retriever
-from studies.statistics import Difference, bootstrap, judge, resampled_means
+from studies.statistics import Difference, interval_of, judge, resampled_means
 
 CHUNK = 64  # users whose lists are ranked together
 MEASURES = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
+MODEL = "+ model"  # how the names of the model's rows begin
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class TwoStageConfig:
     """Evaluate retriever and model together, over the whole catalogue."""
 
     run: str = arg("", "run folder of train.py", group="what is evaluated")
-    stage: str = arg("", "stage of the run; empty = the last finished one")
+    stage: str = arg("", "stage of the run; empty = all finished ones")
     retriever: str = arg(
         "markov",
         "where the lists come from",
@@ -59,7 +63,9 @@ class TwoStageConfig:
     users: int = arg(0, "test users, the first of the split's random order; 0 = all", at_least=0)
     prepared_dir: str = arg("prepared", "where the run's prepared examples are kept", group="how")
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
-    output: str = arg("", "JSON file for all figures; empty = only print")
+    output_dir: str = arg(
+        "", "folder of STAGE/RETRIEVER.json; empty = RUN/two_stage, where studies.report looks"
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -106,6 +112,12 @@ def gains(places: np.ndarray) -> dict[str, np.ndarray]:
     values = {f"HR@{k}": (places <= k).astype(float) for k in (1, 5, 10)}
     values["NDCG@10"] = np.where(places <= 10, 1 / np.log2(1 + places), 0.0)
     return values | {"MRR": 1 / places}
+
+
+def gain_columns(places: np.ndarray) -> np.ndarray:
+    """(E,) -> (E, M)."""
+    values = gains(places)
+    return np.stack([values[measure] for measure in MEASURES], 1)
 
 
 def retrieved(
@@ -187,18 +199,18 @@ def optimum_places(
 # ------------------------------------------------------------------------------------------ figures
 def evaluate_lists(
     examples: Examples,
-    retriever: Retriever,
+    found: tuple[np.ndarray, list[np.ndarray]],
     ranker: ListRanker,
     sizes: list[int],
     optimum: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
-    """Row of the table -> places of the targets (E,)."""
-    num_items = examples.interactions.num_items
-    alone, lists = retrieved(retriever, examples, max(sizes) if optimum is None else num_items)
+    """Row of the table -> places of the targets (E,); `found` is what retrieved() gives, for the
+    longest list, or for all items where the optimum is known."""
+    alone, lists = found
     rows = {"retriever": alone}
     for size in sizes:
         short = [items[:size] for items in lists]
-        rows[f"+ model, N = {size}"] = model_places(ranker, examples, short, alone)
+        rows[f"{MODEL}, N = {size}"] = model_places(ranker, examples, short, alone)
         if optimum is not None:
             rows[f"+ optimum, N = {size}"] = optimum_places(optimum, examples, short, alone)
         rows[f"ceiling, N = {size}"] = np.where(alone <= size, 1, alone)
@@ -207,30 +219,33 @@ def evaluate_lists(
     return rows
 
 
-def differences(rows: dict[str, np.ndarray]) -> dict[str, dict[str, Difference]]:
-    """Measure -> row of the model -> it less the retriever, paired over users; Holm per measure."""
-    base, found = gains(rows["retriever"]), {}
-    for measure in MEASURES:
-        family = {}
-        for name in rows:
-            if name.startswith("+ model"):
-                values = gains(rows[name])[measure] - base[measure]
-                means = resampled_means(values)
-                family[name] = Difference(float(values.mean()), means, (1, 1))
-        judge(list(family.values()))
-        found[measure] = family
-    return found
-
-
 def figures(rows: dict[str, np.ndarray]) -> dict:
-    """Row -> measure -> mean and 95 % interval; "minus retriever" with interval and verdict."""
-    result = {}
-    for name, places in rows.items():
-        result[name] = {
-            measure: {"mean": float(values.mean()), "ci95": bootstrap(values)}
-            for measure, values in gains(places).items()
-        }
-    for measure, family in differences(rows).items():
+    """Places of studies.two_stage's own rows -> paired_figures."""
+    gained = {name: gain_columns(places) for name, places in rows.items()}
+    return paired_figures(gained, [name for name in rows if name.startswith(MODEL)])
+
+
+def paired_figures(gained: dict[str, np.ndarray], ranked: list[str]) -> dict:
+    """Row -> measure -> mean and 95 % interval, of gains (n, M).
+
+    Those of the `ranked` rows less the first row's, the retriever, too: "minus_retriever" with
+    interval and verdict. All rows see the same draws of users, so differences are paired; Holm over
+    the ranked rows of a measure."""
+    stacked = np.stack(list(gained.values()), 1)  # (n, rows, M)
+    means = resampled_means(stacked.reshape(len(stacked), -1))
+    means = means.reshape(-1, *stacked.shape[1:])  # (resamples, rows, M)
+    values, result = stacked.mean(0), {name: {} for name in gained}
+    for m, measure in enumerate(MEASURES):
+        family = {}
+        for i, name in enumerate(gained):
+            result[name][measure] = {
+                "mean": float(values[i, m]),
+                "ci95": interval_of(means[:, i, m]),
+            }
+            if name in ranked:
+                less = means[:, i, m] - means[:, 0, m]
+                family[name] = Difference(float(values[i, m] - values[0, m]), less, (1, 1))
+        judge(list(family.values()))
         for name, d in family.items():
             result[name][measure] |= {
                 "minus_retriever": d.mean,
@@ -240,26 +255,50 @@ def figures(rows: dict[str, np.ndarray]) -> dict:
     return result
 
 
-def tables(result: dict) -> str:
-    """Markdown: every row's measures, and the differences to the retriever."""
-    lines = [f"| | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES)]
+def figure_rows(result: dict) -> list[list[str]]:
+    """A row of cells for each row: its name and measures."""
+    rows = []
     for name, row in result.items():
-        cells = [
-            f"{row[m]['mean']:.4f} [{row[m]['ci95'][0]:.3f}, {row[m]['ci95'][1]:.3f}]"
-            for m in MEASURES
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"| minus the retriever | {' | '.join(MEASURES)} |"]
-    lines.append("|---|" + "---|" * len(MEASURES))
+        entries = [row[measure] for measure in MEASURES]
+        cells = [f"{e['mean']:.4f} [{e['ci95'][0]:.3f}, {e['ci95'][1]:.3f}]" for e in entries]
+        rows.append([name, *cells])
+    return rows
+
+
+def difference_rows(result: dict) -> list[list[str]]:
+    """A row of cells for each row that is compared with the retriever."""
+    rows = []
     for name, row in result.items():
         if "verdict" in row["MRR"]:
             cells = []
-            for m in MEASURES:
-                low, high = row[m]["minus_retriever_interval"]
-                mean, verdict = row[m]["minus_retriever"], row[m]["verdict"]
-                cells.append(f"{mean:+.4f} [{low:+.3f}, {high:+.3f}] {verdict}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            for entry in (row[measure] for measure in MEASURES):
+                low, high = entry["minus_retriever_interval"]
+                less = f"{entry['minus_retriever']:+.4f} [{low:+.3f}, {high:+.3f}]"
+                cells.append(f"{less}: {entry['verdict']}")
+            rows.append([name, *cells])
+    return rows
+
+
+def tables(result: dict) -> str:
+    """Markdown: every row's measures, and the differences to the retriever."""
+    parts = []
+    for corner, rows in (
+        ("", figure_rows(result)),
+        ("minus the retriever", difference_rows(result)),
+    ):
+        lines = [[corner, *MEASURES], ["---"] * (1 + len(MEASURES)), *rows]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
+
+
+def save_figures(file: Path, facts: dict, rows: dict[str, np.ndarray], result: dict) -> None:
+    """Facts, places (E,) of every row in the order of the test split, and figures()."""
+    places = {name: values.tolist() for name, values in rows.items()}
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(facts | {"rows": result, "places": places}) + "\n")
+        unfinished.rename(file)
 
 
 def main() -> None:
@@ -277,36 +316,45 @@ def main() -> None:
     if source.dataset == "prepared":
         raise ValueError(f"{config.run}: prepared examples have no log to retrieve from")
     started = time.monotonic()
-    stage, weights = list(sources_of(source).items())[-1]
+    stages = sources_of(source)
     prepared = prepare(source)
-    check_run_data(source, [stage], prepared.hash)
-    test = prepared.splits["test"]
-    examples = test.select(slice(config.users or None))
-    rows = training_rows(prepared.interactions)
-    retriever = fit_retriever(config.retriever, prepared, source, rows)
-    model, tokenizer = load_source(source, weights, device)
+    interactions = prepared.interactions
+    check_run_data(source, stages, prepared.hash)
+    examples = prepared.splits["test"].select(slice(config.users or None))
+
+    retriever = fit_retriever(config.retriever, prepared, source, training_rows(interactions))
+    optimum, sizes = optimum_scores(prepared, examples), config.sizes()
+    longest = max(sizes) if optimum is None else interactions.num_items
+    found = retrieved(retriever, examples, longest)
+    seconds = time.monotonic() - started  # until here, for all stages
+
+    folder = Path(config.output_dir or f"{config.run}/two_stage")
     limits = (source.max_length, config.micro_batch_tokens)
-    ranker = ListRanker(model, tokenizer, prepared.interactions.words, *limits, device)
-    optimum = optimum_scores(prepared, examples)
-    result = figures(evaluate_lists(examples, retriever, ranker, config.sizes(), optimum))
-    facts = {
-        "run": config.run,
-        "stage": stage,
-        "retriever": config.retriever,
-        "users": len(examples),
-        "items": prepared.interactions.num_items,
-        "data_hash": prepared.hash,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    print(
-        f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
-        f"{facts['items']:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
-        f"lists longer than {NUM_CANDIDATES} in groups with shared anchors; [95 % interval]\n"
-    )
-    print(tables(result))
-    if config.output:
-        with writing(config.output):
-            Path(config.output).write_text(json.dumps(facts | {"rows": result}, indent=2) + "\n")
+    for stage, weights in stages.items():
+        started = time.monotonic()
+        model, tokenizer = load_source(source, weights, device)
+        ranker = ListRanker(model, tokenizer, interactions.words, *limits, device)
+        rows = evaluate_lists(examples, found, ranker, sizes, optimum)
+        result = figures(rows)
+        facts = {
+            "run": config.run,
+            "stage": stage,
+            "retriever": config.retriever,
+            "users": len(examples),
+            "items": interactions.num_items,
+            "data_hash": prepared.hash,
+            "seconds": round(seconds + time.monotonic() - started, 1),
+        }
+        file = folder / stage / f"{config.retriever}.json"
+        save_figures(file, facts, rows, result)
+        print(
+            f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
+            f"{facts['items']:,} items, data {prepared.hash[:12]}, {facts['seconds']} s; "
+            f"lists longer than {NUM_CANDIDATES} in groups with shared anchors; [95 % interval]\n"
+        )
+        print(f"{tables(result)}\n\nwritten to {file}", flush=True)
+        del model, ranker
+        free_memory()  # before the next one is loaded
 
 
 if __name__ == "__main__":

@@ -30,9 +30,11 @@ from loaders.frozen import (
     load_interactions,
 )
 from loaders.frozen import prepare as prepare_examples
+from studies.methods import grouped
 from studies.report import report_text
 from studies.request import read_request
 from studies.results import check_candidates, collect
+from studies.sections import catalogue_section
 from train import TrainConfig
 
 
@@ -57,6 +59,8 @@ def make_files(root: Path) -> None:
     )
     for stage, hits in (("sft", [1, 0, 1, 0, 1]), ("recpo", [1, 1, 1, 0, 1])):
         write_stage(root / "runs", stage, hits, probe_gain=2, prepared_dir=str(root / "nothing"))
+    places = {"retriever": [3, 1, 9, 4, 2], "+ model, N = 20": [1, 2, 9, 2, 1]}
+    write_json(root / "runs/recpo-0/two_stage/recpo/markov.json", {"items": 20, "places": places})
     if has_pyarrow():
         write_parquet(root / "parquet" / "log.parquet")
 
@@ -116,7 +120,9 @@ def encoded_name(folder: Path, tokenizer: Tokenizer) -> str:
 def read_runs(root: Path) -> None:
     results = collect(root / "runs")
     check_candidates(results)
+    methods = grouped(results)
     report_text(results, "")
+    catalogue_section(methods)
 
 
 def read_foreign(root: Path) -> None:
@@ -144,6 +150,7 @@ READERS = {
     "runs/recpo-0/recpo/eval/predictions.jsonl": read_runs,
     "runs/recpo-0/probes/recpo/avoidance/metrics.json": read_runs,
     "runs/recpo-0/probes/recpo/avoidance/predictions.jsonl": read_runs,
+    "runs/recpo-0/two_stage/recpo/markov.json": read_runs,
 }
 if has_pyarrow():
     READERS["parquet/log.parquet"] = lambda root: load_interactions(

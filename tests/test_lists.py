@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_report import write_stage
 
+from common import parse_config
 from data import build_examples
 from demo.planted import World, planted_world
 from loaders.counting import markov_top
 from loaders.frozen import DataConfig
 from loaders.lists import KINDS, other_lists
-from studies.lists import list_rows
+from studies.lists import ListsConfig, list_rows
 from studies.methods import grouped
 from studies.negatives import COLUMNS, negative_rows
 from studies.results import collect
@@ -95,3 +97,17 @@ def test_the_report_goes_into_the_run_folder_as_markdown_and_html(tmp_path):
         assert f"## {title}" in text and f"<h2>{title}" in document
     assert "nothing is known of popularity" in text
     assert document.count("data:image/png;base64,") == text.count("](")
+
+
+@pytest.mark.parametrize("option", ["recommend", "retriever", "top_k", "output", "split"])
+def test_options_of_eval_that_lists_have_no_use_for_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(ListsConfig, ["--run=r", f"--{option}=1"])
+    assert f"unrecognized arguments: --{option}=1" in capsys.readouterr().err
+
+
+def test_lists_need_a_run_with_a_log():
+    with pytest.raises(ValueError, match="give --run"):
+        ListsConfig(model="m")
+    with pytest.raises(ValueError, match="prepared examples have no log"):
+        ListsConfig(run="r", dataset="prepared", data_dir="d")

@@ -12,12 +12,14 @@ import pytest
 from launch import ROOT, run_script
 
 from loaders.frozen import DataConfig, prepare
+from studies.measure import flags_of, jobs_of, measure_missing, wanted_kinds
 from studies.methods import Method, compare, grouped, option_text, sweep
+from studies.probes import PROBE_NAMES
 from studies.report import data_table, main_table
 from studies.results import NOT_THE_METHOD, Result, check_candidates, collect, settings_of
 from studies.sequential import BaselineConfig
 from studies.statistics import Difference, bootstrap, judge, mcnemar
-from studies.tables import command_of, flags_of, is_finished
+from studies.tables import command_of, is_finished
 from train import TrainConfig
 
 
@@ -412,7 +414,8 @@ def test_committed_tables_hold_options_that_exist(name):
     for run in table["runs"]:
         own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
         if run.get("script") == "studies.sequential":
-            BaselineConfig(**table["common"] | own | {"dataset": "planted"})
+            assert own["lists"], "the report shows other lists for every method"
+            BaselineConfig(**table["common"] | own | {"dataset": "planted", "output_dir": "r"})
         else:
             TrainConfig(**table["common"] | table["training"] | own | {"dataset": "planted"})
         assert (
@@ -427,11 +430,60 @@ def test_an_open_table_asks_for_model_and_data():
     assert done.returncode == 2 and "leaves the data set open: --dataset" in done.stderr
 
 
+def test_what_can_be_measured_of_a_run():
+    """Every file that the report looks for; without a log, or with a split in time, less."""
+    everything = ["probes", "lists", "two_stage"]
+    for config, expected in (
+        ({"dataset": "planted"}, [*PROBE_NAMES, "lists", "two_stage"]),
+        ({"dataset": "movielens", "split_by": "time"}, ["length", "lists", "two_stage"]),
+        ({"dataset": "prepared"}, ["length"]),
+    ):
+        jobs = jobs_of(Path("r"), ["sft", "recpo"], config, everything)
+        assert [job.name for job in jobs] == expected
+    lists, two_stage = jobs_of(Path("r"), ["sft"], {"dataset": "csv"}, everything[1:])
+    kinds = ("popularity", "retrieved")
+    assert lists.files == [Path("r/lists/sft") / kind / "metrics.json" for kind in kinds]
+    assert two_stage.files == [Path("r/two_stage/sft/markov.json")]
+
+
+def test_only_what_is_missing_is_measured(tmp_path, monkeypatch, capsys):
+    """By one command a run, in its log; baselines are left alone; a failure is said, and the rest
+    goes on."""
+    write_stage(tmp_path, "sft", [1, 0], probe_gain=1, prepared_dir="p")
+    write_stage(tmp_path, "recpo", [1, 0])
+    calls = []
+
+    def fake(command, log):
+        calls.append((command[2], log.name, command[3:]))
+        if "--probe=length" in command:
+            raise ValueError("no such thing")
+
+    monkeypatch.setattr("studies.measure.execute", fake)
+    results = collect(tmp_path)
+    results.append(Result("markov", tmp_path / "m", {"method": "markov"}, tmp_path, {}, {}, {}, {}))
+    measure_missing(results, ["probes", "two_stage"])
+    of_sft = [(script, flags) for script, log, flags in calls if log == "sft-0.log"]
+    run = f"--run={tmp_path / 'sft-0'}"
+    measured = [flags[1] for script, flags in of_sft if script == "studies.probes"]
+    assert measured == ["--probe=temptation", "--probe=aversion", "--probe=length"]
+    assert of_sft[-1] == ("studies.two_stage", [run, "--prepared_dir=p"])
+    assert {log for _, log, _ in calls} == {"sft-0.log", "recpo-0.log"}
+    assert "sft-0, length: not measured: no such thing" in capsys.readouterr().out
+
+
+def test_measurements_are_chosen_by_name():
+    assert wanted_kinds("") == [] and wanted_kinds("all") == ["probes", "lists", "two_stage"]
+    assert wanted_kinds("two_stage, lists") == ["two_stage", "lists"]
+    with pytest.raises(ValueError, match="all, or some of probes, lists, two_stage; got speed"):
+        wanted_kinds("lists,speed")
+
+
 @pytest.mark.slow
 def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
     """Two runs, a baseline and a probe by one command; the second call does nothing;
     the report stands on them."""
     training = {
+        "model": str(ROOT / "demo/base"),
         "batch_size": 8,
         "lora_r": 4,
         "max_steps": 2,
@@ -450,5 +502,11 @@ def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
         done = run_script("studies.tables", tmp_path / "t.json", *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("finished before") == (3 if again else 0)
-    made = report(tmp_path / "runs")
-    assert made.returncode == 0 and "| markov |" in made.stdout and "**adherence**" in made.stdout
+    made = report(tmp_path / "runs", "--measure", "lists,two_stage")
+    assert made.returncode == 0, made.stderr
+    for text in ("| markov |", "**adherence**", "## Harder lists", "+ sdpo, N = 50"):
+        assert text in made.stdout, text
+    for text in ("a, lists: ", "b, lists: ", "a, two_stage: ", "b, two_stage: "):
+        assert f"{text}not" not in made.stdout and text in made.stdout, made.stdout[:500]
+    again = report(tmp_path / "runs", "--measure", "lists,two_stage")
+    assert again.returncode == 0 and "lists: " not in again.stdout

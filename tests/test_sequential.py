@@ -1,6 +1,8 @@
 """GRU4Rec, Caser and SASRec: what they see, what they learn, and that test data stays out."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from launch import run_script
 from data import Interactions, build_examples
 from loaders.frozen import DataConfig
 from loaders.table import make_interactions
+from studies.retrievers import sasrec_config
 from studies.sequential import (
     NEURAL,
     BaselineConfig,
@@ -22,6 +25,7 @@ from studies.sequential import (
     step_loss,
     train,
     training_windows,
+    weights_file,
 )
 
 MODELS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
@@ -170,6 +174,16 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
     assert (candidate_scores(model, splits["val"], config.max_items) == seen[1]).all()
 
 
+def test_the_retriever_reads_the_weights_of_the_command(tmp_path):
+    """With the usual options, whatever was tested and wherever results went; not with others."""
+    made = SimpleNamespace(hash="h", folder=tmp_path)
+    data = {"dataset": "csv", "data_dir": "log.csv"}
+    usual = weights_file(sasrec_config(DataConfig(**data)), made)
+    command = BaselineConfig(method="sasrec", lists=True, output_dir="runs/sasrec", **data)
+    assert weights_file(command, made) == usual
+    assert weights_file(replace(command, epochs=3), made) != usual
+
+
 @pytest.mark.parametrize("method", ["sasrec", "markov", "random"])
 def test_the_command_writes_what_a_stage_writes(method, tmp_path):
     """metrics.json and predictions.jsonl with the keys of a trained stage,
@@ -199,5 +213,7 @@ def test_the_command_writes_what_a_stage_writes(method, tmp_path):
     assert metrics["n"] == len(records) and all(
         len(r["logps"]) == len(r["candidates"]) == 20 for r in records
     )
+    kept = list((tmp_path / "p").glob("*/sasrec-*.safetensors"))
+    assert len(kept) == (method == "sasrec")  # for studies/retrievers.py
     if method == "markov":
         assert metrics["ranking/hit_ratio@1"] == pytest.approx(metrics["baselines"]["Markov"])

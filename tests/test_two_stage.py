@@ -1,27 +1,44 @@
 """Two-stage figures: the retriever against few lines, long lists against the known optimum."""
 
+import json
 import math
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_page import read
+from test_recommend import BASE, OPTIONS, write_log
+from test_report import write_stage
 
 from data import NUM_CANDIDATES, build_examples
 from demo.planted import World, planted_world
-from eval import ranking_metrics
-from loaders.counting import markov
-from loaders.frozen import DataConfig, Prepared
+from eval import ranking_metrics, summarise
+from loaders.counting import counting_baselines, markov
+from loaders.frozen import DataConfig, Prepared, prepare
 from loaders.retrieval import fit, training_rows
+from runtime.stages import save_predictions
+from studies import two_stage
+from studies.methods import grouped
+from studies.page import page
 from studies.ranking import ANCHORS, groups_of, on_one_scale, rank_long
+from studies.results import collect
+from studies.sections import catalogue_section
+from studies.sequential import records_of
 from studies.two_stage import (
     TwoStageConfig,
     evaluate_lists,
     figures,
     gains,
     optimum_scores,
+    retrieved,
     tables,
     targets,
     touched_before,
 )
+from train import TrainConfig
 
 USERS = 300
 
@@ -88,7 +105,8 @@ def test_the_retriever_alone_by_few_independent_lines(planted, retriever):
             set(range(interactions.num_items)) - seen, key=lambda c: (-round(scores[c], 9), c)
         )
         places.append(1 + order.index(test.candidates[e, test.target[e]]))
-    rows = evaluate_lists(test, retriever, ListRankerOf(optimum, test), [20], optimum)
+    found = retrieved(retriever, test, interactions.num_items)
+    rows = evaluate_lists(test, found, ListRankerOf(optimum, test), [20], optimum)
     assert rows["retriever"].tolist() == places
     shown = figures(rows)["retriever"]
     assert shown["HR@5"]["mean"] == np.mean([p <= 5 for p in places]) > 0
@@ -172,7 +190,8 @@ def test_a_noisy_scorer_does_as_well_in_groups_as_in_one_list(planted, retriever
 def test_figures_lie_between_retriever_and_ceiling(planted, retriever):
     """The optimum as the model: its rows are the optimum's, below the ceiling and all items'."""
     test, optimum = planted
-    rows = evaluate_lists(test, retriever, ListRankerOf(optimum, test), [20, 50], optimum)
+    found = retrieved(retriever, test, test.interactions.num_items)
+    rows = evaluate_lists(test, found, ListRankerOf(optimum, test), [20, 50], optimum)
     result = figures(rows)
     for size in (20, 50):
         model, best = result[f"+ model, N = {size}"], result[f"+ optimum, N = {size}"]
@@ -194,3 +213,94 @@ def test_bad_options():
     with pytest.raises(ValueError, match="--list_sizes: expected numbers >= 2, got '20,x'"):
         TwoStageConfig(run="r", list_sizes="20,x")
     assert TwoStageConfig(run="r", list_sizes=" 50,20, 50").sizes() == [20, 50]
+
+
+# ---------------------------------------------------------------------------------- in the report
+def run_of_the_base(folder: Path) -> Path:
+    """A run with one finished stage, the demo's base itself, on a small log."""
+    write_log(folder / "log.csv")
+    paths = {"data_dir": str(folder / "log.csv"), "prepared_dir": str(folder / "prepared")}
+    run = folder / "runs" / "own"
+    config = TrainConfig(**OPTIONS, **paths, model=str(BASE), stages="sft", output_dir=str(run))
+    prepared = prepare(config)
+    shutil.copytree(BASE, run / "sft")
+    (run / "sft/base.json").write_text("{}")
+    (run / "config.json").write_text(json.dumps(asdict(config)))
+    test = prepared.splits["test"]
+    records = records_of(test, np.random.default_rng(0).random(test.candidates.shape))
+    facts = summarise(records, counting_baselines(test)) | {"data_hash": prepared.hash}
+    save_predictions(run / "sft/eval", facts, records)
+    return run
+
+
+def call(monkeypatch, run: Path, retriever: str) -> dict:
+    """What studies.two_stage leaves in the run's folder."""
+    flags = [f"--run={run}", f"--prepared_dir={run.parents[1] / 'prepared'}"]
+    flags += [f"--retriever={retriever}", "--list_sizes=5,21", "--users=6"]
+    monkeypatch.setattr(sys, "argv", ["two_stage", *flags])
+    two_stage.main()
+    return json.loads((run / "two_stage/sft" / f"{retriever}.json").read_text())
+
+
+def test_the_command_fills_the_report_with_markov_and_sasrec(tmp_path, monkeypatch):
+    """Both retrievers of one run, by their own command, side by side in the report and its page."""
+    run = run_of_the_base(tmp_path)
+    found = {name: call(monkeypatch, run, name) for name in ("markov", "sasrec")}
+    text = "\n\n".join(catalogue_section(grouped(collect(tmp_path / "runs"))))
+    cells = read(page(f"# own\n\n{text}\n", tmp_path)).cells
+    for retriever, facts in found.items():
+        for name, shown in (("retriever", f"{retriever} alone"), ("+ model, N = 21", None)):
+            row = facts["rows"][name]["MRR"]
+            low, high = row["ci95"]
+            assert f"{row['mean']:.4f} [{low:.3f}, {high:.3f}]" in cells
+            assert shown is None or shown in cells
+    assert cells.count("+ sft, N = 5") == 4  # a row of figures and one of differences, twice
+    assert found["markov"]["places"] != found["sasrec"]["places"]
+
+
+def write_places(folder: Path, stage: str, **places: list[int]) -> Path:
+    file = folder / stage / "two_stage" / stage.split("-")[0] / "markov.json"
+    file.parent.mkdir(parents=True)
+    names = {"model": "+ model, N = 20", "ceiling": "ceiling, N = 20"}
+    rows = {names.get(name, name): values for name, values in places.items()}
+    file.write_text(json.dumps({"items": 100, "places": rows}))
+    return file
+
+
+def test_the_report_averages_runs_and_pairs_users(tmp_path):
+    """HR@1 by hand: sft .25, the two runs of recpo .5 and 1; differences are to the retriever."""
+    alone = [30, 30, 2, 2] * 10
+    for stage, seed in (("sft", 0), ("recpo", 0), ("recpo", 1)):
+        write_stage(tmp_path, stage, [1, 0] * 20, seed=seed)
+    write_places(tmp_path, "sft-0", retriever=alone, model=[1, 2, 2, 2] * 10)
+    write_places(tmp_path, "recpo-0", retriever=alone, model=[1, 2] * 20, ceiling=[1] * 40)
+    write_places(tmp_path, "recpo-1", retriever=alone, model=[1] * 40)
+    text = catalogue_section(grouped(collect(tmp_path)))
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for t in text for line in t.splitlines()]
+    figures = {row[0]: row[1:] for row in reversed(rows) if row}
+    expected = {"markov alone": ("0.0000", ""), "ceiling, N = 20": ("1.0000", "")}
+    expected |= {"+ sft, N = 20": ("0.2500", "1"), "+ recpo, N = 20": ("0.7500", "2")}
+    for name, (hits, runs) in expected.items():
+        assert figures[name][0].startswith(f"{hits} [") and figures[name][-1] == runs, name
+    order = [row[0] for row in rows if row]
+    first, second, last = "markov alone", "+ sft, N = 20", "ceiling, N = 20"
+    assert order.index(first) < order.index(second) < order.index(last)
+    changes = {row[0]: row[1:] for row in rows if row}  # the last table: differences
+    assert changes["+ recpo, N = 20"][0].startswith("+0.7500 [")
+    assert changes["+ recpo, N = 20"][0].endswith("]: higher")
+    hits = changes["+ sft, N = 20"][2]  # HR@10: half of the users had their target at 30
+    assert hits.startswith("+0.5000 [+0.3") and hits.endswith("]: higher")
+
+
+def test_figures_of_other_users_are_refused(tmp_path):
+    write_stage(tmp_path, "sft", [1, 0])
+    write_stage(tmp_path, "recpo", [1, 0])
+    write_places(tmp_path, "sft-0", retriever=[3, 4], model=[1, 1])
+    other = write_places(tmp_path, "recpo-0", retriever=[3, 5], model=[1, 1])
+    with pytest.raises(ValueError, match="other users, or another order of the retriever") as error:
+        catalogue_section(grouped(collect(tmp_path)))
+    assert "recpo-0" in str(error.value) and "sft-0" in str(error.value)
+    for bad in ({"retriever": [3, 4], "model": [1]}, {"retriever": [0, 4]}, {"model": [1, 1]}):
+        other.write_text(json.dumps({"items": 100, "places": bad}))
+        with pytest.raises(ValueError, match="recpo-0.*markov.json: its content is not"):
+            catalogue_section(grouped(collect(tmp_path)))
