@@ -85,20 +85,29 @@ def read_lines(path: Path, source=None) -> Iterator[str]:
             if b"\r" in (begin := f.peek(1)) and b"\n" not in begin:
                 yield from _old_mac_lines(f)
                 return
-            first = True
-            while line := f.readline(MAX_LINE):
-                if first and line.startswith(codecs.BOM_UTF8):
-                    line = line[3:]
-                first = False
-                if len(line) == MAX_LINE and line[-1:] != b"\n":
-                    line = line[:100] + b"\0"
-                    while (rest := f.readline(MAX_LINE)) and rest[-1:] != b"\n":
-                        pass
-                yield line.decode("utf-8", "latin-1").rstrip("\r\n")
+            if f.peek(3).startswith(codecs.BOM_UTF8):
+                f.read(len(codecs.BOM_UTF8))
+            for block in _whole_lines(f):
+                text = block.decode("utf-8", "latin-1")
+                lines = text.removesuffix("\n").split("\n")
+                yield from (line.rstrip("\r") for line in lines) if "\r" in text else lines
         except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
             raise ValueError(
                 f"{path}: the compressed file is damaged or cut off ({error}); fetch it again"
             ) from None
+
+
+def _whole_lines(f: io.BufferedReader) -> Iterator[bytes]:
+    """Blocks of bytes that end where a line does; at most MAX_LINE of a line is held."""
+    while block := f.read(MAX_LINE):
+        if block[-1:] != b"\n":
+            block += f.readline(MAX_LINE)
+        last = block.rfind(b"\n", 0, -1) + 1
+        if len(block) - last > MAX_LINE:
+            end, block = block[-1:], block[: last + 100] + b"\0\n"
+            while end not in (b"\n", b""):
+                end = f.readline(MAX_LINE)[-1:]
+        yield block
 
 
 def _old_mac_lines(f: io.BufferedReader) -> Iterator[str]:
@@ -446,6 +455,7 @@ class _Lines:
 
     def __init__(self, lines: Iterable[str]):
         self.lines, self.again, self.taken = iter(lines), deque(), []
+        self.read = 0  # lines, not counting those read again
 
     def __iter__(self) -> Iterator[str]:
         again, taken, lines = self.again, self.taken, self.lines
@@ -454,8 +464,9 @@ class _Lines:
                 line = again.popleft()
             else:
                 line = next(lines, None)
-            if line is None:
-                return
+                if line is None:
+                    return
+                self.read += 1
             taken.append(line)
             yield f"{line}\n"
 
@@ -464,15 +475,34 @@ class _Lines:
         self.taken.clear()
 
 
-def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+def csv_rows(lines: Iterable[str], delimiter: str, block: int = CHUNK) -> Iterator[list[str]]:
     """Records as Python's csv module reads them, line breaks inside quotes included, however many.
 
-    A record that is none by the strict rules, or whose number of fields is not the first one's, is
-    read again on its own: a stray quote must not swallow the rows behind it, and some write quotes
-    inside quotes with a backslash."""
-    source, width = _Lines(lines), 0
+    `block` lines at a time, where they hold no quote; where they do, record by record."""
+    lines, width = iter(lines), 0
+    while together := list(itertools.islice(lines, block)):
+        text = "".join(together)
+        if any(sign in text for sign in '"\r\0') or max(map(len, together)) > MAX_LINE:
+            rows = _quoted_rows(together, lines, delimiter, width)
+        else:
+            rows = csv.reader(together, delimiter=delimiter, strict=True)
+        if not width:
+            rows = list(rows)
+            width = next(map(len, filter(None, rows)), 0)
+        yield from rows
+
+
+def _quoted_rows(
+    together: list[str], lines: Iterator[str], delimiter: str, width: int
+) -> Iterator[list[str]]:
+    """Records that begin in these lines; the last may go on in those behind.
+
+    A record that is none by the strict rules, or whose number of fields is not `width`, is read
+    again on its own: a stray quote must not swallow the rows behind it, and some write quotes
+    inside quotes with a backslash. `width` 0: the first record's."""
+    source = _Lines(itertools.chain(together, lines))
     taken = source.taken
-    while True:
+    while source.read < len(together) or source.again:
         try:
             for row in csv.reader(source, delimiter=delimiter, strict=True):
                 if len(row) != width and width and (len(taken) > 1 or '\\"' in taken[0]) and row:
@@ -480,7 +510,8 @@ def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
                 yield row
                 width = width or len(row)
                 taken.clear()
-            return
+                if source.read >= len(together) and not source.again:
+                    return
         except csv.Error:
             yield from _recovered(source, delimiter, width)
 

@@ -139,6 +139,10 @@ def test_lines_are_unpacked_and_decoded(tmp_path):
     assert list(read_lines(put(tmp_path / "c", "x\né\n".encode("utf-16")))) == ["x", "é"]
     long = list(read_lines(put(tmp_path / "d", b"x" * (3 * MAX_LINE) + b"\nlast")))
     assert [len(line) for line in long] == [101, 4] and long[0][-1] == "\0"
+    blocks = [b"y" * 997] * 2200  # a block of bytes ends within a line
+    blocks[1100] = b"z" * (2 * MAX_LINE)
+    mixed = list(read_lines(put(tmp_path / "f", b"\r\n".join(blocks))))
+    assert [len(line) for line in mixed] == [997] * 1100 + [101] + [997] * 1099
     whole = gzip.compress(random.Random(0).randbytes(10000))
     (tmp_path / "e.gz").write_bytes(whole[:-3000])
     with pytest.raises(ValueError, match="e.gz: the compressed file is damaged or cut off"):

@@ -252,6 +252,21 @@ def test_records_are_those_of_the_csv_module():
         assert list(csv_rows(text.split("\n")[:-1], ",")) == rows, text
 
 
+def test_records_do_not_depend_on_the_lines_read_together():
+    """Random lines, stray quotes among them: one at a time, where the csv module reads record by
+    record, and many at once, where lines without a quote are read together."""
+    rng = np.random.default_rng(1)
+    pieces = ["a", ",", ",", '"', "\\", "\r", "\0", "é", "x" * 9]
+    for _ in range(300):
+        odds = np.array([3, 3, 3, *rng.choice([0, 0, 1], 4), 1, 1], float)
+        lines = [
+            "".join(rng.choice(pieces, rng.integers(9), p=odds / odds.sum())) for _ in range(12)
+        ]
+        expected = list(csv_rows(lines, ",", block=10**6))
+        for block in (1, 2, 5):
+            assert list(csv_rows(lines, ",", block)) == expected, lines
+
+
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_line_ends_and_marks_of_encoding(end, encoding, sound, tmp_path):
