@@ -238,7 +238,8 @@ class Practice:
         `settling`: a recommender's prompt is answered by any listed title."""
         longest, out, words = self.list_size, [], prompt_words(self.config)
         for part in range(4):
-            size = longest if part == 1 else int(rng.integers(2 * KEPT, longest + 1))
+            shortest = min(2 * KEPT, longest)
+            size = longest if part == 1 else int(rng.integers(shortest, longest + 1))
             right = 0 if part == 0 else int(rng.integers(1, KEPT + 1))
             prompts = []
             for _ in range(self.num_prompts(size, shown=10)):

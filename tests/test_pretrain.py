@@ -1,12 +1,16 @@
 """The pretrained base of the demo:
 it reads, it has no taste, and it is made again by its command."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from demo import pretrain
+from demo.planted import World
 from demo.pretrain import BASE, PretrainConfig
 from eval import evaluate
 from hub.tokenizer import Tokenizer
@@ -96,6 +100,25 @@ def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
     (ids,) = tokenizer.encode_prompts([text])
     own = {ids[0]: title for title, ids in completions.items() if title != "Alien³"}
     assert [own[i] for i in ids if i in own] == ["Jaws 2", *listed]
+
+
+def test_a_base_of_title_tokens_trains_and_answers(tmp_path, in_process, monkeypatch):
+    """Made, trained and tested: a title is one token and the end, in training as in the answers."""
+    monkeypatch.setattr(pretrain, "SETTLE", 1)
+    base, small = tmp_path / "base", {"hidden_size": 32, "num_layers": 1, "batch_tokens": 500}
+    pretrain.pretrain(
+        PretrainConfig(output_dir=str(base), title_tokens=True, vocab_size=400, steps=3, **small)
+    )
+    titles = World().titles()
+    assert {len(ids) for ids in Tokenizer(base).encode_completions(titles)} == {2}
+    data = ("--followers=3", "--min_history=4", "--planted_users=60", "--train_size=64")
+    steps = ("--max_steps=2", "--batch_size=8", "--val_size=0", "--stages=raw,sft,recpo")
+    in_process(train.main, f"--model={base}", *data, *steps, f"--output_dir={tmp_path / 'run'}")
+    for stage in ("raw", "sft", "recpo"):
+        file = tmp_path / "run" / stage / "eval" / "predictions.jsonl"
+        for record in map(json.loads, file.read_text().splitlines()):
+            assert len(record["logps"]) == 20 and set(record["candidates"]) <= set(titles)
+            assert np.isfinite(record["logps"]).all()
 
 
 def test_the_base_is_small_and_encodes_any_text():
