@@ -24,6 +24,7 @@ from loaders.files import (
     find_file,
     json_record,
     matching_files,
+    put_back,
     read_records,
     read_table,
     read_titles,
@@ -134,9 +135,8 @@ def _add_table(file: Path, builder: LogBuilder) -> None:
         )
     else:
         positions, width, first_line = _positions(head), 4, 1
-    for numbers, table, bad in table_chunks(
-        itertools.chain(head, rows), positions, width, first_line
-    ):
+    rows = put_back(head, rows)
+    for numbers, table, bad in table_chunks(rows, positions, width, first_line):
         for number, why in bad:
             builder.bad(number, why)
         if numbers:

@@ -428,7 +428,7 @@ def open_rows(path: Path, delimiter: str = "") -> tuple[str, Iterator[list[str]]
         raise ValueError(f"{path}: not text in UTF-8, or in UTF-16 with a byte-order mark")
     if re.fullmatch(r"sep=.", first, re.IGNORECASE):  # Excel's way to name the delimiter
         delimiter, first = first[-1], next(lines, "")
-        return delimiter, csv_rows(itertools.chain([first], lines), delimiter)
+        return delimiter, CsvRows(itertools.chain([first], lines), delimiter)
     lines = itertools.chain([first], lines)
     if delimiter:
         return delimiter, (line.split(delimiter) for line in lines)
@@ -437,7 +437,7 @@ def open_rows(path: Path, delimiter: str = "") -> tuple[str, Iterator[list[str]]
         return delimiter, (line.split() for line in lines)
     if delimiter == "::":
         return delimiter, (line.split(delimiter) for line in lines)
-    return delimiter, csv_rows(lines, delimiter)
+    return delimiter, CsvRows(lines, delimiter)
 
 
 def find_delimiter(line: str) -> str:
@@ -475,21 +475,66 @@ class _Lines:
         self.taken.clear()
 
 
-def csv_rows(lines: Iterable[str], delimiter: str, block: int = CHUNK) -> Iterator[list[str]]:
-    """Records as Python's csv module reads them, line breaks inside quotes included, however many.
+class CsvRows:
+    """Records as Python's csv module reads them, line breaks inside quotes included, however many;
+    one by one, or the columns of lines together where these hold no quote."""
 
-    `block` lines at a time, where they hold no quote; where they do, record by record."""
-    lines, width = iter(lines), 0
-    while together := list(itertools.islice(lines, block)):
-        text = "".join(together)
-        if any(sign in text for sign in '"\r\0') or max(map(len, together)) > MAX_LINE:
-            rows = _quoted_rows(together, lines, delimiter, width)
+    def __init__(self, lines: Iterable[str], delimiter: str, block: int = CHUNK):
+        self.lines, self.delimiter, self.block = iter(lines), delimiter, block
+        self.waiting, self.width = iter(()), 0  # width of the first record
+
+    def __iter__(self) -> "CsvRows":
+        return self
+
+    def __next__(self) -> list[str]:
+        while (row := next(self.waiting, None)) is None:
+            if not (together := self._next_lines()):
+                raise StopIteration
+            self._read(together)
+        return row
+
+    def _next_lines(self) -> list[str]:
+        return list(itertools.islice(self.lines, self.block))
+
+    def _read(self, together: list[str]) -> None:
+        """Their records wait, where quotes ask for it with the lines behind them."""
+        if _plain(together):
+            rows = csv.reader(together, delimiter=self.delimiter, strict=True)
         else:
-            rows = csv.reader(together, delimiter=delimiter, strict=True)
-        if not width:
+            rows = _quoted_rows(together, self.lines, self.delimiter, self.width)
+        if not self.width:
             rows = list(rows)
-            width = next(map(len, filter(None, rows)), 0)
-        yield from rows
+            self.width = next(map(len, filter(None, rows)), 0)
+        self.waiting = iter(rows)
+
+    def columns_or_rows(self, width: int) -> tuple[list[list[str]], list[list[str]]]:
+        """Columns of the next lines, if they are plain and have `width` fields each; or the rows
+        that come next. One of the two is empty, at the end both are."""
+        if rows := list(self.waiting):
+            return [], rows
+        together = self._next_lines()
+        counts = {line.count(self.delimiter) for line in together}
+        if width > 1 and counts == {width - 1} and _plain(together):
+            self.width = self.width or width
+            fields = self.delimiter.join(together).split(self.delimiter)
+            return [fields[at::width] for at in range(width)], []
+        if together:
+            self._read(together)
+        return [], list(self.waiting)
+
+
+def put_back(first: list[list[str]], rows: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The first rows and the others."""
+    if not isinstance(rows, CsvRows):
+        return itertools.chain(first, rows)
+    rows.waiting = itertools.chain(first, rows.waiting)
+    return rows
+
+
+def _plain(lines: list[str]) -> bool:
+    """Whether a delimiter is all that can be special in them."""
+    text = "".join(lines)
+    return not any(sign in text for sign in '"\r\0') and max(map(len, lines)) <= MAX_LINE
 
 
 def _quoted_rows(
@@ -573,10 +618,17 @@ def table_chunks(
 ) -> Iterator[Chunk]:
     """The columns at `positions` of a table's rows, CHUNK rows at a time;
     rows of another width are bad."""
-    while chunk := list(itertools.islice(rows, CHUNK)):
-        numbers, bad = range(first_line, first_line + len(chunk)), []
-        first_line += len(chunk)
-        if set(map(len, chunk)) != {width}:
+    while True:
+        if isinstance(rows, CsvRows):
+            columns, chunk = rows.columns_or_rows(width)
+        else:
+            columns, chunk = [], list(itertools.islice(rows, CHUNK))
+        count = len(columns[0]) if columns else len(chunk)
+        if not count:
+            return
+        numbers, bad = range(first_line, first_line + count), []
+        first_line += count
+        if chunk and set(map(len, chunk)) != {width}:
             pairs = list(zip(numbers, chunk, strict=True))
             bad = [
                 (number, f"{len(row)} fields, not {width}: {','.join(row)}")
@@ -586,6 +638,6 @@ def table_chunks(
             pairs = [(number, row) for number, row in pairs if len(row) == width]
             numbers = [number for number, _ in pairs]
             chunk = [row for _, row in pairs]
-        columns = list(zip(*chunk, strict=True))
+        columns = columns or list(zip(*chunk, strict=True))
         values = {field: columns[at] for field, at in positions.items()} if columns else {}
         yield numbers, values, bad

@@ -19,9 +19,10 @@ What is empty, NULL, NA or the like is absent: such rows are left out and counte
 none. Left out: dates with the day or the month first, which nobody can tell apart. """
 
 import itertools
+import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from loaders.files import (
     json_record,
     matching_files,
     open_rows,
+    put_back,
     read_lines,
     read_records,
     table_chunks,
@@ -348,11 +350,10 @@ class Titles:
         self.smallest: dict = {}
         self.several: dict = {}  # key -> two of its titles
 
-    def add(self, keys: Iterable, titles: Iterable) -> None:
+    def add(self, keys: Sequence, titles: Sequence) -> None:
         smallest = self.smallest
-        for key, title in zip(keys, titles, strict=True):
-            if smallest.get(key) == title:
-                continue
+        new = map(operator.ne, map(smallest.get, keys), titles)  # few are
+        for key, title in list(itertools.compress(zip(keys, titles, strict=True), new)):
             text = "" if title is None else str(title)
             if text.strip() in ABSENT_TITLES:
                 continue
@@ -593,12 +594,12 @@ def open_table(
 
     positions = find.by_position(len(header))
     following = list(itertools.islice(rows, 100))
-    rows = itertools.chain(following, rows)
+    rows = put_back(following, rows)
     if kind == "recbole" or is_header(header, following, positions):
         fields, first_line = {field: header[at] for field, at in positions.items()}, 2
     else:
         fields, first_line = dict(given), 1
-        rows = itertools.chain([header], rows)
+        rows = put_back([header], rows)
     return Table(fields, table_chunks(rows, positions, len(header), first_line), delimiter)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_datasets import put, rows_of
 
-from loaders.files import csv_rows
+from loaders.files import CsvRows, table_chunks
 from loaders.frozen import DataConfig, load_interactions, prepare
 from loaders.values import NumberStyle, parse_scale, parse_times, read_times
 
@@ -249,22 +249,36 @@ def test_records_are_those_of_the_csv_module():
             for _ in range(rng.integers(1, 8))
         ]
         text = table(rows, None, quoting=(csv.QUOTE_ALL, csv.QUOTE_MINIMAL)[n % 2])
-        assert list(csv_rows(text.split("\n")[:-1], ",")) == rows, text
+        assert list(CsvRows(text.split("\n")[:-1], ",")) == rows, text
+
+
+def joined(chunks) -> dict:
+    """Line numbers, bad lines and columns of all chunks one behind the other."""
+    found: dict = {"numbers": [], "bad": []}
+    for numbers, columns, bad in chunks:
+        found["numbers"] += numbers
+        found["bad"] += bad
+        for name, values in columns.items():
+            found[name] = found.get(name, []) + list(values)
+    return found
 
 
 def test_records_do_not_depend_on_the_lines_read_together():
-    """Random lines, stray quotes among them: one at a time, where the csv module reads record by
-    record, and many at once, where lines without a quote are read together."""
+    """Random lines, stray quotes among them: record by record, block by block, or column by column
+    where a block holds no quote."""
     rng = np.random.default_rng(1)
     pieces = ["a", ",", ",", '"', "\\", "\r", "\0", "é", "x" * 9]
+    positions = {"a": 0, "b": 1, "c": 2}
     for _ in range(300):
         odds = np.array([3, 3, 3, *rng.choice([0, 0, 1], 4), 1, 1], float)
         lines = [
             "".join(rng.choice(pieces, rng.integers(9), p=odds / odds.sum())) for _ in range(12)
         ]
-        expected = list(csv_rows(lines, ",", block=10**6))
+        rows = list(CsvRows(lines, ",", block=10**6))
+        columns = joined(table_chunks(iter(rows), positions, 3, 1))
         for block in (1, 2, 5):
-            assert list(csv_rows(lines, ",", block)) == expected, lines
+            assert list(CsvRows(lines, ",", block)) == rows, lines
+            assert joined(table_chunks(CsvRows(lines, ",", block), positions, 3, 1)) == columns
 
 
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
@@ -277,7 +291,7 @@ def test_stray_quotes_do_not_take_time(tmp_path):
     """20,000 rows of which every tenth opens a quote for nothing are read through in a moment."""
     lines = [f"u{n % 9},i{n},3,{n},{chr(34) if n % 10 == 0 else ''}T{n}" for n in range(20_000)]
     started = time.process_time()
-    rows = list(csv_rows(["a,b,c,d,e", *lines], ","))
+    rows = list(CsvRows(["a,b,c,d,e", *lines], ","))
     assert sum(len(row) == 5 for row in rows) == 18_001
     assert time.process_time() - started < 5
 
