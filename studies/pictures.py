@@ -69,7 +69,7 @@ def draw_methods(plt, methods: dict[str, Method], file: Path) -> None:
     axes[0].invert_yaxis()
     axes[0].set(xlabel="HR@1", xlim=(0, None))
     axes[1].set(xlabel="valid answers", xlim=(0, 1.02))
-    axes[0].legend(fontsize=8, loc="upper right")
+    axes[0].legend(fontsize=8, loc="best")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
