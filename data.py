@@ -15,7 +15,7 @@ loses its oldest history items, never tokens.
 
     python data.py --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
 
-Left out: rating prediction, cold-start items, side features. Legend: E examples, F followers among
+Left out: rating prediction, side features. Legend: E examples, F followers among
 the candidates, B examples of a batch, N completions per example, P prompt width, C completion
 width, T = P + C, M scored tokens.
 """

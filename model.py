@@ -3,7 +3,7 @@
 Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Module names equal the keys of
 their safetensors files, so a checkpoint loads without a key table. Anything else is
 refused by name before a weight is read: other architectures, other rope types, sliding
-windows, quantised or pickled weights.
+windows, pickled weights, quantised ones other than bitsandbytes' nf4.
 
 `Transformer.forward(tree)` runs the prompt once and lets every completion branch off it:
 

@@ -46,7 +46,7 @@ class Rows:
 
     policy_logps: Tensor  # (B, 1 + K)
     reference_logps: Tensor  # (B, 1 + K), zeros without a reference
-    margins: Tensor  # (B, K), already times λ (or ODPO's α)
+    margins: Tensor  # (B, K), already times λ (ODPO: α = 1)
     lengths: Tensor  # (B, 1 + K) tokens of each completion
     kl: Tensor  # scalar, KTO's baseline
 

@@ -309,6 +309,8 @@ def dry_run(run: Run) -> None:
     else:
         dtype = torch.bfloat16 if gpu else torch.float32
     for stage in config.stage_list:
+        if stage == "raw":
+            continue  # nothing is trained
         r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
         objective = SFT(config, None, run.train, run.device)
         if stage != "sft":

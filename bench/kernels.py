@@ -9,8 +9,9 @@ without memory) and each kernel call is recorded with its arguments, block sizes
 Triton would specialise on, alignment and dtype, is derived from those arguments. So what is
 compiled here is what a GPU would run.
 
-aligned      sizes and strides that are multiples of 16, as in every published model unaligned
-a vocabulary of 32,003 ids and rows of 4,090 elements that start 2 or 4 bytes behind a boundary
+aligned      sizes and strides that are multiples of 16, as in every published model
+unaligned    a vocabulary of 32,003 ids and rows of 4,090 elements that start 2 or 4 bytes behind a
+             boundary
 
 Occupancy is computed, as CUDA's own calculator does: warps that fit a multiprocessor beside one
 another, of those that it can hold. It is no speed: few warps with much work each can be the

@@ -2,7 +2,7 @@
 
     python bench/loading.py
 
-Writes a model of about 2.2 GB (bf16, random, several files) to a temporary folder, starts 2
+Writes a model of about 2.4 GB (bf16, random, several files) to a temporary folder, starts 2
 processes that load it with --shard full and with none, and samples their anonymous memory (RssAnon:
 the mapped files do not count) every 2 ms. The figure is the peak above what was held after the
 imports and the meeting of the processes.

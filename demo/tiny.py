@@ -1,9 +1,9 @@
-"""A small model made from nothing: only for the demo and for machines without a GPU.
+"""A small model made from nothing: for tests, benchmarks and the tokenizer of `python data.py`.
 
-Real language models skip this file. `make_base_model` writes a normal Hugging Face directory: a
-tokenizer trained on the data's own titles and prompts, and random Llama weights. Its tokenizer puts
-a space behind every line break, so that a title has the same tokens in the candidate list and
-behind "Answer:".
+Real language models skip this file; demo/pretrain.py takes its way of training a tokenizer.
+`make_base_model` writes a normal Hugging Face directory: a tokenizer trained on the data's own
+titles and prompts, and random Llama weights. Its tokenizer puts a space behind every line break,
+so that a title has the same tokens in the candidate list and behind "Answer:".
 """
 
 import json

@@ -1,7 +1,8 @@
 """config.json of a Hugging Face directory, in the layouts of transformers 4 and 5.
 
 Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Anything else is refused by name before a
-weight is read: other architectures, other rope types, sliding windows, quantised weights.
+weight is read: other architectures, other rope types, sliding windows, weights quantised
+otherwise than as bitsandbytes' nf4.
 """
 
 import json

@@ -1,5 +1,5 @@
 """BeerAdvocate's reviews in the three forms in which they went around:
-Python literals, text blocks, CSV."""
+Python literals, text blocks, CSV. Reference: McAuley and Leskovec 2013."""
 
 import html
 import re

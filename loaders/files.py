@@ -1,27 +1,13 @@
-"""Raw files of five data sets, of a user's own log, and of other projects,
-into one table (loaders/table.py).
+"""Raw files: found in a folder, opened gzipped or not, read as lines, records or rows of a table.
 
-    movielens      ratings.dat, movies.dat of MovieLens-1M, or its zip
-    amazon         2018 reviews as JSON lines, or ratings only as CSV,
-                   with the metadata file beside them
-    steam          steam_reviews.json, steam_games.json: Python literals, one a line;
-                   hours become ratings
-    beeradvocate   Python literals, text blocks, or CSV
-    lastfm         LastFM-1K's listening events; an interaction is a user's first play of an artist,
-                   its amount all plays
-    csv, jsonl     your own log (--columns)
-    recbole        RecBole's .inter and .item
+The loaders of this room turn what is read here into one table (loaders/table.py), but for
+movielens.py and parquet.py, which have readers of their own.
 
 Files may be gzipped. They are read line by line, as UTF-8 with latin-1 for stray bytes. A line that
 cannot be understood is counted and named; more than 1 % of them is an error. What is understood but
 holds no usable interaction (no play time, no user name, a rating of 0, an item without title) is
 left out and counted by reason. Python literals are parsed by a grammar of their own, with
-`ast.literal_eval` for what it does not cover; nothing is ever evaluated.
-
-References: MovieLens-1M (grouplens.org/datasets/movielens/1m, may not be redistributed), Amazon
-2018 (Ni et al. 2019, nijianmo.github.io/amazon), Steam (Kang and McAuley 2018,
-github.com/kang205/SASRec), BeerAdvocate (McAuley and Leskovec 2013), LastFM-1K (Celma 2010),
-RecBole's atomic files."""
+`ast.literal_eval` for what it does not cover; nothing is ever evaluated."""
 
 import ast
 import codecs

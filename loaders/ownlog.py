@@ -1,4 +1,4 @@
-"""Your own interaction log: CSV, JSON lines, or RecBole's atomic files,
+"""Your own interaction log: CSV, JSON lines, RecBole's atomic files, or Parquet,
 with the columns under any names and in any order.
 
     python train.py --dataset csv --data_dir log.csv \\

@@ -1,5 +1,5 @@
 """Steam's reviews and games, as Kang and McAuley published them: Python literals, one a line;
-hours become ratings."""
+hours become ratings. Reference: Kang and McAuley 2018 (github.com/kang205/SASRec)."""
 
 from dataclasses import replace
 

@@ -27,7 +27,7 @@ class InspectConfig(DataConfig):
         1024, "tokens of prompt and longest candidate, for the count of shortened prompts"
     )
     show: int = arg(0, "index of the first of three training examples that are shown")
-    plots: str = arg("", "folder for pictures of ratings, lengths and times (needs matplotlib)")
+    plots: str = arg("", "folder for pictures of ratings, lengths and prompts (needs matplotlib)")
 
 
 def inspect() -> None:

@@ -1,6 +1,7 @@
 """Run all that a table needs, one command each: training runs, baselines, probes. Then the report.
 
-    python -m studies.tables configs/tables/planted.json --output_dir runs/planted-table
+    python -m studies.tables configs/tables/planted.json --model demo/base \\
+        --output_dir runs/planted-table
     python -m studies.tables configs/tables/paper.json --output_dir runs/paper-table \\
         --nproc_per_node 8 --dataset movielens --data_dir ml-1m.zip \\
         --model meta-llama/Llama-3.1-8B

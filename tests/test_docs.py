@@ -12,6 +12,11 @@ from unittest.mock import patch
 
 import pytest
 
+from common import parse_config
+from eval import EvalConfig
+from studies import tables
+from train import read_options
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "NOTES.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = {folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists()}
@@ -112,6 +117,36 @@ def test_every_command_names_what_exists(page):
         assert program.exists(), command
         given = [w.split("=")[0] for w in words[place + 1 :] if w.startswith("--")]
         assert not given or set(given) <= options_of(program), command
+
+
+def arguments(program: str) -> list[list[str]]:
+    """What the pages' commands give a program; those with an ellipsis, or for help, are none."""
+    found = []
+    for page in PAGES:
+        for command in commands(page.read_text()):
+            words = command.split("#")[0].replace("'", "").split()
+            if program in words and not {"...", "…", "--help"} & set(words):
+                found.append(words[words.index(program) + 1 :])
+    return found
+
+
+@pytest.mark.parametrize("argv", arguments("train.py"), ids=" ".join)
+def test_every_command_of_training_is_accepted(argv, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    read_options(argv)
+
+
+@pytest.mark.parametrize("argv", arguments("eval.py"), ids=" ".join)
+def test_every_command_of_evaluation_is_accepted(argv, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse_config(EvalConfig, argv)
+
+
+@pytest.mark.parametrize("argv", [a for a in arguments("studies.tables") if a], ids=" ".join)
+def test_every_command_of_a_table_names_data_and_model(argv, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["studies.tables", *argv])
+    tables.read_table(tables.parse_args())
 
 
 # of torchrun, Slurm and llama.cpp's converter

@@ -179,7 +179,7 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     (bare / "model.safetensors").unlink()
     flags = [f"--{name}={value}" for name, value in data.items()]
     flags += [
-        "--stages=sft,sdpo",
+        "--stages=raw,sft,sdpo",
         "--dry_run",
         "--gpu_memory=2",
         f"--model={bare}",
@@ -193,6 +193,7 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
         "TFLOP", "nothing was trained",
     ):  # fmt: skip
         assert text in done.stdout, text
+    assert "raw: memory" not in done.stdout  # nothing of it is trained
     assert not (tmp_path / "run").exists()
 
 
