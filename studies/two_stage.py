@@ -39,6 +39,7 @@ from loaders.retrieval import Retriever, best_items, training_rows
 from runtime.passes import progress
 from runtime.policy import free_memory
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
+from runtime.stages import write_whole
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order
 from studies.retrievers import fit_retriever
 from studies.statistics import Difference, interval_of, judge, resampled_means
@@ -297,9 +298,7 @@ def save_figures(file: Path, facts: dict, rows: dict[str, np.ndarray], result: d
     places = {name: values.tolist() for name, values in rows.items()}
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(facts | {"rows": result, "places": places}) + "\n")
-        unfinished.rename(file)
+        write_whole(file, json.dumps(facts | {"rows": result, "places": places}) + "\n")
 
 
 def main() -> None:
