@@ -467,7 +467,7 @@ class CsvRows:
 
     def __init__(self, lines: Iterable[str], delimiter: str, block: int = CHUNK):
         self.lines, self.delimiter, self.block = iter(lines), delimiter, block
-        self.waiting, self.width = iter(()), 0  # width of the first record
+        self.waiting, self.width = iter(()), 0  # of the first sound record
 
     def __iter__(self) -> "CsvRows":
         return self
@@ -484,14 +484,34 @@ class CsvRows:
 
     def _read(self, together: list[str]) -> None:
         """Their records wait, where quotes ask for it with the lines behind them."""
-        if _plain(together):
-            rows = csv.reader(together, delimiter=self.delimiter, strict=True)
-        else:
-            rows = _quoted_rows(together, self.lines, self.delimiter, self.width)
-        if not self.width:
-            rows = list(rows)
-            self.width = next(map(len, filter(None, rows)), 0)
-        self.waiting = iter(rows)
+        if not _plain(together):
+            self.waiting = self._quoted_rows(together)
+            return
+        self.waiting = csv.reader(together, delimiter=self.delimiter, strict=True)
+        widths = (line.count(self.delimiter) + 1 for line in together if line)
+        self.width = self.width or next(widths, 0)
+
+    def _quoted_rows(self, together: list[str]) -> Iterator[list[str]]:
+        """Records that begin in these lines; the last may go on in those behind.
+
+        A record that is none by the strict rules, or whose number of fields is not the first
+        one's, is read again on its own: a stray quote must not swallow the rows behind it, and
+        some write quotes inside quotes with a backslash."""
+        source = _Lines(itertools.chain(together, self.lines))
+        taken = source.taken
+        while source.read < len(together) or source.again:
+            try:
+                for row in csv.reader(source, delimiter=self.delimiter, strict=True):
+                    other = self.width and row and len(row) != self.width
+                    if other and (len(taken) > 1 or '\\"' in taken[0]):
+                        raise csv.Error
+                    yield row
+                    self.width = self.width or len(row)
+                    taken.clear()
+                    if source.read >= len(together) and not source.again:
+                        return
+            except csv.Error:
+                yield from _recovered(source, self.delimiter, self.width)
 
     def columns_or_rows(self, width: int) -> tuple[list[list[str]], list[list[str]]]:
         """Columns of the next lines, if they are plain and have `width` fields each; or the rows
@@ -520,31 +540,7 @@ def put_back(first: list[list[str]], rows: Iterator[list[str]]) -> Iterator[list
 def _plain(lines: list[str]) -> bool:
     """Whether a delimiter is all that can be special in them."""
     text = "".join(lines)
-    return not any(sign in text for sign in '"\r\0') and max(map(len, lines)) <= MAX_LINE
-
-
-def _quoted_rows(
-    together: list[str], lines: Iterator[str], delimiter: str, width: int
-) -> Iterator[list[str]]:
-    """Records that begin in these lines; the last may go on in those behind.
-
-    A record that is none by the strict rules, or whose number of fields is not `width`, is read
-    again on its own: a stray quote must not swallow the rows behind it, and some write quotes
-    inside quotes with a backslash. `width` 0: the first record's."""
-    source = _Lines(itertools.chain(together, lines))
-    taken = source.taken
-    while source.read < len(together) or source.again:
-        try:
-            for row in csv.reader(source, delimiter=delimiter, strict=True):
-                if len(row) != width and width and (len(taken) > 1 or '\\"' in taken[0]) and row:
-                    raise csv.Error
-                yield row
-                width = width or len(row)
-                taken.clear()
-                if source.read >= len(together) and not source.again:
-                    return
-        except csv.Error:
-            yield from _recovered(source, delimiter, width)
+    return not any(sign in text for sign in '"\r\n\0') and max(map(len, lines)) <= MAX_LINE
 
 
 def _recovered(source: _Lines, delimiter: str, width: int) -> Iterator[list[str]]:

@@ -174,8 +174,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
     """metrics.json, and a line of predictions.jsonl for each of eval.predict's records."""
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / "predictions.jsonl", "w") as f:
-        for record in records:
-            kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
-            f.write(json.dumps(kept) + "\n")
-    (path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    lines = []
+    for record in records:
+        kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
+        lines.append(json.dumps(kept) + "\n")
+    write_whole(path / "predictions.jsonl", "".join(lines))
+    write_whole(path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Under another name first: a process that is killed leaves the file as it was."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.rename(file)

@@ -39,6 +39,7 @@ from loaders.retrieval import Retriever, best_items, training_rows
 from runtime.passes import progress
 from runtime.policy import free_memory
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
+from runtime.stages import write_whole
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order
 from studies.retrievers import fit_retriever
 from studies.statistics import Difference, interval_of, judge, resampled_means
@@ -232,8 +233,10 @@ def paired_figures(gained: dict[str, np.ndarray], ranked: list[str]) -> dict:
     interval and verdict. All rows see the same draws of users, so differences are paired; Holm over
     the ranked rows of a measure."""
     stacked = np.stack(list(gained.values()), 1)  # (n, rows, M)
-    means = resampled_means(stacked.reshape(len(stacked), -1))
-    means = means.reshape(-1, *stacked.shape[1:])  # (resamples, rows, M)
+    less = stacked - stacked[:, :1]  # drawn themselves: equal rows differ by 0, without rounding
+    columns = np.concatenate([stacked, less], 1)
+    drawn = resampled_means(columns.reshape(len(columns), -1)).reshape(-1, *columns.shape[1:])
+    means, less_means = np.split(drawn, 2, 1)  # (resamples, rows, M)
     values, result = stacked.mean(0), {name: {} for name in gained}
     for m, measure in enumerate(MEASURES):
         family = {}
@@ -243,8 +246,7 @@ def paired_figures(gained: dict[str, np.ndarray], ranked: list[str]) -> dict:
                 "ci95": interval_of(means[:, i, m]),
             }
             if name in ranked:
-                less = means[:, i, m] - means[:, 0, m]
-                family[name] = Difference(float(values[i, m] - values[0, m]), less, (1, 1))
+                family[name] = Difference(float(less[:, i, m].mean()), less_means[:, i, m], (1, 1))
         judge(list(family.values()))
         for name, d in family.items():
             result[name][measure] |= {
@@ -296,9 +298,7 @@ def save_figures(file: Path, facts: dict, rows: dict[str, np.ndarray], result: d
     places = {name: values.tolist() for name, values in rows.items()}
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(facts | {"rows": result, "places": places}) + "\n")
-        unfinished.rename(file)
+        write_whole(file, json.dumps(facts | {"rows": result, "places": places}) + "\n")
 
 
 def main() -> None:

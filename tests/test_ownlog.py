@@ -267,10 +267,10 @@ def test_records_do_not_depend_on_the_lines_read_together():
     """Random lines, stray quotes among them: record by record, block by block, or column by column
     where a block holds no quote."""
     rng = np.random.default_rng(1)
-    pieces = ["a", ",", ",", '"', "\\", "\r", "\0", "é", "x" * 9]
+    pieces = ["a", ",", ",", '"', "\\", "\r", "\0", "\n", "é", "x" * 9]
     positions = {"a": 0, "b": 1, "c": 2}
     for _ in range(300):
-        odds = np.array([3, 3, 3, *rng.choice([0, 0, 1], 4), 1, 1], float)
+        odds = np.array([3, 3, 3, *rng.choice([0, 0, 1], 5), 1, 1], float)
         lines = [
             "".join(rng.choice(pieces, rng.integers(9), p=odds / odds.sum())) for _ in range(12)
         ]
@@ -279,6 +279,14 @@ def test_records_do_not_depend_on_the_lines_read_together():
         for block in (1, 2, 5):
             assert list(CsvRows(lines, ",", block)) == rows, lines
             assert joined(table_chunks(CsvRows(lines, ",", block), positions, 3, 1)) == columns
+
+
+def test_a_first_record_that_is_none_has_no_width():
+    """Records behind it may still have line breaks, however many lines are read together."""
+    lines = ['"a"b"', 'd,"e', 'f"', "g,h"]
+    for block in (1, 2, 3, 4):
+        first, *others = CsvRows(lines, ",", block)
+        assert first == ['a quote is not closed: "a"b"'] and others == [["d", "e\nf"], ["g", "h"]]
 
 
 @pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])

@@ -34,6 +34,7 @@ from eval import main as evaluate_run
 from model import load_pretrained
 from runtime.checkpoint import checkpoints, damage
 from runtime.runs import Logger, StepMetrics
+from runtime.stages import save_predictions
 from studies.probes import main as probe_run
 
 
@@ -71,6 +72,20 @@ def test_a_step_ends_when_it_did_and_not_when_its_metrics_are_read(monkeypatch):
 
 
 # ------------------------------------------------------------------------ the folder
+def test_a_process_killed_while_it_writes_predictions_leaves_the_ones_before(tmp_path, monkeypatch):
+    """What is measured again is in place at once, or not at all."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    save_predictions(tmp_path, {"n": 1}, [{"user": "a", "ids": [1]}])
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_predictions(tmp_path, {"n": 2}, [{"user": "b"}, {"user": "c"}])
+    assert (tmp_path / "predictions.jsonl").read_text() == '{"user": "a"}\n'
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"n": 1}
+
+
 def test_run_folder_holds_what_the_readme_promises(one_process):
     """Config, PEFT adapter, HF model with tokenizer, metrics,
     predictions and the result table are there."""

@@ -207,6 +207,15 @@ def test_figures_lie_between_retriever_and_ceiling(planted, retriever):
     assert text.count("\n") == len(rows) + 6 and "+ model, N = 50" in text
 
 
+def test_a_model_that_changes_nothing_differs_by_exactly_0():
+    """Equal columns of a product of matrices are rounded differently, all to one side at times."""
+    alone = np.random.default_rng(0).integers(1, 60, 943)
+    result = figures({"retriever": alone, "+ model, N = 20": alone})["+ model, N = 20"]
+    for measure in two_stage.MEASURES:
+        assert result[measure]["minus_retriever_interval"] == (0, 0), measure
+        assert result[measure]["verdict"] == "not distinguishable"
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="--run is needed"):
         TwoStageConfig()
