@@ -46,7 +46,7 @@ def preference_logs(methods: dict[str, Method]) -> dict[str, list[dict]]:
 def draw_methods(plt, methods: dict[str, Method], file: Path) -> None:
     """HR@1 written and ranked first with 95 % intervals, valid answers; counting rules as lines."""
     figure, axes = plt.subplots(
-        1, 2, figsize=(9, 1 + 0.45 * len(methods)), sharey=True, width_ratios=(3, 1),
+        1, 2, figsize=(9, 1.4 + 0.45 * len(methods)), sharey=True, width_ratios=(3, 1),
         layout="constrained",
     )  # fmt: skip
     places = np.arange(len(methods))
@@ -61,12 +61,15 @@ def draw_methods(plt, methods: dict[str, Method], file: Path) -> None:
         errors = np.abs(np.array(spans).T - means)
         axis.errorbar(means, places + shift, xerr=errors, fmt="o", capsize=3, label=label)
     baselines = next(iter(methods.values())).results[0].metrics.get("baselines", {})
-    for name, ranked in baselines.items():
+    above, last, level = axes[0].get_xaxis_transform(), -1.0, 0
+    for name, ranked in sorted(baselines.items(), key=lambda item: item[1]):
         axes[0].axvline(ranked, color="grey", linestyle=":")
-        above = axes[0].get_xaxis_transform()  # x in data, y in heights of the panel
-        axes[0].text(ranked, 1.02, name, transform=above, ha="center", fontsize=8)
+        level = 1 - level if ranked - last < 0.05 else 0  # names side by side would overlap
+        place = {"xytext": (0, 3 + 10 * level), "textcoords": "offset points", "ha": "center"}
+        axes[0].annotate(name, (ranked, 1), xycoords=above, fontsize=8, **place)
+        last = ranked
     axes[0].set_yticks(places, list(methods))
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(methods) - 0.5, -0.5)
     axes[0].set(xlabel="HR@1", xlim=(0, None))
     axes[1].set(xlabel="valid answers", xlim=(0, 1.02))
     axes[0].legend(fontsize=8, loc="best")
@@ -131,7 +134,8 @@ def draw_bars(plt, methods: dict[str, Method], file: Path) -> None:
     names = [name.replace(", ", ",\n") for name in methods]
     axis.set_xticks(places, names, fontsize=8)
     axis.set(ylabel="HR@1")
-    axis.legend()
+    axis.margins(y=0.3)  # room for the legend
+    axis.legend(ncols=2)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
