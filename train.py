@@ -217,7 +217,8 @@ class TrainConfig(DataConfig):
     )
     compile: bool = arg(
         False,
-        "torch.compile the blocks: a minute or two of compilation, then fewer passes over memory",
+        "torch.compile the blocks: compilation first, seconds to minutes, "
+        "then fewer passes over memory",
     )
     max_length: int = arg(
         1024,
