@@ -467,7 +467,8 @@ class CsvRows:
 
     def __init__(self, lines: Iterable[str], delimiter: str, block: int = CHUNK):
         self.lines, self.delimiter, self.block = iter(lines), delimiter, block
-        self.waiting, self.width = iter(()), 0  # of the first sound record
+        self.waiting: Iterator[list[str]] = iter(())  # records that were read and not yet given
+        self.width = 0  # fields of the first sound record
 
     def __iter__(self) -> "CsvRows":
         return self

@@ -351,6 +351,7 @@ class Titles:
         self.several: dict = {}  # key -> two of its titles
 
     def add(self, keys: Sequence, titles: Sequence) -> None:
+        """The titles (n,) of n keys, row by row."""
         smallest = self.smallest
         new = map(operator.ne, map(smallest.get, keys), titles)  # few are
         for key, title in list(itertools.compress(zip(keys, titles, strict=True), new)):
