@@ -517,6 +517,8 @@ class Encoded:
     completions: dict[int, list[int]]  # item code -> ids with EOS
     num_shortened: int = 0  # prompts that lost history items to fit max_length
     num_dropped: int = 0  # history items lost in all
+    # (E, 2) first token of the history in each prompt, and the one behind it; where asked for
+    histories: np.ndarray | None = None
 
     def slots(self, e: int, slots) -> list[list[int]]:
         """Completion ids of these candidates of example e."""
@@ -630,6 +632,17 @@ class PromptTree:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {k: to_device(v, device) for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
+
+    def with_prompt_labels(self, spans: np.ndarray) -> "PromptTree":
+        """Score these tokens of the prompts, too: spans (B, 2) of a first >= 1 and an end.
+
+        Their rows and labels come behind the completions'; sequence_ids do not name them."""
+        width = self.input_ids.shape[1]
+        places = [b * width + torch.arange(*span) for b, span in enumerate(spans.tolist())]
+        tokens = torch.cat(places)  # flat
+        rows = torch.cat([self.rows, tokens - 1])
+        labels = torch.cat([self.labels, self.input_ids.flatten()[tokens]])
+        return replace(self, rows=rows, labels=labels)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
         """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run:

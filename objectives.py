@@ -153,14 +153,17 @@ class MicroBatch:
     weight: float  # 0: it only evens out ranks
     chosen: Tensor  # indices of the chosen titles' tokens among the M scored ones
     num_examples: int  # of the global batch
-    num_tokens: int  # target tokens of the global batch
+    num_tokens: float  # target tokens of the global batch; those of histories by their weight
     reference_logps: Tensor | None = None  # (B, N), zeros without a reference
     margins: Tensor | None = None  # (B, K), already times λ
     lengths: Tensor | None = None  # (B, N) tokens of each completion
 
 
 class SFT:
-    """Negative log-likelihood of the chosen title (eq. 1), a mean over target tokens."""
+    """Negative log-likelihood of the chosen title (eq. 1), a mean over target tokens.
+
+    With --history_weight W the history's own tokens are targets, too, and each counts W times: what
+    a user chose next is told twenty times in a prompt, not once."""
 
     has_reference = False
 
@@ -168,17 +171,23 @@ class SFT:
         self.config, self.model, self.encoded, self.device = config, model, encoded, device
         # (E, N) candidates that become completions, chosen first
         self.slots = encoded.examples.target[:, None]
+        self.history_weight = config.history_weight
 
-    def num_tokens(self, examples) -> int:
-        """Target tokens of these examples: those of the chosen titles."""
+    def num_tokens(self, examples) -> float:
+        """Target tokens of these examples: of chosen titles, and of histories by their weight."""
         chosen = (self.encoded.slots(int(e), self.slots[e][:1]) for e in examples)
-        return sum(len(ids) for (ids,) in chosen)
+        count = sum(len(ids) for (ids,) in chosen)
+        if self.history_weight:
+            count += self.history_weight * int(np.diff(self.encoded.histories[examples]).sum())
+        return count
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
         """The micro-batch of these examples, in a step of `step_examples` over all ranks."""
         weight, batch = float(bool(batch)), batch or [int(step_examples[0])]
         tree = self.encoded.tree(batch, self.slots)
         chosen = tree.sequence_ids % tree.num_completions == 0
+        if self.history_weight:
+            tree = tree.with_prompt_labels(self.encoded.histories[batch])
         return MicroBatch(
             tree.to(self.device),
             weight,
@@ -196,10 +205,17 @@ class SFT:
         right = (greedy_ids == tree.labels)[batch.chosen]
         count = weight * len(batch.chosen)
         sums = {
-            "loss": (weight * loss.detach(), count / batch.num_tokens),
             "nll_loss": (-weight * chosen_logps.detach().sum(), count),
             "mean_token_accuracy": (weight * right.sum(), count),
         }
+        share = count
+        if self.history_weight:
+            history_logps = token_logps[len(tree.sequence_ids) :]
+            loss = loss + self.history_weight * sft_loss(history_logps, batch.num_tokens)
+            in_history = weight * len(history_logps)
+            sums["history_nll"] = (-weight * history_logps.detach().sum(), in_history)
+            share += self.history_weight * in_history
+        sums["loss"] = (weight * loss.detach(), share / batch.num_tokens)
         return weight * loss, sums
 
     def after_step(self, metrics: Callable[[str], Tensor]) -> None:
@@ -228,6 +244,7 @@ class Preference(SFT):
         table = PreferenceTable.of(config, loss, encoded.examples)
         self.loss, self.method = loss, LOSSES[loss]
         self.slots, self.margins, self.K = table.slots, table.margins, table.num_negatives
+        self.history_weight = 0.0  # histories are sft's alone
         self.sft_weight = config.sft_weight
         if config.sft_weight < 0:
             self.sft_weight = self.method.sft_weight

@@ -108,6 +108,7 @@ READ_BY = {  # option of a loss -> the stages that read it
     "num_negatives": PREFERENCE - set(PAIRWISE),
     "negative_source": PREFERENCE,
     "simpo_gamma": {"simpo"},
+    "history_weight": {"sft"},
 }
 
 
@@ -175,6 +176,12 @@ class TrainConfig(DataConfig):
     simpo_gamma: float = arg(
         2.0,
         "simpo: target margin; gamma / beta between 0.25 and 1 is advised, the paper has 2",
+        at_least=0,
+    )
+    history_weight: float = arg(
+        0.0,
+        "sft: the history's own tokens are targets, too, and each counts so much "
+        "of an answer's; 0 = the answer alone",
         at_least=0,
     )
     sft_weight: float = arg(
@@ -687,7 +694,8 @@ def main() -> None:
         base = find_base(config)
     tokenizer = Tokenizer(base, config.prompt_format)
     with first():
-        train = encode_split(prepared, "train", tokenizer, config.max_length)
+        histories = config.history_weight > 0
+        train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
         test = encode_split(prepared, "test", tokenizer, config.max_length)
     val = encode_sample(prepared.splits["val"], tokenizer, config)
     baselines = prepared.baselines("test") if is_main() else {}

@@ -25,6 +25,7 @@ import weakref
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -98,10 +99,14 @@ def fake_step(
     completions: list[int],  # tokens of each completion, EOS included
     gpu: bool = False,
     load_in_4bit: bool = False,
+    history: int = 0,  # prompt tokens that are targets, too
 ) -> Step:
     """Run two steps on fake tensors (the second one finds the moments in place)
     and add up what is alive."""
     tree = build_tree([[0] * P] * B, [[[0] * n for n in completions]] * B)
+    M = len(tree.sequence_ids)
+    if history:
+        tree = tree.with_prompt_labels(np.array([[1, 1 + history]] * B))
     imitation = contextlib.nullcontext()
     if gpu:
         imitation = _imitate_gpu()
@@ -128,9 +133,11 @@ def fake_step(
         for counted in (counter, contextlib.nullcontext()):
             alive.peak = alive.live
             with counted:
-                logps = tree.sum_logps(model.train()(tree)[0])
-                logps.sum().backward()
-            del logps
+                token_logps, _ = model.train()(tree)
+                answers, others = token_logps.split([M, len(token_logps) - M])
+                logps = tree.sum_logps(answers)
+                (logps.sum() + others.sum()).backward()
+            del token_logps, answers, others, logps
             peak = alive.peak  # training's fused AdamW works in place, this one does not
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -219,6 +226,7 @@ def report(
     gpu_memory: float,  # GB; 0: no limit given
     world_size: int,
     load_in_4bit: bool = False,
+    history: int = 0,  # prompt tokens that are targets, too
 ) -> str:
     """A Markdown table: memory of a rank for 1 to 8 ranks, sharded or not,
     with and without checkpointing; time of a step."""
@@ -226,11 +234,9 @@ def report(
     B = max(1, micro_batch_tokens // width)
 
     def steps_of(prompts: int) -> dict[bool, Step]:
-        shape = (prompts, prompt, completions)
+        batch = (prompts, prompt, completions, gpu, load_in_4bit, history)
         return {
-            checkpointing: fake_step(
-                config, dtype, r, targets, dropout, checkpointing, *shape, gpu, load_in_4bit
-            )
+            checkpointing: fake_step(config, dtype, r, targets, dropout, checkpointing, *batch)
             for checkpointing in (False, True)
         }
 
@@ -332,7 +338,9 @@ def dry_run(run: Run) -> None:
         lengths = (int(widths[:, 0].max()), completions, float(widths.sum(1).mean()))
         batches = (config.micro_batch_tokens, config.batch_size)
         machine = (gpu, config.gpu_memory, run.world_size, config.load_in_4bit)
-        print0(report(model_config, dtype, r, targets, dropout, *lengths, *batches, *machine))
+        history = int(np.diff(run.train.histories).max()) if objective.history_weight else 0
+        sizes = (*lengths, *batches, *machine, history)
+        print0(report(model_config, dtype, r, targets, dropout, *sizes))
     print0(
         f"\n--gradient_checkpointing is {'on' if config.gradient_checkpointing else 'off'}, "
         f"--shard {config.shard}; nothing was trained"

@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from data import (
     build_examples,
     encode_examples,
     k_core,
+    render_prompt,
 )
 from demo import planted
 from demo.planted import bayes_scores, world_of
@@ -506,7 +508,9 @@ def _content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
     return _sha256("\n".join([*parts, json.dumps(texts, sort_keys=True)]).encode())
 
 
-def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode_split(
+    prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int, histories: bool = False
+) -> Encoded:
     """encode_examples, kept in the prepared folder:
     a run, its other ranks and the next run with this tokenizer read it."""
     examples = prepared.splits[split]
@@ -519,6 +523,7 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         ALL_TEMPLATES,
         WITHOUT_RATINGS,
         prepared.interactions.words,
+        *(["histories"] if histories else []),
     ]
     key = _sha256(json.dumps(facts).encode())[:12]
     file = prepared.folder / f"tokens-{split}-{key}.safetensors"
@@ -535,8 +540,36 @@ def encode_split(prepared: Prepared, split: str, tokenizer: Tokenizer, max_lengt
         "prompt_lengths": np.array([len(ids) for ids in encoded.prompts]),
         "counts": np.array([encoded.num_shortened, encoded.num_dropped]),
     }
+    if histories:
+        encoded.histories = arrays["histories"] = history_spans(encoded, tokenizer)
     _keep(file, arrays)
     return encoded
+
+
+def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
+    """(E, 2) where the history stands among a prompt's tokens: first, and one behind the last.
+
+    It is where a prompt differs from the same one with another history, whatever stands around it.
+    """
+    texts = []
+    for e in range(len(encoded.examples)):
+        example = encoded.examples[e]
+        unrated = all(isnan(rating) for _, rating in example.history)
+        texts.append(render_prompt(replace(example, history=[("~", nan if unrated else 0.0)])))
+    spans = np.empty((len(texts), 2), np.int32)
+    for e, other_ids in enumerate(tokenizer.encode_prompts(texts)):
+        prompt = encoded.prompts[e]
+        head = shared_length(prompt, other_ids)
+        tail = shared_length(prompt[head:][::-1], other_ids[head:][::-1])
+        spans[e] = head, len(prompt) - tail
+    return spans
+
+
+def shared_length(a, b) -> int:
+    """How many ids a and b begin with alike."""
+    length = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
+    return int(differ[0]) if len(differ) else length
 
 
 def _read_encoded(file: Path, examples: Examples) -> Encoded:
@@ -552,11 +585,16 @@ def _read_encoded(file: Path, examples: Examples) -> Encoded:
             fits = fits and whole and parts.sum() == len(values) and values.min(initial=0) >= 0
             fits = fits and values.dtype == np.int32
         known = np.isin(examples.candidates, items).all()
+        histories = arrays.get("histories")
+        if fits and histories is not None:
+            fits = histories.shape == (len(examples), 2)
+            bounds = np.column_stack([np.ones(len(examples)), histories, lengths[0]]) if fits else 0
+            fits = fits and (np.diff(bounds) >= 0).all()
         if not (fits and known and len(counts) == 2):
             raise TypeError("its parts do not fit together; delete it, it will be made again")
         completions = zip(items, Ragged(ids[1], lengths[1]), strict=True)
         spelt = {item: part.tolist() for item, part in completions}
-        return Encoded(examples, Ragged(ids[0], lengths[0]), spelt, *counts)
+        return Encoded(examples, Ragged(ids[0], lengths[0]), spelt, *counts, histories)
 
 
 def _keep(file: Path, arrays: dict[str, np.ndarray]) -> None:

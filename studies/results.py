@@ -60,6 +60,7 @@ START_OPTIONS = [
     "sft_lora_r",
     "sft_epochs",
     "sft_learning_rate",
+    "history_weight",
     "lora_dropout",
 ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_json
 from families import NASTY, WORDS
 from launch import ROOT, run_script
@@ -24,6 +25,7 @@ from data import (
     Examples,
     Interactions,
     build_examples,
+    build_tree,
     encode_examples,
     micro_batches,
     render_prompt,
@@ -470,6 +472,17 @@ def test_encoded_examples_equal_their_text(tokenizer):
             assert [*encoded.prompts[e], *ids] == tokenizer.encode_prompts([f"{prompt} {title}"])[
                 0
             ] + [tokenizer.eos_id]
+
+
+def test_prompt_tokens_are_predicted_by_the_ones_before_them():
+    """Rows and labels of the spans come behind those of the completions, which stay."""
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    tree = build_tree(prompts, [[[1, 2]], [[3, 4]]])
+    scored = tree.with_prompt_labels(np.array([[1, 3], [1, 2]]))
+    assert torch.equal(scored.sequence_ids, tree.sequence_ids)
+    assert torch.equal(scored.rows[:4], tree.rows) and torch.equal(scored.labels[:4], tree.labels)
+    assert scored.labels[4:].tolist() == [6, 7, 10]
+    assert tree.input_ids.flatten()[scored.rows[4:]].tolist() == [5, 6, 9]
 
 
 def test_long_prompts_lose_their_oldest_history_only(tokenizer):

@@ -197,6 +197,17 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_targets_in_the_prompt_take_memory_and_time():
+    """With a history of 100 tokens scored, the head works for 100 more rows of each prompt."""
+    config = dataclasses.replace(SMALL, vocab_size=30000)
+    shape = (config, torch.float32, 8, list(TARGET_MODULES), 0.0, False, 2, 256, [8])
+    plain, scored = fake_step(*shape), fake_step(*shape, history=100)
+    rows = 2 * 100
+    head = 2 * rows * config.hidden_size * config.vocab_size  # of one pass over them
+    assert 2 * head <= scored.flops - plain.flops <= 3 * head
+    assert scored.passing - plain.passing >= rows * config.hidden_size * 4
+
+
 def test_adapters_gradients_are_whole_between_micro_batches():
     """A quarter of adapter, gradient and moments; nothing with one micro-batch or full training."""
     step = Step(weights=0, trained=16 * 100, passing=0, flops=0)

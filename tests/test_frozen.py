@@ -1,15 +1,17 @@
 """Examples prepared once: their hash, their cached tokens, and files that are damaged."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import SPLITS, all_equal, own_rows
+from safetensors.numpy import load_file, save_file
+from test_data import SPLITS, all_equal, nasty_examples, own_rows
 
 import data
 from data import build_examples, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.frozen import DataConfig, encode_split, history_spans, prepare
 
 
 def small_config(tmp_path: Path, **options) -> DataConfig:
@@ -189,6 +191,41 @@ def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkey
     )
     encode_split(prepared, "train", other, 10_000)
     assert len(list(prepared.folder.glob("tokens-*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"ratings": False}])
+def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
+    """To the token, in every template, with ratings or without, shortened or whole."""
+    examples = nasty_examples(**options)
+    longest = max(len(ids) for ids in encode_examples(examples, tokenizer, 100_000).prompts)
+    for limit in (100_000, longest - 4):
+        encoded = encode_examples(examples, tokenizer, limit)
+        spans = history_spans(encoded, tokenizer)
+        for e, (first, end) in enumerate(spans.tolist()):
+            found = tokenizer.decode(encoded.prompts[e][first:end].tolist())
+            example, kept = examples[e], found.strip("\n ").split("\n")
+            shown = example.history[-len(kept) :]
+            assert [line.strip() for line in kept] == [
+                title if np.isnan(rating) else f"{title} | Rating: {rating:g}"
+                for title, rating in shown
+            ]
+            assert limit < 100_000 or len(shown) == len(example.history)
+
+
+def test_where_histories_stand_is_kept_with_the_tokens(tokenizer, tmp_path):
+    """Asked for, it has a file of its own, and one that does not fit its prompts is named."""
+    options = {"planted_users": 80, "followers": 3, "train_size": 20}
+    prepared = prepare(DataConfig(**options, prepared_dir=str(tmp_path)))
+    assert encode_split(prepared, "train", tokenizer, 1024).histories is None
+    made = encode_split(prepared, "train", tokenizer, 1024, histories=True)
+    read = encode_split(prepared, "train", tokenizer, 1024, histories=True)
+    assert same_encoding(made, read) and np.array_equal(made.histories, read.histories)
+    files = {file: load_file(file) for file in prepared.folder.glob("tokens-*.safetensors")}
+    file, arrays = next((f, a) for f, a in files.items() if "histories" in a)
+    for wrong in (arrays["histories"] + 10_000, arrays["histories"][:-1]):
+        save_file(arrays | {"histories": wrong}, file)
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            encode_split(prepared, "train", tokenizer, 1024, histories=True)
 
 
 def test_damaged_tokens_are_named(tokenizer, tmp_path):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import tiny_model
 
+from data import Encoded
 from losses import preference_score
 from objectives import (
     LOSSES,
@@ -519,3 +521,34 @@ def test_sft_logs_the_loss_that_it_minimises(alone):
     assert sums["loss"][0].item() == pytest.approx(7 / 8) and sums["loss"][1] == 4 / 8
     assert sums["nll_loss"][0].item() == 7 and sums["nll_loss"][1] == 4
     assert sums["mean_token_accuracy"][0].item() == 2
+
+
+def test_histories_count_by_their_weight_however_a_batch_is_divided():
+    """SFT's loss is a mean over the tokens of answers and, W times each, of histories; the answer's
+    own NLL is logged apart. A preference stage has none of it."""
+    prompts = [np.array([5, 6, 7, 8, 9]), np.array([10, 11, 12])]
+    titles, histories = {0: [20, 2], 1: [21, 22, 2]}, np.array([[1, 4], [1, 2]])
+    examples = SimpleNamespace(target=np.array([1, 0]), candidates=np.array([[0, 1], [0, 1]]))
+    encoded, model = Encoded(examples, prompts, titles, histories=histories), tiny_model()
+    answer_nll, history_nll = 0.0, 0.0
+    for prompt, item, (first, end) in zip(prompts, (1, 0), histories, strict=True):
+        ids = torch.tensor([[*prompt.tolist(), *titles[item]]])
+        logps = model.logits(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        answer_nll -= logps[len(prompt) - 1 :].sum().item()
+        history_nll -= logps[first - 1 : end - 1].sum().item()
+
+    options = {"history_weight": 0.5, "stages": "sft,recpo"}
+    objective = SFT(TrainConfig(**options), model, encoded, "cpu")
+    expected = (answer_nll + 0.5 * history_nll) / (5 + 0.5 * 4)
+    for division in ([[0, 1]], [[0], [1]], [[0, 1], []]):
+        parts = [objective(objective.prepare(batch, [0, 1])) for batch in division]
+        assert sum(loss.item() for loss, _ in parts) == pytest.approx(expected, rel=1e-5)
+        for name, wanted in (
+            ("loss", expected),
+            ("nll_loss", answer_nll / 5),
+            ("history_nll", history_nll / 4),
+        ):
+            total = sum(sums[name][0].item() for _, sums in parts)
+            count = sum(sums[name][1] for _, sums in parts)
+            assert total / count == pytest.approx(wanted, rel=1e-5), name
+    assert objective_of("recpo", history_weight=0.5)[0].history_weight == 0
