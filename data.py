@@ -636,7 +636,7 @@ class PromptTree:
     def with_prompt_labels(self, spans: np.ndarray) -> "PromptTree":
         """Score these tokens of the prompts, too: spans (B, 2) of a first >= 1 and an end.
 
-        Their rows and labels come behind the completions'; sequence_ids do not name them."""
+        Their rows and labels come behind the M of completions; sum_logps takes the first M."""
         width = self.input_ids.shape[1]
         places = [b * width + torch.arange(*span) for b, span in enumerate(spans.tolist())]
         tokens = torch.cat(places)  # flat

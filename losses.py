@@ -65,9 +65,9 @@ def target_margins(
 def sft_loss(
     token_logps: Tensor,  # (M,)
     # of the whole global batch, so that micro-batches and ranks add up to one mean
-    num_target_tokens: int,
+    num_target_tokens: float,
 ) -> Tensor:
-    """Negative log-likelihood of the answer's tokens (eq. 1), EOS included."""
+    """Negative log-likelihood of target tokens; an answer's include its EOS (eq. 1)."""
     return -token_logps.sum() / num_target_tokens
 
 

@@ -108,7 +108,6 @@ READ_BY = {  # option of a loss -> the stages that read it
     "num_negatives": PREFERENCE - set(PAIRWISE),
     "negative_source": PREFERENCE,
     "simpo_gamma": {"simpo"},
-    "history_weight": {"sft"},
 }
 
 
@@ -694,8 +693,8 @@ def main() -> None:
         base = find_base(config)
     tokenizer = Tokenizer(base, config.prompt_format)
     with first():
-        histories = config.history_weight > 0
-        train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
+        sizes = (config.max_length, config.history_weight > 0)
+        train = encode_split(prepared, "train", tokenizer, *sizes)
         test = encode_split(prepared, "test", tokenizer, config.max_length)
     val = encode_sample(prepared.splits["val"], tokenizer, config)
     baselines = prepared.baselines("test") if is_main() else {}

@@ -134,7 +134,7 @@ def fake_step(
             alive.peak = alive.live
             with counted:
                 token_logps, _ = model.train()(tree)
-                answers, others = token_logps.split([M, len(token_logps) - M])
+                answers, others = token_logps.tensor_split([M])
                 logps = tree.sum_logps(answers)
                 (logps.sum() + others.sum()).backward()
             del token_logps, answers, others, logps

@@ -549,13 +549,16 @@ def encode_split(
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
     """(E, 2) where the history stands among a prompt's tokens: first, and one behind the last.
 
-    It is where a prompt differs from the same one with another history, whatever stands around it.
+    It is where a prompt differs from the same one with another history, whatever stands around it
+    (a "~" that begins or ends it is taken for shared).
     """
     texts = []
     for e in range(len(encoded.examples)):
         example = encoded.examples[e]
-        unrated = all(isnan(rating) for _, rating in example.history)
-        texts.append(render_prompt(replace(example, history=[("~", nan if unrated else 0.0)])))
+        if example.history:  # else nothing differs, and the span is empty
+            unrated = all(isnan(rating) for _, rating in example.history)
+            example = replace(example, history=[("~", nan if unrated else 0.0)])
+        texts.append(render_prompt(example))
     spans = np.empty((len(texts), 2), np.int32)
     for e, other_ids in enumerate(tokenizer.encode_prompts(texts)):
         prompt = encoded.prompts[e]

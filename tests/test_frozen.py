@@ -212,6 +212,19 @@ def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
             assert limit < 100_000 or len(shown) == len(example.history)
 
 
+def test_an_empty_history_has_an_empty_span(tokenizer, tmp_path):
+    """Where no item before an example was liked; what is kept is read back."""
+    options = {"planted_users": 200, "followers": 3, "train_size": 300, "min_history": 1}
+    config = DataConfig(**options, history_items="positive", prepared_dir=str(tmp_path))
+    prepared = prepare(config)
+    made = encode_split(prepared, "train", tokenizer, 1024, histories=True)
+    read = encode_split(prepared, "train", tokenizer, 1024, histories=True)
+    examples = prepared.splits["train"]
+    empty = np.array([len(examples.history_rows(e)) == 0 for e in range(len(examples))])
+    assert empty.any() and np.array_equal(np.diff(read.histories)[:, 0] == 0, empty)
+    assert np.array_equal(made.histories, read.histories) and read.histories.min() >= 1
+
+
 def test_where_histories_stand_is_kept_with_the_tokens(tokenizer, tmp_path):
     """Asked for, it has a file of its own, and one that does not fit its prompts is named."""
     options = {"planted_users": 80, "followers": 3, "train_size": 20}

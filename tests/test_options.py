@@ -73,7 +73,6 @@ OTHER = {  # a value of each option of a loss that is not its default
     "num_negatives": 2,
     "negative_source": "random",
     "simpo_gamma": 1.0,
-    "history_weight": 1.0,
 }
 INERT = {
     "margin_lambda": "sdpo",
@@ -81,7 +80,6 @@ INERT = {
     "num_negatives": "dpo",
     "negative_source": "sft",
     "simpo_gamma": "recpo",
-    "history_weight": "recpo",
 }
 
 
