@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from objectives import PREFERENCE_LOSSES
-from studies.results import NOT_THE_METHOD, Result, comparable, defaults_of
+from studies.results import (
+    NOT_THE_METHOD,
+    PREFERENCE_OPTIONS,
+    Result,
+    comparable,
+    defaults_of,
+)
 from studies.statistics import Difference, judge, resampled_means
 from train import TrainConfig
 
@@ -220,8 +226,10 @@ def sweep(methods: dict[str, Method], option: str) -> list[tuple[float, Method]]
         if m.stage == "recpo" and differing(m.settings, base.settings) <= {option}:
             points.append((m.settings[option], m))
     plain = base_method(methods, "sdpo")
-    if option == "margin_lambda" and plain:
-        points.append((0.0, plain))
+    if option == "margin_lambda" and plain:  # λ = 0, unless trained in another way besides
+        others = set(PREFERENCE_OPTIONS) - {"margin", "margin_lambda"}
+        if not differing(plain.settings, base.settings) & others:
+            points.append((0.0, plain))
     seeds = [set(m.seeds) for _, m in points]
     shared = sorted(set.intersection(*seeds)) if seeds else []
     if not shared:

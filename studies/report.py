@@ -38,6 +38,7 @@ import numpy as np
 
 from common import run_cli
 from loaders.frozen import DataConfig, find_prepared
+from objectives import PREFERENCE_LOSSES
 from studies.inspection import statistics
 from studies.measure import MEASURED, measure_missing, wanted_kinds
 from studies.methods import (
@@ -130,6 +131,7 @@ def main_table(methods: dict[str, Method], dataset: str) -> str:
         "Runs: training runs, one seed each. Intervals resample users, not seeds;",
         f"those of the comparisons hold for all {len(versus)} of them together (Holm, 95 %).",
         *shared_lines([r for m in methods.values() for r in m.results]),
+        *rate_lines(methods),
         *repeat_lines(methods),
         "",
         table(columns, rows),
@@ -141,6 +143,18 @@ def shared_lines(results: list[Result]) -> list[str]:
     shared = shared_options(results)
     text = ", ".join(f"{k} {v}" for k, v in shared.items())
     return [f"Options of all trained stages that are not the defaults: {text}."] if shared else []
+
+
+def rate_lines(methods: dict[str, Method]) -> list[str]:
+    """Learning rates of the preference methods, where they differ."""
+    rates: dict[float, list[str]] = {}
+    for name, method in methods.items():
+        if method.stage in PREFERENCE_LOSSES:
+            rates.setdefault(method.settings["learning_rate"], []).append(name)
+    if len(rates) < 2:
+        return []
+    text = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in rates.items())
+    return [f"Learning rates: {text}."]
 
 
 def repeat_lines(methods: dict[str, Method]) -> list[str]:

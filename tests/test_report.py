@@ -15,7 +15,7 @@ from loaders.frozen import DataConfig, prepare
 from studies.measure import flags_of, jobs_of, measure_missing, wanted_kinds
 from studies.methods import Method, compare, grouped, option_text, sweep
 from studies.probes import PROBE_NAMES
-from studies.report import data_table, main_table
+from studies.report import data_table, main_table, rate_lines
 from studies.results import NOT_THE_METHOD, Result, check_candidates, collect, settings_of
 from studies.sequential import BaselineConfig
 from studies.statistics import Difference, bootstrap, judge, mcnemar
@@ -361,6 +361,13 @@ def test_a_sweep_changes_one_option():
     assert [value for value, _ in sweep(methods, "num_negatives")] == [1, 3]
     assert [value for value, _ in sweep(methods, "decay")] == [0.5, 1.0]
     assert sweep(grouped(results), "margin_lambda") == []  # no seed has them all
+    assert rate_lines(methods) == []
+
+    results[0] = result("sdpo", learning_rate=5e-4)  # λ is not all that differs
+    methods = grouped([r for r in results if r.seed == 0])
+    assert [value for value, _ in sweep(methods, "margin_lambda")] == [2.0, 4.0]
+    (line,) = rate_lines(methods)
+    assert line.startswith("Learning rates: ") and "0.0005 for sdpo; 1e-05 for recpo, " in line
 
 
 # --------------------------------------------------------------------------------------- the runner
