@@ -112,8 +112,10 @@ def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -
         spans = [bootstrap(m.per_user(key)) for _, m in sweep]
         errors = np.abs(np.array(spans).T - means)
         axis.errorbar(values, means, errors, marker="o", capsize=3, label=what)
+    if label == "λ" and values[0] == 0:
+        label = "λ (0: S-DPO)"
     for axis in axes:
-        axis.set(xlabel=f"{label}{' (0: S-DPO)' if label == 'λ' else ''}")
+        axis.set(xlabel=label)
         axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
         axis.legend()
