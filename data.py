@@ -654,7 +654,7 @@ class PromptTree:
         tokens = torch.arange(len(self.sequence_ids), device=self.sequence_ids.device)
         places = tokens - starts[self.sequence_ids]  # (M,) of a token within its title
         rows = token_logps.new_zeros(B * N * width)
-        rows = rows.scatter(0, self.sequence_ids * width + places, token_logps)
+        rows = rows.scatter(0, self.sequence_ids * width + places, token_logps[: len(tokens)])
         return rows.view(B, N, width).sum(2)
 
 

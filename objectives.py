@@ -162,8 +162,8 @@ class MicroBatch:
 class SFT:
     """Negative log-likelihood of the chosen title (eq. 1), a mean over target tokens.
 
-    With --history_weight W the history's own tokens are targets, too, and each counts W times: what
-    a user chose next is told twenty times in a prompt, not once."""
+    With --history_weight W the history's own tokens are targets, too, and each counts W times (a
+    prompt loss weight, of the history alone): every item tells what the user chose next."""
 
     has_reference = False
 
@@ -208,14 +208,14 @@ class SFT:
             "nll_loss": (-weight * chosen_logps.detach().sum(), count),
             "mean_token_accuracy": (weight * right.sum(), count),
         }
-        share = count
+        num_scored = count  # those of the history by their weight
         if self.history_weight:
             history_logps = token_logps[len(tree.sequence_ids) :]
             loss = loss + self.history_weight * sft_loss(history_logps, batch.num_tokens)
             in_history = weight * len(history_logps)
             sums["history_nll"] = (-weight * history_logps.detach().sum(), in_history)
-            share += self.history_weight * in_history
-        sums["loss"] = (weight * loss.detach(), share / batch.num_tokens)
+            num_scored += self.history_weight * in_history
+        sums["loss"] = (weight * loss.detach(), num_scored / batch.num_tokens)
         return weight * loss, sums
 
     def after_step(self, metrics: Callable[[str], Tensor]) -> None:

@@ -179,8 +179,8 @@ class TrainConfig(DataConfig):
     )
     history_weight: float = arg(
         0.0,
-        "sft: the history's own tokens are targets, too, and each counts so much "
-        "of an answer's; 0 = the answer alone",
+        "sft: weight of a token of the history, as a target, beside one of the answer; "
+        "0 = the answer alone",
         at_least=0,
     )
     sft_weight: float = arg(
@@ -692,9 +692,9 @@ def main() -> None:
     with first("LOCAL_RANK"):
         base = find_base(config)
     tokenizer = Tokenizer(base, config.prompt_format)
+    histories = config.history_weight > 0
     with first():
-        sizes = (config.max_length, config.history_weight > 0)
-        train = encode_split(prepared, "train", tokenizer, *sizes)
+        train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
         test = encode_split(prepared, "test", tokenizer, config.max_length)
     val = encode_sample(prepared.splits["val"], tokenizer, config)
     baselines = prepared.baselines("test") if is_main() else {}

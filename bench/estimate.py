@@ -104,7 +104,6 @@ def fake_step(
     """Run two steps on fake tensors (the second one finds the moments in place)
     and add up what is alive."""
     tree = build_tree([[0] * P] * B, [[[0] * n for n in completions]] * B)
-    M = len(tree.sequence_ids)
     if history:
         tree = tree.with_prompt_labels(np.array([[1, 1 + history]] * B))
     imitation = contextlib.nullcontext()
@@ -133,11 +132,9 @@ def fake_step(
         for counted in (counter, contextlib.nullcontext()):
             alive.peak = alive.live
             with counted:
-                token_logps, _ = model.train()(tree)
-                answers, others = token_logps.tensor_split([M])
-                logps = tree.sum_logps(answers)
-                (logps.sum() + others.sum()).backward()
-            del token_logps, answers, others, logps
+                logps = tree.sum_logps(model.train()(tree)[0])
+                logps.sum().backward()
+            del logps
             peak = alive.peak  # training's fused AdamW works in place, this one does not
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

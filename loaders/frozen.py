@@ -575,6 +575,14 @@ def shared_length(a, b) -> int:
     return int(differ[0]) if len(differ) else length
 
 
+def spans_fit(spans: np.ndarray, lengths: np.ndarray) -> bool:
+    """Whether all spans (E, 2) lie in prompts of these lengths (E,), behind their first token."""
+    if spans.shape != (len(lengths), 2):
+        return False
+    first, end = spans.T
+    return bool(((first >= 1) & (first <= end) & (end <= lengths)).all())
+
+
 def _read_encoded(file: Path, examples: Examples) -> Encoded:
     """What encode_split kept; ValueError names the file if its parts do not fit together."""
     arrays = map_arrays(file)
@@ -589,10 +597,8 @@ def _read_encoded(file: Path, examples: Examples) -> Encoded:
             fits = fits and values.dtype == np.int32
         known = np.isin(examples.candidates, items).all()
         histories = arrays.get("histories")
-        if fits and histories is not None:
-            fits = histories.shape == (len(examples), 2)
-            bounds = np.column_stack([np.ones(len(examples)), histories, lengths[0]]) if fits else 0
-            fits = fits and (np.diff(bounds) >= 0).all()
+        if histories is not None:
+            fits = fits and spans_fit(histories, lengths[0])
         if not (fits and known and len(counts) == 2):
             raise TypeError("its parts do not fit together; delete it, it will be made again")
         completions = zip(items, Ragged(ids[1], lengths[1]), strict=True)

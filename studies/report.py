@@ -302,8 +302,8 @@ def report_text(results: list[Result], note: str) -> str:
         parts.append(note)
     parts.append(f"{len(results)} tested models in {runs} runs, data hash {', '.join(hashes)}.")
     parts += ["## Methods (the paper's Tables 1 and 2)", main_table(methods, dataset)]
-    known = next((r for r in results if "data_hash" in r.metrics), results[0])
-    table_3 = data_table(known.config, known.metrics.get("data_hash", "")[:12])
+    hashed = next((r for r in results if "data_hash" in r.metrics), results[0])
+    table_3 = data_table(hashed.config, hashed.metrics.get("data_hash", "")[:12])
     parts += ["## Data (the paper's Table 3)", table_3]
     if probes := probe_tables(methods):
         parts += ["## Probes", probes]

@@ -475,7 +475,7 @@ def test_encoded_examples_equal_their_text(tokenizer):
 
 
 def test_prompt_tokens_are_predicted_by_the_ones_before_them():
-    """Rows and labels of the spans come behind those of the completions, which stay."""
+    """Rows and labels of the spans come behind those of the completions, which stay, as do sums."""
     prompts = [[5, 6, 7, 8], [9, 10]]
     tree = build_tree(prompts, [[[1, 2]], [[3, 4]]])
     scored = tree.with_prompt_labels(np.array([[1, 3], [1, 2]]))
@@ -483,6 +483,11 @@ def test_prompt_tokens_are_predicted_by_the_ones_before_them():
     assert torch.equal(scored.rows[:4], tree.rows) and torch.equal(scored.labels[:4], tree.labels)
     assert scored.labels[4:].tolist() == [6, 7, 10]
     assert tree.input_ids.flatten()[scored.rows[4:]].tolist() == [5, 6, 9]
+    token_logps = torch.arange(7.0, requires_grad=True)
+    sums = scored.sum_logps(token_logps)
+    assert torch.equal(sums, tree.sum_logps(token_logps[:4]))
+    sums.sum().backward()
+    assert token_logps.grad.tolist() == [1, 1, 1, 1, 0, 0, 0]
 
 
 def test_long_prompts_lose_their_oldest_history_only(tokenizer):
