@@ -118,7 +118,7 @@ def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -
         axis.set(xlabel=label)
         axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
-        axis.legend()
+        axis.legend(loc="lower left")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
