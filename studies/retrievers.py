@@ -1,8 +1,9 @@
 """A retriever by its name: the counting ones of loaders/retrieval.py, or SASRec, trained here.
 
 SASRec trains as in studies/sequential.py, on everything before each user's last two interactions,
-and stops by validation. Its weights are kept beside the prepared examples: a second call, another
-process, or a call after studies.sequential with its usual options reads them.
+and stops by validation. Its weights are kept among the prepared examples: a second call, another
+process, prompts of other kinds over the same interactions, or a call after studies.sequential with
+its usual options reads them.
 """
 
 from dataclasses import fields

@@ -328,11 +328,17 @@ def train(
 
 
 def weights_file(config: BaselineConfig, prepared: Prepared) -> Path:
-    """Where weights of these options are kept beside the examples, for studies/retrievers.py."""
+    """Where weights of these options are kept, for studies/retrievers.py. The name covers what
+    training reads, so prompts of other kinds over the same interactions find them, too."""
     own = {f.name for f in fields(BaselineConfig)} - {f.name for f in fields(DataConfig)}
     facts = {name: getattr(config, name) for name in sorted(own - {"output_dir", "lists"})}
-    key = hashlib.sha256(json.dumps([prepared.hash, facts]).encode()).hexdigest()[:12]
-    return prepared.folder / f"{config.method}-{key}.safetensors"
+    content = hashlib.sha256(json.dumps(facts | {"num_shown": config.num_shown}).encode())
+    interactions, val = prepared.interactions, prepared.splits["val"]
+    of_training = (interactions.start, interactions.item, interactions.training_end())
+    for array in (*of_training, val.position, val.candidates, val.target):
+        content.update(np.ascontiguousarray(array))
+    folder = prepared.folder.parent  # of all prepared examples
+    return folder / f"{config.method}-{content.hexdigest()[:12]}.safetensors"
 
 
 def keep_weights(model: Recommender, file: Path) -> None:

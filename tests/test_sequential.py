@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from launch import run_script
 
 from data import Interactions, build_examples
-from loaders.frozen import DataConfig
+from loaders.frozen import DataConfig, prepare
 from loaders.table import make_interactions
 from studies.retrievers import sasrec_config
 from studies.sequential import (
@@ -175,13 +174,20 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
 
 
 def test_the_retriever_reads_the_weights_of_the_command(tmp_path):
-    """With the usual options, whatever was tested and wherever results went; not with others."""
-    made = SimpleNamespace(hash="h", folder=tmp_path)
-    data = {"dataset": "csv", "data_dir": "log.csv"}
-    usual = weights_file(sasrec_config(DataConfig(**data)), made)
+    """With the usual options, whatever was tested and wherever results went, for prompts of other
+    kinds, too; not with other options, and not for another log or other validation lists."""
+    data = {"dataset": "planted", "planted_users": 60, "followers": 3, "prepared_dir": tmp_path}
+    config = sasrec_config(DataConfig(**data))
+    made = prepare(config)
+    usual = weights_file(config, made)
     command = BaselineConfig(method="sasrec", lists=True, output_dir="runs/sasrec", **data)
     assert weights_file(command, made) == usual
     assert weights_file(replace(command, epochs=3), made) != usual
+
+    fewer = replace(config, train_size=20)  # prompts of training, which SASRec does not read
+    assert prepare(fewer).hash != made.hash and weights_file(fewer, prepare(fewer)) == usual
+    for other in (replace(config, planted_users=61), replace(config, data_seed=1)):
+        assert weights_file(other, prepare(other)) != usual
 
 
 @pytest.mark.parametrize("method", ["sasrec", "markov", "random"])
@@ -213,7 +219,7 @@ def test_the_command_writes_what_a_stage_writes(method, tmp_path):
     assert metrics["n"] == len(records) and all(
         len(r["logps"]) == len(r["candidates"]) == 20 for r in records
     )
-    kept = list((tmp_path / "p").glob("*/sasrec-*.safetensors"))
+    kept = list((tmp_path / "p").glob("sasrec-*.safetensors"))
     assert len(kept) == (method == "sasrec")  # for studies/retrievers.py
     if method == "markov":
         assert metrics["ranking/hit_ratio@1"] == pytest.approx(metrics["baselines"]["Markov"])
