@@ -116,8 +116,7 @@ def draw_sweep(plt, sweep: list[tuple[float, Method]], label: str, file: Path) -
         label = "λ (0: S-DPO)"
     for axis in axes:
         axis.set(xlabel=label)
-        axis.margins(y=0.1)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.legend(loc="lower left")
     figure.savefig(file, dpi=110)
     plt.close(figure)
