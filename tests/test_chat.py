@@ -492,7 +492,8 @@ SAID = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_one_message(name, tmp_path, monkeypatch):
     """Time, memory, length of the text, and everything outside of the template's variables."""
-    monkeypatch.setattr(chat, "CPU_SECONDS", 1)
+    slow = name in ("endless", "power")  # the others must not meet this bound on a busy machine
+    monkeypatch.setattr(chat, "CPU_SECONDS", 1 if slow else 30)
     path = write_base(tmp_path, "qwen2.5", HOSTILE[name] + QWEN25)
     with pytest.raises(ValueError, match=SAID[name]) as raised:
         Tokenizer(path, "chat")
