@@ -668,12 +668,12 @@ def test_a_quote_that_is_not_closed_costs_its_own_line_only(second, tmp_path):
 def test_lists_of_texts_do_not_backtrack():
     """A line of Steam's games that is cut off inside a list of 200 texts is refused at once."""
     line = "{u'id': u'10', u'tags': [" + ", ".join(f"u'T{n}'" for n in range(200))
-    started = time.perf_counter()
+    started = time.process_time()
     for cut in (line, line + "}", line + "], [", line[:-3]):
         with pytest.raises(ValueError):
             literal_record(cut, ("id",))
     assert literal_record(line + "], 'x': 1}", ("x",)) == {"x": 1}
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_columns_are_the_likely_ones(tmp_path):
