@@ -268,6 +268,13 @@ class Block(nn.Module):
             return checkpoint(compute, x, plan, use_reentrant=False)
         return compute(x, plan)
 
+    def use_compiler(self, backend: str = "inductor") -> None:
+        """Take `compute` by torch.compile from now on, for lengths that differ from the start.
+
+        Inductor's tiling analysis asserts on such lengths on a GPU (pytorch#181563, #197077)."""
+        options = {"triton.coalesce_tiling_analysis": False} if backend == "inductor" else None
+        self.compiled = torch.compile(self.compute, dynamic=True, backend=backend, options=options)
+
     def compute(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), plan)
         return x + self.mlp(self.post_attention_layernorm(x))

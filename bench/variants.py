@@ -11,7 +11,6 @@ and backward, without what checkpointing runs again.
 import sys
 import time
 
-import torch
 from harness import (
     LORA_RANK,
     dtype_of,
@@ -48,7 +47,9 @@ def main() -> None:
     model = make_model(args)
     here = Here(model, "recpo", prompts, completions, args)
     blocks = list(model.model.layers)
-    compiled = [torch.compile(block.compute, dynamic=True) for block in blocks]
+    for block in blocks:
+        block.use_compiler()
+    compiled = [block.compiled for block in blocks]
 
     def run(way: str) -> None:
         for block, fast in zip(blocks, compiled, strict=True):

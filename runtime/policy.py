@@ -82,7 +82,7 @@ def load_policy(
         # the arithmetic only: checkpointing and sharding stay outside;
         # lengths differ from the start
         if config.compile:
-            block.compiled = torch.compile(block.compute, dynamic=True)
+            block.use_compiler()
     compute_dtype = torch.bfloat16 if full_bf16 else None
     replicas = shard(model, config.shard, config.shard_group_size, device, compute_dtype)
     materialize(model, device)

@@ -381,7 +381,7 @@ def test_compiled_blocks_follow_changing_lengths(checkpointing):
     at two batch sizes and prompt lengths."""
     eager, compiled = adapted(lora_dropout=0.0).train(), adapted(lora_dropout=0.0).train()
     for block in compiled.model.layers:
-        block.compiled = torch.compile(block.compute, dynamic=True)
+        block.use_compiler()
         block.checkpointing = checkpointing
     for B, P in ((3, 7), (2, 12)):
         tree = build_tree([[5] * (P - i) for i in range(B)], [[[8, 9, 2], [2]]] * B)
