@@ -60,10 +60,22 @@ def file_name(args, world_size: int) -> str:
     return f"gpu-{name}{f'-x{world_size}' if world_size > 1 else ''}.md"
 
 
+def notes(args, world_size: int, started: float) -> list[str]:
+    """The lines above the tables."""
+    ranks_note = f", {world_size} processes" if world_size > 1 else ""
+    layers = args.layers or "all"
+    return [
+        f"{card_name(args)}{ranks_note}; torch {torch.__version__}, commit {commit()}.",
+        f"Shape {args.shape} ({layers} layers), {args.dtype}, random weights; "
+        f"{time.monotonic() - started:.0f} s in all.",
+    ]
+
+
 def accept(args, sections: dict, world_size: int = 1, write: bool = True) -> int:
     """Run the sections (title -> function of args), write the page; 1 if a row failed."""
     started = time.monotonic()
     deadline = started + 60 * args.minutes
+    file = Path(args.out) / file_name(args, world_size)
     found = {}
     for title, section in sections.items():
         if world_size > 1:  # an error on one rank must end all of them: torchrun sees to it
@@ -72,18 +84,10 @@ def accept(args, sections: dict, world_size: int = 1, write: bool = True) -> int
             found[title] = verdict.run_section(title, lambda s=section: s(args), deadline)
         for row in found[title]:
             print0(f"{row.verdict:8} {title}: {row.name}: {row.figure} {row.goal}")
-
-    ranks_note = f", {world_size} processes" if world_size > 1 else ""
-    layers = args.layers or "all"
-    notes = [
-        f"{card_name(args)}{ranks_note}; torch {torch.__version__}, commit {commit()}.",
-        f"Shape {args.shape} ({layers} layers), {args.dtype}, random weights; "
-        f"{time.monotonic() - started:.0f} s in all.",
-    ]
+        if write:  # after every section: a run that is stopped keeps its page
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(verdict.page("GPU acceptance", notes(args, world_size, started), found))
     if write:
-        file = Path(args.out) / file_name(args, world_size)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(verdict.page("GPU acceptance", notes, found))
         print0(f"\nwritten to {file}")
     return min(1, verdict.failures(found))
 

@@ -60,6 +60,17 @@ def test_the_exit_code_tells_of_failures_and_the_page_is_written(toy, tmp_path):
     assert "**fail**" in file.read_text() and "## fine" in file.read_text()
 
 
+def test_a_run_that_is_stopped_keeps_the_sections_before(toy, tmp_path):
+    def stopped(args):
+        raise KeyboardInterrupt
+
+    toy.out = str(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        accept(toy, {"fine": lambda args: [verdict.at_most("x", 1.0, 2.0)], "slow": stopped})
+    (file,) = tmp_path.glob("gpu-*.md")
+    assert "1 pass, 0 fail" in file.read_text()
+
+
 @pytest.mark.parametrize("spoilt, expected", [("nothing", "pass"), ("values", "fail")])
 def test_a_wrong_kernel_fails(toy, monkeypatch, spoilt, expected):
     """Log-probs that are off by a hundredth of a nat."""
