@@ -142,10 +142,15 @@ def open_run_folder(config) -> Path:
             before = asdict(type(config)()) | read_json(file)  # older runs have fewer options
             stages = before["stages"].split(",")
         fixed = sorted(settings.keys() - set(FREE_TO_CHANGE.split()))
-        changed = [name for name in fixed if before[name] != settings[name]]
+        changed = [
+            f"{name} ({before[name]!r}, now {settings[name]!r})"
+            for name in fixed
+            if before[name] != settings[name] and not same_place(before[name], settings[name])
+        ]
         if changed:
             raise ValueError(
-                f"{file}: the run was started with other values of {', '.join(changed)}"
+                f"{file}: the run was started with other values of {', '.join(changed)}; "
+                "give those, or choose another --output_dir"
             )
         if dropped := [s for s in stages if s.strip() not in config.stage_list]:
             raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
@@ -156,6 +161,12 @@ def open_run_folder(config) -> Path:
         lock_folder(folder)
         file.write_text(json.dumps(settings, indent=2) + "\n")
     return folder
+
+
+def same_place(a, b) -> bool:
+    """Whether two options name one file that is there, in whatever way: a link, `..`, a whole path."""
+    paths = [Path(name) for name in (a, b) if isinstance(name, str) and name]
+    return len(paths) == 2 and all(p.exists() for p in paths) and paths[0].samefile(paths[1])
 
 
 def lock_folder(folder: Path) -> None:

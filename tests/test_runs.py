@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 import train
 from eval import main as evaluate_run
 from model import load_pretrained
+from runtime import runs
 from runtime.checkpoint import checkpoints, damage
 from runtime.runs import Logger, StepMetrics
 from runtime.stages import save_predictions
@@ -130,8 +132,25 @@ def test_a_run_folder_in_use_is_not_overwritten(one_process):
     output, _ = run_train(tmp_path, "one", expect=1)
     assert "holds a run already" in output and "Traceback" not in output
     output, _ = run_train(tmp_path, "one", "--resume=auto", "--beta=0.5", expect=1)
-    assert "other values of beta" in output and "Traceback" not in output
+    assert "other values of beta (1.0, now 0.5); " in output and "Traceback" not in output
     assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
+
+
+def test_a_run_goes_on_with_its_data_under_another_name(tmp_path, monkeypatch):
+    """A whole path, then a path from where one stands; what is another file stays refused."""
+    options = {"dataset": "csv", "data_dir": str(tmp_path / "log.csv"), "resume": "auto"}
+    config = train.TrainConfig(model=str(tmp_path), output_dir=str(tmp_path / "run"), **options)
+    for name in ("log.csv", "another.csv"):
+        (tmp_path / name).touch()
+    folder = runs.open_run_folder(config)
+    (folder / "sft.unfinished").mkdir()
+    runs.run_lock.close()
+    monkeypatch.chdir(folder)
+    assert runs.open_run_folder(replace(config, data_dir="../log.csv", model="..")) == folder
+    runs.run_lock.close()
+    for other in ("../another.csv", "../gone.csv", ""):
+        with pytest.raises(ValueError, match="other values of data_dir"):
+            runs.open_run_folder(replace(config, data_dir=other))
 
 
 DISK = """
