@@ -164,7 +164,7 @@ def open_run_folder(config) -> Path:
 
 
 def same_place(a, b) -> bool:
-    """Whether two options name one file that is there, in whatever way: a link, `..`, a whole path."""
+    """Whether two options name one file: by a link, by `..` or by its whole path."""
     paths = [Path(name) for name in (a, b) if isinstance(name, str) and name]
     return len(paths) == 2 and all(p.exists() for p in paths) and paths[0].samefile(paths[1])
 
