@@ -8,6 +8,7 @@ Legend: M scored rows, D hidden_size, V vocab_size, B prompts of a micro-batch."
 import gc
 import importlib.util
 from dataclasses import replace
+from functools import partial
 
 import torch
 from harness import (
@@ -386,6 +387,11 @@ def head(args) -> list[Row]:
     return rows
 
 
+def repeatedly(way, calls: int) -> None:
+    for _ in range(calls):
+        way()
+
+
 def nf4(args) -> list[Row]:
     """Dequantisation of a large projection: share of the card's memory rate; bitsandbytes'."""
     if not HAS_TRITON:
@@ -402,7 +408,7 @@ def nf4(args) -> list[Row]:
         packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
         ways["bitsandbytes"] = lambda: dequantize_4bit(packed, state)
     calls = 50  # between two synchronisations: one alone takes less than its launch by Python
-    many = {name: lambda way=way: [way() for _ in range(calls)] for name, way in ways.items()}
+    many = {name: partial(repeatedly, way, calls) for name, way in ways.items()}
     seconds = {name: s / calls for name, s in interleaved(many, args.repeats).items()}
     moved = codes.numel() + 4 * absmax.numel() + weight.numel() * weight.element_size()
     share = {name: 100 * moved / s / args.bandwidth for name, s in seconds.items()}
