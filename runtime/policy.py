@@ -79,8 +79,7 @@ def load_policy(
         apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
-        # the arithmetic only: checkpointing and sharding stay outside;
-        # lengths differ from the start
+        # the arithmetic only: checkpointing and sharding stay outside
         if config.compile:
             block.use_compiler()
     compute_dtype = torch.bfloat16 if full_bf16 else None
