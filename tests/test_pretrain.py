@@ -39,18 +39,19 @@ def parts(prompt):
     return lines[question + 1 :], [(title, rating) for title, _, rating in shown]
 
 
-@pytest.mark.parametrize("question", ["first", *pretrain.QUESTIONS])
+@pytest.mark.parametrize("question", ["disliked", *pretrain.QUESTIONS])
 @pytest.mark.parametrize("right", [0, 2])
 def test_a_question_has_the_listed_titles_of_the_kind_meant_as_answers(question, right):
-    """Like the oldest, the latest, the latest liked, or all; never a title of the history."""
+    """Like the latest, the latest liked or disliked, or all; never a title of the history."""
     kinds, rng = pretrain.read_titles(PretrainConfig()), np.random.default_rng(0)
     kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
     for _ in range(50):
         prompt = pretrain.kind_prompt(kinds, question, 20, right, ("stories", "read", "read"), rng)
         listed, history = parts(prompt)
         liked = [title for title, rating in history if rating in ("4", "5")]
+        disliked = [title for title, rating in history if rating in ("1", "2")]
         meant = {
-            "first": [history[0][0]],
+            "disliked": disliked[-1:],
             "alike": [title for title, _ in history],
             "last": [history[-1][0]],
             "liked": liked[-1:],
@@ -60,6 +61,54 @@ def test_a_question_has_the_listed_titles_of_the_kind_meant_as_answers(question,
         of_the_kind = {title for title in listed if kind_of[title] == kind}
         assert len(of_the_kind) == right
         assert set(prompt.answers) == (of_the_kind or set(listed))
+
+
+def test_mixed_titles_change_the_words_behind_their_first():
+    """Every first word and every ending is one of before, once; a title of one word keeps it."""
+    titles, rng = ["Blue Sky", "Red Sea of Sand", "Emma", "Green Hill"], np.random.default_rng(0)
+    firsts, ends = {"Blue", "Red", "Emma", "Green"}, {" Sky", " Sea of Sand", "", " Hill"}
+    seen = set()
+    for _ in range(50):
+        parted = [title.partition(" ") for title in pretrain.mixed(titles, rng)]
+        assert {first for first, _, _ in parted} == firsts
+        assert {gap + end for _, gap, end in parted} == ends
+        seen |= {"".join(part) for part in parted}
+    assert len(seen) == 16
+    assert pretrain.mixed(["Emma", "Emma"], rng) == ["Emma"]
+
+
+@pytest.mark.parametrize("least", [5, 30, 400])
+def test_crowded_titles_are_of_few_kinds(least):
+    """Of as many more kinds as a list and a history need, of all if there are not enough."""
+    kinds, rng = pretrain.read_titles(PretrainConfig()), np.random.default_rng(0)
+    kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
+    counts = set()
+    for _ in range(50):
+        titles = pretrain.crowded(kinds, least, rng)
+        assert len(set(titles)) == len(titles) > min(least, 319)
+        counts.add(len({kind_of[title] for title in titles}))
+    assert counts == ({20} if least == 400 else {2, 4, 10})
+
+
+def test_the_last_steps_of_practice_leave_no_taste():
+    """Before them a recommender's prompt may ask for the kind of the latest disliked title; in them
+    every listed title answers it, as it always does in the first part."""
+    config = PretrainConfig()
+    kinds, steps = pretrain.read_titles(config), config.steps
+    practice = pretrain.Practice(config, kinds, Tokenizer(BASE))
+    practice.list_size = 20
+    assert len(practice.draw(steps // 3 - 1)) == 2
+    disliked = 0
+    for step in range(steps - 5, steps + 5):
+        for part, prompts in enumerate(practice.draw(step)):
+            for prompt in prompts:
+                everything = set(prompt.answers) == set(parts(prompt)[0])
+                recommends = " is like " not in prompt.text
+                assert everything or part >= 1
+                if step >= steps:
+                    assert everything or not recommends
+                disliked += recommends and not everything
+    assert disliked > 20
 
 
 def test_titles_of_a_file_may_name_their_kinds(tmp_path):
