@@ -32,10 +32,10 @@ A checkpoint every few minutes; the same command goes on from it.
 
 demo/base was made by this loop in about 45 minutes of 2 cores, but not in one run: while the parts
 of a step were being found. 1,000 steps of lists; 1,750 with two parts of lists, one of "disliked",
-one of questions; 400 and 1,900 as they are now, each with a rate of its own from 2e-3 down; 200 and,
-from 16-bit weights, 450 last ones. Kinds are told apart late (titles like the latest: .30 of the
-probability after 3,350 of these steps, .90 after 4,750), so --steps is 5,000; it was not run as such
-since. tests/test_pretrain.py checks that the base writes listed titles and ranks at chance.
+one of questions; 400 and 1,900 as they are now, each with a rate of its own from 2e-3 down; 200
+and, from 16-bit weights, 450 last ones. Kinds are told apart late (titles like the latest: .30 of
+the probability after 3,150 of these steps, .90 after 4,750), so --steps is 5,000; it was not run as
+such since. tests/test_pretrain.py checks that the base writes listed titles and ranks at chance.
 
 Left out: several processes, GPUs, bf16 in training.
 """
@@ -414,7 +414,7 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    mixed_part = 1 if len(results) == 2 else 0
+    mixed_part = 1 if len(results) == 2 else 0  # going on is judged where nothing is by heart
     practice.update(results[mixed_part][1], results[0][2])
     return np.array(results)
 
