@@ -11,7 +11,7 @@ best the model can do is to spread its answer evenly over the list: reading, wit
 All listed titles hang on one PromptTree by their first token, which is the hard one (20 titles have
 to be told from the history's), and a few of them whole, which is how a title goes on and ends.
 
-Half of these prompts show *mixed* titles, whose words changed partners. Real ones are soon known by
+Half of a step shows *mixed* titles, whose words changed partners. Real ones are soon known by
 heart, and a model that knows them writes the first word of one listed title and the second of
 another; of mixed ones only the list tells what belongs together. All of them are written whole.
 
@@ -28,7 +28,8 @@ going by the latest disliked ranks .07 first, chance .05; by the latest liked, .
 has to turn to another item, and need not invent how titles are compared. In SETTLE last steps any
 listed title answers a recommender's prompt: no taste is left.
 
-A checkpoint every few minutes; the same command goes on from it.
+It is made in a folder beside the directory ("base.part"), which it fills at the end; a checkpoint
+every few minutes, and the same command goes on from it.
 
 demo/base was made by this loop in about 45 minutes of 2 cores, but not in one run: while the parts
 of a step were being found. 1,000 steps of lists; 1,821 with two parts of lists, one of "disliked",
@@ -78,7 +79,7 @@ SETTLE = 450  # steps after the others, in which a recommender's prompt prefers 
 class PretrainConfig:
     """Make a small base that reads lists, as a Hugging Face directory."""
 
-    output_dir: str = arg(str(BASE), "where the base goes; while it is made, a checkpoint too")
+    output_dir: str = arg(str(BASE), "where the base goes; while it is made, OUTPUT_DIR.part")
     titles: str = arg("", "text file with one title per line; empty = the planted world's")
     words: str = arg(
         ",".join(WORDS), "words of the prompts, as movies,watched,watch: things, past, verb"
@@ -93,9 +94,12 @@ class PretrainConfig:
     num_layers: int = arg(4, "blocks", at_least=1)
     num_heads: int = arg(2, "attention heads, each with keys and values of its own", at_least=1)
     head_dim: int = arg(64, "width of a head; 32 are too few to bind words", at_least=2)
-    steps: int = arg(5000, "optimizer steps", at_least=1)
+    steps: int = arg(5000, f"optimizer steps; {SETTLE} more follow", at_least=1)
     batch_tokens: int = arg(
-        4096, "prompt tokens of a step; lists of few titles take fewer", at_least=1
+        4096,
+        "prompt tokens of two of a step's micro-batches, about (it has two, later four); "
+        "lists of few titles take fewer",
+        at_least=1,
     )
     learning_rate: float = arg(2e-3, "peak; warm-up, then a cosine to a hundredth of it", above=0)
     seed: int = arg(0, "seed of weights and prompts")
@@ -153,6 +157,14 @@ QUESTIONS = {
     "Which of the following {things} is like the latest rated 4 or 5?\n{candidates}\nAnswer:",
 }
 KEPT = 3  # titles of each kind that are in no history, so that a list may have them
+LONGEST = 16  # titles of a history before a question
+
+
+def kinds_to_ask_for(kinds: list[list[str]]) -> list[list[str]]:
+    """Those with titles enough for a history and a list; none if the others cannot fill a list."""
+    kinds = [kind for kind in kinds if len(kind) >= 2 * KEPT]
+    others = sum(map(len, kinds)) - max(map(len, kinds), default=0)
+    return kinds if others >= LONGEST + NUM_CANDIDATES else []
 
 
 def kind_prompt(
@@ -166,8 +178,8 @@ def kind_prompt(
     order = [shuffled(kind, rng) for kind in kinds]
     few = rng.permutation(len(kinds))[: 1 if question == "alike" else int(rng.choice(SPREADS))]
     history = shuffled([title for k in few for title in order[k][:-KEPT]], rng)
-    lengths = (1, 7) if question == "alike" else (4, 17)
-    history = history[: int(rng.integers(*lengths))]
+    lengths = (1, 6) if question == "alike" else (4, LONGEST)
+    history = history[: int(rng.integers(*lengths, endpoint=True))]
     ratings = rng.integers(1, 6, size=len(history)).tolist()
     low, high = {"liked": (4, 5), "disliked": (1, 2)}.get(question, (1, 5))
     meant = len(history) - 1
@@ -195,9 +207,9 @@ def kind_prompt(
 def mixed(titles: list[str], rng) -> list[str]:
     """Titles that changed the words behind their first: which belong together stands in the list
     alone, and cannot be known by heart."""
-    heads, gaps, tails = zip(*(title.partition(" ") for title in titles), strict=True)
-    ends = shuffled([gap + tail for gap, tail in zip(gaps, tails, strict=True)], rng)
-    return sorted({head + end for head, end in zip(heads, ends, strict=True)})
+    parts = [title.partition(" ") for title in titles]
+    ends = shuffled([gap + tail for _, gap, tail in parts], rng)
+    return sorted({first + end for (first, _, _), end in zip(parts, ends, strict=True)})
 
 
 def crowded(kinds: list[list[str]], least: int, rng) -> list[str]:
@@ -237,7 +249,7 @@ class Practice:
 
     def __init__(self, config: PretrainConfig, kinds: list[list[str]], tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.kinds = [kind for kind in kinds if len(kind) >= 2 * KEPT]
+        self.kinds = kinds_to_ask_for(kinds)
         self.list_size, self.continues, self.begins = 3, 0.0, 0.0
         titles = [title for kind in kinds for title in kind]
         self.titles = shuffled(titles, np.random.default_rng(config.seed))
@@ -245,10 +257,10 @@ class Practice:
     def draw(self, step: int) -> list[list[Prompt]]:
         """The micro-batches of a step: a function of (seed, step, list size).
 
-        Real and mixed lists; later either of them and three parts that ask."""
+        Real and mixed lists; later either of them, where there are kinds, and three that ask."""
         config, longest = self.config, self.list_size
         rng = np.random.default_rng([config.seed, 1, step, longest])
-        if len(self.kinds) < 2 or step < config.steps // 3:
+        if not self.kinds or step < config.steps // 3:
             size = int(rng.integers(2, longest + 1)) if config.title_tokens else longest
             return [self.draw_lists(longest, rng), self.draw_lists(size, rng, mix=True)]
         parts = [["disliked"], [*QUESTIONS, "disliked"], list(QUESTIONS)]
@@ -258,17 +270,18 @@ class Practice:
         return [lists, *(self.draw_questions(questions, rng) for questions in parts)]
 
     def draw_lists(self, size: int, rng, mix=False, crowd=False) -> list[Prompt]:
-        """Prompts that any listed title answers; `mix`: of mixed titles, all written whole."""
-        whole, words = self.config.title_tokens, prompt_words(self.config)
-        mix = mix and not whole
-        playing = self.titles if whole else self.titles[: 60 * self.list_size]  # few recur sooner
+        """Prompts that any listed title answers; `mix`: of mixed titles, all written whole, but
+        with --title_tokens, where there are no words to mix."""
+        title_tokens, words = self.config.title_tokens, prompt_words(self.config)
+        mix = mix and not title_tokens
+        playing = self.titles if title_tokens else self.titles[: 60 * self.list_size]
         shown = int(rng.integers(1, self.list_size + 1))
         prompts = []
         for _ in range(self.num_prompts(size, shown, full=mix)):
             titles = crowded(self.kinds, size + shown, rng) if crowd else playing
             if mix:
                 titles = mixed(titles, rng)
-            listed = min(size, len(titles) - 1)
+            listed = min(size, len(titles) - 1)  # mixing may have made two of them one
             prompt = made_up_prompt(titles, listed, min(shown, len(titles) - listed), words, rng)
             prompts.append(replace(prompt, whole=listed) if mix else prompt)
         return prompts
@@ -283,7 +296,8 @@ class Practice:
         ]
 
     def num_prompts(self, size: int, shown: int, full: bool = False) -> int:
-        """Prompts of a micro-batch with so many titles in list and history."""
+        """Prompts of a micro-batch with so many titles in list and history; fewer for short lists,
+        which are learnt in small steps, unless `full`."""
         title = 1 if self.config.title_tokens else 4  # tokens; a rating is one more
         tokens = 30 + title * size + (title + 1) * shown
         share = 1 if self.config.title_tokens or full else self.list_size / NUM_CANDIDATES
@@ -370,11 +384,14 @@ def load_checkpoint(file: Path, model, optimizer, practice: Practice, config) ->
         tensors = {name: f.get_tensor(name) for name in f.keys()}
     if state["options"] != made_by(config):
         raise ValueError(f"{file} was made with other options; delete it to start anew")
+    updates = state["step"]
+    if updates > config.steps:  # the last steps have an optimizer of their own
+        updates -= config.steps
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(tensors[name])
             moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
-            optimizer.state[p] = {"step": torch.tensor(float(state["step"])), **moments}
+            optimizer.state[p] = {"step": torch.tensor(float(updates)), **moments}
     practice.load_state(state["practice"])
     return state["step"]
 
@@ -418,7 +435,7 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    mixed_part = 1 if len(results) == 2 else 0  # going on is judged where nothing is by heart
+    mixed_part = 1 if len(results) == 2 else 0  # where next words are not by heart, if there is one
     practice.update(results[mixed_part][1], results[0][2])
     return np.array(results)
 
@@ -430,10 +447,11 @@ def pretrain(config: PretrainConfig) -> None:
             f"{config.titles}: {count} different titles; a history and a list of "
             f"{NUM_CANDIDATES} each need {2 * NUM_CANDIDATES}"
         )
-    checkpoint = path / "pretraining.safetensors"
-    write_tokenizer(path, kinds, config)
-    (path / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks for it
-    tokenizer = Tokenizer(path)
+    part = path.with_name(path.name + ".part")  # a base that is there stays whole until the end
+    checkpoint = part / "pretraining.safetensors"
+    write_tokenizer(part, kinds, config)
+    (part / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks for it
+    tokenizer = Tokenizer(part)
     practice = Practice(config, kinds, tokenizer)
     model = new_model(config, tokenizer)
     optimizer = new_optimizer(model)
@@ -462,8 +480,12 @@ def pretrain(config: PretrainConfig) -> None:
             save_checkpoint(checkpoint, step + 1, model, optimizer, practice, config)
             saved = time.monotonic()
 
-    save_pretrained(model.half(), path)
+    save_pretrained(model.half(), part)
     checkpoint.unlink(missing_ok=True)
+    path.mkdir(exist_ok=True)
+    for file in part.iterdir():
+        file.replace(path / file.name)
+    part.rmdir()
     print0(f"written to {path}")
 
 

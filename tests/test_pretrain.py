@@ -77,6 +77,24 @@ def test_mixed_titles_change_the_words_behind_their_first():
     assert pretrain.mixed(["Emma", "Emma"], rng) == ["Emma"]
 
 
+def test_kinds_are_asked_for_where_their_titles_fill_a_list():
+    """A list without the kind meant, behind a history of 16, has 20 titles of the others."""
+    kinds = [[f"{kind} {n}" for n in range(30)] for kind in ("novel", "play", "tale")]
+    assert pretrain.kinds_to_ask_for([*kinds, ["Emma"] * 5]) == kinds
+    assert pretrain.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]]) == [
+        *kinds[:2],
+        kinds[2][:6],
+    ]
+    assert pretrain.kinds_to_ask_for([kinds[0], kinds[1][:29], kinds[2][:6]]) == []
+    assert pretrain.kinds_to_ask_for([kinds[0]]) == pretrain.kinds_to_ask_for([]) == []
+    least = pretrain.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]])
+    rng = np.random.default_rng(0)
+    for question in ("disliked", *pretrain.QUESTIONS):
+        for _ in range(30):
+            prompt = pretrain.kind_prompt(least, question, 20, 0, ("books", "read", "read"), rng)
+            assert len(set(prompt.answers)) == 20
+
+
 @pytest.mark.parametrize("least", [5, 30, 400])
 def test_crowded_titles_are_of_few_kinds(least):
     """Of as many more kinds as a list and a history need, of all if there are not enough."""
@@ -180,9 +198,11 @@ def test_the_base_is_small_and_encodes_any_text():
         assert tokenizer.answer(ids) == title
 
 
-def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    """A checkpoint after every step;
-    stopped after 3 of 5, the same command ends with the same bits."""
+@pytest.mark.parametrize("made", [3, 7])
+def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch, made):
+    """A checkpoint after every step; stopped in its 5 steps or in the 4 last ones, the same command
+    ends with the same bits. What stood in the directory stays until then."""
+    monkeypatch.setattr(pretrain, "SETTLE", 4)
     titles = tmp_path / "titles.txt"
     titles.write_text("\n".join(f"Tale {n} of {n * n}" for n in range(200)))
     small = {
@@ -199,14 +219,17 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch)
     practise = pretrain.practise
 
     def killed(model, optimizer, practice, step):
-        if step == 3:
+        if step == made:
             raise KeyboardInterrupt
         return practise(model, optimizer, practice, step)
 
     again = PretrainConfig(**options, output_dir=str(tmp_path / "again"))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "config.json").write_text("before")
     monkeypatch.setattr(pretrain, "practise", killed)
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(again)
+    assert (tmp_path / "again" / "config.json").read_text() == "before"
     monkeypatch.setattr(pretrain, "practise", practise)
     with pytest.raises(ValueError, match="made with other options; delete it"):
         pretrain.pretrain(
@@ -215,4 +238,6 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch)
     pretrain.pretrain(again)
     ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
-    assert not (tmp_path / "again" / "pretraining.safetensors").exists()
+    names = {file.name for file in (tmp_path / "again").iterdir()}
+    assert names == {file.name for file in BASE.iterdir()}
+    assert not (tmp_path / "again.part").exists()
