@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import read_json
-from hub.files import note_once, open_safetensors, weight_files
+from hub.files import note_once, open_safetensors, usual_mode, weight_files
 
 PEFT_PREFIX = "base_model.model."
 
@@ -265,6 +265,7 @@ def write_adapter(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(named, path / "adapter_model.safetensors", metadata=metadata)
+    usual_mode(path / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,8 +1,10 @@
 """Where a checkpoint's files are, and safetensors in and out:
 single or sharded, checked before a weight is read."""
 
+import contextlib
 import functools
 import json
+import os
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -235,6 +237,15 @@ def remove_weights(path) -> None:
         old.unlink(missing_ok=True)
 
 
+def usual_mode(path: Path) -> None:
+    """Permissions as of any other file or folder of this user: what safetensors 0.8 and tempfile
+    make is the owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    with contextlib.suppress(OSError):  # a file system without permissions
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def write_weights(
     path, files: list[list[str]], tensors: Iterable[tuple[str, Tensor]], write: bool = True
 ) -> None:
@@ -256,6 +267,7 @@ def write_weights(
         total_size += tensor.numel() * tensor.element_size()
         if len(held) == len(files[names.index(of_file[name])]):
             save_file(held, path / of_file[name], metadata={"format": "pt"})
+            usual_mode(path / of_file[name])
             held = {}
     if write and len(files) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": of_file}

@@ -39,6 +39,7 @@ from data import (
 )
 from demo import planted
 from demo.planted import bayes_scores, world_of
+from hub.files import usual_mode
 from hub.tokenizer import Tokenizer
 from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, steam
 from loaders.counting import BASELINES, counting_baselines, markov_top
@@ -335,7 +336,7 @@ def _write_prepared(
     folder.parent.mkdir(parents=True, exist_ok=True)
     # renamed into place when it is whole
     beside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-    beside.chmod(0o755)
+    usual_mode(beside)
     arrays = {f"log.{name}": getattr(interactions, name) for name in INTERACTION_ARRAYS}
     if interactions.train_end is not None:
         arrays[TRAIN_END] = interactions.train_end
@@ -360,6 +361,7 @@ def _write_prepared(
     try:
         with writing(beside):
             save_file(arrays, beside / "examples.safetensors")
+            usual_mode(beside / "examples.safetensors")
             (beside / "meta.json").write_text(json.dumps(meta, indent=1))
         with contextlib.suppress(OSError):  # another process was faster
             beside.rename(folder)
@@ -611,6 +613,7 @@ def _keep(file: Path, arrays: dict[str, np.ndarray]) -> None:
     beside = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError, SafetensorError):
         save_file(arrays, beside)
+        usual_mode(beside)
         beside.rename(file)
 
 

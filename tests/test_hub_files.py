@@ -2,6 +2,8 @@
 or a message that names cause and way out."""
 
 import json
+import os
+import stat
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,12 @@ from conftest import max_diff, tiny_model, write_checkpoint, write_json
 from safetensors.torch import load_file, save_file
 
 from common import read_json
+from demo.pretrain import BASE
 from hub.files import note_once, resolve_path
-from model import load_pretrained
+from hub.tokenizer import Tokenizer
+from loaders.frozen import DataConfig, encode_split, prepare
+from lora import apply_lora, save_adapter
+from model import load_pretrained, save_pretrained
 
 INPUT_IDS = torch.arange(3, 17).view(2, 7)
 INDEX = "model.safetensors.index.json"
@@ -248,3 +254,21 @@ def test_a_refused_hub_name_says_how_to_log_in(status, kind, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ValueError, match="org/model: .*hf auth login.*HF_TOKEN"):
         resolve_path("org/model")
+
+
+def test_written_files_have_the_permissions_of_any_other(tmp_path):
+    """Models, adapters and prepared data, safetensors among them, as the umask says: a service of
+    another user may load what was trained."""
+    config = DataConfig(planted_users=60, train_size=30, prepared_dir=str(tmp_path / "prepared"))
+    mask = os.umask(0o027)
+    try:
+        save_pretrained(load_pretrained(BASE), tmp_path / "model")
+        save_adapter(apply_lora(load_pretrained(BASE), 2, 4), tmp_path / "adapter")
+        prepared = prepare(config)
+        encode_split(prepared, "train", Tokenizer(BASE), 1024)
+    finally:
+        os.umask(mask)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*")}
+    assert {name for name in modes if name.endswith(".safetensors")} > {"model.safetensors"}
+    assert {oct(mode) for name, mode in modes.items() if "." in name} == {"0o640"}, modes
+    assert {oct(mode) for name, mode in modes.items() if "." not in name} == {"0o750"}, modes
