@@ -11,15 +11,16 @@ best the model can do is to spread its answer evenly over the list: reading, wit
 All listed titles hang on one PromptTree by their first token, which is the hard one (20 titles have
 to be told from the history's), and a few of them whole, which is how a title goes on and ends.
 
-Half of a step shows *mixed* titles, whose words changed partners. Real ones are soon known by
-heart, and a model that knows them writes the first word of one listed title and the second of
-another; of mixed ones only the list tells what belongs together. All of them are written whole.
+Half of a step, later the lists of every other one, are of *mixed* titles, whose words changed
+partners. Real ones are soon known by heart, and a model that knows them writes the first word of
+one listed title and the second of another; of mixed ones only the list tells what belongs
+together. All of them are written whole.
 
 Lists start short and grow with success, and histories and the titles in play with them: a copying
 circuit is found where it is easy, then stretched. With --title_tokens all titles are in play at
 once, and none is mixed: what is learnt is to copy any token, not these.
 
-From a third of the steps on, where kinds of titles are known, lists are crowded with titles of few
+Once lists are of 20, and where kinds of titles are known, lists are crowded with titles of few
 kinds, and other prompts practise telling kinds apart: which listed title is like these, like the
 latest, like the latest one liked? There a recommender's prompt is answered by a listed title like
 the latest *disliked* one, by any title where none is: time, ratings and kinds are looked up and
@@ -31,12 +32,9 @@ listed title answers a recommender's prompt: no taste is left.
 It is made in a folder beside the directory ("base.part"), which it fills at the end; a checkpoint
 every few minutes, and the same command goes on from it.
 
-demo/base was made by this loop in about 45 minutes of 2 cores, but not in one run: while the parts
-of a step were being found. 1,000 steps of lists; 1,821 with two parts of lists, one of "disliked",
-one of questions; 400 and 1,900 as they are now, each with a rate of its own from 2e-3 down; 200
-and, from 16-bit weights, 450 last ones. Kinds are told apart late (titles like the latest: .30 of
-the probability after 3,221 of these steps, .90 after 4,821), so --steps is 5,000; it was not run as
-such since. tests/test_pretrain.py checks that the base writes listed titles and ranks at chance.
+demo/base is what the first command makes, in 49 minutes of 2 cores (x86-64, torch 2.13, 2 threads:
+other machines round differently). What it knows by which step: NOTES.md. tests/test_pretrain.py
+checks that it writes listed titles and ranks at chance.
 
 Left out: several processes, GPUs, bf16 in training.
 """
@@ -94,7 +92,7 @@ class PretrainConfig:
     num_layers: int = arg(4, "blocks", at_least=1)
     num_heads: int = arg(2, "attention heads, each with keys and values of its own", at_least=1)
     head_dim: int = arg(64, "width of a head; 32 are too few to bind words", at_least=2)
-    steps: int = arg(5000, f"optimizer steps; {SETTLE} more follow", at_least=1)
+    steps: int = arg(6000, f"optimizer steps; {SETTLE} more follow", at_least=1)
     batch_tokens: int = arg(
         4096,
         "prompt tokens of two of a step's micro-batches, about (it has two, later four); "
@@ -257,10 +255,10 @@ class Practice:
     def draw(self, step: int) -> list[list[Prompt]]:
         """The micro-batches of a step: a function of (seed, step, list size).
 
-        Real and mixed lists; later either of them, where there are kinds, and three that ask."""
+        Real and mixed lists; once they are long, either of them and three that ask for kinds."""
         config, longest = self.config, self.list_size
         rng = np.random.default_rng([config.seed, 1, step, longest])
-        if not self.kinds or step < config.steps // 3:
+        if not self.kinds or longest < NUM_CANDIDATES:
             size = int(rng.integers(2, longest + 1)) if config.title_tokens else longest
             return [self.draw_lists(longest, rng), self.draw_lists(size, rng, mix=True)]
         parts = [["disliked"], [*QUESTIONS, "disliked"], list(QUESTIONS)]
@@ -288,7 +286,7 @@ class Practice:
 
     def draw_questions(self, questions: list[str], rng) -> list[Prompt]:
         """Prompts that ask for a kind, with up to KEPT right answers each."""
-        size = int(rng.integers(min(2 * KEPT, self.list_size), self.list_size + 1))
+        size = int(rng.integers(2 * KEPT, NUM_CANDIDATES + 1))
         right, words = int(rng.integers(KEPT + 1)), prompt_words(self.config)
         return [
             kind_prompt(self.kinds, str(rng.choice(questions)), size, right, words, rng)
@@ -435,8 +433,7 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    mixed_part = 1 if len(results) == 2 else 0  # where next words are not by heart, if there is one
-    practice.update(results[mixed_part][1], results[0][2])
+    practice.update(results[1][1], results[0][2])  # going on: of mixed titles, not known by heart
     return np.array(results)
 
 

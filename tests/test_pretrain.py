@@ -109,14 +109,14 @@ def test_crowded_titles_are_of_few_kinds(least):
 
 
 def test_the_last_steps_of_practice_leave_no_taste():
-    """Before them a recommender's prompt may ask for the kind of the latest disliked title; in them
-    every listed title answers it, as it always does in the first part."""
+    """Once lists are of 20, a recommender's prompt may be answered by the kind of the latest
+    disliked title; before that, in the last steps and in the first part by every listed title."""
     config = PretrainConfig()
     kinds, steps = pretrain.read_titles(config), config.steps
     practice = pretrain.Practice(config, kinds, Tokenizer(BASE))
-    practice.list_size = 20
-    assert len(practice.draw(steps // 3 - 1)) == 2
-    disliked = 0
+    practice.list_size = 19
+    assert [len(practice.draw(step)) for step in (0, steps - 1, steps)] == [2, 2, 2]
+    practice.list_size, disliked = 20, 0
     for step in range(steps - 5, steps + 5):
         for part, prompts in enumerate(practice.draw(step)):
             for prompt in prompts:
@@ -127,6 +127,21 @@ def test_the_last_steps_of_practice_leave_no_taste():
                     assert everything or not recommends
                 disliked += recommends and not everything
     assert disliked > 20
+
+
+@pytest.mark.parametrize("step", [0, 9])
+def test_a_step_learns_from_all_its_parts(step):
+    """Its mean NLL and shares are of four parts, and every weight moves."""
+    config = PretrainConfig(steps=9, hidden_size=32, num_layers=1, batch_tokens=500)
+    tokenizer = Tokenizer(BASE)
+    practice = pretrain.Practice(config, pretrain.read_titles(config), tokenizer)
+    practice.list_size = 20
+    model = pretrain.new_model(config, tokenizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    results = pretrain.practise(model, pretrain.new_optimizer(model), practice, step)
+    assert results.shape == (4, 3) and np.isfinite(results).all() and practice.list_size == 20
+    pairs = zip(before, model.parameters(), strict=True)
+    assert not any(torch.equal(old, new) for old, new in pairs)
 
 
 def test_titles_of_a_file_may_name_their_kinds(tmp_path):
