@@ -13,11 +13,10 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common import read_json
-from hub.files import note_once, open_safetensors, usual_mode, weight_files
+from hub.files import note_once, open_safetensors, save_tensors, weight_files
 
 PEFT_PREFIX = "base_model.model."
 
@@ -264,8 +263,7 @@ def write_adapter(
         metadata["base_fingerprint"] = base_fingerprint(source)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(named, path / "adapter_model.safetensors", metadata=metadata)
-    usual_mode(path / "adapter_model.safetensors")
+    save_tensors(named, path / "adapter_model.safetensors", metadata=metadata)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

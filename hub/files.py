@@ -246,6 +246,12 @@ def usual_mode(path: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    """safetensors' save_file, for others to read as any other file."""
+    save_file(tensors, path, metadata=metadata)
+    usual_mode(path)
+
+
 def write_weights(
     path, files: list[list[str]], tensors: Iterable[tuple[str, Tensor]], write: bool = True
 ) -> None:
@@ -266,8 +272,7 @@ def write_weights(
         held[name] = tensor.detach().cpu().contiguous()
         total_size += tensor.numel() * tensor.element_size()
         if len(held) == len(files[names.index(of_file[name])]):
-            save_file(held, path / of_file[name], metadata={"format": "pt"})
-            usual_mode(path / of_file[name])
+            save_tensors(held, path / of_file[name], metadata={"format": "pt"})
             held = {}
     if write and len(files) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": of_file}

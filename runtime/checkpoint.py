@@ -25,11 +25,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common import print0, read_json, writing
-from hub.files import open_safetensors
+from hub.files import open_safetensors, save_tensors
 from runtime.sharding import fill, local, own_rows, trained
 
 WRONG_CONTENT = (KeyError, IndexError, TypeError, AttributeError)
@@ -60,7 +59,7 @@ def save_checkpoint(
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     file = beside / f"rank-{rank:05d}.safetensors"
     with writing(file):
-        save_file(tensors, file, metadata={"rows": json.dumps(rows)})
+        save_tensors(tensors, file, metadata={"rows": json.dumps(rows)})
         flush(file)
     dist.barrier()
     if rank == 0:

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from common import is_main, print0, writing
 from data import Encoded, to_device
-from hub.files import open_safetensors
+from hub.files import open_safetensors, save_tensors
 from runtime.passes import any_rank, prefetch, progress
 from runtime.policy import stored_dtype
 from runtime.runs import Run
@@ -40,7 +39,7 @@ def write_reference(file: Path, key: str, logps: Tensor) -> None:
     """The file appears whole or not at all. Its checksum tells of damage; it identifies nothing."""
     beside = file.with_suffix(".part")
     with writing(file):
-        save_file({"logps": logps}, beside, metadata={"key": key, "sha256": checksum(logps)})
+        save_tensors({"logps": logps}, beside, metadata={"key": key, "sha256": checksum(logps)})
         beside.rename(file)
 
 

@@ -34,12 +34,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import arg, parse_config, run_cli, writing
 from data import Examples, Interactions
 from eval import ranking_metrics, results_table, summarise
+from hub.files import save_tensors
 from loaders.counting import (
     counting_baselines,
     item_knn,
@@ -344,7 +344,7 @@ def weights_file(config: BaselineConfig, prepared: Prepared) -> Path:
 def keep_weights(model: Recommender, file: Path) -> None:
     unfinished = file.with_suffix(f".{os.getpid()}")
     with writing(file):
-        save_file(model.state_dict(), unfinished)
+        save_tensors(model.state_dict(), unfinished)
         unfinished.rename(file)
 
 

@@ -259,7 +259,7 @@ def test_a_failed_save_leaves_the_earlier_ones(group, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runtime.checkpoint.save_file", full)
+    monkeypatch.setattr("runtime.checkpoint.save_tensors", full)
     with pytest.raises(ValueError, match="checkpoint-8.part/rank-00000.*No space left.*untouched"):
         save(tmp_path, 8)
     assert newest_checkpoint(tmp_path) == older
