@@ -27,8 +27,8 @@ the latest *disliked* one, by any title where none is: time, ratings and kinds a
 compared, but for the wrong item, for what comes next depends on the latest liked (planted world:
 going by the latest disliked ranks .07 first, chance .05; by the latest liked, .43). So fine-tuning
 has to turn to another item, and need not invent how titles are compared. In SETTLE last steps any
-listed title answers a recommender's prompt. A trace is left (ranked first: .066):
-the kind of the latest item leads by a tenth of a nat. Why it stays: NOTES.md.
+listed title answers a recommender's prompt. A trace is left (ranked first: .066): the kind of the
+latest item leads by a tenth of a nat. Why it stays: NOTES.md.
 
 It is made in a folder beside the directory ("base.part"), which it fills at the end; a checkpoint
 every few minutes, and the same command goes on from it.

@@ -418,14 +418,15 @@ def test_poisoned_padding_changes_nothing(weight_grad, impl, device, monkeypatch
 
 
 @pytest.mark.parametrize("impl, device", PATHS)
-def test_bf16_inputs_cost_1e_5_and_bf16_logits_1e_2(impl, device):
-    """Per token: 1e-5 nats at |logit| <= 20 on bf16 inputs (a CPU errs 2e-6, an H200 7e-6);
-    the same logits rounded to bf16 err by more than 1e-2."""
+def test_bf16_inputs_cost_5e_6_on_cards_1e_5_and_bf16_logits_1e_2(impl, device):
+    """Per token, at |logit| <= 20: bf16 inputs err by 2e-6 nats on a CPU, 7e-6 on an H200;
+    the same logits rounded to bf16 by more than 1e-2."""
     hidden, weight, labels = inputs(48, 256, 32000, torch.bfloat16, device, scale=3.9)
     logits = hidden.double() @ weight.double().T
     assert 17 < logits.abs().max().item() <= 20
     exact = exact_logps(hidden, weight, labels)
-    assert (label_logps(hidden, weight, labels, impl=impl)[0] - exact).abs().max().item() <= 1e-5
+    error = (label_logps(hidden, weight, labels, impl=impl)[0] - exact).abs().max().item()
+    assert error <= (1e-5 if device == "cuda" else 5e-6)
     rounded = logits.bfloat16().double().log_softmax(1).gather(1, labels[:, None]).squeeze(1)
     assert (rounded - exact).abs().max().item() > 1e-2
 

@@ -19,7 +19,8 @@ from model import load_pretrained
 
 
 def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
-    """On prompts of the planted world it writes listed titles, and ranks the target by chance."""
+    """On prompts of the planted world it writes listed titles, and ranks the target by
+    chance, within the noise of 150 users."""
     config = DataConfig(planted_users=400, followers=3, min_history=4, prepared_dir=str(tmp_path))
     val = prepare(config).splits["val"].select(np.arange(150))
     model = load_pretrained(BASE)
@@ -108,7 +109,7 @@ def test_crowded_titles_are_of_few_kinds(least):
     assert counts == ({20} if least == 400 else {2, 4, 10})
 
 
-def test_the_last_steps_of_practice_leave_no_taste():
+def test_the_last_steps_of_practice_ask_for_no_taste():
     """Once lists are of 20, a recommender's prompt may be answered by the kind of the latest
     disliked title; before that, in the last steps and in the first part by every listed title."""
     config = PretrainConfig()
