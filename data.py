@@ -13,7 +13,7 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
 loaders/ reads raw files; loaders/frozen.py freezes examples on disk. A prompt that is too long
 loses its oldest history items, never tokens.
 
-    python data.py --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
+    python -m loaders --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
 
 Left out: rating prediction, side features. Legend: E examples, F followers among
 the candidates, B examples of a batch, N completions per example, P prompt width, C completion
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import arg, check_options, run_cli
+from common import arg, check_options
 from hub.tokenizer import Tokenizer
 from losses import preference_score
 
@@ -735,9 +735,3 @@ def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[lis
         ranks.append(batches)
     most = max(map(len, ranks))
     return [batches + [[] for _ in range(most - len(batches))] for batches in ranks]
-
-
-if __name__ == "__main__":
-    from studies.inspection import inspect  # it builds on all rooms
-
-    run_cli(inspect)

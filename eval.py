@@ -8,8 +8,6 @@ another spelling of a title is possible and the text is wanted.
 
     python eval.py --run runs/planted-1              every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...     a Hugging Face directory, a PEFT adapter
-    python eval.py --run DIR --recommend my.json     one user's candidates, with probabilities
-    python eval.py --run DIR --recommend all ...     items for every user (studies/recommend.py)
 
 hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a
 listed title; ranking/* are computed from the log-probabilities of all candidates (always
@@ -31,7 +29,6 @@ from torch import Tensor
 
 from common import (
     arg,
-    changed_options,
     parse_config,
     run_cli,
     setup_distributed,
@@ -85,21 +82,8 @@ NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of co
 
 @dataclass(frozen=True)
 class EvalConfig(SourceConfig):
-    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter,
-    or rank one user's candidates."""
+    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter."""
 
-    recommend: str = arg(
-        "",
-        "recommend and stop: a JSON file with one user's history and candidates; or all users of "
-        "the log, a .txt file of their ids, a .jsonl file of new users",
-    )
-    retriever: str = arg(
-        "markov",
-        "recommend: where the candidates of many users come from",
-        choices=("markov", "item-knn", "popularity", "sasrec"),
-    )
-    top_k: int = arg(10, "recommend: items for each of many users", at_least=1)
-    output: str = arg("", "recommend: the .jsonl file of many users; a restart goes on with it")
     split: str = arg("test", "val or test", choices=("val", "test"))
     decode: str = arg(
         "greedy",
@@ -115,18 +99,6 @@ class EvalConfig(SourceConfig):
     output_dir: str = arg(
         "", "where metrics.json and predictions.jsonl of each stage go; empty = only print"
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        given = changed_options(self) & {"retriever", "top_k", "output"}
-        if given and not self.for_many:
-            names = ", ".join(f"--{name}" for name in sorted(given))
-            raise ValueError(f"{names}: for --recommend all, a .txt or a .jsonl file only")
-
-    @property
-    def for_many(self) -> bool:
-        """Recommendations for many users, studies/recommend.py."""
-        return self.recommend == "all" or Path(self.recommend).suffix in (".txt", ".jsonl")
 
 
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
@@ -375,11 +347,6 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
 
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig))
-    if config.recommend:
-        from studies.recommend import recommend  # it builds on this file
-
-        recommend(config)
-        return
     _, _, device = setup_distributed()
     sources, prepared = sources_of(config), prepare(config)
     check_run_data(config, sources, prepared.hash)

@@ -19,7 +19,7 @@ and micro-batches gives the same update.
 `--save_steps` leaves checkpoints inside a stage (runtime/checkpoint.py), SIGTERM one at the next
 step; `--resume auto` goes on. `--eval_steps` answers validation users on the way, and `--keep best`
 keeps the weights of the best step (runtime/validation.py). `--dry_run` trains nothing and tells
-what a run needs (bench/estimate.py).
+what a run needs (runtime/estimate.py).
 
 In this file: the options, where the model is, one optimizer step, evaluation over ranks, one stage
 with the loop (`train`), the run. The losses are in losses.py, what a micro-batch adds to a
@@ -69,6 +69,7 @@ from losses import MARGINS
 from model import Transformer
 from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
+from runtime.estimate import dry_run
 from runtime.passes import any_rank, prefetch
 from runtime.policy import free_memory, load_policy, say_what_4_bits_cost, stored_dtype
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
@@ -556,12 +557,10 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
     if base == run.base and config.model:
         model.name_or_path = config.model  # a hub name, if it is one, and not its folder
 
+    objective = objective_of(run, name, model)
+    epochs, peak = config.epochs, config.learning_rate
     if name == "sft":
-        objective = SFT(config, model, run.train, device)
         epochs, peak = config.sft_epochs, config.sft_learning_rate
-    else:
-        objective = Preference(config, name, model, run.train, device)
-        epochs, peak = config.epochs, config.learning_rate
     widths = tree_widths(run.train, objective.slots)
     schedule = Schedule(config, epochs, widths, run.world_size)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -582,6 +581,13 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
         print_preference_notes(config, objective)
     model.train()
     return stage
+
+
+def objective_of(run: Run, name: str, model: Transformer | None) -> SFT:
+    """What a stage trains on; a dry run has no model."""
+    if name == "sft":
+        return SFT(run.config, model, run.train, run.device)
+    return Preference(run.config, name, model, run.train, run.device)
 
 
 def train(stage: Stage, start: int) -> None:
@@ -703,9 +709,8 @@ def main() -> None:
     run = Run(config, *place, *start, *data, StopRequest())
     describe_data(run)
     if config.dry_run:
-        from bench.estimate import dry_run  # it builds on this module
-
-        dry_run(run)
+        trained = [stage for stage in config.stage_list if stage != "raw"]
+        dry_run(run, {stage: objective_of(run, stage, None) for stage in trained})
         shutil.rmtree(folder, ignore_errors=True)
         return
 

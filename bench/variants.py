@@ -27,8 +27,8 @@ from harness import (
 )
 from step import NUM_NEGATIVES, Here
 
-from bench.estimate import fake_step
 from hub.targets import TARGET_MODULES
+from runtime.estimate import fake_step
 
 WAYS = {
     "eager": (False, False),

@@ -55,10 +55,10 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from common import arg, check_options, hours, parse_config, print0, run_cli, writing
 from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, Words, build_tree, render_prompt
-from demo.planted import WORDS, World
 from demo.tiny import train_tokenizer
 from hub.files import open_safetensors, save_tensors
 from hub.tokenizer import Tokenizer
+from loaders.planted import WORDS, World
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
 

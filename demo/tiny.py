@@ -1,4 +1,4 @@
-"""A small model made from nothing: for tests, benchmarks and the tokenizer of `python data.py`.
+"""A small model made from nothing: for tests, benchmarks and the tokenizer of `python -m loaders`.
 
 Real language models skip this file; demo/pretrain.py takes its way of training a tokenizer.
 `make_base_model` writes a normal Hugging Face directory: a tokenizer trained on the data's own

@@ -1,6 +1,7 @@
 """A split in time: training ends before a date, tests come after it.
 
-    python data.py --dataset movielens --data_dir ml-1m.zip --split_by time --split_date 2000-12-01
+    python -m loaders --dataset movielens --data_dir ml-1m.zip \\
+        --split_by time --split_date 2000-12-01
 
 Of every user, in order of time:
 

@@ -37,16 +37,15 @@ from data import (
     k_core,
     render_prompt,
 )
-from demo import planted
-from demo.planted import bayes_scores, world_of
 from hub.files import usual_mode
 from hub.tokenizer import Tokenizer
-from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, steam
+from loaders import amazon, beeradvocate, lastfm, movielens, ownlog, planted, steam
 from loaders.counting import BASELINES, counting_baselines, markov_top
 from loaders.dated import build_dated_examples, parse_date
 from loaders.foreign import read_foreign_examples
 from loaders.movielens import download_movielens
 from loaders.ownlog import parse_columns, parse_item_columns
+from loaders.planted import bayes_scores, world_of
 from loaders.values import parse_scale
 
 OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")

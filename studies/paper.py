@@ -32,33 +32,3 @@ RESULTS = {  # HR@1 and ValidRatio of Table 1, the LLaMA3-8B rows; margins from 
         "recpo log_diff": (0.5912, None), "recpo log_ratio": (0.6388, None),
     },
 }  # fmt: skip
-
-# users, items, interactions in the paper's Table 3, and how to read them (a 20-core needs 20
-# interactions per item and user)
-TABLE_3 = {
-    "movielens": (
-        (6040, 3952, 994169),
-        "the unfiltered data less one interaction per user (1,000,209 - 6,040 = 994,169), with the "
-        "largest movie id for items; a 20-core (--core 20) would leave 6,022 users and 995,154 "
-        "interactions",
-    ),
-    "amazon_books": (
-        (5103, 38203, 62290),
-        "1.6 interactions per item and 12 per user: no 20-core of anything; a sample of users, "
-        "each less one interaction, fits",
-    ),
-    "steam": (
-        (3171, 4251, 82072),
-        "19.3 per item is below 20: no 20-core; with one more interaction per user it would be "
-        "20.05",
-    ),
-    "beeradvocate": (
-        (4724, 6105, 91207),
-        "14.9 per item is below 20: no 20-core, but a sample of users",
-    ),
-    "lastfm": (
-        (982, 107296, 307829),
-        "2.9 per item: no 20-core; 107,296 is about Celma's count of artists with a MusicBrainz id "
-        "(107,528 of 992 users), so items are artists",
-    ),
-}

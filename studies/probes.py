@@ -38,10 +38,10 @@ from data import (
     encode_examples,
     freeze,
 )
-from demo.planted import bayes_scores, world_of
 from eval import EvalConfig, predict, wilson
 from loaders.counting import counting_baselines, markov_top
 from loaders.frozen import DataConfig, prepare
+from loaders.planted import bayes_scores, world_of
 from runtime.policy import free_memory
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from runtime.stages import save_predictions
@@ -74,10 +74,8 @@ class ProbeConfig(EvalConfig):
                 f"--probe {self.probe} asks for each user's last two interactions, which a run "
                 "with --split_by time may have been trained on; only length fits it"
             )
-        if self.recommend or self.split != "test":
-            raise ValueError(
-                "--recommend and --split belong to eval.py; a probe has its own examples"
-            )
+        if self.split != "test":
+            raise ValueError("--split belongs to eval.py; a probe has its own examples")
 
 
 def probe_examples(interactions: Interactions, config: DataConfig, probe: str) -> Examples:

@@ -38,8 +38,8 @@ import numpy as np
 
 from common import run_cli
 from loaders.frozen import DataConfig, find_prepared
+from loaders.show import statistics
 from objectives import PREFERENCE_LOSSES
-from studies.inspection import statistics
 from studies.measure import MEASURED, measure_missing, wanted_kinds
 from studies.methods import (
     Method,
@@ -170,7 +170,7 @@ def data_table(config: dict, data_hash: str) -> str:
     if not prepared:
         return (
             f"The prepared examples {data_hash} are not at hand; "
-            "`python data.py` prints their statistics."
+            "`python -m loaders` prints their statistics."
         )
     known = {f.name for f in fields(DataConfig)}
     options = DataConfig(**{k: v for k, v in config.items() if k in known})

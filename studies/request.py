@@ -1,4 +1,4 @@
-"""One user's own history and candidates, ranked: python eval.py --run DIR --recommend my.json
+"""One user's own history and candidates, ranked: python recommend.py --run DIR --request my.json
 
     {"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}
 
@@ -12,20 +12,20 @@ import torch
 
 from common import read_json
 from data import Example, build_tree, render_prompt
-from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.frozen import words_of
 from loaders.table import clean_title
 from loaders.values import parse_scale
 from model import Transformer
+from runtime.sources import SourceConfig
 
 REQUEST = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
 
 
-def read_request(config: EvalConfig) -> Example:
+def read_request(config: SourceConfig) -> Example:
     """One user's history and candidates, cleaned as training cleans its titles;
     ValueError says what does not fit."""
-    file = Path(config.recommend)
+    file = Path(config.request)
     request = read_json(file)
     history, candidates = request.get("history"), request.get("candidates")
     if not isinstance(history, list) or not isinstance(candidates, list) or len(candidates) < 2:
@@ -59,7 +59,7 @@ def request_title(file: Path, place: str, title) -> str:
     return cleaned
 
 
-def request_rating(config: EvalConfig, number: int, rating) -> float:
+def request_rating(config: SourceConfig, number: int, rating) -> float:
     """A rating as prompts show it, mapped from --scale;
     NaN, if the model saw histories without ratings and none is given."""
     positive = config.history_items == "positive"
@@ -71,13 +71,13 @@ def request_rating(config: EvalConfig, number: int, rating) -> float:
     if not is_number or not low <= rating <= high or (rating == 0 and not scale):
         what = f"of --scale {config.scale}" if scale else "above 0 and up to 5"
         raise ValueError(
-            f"{config.recommend}: history entry {number} has rating {rating!r}; expected a number "
+            f"{config.request}: history entry {number} has rating {rating!r}; expected a number "
             f"{what}, as the ratings of the log"
         )
     return 1 + 4 * (rating - low) / (high - low) if scale else float(rating)
 
 
-def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, room: int) -> list:
+def fitting_prompt(config: SourceConfig, tokenizer: Tokenizer, example: Example, room: int) -> list:
     """Prompt ids that leave `room` of --max_length;
     the oldest history goes first, as in training."""
     for skip in range(max(1, len(example.history))):
@@ -85,19 +85,19 @@ def fitting_prompt(config: EvalConfig, tokenizer: Tokenizer, example: Example, r
         if len(prompt) <= config.max_length - room:
             return prompt
     raise ValueError(
-        f"{config.recommend}: {len(prompt)} prompt tokens and a candidate of {room} do not fit "
+        f"{config.request}: {len(prompt)} prompt tokens and a candidate of {room} do not fit "
         f"--max_length {config.max_length}; give fewer candidates, or raise it"
     )
 
 
-def ranked_request(config: EvalConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
+def ranked_request(config: SourceConfig, model: Transformer, tokenizer: Tokenizer, device) -> str:
     """The candidates of one user, best first,
     with their share of the probability of all of them."""
     example = read_request(config)
     candidates = example.candidates
     completions = tokenizer.encode_completions(candidates)
     if len(set(map(tuple, completions))) < len(completions):
-        raise ValueError(f"{config.recommend}: two candidates have the same tokens: {candidates}")
+        raise ValueError(f"{config.request}: two candidates have the same tokens: {candidates}")
     prompt = fitting_prompt(config, tokenizer, example, max(map(len, completions)))
     tree = build_tree([prompt], [completions]).to(device)
     with torch.no_grad():

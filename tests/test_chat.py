@@ -17,6 +17,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as HFTokenizer
 
 import eval as evaluation
+import recommend
 import train
 from data import Example, build_tree, encode_examples, render_prompt
 from demo.tiny import make_base_model
@@ -660,7 +661,7 @@ def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
 
 def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):
     """eval.py --run, --model with --prompt_format chat,
-    and --recommend give the run's log-probs."""
+    and recommend.py give the run's log-probs."""
     folder, data = run[0], [*DATA, f"--prepared_dir={prepared.folder.parent}"]
     in_process(evaluation.main, f"--run={folder}", data[-1], "--output_dir=all")
     for stage in ("sft", "recpo"):
@@ -675,12 +676,12 @@ def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_proc
     assert np.abs(predictions(Path("alone/sft")) - expected).max() > 1e-2  # plain is another prompt
 
     templates = prepared.splits["test"].template.tolist()
-    e = templates.index(0)  # the words that --recommend uses
+    e = templates.index(0)  # the words that recommend.py uses
     example = prepared.splits["test"][e]
     history = [{"title": title, "rating": rating} for title, rating in example.history]
     write_json(Path("my.json"), {"history": history, "candidates": example.candidates})
     capsys.readouterr()
-    in_process(evaluation.main, f"--run={folder}", "--stage=sft", "--recommend=my.json")
+    in_process(recommend.main, f"--run={folder}", "--stage=sft", "--request=my.json")
     lines = [line for line in capsys.readouterr().out.splitlines() if "log-prob" in line]
     shown = {line.split(maxsplit=4)[4]: float(line.split(maxsplit=4)[3]) for line in lines}
     expected = dict(zip(example.candidates, expected[e].tolist(), strict=True))

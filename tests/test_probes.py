@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from data import build_examples, render_prompt
-from demo.planted import World, planted_world
 from eval import wilson
 from loaders.frozen import DataConfig
+from loaders.planted import World, planted_world
 from loaders.table import make_interactions
 from studies.probes import (
     PROBE_NAMES,
@@ -217,8 +217,7 @@ def test_unknown_probes_are_refused():
     for probe in ("tempt", ""):
         with pytest.raises(ValueError, match="--probe must be one of adherence"):
             ProbeConfig(run="x", probe=probe)
-    for options in ({"split": "val"}, {"recommend": "my.json"}):
-        with pytest.raises(ValueError, match="belong to eval.py"):
-            ProbeConfig(run="x", probe="length", **options)
+    with pytest.raises(ValueError, match="belongs to eval.py"):
+        ProbeConfig(run="x", probe="length", split="val")
     with pytest.raises(ValueError, match="prepared examples have their candidates already"):
         ProbeConfig(run="x", probe="avoidance", dataset="prepared")

@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-import studies.recommend as recommend
+import recommend
 import studies.retrievers as retrievers
 from data import Example, render_prompt
-from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.counting import DECAY, MAX_DISTANCE
 from loaders.frozen import prepare
 from lora import apply_lora, load_adapter, save_adapter
 from model import load_pretrained
-from runtime.sources import with_run_options
+from recommend import RecommendConfig, recommend_users
 from studies.ranking import shown_order
-from studies.recommend import recommend_users
 from studies.sequential import candidate_scores
 
 ROOT = Path(__file__).parents[1]
@@ -62,15 +60,15 @@ def folder(tmp_path_factory) -> Path:
 OPTIONS = {"dataset": "csv", "followers": 3, "history": 6, "exclude": "seen"}
 
 
-def options(folder: Path, **changes) -> EvalConfig:
+def options(folder: Path, **changes) -> RecommendConfig:
     given = OPTIONS | {
         "adapter": str(folder / "adapter"),
         "data_dir": str(folder / "log.csv"),
         "prepared_dir": str(folder / "prepared"),
-        "recommend": "all",
+        "users": "all",
         "micro_batch_tokens": 3000,
     }
-    return EvalConfig(
+    return RecommendConfig(
         **given | {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
     )
 
@@ -201,11 +199,11 @@ def test_parts_of_another_job_are_refused(folder):
 def test_two_ranks_write_what_one_does(folder, whole):
     """torchrun with 2 processes, from the command line: same file, no part left."""
     config = options(folder, output=folder / "two.jsonl", top_k=20)
-    names = [*OPTIONS, "adapter", "data_dir", "prepared_dir", "recommend", "output", "top_k"]
+    names = [*OPTIONS, "adapter", "data_dir", "prepared_dir", "users", "output", "top_k"]
     flags = [f"--{name}={getattr(config, name)}" for name in names]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launcher, str(ROOT / "eval.py"), *flags],
+        [*launcher, str(ROOT / "recommend.py"), *flags],
         capture_output=True,
         text=True,
         timeout=600,
@@ -221,7 +219,7 @@ def test_two_ranks_write_what_one_does(folder, whole):
 def test_named_users(folder, whole):
     """A file of ids: these users, in its order."""
     (folder / "some.txt").write_text("u7\n\nu3\n")
-    config = options(folder, recommend=folder / "some.txt", output=folder / "some.jsonl", top_k=20)
+    config = options(folder, users=folder / "some.txt", output=folder / "some.jsonl", top_k=20)
     recommend_users(config)
     by_user = {r["user"]: r for r in whole}
     same(read(folder / "some.jsonl"), [by_user["u7"], by_user["u3"]])
@@ -246,7 +244,7 @@ def test_new_users(folder, whole):
         {"user": "cold", "history": titled[:1], "candidates": given},
     ]
     (folder / "new.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    config = options(folder, recommend=folder / "new.jsonl", output=folder / "n.jsonl", top_k=4)
+    config = options(folder, users=folder / "new.jsonl", output=folder / "n.jsonl", top_k=4)
     recommend_users(config)
     copy, visitor, cold = read(folder / "n.jsonl")
     first = next(r for r in whole if r["user"] == interactions.user_ids[0])
@@ -314,7 +312,7 @@ def test_a_bad_line_is_named_before_anything_is_ranked(folder, tmp_path, line):
     file = tmp_path / "new.jsonl"
     file.write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError) as error:
-        recommend_users(options(folder, recommend=file, output=tmp_path / "r.jsonl"))
+        recommend_users(options(folder, users=file, output=tmp_path / "r.jsonl"))
     assert BAD_LINES[line] in str(error.value)
     assert not list(tmp_path.glob("r.jsonl*"))
 
@@ -326,16 +324,15 @@ def test_bad_requests(folder, tmp_path):
     existing.touch()
     new = tmp_path / "r.jsonl"
     cases = {
-        "user 'nobody' is not in the log": {"recommend": tmp_path / "ids.txt", "output": new},
+        "user 'nobody' is not in the log": {"users": tmp_path / "ids.txt", "output": new},
         "--top_k 30: the model ranks lists of 20": {"top_k": 30, "output": new},
         "needs --output": {},
         "exists already": {"output": existing},
-        "no such file": {"recommend": tmp_path / "gone.txt", "output": new},
+        "no such file": {"users": tmp_path / "gone.txt", "output": new},
         "prepared examples have none": {"dataset": "prepared", "output": new},
     }
     for message, changes in cases.items():
         with pytest.raises(ValueError, match=message):
             recommend_users(options(folder, **changes))
-    with pytest.raises(ValueError, match="--output, --top_k: for --recommend all"):
-        options(folder, recommend="one.json", output=new, top_k=3)
-    assert with_run_options(options(folder)).for_many
+    with pytest.raises(ValueError, match="--output, --top_k: for --users only"):
+        options(folder, users="", request="one.json", output=new, top_k=3)

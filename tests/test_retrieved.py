@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from data import Interactions, build_examples
-from demo.planted import World, planted_world
 from eval import ranking_metrics
 from loaders import counting
 from loaders.counting import DECAY, MAX_DISTANCE, markov, markov_top
 from loaders.frozen import DataConfig
+from loaders.planted import World, planted_world
 from loaders.table import make_interactions
 
 CONFIG = DataConfig(followers=3, min_history=4, train_size=50, negatives="retrieved")

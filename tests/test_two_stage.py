@@ -14,10 +14,10 @@ from test_recommend import BASE, OPTIONS, write_log
 from test_report import write_stage
 
 from data import NUM_CANDIDATES, build_examples
-from demo.planted import World, planted_world
 from eval import ranking_metrics, summarise
 from loaders.counting import counting_baselines, markov
 from loaders.frozen import DataConfig, Prepared, prepare
+from loaders.planted import World, planted_world
 from loaders.retrieval import fit, training_rows
 from runtime.stages import save_predictions
 from studies import two_stage

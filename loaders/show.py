@@ -1,6 +1,8 @@
-"""What `python data.py` prints and draws: statistics, what was dropped, rendered examples."""
+"""Show a data set: statistics, what was dropped, rendered examples with token boundaries.
 
-import tempfile
+python -m loaders --dataset movielens --data_dir ml-1m.zip
+"""
+
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +11,41 @@ import numpy as np
 
 from common import arg, parse_config
 from data import Encoded, Examples, Interactions, encode_examples, render_prompt
+from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, Prepared, prepare
-from studies.paper import TABLE_3
+
+DEMO_BASE = Path(__file__).parents[1] / "demo" / "base"
+
+# users, items, interactions in the paper's Table 3, and how to read them (a 20-core needs 20
+# interactions per item and user)
+TABLE_3 = {
+    "movielens": (
+        (6040, 3952, 994169),
+        "the unfiltered data less one interaction per user (1,000,209 - 6,040 = 994,169), with the "
+        "largest movie id for items; a 20-core (--core 20) would leave 6,022 users and 995,154 "
+        "interactions",
+    ),
+    "amazon_books": (
+        (5103, 38203, 62290),
+        "1.6 interactions per item and 12 per user: no 20-core of anything; a sample of users, "
+        "each less one interaction, fits",
+    ),
+    "steam": (
+        (3171, 4251, 82072),
+        "19.3 per item is below 20: no 20-core; with one more interaction per user it would be "
+        "20.05",
+    ),
+    "beeradvocate": (
+        (4724, 6105, 91207),
+        "14.9 per item is below 20: no 20-core, but a sample of users",
+    ),
+    "lastfm": (
+        (982, 107296, 307829),
+        "2.9 per item: no 20-core; 107,296 is about Celma's count of artists with a MusicBrainz id "
+        "(107,528 of 992 users), so items are artists",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -19,8 +53,8 @@ class InspectConfig(DataConfig):
     """Prepare examples; print statistics, what was dropped, and examples with token boundaries."""
 
     tokenizer: str = arg(
-        "",
-        "directory whose tokenizer cuts the shown examples; empty = one made from this data",
+        str(DEMO_BASE),
+        "directory of the model whose tokenizer cuts the shown examples",
         group="show",
     )
     max_length: int = arg(
@@ -30,7 +64,7 @@ class InspectConfig(DataConfig):
     plots: str = arg("", "folder for pictures of ratings, lengths and prompts (needs matplotlib)")
 
 
-def inspect() -> None:
+def show() -> None:
     config = parse_config(InspectConfig)
     prepared = prepare(config)
     train = prepared.splits["train"]
@@ -120,17 +154,10 @@ def title_lines(prepared: Prepared) -> list[str]:
 
 def show_examples(config: InspectConfig, examples: Examples) -> list[int]:
     """Three rendered examples, and the lengths of all training prompts in tokens."""
-    with tempfile.TemporaryDirectory() as scratch:
-        if not config.tokenizer:
-            from demo.tiny import make_base_model
-
-            sizes = {"hidden_size": 64, "num_layers": 1, "vocab_size": 4096}
-            make_base_model(scratch, examples, **sizes, seed=0)
-        tokenizer = Tokenizer(config.tokenizer or scratch)
+    tokenizer = Tokenizer(resolve_path(config.tokenizer))
     encoded = encode_examples(examples, tokenizer, config.max_length)
     lengths = [len(ids) for ids in encoded.prompts]
-    cut_by = config.tokenizer or "a tokenizer of 4,096 tokens made from this data"
-    print(f"\nprompt tokens ({cut_by}): {percentiles(lengths, (0, 5, 50, 95, 99, 100))}")
+    print(f"\nprompt tokens ({config.tokenizer}): {percentiles(lengths, (0, 5, 50, 95, 99, 100))}")
     print(
         f"prompts shortened to --max_length {config.max_length}: "
         f"{encoded.num_shortened} ({encoded.num_dropped} history items)"

@@ -1,8 +1,9 @@
 """Recommendations for every user of a log: a cheap recommender retrieves, the model ranks.
 
-    python eval.py --run DIR --recommend all --output recs.jsonl         all users of the run's log
-    python eval.py --run DIR --recommend users.txt --output recs.jsonl   ids of users, one a line
-    python eval.py --run DIR --recommend new.jsonl --output recs.jsonl   histories of new users
+    python recommend.py --run DIR --request my.json                      one user, printed
+    python recommend.py --run DIR --users all --output recs.jsonl         all users of the run's log
+    python recommend.py --run DIR --users users.txt --output recs.jsonl   ids of users, one a line
+    python recommend.py --run DIR --users new.jsonl --output recs.jsonl   histories of new users
 
 A new user is a line {"user": "u1", "history": [{"title": "...", "rating": 4}, ...]}, oldest first;
 "item" with an id of the log may stand for "title". With "candidates": ["title or item id", ...,
@@ -33,17 +34,55 @@ from pathlib import Path
 
 import numpy as np
 
-from common import first, hours, is_main, print0, setup_distributed, writing
+from common import (
+    arg,
+    changed_options,
+    first,
+    hours,
+    is_main,
+    parse_config,
+    print0,
+    run_cli,
+    setup_distributed,
+    writing,
+)
 from data import NUM_CANDIDATES, Interactions
-from eval import EvalConfig
 from loaders.frozen import prepare
 from loaders.retrieval import Retriever
 from loaders.table import clean_title
 from runtime.passes import any_rank, prefetch, progress
-from runtime.sources import check_run_data, load_source, sources_of
+from runtime.sources import SourceConfig, check_run_data, load_source, sources_of, with_run_options
 from studies.ranking import ListRanker, ShownList, shown_order
 from studies.request import ranked_request
 from studies.retrievers import fit_retriever
+
+
+@dataclass(frozen=True)
+class RecommendConfig(SourceConfig):
+    """Rank the candidates of one user, or write recommendations for many."""
+
+    request: str = arg("", "JSON file of one user, with candidates", group="what is asked")
+    users: str = arg(
+        "", "all users of the log, a .txt file of their ids, or a .jsonl file of new users"
+    )
+    retriever: str = arg(
+        "markov",
+        "where the candidates of many users come from",
+        choices=("markov", "item-knn", "popularity", "sasrec"),
+    )
+    top_k: int = arg(10, "items for each of many users", at_least=1)
+    output: str = arg("", "the .jsonl file of many users; a restart goes on with it")
+    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.request) == bool(self.users):
+            raise ValueError("give either --request, or --users")
+        given = changed_options(self) & {"retriever", "top_k", "output"}
+        if given and self.request:
+            names = ", ".join(f"--{name}" for name in sorted(given))
+            raise ValueError(f"{names}: for --users only")
+
 
 CHUNK = 256  # users that are retrieved and tokenised together, while others are ranked
 
@@ -113,7 +152,7 @@ class NewUsers(Sequence):
 
     SHAPE = '{"user": "...", "history": [{"title": "...", "rating": 4}, ...]}'
 
-    def __init__(self, file: Path, interactions: Interactions, config: EvalConfig):
+    def __init__(self, file: Path, interactions: Interactions, config: RecommendConfig):
         self.file, self.interactions, self.config = file, interactions, config
         self.by_title = {title: code for code, title in enumerate(interactions.titles)}
         self.by_id = {item: code for code, item in enumerate(interactions.item_ids)}
@@ -228,12 +267,12 @@ class NewUsers(Sequence):
         return Candidate(self.interactions.item_ids[code], self.interactions.titles[code])
 
 
-def users_of(config: EvalConfig, interactions: Interactions) -> LogUsers | NewUsers:
-    if config.recommend == "all":
+def users_of(config: RecommendConfig, interactions: Interactions) -> LogUsers | NewUsers:
+    if config.users == "all":
         return LogUsers(interactions, np.arange(interactions.num_users))
-    file = Path(config.recommend)
+    file = Path(config.users)
     if not file.is_file():
-        raise ValueError(f"--recommend {file}: no such file")
+        raise ValueError(f"--users {file}: no such file")
     return (
         NewUsers(file, interactions, config)
         if file.suffix == ".jsonl"
@@ -242,7 +281,7 @@ def users_of(config: EvalConfig, interactions: Interactions) -> LogUsers | NewUs
 
 
 # -------------------------------------------------------------------------------------------- lists
-def shown_history(profile: Profile, config: EvalConfig) -> list[tuple[str, float]]:
+def shown_history(profile: Profile, config: RecommendConfig) -> list[tuple[str, float]]:
     """(title, rating) as the run shows them in prompts: the newest --history, oldest first."""
     pairs = list(zip(profile.titles, profile.ratings, strict=True))
     if config.history_items == "positive":
@@ -394,7 +433,7 @@ class Parts:
         return without
 
 
-def job_key(config: EvalConfig, source: tuple, data_hash: str) -> str:
+def job_key(config: RecommendConfig, source: tuple, data_hash: str) -> str:
     """Of all that decides the lines: weights, data, users, options."""
     base, adapter = source
     weights = [f for d in (base, adapter) if d for f in sorted(Path(d).glob("*.safetensors"))]
@@ -402,21 +441,21 @@ def job_key(config: EvalConfig, source: tuple, data_hash: str) -> str:
     options = [config.retriever, config.top_k, config.prompt_format, config.max_length]
     options += [config.dtype, config.load_in_4bit]
     digest = hashlib.sha256(json.dumps([facts, options, data_hash]).encode())
-    if config.recommend != "all":
-        digest.update(Path(config.recommend).read_bytes())
+    if config.users != "all":
+        digest.update(Path(config.users).read_bytes())
     return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- run
-def check_request(config: EvalConfig) -> None:
+def check_request(config: RecommendConfig) -> None:
     """ValueError for what no user can be given."""
     if config.dataset == "prepared":
         raise ValueError(
-            "--recommend needs a log of interactions, and prepared examples have none; name one "
-            "user and its candidates in a .json file instead"
+            "--users needs a log of interactions, and prepared examples have none; name one "
+            "user and its candidates by --request"
         )
     if not config.output:
-        raise ValueError("--recommend of many users needs --output, a .jsonl file to write")
+        raise ValueError("--users needs --output, a .jsonl file to write")
     if config.top_k > NUM_CANDIDATES:
         raise ValueError(
             f"--top_k {config.top_k}: the model ranks lists of {NUM_CANDIDATES} candidates, so no "
@@ -426,8 +465,8 @@ def check_request(config: EvalConfig) -> None:
         raise ValueError(f"--output {config.output} exists already; delete it or name another")
 
 
-def recommend_users(config: EvalConfig) -> None:
-    """Write --output for all users that --recommend names."""
+def recommend_users(config: RecommendConfig) -> None:
+    """Write --output for all users that --users names."""
     check_request(config)
     rank, world_size, device = setup_distributed()
     stage, source = list(sources_of(config).items())[-1]
@@ -486,12 +525,16 @@ def report(config, stage: str, total: int, ranked: int, seconds: float, without:
         )
 
 
-def recommend(config: EvalConfig) -> None:
-    """What --recommend asks for: one user's ranking is printed, the lists of many are written."""
-    if config.for_many:
+def main() -> None:
+    config = with_run_options(parse_config(RecommendConfig))
+    if config.users:
         recommend_users(config)
         return
     _, _, device = setup_distributed()
     stage, source = list(sources_of(config).items())[-1]
     model, tokenizer = load_source(config, source, device)
     print(f"{stage}:\n{ranked_request(config, model, tokenizer, device)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -38,7 +38,6 @@ from data import BOUNDARY_CHECKS, build_tree, tree_widths
 from hub.quantized import to_4bit
 from lora import apply_lora
 from model import ModelConfig, Transformer
-from objectives import SFT, Preference
 from runtime.runs import Run
 from runtime.sharding import GB
 
@@ -298,9 +297,9 @@ def time_line(
     )
 
 
-def dry_run(run: Run) -> None:
+def dry_run(run: Run, objectives: dict) -> None:
     """What a careful user looks at before paying for GPUs;
-    runs the step on fake tensors, reads no weights."""
+    runs the step on fake tensors, reads no weights. `objectives`: stage -> what it trains on."""
     config, model_config = run.config, ModelConfig.from_pretrained(run.base)
     print0(
         "prompt and completion tokenise alike together and apart: "
@@ -311,18 +310,13 @@ def dry_run(run: Run) -> None:
         dtype = getattr(torch, config.dtype)
     else:
         dtype = torch.bfloat16 if gpu else torch.float32
-    for stage in config.stage_list:
-        if stage == "raw":
-            continue  # nothing is trained
+    for stage, objective in objectives.items():
         r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
-        objective = SFT(config, None, run.train, run.device)
-        if stage != "sft":
-            objective = Preference(config, stage, None, run.train, run.device)
-            if objective.has_reference:
-                print0(
-                    f"\n{stage}: the first loss must be {objective.first_loss():.4f}: "
-                    "the policy is still its reference"
-                )
+        if objective.has_reference:
+            print0(
+                f"\n{stage}: the first loss must be {objective.first_loss():.4f}: "
+                "the policy is still its reference"
+            )
         widths = tree_widths(run.train, objective.slots)
         longest = int(widths[:, 1].argmax())
         completions = list(map(len, run.train.slots(longest, objective.slots[longest])))

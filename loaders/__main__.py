@@ -1,0 +1,6 @@
+"""python -m loaders: see show.py."""
+
+from common import run_cli
+from loaders.show import show
+
+run_cli(show)
