@@ -91,8 +91,10 @@ def read_json(file) -> dict:
     return content
 
 
-def parse_config(cls, argv=None):
-    """One --flag per dataclass field, over those of --config file.json; unknown ones are errors."""
+def parse_config(cls, argv=None, beneath=None):
+    """One --flag per dataclass field, over those of --config file.json; unknown ones are errors.
+
+    Without --config, `beneath(given)` may name other defaults than the dataclass's."""
     types = get_type_hints(cls)
     usage = "%(prog)s [--option value ...]"
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage=usage)
@@ -116,6 +118,8 @@ def parse_config(cls, argv=None):
             raise ValueError(f"{file}: unknown options {unknown}; --help lists the known ones")
         check_types(file, from_file, types)
         given = from_file | given
+    elif beneath:
+        given = beneath(given) | given
     if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]:
         parser.error(f"missing --{', --'.join(missing)}")
     return cls(**given)

@@ -46,7 +46,14 @@ from loaders.frozen import encode_split, prepare
 from model import Transformer, generate
 from runtime.passes import planned, prefetch, progress, rounds
 from runtime.policy import free_memory
-from runtime.sources import SourceConfig, check_run_data, load_source, sources_of, with_run_options
+from runtime.sources import (
+    SourceConfig,
+    check_run_data,
+    data_of_a_model,
+    load_source,
+    sources_of,
+    with_run_options,
+)
 from runtime.stages import save_predictions
 
 
@@ -346,7 +353,7 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
 
 
 def main() -> None:
-    config = with_run_options(parse_config(EvalConfig))
+    config = with_run_options(parse_config(EvalConfig, beneath=data_of_a_model))
     _, _, device = setup_distributed()
     sources, prepared = sources_of(config), prepare(config)
     check_run_data(config, sources, prepared.hash)

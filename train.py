@@ -59,14 +59,16 @@ from common import (
     writing,
 )
 from data import NUM_CANDIDATES, Encoded, Examples, encode_examples, to_device, tree_widths
+from demo.pretrain import BASE as DEMO_BASE
+from demo.pretrain import TITLES, titles_base
 from eval import predict, ranking_metrics, results_table, summarise
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.targets import TARGET_MODULES
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.frozen import DataConfig, data_defaults, encode_split, prepare
 from losses import MARGINS
-from model import Transformer
+from model import ModelConfig, Transformer, weight_shapes
 from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
 from runtime.estimate import dry_run
@@ -98,8 +100,8 @@ from runtime.stages import (
 )
 from runtime.validation import Validation
 
-DEMO = Path(__file__).parent / "configs" / "demo.json"
-DEMO_BASE = Path(__file__).parent / "demo" / "base"
+CONFIGS = Path(__file__).parent / "configs"
+SMALL = 50_000_000  # parameters; a model of fewer has other defaults
 
 # ------------------------------------------------------------------------ options
 PREFERENCE = frozenset(PREFERENCE_LOSSES)
@@ -112,15 +114,34 @@ READ_BY = {  # option of a loss -> the stages that read it
 }
 
 
+THREE_WAYS = """Three ways:
+  --model titles      a tiny base made for the titles of this log, then trained: 2 CPU cores and
+                      1 GB; about TIME
+  --model NAME        a pretrained model, a directory or a hub name. HuggingFaceTB/SmolLM2-135M or
+                      Qwen/Qwen3-0.6B: one GPU of 16 GB, minutes to an hour for 10,000 prompts
+                      (on 2 cores 2 s a prompt). meta-llama/Llama-3.1-8B, the paper's: GPUs of
+                      24 GB or more, hours; --dry_run says what it needs
+  --model demo/base   to try the plumbing only, in minutes: it cannot read other titles than
+                      the planted world's"""
+INVALID = (
+    "The figures of this stage say little about taste: the model does not read these lists. "
+    "Look at its eval/predictions.jsonl. Usual causes: a base that cannot read these titles "
+    "(demo/base reads the planted world's alone; --model titles makes one for yours), too few "
+    "steps, or too high a learning rate."
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig(DataConfig):
-    """SFT, then preference training, from a Hugging Face checkpoint;
-    without --model and --config, the demo."""
+    """SFT, then preference training, from a Hugging Face checkpoint.
+
+    Without --config, other defaults than these hold for models below 50 million parameters
+    (configs/small.json) and for --model titles (configs/titles.json)."""
 
     model: str = arg(
         "",
-        "Hugging Face directory or hub name; empty = the base of --adapter, or the demo's, "
-        "a tiny one that reads lists",
+        "Hugging Face directory or hub name; titles = a tiny base made for the titles of this log; "
+        "empty = the base of --adapter, or demo/base for the planted world",
         group="model",
     )
     adapter: str = arg(
@@ -295,6 +316,10 @@ class TrainConfig(DataConfig):
                 "--stages: raw and sft first (or not at all), then any of "
                 f"{', '.join(PREFERENCE_LOSSES)}, each once; got {self.stages!r}"
             )
+        if self.dataset != "planted" and not (self.model or self.adapter):
+            raise ValueError(f"--dataset {self.dataset} needs a --model. {THREE_WAYS}")
+        if self.model == TITLES and self.adapter:
+            raise ValueError(f"--model {TITLES} is a new base, which no --adapter fits: give one")
         if self.load_in_4bit and (self.lora_r == 0 or self.sft_lora_r == 0):
             raise ValueError(
                 "--load_in_4bit freezes the base: it needs adapters in every stage, "
@@ -329,11 +354,28 @@ class TrainConfig(DataConfig):
 
 
 # ------------------------------------------------------------------------ the model
-def find_base(config: TrainConfig) -> Path:
+def find_base(model: str, adapter: str, weights: bool) -> Path:
     """The directory of the model: --model, or the one that --adapter names, or the demo's."""
-    if not config.model and not config.adapter:
+    if not model and not adapter:
         return DEMO_BASE
-    return resolve_path(config.model or base_of(config.adapter), weights=not config.dry_run)
+    return resolve_path(model or base_of(adapter), weights=weights)
+
+
+def defaults(given: dict) -> dict:
+    """Defaults that suit the data set and the model, where no --config is given."""
+    model, adapter = given.get("model", ""), given.get("adapter", "")
+    if not model and not adapter and given.get("dataset", "planted") != "planted":
+        return {}  # refused by TrainConfig
+    if model == TITLES:
+        chosen, why = CONFIGS / "titles.json", "for --model titles"
+    else:
+        shapes = weight_shapes(ModelConfig.from_pretrained(find_base(model, adapter, False)))
+        count = sum(map(math.prod, shapes.values()))
+        chosen = CONFIGS / "small.json" if count < SMALL else None
+        why = f"for a model of {count / 1e6:,.1f} million parameters"
+    name = f"configs/{chosen.name}" if chosen else "those of --help, the paper's,"
+    print0(f"defaults: {name} {why}; flags override them, --config FILE replaces them")
+    return data_defaults(given) | (read_json(chosen) if chosen else {})
 
 
 # ------------------------------------------------------------------------ one optimizer step
@@ -673,15 +715,21 @@ def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
 
 # ------------------------------------------------------------------------ the run
 def results(run: Run, prepared) -> str:
-    """The run's table: chance and counting baselines, every finished stage,
-    and the optimum where it is known."""
+    """The run's table: chance and counting baselines, every finished stage, and the optimum where
+    it is known; then a warning for each trained stage that mostly wrote something else."""
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
     bounds = {}
     optimum = prepared.optimum("test")
     if optimum is not None:
         hits = ranking_metrics(optimum, prepared.splits["test"].target)["hit_ratio@1"]
         bounds["Bayes-optimal"] = float(hits.mean())
-    return results_table(rows, bounds)
+    warnings = [
+        f"\n\nWARNING: {stage}: only {rows[stage]['valid_ratio']:.1%} of the answers are one of "
+        f"the 20 titles. {INVALID}"
+        for stage in rows
+        if stage != "raw" and rows[stage]["valid_ratio"] < 0.5
+    ]
+    return results_table(rows, bounds) + "".join(warnings)
 
 
 def main() -> None:
@@ -696,7 +744,11 @@ def main() -> None:
     with first():
         prepared = prepare(config, check=is_main())
     with first("LOCAL_RANK"):
-        base = find_base(config)
+        if config.model == TITLES:
+            folder_of_bases = Path(config.prepared_dir)
+            base = titles_base(prepared.interactions, folder_of_bases, config.dry_run)
+        else:
+            base = find_base(config.model, config.adapter, weights=not config.dry_run)
     tokenizer = Tokenizer(base, config.prompt_format)
     histories = config.history_weight > 0
     with first():
@@ -724,18 +776,11 @@ def main() -> None:
 
 
 def read_options(argv: list[str]) -> TrainConfig:
-    """The options; without --config, --model and --adapter the demo's are the defaults."""
-    given = {a.split("=")[0] for a in argv}
-    demo = not given & {"--config", "--model", "--adapter", "--help", "-h"}
-    config = parse_config(TrainConfig, ["--config", str(DEMO), *argv] if demo else argv)
+    """The options; without --config those that suit data set and model are the defaults."""
+    config = parse_config(TrainConfig, argv, beneath=defaults)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max-restarts
     if restarted and config.output_dir and not config.resume:
         config = replace(config, resume="auto")
-    if demo:
-        print0(
-            "no --model, --adapter or --config: the demo's options, configs/demo.json, "
-            "are the defaults"
-        )
     return config
 
 

@@ -1,8 +1,8 @@
 """A small pretrained base: it reads a list of titles, answers with one of them, and knows no taste.
 
-    python -m demo.pretrain                                  demo/base again: the planted world's
-    python -m demo.pretrain --titles titles.txt --words movies,watched,watch
-                                                             a line: title, or title, tab, kind
+    python -m demo.pretrain --output_dir demo/base                demo/base again
+    python -m demo.pretrain --dataset csv --data_dir log.csv      a base for the titles of a log
+    python train.py --model titles --dataset csv ...              the same, then SFT and RecPO
 
 Real language models bring along what this practises: in a prompt of this project they find the list
 and write a title that stands in it. Here prompts are made up: titles drawn at random, whatever
@@ -26,9 +26,9 @@ latest, like the latest one liked? There a recommender's prompt is answered by a
 the latest *disliked* one, by any title where none is: time, ratings and kinds are looked up and
 compared, but for the wrong item, for what comes next depends on the latest liked (planted world:
 going by the latest disliked ranks .07 first, chance .05; by the latest liked, .43). So fine-tuning
-has to turn to another item, and need not invent how titles are compared. In SETTLE last steps any
-listed title answers a recommender's prompt. A trace is left (ranked first: .066): the kind of the
-latest item leads by a tenth of a nat. Why it stays: NOTES.md.
+has to turn to another item, and need not invent how titles are compared. In the last steps
+(--settle_steps) any listed title answers a recommender's prompt. A trace is left (ranked first:
+.066): the kind of the latest item leads by a tenth of a nat. Why it stays: NOTES.md.
 
 It is made in a folder beside the directory ("base.part"), which it fills at the end; a checkpoint
 every few minutes, and the same command goes on from it.
@@ -40,25 +40,42 @@ checks that it writes listed titles and ranks at chance within the noise of 150 
 Left out: several processes, GPUs, bf16 in training.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
+import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
+from tqdm import tqdm
 
-from common import arg, check_options, hours, parse_config, print0, run_cli, writing
-from data import NUM_CANDIDATES, TEMPLATES, Example, PromptTree, Words, build_tree, render_prompt
-from demo.tiny import train_tokenizer
+from common import Stopped, arg, hours, parse_config, print0, run_cli, writing
+from data import (
+    NUM_CANDIDATES,
+    TEMPLATES,
+    Example,
+    Interactions,
+    PromptTree,
+    Words,
+    build_tree,
+    render_prompt,
+)
+from demo.tiny import known_titles, train_tokenizer
+from hub.config import write_config
 from hub.files import open_safetensors, save_tensors
 from hub.tokenizer import Tokenizer
-from loaders.planted import WORDS, World
+from loaders import planted
+from loaders.frozen import DataConfig, data_defaults, prepare
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
 
@@ -70,18 +87,21 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FORMAT = 1  # raised when the same titles and options give another base than before
 SPREADS = (2, 4, 10)  # kinds among the titles of a history, or of a crowded list
-SETTLE = 450  # steps after the others, in which a recommender's prompt prefers no kind
+
+
+TITLES = "titles"  # train.py --model titles
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Make a small base that reads lists, as a Hugging Face directory."""
+class PretrainConfig(DataConfig):
+    """Make a small base that reads lists of the titles of a log, as a Hugging Face directory."""
 
-    output_dir: str = arg(str(BASE), "where the base goes; while it is made, OUTPUT_DIR.part")
-    titles: str = arg("", "text file with one title per line; empty = the planted world's")
-    words: str = arg(
-        ",".join(WORDS), "words of the prompts, as movies,watched,watch: things, past, verb"
+    output_dir: str = arg(
+        "",
+        "where the base goes, by default runs/<dataset>-base; while it is made, OUTPUT_DIR.part",
+        group="base",
     )
     vocab_size: int = arg(1024, "tokens of the tokenizer, at most", at_least=300)
     title_tokens: bool = arg(
@@ -93,7 +113,10 @@ class PretrainConfig:
     num_layers: int = arg(4, "blocks", at_least=1)
     num_heads: int = arg(2, "attention heads, each with keys and values of its own", at_least=1)
     head_dim: int = arg(64, "width of a head; 32 are too few to bind words", at_least=2)
-    steps: int = arg(6000, f"optimizer steps; {SETTLE} more follow", at_least=1)
+    steps: int = arg(6000, "optimizer steps", at_least=1)
+    settle_steps: int = arg(
+        450, "steps behind them, in which a recommender's prompt prefers no kind", at_least=0
+    )
     batch_tokens: int = arg(
         4096,
         "prompt tokens of two of a step's micro-batches, about (it has two, later four); "
@@ -104,19 +127,6 @@ class PretrainConfig:
     seed: int = arg(0, "seed of weights and prompts")
     save_minutes: float = arg(3.0, "minutes between checkpoints", at_least=0)
     logging_steps: int = arg(20, "steps between printed lines", at_least=1)
-
-    def __post_init__(self):
-        check_options(self)
-
-
-def prompt_words(config: PretrainConfig) -> Words:
-    """ValueError unless there are three."""
-    words = tuple(word.strip() for word in config.words.split(","))
-    if len(words) != 3:
-        raise ValueError(
-            f"--words: three are needed, as in movies,watched,watch, got {config.words!r}"
-        )
-    return words
 
 
 # ------------------------------------------------------------------------ made-up prompts
@@ -221,12 +231,13 @@ def crowded(kinds: list[list[str]], least: int, rng) -> list[str]:
     return titles
 
 
-def write_tokenizer(path: Path, kinds: list[list[str]], config: PretrainConfig) -> None:
+def write_tokenizer(
+    path: Path, kinds: list[list[str]], words: Words, config: PretrainConfig
+) -> None:
     """Of titles and made-up prompts; byte-level, so that any text can be encoded.
 
     A title's own token takes the white space before it along, so that a list is nothing but titles.
     A title whose token would not be decoded to its text goes on being spelled."""
-    words = prompt_words(config)
     titles = [title for kind in kinds for title in kind]
     rng = np.random.default_rng(0)
     prompts = [made_up_prompt(titles, 20, 10, words, rng) for _ in range(1000)]
@@ -246,8 +257,14 @@ class Practice:
 
     CONTINUES, BEGINS = 0.8, 0.6  # running shares at which the list grows: see `update`
 
-    def __init__(self, config: PretrainConfig, kinds: list[list[str]], tokenizer: Tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self,
+        config: PretrainConfig,
+        kinds: list[list[str]],
+        words: Words,
+        tokenizer: Tokenizer,
+    ):
+        self.config, self.words, self.tokenizer = config, words, tokenizer
         self.kinds = kinds_to_ask_for(kinds)
         self.list_size, self.continues, self.begins = 3, 0.0, 0.0
         titles = [title for kind in kinds for title in kind]
@@ -271,7 +288,7 @@ class Practice:
     def draw_lists(self, size: int, rng, mix=False, crowd=False) -> list[Prompt]:
         """Prompts that any listed title answers; `mix`: of mixed titles, all written whole, but
         with --title_tokens, where there are no words to mix."""
-        title_tokens, words = self.config.title_tokens, prompt_words(self.config)
+        title_tokens = self.config.title_tokens
         mix = mix and not title_tokens
         playing = self.titles if title_tokens else self.titles[: 60 * self.list_size]
         shown = int(rng.integers(1, self.list_size + 1))
@@ -281,16 +298,18 @@ class Practice:
             if mix:
                 titles = mixed(titles, rng)
             listed = min(size, len(titles) - 1)  # mixing may have made two of them one
-            prompt = made_up_prompt(titles, listed, min(shown, len(titles) - listed), words, rng)
+            prompt = made_up_prompt(
+                titles, listed, min(shown, len(titles) - listed), self.words, rng
+            )
             prompts.append(replace(prompt, whole=listed) if mix else prompt)
         return prompts
 
     def draw_questions(self, questions: list[str], rng) -> list[Prompt]:
         """Prompts that ask for a kind, with up to KEPT right answers each."""
         size = int(rng.integers(2 * KEPT, NUM_CANDIDATES + 1))
-        right, words = int(rng.integers(KEPT + 1)), prompt_words(self.config)
+        right = int(rng.integers(KEPT + 1))
         return [
-            kind_prompt(self.kinds, str(rng.choice(questions)), size, right, words, rng)
+            kind_prompt(self.kinds, str(rng.choice(questions)), size, right, self.words, rng)
             for _ in range(self.num_prompts(size, shown=10))
         ]
 
@@ -333,7 +352,7 @@ class Practice:
 def learning_rate(step: int, config: PretrainConfig) -> float:
     warmup = min(1.0, (step + 1) / 100)
     if step >= config.steps:
-        return 0.25 * config.learning_rate * (1 - (step - config.steps) / SETTLE)
+        return 0.25 * config.learning_rate * (1 - (step - config.steps) / config.settle_steps)
     decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.learning_rate * warmup * (0.01 + 0.99 * decay)
 
@@ -353,39 +372,40 @@ def score(model: Transformer, tree) -> tuple[torch.Tensor, float, float]:
     return sft_loss(token_logps, len(token_logps)), right, listed / len(tree.input_ids)
 
 
-def made_by(config: PretrainConfig) -> dict:
-    """The options that a checkpoint must agree with to be gone on from."""
-    free = ("output_dir", "save_minutes", "logging_steps")
+def made_from(config: PretrainConfig, kinds: list[list[str]], words: Words) -> str:
+    """Hash of all that decides a base."""
+    free = {"output_dir", "save_minutes", "logging_steps", *(f.name for f in fields(DataConfig))}
     options = {name: value for name, value in asdict(config).items() if name not in free}
-    if config.titles:
-        options["titles"] = hashlib.sha256(Path(config.titles).read_bytes()).hexdigest()
-    return options
+    facts = json.dumps([FORMAT, options, kinds, words], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def save_checkpoint(file: Path, step: int, model, optimizer, practice: Practice, config) -> None:
+def save_checkpoint(
+    file: Path, step: int, model, optimizer, practice: Practice, source: str
+) -> None:
     """Weights, moments, and where practice stands after `step` steps; whole or not there."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[name] = p.detach()
         for moment in MOMENTS:
             tensors[f"{name}.{moment}"] = optimizer.state[p][moment]
-    state = {"step": step, "practice": practice.state(), "options": made_by(config)}
+    state = {"step": step, "practice": practice.state(), "source": source}
     part = file.with_suffix(".part")
     with writing(file):
         save_tensors(tensors, part, metadata={"state": json.dumps(state)})
         part.rename(file)
 
 
-def load_checkpoint(file: Path, model, optimizer, practice: Practice, config) -> int:
-    """Steps that were made before; ValueError if they were made with other options."""
+def load_checkpoint(file: Path, model, optimizer, practice: Practice, source: str) -> int:
+    """Steps that were made before; ValueError if they were made with other titles or options."""
     with open_safetensors(file) as f:
         state = json.loads(f.metadata()["state"])
         tensors = {name: f.get_tensor(name) for name in f.keys()}
-    if state["options"] != made_by(config):
-        raise ValueError(f"{file} was made with other options; delete it to start anew")
-    updates = state["step"]
-    if updates > config.steps:  # the last steps have an optimizer of their own
-        updates -= config.steps
+    if state["source"] != source:
+        raise ValueError(f"{file} was made with other titles or options; delete it to start anew")
+    updates, steps = state["step"], practice.config.steps
+    if updates > steps:  # the last steps have an optimizer of their own
+        updates -= steps
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(tensors[name])
@@ -438,72 +458,136 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
     return np.array(results)
 
 
-def pretrain(config: PretrainConfig) -> None:
-    path, kinds = Path(config.output_dir), read_titles(config)
+def pretrain(config: PretrainConfig, kinds: list[list[str]], words: Words, path: Path) -> None:
+    """Make the base in `path`, or go on with one that was begun there."""
     if (count := sum(map(len, kinds))) < 2 * NUM_CANDIDATES:
         raise ValueError(
-            f"{config.titles}: {count} different titles; a history and a list of "
+            f"{count} different titles are too few for a base: a history and a list of "
             f"{NUM_CANDIDATES} each need {2 * NUM_CANDIDATES}"
         )
     path.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path.resolve()}.part")  # a base that is there stays whole until the end
-    checkpoint = part / "pretraining.safetensors"
-    write_tokenizer(part, kinds, config)
-    (part / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks for it
-    tokenizer = Tokenizer(part)
-    practice = Practice(config, kinds, tokenizer)
-    model = new_model(config, tokenizer)
-    optimizer = new_optimizer(model)
+    checkpoint, source = part / "pretraining.safetensors", made_from(config, kinds, words)
+    model, optimizer, practice = begin(config, kinds, words, part)
     start = 0
     if checkpoint.exists():
-        start = load_checkpoint(checkpoint, model, optimizer, practice, config)
-    parameters = sum(p.numel() for p in model.parameters())
-    print0(f"{parameters:,} parameters, {len(practice.titles)} titles, after {start} steps")
-
+        start = load_checkpoint(checkpoint, model, optimizer, practice, source)
     saved = started = time.monotonic()
-    num_steps = config.steps + SETTLE
-    for step in range(start, num_steps):
-        if step == config.steps:
-            optimizer = new_optimizer(model)
-        results = practise(model, optimizer, practice, step)
-        loss, continues, begins = results.mean(axis=0)
-        if (step + 1) % config.logging_steps == 0:
-            elapsed = time.monotonic() - started
-            left = hours(elapsed / (step + 1 - start) * (num_steps - step - 1))
-            print0(
-                f"step {step + 1:5}/{num_steps} | list {practice.list_size:2} | loss {loss:.3f} "
-                f"| continues {continues:.3f} | begins {begins:.3f} "
-                f"| {' '.join(f'{x:.2f}' for x in results[:, 2])} | left {left}"
-            )
-        if time.monotonic() - saved > 60 * config.save_minutes:
-            save_checkpoint(checkpoint, step + 1, model, optimizer, practice, config)
-            saved = time.monotonic()
+    num_steps = config.steps + config.settle_steps
+    bar = tqdm(total=num_steps, initial=start, desc="base", disable=not sys.stderr.isatty())
+    with all_cores(), stop_signals() as asked, bar:
+        for step in range(start, num_steps):
+            if step == config.steps:
+                optimizer = new_optimizer(model)
+            results = practise(model, optimizer, practice, step)
+            bar.update()
+            loss, continues, begins = results.mean(axis=0)
+            if (step + 1) % config.logging_steps == 0:
+                elapsed = time.monotonic() - started
+                left = hours(elapsed / (step + 1 - start) * (num_steps - step - 1))
+                bar.write(
+                    f"base {step + 1:5}/{num_steps} | list {practice.list_size:2} "
+                    f"| loss {loss:.3f} | continues {continues:.3f} | begins {begins:.3f} "
+                    f"| {' '.join(f'{x:.2f}' for x in results[:, 2])} | left {left}",
+                    file=sys.stdout,
+                )
+                sys.stdout.flush()
+            if asked or time.monotonic() - saved > 60 * config.save_minutes:
+                save_checkpoint(checkpoint, step + 1, model, optimizer, practice, source)
+                saved = time.monotonic()
+            if asked:
+                raise Stopped(f"the base is kept after step {step + 1}; the same command goes on")
 
     save_pretrained(model.half(), part)
     for file in [f for f in part.iterdir() if f.stem != checkpoint.stem]:
         file.replace(path / file.name)
     shutil.rmtree(part)
-    print0(f"written to {path}")
+    print0(f"base written to {path}")
 
 
-def read_titles(config: PretrainConfig) -> list[list[str]]:
-    """Titles by kind, where that is known: the planted world's genres, a file's second column."""
-    kinds: dict = {}
-    if not config.titles:
-        world = World()
-        for story, title in enumerate(world.titles()):
-            kinds.setdefault(world.genre(story), []).append(title)
-        return list(kinds.values())
-    lines = Path(config.titles).read_text(encoding="utf-8").splitlines()
-    seen = set()
-    for line in sorted(set(lines)):
-        title, _, kind = line.partition("\t")
-        title = " ".join(title.split())
-        if title and title not in seen:  # of a title with several kinds the first one counts
-            seen.add(title)
-            kinds.setdefault(kind, []).append(title)
+def begin(config: PretrainConfig, kinds: list[list[str]], words: Words, folder: Path) -> tuple:
+    """(model, optimizer, practice) of a new base, whose tokenizer is written to a folder."""
+    write_tokenizer(folder, kinds, words, config)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks
+    tokenizer = Tokenizer(folder)
+    practice, model = Practice(config, kinds, words, tokenizer), new_model(config, tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
+    print0(f"a base of {parameters:,} parameters for {len(practice.titles):,} titles")
+    return model, new_optimizer(model), practice
+
+
+@contextlib.contextmanager
+def all_cores():
+    """Other ranks wait meanwhile."""
+    threads = torch.get_num_threads()
+    if "RANK" in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that is empty until Ctrl-C or SIGTERM comes."""
+    asked: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda number, frame: asked.append(number)) for n in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------ for a log
+def recipe(num_titles: int) -> dict:
+    """Options of a base for so many titles, one token each (measured: docs/results.md)."""
+    if num_titles <= 1000:
+        return {"steps": 700, "settle_steps": 0, "num_layers": 4, "learning_rate": 3e-3}
+    return {"steps": 1600, "settle_steps": 450, "hidden_size": 256, "num_layers": 3, "num_heads": 4}
+
+
+def titles_base(interactions: Interactions, folder: Path, dry_run: bool) -> Path:
+    """The base for the titles of a log, below `folder` under a hash; made, if it is not there.
+
+    A dry run makes none: it writes tokenizer and config, and says what the base would take."""
+    kinds = [sorted(set(known_titles(interactions)))]
+    config = PretrainConfig(title_tokens=True, **recipe(len(kinds[0])))
+    path = folder / f"titles-{made_from(config, kinds, interactions.words)[:12]}"
+    if (path / "model.safetensors").exists():
+        print0(f"the base for these titles was made before: {path}")
+    elif dry_run:
+        path = Path(tempfile.mkdtemp())
+        model, optimizer, practice = begin(config, kinds, interactions.words, path)
+        write_config(path, vars(model.config), torch.float16)
+        practice.list_size = NUM_CANDIDATES
+        practise(model, optimizer, practice, 0)
+        started = time.monotonic()
+        practise(model, optimizer, practice, 1)
+        steps = config.steps + config.settle_steps
+        print0(f"making it would take about {hours(steps * (time.monotonic() - started))}")
+    else:
+        pretrain(config, kinds, interactions.words, path)
+    return path
+
+
+def planted_kinds() -> list[list[str]]:
+    """The titles of the planted world by genre."""
+    world, kinds = planted.World(), {}
+    for story, title in enumerate(world.titles()):
+        kinds.setdefault(world.genre(story), []).append(title)
     return list(kinds.values())
 
 
+def main() -> None:
+    config = parse_config(PretrainConfig, beneath=data_defaults)
+    path = Path(config.output_dir or f"runs/{config.dataset}-base")
+    if config.dataset == planted.NAME:
+        pretrain(config, planted_kinds(), planted.WORDS, path)
+        return
+    log = prepare(config).interactions
+    pretrain(config, [sorted(set(known_titles(log)))], log.words, path)
+
+
 if __name__ == "__main__":
-    run_cli(lambda: pretrain(parse_config(PretrainConfig)))
+    run_cli(main)

@@ -173,6 +173,11 @@ class DataConfig(ExampleConfig):
             )
 
 
+def data_defaults(given: dict) -> dict:
+    """Defaults that suit a data set: every program makes the same examples of the same options."""
+    return planted.DEFAULTS if given.get("dataset", planted.NAME) == planted.NAME else {}
+
+
 @dataclass
 class Prepared:
     """A log and its three splits, as frozen on disk.

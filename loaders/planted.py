@@ -15,18 +15,26 @@ the posterior of the taste, and from it P(next story = c and its rating >= 4), t
 best policy maximises over the candidates. The Bayes-optimal figure is printed beside every model's
 on the same candidate sets.
 
+    python -m loaders.planted log.csv    the world as an ordinary CSV, to try an own log with
+
 Legend: U users, L steps, G genres, E examples.
 """
 
+import csv
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
+from common import arg, parse_config, print0, run_cli, writing
 from data import Examples, Interactions, select_rows
 
 NAME = "planted"
 
 WORDS = ("stories", "read", "read")
+
+# What suits this data set, unless other values are given: its readers have 13 to 17 interactions.
+DEFAULTS = {"followers": 3, "min_history": 4, "train_size": 18000, "test_size": 500}
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
 
@@ -187,3 +195,46 @@ def forward(world: World, genres: np.ndarray, ratings: np.ndarray) -> np.ndarray
         taste = taste * genre_given_taste[:, genre] * rating_given
         taste = taste @ transition / taste.sum()
     return taste
+
+
+# ------------------------------------------------------------------------ as a file
+COLUMNS = ("reader", "story", "stars", "read_at", "name")  # unlike ours: an own log has its own
+
+
+@dataclass(frozen=True)
+class FileConfig:
+    """Write the planted world as a CSV file."""
+
+    file: str = arg("log.csv", "the file; the first argument without a name is taken for it")
+    planted_users: int = arg(4000, "users", at_least=1)
+    data_seed: int = arg(0, "seed of the world")
+
+
+def write_csv(config: FileConfig) -> None:
+    log = planted_world(World(num_users=config.planted_users, seed=config.data_seed))
+    with writing(config.file), open(config.file, "w", newline="", encoding="utf-8") as f:
+        rows = csv.writer(f)
+        rows.writerow(COLUMNS)
+        for user, item, rating, time in zip(log.user, log.item, log.rating, log.timestamp):
+            story = f"story-{log.item_ids[item]}"
+            name = log.titles[item]
+            rows.writerow([f"reader-{log.user_ids[user]}", story, int(rating), int(time), name])
+    named = ",".join(
+        f"{ours}={name}"
+        for ours, name in zip(("user", "item", "rating", "timestamp", "title"), COLUMNS)
+    )
+    print0(
+        f"{config.file}: {len(log.user):,} interactions of {log.num_users:,} readers with "
+        f"{log.num_items} stories; read it with --dataset csv --data_dir {config.file} "
+        f"--columns {named} --followers {DEFAULTS['followers']} "
+        f"--min_history {DEFAULTS['min_history']}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    named = [f"--file={a}" if n == 0 and not a.startswith("-") else a for n, a in enumerate(argv)]
+    write_csv(parse_config(FileConfig, named))
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from common import arg, parse_config
 from data import Encoded, Examples, Interactions, encode_examples, render_prompt
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, Prepared, prepare
+from loaders.frozen import DataConfig, Prepared, data_defaults, prepare
 
 DEMO_BASE = Path(__file__).parents[1] / "demo" / "base"
 
@@ -65,7 +65,7 @@ class InspectConfig(DataConfig):
 
 
 def show() -> None:
-    config = parse_config(InspectConfig)
+    config = parse_config(InspectConfig, beneath=data_defaults)
     prepared = prepare(config)
     train = prepared.splits["train"]
     if not 0 <= config.show < len(train):

@@ -11,7 +11,7 @@ from common import arg, changed_options, check_types, read_json, reading
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig
+from loaders.frozen import DataConfig, data_defaults
 from lora import load_adapter
 from model import Transformer, load_4bit, load_pretrained
 from runtime.policy import say_what_4_bits_cost, stored_dtype
@@ -79,6 +79,11 @@ def sources_of(config: SourceConfig) -> dict[str, tuple[Path, Path | None]]:
 
 # what is evaluated and where its data lie; all else a run has fixed
 OF_THIS_COMMAND = {"run", "stage", "model", "adapter", "prepared_dir", "download"}
+
+
+def data_of_a_model(given: dict) -> dict:
+    """Defaults of the data options beside --model and --adapter; a run has its own."""
+    return {} if given.get("run") else data_defaults(given)
 
 
 def with_run_options(config: SourceConfig) -> SourceConfig:

@@ -38,7 +38,8 @@ TINY = [
 ]  # fmt: skip
 # A run whose random state matters: an adapter and dropout in SFT, which all weights would not have
 SAVING = ("--save_steps=2", "--sft_lora_r=4", "--lora_dropout=0.1", "--micro_batch_tokens=1500")
-SCRIPTS = ("train", "eval", "data", "studies.report", "studies.probes", "studies.sequential")
+SCRIPTS = ("train", "eval", "recommend", "loaders")
+SCRIPTS += ("studies.report", "studies.probes", "studies.sequential")
 
 
 # ------------------------------------------------------------------------ the server

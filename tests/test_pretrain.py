@@ -2,6 +2,9 @@
 it reads, it has no taste, and it is made again by its command."""
 
 import json
+import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from common import Stopped
 from demo import pretrain
 from demo.pretrain import BASE, PretrainConfig
 from eval import evaluate
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare
-from loaders.planted import World
-from model import load_pretrained
+from loaders.planted import WORDS, World, planted_world
+from model import ModelConfig, load_pretrained
 
 
 def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
@@ -44,7 +48,7 @@ def parts(prompt):
 @pytest.mark.parametrize("right", [0, 2])
 def test_a_question_has_the_listed_titles_of_the_kind_meant_as_answers(question, right):
     """Like the latest, the latest liked or disliked, or all; never a title of the history."""
-    kinds, rng = pretrain.read_titles(PretrainConfig()), np.random.default_rng(0)
+    kinds, rng = pretrain.planted_kinds(), np.random.default_rng(0)
     kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
     for _ in range(50):
         prompt = pretrain.kind_prompt(kinds, question, 20, right, ("stories", "read", "read"), rng)
@@ -99,7 +103,7 @@ def test_kinds_are_asked_for_where_their_titles_fill_a_list():
 @pytest.mark.parametrize("least", [5, 30, 400])
 def test_crowded_titles_are_of_few_kinds(least):
     """Of as many more kinds as a list and a history need, of all if there are not enough."""
-    kinds, rng = pretrain.read_titles(PretrainConfig()), np.random.default_rng(0)
+    kinds, rng = pretrain.planted_kinds(), np.random.default_rng(0)
     kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
     counts = set()
     for _ in range(50):
@@ -113,8 +117,8 @@ def test_the_last_steps_of_practice_ask_for_no_taste():
     """Once lists are of 20, a recommender's prompt may be answered by the kind of the latest
     disliked title; before that, in the last steps and in the first part by every listed title."""
     config = PretrainConfig()
-    kinds, steps = pretrain.read_titles(config), config.steps
-    practice = pretrain.Practice(config, kinds, Tokenizer(BASE))
+    steps = config.steps
+    practice = pretrain.Practice(config, pretrain.planted_kinds(), WORDS, Tokenizer(BASE))
     practice.list_size = 19
     assert [len(practice.draw(step)) for step in (0, steps - 1, steps)] == [2, 2, 2]
     practice.list_size, disliked = 20, 0
@@ -135,7 +139,7 @@ def test_a_step_learns_from_all_its_parts(step):
     """Its mean NLL and shares are of four parts, and every weight moves."""
     config = PretrainConfig(steps=9, hidden_size=32, num_layers=1, batch_tokens=500)
     tokenizer = Tokenizer(BASE)
-    practice = pretrain.Practice(config, pretrain.read_titles(config), tokenizer)
+    practice = pretrain.Practice(config, pretrain.planted_kinds(), WORDS, tokenizer)
     practice.list_size = 20
     model = pretrain.new_model(config, tokenizer)
     before = [p.detach().clone() for p in model.parameters()]
@@ -145,17 +149,10 @@ def test_a_step_learns_from_all_its_parts(step):
     assert not any(torch.equal(old, new) for old, new in pairs)
 
 
-def test_titles_of_a_file_may_name_their_kinds(tmp_path):
-    """title<TAB>kind; without a kind they are all of one, and nothing asks for kinds."""
-    (tmp_path / "t.txt").write_text("Emma\tnovel\nHamlet\tplay\nPersuasion\tnovel\n\nEmma\tnovel\n")
-    config = PretrainConfig(titles=str(tmp_path / "t.txt"), output_dir=str(tmp_path))
-    assert sorted(pretrain.read_titles(config)) == [["Emma", "Persuasion"], ["Hamlet"]]
-    (tmp_path / "t.txt").write_text("Emma\tnovel\nEmma\tplay\nHamlet\tplay")
-    assert sorted(pretrain.read_titles(config)) == [["Emma"], ["Hamlet"]]
-    with pytest.raises(ValueError, match=r"t.txt: 2 different titles; .* need 40"):
-        pretrain.pretrain(config)
-    (tmp_path / "t.txt").write_text("Emma\nHamlet\n")
-    assert pretrain.read_titles(config) == [["Emma", "Hamlet"]]
+def test_too_few_titles_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 different titles are too few .* need 40"):
+        pretrain.pretrain(PretrainConfig(), [["Emma", "Hamlet"]], WORDS, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
 
 
 def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
@@ -170,9 +167,7 @@ def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
         "It's a Mad World",
         *(f"Tale {n}" for n in range(30)),
     ]
-    (tmp_path / "t.txt").write_text("\n".join(titles))
-    config = PretrainConfig(titles=str(tmp_path / "t.txt"), title_tokens=True)
-    pretrain.write_tokenizer(tmp_path, [titles], config)
+    pretrain.write_tokenizer(tmp_path, [titles], WORDS, PretrainConfig(title_tokens=True))
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     tokenizer = Tokenizer(tmp_path)
     completions = dict(zip(titles, tokenizer.encode_completions(titles), strict=True))
@@ -185,13 +180,12 @@ def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
     assert [own[i] for i in ids if i in own] == ["Jaws 2", *listed]
 
 
-def test_a_base_of_title_tokens_trains_and_answers(tmp_path, in_process, monkeypatch):
+def test_a_base_of_title_tokens_trains_and_answers(tmp_path, in_process):
     """Made, trained and tested: a title is one token and the end, in training as in the answers."""
-    monkeypatch.setattr(pretrain, "SETTLE", 1)
     base, small = tmp_path / "base", {"hidden_size": 32, "num_layers": 1, "batch_tokens": 500}
-    pretrain.pretrain(
-        PretrainConfig(output_dir=str(base), title_tokens=True, vocab_size=400, steps=3, **small)
-    )
+    steps = {"steps": 3, "settle_steps": 1}
+    config = PretrainConfig(title_tokens=True, vocab_size=400, **steps, **small)
+    pretrain.pretrain(config, pretrain.planted_kinds(), WORDS, base)
     titles = World().titles()
     assert {len(ids) for ids in Tokenizer(base).encode_completions(titles)} == {2}
     data = ("--followers=3", "--min_history=4", "--planted_users=60", "--train_size=64")
@@ -214,46 +208,79 @@ def test_the_base_is_small_and_encodes_any_text():
         assert tokenizer.answer(ids) == title
 
 
+SMALL = {
+    "hidden_size": 32,
+    "num_layers": 1,
+    "batch_tokens": 500,
+    "steps": 5,
+    "settle_steps": 4,
+    "save_minutes": 0.0,
+    "vocab_size": 400,
+}
+
+
 @pytest.mark.parametrize("made", [3, 7])
 def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch, made):
-    """A checkpoint after every step; stopped in its 5 steps or in the 4 last ones, the same command
+    """A checkpoint after every step; stopped in its 5 steps or in the 4 last ones, the same call
     ends with the same bits. What stood in the directory stays until then."""
-    monkeypatch.setattr(pretrain, "SETTLE", 4)
-    titles = tmp_path / "titles.txt"
-    titles.write_text("\n".join(f"Tale {n} of {n * n}" for n in range(200)))
-    small = {
-        "hidden_size": 32,
-        "num_layers": 1,
-        "batch_tokens": 500,
-        "steps": 5,
-        "save_minutes": 0.0,
-    }
-    options = small | {"titles": str(titles), "words": "movies,watched,watch", "vocab_size": 400}
-
-    whole = PretrainConfig(**options, output_dir=str(tmp_path / "whole"))
-    pretrain.pretrain(whole)
+    kinds, config = [[f"Tale {n} of {n * n}" for n in range(200)]], PretrainConfig(**SMALL)
+    pretrain.pretrain(config, kinds, WORDS, tmp_path / "whole")
     practise = pretrain.practise
 
     def killed(model, optimizer, practice, step):
         if step == made:
-            raise KeyboardInterrupt
+            raise OSError("killed")
         return practise(model, optimizer, practice, step)
 
-    again = PretrainConfig(**options, output_dir=str(tmp_path / "again"))
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "config.json").write_text("before")
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "config.json").write_text("before")
     monkeypatch.setattr(pretrain, "practise", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(again)
-    assert (tmp_path / "again" / "config.json").read_text() == "before"
+    with pytest.raises(OSError, match="killed"):
+        pretrain.pretrain(config, kinds, WORDS, again)
+    assert (again / "config.json").read_text() == "before"
     monkeypatch.setattr(pretrain, "practise", practise)
-    with pytest.raises(ValueError, match="made with other options; delete it"):
-        pretrain.pretrain(
-            PretrainConfig(**options | {"seed": 1}, output_dir=str(tmp_path / "again"))
-        )
-    pretrain.pretrain(again)
-    ends = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")]
+    for other in ((replace(config, seed=1), kinds), (config, [[*kinds[0], "Emma"]])):
+        with pytest.raises(ValueError, match="made with other titles or options; delete it"):
+            pretrain.pretrain(*other, WORDS, again)
+    pretrain.pretrain(config, kinds, WORDS, again)
+    ends = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", again)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
-    names = {file.name for file in (tmp_path / "again").iterdir()}
-    assert names == {file.name for file in BASE.iterdir()}
+    assert {file.name for file in again.iterdir()} == {file.name for file in BASE.iterdir()}
     assert not (tmp_path / "again.part").exists()
+
+
+def test_ctrl_c_keeps_the_step(tmp_path, monkeypatch):
+    """The step ends, a checkpoint is written, and the message says what goes on."""
+    kinds, config = (
+        [[f"Tale {n}" for n in range(60)]],
+        replace(PretrainConfig(**SMALL), save_minutes=100.0),
+    )
+    practise = pretrain.practise
+
+    def interrupted(model, optimizer, practice, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return practise(model, optimizer, practice, step)
+
+    monkeypatch.setattr(pretrain, "practise", interrupted)
+    with pytest.raises(Stopped, match="after step 3; the same command goes on"):
+        pretrain.pretrain(config, kinds, WORDS, tmp_path / "base")
+    assert (tmp_path / "base.part" / "pretraining.safetensors").exists()
+
+
+def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
+    """Kept under a hash of titles, words and options; a dry run makes none; other titles have
+    another."""
+    monkeypatch.setattr(pretrain, "recipe", lambda num_titles: SMALL)
+    log = planted_world(World(num_users=60))
+    dry = pretrain.titles_base(log, tmp_path, dry_run=True)
+    assert not list(tmp_path.iterdir()) and "would take about" in capsys.readouterr().out
+    assert {f.name for f in dry.iterdir()} >= {"config.json", "tokenizer.json"}
+    first = pretrain.titles_base(log, tmp_path, dry_run=False)
+    assert load_pretrained(first).config == ModelConfig.from_pretrained(dry)
+    capsys.readouterr()
+    assert pretrain.titles_base(log, tmp_path, dry_run=False) == first
+    assert f"made before: {first}" in capsys.readouterr().out
+    renamed = replace(log, titles=[f"{title}!" for title in log.titles])
+    assert pretrain.titles_base(renamed, tmp_path, dry_run=False) != first

@@ -236,7 +236,6 @@ def in_4_bits(tmp_path_factory):
     )  # fmt: skip
     flags = (
         *FOUR_BIT_RUN,
-        f"--config={ROOT / 'configs/demo.json'}",
         f"--model={tmp_path / 'base'}",
     )
     output, metrics = run_train(tmp_path, "one", *flags)

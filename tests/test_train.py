@@ -125,9 +125,8 @@ def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
     """--stages recpo --adapter DIR: policy and reference are that adapter;
     an adapter of another base is refused."""
     run = one_process[0] / "one"
-    demo = f"--config={ROOT / 'configs/demo.json'}"
     # the base is the one that the adapter names
-    flags = (f"--adapter={run / 'recpo'}", "--stages=sdpo", demo)
+    flags = (f"--adapter={run / 'recpo'}", "--stages=sdpo")
     output, metrics = run_train(tmp_path, "go-on", *flags)
     assert "before the first step: at most 0.0e+00 nats" in output
     assert metrics["sdpo"][0]["preference_loss"] == pytest.approx(np.log(4), abs=1e-6)
@@ -141,9 +140,8 @@ def test_raw_tests_what_training_starts_from(one_process, tmp_path):
     """--stages raw: the start's own answers, here those of a finished stage;
     its row is in the table, and eval.py finds it."""
     run = one_process[0] / "one"
-    demo = f"--config={ROOT / 'configs/demo.json'}"
     output, metrics = run_train(
-        tmp_path, "raw", f"--adapter={run / 'recpo'}", "--stages=raw,dpo", "--max_steps=1", demo
+        tmp_path, "raw", f"--adapter={run / 'recpo'}", "--stages=raw,dpo", "--max_steps=1"
     )
     assert "nothing is trained" in output and "\n| raw |" in output and not metrics.get("raw")
     before, after = (
