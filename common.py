@@ -74,17 +74,15 @@ def read_json(file) -> dict:
 def parse_config(cls, argv=None):
     """One --flag per dataclass field, behind those that a --config file.json stands for."""
     usage = "%(prog)s [--option value ...]"
-    parser = section = argparse.ArgumentParser(
-        description=cls.__doc__, allow_abbrev=False, usage=usage
-    )
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage=usage)
     parser.error = refuse
     parser.add_argument("--config", help="JSON file with any of these options; flags override it")
     parser.set_defaults(config="")
+    section, types = parser, get_type_hints(cls)
     for f in fields(cls):
         if f.metadata["group"]:
             section = parser.add_argument_group(f.metadata["group"])
-        kind, value = get_type_hints(cls)[f.name], {"default": argparse.SUPPRESS}
-        value["help"] = f.metadata["help"]
+        kind, value = types[f.name], {"default": argparse.SUPPRESS, "help": f.metadata["help"]}
         if kind is not bool:
             value |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
             section.add_argument(f"--{f.name}", **value)
@@ -93,11 +91,21 @@ def parse_config(cls, argv=None):
             value |= {"dest": f.name, "help": f"the opposite of --{f.name}"}
             section.add_argument(f"--no_{f.name}", action="store_false", **value)
 
-    given = parse(parser, cls, argv)
+    def parse(words: list[str] | None) -> dict:
+        given, unknown = parser.parse_known_args(words)
+        for name in (word.split("=")[0] for word in unknown):
+            near = difflib.get_close_matches(name, [f"--{option}" for option in types], n=1)
+            refuse(f"unknown option {name}; {f'did you mean {near[0]}?' if near else 'see --help'}")
+        return vars(given)
+
+    given = parse(argv)
     if file := given.pop("config"):
-        flags = [as_flag(name, value) for name, value in read_json(file).items()]
+        flags = []
+        for name, value in read_json(file).items():
+            switch = f"--{name}" if value else f"--no_{name}"
+            flags.append(switch if isinstance(value, bool) else f"--{name}={value}")
         try:
-            from_file = parse(parser, cls, flags)
+            from_file = parse(flags)
             if from_file.pop("config"):
                 refuse("a configuration names no other")
         except ValueError as error:
@@ -110,23 +118,6 @@ def parse_config(cls, argv=None):
 
 def refuse(message: str):
     raise ValueError(message)
-
-
-def as_flag(name: str, value) -> str:
-    """An option of a JSON file as one word of a command line."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no_{name}"
-    return f"--{name}={value}"
-
-
-def parse(parser: argparse.ArgumentParser, cls, argv: list[str] | None) -> dict:
-    """The options that are given, by name; a flag that is none of them is an error."""
-    given, unknown = parser.parse_known_args(argv)
-    for flag in unknown:
-        name = flag.split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{f.name}" for f in fields(cls)], n=1)
-        refuse(f"unknown option {name}; {f'did you mean {near[0]}?' if near else 'see --help'}")
-    return vars(given)
 
 
 @contextlib.contextmanager
@@ -194,7 +185,8 @@ def say_error(error: Exception, patience: float) -> None:
     rank = f" (rank {environ('RANK')})" if environ("WORLD_SIZE", "1") != "1" else ""
     message, report = f"error{rank}: {error}", environ("TORCHELASTIC_ERROR_FILE")
     if report and environ("TORCHELASTIC_RESTART_COUNT") == environ("TORCHELASTIC_MAX_RESTARTS"):
-        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        facts = {"py_callstack": message, "timestamp": int(time.time())}  # torchrun's form
+        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": facts}}))
     else:
         print(message, file=sys.stderr, flush=True)
 

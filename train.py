@@ -83,6 +83,7 @@ from runtime.runs import (
     describe_data,
     describe_stage,
     run_folder,
+    validated,
     where_not_finite,
 )
 from runtime.sharding import average_gradients, local, reshard
@@ -535,7 +536,8 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     evaluate = partial(validation_metrics, run, model)
     stage.validation = Validation(run, name, folder, model, optimizer, identity, evaluate)
     stage.validation.resume(started)
-    if stage.validation.missed(started, stage.schedule.num_steps):
+    due = started and stage.validation.due(started, stage.schedule.num_steps)
+    if any_rank(bool(due and is_main() and not validated(folder / "metrics.jsonl", started))):
         stage.validation(started, stage.replicas)
 
     train(stage, started)

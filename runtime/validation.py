@@ -52,15 +52,6 @@ class Validation:
         every = self.run.config.eval_steps
         return self.run.val is not None and (step == num_steps or (every and step % every == 0))
 
-    def missed(self, step: int, num_steps: int) -> bool:
-        """Whether this step was due, and the run was stopped before it was validated."""
-        shared = [None]
-        if is_main() and step and self.due(step, num_steps):
-            lines = map(json.loads, self.metrics.read_text().splitlines())
-            shared = [all((m["phase"], m["step"]) != ("val", step) for m in lines)]
-        dist.broadcast_object_list(shared)
-        return bool(shared[0])
-
     def __call__(self, step: int, replicas: int) -> None:
         """Evaluate after `step` steps, on all ranks; with --keep best the weights, if they are."""
         summary = self.evaluate()
