@@ -2,10 +2,14 @@
 
 import argparse
 import contextlib
+import difflib
 import json
 import math
+import operator
 import os
+import signal
 import sys
+import time
 import traceback
 from dataclasses import MISSING, field, fields
 from datetime import timedelta
@@ -16,36 +20,35 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-BOUNDS = {  # name of a bound -> how it reads, whether a value keeps it
-    "at_least": (">=", lambda value, bound: value >= bound),
-    "above": (">", lambda value, bound: value > bound),
-    "at_most": ("<=", lambda value, bound: value <= bound),
-    "below": ("<", lambda value, bound: value < bound),
-}
+# name of a bound -> how it reads, whether a value keeps it
+BOUNDS = {"at_least": (">=", operator.ge), "above": (">", operator.gt)}
+BOUNDS |= {"at_most": ("<=", operator.le), "below": ("<", operator.lt)}
 
 
 def arg(default=MISSING, help="", group="", choices=(), **bounds):
     """A dataclass field that is an option; `group` starts a new heading in --help.
 
     check_options holds it to its choices, and to bounds: at_least, above, at_most, below."""
-    assert bounds.keys() <= BOUNDS.keys(), bounds
-    metadata = {"help": help, "group": group, "choices": choices, "bounds": bounds}
+    allowed = ", ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
+    if choices:
+        allowed = f"one of {', '.join(filter(None, choices))}"
+    metadata = {"group": group, "choices": choices, "bounds": bounds, "allowed": allowed}
+    facts = [] if default in (MISSING, "") else [f"default: {default}"]
+    if allowed and not (choices and all(choice in help for choice in choices)):
+        facts.append(allowed)
+    metadata["help"] = (f"{help} ({', '.join(facts)})" if facts else help).replace("%", "%%")
     return field(default=default, metadata=metadata)
 
 
 def check_options(config) -> None:
-    """ValueError names the first option that is none of its choices, out of bounds or infinite."""
+    """Raise for the first option that is none of its choices, out of bounds or not finite."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
-        if choices and value not in choices:
-            allowed = ", ".join(filter(None, choices))
-            raise ValueError(f"--{f.name} must be one of {allowed}, got {value!r}")
-        for name, bound in f.metadata["bounds"].items():
-            sign, keeps = BOUNDS[name]
-            if not keeps(value, bound):  # NaN keeps none
-                raise ValueError(f"--{f.name} must be {sign} {bound}, got {value}")
+        kept = [BOUNDS[name][1](value, bound) for name, bound in f.metadata["bounds"].items()]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} must be a finite number, got {value}")
+        if choices and value not in choices or not all(kept):
+            raise ValueError(f"--{f.name} must be {f.metadata['allowed']}, got {value!r}")
 
 
 def changed_options(config) -> set[str]:
@@ -53,84 +56,72 @@ def changed_options(config) -> set[str]:
     return {f.name for f in fields(config) if getattr(config, f.name) != f.default}
 
 
-def describe_option(f) -> str:
-    """Help text: what it is, what it may be, what it is by default."""
-    parts = [f.metadata["help"]]
-    if choices := [choice for choice in f.metadata["choices"] if choice and choice not in parts[0]]:
-        parts.append(f"[{', '.join(choices)}]")
-    bounds = [f"{BOUNDS[name][0]} {bound}" for name, bound in f.metadata["bounds"].items()]
-    if f.default not in (MISSING, ""):
-        bounds.insert(0, f"default: {f.default}")
-    if bounds:
-        parts.append(f"({', '.join(bounds)})")
-    return " ".join(parts).replace("%", "%%")
-
-
-class Switch(argparse.Action):
-    """--x and --no_x."""
-
-    def __init__(self, option_strings, dest, **kwargs):
-        super().__init__([*option_strings, f"--no_{dest}"], dest, nargs=0, **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
-
-
 def read_json(file) -> dict:
     """The JSON object in a file, with or without a byte-order mark; ValueError names the file."""
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        text = Path(file).read_text(encoding="utf-8-sig")
+        content = json.loads(text or "{}")
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers without end
         raise ValueError(f"{file}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    if not text or not isinstance(content, dict):
+        found = type(content).__name__ if text else "an empty file"
+        raise ValueError(f"{file}: expected a JSON object, got {found}")
     return content
 
 
 def parse_config(cls, argv=None, beneath=None):
-    """One --flag per dataclass field, over those of --config file.json; unknown ones are errors.
+    """One --flag per dataclass field, behind those that a --config file.json stands for.
 
     Without --config, `beneath(given)` may name other defaults than the dataclass's."""
-    types = get_type_hints(cls)
     usage = "%(prog)s [--option value ...]"
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage=usage)
-    what = "JSON file with any of the options below; flags override it"
-    parser.add_argument("--config", help=what)
-    section = parser
+    parser.error = refuse
+    parser.add_argument("--config", help="JSON file with any of these options; flags override it")
+    parser.set_defaults(config="")
+    section, types = parser, get_type_hints(cls)
     for f in fields(cls):
         if f.metadata["group"]:
             section = parser.add_argument_group(f.metadata["group"])
-        kind = types[f.name]
-        value = {"action": Switch}
+        kind, value = types[f.name], {"default": argparse.SUPPRESS, "help": f.metadata["help"]}
         if kind is not bool:
-            value = {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-        value |= {"default": argparse.SUPPRESS, "help": describe_option(f)}
-        section.add_argument(f"--{f.name}", **value)
+            value |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+            section.add_argument(f"--{f.name}", **value)
+        else:
+            section.add_argument(f"--{f.name}", action="store_true", **value)
+            value |= {"dest": f.name, "help": f"the opposite of --{f.name}"}
+            section.add_argument(f"--no_{f.name}", action="store_false", **value)
 
-    given = vars(parser.parse_args(argv))
-    if file := given.pop("config", None):
-        from_file = read_json(file)
-        if unknown := sorted(from_file.keys() - types.keys()):
-            raise ValueError(f"{file}: unknown options {unknown}; --help lists the known ones")
-        check_types(file, from_file, types)
+    def parse(words: list[str] | None) -> dict:
+        given, unknown = parser.parse_known_args(words)
+        for name in (word.split("=")[0] for word in unknown):
+            near = difflib.get_close_matches(name, [f"--{option}" for option in types], n=1)
+            refuse(f"unknown option {name}; {f'did you mean {near[0]}?' if near else 'see --help'}")
+        return vars(given)
+
+    given = parse(argv)
+    if file := given.pop("config"):
+        flags = []
+        for name, value in read_json(file).items():
+            switch = f"--{name}" if value else f"--no_{name}"
+            flags.append(switch if isinstance(value, bool) else f"--{name}={value}")
+        try:
+            from_file = parse(flags)
+            if from_file.pop("config"):
+                refuse("a configuration names no other")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         given = from_file | given
     elif beneath:
         given = beneath(given) | given
     if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]:
-        parser.error(f"missing --{', --'.join(missing)}")
+        refuse(f"missing --{', --'.join(missing)}")
     return cls(**given)
 
 
-def check_types(file, content: dict, types: dict[str, type]) -> None:
-    """ValueError unless every option of a file has the type of its field."""
-    for name, value in content.items():
-        number = types[name] is float and type(value) is int
-        if type(value) is not types[name] and not number:
-            raise ValueError(f"{file}: {name} must be {types[name].__name__}, got {value!r}")
+def refuse(message: str):
+    raise ValueError(message)
 
 
 @contextlib.contextmanager
@@ -139,9 +130,8 @@ def reading(file):
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"{file}: its content is not what belongs there ({type(error).__name__}: {error})"
-        ) from None
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: its content is not what belongs there ({problem})") from None
 
 
 @contextlib.contextmanager
@@ -150,13 +140,16 @@ def writing(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} cannot be written ({error}); what was written before is untouched"
-        ) from None
+        kept = "what was written before is untouched"
+        raise ValueError(f"{path} cannot be written ({error}); {kept}") from None
 
 
 class Stopped(Exception):
-    """A run that was asked to stop, has saved its state, and ends well."""
+    """A run that was asked to stop, and has saved its state: the message, the exit code."""
+
+
+# what a rank reads when another one has ended: from gloo, NCCL and the store
+ENDED = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
 
 def run_cli(main) -> None:
@@ -165,26 +158,41 @@ def run_cli(main) -> None:
     try:
         main()
     except Stopped as stop:
-        print0(stop)
-    except (ValueError, OSError) as error:
-        code = 2
+        message, code = stop.args
+        print0(message)
+    except (ValueError, OSError, RuntimeError) as error:
+        ended = any(text in str(error) for text in ENDED)
+        if isinstance(error, RuntimeError) and not ended:
+            raise
         if os.environ.get("RECPO_TRACEBACK"):
             traceback.print_exc()
-        elif dist.is_initialized() and dist.get_world_size() > 1:
-            print(f"error (rank {dist.get_rank()}): {error}", file=sys.stderr, flush=True)
-        elif is_main():  # before ranks have met, all of them find the same
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+        # The rank whose own error it is speaks, rank 0 first; meanwhile torchrun ends the others.
+        say_error(error, patience=10 if ended else 0 if is_main() else 5)
     except KeyboardInterrupt:
         code = 130
     if code or dist.is_initialized():
-        # Leave without the interpreter's teardown. After an error others may wait in a collective:
-        # torchrun ends them. After a good end gloo's and FSDP's threads are still about, and it
-        # aborts now and then ("terminate called without an active exception").
+        # Leave without the interpreter's teardown: after an error others may wait in a collective,
+        # after a good end gloo's and FSDP's threads are still about, and it aborts now and then.
         if not code and torch.cuda.is_available():
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def say_error(error: Exception, patience: float) -> None:
+    """One line, unless this process is ended before; under torchrun the last of its report."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # with 0 the report does not list it
+    time.sleep(patience)
+    environ = os.environ.get
+    rank = f" (rank {environ('RANK')})" if environ("WORLD_SIZE", "1") != "1" else ""
+    message, report = f"error{rank}: {error}", environ("TORCHELASTIC_ERROR_FILE")
+    if report and environ("TORCHELASTIC_RESTART_COUNT") == environ("TORCHELASTIC_MAX_RESTARTS"):
+        facts = {"py_callstack": message, "timestamp": int(time.time())}  # torchrun's form
+        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": facts}}))
+    else:
+        print(message, file=sys.stderr, flush=True)
 
 
 def is_main() -> bool:
@@ -206,30 +214,33 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.device_count() >= local_world  # NCCL wants a GPU per process
-    if torch.cuda.is_available() and not cuda:
-        print0(
-            f"note: {local_world} processes but {torch.cuda.device_count()} GPU(s) "
-            "on this machine: running on the CPU"
-        )
     device, backend = torch.device("cpu"), "gloo"
-    if cuda:
+    if torch.cuda.device_count() >= local_world:  # NCCL wants a GPU per process
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-
+    elif torch.cuda.is_available():
+        print0(f"note: fewer GPUs than the {local_world} processes: running on the CPU")
     if not dist.is_initialized():
-        group = {"timeout": timedelta(hours=2)}
-        if "RANK" not in os.environ:
-            group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, **group)
-    # torchrun's default; use all cores instead
-    if local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        group = {} if "RANK" in os.environ else alone
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **group)
+    cores, given = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+    if local_world > 1 and given == "1":  # torchrun's default
+        torch.set_num_threads(max(1, cores // local_world))
+    elif device.type == "cpu" and not given:
+        # A thread on a core that another process keeps busy makes all the others wait for it.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - busy_cores())))
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def busy_cores() -> int:
+    """Cores that other processes keep busy now, and have over the last minute."""
+    running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
+    return round(min(int(running) - 1, os.getloadavg()[0]))
+
+
 @contextlib.contextmanager
-def first(rank_variable: str = "RANK"):
+def rank_zero_first(rank_variable: str = "RANK"):
     """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who
     find its work done. An error ends the first one's process, and torchrun then the others."""
     leads = int(os.environ.get(rank_variable, 0)) == 0

@@ -37,11 +37,11 @@ import numpy as np
 from common import (
     arg,
     changed_options,
-    first,
     hours,
     is_main,
     parse_config,
     print0,
+    rank_zero_first,
     run_cli,
     setup_distributed,
     writing,
@@ -470,7 +470,7 @@ def recommend_users(config: RecommendConfig) -> None:
     check_request(config)
     rank, world_size, device = setup_distributed()
     stage, source = list(sources_of(config).items())[-1]
-    with first():
+    with rank_zero_first():
         prepared = prepare(config)
         retriever = fit_retriever(config.retriever, prepared, config)
     check_run_data(config, [stage], prepared.hash)

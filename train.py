@@ -16,10 +16,10 @@ log-probs are computed once and kept in a file; there is no second model. Every 
 same global batch from (seed, epoch, step) and takes its share, so that any number of processes
 and micro-batches gives the same update.
 
-`--save_steps` leaves checkpoints inside a stage (runtime/checkpoint.py), SIGTERM one at the next
-step; `--resume auto` goes on. `--eval_steps` answers validation users on the way, and `--keep best`
-keeps the weights of the best step (runtime/validation.py). `--dry_run` trains nothing and tells
-what a run needs (runtime/estimate.py).
+`--save_steps` leaves checkpoints inside a stage (runtime/checkpoint.py), Ctrl-C and SIGTERM one
+at the next step; `--resume auto` goes on. `--eval_steps` answers validation users on the way, and
+`--keep best` keeps the weights of the best step (runtime/validation.py). `--dry_run` trains nothing
+and tells what a run needs (runtime/estimate.py).
 
 In this file: the options, where the model is, one optimizer step, evaluation over ranks, one stage
 with the loop (`train`), the run. The losses are in losses.py, what a micro-batch adds to a
@@ -28,6 +28,7 @@ step in objectives.py, the model in model.py; what surrounds training is in runt
 Left out: training of quantised weights themselves; --load_in_4bit keeps a frozen base in 4 bits.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,13 +47,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import (
-    Stopped,
     arg,
     changed_options,
-    first,
+    hours,
     is_main,
     parse_config,
     print0,
+    rank_zero_first,
     read_json,
     run_cli,
     setup_distributed,
@@ -83,7 +84,8 @@ from runtime.runs import (
     StopRequest,
     describe_data,
     describe_stage,
-    open_run_folder,
+    run_folder,
+    validated,
     where_not_finite,
 )
 from runtime.sharding import average_gradients, local, reshard
@@ -286,7 +288,7 @@ class TrainConfig(DataConfig):
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
     save_steps: int = arg(
         100,
-        "steps between checkpoints of a stage; 0 = only when a scheduler stops the run (SIGTERM)",
+        "steps between checkpoints of a stage; 0 = only when the run is stopped (Ctrl-C, SIGTERM)",
         at_least=0,
     )
     save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1)
@@ -576,6 +578,9 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     evaluate = partial(validation_metrics, run, model)
     stage.validation = Validation(run, name, folder, model, optimizer, identity, evaluate)
     stage.validation.resume(started)
+    due = started and stage.validation.due(started, stage.schedule.num_steps)
+    if any_rank(bool(due and is_main() and not validated(folder / "metrics.jsonl", started))):
+        stage.validation(started, stage.replicas)
 
     train(stage, started)
 
@@ -600,11 +605,8 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
         model.name_or_path = config.model  # a hub name, if it is one, and not its folder
 
     objective = objective_of(run, name, model)
-    epochs, peak = config.epochs, config.learning_rate
-    if name == "sft":
-        epochs, peak = config.sft_epochs, config.sft_learning_rate
-    widths = tree_widths(run.train, objective.slots)
-    schedule = Schedule(config, epochs, widths, run.world_size)
+    peak = config.sft_learning_rate if name == "sft" else config.learning_rate
+    schedule = schedule_of(run, name, objective)
     trained = [p for p in model.parameters() if p.requires_grad]
     betas = (0.9, config.adam_beta2)
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=betas, weight_decay=0.0, fused=True)
@@ -632,6 +634,34 @@ def objective_of(run: Run, name: str, model: Transformer | None) -> SFT:
     return Preference(run.config, name, model, run.train, run.device)
 
 
+def schedule_of(run: Run, name: str, objective: SFT) -> Schedule:
+    """The steps of a stage."""
+    epochs = run.config.sft_epochs if name == "sft" else run.config.epochs
+    return Schedule(run.config, epochs, tree_widths(run.train, objective.slots), run.world_size)
+
+
+def say_duration(stage: Stage, done: int) -> None:
+    """Print how long the rest of the run takes, if a token costs what it did until now: a step
+    reads it forward and backward, the reference, a validation or a test forward alone, for half."""
+    run, config, pace = stage.run, stage.run.config, stage.logger.seconds
+    pace /= stage.schedule.widths.sum(1).mean() * config.batch_size
+    read = {}  # tokens of a test, of a validation
+    for name, encoded in ("test", run.test), ("val", run.val):
+        slots = [np.arange(NUM_CANDIDATES)] * (len(encoded.prompts) if encoded else 0)
+        read[name] = tree_widths(encoded, np.array(slots)).sum() if encoded else 0
+    seconds, stages = 0.0, config.stage_list
+    for name in stages[stages.index(stage.name) :]:
+        objective = objective_of(run, name, None)
+        schedule = schedule_of(run, name, objective)
+        steps = schedule.num_steps - done
+        trained = schedule.widths.sum(1).mean() * config.batch_size * steps
+        validated = read["val"] * (1 + steps // (config.eval_steps or schedule.num_steps + 1))
+        reference = schedule.widths.sum() if not done and objective.has_reference else 0
+        seconds += pace * (trained + (validated + reference + read["test"]) / 2)
+        done = 0
+    print0(f"about {hours(seconds)} to the end of the run, by the time of its first steps")
+
+
 def train(stage: Stage, start: int) -> None:
     """The loop, from step `start` on.
 
@@ -650,8 +680,12 @@ def train(stage: Stage, start: int) -> None:
             check_first_rewards(objective, exact)
         if pending:
             stage.log(step - 1, pending)
-        pending, stopping = result, any_rank(run.stop.asked)
+        if step == start + 10 and not run.timed:
+            run.timed = True
+            say_duration(stage, step)
+        pending, stopping = result, any_rank(bool(run.stop.asked))
 
+        # To stop comes first: what is due is validated when the run goes on, before its next step.
         validating = not stopping and stage.validation.due(step + 1, schedule.num_steps)
         saving = stopping or stage.saves(step + 1)
         if validating or saving:
@@ -659,18 +693,18 @@ def train(stage: Stage, start: int) -> None:
             pending = None
         if validating:
             stage.validation(step + 1, stage.replicas)
-        if saving:
+            stopping = any_rank(bool(run.stop.asked))
+        if saving or stopping:
             stage.save(step + 1)
         if stopping:
             stage.logger.close()
-            raise Stopped(
-                f"stopped by SIGTERM after step {step + 1}, which is saved; "
-                "--resume auto goes on from there"
-            )
-    run.stop.in_loop = False
+            run.stop.stop(f"after step {step + 1}, which is saved")
     if pending:
         stage.log(step, pending)
     stage.logger.close()
+    if any_rank(bool(run.stop.asked)):  # while the last one was saved
+        run.stop.stop("after the last step, which is saved")
+    run.stop.in_loop = False
 
 
 def finish_stage(run: Run, stage: str, model: Transformer, folder: Path) -> None:
@@ -735,35 +769,43 @@ def results(run: Run, prepared) -> str:
 def main() -> None:
     config = read_options(sys.argv[1:])
     rank, world_size, device = setup_distributed()
-    folder = agreed_folder(config)
+    with agreed_folder(config) as folder:
+        run_all(config, rank, world_size, device, folder)
+
+
+def run_all(config: TrainConfig, rank: int, world_size: int, device, folder: Path) -> None:
+    """Data, base, and every stage; or the dry run."""
+    stop = StopRequest(folder)
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
-    print0(f"{processes}, {device.type}, {stored_dtype(config, device)}, run folder {folder}")
+    n = torch.get_num_threads()
+    threads = f"{n} thread{'s' * (n > 1)} each (OMP_NUM_THREADS sets another number)"
+    dtype = stored_dtype(config, device)
+    print0(f"{processes}, {threads}, {device.type}, {dtype}, run folder {folder}")
     if config.load_in_4bit:
         say_what_4_bits_cost(device.type)
 
-    with first():
+    with rank_zero_first():
         prepared = prepare(config, check=is_main())
-    with first("LOCAL_RANK"):
+    with rank_zero_first("LOCAL_RANK"):
         if config.model == TITLES:
-            folder_of_bases = Path(config.prepared_dir)
-            base = titles_base(prepared.interactions, folder_of_bases, config.dry_run)
+            bases = Path(config.prepared_dir)
+            base = titles_base(prepared.interactions, bases, config.dry_run)
         else:
             base = find_base(config.model, config.adapter, weights=not config.dry_run)
     tokenizer = Tokenizer(base, config.prompt_format)
     histories = config.history_weight > 0
-    with first():
+    with rank_zero_first():
         train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
         test = encode_split(prepared, "test", tokenizer, config.max_length)
     val = encode_sample(prepared.splits["val"], tokenizer, config)
     baselines = prepared.baselines("test") if is_main() else {}
     place, start = (rank, world_size, device, folder), (base, tokenizer)
     data = (prepared.hash, train, val, test, baselines)
-    run = Run(config, *place, *start, *data, StopRequest())
+    run = Run(config, *place, *start, *data, stop)
     describe_data(run)
     if config.dry_run:
         trained = [stage for stage in config.stage_list if stage != "raw"]
         dry_run(run, {stage: objective_of(run, stage, None) for stage in trained})
-        shutil.rmtree(folder, ignore_errors=True)
         return
 
     run_stages(run)
@@ -778,22 +820,26 @@ def main() -> None:
 def read_options(argv: list[str]) -> TrainConfig:
     """The options; without --config those that suit data set and model are the defaults."""
     config = parse_config(TrainConfig, argv, beneath=defaults)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # torchrun --max-restarts
-    if restarted and config.output_dir and not config.resume:
+    restarts, restarted = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT")
+    )
+    if restarts and not config.output_dir:
+        raise ValueError("torchrun --max-restarts needs --output_dir, to go on in the same folder")
+    if restarted and not config.resume:
         config = replace(config, resume="auto")
     return config
 
 
-def agreed_folder(config: TrainConfig) -> Path:
+@contextlib.contextmanager
+def agreed_folder(config: TrainConfig) -> Iterator[Path]:
     """The run folder, which rank 0 opens; a dry run gets one that is thrown away."""
-    shared = [None]
-    if is_main():
-        if config.dry_run:
-            shared = [Path(tempfile.mkdtemp())]
-        else:
-            shared = [open_run_folder(config)]
-    dist.broadcast_object_list(shared)
-    return shared[0]
+    with contextlib.ExitStack() as open_folders:
+        shared = [None]
+        if is_main():
+            folder = tempfile.TemporaryDirectory() if config.dry_run else run_folder(config)
+            shared = [Path(open_folders.enter_context(folder))]
+        dist.broadcast_object_list(shared)
+        yield shared[0]
 
 
 def run_stages(run: Run) -> None:

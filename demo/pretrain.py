@@ -496,7 +496,8 @@ def pretrain(config: PretrainConfig, kinds: list[list[str]], words: Words, path:
                 save_checkpoint(checkpoint, step + 1, model, optimizer, practice, source)
                 saved = time.monotonic()
             if asked:
-                raise Stopped(f"the base is kept after step {step + 1}; the same command goes on")
+                kept = f"the base is kept after step {step + 1}; the same command goes on"
+                raise Stopped(kept, 130 if signal.SIGINT in asked else 0)
 
     save_pretrained(model.half(), part)
     for file in [f for f in part.iterdir() if f.stem != checkpoint.stem]:

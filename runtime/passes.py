@@ -56,7 +56,7 @@ def progress(items: Iterable, what: str, total: int, clock=time.monotonic) -> It
     """The items, on rank 0 with a bar on a terminal, and with a printed line a minute without one.
 
     What is over within a minute prints nothing; time left is that of rank 0's own items."""
-    if not is_main():
+    if not is_main() or not total:
         yield from items
         return
     if sys.stderr.isatty():

@@ -1,12 +1,17 @@
-"""What surrounds training: the run folder and its lock, the log, a scheduler's wish to stop,
+"""What surrounds training: the run folder and its lock, the log, the wish to stop,
 and what all stages share."""
 
+import contextlib
 import fcntl
 import json
 import math
+import os
+import shlex
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,16 @@ from data import Encoded
 from hub.tokenizer import Tokenizer
 from runtime.sharding import device_memory, replica_note
 
+SHOWN = {  # metrics of a printed line -> how they are written
+    "loss": "7.4f",
+    "rewards/margins": "+.2f",
+    "rewards/accuracies": ".3f",
+    "logps/chosen": ".2f",
+    "mean_token_accuracy": ".3f",
+    "grad_norm": "6.2f",
+    "learning_rate": ".1e",
+}
+
 
 class Logger:
     """metrics.jsonl has every step; the screen an aligned line now and then,
@@ -28,62 +43,75 @@ class Logger:
 
     def __init__(self, file: Path, every: int):
         self.file = open(file, "a") if is_main() else None
-        self.every, self.bar, self.phase = every, None, ""
-        self.start, self.first = 0.0, 0
+        self.every, self.bar = every, None
+        self.start, self.first, self.seconds = 0.0, 0, 0.0  # of a step, once two have ended
 
     def __call__(self, step: int, num_steps: int, metrics: dict, phase: str, ended: float) -> None:
         """`ended`: when this step did, in seconds of any clock."""
         if not self.file:
             return
-        if phase != self.phase:
-            self.close_bar()
-            self.phase, self.start, self.first = phase, ended, step
+        if self.bar is None:
+            self.start, self.first = ended, step  # the first one warms up: only its end is known
             hidden = not sys.stderr.isatty()
             self.bar = tqdm(total=num_steps, desc=phase, disable=hidden, leave=False)
         with writing(self.file.name):
             self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
             self.file.flush()
         self.bar.update()
+        self.seconds = (ended - self.start) / max(1, step - self.first)
         if (step + 1) % self.every and step + 1 != num_steps:
             return
-        parts = [f"{phase:5} {step + 1:5}/{num_steps}", f"loss {metrics['loss']:7.4f}"]
-        shown = {
-            "rewards/margins": "margin {:+6.2f}",
-            "rewards/accuracies": "acc {:.3f}",
-            "logps/chosen": "logp {:7.2f}",
-            "mean_token_accuracy": "acc {:.3f}",
-        }
-        parts += [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
-        parts += [f"norm {metrics['grad_norm']:6.2f}", f"lr {metrics['learning_rate']:.1e}"]
-        if step > self.first:  # the first one warms up: only its end is known
-            seconds = (ended - self.start) / (step - self.first)  # a step
-            parts += [f"{1000 * seconds:5.0f} ms/step"]
-            parts += [f"left {hours(seconds * (num_steps - step - 1))}"]
+        parts = [f"{phase:5} {step + 1:5}/{num_steps}"]
+        parts += [
+            f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items() if name in metrics
+        ]
+        if step > self.first:
+            left = hours(self.seconds * (num_steps - step - 1))
+            parts += [f"{1000 * self.seconds:5.0f} ms/step", f"left {left}"]
         self.bar.write(" | ".join(parts), file=sys.stdout)
         sys.stdout.flush()
 
-    def close_bar(self) -> None:
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    def close(self) -> None:
-        self.close_bar()
         if self.file:
             self.file.close()
 
 
 class StopRequest:
-    """SIGTERM, a scheduler's wish: noted while steps run,
-    so that all ranks can save and leave together; else obeyed at once."""
+    """Ctrl-C, or a scheduler's SIGTERM: noted while steps run, so that all ranks can save and leave
+    together; else obeyed at once. A second Ctrl-C ends the process as it is."""
 
-    def __init__(self):
-        self.asked, self.in_loop = False, False
+    def __init__(self, folder: Path):
+        self.folder, self.asked, self.in_loop = folder, 0, False
         signal.signal(signal.SIGTERM, self.note)
+        signal.signal(signal.SIGINT, self.note)
 
     def note(self, number, frame) -> None:
-        self.asked = True
+        if self.asked and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.asked = number
         if not self.in_loop:
-            raise Stopped("SIGTERM between steps: nothing to save; --resume auto goes on from here")
+            self.stop("before a step: nothing is to be saved")
+        elif number == signal.SIGINT:
+            print0("\nCtrl-C: this step is finished and saved; a second Ctrl-C ends at once")
+
+    def stop(self, where: str) -> None:
+        """Leave; the last line is the command that goes on."""
+        code = 130 if self.asked == signal.SIGINT else 0
+        raise Stopped(f"stopped {where}. This goes on:\n{going_on(self.folder)}", code)
+
+
+def going_on(folder: Path) -> str:
+    """The command that goes on with this run, as it was started."""
+    command = ["python", *sys.argv]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # then torchrun is what started this process
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[1:-1]
+        command = ["torchrun", *line[1:]] if Path(line[0]).name == "torchrun" else ["python", *line]
+    for option, value in ("--output_dir", str(folder)), ("--resume", "auto"):
+        if not any(word.split("=")[0] == option for word in command):
+            command += [option, value]
+    return shlex.join(command)
 
 
 @dataclass
@@ -103,14 +131,21 @@ class Run:
     test: Encoded
     baselines: dict[str, np.ndarray]
     stop: StopRequest
+    timed: bool = False  # how long it takes has been said
 
 
 def line_step(line: str) -> int:
-    """Step of a line of metrics.jsonl; beyond all for one that a crash cut off: it is dropped."""
+    """Step of a line of metrics.jsonl; sys.maxsize if the line is broken."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return sys.maxsize
+
+
+def validated(file: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the validation after so many steps."""
+    lines = map(json.loads, file.read_text().splitlines())
+    return any((line["phase"], line["step"]) == ("val", step) for line in lines)
 
 
 # options that may differ when a run goes on
@@ -121,65 +156,75 @@ FREE_TO_CHANGE = (
 )
 
 
-def open_run_folder(config) -> Path:
-    """Create or re-enter the run folder, on rank 0;
-    a folder in use, or made with other options, is an error."""
+@contextlib.contextmanager
+def run_folder(config) -> Iterator[Path]:
+    """Create or re-enter the run folder, on rank 0, and hold it while this process lives;
+    one that this start made goes again if it ends before anything is in it."""
     numbered = (Path(f"runs/{config.dataset}-{n}") for n in range(1, 10**6))
     folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
-    file = folder / "config.json"
-    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "logging_steps")}
-    # a start that failed at once (wrong path, no access to the model) leaves its options alone:
-    # no run yet
-    content = [f.name for f in folder.iterdir()] if folder.is_dir() else []
-    started = bool(set(content) - {"config.json", "lock"})
-    if file.exists() and started:
-        if not config.resume:
-            raise ValueError(
-                f"{folder} holds a run already; --resume auto goes on with it, "
-                "or choose another --output_dir"
-            )
-        with reading(file):
-            before = asdict(type(config)()) | read_json(file)  # older runs have fewer options
-            stages = before["stages"].split(",")
-        fixed = sorted(settings.keys() - set(FREE_TO_CHANGE.split()))
-        changed = [
-            f"{name} ({before[name]!r}, now {settings[name]!r})"
-            for name in fixed
-            if before[name] != settings[name] and not same_place(before[name], settings[name])
-        ]
-        if changed:
-            raise ValueError(
-                f"{file}: the run was started with other values of {', '.join(changed)}; "
-                "give those, or choose another --output_dir"
-            )
-        if dropped := [s for s in stages if s.strip() not in config.stage_list]:
-            raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
-    elif started:
-        raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
+    made, settings = not folder.exists(), asdict(config)
+    check_folder(folder, config)
     with writing(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
-    return folder
+        lock = open(folder / "lock", "w")  # the system unlocks it, however this process ends
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is running in this folder; "
+                "wait for it, or choose another"
+            ) from None
+        with writing(f"--output_dir {folder}"):
+            kept = {k: v for k, v in settings.items() if k not in ("resume", "logging_steps")}
+            (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
+        try:
+            yield folder
+        except BaseException:
+            if made and not holds_a_run(folder):
+                shutil.rmtree(folder)
+            raise
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether anything is in it but what every start writes: a failed one leaves no more."""
+    files = (f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
+    return any(f.name not in ("config.json", "lock") for f in files)
+
+
+def check_folder(folder: Path, config) -> None:
+    """Raise unless the folder is new, or holds this run and --resume is given."""
+    file = folder / "config.json"
+    if not holds_a_run(folder):
+        return
+    if not file.exists():
+        raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
+    if not config.resume:
+        raise ValueError(
+            f"{folder} holds a run already; --resume auto goes on with it, "
+            "or choose another --output_dir"
+        )
+    with reading(file):
+        before, now = asdict(type(config)()) | read_json(file), asdict(config)
+        stages = before["stages"].split(",")
+    changed = [
+        f"{name} ({before[name]!r}, now {now[name]!r})"
+        for name in sorted(now.keys() - set(FREE_TO_CHANGE.split()))
+        if before[name] != now[name] and not same_place(before[name], now[name])
+    ]
+    if changed:
+        raise ValueError(
+            f"{file}: the run was started with other values of {', '.join(changed)}; "
+            "give those, or choose another --output_dir"
+        )
+    if dropped := [s for s in stages if s.strip() not in config.stage_list]:
+        raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
 
 
 def same_place(a, b) -> bool:
     """Whether two options name one file: by a link, by `..` or by its whole path."""
     paths = [Path(name) for name in (a, b) if isinstance(name, str) and name]
     return len(paths) == 2 and all(p.exists() for p in paths) and paths[0].samefile(paths[1])
-
-
-def lock_folder(folder: Path) -> None:
-    """Hold the folder as long as this process lives:
-    the system gives the lock back when it ends, however it ends."""
-    global run_lock
-    run_lock = open(folder / "lock", "w")
-    try:
-        fcntl.flock(run_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"{folder}: another process is running in this folder; wait for it, or choose another"
-        ) from None
 
 
 class NotFinite(ValueError):
@@ -227,16 +272,11 @@ class StepMetrics:
 def where_not_finite(run: Run, schedule, step: int, ranks: list[int]) -> str:
     """The ranks whose own loss was not finite, and their examples."""
     who = f"rank {', '.join(map(str, ranks))}" if ranks else "the gradient only"
-    examples = [
-        e
-        for r in ranks or range(run.world_size)
-        for batch in schedule.micro_batches(step, r)
-        for e in batch
-    ]
+    batches = (schedule.micro_batches(step, r) for r in ranks or range(run.world_size))
+    examples = [e for micro_batches in batches for batch in micro_batches for e in batch]
     interactions, position = run.train.examples.interactions, run.train.examples.position
-    shown = examples[:8]
-    users = [interactions.user_ids[interactions.user[position[e]]] for e in shown]
-    named = ", ".join(f"{e} (user {user})" for e, user in zip(shown, users, strict=True))
+    users = [interactions.user_ids[interactions.user[position[e]]] for e in examples[:8]]
+    named = ", ".join(f"{e} (user {user})" for e, user in zip(examples, users, strict=False))
     return f"{who}, examples {named}{' ...' if len(examples) > 8 else ''}"
 
 

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import get_type_hints
 
 import torch
 
-from common import arg, changed_options, check_types, read_json, reading
+from common import arg, changed_options, read_json, reading
 from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
@@ -95,7 +94,6 @@ def with_run_options(config: SourceConfig) -> SourceConfig:
     saved = read_json(file)
     names = {f.name for f in fields(SourceConfig)} - OF_THIS_COMMAND
     known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
-    check_types(file, known, get_type_hints(type(config)))
     for name in sorted(changed_options(config) & known.keys()):
         if getattr(config, name) != known[name]:
             raise ValueError(

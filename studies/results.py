@@ -6,11 +6,10 @@ import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 
-from common import check_types, read_json, reading
+from common import read_json, reading
 from eval import ranking_metrics
 from loaders.frozen import DataConfig
 from objectives import PREFERENCE_LOSSES
@@ -130,8 +129,6 @@ def read_config(file: Path) -> dict:
     """The options of a run or baseline, of the types that they have today;
     ValueError names the file."""
     config = read_json(file)
-    types = get_type_hints(BaselineConfig if "method" in config else TrainConfig)
-    check_types(file, {k: v for k, v in config.items() if k in types}, types)
     for name, value in config.items():  # options of older versions are options, too
         if not isinstance(value, str | int | float):
             raise ValueError(f"{file}: {name} must be a text or a number, got {value!r}")

@@ -129,7 +129,8 @@ def group():
 @pytest.fixture
 def in_process(monkeypatch, tmp_path):
     """call(main, *flags): a script's main() in this process, in a process group that is its own."""
-    handler = signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
     monkeypatch.chdir(tmp_path)
 
     def call(main, *flags) -> None:
@@ -140,7 +141,8 @@ def in_process(monkeypatch, tmp_path):
             dist.destroy_process_group()
 
     yield call
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------ examples

@@ -222,6 +222,15 @@ def start_train(tmp_path: Path, name: str, *flags, processes: int = 1, script=TR
     return Script(script, *flags, processes=processes, cwd=tmp_path, env={}, stdout=log, stderr=log)
 
 
+def start_torchrun(tmp_path: Path, name: str, *options, flags=()) -> subprocess.Popen:
+    """train.py by torchrun itself, from tmp_path; what it prints goes to tmp_path/name.log."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+    command = [*launcher, str(TRAIN), *TINY, *SAVING, *places(tmp_path, name), *flags]
+    log = open(tmp_path / f"{name}.log", "w")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=env)
+
+
 def places(tmp_path: Path, name: str) -> tuple[str, str]:
     """Its run folder, and the prepared examples that all runs of tmp_path share."""
     return f"--output_dir={tmp_path / name}", f"--prepared_dir={tmp_path / 'prepared'}"

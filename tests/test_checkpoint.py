@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,12 +16,10 @@ from conftest import tiny_model
 from launch import (
     ROOT,
     SAVING,
-    TINY,
-    TRAIN,
     assert_same_results,
     losses,
-    places,
     run_train,
+    start_torchrun,
     start_train,
     uninterrupted,
     wait_for,
@@ -282,15 +279,6 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_examples(tmp_path):
     assert "Traceback (most recent" not in output.split("error (rank")[0]
     output, _ = run_train(tmp_path, "skips", *flags, "--max_skipped_steps=2", expect=1)
     assert output.count("note: sft, step") == 2 and output.count("error: sft, step") == 1
-
-
-def start_torchrun(tmp_path: Path, name: str, *options, flags=()) -> subprocess.Popen:
-    """train.py by torchrun itself, from tmp_path; what it prints goes to tmp_path/name.log."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
-    command = [*launcher, str(TRAIN), *TINY, *SAVING, *places(tmp_path, name), *flags]
-    log = open(tmp_path / f"{name}.log", "w")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=env)
 
 
 def workers_of(agent: subprocess.Popen) -> list[int]:

@@ -2,6 +2,7 @@
 what breaks or does nothing is refused by name."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +12,7 @@ import pytest
 from launch import TINY
 
 import train
-from common import parse_config
+from common import parse_config, setup_distributed
 from train import READ_BY, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -37,15 +38,15 @@ def test_every_training_run_of_a_committed_table_is_accepted(file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_dropout": 1.0}, "--lora_dropout must be < 1"),
-        ({"warmup_ratio": -1.0}, "--warmup_ratio must be >= 0"),
-        ({"warmup_ratio": float("nan")}, "--warmup_ratio must be >= 0"),
+        ({"lora_dropout": 1.0}, "--lora_dropout must be >= 0, < 1, got 1.0"),
+        ({"warmup_ratio": -1.0}, "--warmup_ratio must be >= 0, <= 1, got -1.0"),
+        ({"warmup_ratio": float("nan")}, "--warmup_ratio must be a finite number, got nan"),
         ({"beta": float("inf")}, "--beta must be a finite number, got inf"),
-        ({"adam_beta2": 1.0}, "--adam_beta2 must be < 1"),
-        ({"num_negatives": 20}, "--num_negatives must be <= 19"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 must be >= 0, < 1, got 1.0"),
+        ({"num_negatives": 20}, "--num_negatives must be >= 1, <= 19, got 20"),
         ({"lora_alpha": 0.0}, "--lora_alpha must be > 0"),
         ({"sft_weight": -0.5}, "--sft_weight must be >= 0, or -1"),
-        ({"followers": 20}, "--followers must be <= 19"),
+        ({"followers": 20}, "--followers must be .*<= 19, got 20"),
         ({"margin": "square"}, "--margin must be one of ratio, log_diff, log_ratio, none"),
         (
             {"margin": "none", "margin_lambda": 1.0},
@@ -60,11 +61,46 @@ def test_values_out_of_bounds_are_refused_by_name(options, message):
         TrainConfig(**options)
 
 
-def test_a_config_file_is_held_to_the_bounds(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"lora_dropout": 1.0}', "--lora_dropout must be >= 0, < 1"),
+        ('{"learning_rte": 1e-3}', "c.json: unknown option --learning_rte; .*--learning_rate"),
+        ('{"batch_size": 1.5}', "c.json: argument --batch_size: invalid int value"),
+        ('{"dry_run": 1}', "c.json: argument --dry_run"),
+        ('{"beta": true}', "c.json: argument --beta: expected one argument"),
+        ('{"config": "c.json"}', "c.json: a configuration names no other"),
+        ("", "c.json: expected a JSON object, got an empty file"),
+    ],
+)
+def test_a_config_file_is_held_to_the_options(tmp_path, content, message):
+    """Unknown names, other types and values out of bounds; its own name stands in the message."""
     file = tmp_path / "c.json"
-    file.write_text('{"lora_dropout": 1.0}')
-    with pytest.raises(ValueError, match="--lora_dropout must be < 1"):
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
         parse_config(TrainConfig, ["--config", str(file)])
+
+
+def test_flags_go_over_a_config_file(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text('{"beta": 1e-05, "use_rslora": true, "decode_rest": true, "model": "-m"}')
+    config = parse_config(TrainConfig, ["--config", str(file), "--no_decode_rest"])
+    assert (config.beta, config.use_rslora, config.decode_rest) == (1e-05, True, False)
+    assert config.model == "-m"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learning_rte=1", "unknown option --learning_rte; did you mean --learning_rate?"),
+        ("--nothing-like-it", "unknown option --nothing-like-it; see --help"),
+        ("--beta=x", "argument --beta: invalid float value: 'x'"),
+    ],
+)
+def test_a_flag_that_is_none_is_refused(flag, message):
+    """One message, with the option that may have been meant."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_config(TrainConfig, [flag])
 
 
 OTHER = {  # a value of each option of a loss that is not its default
@@ -98,7 +134,7 @@ def test_help_shows_choices_and_bounds(capsys):
         parse_config(TrainConfig, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 3, >= 1, <= 19)" in text
-    assert "ratio, log_diff, log_ratio, none" in text
+    assert "ratio, log_diff, log_ratio, none" in text and "--no_decode_rest" in text
 
 
 # ------------------------------------------------------------------------ from options to steps
@@ -147,6 +183,35 @@ def test_options_of_the_step_reach_every_step_of_their_stage(steps):
     assert kto[2]["kl"] != 0
     for before, after in zip(kto, kto[1:], strict=False):
         assert after["kl"] == before["new_kl"].float()
+
+
+@pytest.mark.parametrize(
+    ("environ", "load", "running", "threads"),
+    [
+        ({}, 0.0, 1, 4),
+        ({}, 3.2, 5, 1),  # three cores are busy, now as over the last minute
+        ({}, 3.2, 1, 4),  # what was busy has ended
+        ({}, 0.0, 9, 4),  # what is busy has just begun
+        ({"OMP_NUM_THREADS": "3"}, 3.2, 5, 4),  # torch has read it
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 3.2, 5, 2),  # as torchrun sets it
+    ],
+)
+def test_threads_leave_cores_to_other_processes(
+    group, monkeypatch, environ, load, running, threads
+):
+    """Four cores: the threads of a process, unless OMP_NUM_THREADS gives their number."""
+    given = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("common.torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("common.torch.get_num_threads", lambda: 4)
+    monkeypatch.setattr("common.torch.set_num_threads", given.append)
+    monkeypatch.setattr("common.os.sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr("common.os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr("common.Path.read_text", lambda _: f"{load} {load} {load} {running}/99 1")
+    setup_distributed()
+    assert (given or [4]) == [threads]
 
 
 def test_the_start_of_a_run_does_not_load_the_compiler():

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from launch import (
     lines,
     losses,
     run_train,
+    start_torchrun,
     start_train,
     uninterrupted,
     wait_for,
@@ -31,12 +33,13 @@ from launch import (
 from safetensors.torch import load_file, save_file
 
 import train
+from common import Stopped
 from eval import main as evaluate_run
 from model import load_pretrained
-from runtime import runs
 from runtime.checkpoint import checkpoints, damage
-from runtime.runs import Logger, StepMetrics
+from runtime.runs import Logger, StepMetrics, going_on, run_folder
 from runtime.stages import save_predictions
+from runtime.validation import SHOWN
 from studies.probes import main as probe_run
 
 
@@ -142,15 +145,38 @@ def test_a_run_goes_on_with_its_data_under_another_name(tmp_path, monkeypatch):
     config = train.TrainConfig(model=str(tmp_path), output_dir=str(tmp_path / "run"), **options)
     for name in ("log.csv", "another.csv"):
         (tmp_path / name).touch()
-    folder = runs.open_run_folder(config)
-    (folder / "sft.unfinished").mkdir()
-    runs.run_lock.close()
+    with run_folder(config) as folder:
+        (folder / "results.md").write_text("a run")
     monkeypatch.chdir(folder)
-    assert runs.open_run_folder(replace(config, data_dir="../log.csv", model="..")) == folder
-    runs.run_lock.close()
+    with run_folder(replace(config, data_dir="../log.csv", model="..")) as again:
+        assert again == folder
     for other in ("../another.csv", "../gone.csv", ""):
-        with pytest.raises(ValueError, match="other values of data_dir"):
-            runs.open_run_folder(replace(config, data_dir=other))
+        refused = pytest.raises(ValueError, match="other values of data_dir")
+        with refused, run_folder(replace(config, data_dir=other)):
+            pass
+
+
+@pytest.mark.parametrize("before", ["nothing", "folder", "run"])
+def test_a_start_that_fails_leaves_no_folder(tmp_path, before):
+    """What it made goes again, unless something was saved; what was there before stays."""
+    folder = tmp_path / "run"
+    if before == "folder":
+        folder.mkdir()
+    config = train.TrainConfig(output_dir=str(folder))
+    with pytest.raises(KeyboardInterrupt), run_folder(config):
+        (folder / "sft.unfinished").mkdir()
+        (folder / "sft.unfinished" / "metrics.jsonl").write_text("a step" * (before == "run"))
+        raise KeyboardInterrupt
+    assert folder.exists() == (before != "nothing")
+
+
+def test_restarts_need_a_folder_to_go_on_in(monkeypatch):
+    """Without --output_dir a restarted run would begin again in the next free folder."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(ValueError, match="--max-restarts needs --output_dir"):
+        train.read_options([])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.read_options(["--output_dir=r"]).resume == "auto"
 
 
 DISK = """
@@ -230,30 +256,32 @@ def test_two_runs_in_one_folder_are_refused(whole):
 
 # ------------------------------------------------------------------------ the signal
 @pytest.mark.parametrize(
-    "stage, processes",
+    "number, stage, processes",
     [
-        pytest.param("sft", 1, marks=pytest.mark.slow),
-        ("recpo", 1),
-        pytest.param("sft", 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "sft", 1, marks=pytest.mark.slow),
+        (signal.SIGTERM, "recpo", 1),
+        (signal.SIGINT, "sft", 1),
+        pytest.param(signal.SIGTERM, "sft", 2, marks=pytest.mark.slow),
     ],
 )
-def test_sigterm_loses_no_step(whole, stage, processes):
-    """SIGTERM saves at the next step and exits with 0;
-    resuming gives the same bits, the deleted reference cache too."""
+def test_a_signal_loses_no_step(whole, number, stage, processes):
+    """It saves at the next step and exits with 0, or 130 for Ctrl-C; the last line goes on
+    with the same bits, the deleted reference cache too."""
     tmp_path, metrics, _ = whole
-    name = f"stopped-{stage}-{processes}"
+    name = f"{number.name}-{stage}-{processes}"
     flags = (*SAVING[1:], "--save_steps=0")  # the signal alone saves
     process = start_train(tmp_path, name, *flags, processes=processes)
     file = tmp_path / name / f"{stage}.unfinished" / "metrics.jsonl"
     wait_for(lambda: lines(file) >= (4 if stage == "sft" else 1), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code = process.wait(60)
     log = (tmp_path / f"{name}.log").read_text()
     if (tmp_path / name / "recpo").exists():
         pytest.skip("the run was over before the signal came")
-    if processes == 1:  # torchrun hands the signal on, and then reports it as its own failure
-        assert code == 0 and "Traceback" not in log
-    assert "stopped by SIGTERM after step" in log
+    assert code == (130 if number == signal.SIGINT else 0) and "Traceback" not in log
+    assert re.search(r"stopped after step \d+, which is saved", log)
+    python, script, *argv = shlex.split(log.splitlines()[-1])
+    assert (python, script) == ("python", str(TRAIN)) and argv[-2:] == ["--resume", "auto"]
     (saved,) = checkpoints(file.parent)
     steps = [json.loads(line) for line in file.read_text().splitlines()]
     assert steps[-1]["step"] == json.loads((saved / "state.json").read_text())["step"]
@@ -265,6 +293,101 @@ def test_sigterm_loses_no_step(whole, stage, processes):
     assert [m["step"] for m in resumed[stage]] == [m["step"] for m in metrics[stage]]
     if processes == 1:
         np.testing.assert_array_equal(losses(resumed, stage), losses(metrics, stage))
+
+
+@pytest.mark.parametrize("when", ["step", "validation"])
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_signal_loses_no_validation(in_process, tmp_path, monkeypatch, when, stop_at):
+    """Asked to stop on a step that is due, or while it is validated, the last one too:
+    a run that goes on has every validation once, and keeps the same step."""
+    values = {1: 0.2, 2: 0.5, 3: 0.1, 4: 0.3}
+    if stop_at == 4:
+        values[4] = 0.6
+    seen, stops = [], []
+
+    def summary(run, model):
+        seen.append(len(seen) + 1)
+        if stops and when == "validation" and seen[-1] == stop_at:
+            stops.pop()
+            signal.raise_signal(signal.SIGTERM)
+        return dict.fromkeys(("n", *SHOWN), 0.0) | {"hit_ratio@1": values[seen[-1]]}
+
+    def step(*args, inner=train.train_step, **kwargs):
+        taken.append(1)
+        if stops and when == "step" and len(taken) == stop_at:
+            stops.pop()
+            signal.raise_signal(signal.SIGTERM)
+        return inner(*args, **kwargs)
+
+    def run(name, *more):
+        folder = tmp_path / name
+        flags = (*TINY, *SAVING, "--stages=sft", "--max_steps=4", "--save_steps=0", "--keep=best")
+        flags += (f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}", "--eval_steps=1")
+        in_process(train.main, *flags, *more)
+        steps = [json.loads(line) for line in (folder / "sft/metrics.jsonl").read_text().split()]
+        validated = [m["step"] for m in steps if m["phase"] == "val"]
+        return validated, load_file(folder / "sft" / "adapter_model.safetensors")
+
+    taken = []
+    monkeypatch.setattr(train, "validation_metrics", summary)
+    monkeypatch.setattr(train, "train_step", step)
+    validated, adapter = run("whole")
+    seen.clear(), taken.clear(), stops.append(1)
+    with pytest.raises(Stopped, match=f"after step {stop_at}, which is saved"):
+        run("stopped")
+    again = run("stopped", "--resume=auto")
+    assert again[0] == validated == [1, 2, 3, 4] and len(seen) == len(taken) == 4
+    assert all(torch.equal(tensor, adapter[name]) for name, tensor in again[1].items())
+
+
+def test_a_signal_before_the_first_step_leaves_no_folder(in_process, tmp_path, monkeypatch):
+    """Ctrl-C while the data is read: nothing is to be saved, and the command says how to go on."""
+
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "prepare", interrupted)
+    with pytest.raises(Stopped, match="nothing is to be saved(?s:.*)--resume auto") as stop:
+        in_process(train.main, *TINY, f"--output_dir={tmp_path / 'a run'}")
+    assert stop.value.args[1] == 130 and f"'--output_dir={tmp_path}/a run'" in str(stop.value)
+    assert not (tmp_path / "a run").exists()
+
+
+def test_the_command_that_goes_on_is_complete(monkeypatch):
+    """It names the run folder and --resume auto once, and quotes."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr("sys.argv", ["train.py", "--data_dir", "my log.csv"])
+    wanted = "python train.py --data_dir 'my log.csv' --output_dir runs/csv-1 --resume auto"
+    assert going_on(Path("runs/csv-1")) == wanted
+    monkeypatch.setattr("sys.argv", shlex.split(wanted)[1:])
+    assert going_on(Path("runs/csv-1")) == wanted
+
+
+def test_torchrun_ends_with_the_error_of_one_rank(tmp_path):
+    """Found by both ranks, or by rank 0 while the other waits: said once, at the very end."""
+    for flag, message in ("--beta=x", "invalid float value"), ("--data_dir=no", "no such file"):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, "--nproc_per_node=2", str(TRAIN), "--dataset=csv", flag]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+        printed = done.stdout + done.stderr
+        assert done.returncode == 1 and printed.count(message) == 1
+        assert message in printed.rstrip().splitlines()[-2]  # before the last border
+        assert printed.count("Traceback (most recent call last)") == 1  # torchrun's own
+        assert not list(tmp_path.glob("runs/*"))
+
+
+def test_torchrun_hands_ctrl_c_on(whole):
+    """Its workers save, and say how to go on under torchrun; it exits with 1."""
+    tmp_path = whole[0]
+    agent = start_torchrun(tmp_path, "interrupted", "--nproc_per_node=2", flags=["--sft_epochs=99"])
+    folder = tmp_path / "interrupted" / "sft.unfinished"
+    wait_for(lambda: lines(folder / "metrics.jsonl") > 1, agent)
+    agent.send_signal(signal.SIGINT)
+    assert agent.wait(60) == 1
+    log = (tmp_path / "interrupted.log").read_text()
+    (command,) = re.findall(r"which is saved\. This goes on:\n(.*)", log)
+    assert command.startswith("python -m torch.distributed.run --standalone --nproc_per_node=2 ")
+    assert command.endswith(" --resume auto") and checkpoints(folder)
 
 
 # ------------------------------------------------------------------------ the stages
