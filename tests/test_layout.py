@@ -17,16 +17,16 @@ ROOMS = {
     "model": 510,
     "data": 744,
     "lora": 216,
-    "loaders": 4800,
-    "runtime": 1900,
+    "loaders": 4940,
+    "runtime": 1980,
     "eval": 420,
     "demo": 600,
     "objectives": 336,
     "train": 790,
-    "studies": 3900,
-    "recommend": 550,
+    "studies": 3740,
+    "recommend": 260,
     "bench": 3113,
-    "tests": 16760,
+    "tests": 17100,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
