@@ -42,7 +42,7 @@ from data import (
     tree_widths,
 )
 from hub.tokenizer import Tokenizer
-from loaders.frozen import encode_split, prepare
+from loaders.frozen import Prepared, encode_split, prepare
 from model import Transformer, generate
 from runtime.passes import planned, prefetch, progress, rounds
 from runtime.policy import free_memory
@@ -103,6 +103,9 @@ class EvalConfig(SourceConfig):
         True, "generate an answer where no candidate verifies; off: count it invalid"
     )
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
+    show_prompts: int = arg(
+        0, "print so many prompts as the model reads them, with their answers, and stop", at_least=0
+    )
     output_dir: str = arg(
         "", "where metrics.json and predictions.jsonl of each stage go; empty = only print"
     )
@@ -352,11 +355,27 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
     return "\n".join(lines)
 
 
+def show_prompts(config: EvalConfig, prepared: Prepared, base: Path) -> None:
+    """The first prompts of the split and their answers, as text of the ids that the model reads."""
+    tokenizer = Tokenizer(base, config.prompt_format)
+    examples = prepared.splits[config.split].select(slice(config.show_prompts))
+    encoded = encode_examples(examples, tokenizer, config.max_length)
+    for e, prompt in enumerate(encoded.prompts):
+        (answer,) = encoded.slots(e, [examples.target[e]])
+        text, title = (
+            tokenizer.inner.decode(i, skip_special_tokens=False) for i in (prompt, answer)
+        )
+        print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}\n--- answer\n{title}\n")
+
+
 def main() -> None:
     config = with_run_options(parse_config(EvalConfig, beneath=data_of_a_model))
     _, _, device = setup_distributed()
     sources, prepared = sources_of(config), prepare(config)
     check_run_data(config, sources, prepared.hash)
+    if config.show_prompts:
+        show_prompts(config, prepared, list(sources.values())[-1][0])
+        return
     rows = {}
     for name, source in sources.items():
         model, tokenizer = load_source(config, source, device)

@@ -1,20 +1,25 @@
-"""What is evaluated: the stages of a run as train.py left them, or a base with an adapter."""
+"""What is asked or evaluated: a run's stages, or a model of any origin."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from common import arg, changed_options, read_json, reading
+from common import arg, changed_options, print0, read_json, reading
+from data import Interactions, Words
 from hub.adapter import base_of
+from hub.chat import add_end_of_turn
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, data_defaults
-from lora import load_adapter
-from model import Transformer, load_4bit, load_pretrained
+from loaders.frozen import DataConfig, data_defaults, words_of
+from lora import load_adapter, merge_lora
+from model import Transformer, load_4bit, load_pretrained, save_pretrained
 from runtime.policy import say_what_4_bits_cost, stored_dtype
-from runtime.stages import check_data, load_stage
+from runtime.stages import check_data, copy_tokenizer, first_template, load_stage
+
+Source = tuple[Path, Path | None]  # base, and the adapter on it
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,9 @@ class SourceConfig(DataConfig):
         group="what is evaluated",
     )
     stage: str = arg("", "stage of the run; empty = all finished ones")
-    model: str = arg("", "Hugging Face directory or hub name, instead of --run")
+    model: str = arg(
+        "", "Hugging Face directory or hub name; beside --run the new place of a base that moved"
+    )
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
     dtype: str = arg(
         "auto",
@@ -36,7 +43,7 @@ class SourceConfig(DataConfig):
     )
     prompt_format: str = arg(
         "plain",
-        "plain text, or chat: the model's own chat template; a run's own choice with --run",
+        "plain text, or chat: the model's own chat template; a trained model's own choice holds",
         choices=("plain", "chat"),
     )
     load_in_4bit: bool = arg(False, "linear layers in 4 bits (NF4); a run's own choice with --run")
@@ -46,10 +53,14 @@ class SourceConfig(DataConfig):
         at_least=1,
     )
 
+    KEPT = ("prompt_format", "max_length")  # options that are read from prompt.json without --run
+
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.run) == bool(self.model or self.adapter):
-            raise ValueError("give either --run, or --model and/or --adapter")
+        if bool(self.run) == bool(self.adapter or (self.model and not self.run)):
+            raise ValueError(
+                "give either --run (with --model, if its base was moved), or --model, --adapter"
+            )
 
 
 def check_run_data(config: SourceConfig, stages: Iterable[str], data_hash: str) -> None:
@@ -59,25 +70,36 @@ def check_run_data(config: SourceConfig, stages: Iterable[str], data_hash: str) 
         check_data(Path(config.run) / stage, data_hash, way_out)
 
 
-def sources_of(config: SourceConfig) -> dict[str, tuple[Path, Path | None]]:
+def sources_of(config: SourceConfig) -> dict[str, Source]:
     """Name -> (base, adapter) of everything to evaluate."""
-    if not config.run:
-        adapter = Path(config.adapter) if config.adapter else None
-        base = config.model or base_of(adapter)
-        return {(adapter or Path(base)).name: (resolve_path(base), adapter)}
-    run = Path(config.run)
-    with reading(run / "config.json"):
-        listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
-    if any(not s or Path(s).name != s for s in listed):
-        raise ValueError(f"{run / 'config.json'}: stages {listed} are no names of folders")
-    stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
-    if not stages:
-        raise ValueError(f"{run}: no stage of this run is finished yet")
-    return {stage: load_stage(run / stage) for stage in stages}
+    if config.run:
+        run = Path(config.run)
+        with reading(run / "config.json"):
+            listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
+            stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
+        if not stages:
+            raise ValueError(f"{run}: no stage of this run is finished yet")
+        return {stage: load_stage(run / stage, config.model) for stage in stages}
+    if not config.adapter:
+        return {Path(config.model).name: (resolve_path(config.model), None)}
+    adapter = Path(config.adapter)
+    if (adapter / "base.json").exists():  # a stage of a run, wherever the run lies now
+        return {adapter.name: load_stage(adapter, config.model)}
+    return {adapter.name: (resolve_path(config.model or base_of(adapter)), adapter)}
+
+
+def folder_of(config: SourceConfig, name: str) -> Path:
+    """Where a source keeps its prompt.json and its eval/."""
+    return Path(config.run) / name if config.run else Path(config.adapter or config.model)
+
+
+def kept_prompt(folder: Path) -> dict:
+    file = folder / "prompt.json"
+    return read_json(file) if file.exists() else {}
 
 
 # what is evaluated and where its data lie; all else a run has fixed
-OF_THIS_COMMAND = {"run", "stage", "model", "adapter", "prepared_dir", "download"}
+NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir", "download"}
 
 
 def data_of_a_model(given: dict) -> dict:
@@ -86,19 +108,23 @@ def data_of_a_model(given: dict) -> dict:
 
 
 def with_run_options(config: SourceConfig) -> SourceConfig:
-    """Data options, dtype, max_length and prompt_format of the run: its examples are evaluated;
+    """The options with which a run was made, or those of a model's prompt.json;
     ValueError if other values were given."""
-    if not config.run:
-        return config
-    file = Path(config.run) / "config.json"
-    saved = read_json(file)
-    names = {f.name for f in fields(SourceConfig)} - OF_THIS_COMMAND
+    if config.run:
+        file = Path(config.run) / "config.json"
+        saved, names = read_json(file), {f.name for f in fields(SourceConfig)} - NOT_FROM_RUN
+    else:
+        file = folder_of(config, "") / "prompt.json"
+        saved, names = kept_prompt(file.parent), set(config.KEPT)
+        if config.data_dir:  # a log of its own
+            names.discard("dataset")
     known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
+    beside = "--run" if config.run else "a model that keeps its own"
     for name in sorted(changed_options(config) & known.keys()):
         if getattr(config, name) != known[name]:
             raise ValueError(
-                f"--{name} {getattr(config, name)} has no effect beside --run, whose value holds: "
-                f"{known[name]!r} ({file}); leave it out"
+                f"--{name} {getattr(config, name)} has no effect beside {beside}, whose value "
+                f"holds: {known[name]!r} ({file}); leave it out"
             )
     try:
         return replace(config, **known)
@@ -106,8 +132,23 @@ def with_run_options(config: SourceConfig) -> SourceConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
+def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -> Words:
+    """The words of the prompts that a model in this folder was trained on, else those of the data;
+    a caution, where most of its own test answers were no listed titles."""
+    file, kept = folder / "eval" / "metrics.json", kept_prompt(folder)
+    if file.exists() and (valid := read_json(file).get("valid_ratio", 1.0)) < 0.5:
+        print0(
+            f"note: only {valid:.0%} of this model's test answers were listed titles ({file}), so "
+            "its probabilities mean little"
+        )
+    if kept.get("template") not in (None, first_template(config.ratings)):
+        raise ValueError(f"{folder}: trained with another template than this version asks by")
+    words = log.words if log else words_of(config.dataset, config.data_dir)
+    return tuple(kept.get("words", words))
+
+
 def load_source(
-    config: SourceConfig, source: tuple[Path, Path | None], device: torch.device
+    config: SourceConfig, source: Source, device: torch.device
 ) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a (base, adapter), ready to be evaluated."""
     base, adapter = source
@@ -118,3 +159,18 @@ def load_source(
     if adapter:
         load_adapter(model, adapter)
     return model.eval(), Tokenizer(base, config.prompt_format)
+
+
+def export_merged(stage: Path | str, output: Path | str, dtype=torch.float32) -> None:
+    """Write a finished stage as one Hugging Face directory: its adapter folded into the base, the
+    tokenizer with its template and ends, and how it is asked."""
+    base, adapter = load_stage(Path(stage))
+    model, output = load_pretrained(base, dtype), Path(output)
+    if adapter:
+        merge_lora(load_adapter(model, adapter))
+    save_pretrained(model, output)
+    copy_tokenizer(base, output)
+    if kept := kept_prompt(Path(stage)):
+        (output / "prompt.json").write_text(json.dumps(kept, indent=1) + "\n")
+    if kept.get("prompt_format") == "chat":
+        add_end_of_turn(output, Tokenizer(base, "chat").eos_id)

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from common import is_main, print0, read_json, reading
-from hub.adapter import base_fingerprint, read_adapter_config
+from data import TEMPLATES, WITHOUT_RATINGS
+from hub.adapter import base_fingerprint, base_of, read_adapter_config
 from hub.chat import add_end_of_turn
-from hub.files import open_safetensors
+from hub.files import open_safetensors, resolve_path
 from lora import save_adapter
 from model import ModelConfig, Transformer, save_pretrained
 from runtime.checkpoint import damage, load_checkpoint, newest_checkpoint
@@ -37,21 +38,35 @@ def weights_key(base: Path, adapter: Path | None) -> str:
     return digest.hexdigest()
 
 
-def load_stage(folder: Path) -> tuple[Path, Path | None]:
+def load_stage(folder: Path, model: str = "") -> tuple[Path, Path | None]:
     """(base, adapter) of a finished stage of a run:
-    its own folder if it holds all weights, else base and adapter."""
+    its own folder if it holds all weights, else base and adapter.
+
+    `model` is where a base outside the run lies now; it must be the one that was trained on."""
     if not (folder / "base.json").exists():
         raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
     if (folder / "config.json").exists():
         return folder, None
     with reading(folder / "base.json"):
         facts = read_json(folder / "base.json")
-        base = folder / facts["base"]  # an absolute path stays as it is
-        recorded = Path(facts["adapter"]) if "adapter" in facts else None
-    if not base.is_dir():
-        raise ValueError(f"{folder}: its base model {base} is gone")
-    adapter = folder if (folder / "adapter_config.json").exists() else recorded
-    return Path(os.path.normpath(base)), adapter
+        named, recorded = str(facts["base"]), facts.get("base_fingerprint")
+        adapter = Path(facts["adapter"]) if "adapter" in facts else None
+    if (folder / "adapter_config.json").exists():
+        adapter = folder
+    if named.startswith(".."):  # another stage of this run, which moves with it
+        named, model = os.path.normpath(folder / named), ""
+    try:
+        base = resolve_path(model or named)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: its base model {model or named} is not there; if it was moved, give its "
+            f"new place by --model ({error})"
+        ) from None
+    if model and recorded and recorded != base_fingerprint(base):
+        raise ValueError(
+            f"--model {model} holds other weights than {named}, on which {folder} was trained"
+        )
+    return base, adapter
 
 
 def check_data(stage: Path, data_hash: str, way_out: str) -> None:
@@ -131,6 +146,7 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: 
     and which base it stands on."""
     if getattr(model, "lora_config", None):
         state = dict(gathered(model, only_adapter=True))
+        model.name_or_path = base_name(run, base)  # what adapter_config.json calls it
         if is_main():
             save_adapter(model, folder, state)
     else:
@@ -147,16 +163,41 @@ def write_base(
     run: Run, base: Path, folder: Path, weights: str, adapter: Path | None = None
 ) -> None:
     """base.json: the model that a stage's adapter stands on, and what the stage started from.
+    prompt.json: what shapes its prompts, for those who ask it without its run.
 
     `adapter` is another stage's or run's, if that is what was tested."""
-    inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
-    facts = {"base": str(base.resolve())}
-    if inside:
+    facts = {"base": base_name(run, base)}
+    if base.resolve().is_relative_to(run.folder.resolve()):  # then the run folder may be moved
         facts["base"] = os.path.relpath(base, folder)
     if adapter:
         facts["adapter"] = str(adapter.resolve())
-    facts["starting_weights"] = weights
+    facts |= {"starting_weights": weights, "base_fingerprint": base_fingerprint(base)}
     (folder / "base.json").write_text(json.dumps(facts) + "\n")
+    prompt = {name: getattr(run.config, name) for name in PROMPT_OPTIONS}
+    prompt["words"] = run.train.examples.interactions.words
+    prompt["template"] = first_template(run.config.ratings)
+    (folder / "prompt.json").write_text(json.dumps(prompt, indent=1) + "\n")
+
+
+# options that shape a prompt; with words and template they are kept beside adapter or model
+PROMPT_OPTIONS = (
+    "prompt_format", "max_length", "history", "history_items", "min_rating", "ratings", "scale",
+    "dataset",
+)  # fmt: skip
+
+
+def first_template(ratings: bool) -> str:
+    """The template by which users are asked for."""
+    return (TEMPLATES if ratings else WITHOUT_RATINGS)[0]
+
+
+def base_name(run: Run, base: Path) -> str:
+    """A base as anyone finds it: its hub name, if it was given so, else its absolute path."""
+    given = run.config.model
+    if not given and run.config.adapter:
+        given = base_of(run.config.adapter)
+    is_hub_name = given and base == run.base and not Path(given).is_dir()
+    return given if is_hub_name else str(base.resolve())
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -185,5 +226,5 @@ def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Under another name first: a process that is killed leaves the file as it was."""
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(file)

@@ -669,10 +669,12 @@ def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_proc
         np.testing.assert_allclose(predictions(Path("all") / stage), expected, atol=1e-4)
 
     alone = (f"--model={folder / 'sft'}", *data, "--output_dir=alone")
-    in_process(evaluation.main, *alone, "--prompt_format=chat")
+    in_process(evaluation.main, *alone)  # its prompt.json says chat
     expected = predictions(folder / "sft" / "eval")
     np.testing.assert_allclose(predictions(Path("alone/sft")), expected, atol=1e-4)
+    (folder / "sft" / "prompt.json").rename("prompt.json")
     in_process(evaluation.main, *alone)
+    Path("prompt.json").rename(folder / "sft" / "prompt.json")
     assert np.abs(predictions(Path("alone/sft")) - expected).max() > 1e-2  # plain is another prompt
 
     templates = prepared.splits["test"].template.tolist()

@@ -16,7 +16,7 @@ from test_datasets import foreign_entry
 from test_hub_fuzz import mutate, mutated_bytes, mutated_json, mutations
 from test_report import write_stage
 
-from common import parse_config
+from common import parse_config, read_json
 from data import render_prompt
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
@@ -29,10 +29,9 @@ from loaders.frozen import (
     load_interactions,
 )
 from loaders.frozen import prepare as prepare_examples
-from recommend import RecommendConfig
+from loaders.users import Catalogue, read_user
 from studies.methods import grouped
 from studies.report import report_text
-from studies.request import read_request
 from studies.results import check_candidates, collect
 from studies.sections import catalogue_section
 from train import TrainConfig
@@ -139,8 +138,12 @@ READERS = {
     "prepared/tokens.safetensors": read_tokens,
     "foreign/train.json": read_foreign,
     "foreign/test.json": read_foreign,
-    "request/my.json": lambda root: render_prompt(
-        read_request(RecommendConfig(model="M", request=str(root / "request/my.json")))
+    "request/my.json": lambda root: read_user(
+        read_json(root / "request/my.json"),
+        str(root / "request/my.json"),
+        Catalogue(None),
+        DataConfig(),
+        fewest=2,
     ),
     "options/my.json": lambda root: parse_config(
         TrainConfig, ["--config", str(root / "options/my.json")]

@@ -6,9 +6,8 @@ from itertools import chain, cycle, islice, permutations, repeat
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, run_script
 
-from data import Example, build_examples, build_tree, encode_examples, render_prompt
+from data import build_examples, build_tree, encode_examples
 from demo.tiny import make_base_model
 from eval import (
     EvalConfig,
@@ -28,9 +27,7 @@ from loaders.frozen import DataConfig
 from loaders.movielens import WORDS as MOVIES
 from loaders.table import make_interactions
 from model import load_pretrained
-from recommend import RecommendConfig
 from runtime.sources import with_run_options
-from studies.request import fitting_prompt, read_request
 
 
 @pytest.fixture(scope="module")
@@ -233,109 +230,6 @@ def test_evaluate_scores_the_given_examples(half_trained):
     assert metrics["n"] == len(predictions) == 30
     assert set(metrics["baselines"]) == {"chance", "popularity", "item-kNN", "Markov"}
     assert not model.training
-
-
-def test_recommend_ranks_the_given_candidates(half_trained, tmp_path):
-    """recommend.py --request prints every candidate once, best first,
-    with shares that add up to one."""
-    from model import save_pretrained
-
-    model, tokenizer, _ = half_trained
-    save_pretrained(model, tmp_path / "model")
-    tokenizer.inner.save(str(tmp_path / "model" / "tokenizer.json"))
-    request = {
-        "history": [{"title": "Red Sea", "rating": 5}],
-        "candidates": ["Moon Fox", "Owl", "A film nobody listed"],
-    }
-    (tmp_path / "my.json").write_text(json.dumps(request))
-    flags = ("--model", tmp_path / "model", "--request", tmp_path / "my.json")
-    done = run_script(ROOT / "recommend.py", *flags)
-    assert done.returncode == 0, done.stderr
-    assert all(title in done.stdout for title in request["candidates"])
-    shares = [
-        float(line.split()[1].rstrip("%"))
-        for line in done.stdout.splitlines()
-        if "log-prob" in line
-    ]
-    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.3)
-    (tmp_path / "my.json").write_text('{"history": []}')
-    done = run_script(ROOT / "recommend.py", *flags)
-    assert done.returncode != 0 and "expected {" in done.stderr and "Traceback" not in done.stderr
-
-
-def request_of(tmp_path, history, candidates, bom: str = "", **options) -> Example:
-    (tmp_path / "my.json").write_text(
-        bom + json.dumps({"history": history, "candidates": candidates}), encoding="utf-8"
-    )
-    return read_request(RecommendConfig(model="M", request=str(tmp_path / "my.json"), **options))
-
-
-def test_a_request_is_cleaned_as_training_cleans(tmp_path):
-    """NFC, entities, line breaks, a byte-order mark; the words are those of the run's data set."""
-    history = [{"title": "e\u0301te\u0301", "rating": 4}, {"title": "A\nB ", "rating": 2.5}]
-    candidates = ["Blue &amp; Door", " Iron\tDoor"]
-    example = request_of(tmp_path, history, candidates, "\ufeff", dataset="movielens", data_dir="x")
-    assert example.history == [("\u00e9t\u00e9", 4.0), ("A B", 2.5)]
-    assert example.candidates == ["Blue & Door", "Iron Door"]
-    prompt = render_prompt(example)
-    assert "movies" in prompt and "A B | Rating: 2.5" in prompt
-    liked = request_of(tmp_path, history, candidates, history_items="positive")
-    assert [title for title, _ in liked.history] == ["\u00e9t\u00e9"]
-    bare = request_of(tmp_path, [{"title": "A"}], candidates, ratings=False)
-    assert "A\n" in render_prompt(bare) and "Rating" not in render_prompt(bare)
-
-
-def test_ratings_of_a_request_are_on_the_scale_of_the_log(tmp_path):
-    """With --scale 0,100 an 80 is shown as training showed it: 4.2."""
-    history, options = [{"title": "A", "rating": 80}], {"dataset": "csv", "scale": "0,100"}
-    example = request_of(tmp_path, history, ["B", "C"], **options)
-    assert example.history == [("A", pytest.approx(4.2))]
-    with pytest.raises(ValueError, match="rating 101; expected a number of --scale 0,100"):
-        request_of(tmp_path, [{"title": "A", "rating": 101}], ["B", "C"], **options)
-
-
-@pytest.mark.parametrize(
-    "history, candidates, culprit",
-    [
-        ([{"title": "", "rating": 4}], ["A", "B"], "history entry 1 is empty"),
-        ([{"title": "A", "rating": 4}], ["A", "&nbsp;"], "candidate 2 is empty"),
-        ([], ["\u00e9t\u00e9", "B", "e\u0301te\u0301"], "candidates 1 and 3 are one title"),
-        ([], ["A &amp; B", "A & B"], "candidates 1 and 2 are one title"),
-        ([{"title": "A", "rating": 9.5}], ["A", "B"], "rating 9.5; expected .* up to 5"),
-        ([{"title": "A", "rating": 0}], ["A", "B"], "rating 0"),
-        ([{"title": "A", "rating": float("nan")}], ["A", "B"], "rating nan"),
-        ([{"title": "A", "rating": True}], ["A", "B"], "rating True"),
-        ([{"title": "A", "rating": "4"}], ["A", "B"], "rating '4'"),
-        ([{"title": "A"}], ["A", "B"], "rating None"),
-        ([{"rating": 4}], ["A", "B"], "history entry 1 has no title"),
-        (["A"], ["A", "B"], "history entry 1 has no title"),
-        ([], ["A", 7], "candidate 2 has no title"),
-        ([], ["A"], "at least two different candidates"),
-        ({}, ["A", "B"], "expected"),
-        ([], None, "expected"),
-    ],
-)
-def test_requests_that_training_never_saw_are_refused(history, candidates, culprit, tmp_path):
-    with pytest.raises(ValueError, match=rf"my\.json: .*{culprit}"):
-        request_of(tmp_path, history, candidates)
-
-
-def test_a_long_request_loses_its_oldest_history(half_trained, tmp_path):
-    """As training prompts do; and what does not fit without any of it is an error."""
-    _, tokenizer, _ = half_trained
-    history = [{"title": f"Red Sea {n}", "rating": 4} for n in range(20)]
-    example = request_of(tmp_path, history, ["Owl", "Moon Fox"])
-    whole, short = (
-        fitting_prompt(
-            RecommendConfig(run="r", request="my.json", max_length=n), tokenizer, example, 5
-        )
-        for n in (1024, 150)
-    )
-    assert whole == tokenizer.encode_prompts([render_prompt(example)])[0]
-    text = tokenizer.inner.decode(short)
-    assert len(short) <= 145 and "Red Sea 19" in text and "Red Sea 0 " not in text
-    with pytest.raises(ValueError, match="do not fit --max_length 20"):
-        fitting_prompt(RecommendConfig(run="r", request="a", max_length=20), tokenizer, example, 5)
 
 
 # ------------------------------------------------------------------------ ranking metrics
