@@ -40,13 +40,13 @@ def parser_of(program: Path) -> argparse.ArgumentParser:
     """What a program reads its command line with: it is started, and stopped there."""
     found = []
 
-    def parse_args(self, *_):
+    def parse_known_args(self, *_):
         found.append(self)
         raise Parsing
 
     where = [str(program.parent), *sys.path]  # as Python starts a file
     with (
-        patch.object(argparse.ArgumentParser, "parse_args", parse_args),
+        patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
         patch.object(sys, "path", where),
         patch.dict(os.environ),
         pytest.raises(Parsing),

@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[1]
 # Rooms in the order of imports, and how many lines each may have. A file or room may import what
 # stands before it, and other files of its own room; imports inside functions count, too.
 ROOMS = {
-    "losses": 174,
+    "losses": 200,
     "kernels": 775,
     "common": 251,
     "hub": 2115,
     "model": 502,
     "data": 737,
-    "lora": 209,
+    "lora": 300,
     "loaders": 4987,
     "runtime": 2021,
     "eval": 406,
@@ -26,7 +26,7 @@ ROOMS = {
     "studies": 3734,
     "recommend": 261,
     "bench": 3113,
-    "tests": 17305,
+    "tests": 17279,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
