@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
+import train
 from common import parse_config
 from eval import EvalConfig
 from studies import tables
@@ -133,6 +134,7 @@ def arguments(program: str) -> list[list[str]]:
 @pytest.mark.parametrize("argv", arguments("train.py"), ids=" ".join)
 def test_every_command_of_training_is_accepted(argv, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "defaults", lambda given: {})  # the models are not there
     read_options(argv)
 
 
@@ -149,11 +151,12 @@ def test_every_command_of_a_table_names_data_and_model(argv, monkeypatch):
     tables.read_table(tables.parse_args())
 
 
-# of torchrun, Slurm and llama.cpp's converter
+# of torchrun, Slurm, llama.cpp's converter and vLLM
 OPTIONS_OF_OTHERS = {
     *("--nproc_per_node", "--max-restarts", "--shutdown_timeout"),
     *("--nodes", "--signal", "--requeue"),
     *("--outtype", "--outfile"),
+    *("--enable-lora", "--lora-modules", "--max-lora-rank"),
 }
 
 
