@@ -491,13 +491,18 @@ WITHOUT_RATINGS = (  # the same questions, one for one
 )
 
 
+def history_text(shown: list[tuple[str, float]]) -> str:
+    """A line for each (title, rating), without the rating where it is NaN."""
+    return "\n".join(
+        title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown
+    )
+
+
 def render_prompt(example: Example, skip: int = 0) -> str:
     """The prompt text, up to "Answer:", without its `skip` oldest history items."""
     things, did, do = example.words
     shown = example.history[skip:]
-    history = "\n".join(
-        title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown
-    )
+    history = history_text(shown)
     candidates = "\n".join(example.candidates)
     templates = ALL_TEMPLATES
     if example.history and all(isnan(rating) for _, rating in example.history):

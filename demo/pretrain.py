@@ -68,6 +68,7 @@ from data import (
     PromptTree,
     Words,
     build_tree,
+    history_text,
     render_prompt,
 )
 from demo.tiny import known_titles, train_tokenizer
@@ -87,6 +88,8 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LONGEST_REAL = 20  # interactions of a real history
+HISTORY_WEIGHT = 0.5  # of a history's mean NLL beside the answers'
 FORMAT = 1  # raised when the same titles and options give another base than before
 SPREADS = (2, 4, 10)  # kinds among the titles of a history, or of a crowded list
 
@@ -137,6 +140,7 @@ class Prompt:
     text: str
     answers: list[str]
     whole: int = 4  # answers that are scored to their end, the others by their first token
+    history: str = ""  # a real one, part of the text, whose tokens are targets, too
 
 
 def shuffled(items, rng) -> list:
@@ -150,6 +154,18 @@ def made_up_prompt(titles: list[str], list_size: int, shown: int, words: Words, 
     listed, history = chosen[:list_size], chosen[list_size:]
     rated = [(title, float(rng.integers(1, 6))) for title in history]
     return Prompt(recommender_text(rated, listed, words, rng), listed)
+
+
+def real_prompt(log: Interactions, rows: np.ndarray, list_size: int, words: Words, rng) -> Prompt:
+    """A real history, up to one of the rows (n,), before a list of other titles, drawn evenly."""
+    end = int(rows[rng.integers(len(rows))]) + 1
+    start = max(int(log.start[log.user[end - 1]]), end - int(rng.integers(2, LONGEST_REAL + 1)))
+    read = log.item[start:end]
+    drawn = rng.choice(log.num_items, size=min(log.num_items, list_size + len(read)), replace=False)
+    listed = [log.titles[i] for i in drawn[~np.isin(drawn, read)][:list_size]]
+    rated = [(log.titles[i], float(r)) for i, r in zip(read, log.rating[start:end], strict=True)]
+    text = recommender_text(rated, listed, words, rng)
+    return Prompt(text, listed, history=history_text(rated))
 
 
 def recommender_text(rated: list[tuple[str, float]], listed: list[str], words: Words, rng) -> str:
@@ -252,6 +268,19 @@ def write_tokenizer(
         tokenizer.save(str(path / "tokenizer.json"))
 
 
+def history_tokens(prompts: list[Prompt], tokenizer: Tokenizer) -> np.ndarray:
+    """(B, 2) the first token of each prompt's history, and the one behind its last."""
+    spans = []
+    for prompt, encoding in zip(
+        prompts, tokenizer.inner.encode_batch([p.text for p in prompts]), strict=True
+    ):
+        start = prompt.text.index(prompt.history)
+        ends = np.array([end for _, end in encoding.offsets])
+        first, behind = np.searchsorted(ends, [start + 1, start + len(prompt.history)])
+        spans.append([first, behind + 1])
+    return np.array(spans)
+
+
 class Practice:
     """Batches of made-up prompts, and how long their lists are by now."""
 
@@ -263,12 +292,17 @@ class Practice:
         kinds: list[list[str]],
         words: Words,
         tokenizer: Tokenizer,
+        log: Interactions | None = None,
     ):
         self.config, self.words, self.tokenizer = config, words, tokenizer
         self.kinds = kinds_to_ask_for(kinds)
         self.list_size, self.continues, self.begins = 3, 0.0, 0.0
         titles = [title for kind in kinds for title in kind]
         self.titles = shuffled(titles, np.random.default_rng(config.seed))
+        self.log = log
+        if log is not None:  # rows with an earlier one that training may see
+            row, end = np.arange(len(log.user)), log.training_end()
+            self.rows = np.flatnonzero((row > log.start[log.user]) & (row < end[log.user]))
 
     def draw(self, step: int) -> list[list[Prompt]]:
         """The micro-batches of a step: a function of (seed, step, list size).
@@ -292,8 +326,13 @@ class Practice:
         mix = mix and not title_tokens
         playing = self.titles if title_tokens else self.titles[: 60 * self.list_size]
         shown = int(rng.integers(1, self.list_size + 1))
+        if self.log is not None:
+            shown = LONGEST_REAL // 2  # on average
         prompts = []
         for _ in range(self.num_prompts(size, shown, full=mix)):
+            if self.log is not None:
+                prompts.append(real_prompt(self.log, self.rows, size, self.words, rng))
+                continue
             titles = crowded(self.kinds, size + shown, rng) if crowd else playing
             if mix:
                 titles = mixed(titles, rng)
@@ -330,7 +369,10 @@ class Practice:
             ids = [next(completions) for _ in prompt.answers]
             whole = set(rng.permutation(len(ids))[: prompt.whole].tolist())
             groups.append([c if n in whole else c[:1] for n, c in enumerate(ids)])
-        return build_tree(self.tokenizer.encode_prompts([p.text for p in prompts]), groups)
+        tree = build_tree(self.tokenizer.encode_prompts([p.text for p in prompts]), groups)
+        if self.log is not None:
+            tree = tree.with_prompt_labels(history_tokens(prompts, self.tokenizer))
+        return tree
 
     def state(self) -> list:
         return [self.list_size, self.continues, self.begins]
@@ -342,7 +384,8 @@ class Practice:
         """A step's shares: of later tokens that are right, of probability on listed firsts."""
         self.continues += 0.1 * (continues - self.continues)
         self.begins += 0.1 * (begins - self.begins)
-        mastered = self.continues > self.CONTINUES and self.begins > self.BEGINS
+        enough = 0.5 if self.log is not None and self.list_size >= 5 else self.BEGINS
+        mastered = self.continues > self.CONTINUES and self.begins > enough
         if mastered and self.list_size < NUM_CANDIDATES:
             self.list_size += 1
             self.begins -= 0.05  # a few steps on the new size at least
@@ -360,24 +403,34 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 def score(model: Transformer, tree) -> tuple[torch.Tensor, float, float]:
     """Mean NLL, the share of later tokens that are right,
     the probability of listed first tokens."""
-    token_logps, greedy_ids = model(tree)
+    scored, greedy_ids = model(tree)
+    M = len(tree.sequence_ids)  # tokens of answers; those of histories stand behind them
+    token_logps, greedy_ids, labels = scored[:M], greedy_ids[:M], tree.labels[:M]
     first = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
     first[1:] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
-    right = (greedy_ids == tree.labels)[~first].float().mean().item()
+    right = (greedy_ids == labels)[~first].float().mean().item()
     # titles that begin alike share a first token: count its probability once
     prompt = tree.sequence_ids[first] // tree.num_completions
-    pairs = torch.stack([prompt, tree.labels[first]]).T
+    pairs = torch.stack([prompt, labels[first]]).T
     _, index = np.unique(pairs.numpy(), axis=0, return_index=True)
     listed = token_logps.detach()[first][torch.from_numpy(index)].exp().sum().item()
-    return sft_loss(token_logps, len(token_logps)), right, listed / len(tree.input_ids)
+    loss = sft_loss(token_logps, M)
+    if len(scored) > M:
+        loss = loss + HISTORY_WEIGHT * sft_loss(scored[M:], len(scored) - M)
+    return loss, right, listed / len(tree.input_ids)
 
 
-def made_from(config: PretrainConfig, kinds: list[list[str]], words: Words) -> str:
+def made_from(
+    config: PretrainConfig, kinds: list[list[str]], words: Words, log: Interactions | None
+) -> str:
     """Hash of all that decides a base."""
     free = {"output_dir", "save_minutes", "logging_steps", *(f.name for f in fields(DataConfig))}
     options = {name: value for name, value in asdict(config).items() if name not in free}
-    facts = json.dumps([FORMAT, options, kinds, words], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([FORMAT, options, kinds, words], sort_keys=True).encode())
+    if log is not None:
+        for array in (log.item, log.rating, log.start, log.training_end()):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(
@@ -458,7 +511,13 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
     return np.array(results)
 
 
-def pretrain(config: PretrainConfig, kinds: list[list[str]], words: Words, path: Path) -> None:
+def pretrain(
+    config: PretrainConfig,
+    kinds: list[list[str]],
+    words: Words,
+    path: Path,
+    log: Interactions | None = None,  # whose histories are practised, too
+) -> None:
     """Make the base in `path`, or go on with one that was begun there."""
     if (count := sum(map(len, kinds))) < 2 * NUM_CANDIDATES:
         raise ValueError(
@@ -467,8 +526,8 @@ def pretrain(config: PretrainConfig, kinds: list[list[str]], words: Words, path:
         )
     path.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path.resolve()}.part")  # a base that is there stays whole until the end
-    checkpoint, source = part / "pretraining.safetensors", made_from(config, kinds, words)
-    model, optimizer, practice = begin(config, kinds, words, part)
+    checkpoint, source = part / "pretraining.safetensors", made_from(config, kinds, words, log)
+    model, optimizer, practice = begin(config, kinds, words, part, log)
     start = 0
     if checkpoint.exists():
         start = load_checkpoint(checkpoint, model, optimizer, practice, source)
@@ -506,12 +565,18 @@ def pretrain(config: PretrainConfig, kinds: list[list[str]], words: Words, path:
     print0(f"base written to {path}")
 
 
-def begin(config: PretrainConfig, kinds: list[list[str]], words: Words, folder: Path) -> tuple:
-    """(model, optimizer, practice) of a new base, whose tokenizer is written to a folder."""
+def begin(
+    config: PretrainConfig,
+    kinds: list[list[str]],
+    words: Words,
+    folder: Path,
+    log: Interactions | None,
+) -> tuple[Transformer, torch.optim.Optimizer, Practice]:
+    """A new base, whose tokenizer is written to a folder."""
     write_tokenizer(folder, kinds, words, config)
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks
     tokenizer = Tokenizer(folder)
-    practice, model = Practice(config, kinds, words, tokenizer), new_model(config, tokenizer)
+    practice, model = Practice(config, kinds, words, tokenizer, log), new_model(config, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     print0(f"a base of {parameters:,} parameters for {len(practice.titles):,} titles")
     return model, new_optimizer(model), practice
@@ -541,25 +606,25 @@ def stop_signals():
 
 
 # ------------------------------------------------------------------------ for a log
-def recipe(num_titles: int) -> dict:
-    """Options of a base for so many titles, one token each (measured: docs/results.md)."""
-    if num_titles <= 1000:
-        return {"steps": 700, "settle_steps": 0, "num_layers": 4, "learning_rate": 3e-3}
-    return {"steps": 1600, "settle_steps": 450, "hidden_size": 256, "num_layers": 3, "num_heads": 4}
+# Up to 1,000 titles, with the log's histories; above. Measured: docs/results.md.
+SMALL_BASE = {"steps": 2000, "settle_steps": 0, "batch_tokens": 3000, "learning_rate": 3e-3}
+LARGE_BASE = {"steps": 1600, "hidden_size": 256, "num_layers": 3, "num_heads": 4}
 
 
 def titles_base(interactions: Interactions, folder: Path, dry_run: bool) -> Path:
     """The base for the titles of a log, below `folder` under a hash; made, if it is not there.
 
     A dry run makes none: it writes tokenizer and config, and says what the base would take."""
-    kinds = [sorted(set(known_titles(interactions)))]
-    config = PretrainConfig(title_tokens=True, **recipe(len(kinds[0])))
-    path = folder / f"titles-{made_from(config, kinds, interactions.words)[:12]}"
+    kinds, words = [sorted(set(known_titles(interactions)))], interactions.words
+    small = len(kinds[0]) <= 1000
+    config = PretrainConfig(title_tokens=True, **(SMALL_BASE if small else LARGE_BASE))
+    log = interactions if small else None
+    path = folder / f"titles-{made_from(config, kinds, words, log)[:12]}"
     if (path / "model.safetensors").exists():
         print0(f"the base for these titles was made before: {path}")
     elif dry_run:
         path = Path(tempfile.mkdtemp())
-        model, optimizer, practice = begin(config, kinds, interactions.words, path)
+        model, optimizer, practice = begin(config, kinds, words, path, log)
         write_config(path, vars(model.config), torch.float16)
         practice.list_size = NUM_CANDIDATES
         practise(model, optimizer, practice, 0)
@@ -568,7 +633,7 @@ def titles_base(interactions: Interactions, folder: Path, dry_run: bool) -> Path
         steps = config.steps + config.settle_steps
         print0(f"making it would take about {hours(steps * (time.monotonic() - started))}")
     else:
-        pretrain(config, kinds, interactions.words, path)
+        pretrain(config, kinds, words, path, log)
     return path
 
 

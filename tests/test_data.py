@@ -34,6 +34,7 @@ from data import (
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare, words_of
 from loaders.movielens import WORDS as MOVIES
+from loaders.planted import DEFAULTS
 from loaders.table import make_interactions
 
 SPLITS = ("train", "val", "test")
@@ -671,7 +672,8 @@ def test_loaders_prints_statistics_and_an_example(folders, tmp_path):
     (folder,) = (tmp_path / "prepared").iterdir()
     prepared = prepare(
         DataConfig(
-            planted_users=80, train_size=40, followers=4, prepared_dir=str(tmp_path / "prepared")
+            **DEFAULTS | {"train_size": 40, "followers": 4, "planted_users": 80},
+            prepared_dir=str(tmp_path / "prepared"),
         )
     )
     example, counts = prepared.splits["train"][7], prepared.raw_counts

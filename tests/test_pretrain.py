@@ -272,7 +272,7 @@ def test_ctrl_c_keeps_the_step(tmp_path, monkeypatch):
 def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
     """Kept under a hash of titles, words and options; a dry run makes none; other titles have
     another."""
-    monkeypatch.setattr(pretrain, "recipe", lambda num_titles: SMALL)
+    monkeypatch.setattr(pretrain, "SMALL_BASE", SMALL)
     log = planted_world(World(num_users=60))
     dry = pretrain.titles_base(log, tmp_path, dry_run=True)
     assert not list(tmp_path.iterdir()) and "would take about" in capsys.readouterr().out
