@@ -84,9 +84,7 @@ def test_one_pass_and_generation_agree(half_trained):
     assert len(indices) >= 200
     one_pass = predict(model, tokenizer, test, indices)
     generated = predict(model, tokenizer, test, indices, decode="generate")
-    compared = compare_with_one_pass(
-        model, test, generated, tokenizer.stop_ids | tokenizer.newline_ids()
-    )
+    compared = compare_with_one_pass(model, tokenizer, test, generated)
     differ = [
         a["example"] for a, b in zip(one_pass, generated, strict=True) if a["answer"] != b["answer"]
     ]
