@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import data
 from data import (
+    ALL_TEMPLATES,
     ITEMS,
     NUM_CANDIDATES,
     TEMPLATES,
@@ -80,8 +81,7 @@ def all_equal(a: dict[str, Examples], b: dict[str, Examples]) -> bool:
 
 # ------------------------------------------------------------------------ examples
 def chosen_by_loop(ratings: list[float], config: DataConfig) -> int | None:
-    """Index of the chosen one among followers with these ratings;
-    None where there is no example."""
+    """Index of the chosen one among followers with these ratings; None: there is no example."""
     if config.positive == "first":
         return next((s for s, rating in enumerate(ratings) if rating >= config.min_rating), None)
     scores = [rating / (1 + s) ** config.decay for s, rating in enumerate(ratings)]
@@ -94,9 +94,8 @@ def chosen_by_loop(ratings: list[float], config: DataConfig) -> int | None:
 def positions_by_loop(interactions: Interactions, config: DataConfig) -> dict[str, list[int]]:
     """All positions that make an example, per split."""
     found: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for start, end in zip(
-        interactions.start[:-1].tolist(), interactions.start[1:].tolist(), strict=True
-    ):
+    bounds = interactions.start.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         for p in range(start + config.min_history, end):
             ratings = interactions.rating[p : p + config.followers].tolist()
             if p + config.followers <= end - 2 and chosen_by_loop(ratings, config) is not None:
@@ -126,51 +125,42 @@ RANDOM = [(3.0, 10)] * 4 + [(2.0, 19), (4.5, 2)]
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_examples_equal_a_plain_loop(seed, config, random_candidates, monkeypatch):
-    """Positions, candidates, chosen item,
-    scores and flags of every example are what the definitions say."""
+    """Positions, candidates, chosen item, scores and flags are what the definitions say."""
     monkeypatch.setattr(data, "RANDOM_RATING", random_candidates[0])
     monkeypatch.setattr(data, "RANDOM_STEPS", random_candidates[1])
     interactions = log_of(random_rows(seed))
+    item, rating = interactions.item.tolist(), interactions.rating.tolist()
     splits = build_examples(interactions, replace(config, data_seed=seed))
     expected = positions_by_loop(interactions, config)
-    random_score = np.float32(data.RANDOM_RATING / (1 + data.RANDOM_STEPS) ** config.decay)
+    random_score = data.RANDOM_RATING / (1 + data.RANDOM_STEPS) ** config.decay
     for split, examples in splits.items():
         assert sorted(examples.position.tolist()) == expected[split]
         num_follow = config.followers if split == "train" else 1
         for e, p in enumerate(examples.position.tolist()):
             rows = own_rows(interactions, p)
-            follow = {int(interactions.item[p + s]): s for s in range(num_follow)}
+            steps = {item[p + s]: s for s in range(num_follow)}
             candidates = examples.candidates[e].tolist()
-            assert len(set(candidates)) == NUM_CANDIDATES and follow.keys() <= set(candidates)
-            randoms = set(candidates) - follow.keys()
-            if config.exclude == "all":
-                assert not randoms & set(interactions.item[rows.start : rows.stop].tolist())
-            assert not randoms & set(
-                interactions.item[max(rows.start, p - config.history) : p].tolist()
-            )
-            chosen = (
-                chosen_by_loop(interactions.rating[p : p + num_follow].tolist(), config)
-                if split == "train"
-                else 0
-            )
-            assert (
-                candidates[examples.target[e]] == interactions.item[p + chosen]
-                and interactions.rating[p + chosen] >= config.min_rating
-            )
-            for slot, item in enumerate(candidates):
-                assert examples.is_random[e, slot] == (item in randoms)
-                s = follow.get(item)
-                score = (
-                    random_score
-                    if s is None
-                    else interactions.rating[p + s] / (1 + s) ** config.decay
-                )
-                assert examples.scores[e, slot] == pytest.approx(score, rel=1e-6)
-            if config.positive == "argmax":
-                assert (
-                    examples.scores[e].max() == examples.scores[e, examples.target[e]]
-                    or split != "train"
-                )
+            randoms = set(candidates) - steps.keys()
+            assert len(set(candidates)) == NUM_CANDIDATES and steps.keys() <= set(candidates)
+            shown = item[max(rows.start, p - config.history) : p]
+            own = item[rows.start : rows.stop] if config.exclude == "all" else shown
+            assert not randoms & set(own)
+
+            chosen = 0
+            if split == "train":
+                chosen = chosen_by_loop(rating[p : p + num_follow], config)
+            assert candidates[examples.target[e]] == item[p + chosen]
+            assert rating[p + chosen] >= config.min_rating
+            assert examples.is_random[e].tolist() == [c in randoms for c in candidates]
+            scores = [
+                random_score
+                if c in randoms
+                else rating[p + steps[c]] / (1 + steps[c]) ** config.decay
+                for c in candidates
+            ]
+            assert examples.scores[e].tolist() == pytest.approx(scores, rel=1e-6)
+            others = set(range(NUM_CANDIDATES)) - {int(examples.target[e])}
+            assert set(examples.negative_order[e].tolist()) == others
 
 
 def test_training_never_sees_the_last_two():
@@ -189,13 +179,9 @@ def test_training_never_sees_the_last_two():
 
 def test_default_scores_are_those_of_the_paper():
     """rating / sqrt(1 + step); random items count as rated 3, ten steps away."""
+    assert (data.RANDOM_RATING, data.RANDOM_STEPS, DataConfig().decay) == (3.0, 10, 0.5)
     examples = build_examples(log_of(random_rows(1)), DataConfig())["train"]
     assert examples.scores[examples.is_random] == pytest.approx(3 / np.sqrt(11), rel=1e-6)
-    known = {rating / np.sqrt(1 + step) for rating in range(1, 6) for step in range(10)}
-    assert all(
-        min(abs(score - k) for k in known) < 1e-6
-        for score in np.unique(examples.scores[~examples.is_random])
-    )
 
 
 def test_chosen_and_rejected_slots_are_uniform():
@@ -337,31 +323,34 @@ def test_no_example_is_an_error_that_names_the_split():
         build_examples(log_of(rows), DataConfig(followers=2))
 
 
-def test_negatives_respect_their_source_and_are_nested():
-    """They are distinct, never the target, random or following as asked;
-    K negatives are the first of K + 1."""
-    splits = build_examples(log_of(random_rows(10)))
-    cases = [("train", "both", 19), ("train", "random", 10), ("train", "follow", 9)]
-    cases += [("test", "both", 19), ("test", "random", 19)]
-    for split, source, most in cases:
-        examples = splits[split]
-        whole = examples.negatives(most, source)
-        assert whole.shape == (len(examples), most)
-        for row, target, is_random in zip(whole, examples.target, examples.is_random, strict=True):
-            assert len(set(row.tolist())) == most and target not in row
-            assert source == "both" or (is_random[row] == (source == "random")).all()
-        for K in range(1, most):
-            assert (examples.negatives(K, source) == whole[:, :K]).all()
-        with pytest.raises(
-            ValueError, match=f"--num_negatives {most + 1}: an example has only {most}"
-        ):
-            examples.negatives(most + 1, source)
-    share = (
-        splits["train"]
-        .is_random[np.arange(len(splits["train"]))[:, None], splits["train"].negatives(3)]
-        .mean()
-    )
-    assert share == pytest.approx(10 / 19, abs=0.05)  # drawn from both alike
+@pytest.mark.parametrize(
+    "split, source, most",
+    [
+        ("train", "both", 19),
+        ("train", "random", 10),
+        ("train", "follow", 9),
+        ("test", "both", 19),
+        ("test", "random", 19),
+    ],
+)
+def test_negatives_are_the_first_of_the_order(split, source, most):
+    """K negatives are the first K of negative_order that are random, or follow, as asked; too many
+    are refused."""
+    examples = build_examples(log_of(random_rows(10)))[split]
+    for K in (1, 3, most):
+        for e, found in enumerate(examples.negatives(K, source).tolist()):
+            order = examples.negative_order[e].tolist()
+            asked = {"both": (True, False), "random": (True,), "follow": (False,)}[source]
+            assert found == [s for s in order if examples.is_random[e, s] in asked][:K]
+            assert examples.target[e] not in found and len(set(found)) == K
+    with pytest.raises(ValueError, match=f"--num_negatives {most + 1}.* only {most} .{source}"):
+        examples.negatives(most + 1, source)
+
+
+def test_negatives_are_drawn_from_random_and_following_items_alike():
+    train = build_examples(log_of(random_rows(10)))["train"]
+    share = np.take_along_axis(train.is_random, train.negatives(3), 1).mean()
+    assert share == pytest.approx(10 / 19, abs=0.05)
 
 
 def test_select_keeps_rows_together():
@@ -394,25 +383,26 @@ def test_senseless_options_are_refused_by_name(options, culprit):
 
 
 # ------------------------------------------------------------------------ prompts
-def test_prompt_shows_history_then_candidates():
-    """History lines are "Title | Rating: 4", oldest first, half stars kept; then the candidates;
-    "Answer:" ends it."""
-    history, candidates = (
-        [("Alien: {0}", 4.0), ("M", 3.5), ("{history}", 5.0)],
-        ["Élite", "% s", "12 Monkeys"],
-    )
-    for template in range(len(TEMPLATES)):
-        lines = render_prompt(Example(MOVIES, "u", history, candidates, 0, [], template)).split(
-            "\n"
-        )
-        at = lines.index("Alien: {0} | Rating: 4")
-        assert lines[at : at + 3] == [
-            "Alien: {0} | Rating: 4",
-            "M | Rating: 3.5",
-            "{history} | Rating: 5",
-        ]
-        assert lines[-4:] == [*candidates, "Answer:"]
-        assert "movies" in "\n".join(lines) and "{" not in "".join(lines[:at])
+NONE = float("nan")  # a rating that is not shown
+
+
+@pytest.mark.parametrize("template", range(len(ALL_TEMPLATES)))
+def test_prompt_shows_history_then_candidates(template):
+    """ "Title | Rating: 4" or the title alone, oldest first; the candidates; then "Answer:". What a
+    title holds is no markup, and what is not shown is not spoken of."""
+    titles, candidates = ["Alien: {0}", "M [a|b]", "{history}"], ["Élite", "% s", "12 Monkeys"]
+    for ratings, shown in (
+        ([4.0, 3.5, 5.0], [" | Rating: 4", " | Rating: 3.5", " | Rating: 5"]),
+        ([NONE] * 3, [""] * 3),
+    ):
+        history = list(zip(titles, ratings, strict=True))
+        example = Example(MOVIES, "u", history, candidates, 0, [], template)
+        heading, *lines, question = render_prompt(example).split("\n")[:5]
+        assert lines == [title + text for title, text in zip(titles, shown, strict=True)]
+        assert render_prompt(example).split("\n")[5:] == [*candidates, "Answer:"]
+        assert render_prompt(example, 2).split("\n")[:3] == [heading, lines[2], question]
+        assert ("rating" in heading.lower() or "rated" in heading) == (ratings[0] == 4.0)
+        assert "watch" in heading + question and not set("{}[]|") & set(heading + question)
 
 
 def test_prompt_rows_are_those_before_the_position():
