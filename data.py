@@ -190,15 +190,14 @@ class Examples:
         return len(self.position)
 
     def __getitem__(self, e: int) -> Example:
-        interactions, history = self.interactions, []
-        for row in self.history_rows(e):
-            rating = float(interactions.rating[row]) if self.ratings else nan
-            history.append((interactions.titles[interactions.item[row]], rating))
+        interactions, titles = self.interactions, self.interactions.titles
+        rows = self.history_rows(e)
+        ratings = [float(interactions.rating[row]) if self.ratings else nan for row in rows]
         return Example(
             words=interactions.words,
             user=interactions.user_ids[interactions.user[self.position[e]]],
-            history=history,
-            candidates=[interactions.titles[c] for c in self.candidates[e]],
+            history=[(titles[interactions.item[r]], x) for r, x in zip(rows, ratings, strict=True)],
+            candidates=[titles[c] for c in self.candidates[e]],
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
             template=int(self.template[e]),

@@ -176,6 +176,8 @@ def print_preference_notes(config, objective) -> None:
         "and a gap opens too when every listed title\n"
         "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
     )
+    if objective.loss in ("ipo", "simpo"):
+        print0(f"rewards/* and margins/* of {objective.loss} are per token, logps/* are sums")
     ratio = config.simpo_gamma / config.beta
     if objective.loss == "simpo" and not 0.25 <= ratio <= 1:
         print0(

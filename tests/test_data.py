@@ -163,18 +163,14 @@ def test_examples_equal_a_plain_loop(seed, config, random_candidates, monkeypatc
             assert set(examples.negative_order[e].tolist()) == others
 
 
-def test_training_never_sees_the_last_two():
-    """Histories and followers of training examples end before the user's last two interactions,
-    whatever the options."""
+@pytest.mark.parametrize("followers", [1, 10, 19])
+def test_training_never_sees_the_last_two(followers):
+    """Followers of training examples end before the user's last two interactions."""
     interactions = log_of(random_rows(0))
-    for followers in (1, 10, 19):
-        examples = build_examples(
-            interactions, DataConfig(train_size=0, followers=followers, min_history=1)
-        )["train"]
-        ends = interactions.start[interactions.user[examples.position] + 1]
-        assert (examples.position + followers).max() <= len(interactions.user) - 2
-        assert (examples.position + followers <= ends - 2).all()
-        assert (examples.position + followers == ends - 2).any()
+    config = DataConfig(train_size=0, followers=followers, min_history=1)
+    examples = build_examples(interactions, config)["train"]
+    ends = interactions.start[interactions.user[examples.position] + 1]
+    assert (ends - examples.position - followers).min() == 2
 
 
 def test_default_scores_are_those_of_the_paper():
@@ -186,19 +182,12 @@ def test_default_scores_are_those_of_the_paper():
 
 def test_chosen_and_rejected_slots_are_uniform():
     """The place in the list says nothing about the target, nor about the first negative."""
-    splits = build_examples(
-        log_of(random_rows(2, num_users=400, num_items=100)), DataConfig(train_size=0)
-    )
-    for slots in [
-        slots
-        for examples in splits.values()
-        for slots in (examples.target, examples.negatives(1)[:, 0])
-    ]:
-        expected = len(slots) / NUM_CANDIDATES
-        chi_square = (
-            (np.bincount(slots, minlength=NUM_CANDIDATES) - expected) ** 2 / expected
-        ).sum()
-        assert chi_square < 43.8  # 19 degrees of freedom, p = 0.001
+    log = log_of(random_rows(2, num_users=400, num_items=100))
+    for examples in build_examples(log, DataConfig(train_size=0)).values():
+        for slots in (examples.target, examples.negatives(1)[:, 0]):
+            counts, expected = np.bincount(slots, minlength=20), len(slots) / NUM_CANDIDATES
+            # chi square, 19 degrees of freedom, p = 0.001
+            assert ((counts - expected) ** 2 / expected).sum() < 43.8
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity"])
@@ -233,22 +222,15 @@ def test_random_candidates_have_the_stated_distribution(kind):
     assert np.abs((drawn - mean) / np.sqrt(variance + 1e-9)).max() < 4
 
 
-def test_exclude_seen_admits_what_the_user_touched_elsewhere():
-    """Under --exclude seen, items from before the shown history or from the future may be random
-    candidates."""
-    interactions = log_of(random_rows(4))
-    touched = {"all": 0, "seen": 0}
-    for exclude in touched:
-        for examples in build_examples(
-            interactions, DataConfig(exclude=exclude, history=6)
-        ).values():
-            for e, p in enumerate(examples.position.tolist()):
-                randoms = examples.candidates[e][examples.is_random[e]]
-                touched[exclude] += len(
-                    set(randoms.tolist())
-                    & set(interactions.item[own_rows(interactions, p)].tolist())
-                )
-    assert touched["all"] == 0 and touched["seen"] > 100
+@pytest.mark.parametrize("exclude", ["all", "seen"])
+def test_exclude_seen_admits_what_the_user_touched_elsewhere(exclude):
+    """Items from before the shown history, or from the future, may then be random candidates."""
+    interactions, touched = log_of(random_rows(4)), 0
+    for examples in build_examples(interactions, DataConfig(exclude=exclude, history=6)).values():
+        for e, p in enumerate(examples.position.tolist()):
+            own = interactions.item[own_rows(interactions, p)]
+            touched += np.isin(examples.candidates[e][examples.is_random[e]], own).sum()
+    assert touched > 100 if exclude == "seen" else touched == 0
 
 
 def test_examples_are_a_function_of_the_seed():
@@ -308,16 +290,21 @@ def test_just_enough_random_candidates_are_found(kind):
     }
 
 
-def test_no_example_is_an_error_that_names_the_split():
-    """A log too short for the options is refused, not turned into an empty split."""
+@pytest.mark.parametrize(
+    "options, split", [({}, "train"), ({"followers": 2, "min_rating": 5.5}, "train")]
+)
+def test_no_example_is_an_error_that_names_the_split(options, split):
+    """A log too short for the options, or without liked items, is refused with the way out."""
     rows = random_rows(9, shortest=12, longest=16)
-    with pytest.raises(ValueError, match="no train example.*--min_history"):
-        build_examples(log_of(rows))
-    last_two = {
-        row
-        for user in {row[0] for row in rows}
-        for row in [row for row in rows if row[0] == user][-2:]
-    }
+    with pytest.raises(ValueError, match=f"no {split} example.*--min_history.*--min_rating"):
+        build_examples(log_of(rows), DataConfig(**options))
+
+
+def test_no_validation_example_is_an_error():
+    """The last two of every user are disliked."""
+    rows = random_rows(9, shortest=12, longest=16)
+    users = [[row for row in rows if row[0] == user] for user in {row[0] for row in rows}]
+    last_two = {row for own in users for row in own[-2:]}
     rows = [(u, i, 3 if (u, i, r, t) in last_two else r, t) for u, i, r, t in rows]
     with pytest.raises(ValueError, match="no val example"):
         build_examples(log_of(rows), DataConfig(followers=2))
@@ -406,17 +393,15 @@ def test_prompt_shows_history_then_candidates(template):
 
 
 def test_prompt_rows_are_those_before_the_position():
-    """The shown history is the user's latest interactions before the predicted one, in order,
-    and nobody else's."""
+    """The user's latest interactions before the predicted one, in order, and nobody else's."""
     interactions = log_of(random_rows(12))
     for examples in build_examples(interactions, DataConfig(train_size=100, history=7)).values():
         for e, p in enumerate(examples.position.tolist()):
             rows = list(own_rows(interactions, p))
             shown = rows[: rows.index(p)][-7:]
-            assert examples[e].history == [
-                (interactions.titles[interactions.item[r]], float(interactions.rating[r]))
-                for r in shown
-            ]
+            titles = [interactions.titles[interactions.item[r]] for r in shown]
+            ratings = interactions.rating[shown].tolist()
+            assert examples[e].history == list(zip(titles, ratings, strict=True))
             assert examples[e].user == interactions.user_ids[interactions.user[p]]
 
 
@@ -511,13 +496,9 @@ def test_long_prompts_lose_their_oldest_history_only(tokenizer):
 
 
 def test_a_prompt_that_never_fits_is_an_error(tokenizer):
-    """If not even one history item fits, the user and the option are named;
-    candidates are never cut."""
-    examples = nasty_examples()
-    with pytest.raises(
-        ValueError, match=r"user u\d+: .* do not fit --max_length 60 .*raise --max_length"
-    ):
-        encode_examples(examples, tokenizer, 60)
+    """If not even one history item fits; candidates are never cut."""
+    with pytest.raises(ValueError, match=r"user u\d+: .* --max_length 60 .*raise --max_length"):
+        encode_examples(nasty_examples(), tokenizer, 60)
 
 
 def test_candidates_with_equal_tokens_are_refused(folders):

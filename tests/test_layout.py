@@ -15,7 +15,7 @@ ROOMS = {
     "common": 240,
     "hub": 2120,
     "model": 510,
-    "data": 654,
+    "data": 653,
     "lora": 216,
     "loaders": 4800,
     "runtime": 1900,
