@@ -10,16 +10,19 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
     Back to the Future
     Answer:                                 the completion is " Back to the Future" + EOS
 
-loaders/ reads raw files; loaders/frozen.py freezes examples on disk. A prompt that is too long
-loses its oldest history items, never tokens.
+Of the next 10 items the user's best is the chosen one (`chosen_follower`); the other 19 candidates
+are the rest of those 10 and random items (`draw_candidates`); the rejected titles are the first K
+of them in a random order (`Examples.negatives`). A prompt that is too long loses its oldest
+history items, never tokens.
 
     python -m loaders --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
 
-Left out: rating prediction, side features. Legend: E examples, F followers among
-the candidates, B examples of a batch, N completions per example, P prompt width, C completion
-width, T = P + C, M scored tokens.
+Left out: rating prediction, side features. Legend: E examples, F followers among the candidates,
+B examples of a batch, N completions per example, P prompt width, C completion width, T = P + C,
+M scored tokens.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import isnan, nan
@@ -33,7 +36,7 @@ from hub.tokenizer import Tokenizer
 from losses import preference_score
 
 NUM_CANDIDATES = 20
-# a candidate that the user never met counts as rated so, after so many steps (released code)
+# of random candidates, as in the released code: rating 3, 10 steps from now
 RANDOM_RATING, RANDOM_STEPS = 3.0, 10
 
 
@@ -58,7 +61,7 @@ class Interactions:
     # what the loader left out or changed -> how often
     notes: dict[str, int] = field(default_factory=dict)
     words: Words = ITEMS
-    # (users,) int64: the row at which what may be trained on ends; None: before the last two
+    # (users,) int64: the row behind those that may be trained on; None: all but the last two
     train_end: np.ndarray | None = None
 
     def training_end(self) -> np.ndarray:
@@ -145,10 +148,8 @@ class ExampleConfig:
     def __post_init__(self):
         check_options(self)
         if not 1 <= self.min_history <= self.history:
-            raise ValueError(
-                f"--min_history must be between 1 and --history {self.history}, "
-                f"got {self.min_history}"
-            )
+            wrong = f"must be between 1 and --history {self.history}, got {self.min_history}"
+            raise ValueError(f"--min_history {wrong}")
 
 
 @dataclass
@@ -176,26 +177,27 @@ class Examples:
     target: np.ndarray  # (E,) int32 slot of the chosen item
     scores: np.ndarray  # (E, 20) float32
     is_random: np.ndarray  # (E, 20) bool
-    others: np.ndarray  # (E, 19) int32: the other slots in random order; negatives are its first K
+    negative_order: np.ndarray  # (E, 19) int32: the other slots in random order
     template: np.ndarray  # (E,) int32
     min_shown_rating: float = 0.0  # history items with a lower one are not shown
     ratings: bool = True  # of the history are shown
 
-    ARRAYS = ("position", "candidates", "target", "scores", "is_random", "others", "template")
+    # field -> its name in prepared files, which is part of their hash
+    ARRAYS = {f: f for f in ("position", "candidates", "target", "scores", "is_random", "template")}
+    ARRAYS["negative_order"] = "others"
 
     def __len__(self) -> int:
         return len(self.position)
 
     def __getitem__(self, e: int) -> Example:
-        interactions, history = self.interactions, []
-        for row in self.history_rows(e):
-            rating = float(interactions.rating[row]) if self.ratings else nan
-            history.append((interactions.titles[interactions.item[row]], rating))
+        interactions, titles = self.interactions, self.interactions.titles
+        rows = self.history_rows(e)
+        ratings = [float(interactions.rating[row]) if self.ratings else nan for row in rows]
         return Example(
             words=interactions.words,
             user=interactions.user_ids[interactions.user[self.position[e]]],
-            history=history,
-            candidates=[interactions.titles[c] for c in self.candidates[e]],
+            history=[(titles[interactions.item[r]], x) for r, x in zip(rows, ratings, strict=True)],
+            candidates=[titles[c] for c in self.candidates[e]],
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
             template=int(self.template[e]),
@@ -215,19 +217,19 @@ class Examples:
         return replace(self, **arrays)
 
     def negatives(self, num_negatives: int, source: str = "both") -> np.ndarray:
-        """(E, K) slots of the rejected: the first K others, or the first K random / following."""
-        if source not in ("both", "random", "follow"):
-            raise ValueError(f"negatives come from both, random or follow, not {source!r}")
-        allowed = np.ones_like(self.others, bool)
+        """(E, K) slots of the rejected: the first K of negative_order, or of those in it that are
+        random items, or that follow."""
+        allowed = np.ones_like(self.negative_order, bool)
         if source != "both":
-            allowed = np.take_along_axis(self.is_random, self.others, 1) == (source == "random")
+            is_random = np.take_along_axis(self.is_random, self.negative_order, 1)
+            allowed = is_random == {"random": True, "follow": False}[source]
         fewest = allowed.sum(1).min(initial=num_negatives)
         if fewest < num_negatives:
             raise ValueError(
                 f"--num_negatives {num_negatives}: an example has only {fewest} ({source})"
             )
         first = np.argsort(~allowed, axis=1, kind="stable")[:, :num_negatives]
-        return np.take_along_axis(self.others, first, 1)
+        return np.take_along_axis(self.negative_order, first, 1)
 
 
 # (log, rows, interactions shown, count, items left out or None: all of the user) -> (E, count)
@@ -243,22 +245,31 @@ def build_examples(
 ) -> dict[str, Examples]:
     """All three splits, {"train", "val", "test"} -> Examples, from one seeded generator per split.
 
-    With `places`, only the splits that it names. Raises ValueError if a split is empty or a user
-    has touched so much that random candidates run out."""
+    With `places`, only the splits that it names. ValueError if a split is empty or a user has
+    touched so much that random candidates run out."""
     config = config or ExampleConfig()
     places = places or last_two_places(interactions, config)
-    keys = np.sort(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
     splits = {}
-    for split in places:
+    for split, rows in places.items():
+        if split == "train":
+            parts = np.array_split(rows, len(rows) // 2**20 + 1)  # all at once take 200 bytes each
+            parts = [chosen_follower(interactions, part, config)[1] for part in parts]
+            liked = np.concatenate(parts)
+        else:
+            liked = interactions.rating[rows] >= config.min_rating
+        if not liked.any():
+            low, high = interactions.rating.min(), interactions.rating.max()
+            raise ValueError(
+                f"no {split} example: in none of {len(rows):,} places is the chosen item liked; "
+                f"lower --min_history {config.min_history}, --followers {config.followers} or "
+                f"--min_rating {config.min_rating:g} (ratings go from {low:g} to {high:g})"
+            )
         rng = np.random.default_rng([config.data_seed, SPLITS.index(split)])
-        rows = _with_liked_item(interactions, split, places[split], config)
+        rows = rng.permutation(rows[liked])
         size = config.train_size if split == "train" else config.test_size
-        rows = rng.permutation(rows)
         rows = rows[:size] if size else rows
-        if len(rows) == 0:
-            raise ValueError(_why_empty(interactions, split, len(places[split]), config))
         steps = np.arange(config.followers if split == "train" else 1)
-        splits[split] = freeze(interactions, split, rows, steps, keys, config, rng, retrieve)
+        splits[split] = draw_candidates(interactions, split, rows, steps, config, rng, retrieve)
     return splits
 
 
@@ -268,226 +279,156 @@ SPLITS = ("train", "val", "test")
 def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
     """Split -> rows (n,) that may be predicted: each user's last, the one before, all earlier."""
     position = np.arange(len(interactions.user))
-    age = position - interactions.start[:-1][interactions.user]  # interactions before this one
-    room = interactions.start[1:][interactions.user] - position  # interactions from this one on
-    places = {
-        # followers end before the user's last two interactions, which are validation and test
-        "train": room >= config.followers + 2,
-        "val": room == 2,
-        "test": room == 1,
-    }
+    enough = position - interactions.start[interactions.user] >= config.min_history
+    room = interactions.start[interactions.user + 1] - position  # interactions from this one on
     return {
-        split: np.flatnonzero((age >= config.min_history) & fits) for split, fits in places.items()
+        # followers end before the user's last two interactions, which are validation and test
+        "train": np.flatnonzero(enough & (room >= config.followers + 2)),
+        "val": np.flatnonzero(enough & (room == 2)),
+        "test": np.flatnonzero(enough & (room == 1)),
     }
 
 
-def _with_liked_item(
-    interactions: Interactions, split: str, rows, config: ExampleConfig
-) -> np.ndarray:
-    """Those of the rows (n,) whose chosen item is a liked one."""
-    if split != "train":
-        return rows[interactions.rating[rows] >= config.min_rating]
-    # all prefixes at once would take 200 bytes each
-    parts = np.array_split(rows, len(rows) // 2**20 + 1)
-    return np.concatenate([part[_chosen_follower(interactions, part, config)[1]] for part in parts])
+def chosen_follower(
+    interactions: Interactions, rows: np.ndarray, config: ExampleConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the followers is the chosen item (E,), and whether the user liked it (E,).
 
-
-def _why_empty(
-    interactions: Interactions, split: str, num_places: int, config: ExampleConfig
-) -> str:
-    if num_places:
-        return (
-            f"no {split} example: in none of {num_places:,} places is the chosen item liked: "
-            f"ratings go from {interactions.rating.min():g} to {interactions.rating.max():g}, "
-            f"--min_rating is {config.min_rating:g}"
-        )
-    after = f" and {config.followers + 2} after" if split == "train" else ""
-    which = "--min_history or --followers" if split == "train" else "--min_history"
-    return (
-        f"no {split} example: no user has {config.min_history} interactions before{after} a point "
-        f"(the longest log has {np.diff(interactions.start).max()}); lower {which}"
-    )
-
-
-def _chosen_follower(interactions, rows, config: ExampleConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Which follower is chosen (E,), and whether the example counts (E,): only if it is liked."""
+    It is the one with the highest preference score, of equal ones the sooner; a random candidate
+    must score less. Or, with --positive first, it is the first liked one."""
     ratings = interactions.rating[rows[:, None] + np.arange(config.followers)]
     if config.positive == "first":
         liked = ratings >= config.min_rating
         return liked.argmax(1), liked.any(1)
     scores = preference_score(ratings, np.arange(config.followers), config.decay)
-    chosen = scores.argmax(1)  # the first of equal ones: the sooner
-    best = np.take_along_axis(scores, chosen[:, None], 1)[:, 0]
-    beats_random = best > preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay)
+    chosen = scores.argmax(1)
+    beats_random = scores.max(1) > preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay)
     liked = np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
     return chosen, beats_random & liked
 
 
-def freeze(
-    interactions,
-    split,
-    rows,
-    steps,
-    keys,
+def draw_candidates(
+    interactions: Interactions,
+    split: str,
+    rows: np.ndarray,  # (E,) what is predicted
+    steps: np.ndarray,  # (F,) how far behind it are the followers among the candidates
     config: ExampleConfig,
-    rng,
+    rng: np.random.Generator,
     retrieve: Retrieve | None = None,
 ) -> Examples:
-    """Draw the other candidates, score and shuffle all 20; order the negatives, draw templates."""
+    """Draw the random candidates, score and shuffle all 20, order the negatives, draw templates."""
     E, F = len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
-    users, seen = interactions.user[rows], None
+    users, count = interactions.user[rows], NUM_CANDIDATES - F
+    seen = None  # (E, S) items that random candidates must not be; None: all that the user touched
     if config.exclude == "seen":
         before = rows[:, None] - 1 - np.arange(config.history)
         before = np.maximum(before, interactions.start[users][:, None])
         seen = interactions.item[np.concatenate([before, follow], 1)]
-    count = NUM_CANDIDATES - F
-    if config.negatives == "retrieved":
-        randoms = _retrieved(interactions, rows, count, seen, config, retrieve)
+    if config.negatives != "retrieved":
+        randoms = _draw_unseen(interactions, users, count, seen, config.negatives, rng)
+    elif retrieve:
+        randoms = retrieve(interactions, rows, config.history, count, seen)
     else:
-        randoms = _draw_unseen(interactions, users, count, keys, seen, config.negatives, rng)
+        raise ValueError("--negatives retrieved needs a recommender that retrieves them")
+    short = np.flatnonzero((randoms < 0).any(1))
+    if len(short):
+        what = "this user never touched" if seen is None else "are not in the prompt"
+        raise ValueError(
+            f"user {interactions.user_ids[users[short[0]]]}: fewer than {count} items left that "
+            f"{what} ({interactions.num_items} in all); lower --core, or raise --followers"
+        )
 
     items = np.concatenate([interactions.item[follow], randoms], 1).astype(np.int32)
-    rated = [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)]
+    ratings = [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)]
     delays = [np.tile(steps, (E, 1)), np.full(randoms.shape, RANDOM_STEPS)]
-    ratings, delays = np.concatenate(rated, 1), np.concatenate(delays, 1)
-    scores = preference_score(ratings, delays, config.decay).astype(np.float32)
-    chosen = np.zeros(E, np.int64)
+    scores = preference_score(np.concatenate(ratings, 1), np.concatenate(delays, 1), config.decay)
+    chosen = np.zeros(E, np.int64)  # of tests: the next item
     if split == "train":
-        chosen, _ = _chosen_follower(interactions, rows, config)
+        chosen, _ = chosen_follower(interactions, rows, config)
 
     slots = np.tile(np.arange(NUM_CANDIDATES), (E, 1))
     order = rng.permuted(slots, axis=1)  # shown slot -> drawn slot
     target = (order == chosen[:, None]).argmax(1)
-    others = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
+    negative_order = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
     template = rng.integers(len(TEMPLATES), size=E)
     return Examples(
-        interactions,
-        split,
-        config.history,
-        rows.astype(np.int64),
-        np.take_along_axis(items, order, 1),
-        target.astype(np.int32),
-        np.take_along_axis(scores, order, 1),
-        order >= F,
-        others.astype(np.int32),
-        template.astype(np.int32),
-        config.min_rating if config.history_items == "positive" else 0.0,
-        config.ratings,
+        interactions=interactions,
+        split=split,
+        history=config.history,
+        position=rows.astype(np.int64),
+        candidates=np.take_along_axis(items, order, 1),
+        target=target.astype(np.int32),
+        scores=np.take_along_axis(scores.astype(np.float32), order, 1),
+        is_random=order >= F,
+        negative_order=negative_order.astype(np.int32),
+        template=template.astype(np.int32),
+        min_shown_rating=config.min_rating if config.history_items == "positive" else 0.0,
+        ratings=config.ratings,
     )
 
 
-def _retrieved(interactions, rows, count: int, seen, config: ExampleConfig, retrieve) -> np.ndarray:
-    """(E, count) what the given recommender puts highest of what the user never touched."""
-    if retrieve is None:
-        raise ValueError("--negatives retrieved needs a recommender that retrieves them")
-    items = retrieve(interactions, rows, config.history, count, seen)
-    short = np.flatnonzero((items < 0).any(1))
-    if len(short):
-        raise ValueError(_too_few(interactions, interactions.user[rows[short[0]]], count, seen))
-    return items
+def _draw_unseen(interactions: Interactions, users, count: int, seen, kind: str, rng) -> np.ndarray:
+    """(E, count) distinct items per row, new to the user, or not among `seen` (E, S) if given.
 
-
-def _too_few(interactions: Interactions, user: int, count: int, seen) -> str:
-    what = "this user never touched" if seen is None else "are not in the prompt"
-    return (
-        f"user {interactions.user_ids[user]}: fewer than {count} items left that {what} "
-        f"({interactions.num_items} in all); lower --core, or raise --followers"
-    )
-
-
-def _draw_unseen(interactions, users, count: int, keys, seen, kind: str, rng) -> np.ndarray:
-    """(E, count) distinct items per row that the user never touched (or, with `seen`, not there).
-
-    `keys` are the log's pairs, user * num_items + item, sorted."""
+    What is taken or repeated is drawn again. Chance finds the last few of a full user too slowly:
+    after 50 rounds they are drawn from what is left, or a row is -1 where that is too little."""
+    n, uniform = interactions.num_items, kind == "uniform"
+    touched = np.sort(interactions.user.astype(np.int64) * n + interactions.item)
     drawn = np.full((len(users), count), -1, np.int64)
     missing = np.ones(drawn.shape, bool)
     for _ in range(50):
-        n = int(missing.sum())
-        if n == 0:
-            return drawn
-        if kind == "uniform":
-            new = rng.integers(interactions.num_items, size=n)
-        else:
-            new = rng.choice(interactions.item, size=n)
+        size = int(missing.sum())
+        new = rng.integers(n, size=size) if uniform else rng.choice(interactions.item, size=size)
         drawn[missing] = new
-        row, _ = np.nonzero(missing)
+        row = np.nonzero(missing)[0]
         if seen is None:
-            key = users[row].astype(np.int64) * interactions.num_items + new
-            at = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-            taken = keys[at] == key
+            pairs = users[row].astype(np.int64) * n + new
+            at = np.minimum(np.searchsorted(touched, pairs), len(touched) - 1)
+            taken = touched[at] == pairs
         else:
             taken = (seen[row] == new[:, None]).any(1)
-        again = _repeated(drawn)
+        # of equal items in a row the first stays
+        by_item = np.argsort(drawn, axis=1, kind="stable")
+        ordered = np.take_along_axis(drawn, by_item, 1)
+        again = np.zeros(drawn.shape, bool)
+        np.put_along_axis(again, by_item[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
         again[missing] |= taken
         missing = again
-    _draw_from_rest(interactions, users, drawn, np.flatnonzero(missing.any(1)), seen, kind, rng)
+        if not missing.any():
+            return drawn
+
+    weights = np.ones(n) if uniform else np.bincount(interactions.item, minlength=n).astype(float)
+    for e in np.flatnonzero(missing.any(1)):
+        own = slice(interactions.start[users[e]], interactions.start[users[e] + 1])
+        excluded = interactions.item[own] if seen is None else seen[e]
+        left = np.setdiff1d(np.arange(n), excluded)
+        drawn[e] = -1
+        if len(left) >= count:
+            shares = weights[left] / weights[left].sum()
+            drawn[e] = rng.choice(left, size=count, replace=False, p=shares)
     return drawn
 
 
-def _repeated(drawn: np.ndarray) -> np.ndarray:
-    """(E, n) bool: cells that equal an earlier one of their row."""
-    repeated = np.zeros(drawn.shape, bool)
-    by_value = np.argsort(drawn, axis=1, kind="stable")
-    ordered = np.take_along_axis(drawn, by_value, 1)
-    np.put_along_axis(repeated, by_value[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
-    return repeated
-
-
-def _draw_from_rest(interactions, users, drawn, rows, seen, kind: str, rng) -> None:
-    """Fill these rows from the items that are left: chance finds the last few too slowly."""
-    count = drawn.shape[1]
-    weights = np.ones(interactions.num_items)
-    if kind != "uniform":
-        weights = np.bincount(interactions.item, minlength=interactions.num_items).astype(float)
-    for e in rows:
-        user = users[e]
-        touched = interactions.item[interactions.start[user] : interactions.start[user + 1]]
-        if seen is not None:
-            touched = seen[e]
-        left = np.setdiff1d(np.arange(interactions.num_items), touched)
-        if len(left) < count:
-            raise ValueError(_too_few(interactions, user, count, seen))
-        shares = weights[left] / weights[left].sum()
-        drawn[e] = rng.choice(left, size=count, replace=False, p=shares)
-
-
 # ------------------------------------------------------------------------------------------ prompts
+# the question before the candidates; [with ratings|without]
 TEMPLATES = (
-    "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
-    "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
-    "Ratings from 1 to 5 that one person gave to {things}, in order of time:\n{history}\n"
-    "Choose the one this person will {do} next and rate highly:\n{candidates}\nAnswer:",
-    "Recent {things} of a user, with ratings (5 is best):\n{history}\n"
-    "From this list, recommend what the user should {do} next:\n{candidates}\nAnswer:",
-    "Below is what someone {did} and how they rated it, the latest last.\n{history}\n"
-    "One of these {things} comes next and will please them. Name it.\n{candidates}\nAnswer:",
-    "History of a user ({things} and ratings, 1 = disliked, 5 = loved):\n{history}\n"
-    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\n"
-    "Answer:",
+    "A user {did} these {things}, oldest first[, and rated each from 1 to 5|]:\n{history}\n"
+    "Which of the following {things} will the user {do} next and like?",
+    "[Ratings from 1 to 5 that one person gave to {things}|What one person {did}], in order of "
+    "time:\n{history}\nChoose the one this person will {do} next and rate highly:",
+    "Recent {things} of a user[, with ratings (5 is best)|]:\n{history}\n"
+    "From this list, recommend what the user should {do} next:",
+    "Below is what someone {did}[ and how they rated it|], the latest last.\n{history}\n"
+    "One of these {things} comes next and will please them. Name it.",
+    "History of a user ({things}[ and ratings, 1 = disliked, 5 = loved|, oldest first]):\n"
+    "{history}\nPredict the next one the user will {do} and enjoy, given these candidates:",
 )
-
 LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
 ALL_TEMPLATES = (
     *TEMPLATES,
-    "A user {did} these {things}, oldest first, and rated each from 1 to 5:\n{history}\n"
-    "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
-)
-
-WITHOUT_RATINGS = (  # the same questions, one for one
-    "A user {did} these {things}, oldest first:\n{history}\n"
-    "Which of the following {things} will the user {do} next and like?\n{candidates}\nAnswer:",
-    "What one person {did}, in order of time:\n{history}\n"
-    "Choose the one this person will {do} next and rate highly:\n{candidates}\nAnswer:",
-    "Recent {things} of a user:\n{history}\n"
-    "From this list, recommend what the user should {do} next:\n{candidates}\nAnswer:",
-    "Below is what someone {did}, the latest last.\n{history}\n"
-    "One of these {things} comes next and will please them. Name it.\n{candidates}\nAnswer:",
-    "History of a user ({things}, oldest first):\n{history}\n"
-    "Predict the next one the user will {do} and enjoy, given these candidates:\n{candidates}\n"
-    "Answer:",
-    "A user {did} these {things}, oldest first:\n{history}\n"
-    "Which of the following {things} would the user rate lowest?\n{candidates}\nAnswer:",
+    "A user {did} these {things}, oldest first[, and rated each from 1 to 5|]:\n{history}\n"
+    "Which of the following {things} would the user rate lowest?",
 )
 
 
@@ -501,15 +442,12 @@ def history_text(shown: list[tuple[str, float]]) -> str:
 def render_prompt(example: Example, skip: int = 0) -> str:
     """The prompt text, up to "Answer:", without its `skip` oldest history items."""
     things, did, do = example.words
-    shown = example.history[skip:]
-    history = history_text(shown)
-    candidates = "\n".join(example.candidates)
-    templates = ALL_TEMPLATES
-    if example.history and all(isnan(rating) for _, rating in example.history):
-        templates = WITHOUT_RATINGS
-    return templates[example.template].format(
-        things=things, did=did, do=do, history=history, candidates=candidates
-    )
+    history = history_text(example.history[skip:])
+    unrated = example.history and all(isnan(rating) for _, rating in example.history)
+    template = ALL_TEMPLATES[example.template]
+    template = re.sub(r"\[(.*?)\|(.*?)\]", r"\2" if unrated else r"\1", template)
+    question = template.format(things=things, did=did, do=do, history=history)
+    return "\n".join([question, *example.candidates, "Answer:"])
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -581,42 +519,28 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
                 f"user {examples[e].user}: two candidates have the same tokens, "
                 f"titles must differ: {examples[e].candidates}"
             )
-        room = max_length - max(map(len, candidates))
-        prompt, skip = _shortened(examples, e, prompt, room, tokenizer, max_length)
+        skip, room = 0, max_length - max(map(len, candidates))
+        while len(prompt) > room:
+            skip += 1
+            if skip >= len(examples.history_rows(e)):
+                raise ValueError(
+                    f"user {examples[e].user}: {len(prompt)} prompt tokens do not fit --max_length "
+                    f"{max_length} even with a history of one item; raise --max_length"
+                )
+            (prompt,) = tokenizer.encode_prompts([render_prompt(examples[e], skip)])
         encoded.num_shortened += skip > 0
         encoded.num_dropped += skip
         if e < BOUNDARY_CHECKS:
-            chosen = candidates[examples.target[e]]
-            _check_boundary(examples[e], skip, prompt + chosen[:-1], tokenizer)
+            text, target = render_prompt(examples[e], skip), examples.target[e]
+            (whole,) = tokenizer.encode_answered([text], [examples[e].candidates[target]])
+            if prompt + candidates[target][:-1] != whole:
+                raise ValueError(
+                    "prompt and completion tokenise differently together: "
+                    f"...{f'{text} {examples[e].candidates[target]}'[-80:]!r}"
+                )
         # lists of Python integers take ten times the memory
         prompts[e] = np.array(prompt, np.int32)
     return encoded
-
-
-def _shortened(
-    examples: Examples, e: int, prompt: list[int], room: int, tokenizer: Tokenizer, max_length: int
-) -> tuple[list[int], int]:
-    """The prompt of example e in `room` tokens, and how many history items it had to lose."""
-    skip = 0
-    while len(prompt) > room:
-        skip += 1
-        if skip >= len(examples.history_rows(e)):
-            raise ValueError(
-                f"user {examples[e].user}: {len(prompt)} prompt tokens do not fit --max_length "
-                f"{max_length} even with a history of one item; raise --max_length"
-            )
-        (prompt,) = tokenizer.encode_prompts([render_prompt(examples[e], skip)])
-    return prompt, skip
-
-
-def _check_boundary(example: Example, skip: int, ids: list[int], tokenizer: Tokenizer) -> None:
-    """ValueError unless prompt and chosen title, encoded apart, are the tokens of both together."""
-    text, title = render_prompt(example, skip), example.candidates[example.target]
-    (together,) = tokenizer.encode_answered([text], [title])
-    if ids != together:
-        raise ValueError(
-            f"prompt and completion tokenise differently together: ...{f'{text} {title}'[-80:]!r}"
-        )
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -669,7 +593,14 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     ValueError if N differs or anything is empty.
     All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The
     last prompt token predicts the first token of every completion."""
-    _check_parts(prompts, completions)
+    counts = [len(group) for group in completions]
+    sequences = [*prompts, *(ids for group in completions for ids in group)]
+    same = len(prompts) == len(counts) and 0 < min(counts, default=0) == max(counts)
+    if not same or min(map(len, sequences)) == 0:
+        raise ValueError(
+            "expected no empty prompt or completion, and the same number of completions, at least "
+            f"1, for every prompt; got {len(counts)} for {len(prompts)} prompts: {counts}"
+        )
     B, P, N = len(prompts), max(map(len, prompts)), len(completions[0])
     C = max(sum(len(c) - 1 for c in group) for group in completions)
     input_ids = np.zeros((B, P + C), np.int64)
@@ -694,22 +625,6 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     scored = [np.array(ids) for ids in (rows, labels, sequence_ids)]
     arrays = (input_ids, position_ids, branch_ids, *scored)
     return PromptTree(*map(torch.from_numpy, arrays), prompt_width=P, num_completions=N)
-
-
-def _check_parts(prompts: list, completions: list[list[list[int]]]) -> None:
-    if not prompts or len(prompts) != len(completions):
-        got = f"{len(completions)} for {len(prompts)} prompts"
-        raise ValueError(f"expected one list of completions per prompt, got {got}")
-    counts = [len(group) for group in completions]
-    if min(counts) == 0 or min(counts) < max(counts):
-        raise ValueError(
-            f"every prompt needs the same number of completions, at least 1; got {counts}"
-        )
-    sequences = [*prompts, *(c for group in completions for c in group)]
-    if any(len(ids) == 0 for ids in sequences):
-        raise ValueError(
-            "empty prompt or completion: a prompt needs a token, a completion at least its EOS"
-        )
 
 
 def to_device(tensor: Tensor, device) -> Tensor:

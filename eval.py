@@ -9,9 +9,9 @@ another spelling of a title is possible and the text is wanted.
     python eval.py --run runs/planted-1              every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...     a Hugging Face directory, a PEFT adapter
 
-hit_ratio@1 counts exact title matches over *all* cases, valid_ratio the answers that are a
-listed title; ranking/* are computed from the log-probabilities of all candidates (always
-"valid"). Ties share their ranks.
+Two figures stand side by side. Written: hit_ratio@1 counts answers that are exactly the target's
+title, over *all* cases, valid_ratio those that are a listed title. Ranked first: ranking/* are
+computed from the log-probabilities of the 20 candidates, and ties share their ranks.
 
 Left out: tables over several runs. Legend: E examples, N = 20 candidates, M scored tokens.
 """
@@ -27,20 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import (
-    arg,
-    parse_config,
-    run_cli,
-    setup_distributed,
-)
-from data import (
-    NUM_CANDIDATES,
-    Encoded,
-    Examples,
-    PromptTree,
-    encode_examples,
-    tree_widths,
-)
+from common import arg, parse_config, run_cli, setup_distributed
+from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
 from loaders.frozen import Prepared, encode_split, prepare
 from model import Transformer, generate
@@ -69,10 +57,7 @@ def ranking_metrics(
     scores, target = np.asarray(scores), np.asarray(target)
     if np.isnan(scores).any():
         bad = np.flatnonzero(np.isnan(scores).any(1))
-        raise ValueError(
-            f"{len(bad)} of {len(scores)} examples have a score that is not a number, "
-            f"first {bad[0]}"
-        )
+        raise ValueError(f"{len(bad)} of {len(scores)} examples have a NaN score, first {bad[0]}")
     own = np.take_along_axis(scores, target[:, None], 1)
     better = (scores > own).sum(1, keepdims=True)
     tied = (scores == own).sum(1, keepdims=True)  # at least 1: the target itself
@@ -84,6 +69,7 @@ def ranking_metrics(
     return {name: (possible * gain).sum(1) / tied[:, 0] for name, gain in gains.items()}
 
 
+HIT_RATIOS = ("hit_ratio@1", "ranking/hit_ratio@1")  # written, ranked first
 NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
 
 
@@ -133,12 +119,13 @@ def trie_walk(completions: list[list[int]], token_logps: list[list[float]]) -> i
 
 
 def canonical(title: str) -> str:
+    """Composed letters (NFC) and single spaces."""
     return unicodedata.normalize("NFC", " ".join(title.split()))
 
 
 def match_title(answer: str, titles: list[str]) -> int:
-    """Index of the title that the answer equals; only if none, once more without one final ".";
-    -1 if still none."""
+    """Index of the title that equals the answer; if none does, the answer without one final ".";
+    else -1."""
     titles = [canonical(t) for t in titles]
     for text in (canonical(answer), canonical(answer.removesuffix("."))):
         if text in titles:
@@ -159,10 +146,9 @@ def predict(
     decode_rest: bool = True,
     micro_batch_tokens: int = 8192,
     any_rank: Callable[[bool], bool] = bool,
-    device="cpu",
-    what: str = "evaluation",  # the name of its progress bar
 ) -> list[dict]:
     """One record per example: answer, hit, valid, how it was found, every candidate's log-prob."""
+    device = model.inv_freq.device
     all_slots = np.tile(np.arange(NUM_CANDIDATES), (len(encoded.prompts), 1))
     widths = tree_widths(encoded, all_slots)
     stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
@@ -170,57 +156,51 @@ def predict(
     records: dict[int, dict] = {}
     batches = planned(widths, indices, micro_batch_tokens)
     trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), batches)
-    for batch in progress(rounds(batches, any_rank), what, len(batches)):
-        if batch:
-            tree = next(trees)
-        else:
-            tree = encoded.tree(DUMMY, all_slots).to(device)
+    for batch in progress(rounds(batches, any_rank), "evaluation", len(batches)):
+        tree = next(trees) if batch else encoded.tree(DUMMY, all_slots).to(device)
         token_logps, greedy_ids = model(tree)
-        logps = tree.sum_logps(token_logps).cpu()
-        verified = verified_branch(tree, greedy_ids, end_ids).cpu()
-        per_token = iter(token_logps.tolist() if decode == "trie" else ())
+        logps = tree.sum_logps(token_logps).tolist()
+        slots, how = verified_branch(tree, greedy_ids, end_ids).tolist(), "verified"
+        if decode == "trie":
+            per_token, how = iter(token_logps.tolist()), "trie"
+            groups = [encoded.slots(e, all_slots[e]) for e in batch]
+            slots = [trie_walk(g, [list(islice(per_token, len(ids))) for ids in g]) for g in groups]
         for b, e in enumerate(batch):
-            slot, how = int(verified[b]), "verified"
-            if decode == "trie":
-                completions = encoded.slots(e, all_slots[e])
-                branches = [list(islice(per_token, len(ids))) for ids in completions]
-                slot, how = trie_walk(completions, branches), "trie"
-            records[e] = _record(encoded.examples, e, slot, how, logps[b].tolist())
+            example = encoded.examples[e]
+            records[e] = {
+                "example": e,
+                "user": example.user,
+                "target": example.candidates[example.target],
+                **answered(example, slots[b], how if slots[b] >= 0 else "none"),
+                "logps": logps[b],
+                "candidates": example.candidates,
+                "target_slot": example.target,
+            }
 
     rest = sorted(records)
     if decode != "generate":
         rest = [e for e in rest if decode_rest and records[e]["answer"] is None]
     longest = max(map(len, encoded.completions.values()))
     batches = planned(widths, rest, micro_batch_tokens)
-    for batch in progress(rounds(batches, any_rank), f"{what}, written out", len(batches)):
+    for batch in progress(rounds(batches, any_rank), "answers written out", len(batches)):
         prompts = [encoded.prompts[e].tolist() for e in batch or DUMMY]
         # twice the longest title: another spelling takes more tokens than the usual one
         outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
         for e, ids in zip(batch, outputs, strict=False):  # a dummy's output belongs to nobody
-            answer = tokenizer.answer(ids)
-            slot = match_title(answer, encoded.examples[e].candidates)
-            logps, one_pass = records[e]["logps"], records[e]["answer"]
-            record = _record(encoded.examples, e, slot, "generated", logps, answer)
-            records[e] = record | {"one_pass": one_pass, "ids": ids}
+            example, text = encoded.examples[e], tokenizer.answer(ids)
+            slot = match_title(text, example.candidates)
+            records[e] |= {"one_pass": records[e]["answer"], "ids": ids}
+            records[e] |= answered(example, slot, "generated", text)
     return [records[e] for e in sorted(records)]
 
 
-def _record(
-    examples: Examples, e: int, slot: int, how: str, logps: list[float], answer: str | None = None
-) -> dict:
-    example = examples[e]
-    titles, target = example.candidates, example.target
+def answered(example, slot: int, how: str, text: str | None = None) -> dict:
+    """What a record says of the answer: the title of this slot, or, for -1, the text."""
     return {
-        "example": e,
-        "user": example.user,
-        "target": titles[target],
-        "answer": titles[slot] if slot >= 0 else answer,
+        "answer": example.candidates[slot] if slot >= 0 else text,
         "valid": slot >= 0,
-        "hit": slot == target,
-        "how": how if slot >= 0 or answer is not None else "none",
-        "logps": logps,
-        "candidates": titles,
-        "target_slot": target,
+        "hit": slot == example.target,
+        "how": how,
     }
 
 
@@ -265,93 +245,81 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
 def evaluate(
     model: Transformer,
     tokenizer: Tokenizer,
-    examples: Examples,
+    examples: Examples | Encoded,
     decode: str = "greedy",
     decode_rest: bool = True,
     max_length: int = 1024,
     micro_batch_tokens: int = 8192,
-    encoded: Encoded | None = None,  # the examples' tokens, where they are at hand
     baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N), to stand beside
 ) -> tuple[dict, list[dict]]:
     """Score the given examples in this process: (metrics, predictions).
 
     train.py splits them over ranks instead."""
-    encoded = encoded or encode_examples(examples, tokenizer, max_length)
+    encoded = examples
+    if not isinstance(examples, Encoded):
+        encoded = encode_examples(examples, tokenizer, max_length)
     training = model.training
     model.eval()
-    device = model.inv_freq.device
-    indices = range(len(examples))
-    options = (decode, decode_rest, micro_batch_tokens)
-    records = predict(model, tokenizer, encoded, indices, *options, device=device)
+    indices = range(len(encoded.prompts))
+    records = predict(model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens)
     model.train(training)
     metrics = summarise(records, baselines)
     if decode == "generate":
-        stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
-        metrics |= compare_with_one_pass(model, encoded, records, stop_ids)
+        metrics |= compare_with_one_pass(model, tokenizer, encoded, records)
     return metrics, records
 
 
 @torch.no_grad()
 def compare_with_one_pass(
-    model: Transformer, encoded: Encoded, records: list[dict], stop_ids
+    model: Transformer, tokenizer: Tokenizer, encoded: Encoded, records: list[dict]
 ) -> dict:
-    """How often free generation and the one pass differ, and how many of those are near-ties.
-
-    They differ in the title, or where generation spelt a candidate that the one pass did not
-    verify. A near-tie: somewhere along the answer the two best logits are closer than NEAR_TIE."""
-
-    def differs(r: dict) -> bool:
-        if r["one_pass"] is not None:
-            return r["one_pass"] != r["answer"]
-        ended = len(r["ids"]) > 1 and r["ids"][-1] in stop_ids
-        spellings = [c[:-1] for c in encoded.slots(r["example"], range(NUM_CANDIDATES))]
-        return ended and r["ids"][:-1] in spellings
-
-    differing = [r for r in records if differs(r)]
-    near = 0
-    for r in differing:
-        prompt = encoded.prompts[r["example"]].tolist()
-        sequence = torch.tensor([prompt + r["ids"][:-1]], device=model.inv_freq.device)
-        logits = model.logits(sequence)[0, len(prompt) - 1 :]
-        best = logits.topk(2, dim=-1).values
-        near += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
-    return {"one_pass_differs": len(differing), "one_pass_near_ties": near}
-
-
-def table_rows(name: str, metrics: dict) -> str:
-    low, high = metrics["hit_ratio@1_ci95"]
-    ranked_low, ranked_high = metrics["ranking/hit_ratio@1_ci95"]
-    return (
-        f"| {name} | {metrics['hit_ratio@1']:.4f} [{low:.3f}, {high:.3f}] "
-        f"| {metrics['valid_ratio']:.4f} "
-        f"| {metrics['ranking/hit_ratio@1']:.4f} [{ranked_low:.3f}, {ranked_high:.3f}] "
-        f"| {metrics['ranking/ndcg@5']:.4f} | {metrics['ranking/mrr']:.4f} |"
-    )
+    """How often generation writes another candidate, token for token, than the one pass verified,
+    and how many of those are near-ties: two best logits closer than NEAR_TIE on the way."""
+    differing = near_ties = 0
+    stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
+    for record in records:
+        *ids, last = record["ids"]
+        spelt = [title[:-1] for title in encoded.slots(record["example"], range(NUM_CANDIDATES))]
+        listed = last in stop_ids and ids in spelt
+        if record["one_pass"] == (record["candidates"][spelt.index(ids)] if listed else None):
+            continue
+        differing += 1
+        prompt = encoded.prompts[record["example"]].tolist()
+        sequence = torch.tensor([prompt + ids], device=model.inv_freq.device)
+        best = model.logits(sequence)[0, len(prompt) - 1 :].topk(2, dim=-1).values
+        near_ties += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
+    return {"one_pass_differs": differing, "one_pass_near_ties": near_ties}
 
 
 def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None) -> str:
-    """Markdown: chance and counting baselines, the given rows (name -> metrics),
-    then known upper bounds."""
+    """Markdown: chance and counting baselines, the given rows (name -> metrics), upper bounds."""
     some = next(iter(rows.values()))
+    written = "trie" if some.get("decode") == "trie" else "written"
+    meaning = {
+        "trie": "decoded along the listed titles",
+        "written": "the answer is the exact title",
+    }
     lines = [
-        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; "
-        "greedy = exact title written, ranking = best log-probability of the 20; [95 % interval]",
+        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; {written} = "
+        f"{meaning[written]}, ranked first = best log-probability of the 20; [95 % interval]",
         "",
-        "| method | HR@1 greedy | ValidRatio | HR@1 ranking | NDCG@5 | MRR |",
+        f"| method | HR@1 {written} | ValidRatio | HR@1 ranked first | NDCG@5 | MRR |",
         "|---|---|---|---|---|---|",
     ]
+
+    def share(value: float, interval: list[float]) -> str:
+        return f"{value:.4f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
     for name, value in some["baselines"].items():
-        low, high = wilson(value, some["n"])
-        interval = "" if name == "chance" else f" [{low:.3f}, {high:.3f}]"
-        lines.append(f"| {name} | | | {value:.4f}{interval} | | |")
-    lines += [table_rows(name, metrics) for name, metrics in rows.items()]
+        ranked = f"{value:.4f}" if name == "chance" else share(value, wilson(value, some["n"]))
+        lines.append(f"| {name} | | | {ranked} | | |")
+    for name, m in rows.items():
+        first, ranked = (share(m[key], m[f"{key}_ci95"]) for key in HIT_RATIOS)
+        rest = f"{m['ranking/ndcg@5']:.4f} | {m['ranking/mrr']:.4f}"
+        lines.append(f"| {name} | {first} | {m['valid_ratio']:.4f} | {ranked} | {rest} |")
     lines += [f"| {name} | | | {value:.4f} | | |" for name, value in (bounds or {}).items()]
-    written = ", ".join(f"{name} {metrics['answers_generated']}" for name, metrics in rows.items())
-    lines += [
-        "",
-        "answers written out token by token, because no candidate verified in the one pass: "
-        f"{written}",
-    ]
+    counts = ", ".join(f"{name} {m['answers_generated']}" for name, m in rows.items())
+    lines += ["", f"answers written out, because no candidate verified in the one pass: {counts}"]
     return "\n".join(lines)
 
 
@@ -379,10 +347,15 @@ def main() -> None:
     rows = {}
     for name, source in sources.items():
         model, tokenizer = load_source(config, source, device)
-        options = (config.decode, config.decode_rest, config.max_length, config.micro_batch_tokens)
-        encoded = encode_split(prepared, config.split, tokenizer, config.max_length)
-        known = (encoded, prepared.baselines(config.split))
-        metrics, records = evaluate(model, tokenizer, encoded.examples, *options, *known)
+        metrics, records = evaluate(
+            model,
+            tokenizer,
+            encode_split(prepared, config.split, tokenizer, config.max_length),
+            decode=config.decode,
+            decode_rest=config.decode_rest,
+            micro_batch_tokens=config.micro_batch_tokens,
+            baselines=prepared.baselines(config.split),
+        )
         del model
         free_memory()  # before the next one is loaded
         metrics |= {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
@@ -390,16 +363,10 @@ def main() -> None:
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name, metrics, records)
         if config.decode == "generate":
-            print(
-                f"{name}: one pass and generation differ on {metrics['one_pass_differs']} "
-                f"of {metrics['n']} answers, {metrics['one_pass_near_ties']} of them near-ties "
-                f"(two best logits within {NEAR_TIE})"
-            )
-    print(
-        f"\n{config.dataset}, {config.split} split, "
-        f"data {prepared.hash[:12]}, decode {config.decode}\n"
-    )
-    print(results_table(rows))
+            differing, near = metrics["one_pass_differs"], metrics["one_pass_near_ties"]
+            print(f"{name}: the one pass differs on {differing} answers, {near} of them near-ties")
+    facts = f"{config.split} split, data {prepared.hash[:12]}, decode {config.decode}"
+    print(f"\n{config.dataset}, {facts}\n\n{results_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -8,24 +8,25 @@
                    = softplus(logsumexp_l(β (Δ_l - Δ_w) + λ m_l))
     S-DPO   the same with λ = 0                         arXiv:2406.09215, eq. 9
     DPO     the same with λ = 0 and one rejected item   arXiv:2305.18290, eq. 7
-    ODPO    DPO with an offset α m:                     arXiv:2402.10571, eq. 5
-            -log σ(β (Δ_w - Δ_l) - α m)
-    IPO     regression to a fixed gap:                  arXiv:2310.12036, eq. 17
-            (Δ_w - Δ_l - 1 / (2 β))^2
+    ODPO    DPO with an offset, log(φ_w - φ_l)          arXiv:2402.10571, eq. 5
+    IPO     (mean Δ_w - mean Δ_l - 1 / (2 β))^2, means  arXiv:2310.12036, eq. 17
+            over tokens, as its authors and TRL compute it
     KTO     each completion against a baseline z        arXiv:2402.01306, eq. 8
-    CPO     DPO without a reference, plus NLL           arXiv:2401.08417, eq. 5
-    SimPO   means over tokens instead of sums:          arXiv:2405.14734, eq. 6
-            -log σ(β (mean_w - mean_l) - γ)
-
-Without a reference (CPO, SimPO) Δ is log π alone: zeros stand for log π_ref.
+    CPO     DPO with log π instead of Δ, plus NLL       arXiv:2401.08417, eq. 5
+    SimPO   -log σ(β (mean_w - mean_l) - γ), where      arXiv:2405.14734, eq. 6
+            mean is log π per token: no reference, target margin γ
 
 The second form of RecPO is the one computed: exp() overflows at 89 in fp32, and one bad negative
 can exceed that. λ m is added outside β (...), as in the authors' code: it is the reward gap, in
 nats, that the chosen item must exceed.
 
-Legend: B examples, K = num_negatives rejected items per example, N = 1 + K completions (chosen
-first), M tokens.
+LOSSES, at the end, has them by the names of --stages; `recpo` is where λ and φ enter eq. 7.
+
+Legend: B examples, K rejected items of each (the chosen one first, then these K), M tokens.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,7 @@ MARGINS = ("ratio", "log_diff", "log_ratio", "none")
 
 
 def preference_score(rating, steps, decay: float = 0.5):
-    """φ = rating / (1 + steps)^decay; tensors or arrays.
-
-    steps counts interactions until this one, 0 for the very next."""
+    """φ = rating / (1 + steps)^decay of tensors or arrays; steps is 0 for the very next item."""
     return rating / (1 + steps) ** decay
 
 
@@ -64,8 +63,7 @@ def target_margins(
 
 def sft_loss(
     token_logps: Tensor,  # (M,)
-    # of the whole global batch, so that micro-batches and ranks add up to one mean
-    num_target_tokens: float,
+    num_target_tokens: float,  # of the global batch: its micro-batches add up to one mean
 ) -> Tensor:
     """Negative log-likelihood of target tokens; an answer's include its EOS (eq. 1)."""
     return -token_logps.sum() / num_target_tokens
@@ -86,20 +84,9 @@ def recpo_loss(
 
 
 def sdpo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """S-DPO: RecPO without margins. Shapes as in recpo_loss."""
+    """S-DPO (eq. 3): RecPO without margins. Shapes as in recpo_loss."""
     no_margins = torch.zeros_like(policy_logps[:, 1:])
     return recpo_loss(policy_logps, reference_logps, no_margins, beta)
-
-
-def _gap(policy_logps: Tensor, reference_logps: Tensor, name: str) -> Tensor:
-    """(B,) Δ_w - Δ_l of methods that compare two completions."""
-    if policy_logps.shape[1] != 2:
-        raise ValueError(
-            f"{name} compares two completions, got {policy_logps.shape[1]}: "
-            "set num_negatives to 1, or use sdpo"
-        )
-    logratios = policy_logps - reference_logps  # (B, 2)
-    return logratios[:, 0] - logratios[:, 1]
 
 
 def dpo_loss(
@@ -109,66 +96,105 @@ def dpo_loss(
     label_smoothing: float = 0.0,  # probability that the preference is the other way round
 ) -> tuple[Tensor, Tensor]:
     """DPO: -log σ(β (Δ_w - Δ_l)), with conservative label smoothing as in the DPO authors' code."""
-    gap = beta * _gap(policy_logps, reference_logps, "DPO")
-    losses = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
-    return losses, beta * (policy_logps - reference_logps).detach()
-
-
-def odpo_loss(
-    policy_logps: Tensor,  # (B, 2)
-    reference_logps: Tensor,  # (B, 2)
-    offsets: Tensor,  # (B, 1), already times α
-    beta: float,
-) -> tuple[Tensor, Tensor]:
-    """ODPO: the gap must exceed an offset, log(φ_w - φ_l) or log(φ_w / φ_l).
-
-    RecPO with one rejected item."""
-    gap = beta * _gap(policy_logps, reference_logps, "ODPO") - offsets[:, 0]
-    return F.softplus(-gap), beta * (policy_logps - reference_logps).detach()
-
-
-def ipo_loss(
-    policy_logps: Tensor,  # (B, 2), sums; or means over tokens, as IPO's authors intend
-    reference_logps: Tensor,  # (B, 2), likewise
-    beta: float,  # τ of the paper
-) -> tuple[Tensor, Tensor]:
-    """IPO: (Δ_w - Δ_l - 1 / (2 β))^2: the gap shall be this, not larger."""
-    gap = _gap(policy_logps, reference_logps, "IPO")
-    return (gap - 1 / (2 * beta)) ** 2, beta * (policy_logps - reference_logps).detach()
-
-
-def cpo_loss(policy_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """CPO's preference part: DPO without a reference, (B, 2).
-
-    Its NLL part is --sft_weight, by default 1 for it."""
-    return dpo_loss(policy_logps, torch.zeros_like(policy_logps), beta)
-
-
-def simpo_loss(
-    policy_logps: Tensor,  # (B, 2), sums over tokens
-    lengths: Tensor,  # (B, 2) tokens of each completion, EOS included
-    beta: float,
-    gamma: float,  # the target margin, not divided by β
-) -> tuple[Tensor, Tensor]:
-    """SimPO: -log σ(β (mean_w - mean_l) - γ), without a reference."""
-    means = policy_logps / lengths
-    gap = beta * _gap(means, torch.zeros_like(means), "SimPO") - gamma
-    return F.softplus(-gap), beta * means.detach()
-
-
-def kto_loss(
-    policy_logps: Tensor,  # (B, 2)
-    reference_logps: Tensor,  # (B, 2)
-    kl: Tensor,  # scalar, the batch's mean log-ratio of mismatched completions, before clamping
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """KTO: w_d (1 - σ(β (Δ_w - z))) + w_u (1 - σ(β (z - Δ_l))), z = max(kl, 0);
-    the mean of a pair's two losses."""
-    _gap(policy_logps, reference_logps, "KTO")
+    check_pair(policy_logps)
     logratios = policy_logps - reference_logps
-    z = kl.detach().clamp(min=0)
-    good = desirable_weight * torch.sigmoid(-beta * (logratios[:, 0] - z))
-    bad = undesirable_weight * torch.sigmoid(-beta * (z - logratios[:, 1]))
-    return (good + bad) / 2, beta * logratios.detach()
+    gap = beta * (logratios[:, 0] - logratios[:, 1])
+    losses = -(1 - label_smoothing) * F.logsigmoid(gap) - label_smoothing * F.logsigmoid(-gap)
+    return losses, beta * logratios.detach()
+
+
+def check_pair(logps: Tensor) -> None:
+    """ValueError unless there is one rejected item."""
+    if logps.shape[1] != 2:
+        raise ValueError(
+            f"this loss compares two completions, got {logps.shape[1]}: "
+            "set num_negatives to 1, or use sdpo"
+        )
+
+
+# ------------------------------------------------------------------------ by the names of --stages
+@dataclass
+class Titles:
+    """What a preference loss is a function of, for B prompts."""
+
+    policy_logps: Tensor  # (B, 1 + K) sums over tokens
+    reference_logps: Tensor  # (B, 1 + K) the same before the first step; zeros without a reference
+    phi: Tensor  # (B, 1 + K) preference scores
+    lengths: Tensor  # (B, 1 + K) tokens, EOS included
+    kl: Tensor  # scalar, KTO: the mean log-ratio of titles that are neither chosen nor rejected
+
+
+# Each returns what Loss.__call__ does; the margins may be one number.
+def recpo(t: Titles, options):
+    """Eq. 7 with λ times the margins of φ: here both enter."""
+    margins = options.margin_lambda * target_margins(t.phi[:, 0], t.phi[:, 1:], options.margin)
+    return *recpo_loss(t.policy_logps, t.reference_logps, margins, options.beta), margins
+
+
+def sdpo(t: Titles, options):
+    return *sdpo_loss(t.policy_logps, t.reference_logps, options.beta), 0.0
+
+
+def dpo(t: Titles, options):
+    return *dpo_loss(t.policy_logps, t.reference_logps, options.beta), 0.0
+
+
+def odpo(t: Titles, options):
+    """RecPO with one rejected item and ODPO's own margin; its weight α is 1."""
+    offsets = target_margins(t.phi[:, 0], t.phi[:, 1:], "log_gap")
+    return *recpo_loss(t.policy_logps, t.reference_logps, offsets, options.beta), offsets
+
+
+def ipo(t: Titles, options):
+    """Its rewards are per token, as its log-ratios are; β is τ of the paper."""
+    logratios = (t.policy_logps - t.reference_logps) / t.lengths
+    losses = (logratios[:, 0] - logratios[:, 1] - 1 / (2 * options.beta)) ** 2
+    return losses, options.beta * logratios.detach(), 0.0
+
+
+def kto(t: Titles, options):
+    """The mean of 1 - σ(β (Δ_w - z)) and 1 - σ(β (z - Δ_l)), where z = max(kl, 0)."""
+    logratios, z = t.policy_logps - t.reference_logps, t.kl.detach().clamp(min=0)
+    good = torch.sigmoid(-options.beta * (logratios[:, 0] - z))
+    bad = torch.sigmoid(-options.beta * (z - logratios[:, 1]))
+    return (good + bad) / 2, options.beta * logratios.detach(), 0.0
+
+
+def cpo(t: Titles, options):
+    """The preference part; its NLL part is --sft_weight, by default 1 for it."""
+    return *dpo_loss(t.policy_logps, torch.zeros_like(t.policy_logps), options.beta), 0.0
+
+
+def simpo(t: Titles, options):
+    """Its rewards are per token, and γ is the gap of them to exceed; γ is not divided by β."""
+    means, gamma = t.policy_logps / t.lengths, options.simpo_gamma
+    return *recpo_loss(means, torch.zeros_like(means), gamma, options.beta), gamma
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A preference loss, and what it asks of an example."""
+
+    function: Callable
+    pairwise: bool = True  # one rejected title, whatever --num_negatives says
+    has_reference: bool = True
+    sft_weight: float = 0.0  # where --sft_weight is left to the loss
+
+    def __call__(self, titles: Titles, options) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (B,), rewards (B, 1 + K) without gradient, target margins (B, K)."""
+        if self.pairwise:
+            check_pair(titles.policy_logps)
+        losses, rewards, margins = self.function(titles, options)
+        return losses, rewards, torch.zeros_like(rewards[:, 1:]) + margins
+
+
+LOSSES = {
+    "dpo": Loss(dpo),
+    "ipo": Loss(ipo),
+    "simpo": Loss(simpo, has_reference=False),
+    "cpo": Loss(cpo, has_reference=False, sft_weight=1.0),
+    "odpo": Loss(odpo),
+    "kto": Loss(kto),
+    "sdpo": Loss(sdpo, pairwise=False),
+    "recpo": Loss(recpo, pairwise=False),
+}

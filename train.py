@@ -70,7 +70,7 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, data_defaults, encode_split, prepare
 from losses import MARGINS
 from model import ModelConfig, Transformer, weight_shapes
-from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule
+from objectives import PAIRWISE, PREFERENCE_LOSSES, MicroBatch, Objective, Schedule
 from runtime.checkpoint import checkpoints, save_checkpoint
 from runtime.estimate import dry_run
 from runtime.passes import any_rank, prefetch
@@ -475,16 +475,23 @@ def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
     return encode_examples(val.select(np.sort(rows)), tokenizer, config.max_length)
 
 
-def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest: bool, what: str):
+def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest: bool):
     """Records of all examples on rank 0, in their order, and None on the others.
 
     The model is left resharded, and in the mode it came in."""
     training = model.training
     model.eval()
     mine = range(run.rank, len(encoded.prompts), run.world_size)
-    options = (decode, decode_rest, run.config.micro_batch_tokens)
-    together = (any_rank, run.device, what)
-    records = predict(model, run.tokenizer, encoded, mine, *options, *together)
+    records = predict(
+        model,
+        run.tokenizer,
+        encoded,
+        mine,
+        decode=decode,
+        decode_rest=decode_rest,
+        micro_batch_tokens=run.config.micro_batch_tokens,
+        any_rank=any_rank,
+    )
     model.train(training)
     reshard(model)
     gathered = [None] * run.world_size if is_main() else None
@@ -498,7 +505,7 @@ def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest:
 def validation_metrics(run: Run, model: Transformer) -> dict | None:
     """Of the validation users, on rank 0; one pass:
     what no candidate verifies counts as invalid."""
-    records = predict_on_all_ranks(run, model, run.val, "greedy", False, "validation")
+    records = predict_on_all_ranks(run, model, run.val, "greedy", False)
     return summarise(records) if is_main() else None
 
 
@@ -515,7 +522,7 @@ class Stage:
     weights: str  # hash of both
     model: Transformer
     replicas: int  # ranks that hold the same rows
-    objective: SFT
+    objective: Objective
     schedule: Schedule
     peak: float  # learning rate
     optimizer: torch.optim.Optimizer
@@ -627,14 +634,12 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
     return stage
 
 
-def objective_of(run: Run, name: str, model: Transformer | None) -> SFT:
+def objective_of(run: Run, name: str, model: Transformer | None) -> Objective:
     """What a stage trains on; a dry run has no model."""
-    if name == "sft":
-        return SFT(run.config, model, run.train, run.device)
-    return Preference(run.config, name, model, run.train, run.device)
+    return Objective(run.config, name, model, run.train, run.device)
 
 
-def schedule_of(run: Run, name: str, objective: SFT) -> Schedule:
+def schedule_of(run: Run, name: str, objective: Objective) -> Schedule:
     """The steps of a stage."""
     epochs = run.config.sft_epochs if name == "sft" else run.config.epochs
     return Schedule(run.config, epochs, tree_widths(run.train, objective.slots), run.world_size)
@@ -736,8 +741,7 @@ def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
 def test_stage(run: Run, model: Transformer, folder: Path) -> dict | None:
     """Evaluate on the test split, divided over ranks; metrics on rank 0, which also writes them."""
     config, started = run.config, time.time()
-    options = ("greedy", config.decode_rest, "evaluation")
-    records = predict_on_all_ranks(run, model, run.test, *options)
+    records = predict_on_all_ranks(run, model, run.test, "greedy", config.decode_rest)
     if not is_main():
         return None
     metrics = summarise(records, run.baselines)

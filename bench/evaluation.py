@@ -91,7 +91,7 @@ class Ways:
 
     def one_pass(self, decode_rest: bool = False) -> list[dict]:
         how = (range(self.n), "greedy", decode_rest, self.budget)
-        return predict(self.model, self.tokenizer, self.encoded, *how, device=self.device)
+        return predict(self.model, self.tokenizer, self.encoded, *how)
 
     @torch.no_grad()
     def twenty_sequences(self) -> torch.Tensor:

@@ -94,7 +94,7 @@ def _example_arrays(
         "target": target,
         "scores": np.array(scores, np.float32),
         "is_random": np.array([entry["is_random"] for entry in part]),
-        "others": others.astype(np.int32),
+        "negative_order": others.astype(np.int32),
         "template": template.astype(np.int32),
     }
 

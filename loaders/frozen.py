@@ -25,7 +25,6 @@ from common import arg, changed_options, read_json, reading, writing
 from data import (
     ALL_TEMPLATES,
     ITEMS,
-    WITHOUT_RATINGS,
     Encoded,
     ExampleConfig,
     Examples,
@@ -345,9 +344,9 @@ def _write_prepared(
     if interactions.train_end is not None:
         arrays[TRAIN_END] = interactions.train_end
     arrays |= {
-        f"{split}.{name}": getattr(ex, name)
+        f"{split}.{stored}": getattr(ex, name)
         for split, ex in splits.items()
-        for name in Examples.ARRAYS
+        for name, stored in Examples.ARRAYS.items()
     }
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     texts = {name: getattr(interactions, name) for name in INTERACTION_TEXTS}
@@ -404,7 +403,7 @@ def _read_prepared(folder: Path, check: bool) -> Prepared:
                 interactions,
                 split,
                 meta["history"],
-                **{name: arrays[f"{split}.{name}"] for name in Examples.ARRAYS},
+                **{n: arrays[f"{split}.{stored}"] for n, stored in Examples.ARRAYS.items()},
                 **shown,
             )
             for split in ("train", "val", "test")
@@ -527,7 +526,6 @@ def encode_split(
         tokenizer.fingerprint,
         max_length,
         ALL_TEMPLATES,
-        WITHOUT_RATINGS,
         prepared.interactions.words,
         *(["histories"] if histories else []),
     ]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from data import ExampleConfig, Examples, freeze
+from data import ExampleConfig, Examples, draw_candidates
 from loaders.counting import markov_top
 
 KINDS = ("uniform", "popularity", "retrieved")
@@ -16,14 +16,13 @@ def other_lists(test: Examples, config: ExampleConfig) -> dict[str, Examples]:
 
     Users, histories and targets stay; candidates are drawn from --data_seed and the kind, so every
     method that is tested on them meets the same."""
-    interactions, lists = test.interactions, {}
-    keys = np.sort(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
+    lists = {}
     for number, kind in enumerate(KINDS):
         if kind == config.negatives:
             continue
         rng = np.random.default_rng([config.data_seed, TEST_SEED, number])
         as_kind = replace(config, negatives=kind)
-        lists[kind] = freeze(
-            interactions, "test", test.position, np.arange(1), keys, as_kind, rng, markov_top
+        lists[kind] = draw_candidates(
+            test.interactions, "test", test.position, np.arange(1), as_kind, rng, markov_top
         )
     return lists

@@ -164,7 +164,8 @@ def print_preference_notes(config, objective) -> None:
     """The first example with its margins, what usually surprises,
     and settings outside a method's advised range."""
     titles, slots = objective.encoded.examples[0].candidates, objective.slots[0]
-    pairs = zip(slots[1 : 1 + objective.K], objective.margins[0].tolist(), strict=True)
+    _, margins = objective.at_the_start()
+    pairs = zip(slots[1 : 1 + objective.K], margins[0].tolist(), strict=True)
     rejected = ", ".join(f"{titles[s]!r} ({m:.2f})" for s, m in pairs)
     print0(
         f"first example: chosen {titles[slots[0]]!r}, "
@@ -175,6 +176,8 @@ def print_preference_notes(config, objective) -> None:
         "and a gap opens too when every listed title\n"
         "loses. Watch rewards/margins and valid_ratio; --sft_weight holds the chosen title up."
     )
+    if objective.loss in ("ipo", "simpo"):
+        print0(f"rewards/* and margins/* of {objective.loss} are per token, logps/* are sums")
     ratio = config.simpo_gamma / config.beta
     if objective.loss == "simpo" and not 0.25 <= ratio <= 1:
         print0(

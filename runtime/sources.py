@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common import arg, changed_options, print0, read_json, reading
-from data import Interactions, Words
+from data import TEMPLATES, Interactions, Words
 from hub.adapter import base_of
 from hub.chat import add_end_of_turn
 from hub.files import resolve_path
@@ -17,7 +17,7 @@ from loaders.frozen import DataConfig, data_defaults, words_of
 from lora import load_adapter, merge_lora
 from model import Transformer, load_4bit, load_pretrained, save_pretrained
 from runtime.policy import say_what_4_bits_cost, stored_dtype
-from runtime.stages import check_data, copy_tokenizer, first_template, load_stage
+from runtime.stages import check_data, copy_tokenizer, load_stage
 
 Source = tuple[Path, Path | None]  # base, and the adapter on it
 
@@ -141,7 +141,7 @@ def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -
             f"note: only {valid:.0%} of this model's test answers were listed titles ({file}), so "
             "its probabilities mean little"
         )
-    if kept.get("template") not in (None, first_template(config.ratings)):
+    if kept.get("template") not in (None, TEMPLATES[0]):
         raise ValueError(f"{folder}: trained with another template than this version asks by")
     words = log.words if log else words_of(config.dataset, config.data_dir)
     return tuple(kept.get("words", words))

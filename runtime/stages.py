@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from common import is_main, print0, read_json, reading
-from data import TEMPLATES, WITHOUT_RATINGS
+from data import TEMPLATES
 from hub.adapter import base_fingerprint, base_of, read_adapter_config
 from hub.chat import add_end_of_turn
 from hub.files import open_safetensors, resolve_path
@@ -175,7 +175,7 @@ def write_base(
     (folder / "base.json").write_text(json.dumps(facts) + "\n")
     prompt = {name: getattr(run.config, name) for name in PROMPT_OPTIONS}
     prompt["words"] = run.train.examples.interactions.words
-    prompt["template"] = first_template(run.config.ratings)
+    prompt["template"] = TEMPLATES[0]  # by which users are asked for
     (folder / "prompt.json").write_text(json.dumps(prompt, indent=1) + "\n")
 
 
@@ -184,11 +184,6 @@ PROMPT_OPTIONS = (
     "prompt_format", "max_length", "history", "history_items", "min_rating", "ratings", "scale",
     "dataset",
 )  # fmt: skip
-
-
-def first_template(ratings: bool) -> str:
-    """The template by which users are asked for."""
-    return (TEMPLATES if ratings else WITHOUT_RATINGS)[0]
 
 
 def base_name(run: Run, base: Path) -> str:

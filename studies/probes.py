@@ -35,8 +35,8 @@ from data import (
     Encoded,
     Examples,
     Interactions,
+    draw_candidates,
     encode_examples,
-    freeze,
 )
 from eval import EvalConfig, predict, wilson
 from loaders.counting import counting_baselines, markov_top
@@ -102,8 +102,8 @@ def probe_examples(interactions: Interactions, config: DataConfig, probe: str) -
     rows = rows[: config.test_size] if config.test_size else rows
     if len(rows) == 0:
         raise ValueError(f"--probe {probe}: no user's last two interactions fit it")
-    keys = np.sort(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
-    examples = freeze(interactions, probe, rows, np.arange(count), keys, config, rng, markov_top)
+    steps = np.arange(count)
+    examples = draw_candidates(interactions, probe, rows, steps, config, rng, markov_top)
     if probe == "aversion":
         examples.template = np.full(len(rows), LOWEST, np.int32)
     return examples
@@ -208,7 +208,7 @@ def run_probe(
         encoded: Encoded = encode_examples(examples, tokenizer, options["max_length"])
         how = [options[key] for key in ("decode", "decode_rest", "micro_batch_tokens")]
         indices = range(len(examples))
-        records[name] = predict(model, tokenizer, encoded, indices, *how, device=device)
+        records[name] = predict(model, tokenizer, encoded, indices, *how)
         del model
         free_memory()  # before the next one is loaded
         rows[f"{name}, written"] = measure(probe, examples, choice_of_answers(records[name]))

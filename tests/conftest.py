@@ -159,7 +159,7 @@ def examples_at(
         target=np.zeros(E, np.int32),
         scores=np.zeros((E, n), np.float32),
         is_random=np.ones((E, n), bool),
-        others=np.tile(np.arange(1, n, dtype=np.int32), (E, 1)),
+        negative_order=np.tile(np.arange(1, n, dtype=np.int32), (E, 1)),
         template=np.zeros(E, np.int32),
     )
 

@@ -623,7 +623,7 @@ def test_one_pass_and_generation_write_the_same_answers(base, prepared):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    metrics, records = evaluation.evaluate(model, tokenizer, examples, "generate", encoded=encoded)
+    metrics, records = evaluation.evaluate(model, tokenizer, encoded, "generate")
     assert metrics["hit_ratio@1"] == 1.0 and metrics["one_pass_differs"] == 0
     assert all(r["one_pass"] == r["answer"] and r["ids"][-1] == tokenizer.eos_id for r in records)
 

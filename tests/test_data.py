@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import data
 from data import (
+    ALL_TEMPLATES,
     ITEMS,
     NUM_CANDIDATES,
     TEMPLATES,
@@ -81,8 +82,7 @@ def all_equal(a: dict[str, Examples], b: dict[str, Examples]) -> bool:
 
 # ------------------------------------------------------------------------ examples
 def chosen_by_loop(ratings: list[float], config: DataConfig) -> int | None:
-    """Index of the chosen one among followers with these ratings;
-    None where there is no example."""
+    """Index of the chosen one among followers with these ratings; None: there is no example."""
     if config.positive == "first":
         return next((s for s, rating in enumerate(ratings) if rating >= config.min_rating), None)
     scores = [rating / (1 + s) ** config.decay for s, rating in enumerate(ratings)]
@@ -95,9 +95,8 @@ def chosen_by_loop(ratings: list[float], config: DataConfig) -> int | None:
 def positions_by_loop(interactions: Interactions, config: DataConfig) -> dict[str, list[int]]:
     """All positions that make an example, per split."""
     found: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for start, end in zip(
-        interactions.start[:-1].tolist(), interactions.start[1:].tolist(), strict=True
-    ):
+    bounds = interactions.start.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         for p in range(start + config.min_history, end):
             ratings = interactions.rating[p : p + config.followers].tolist()
             if p + config.followers <= end - 2 and chosen_by_loop(ratings, config) is not None:
@@ -127,93 +126,69 @@ RANDOM = [(3.0, 10)] * 4 + [(2.0, 19), (4.5, 2)]
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_examples_equal_a_plain_loop(seed, config, random_candidates, monkeypatch):
-    """Positions, candidates, chosen item,
-    scores and flags of every example are what the definitions say."""
+    """Positions, candidates, chosen item, scores and flags are what the definitions say."""
     monkeypatch.setattr(data, "RANDOM_RATING", random_candidates[0])
     monkeypatch.setattr(data, "RANDOM_STEPS", random_candidates[1])
     interactions = log_of(random_rows(seed))
+    item, rating = interactions.item.tolist(), interactions.rating.tolist()
     splits = build_examples(interactions, replace(config, data_seed=seed))
     expected = positions_by_loop(interactions, config)
-    random_score = np.float32(data.RANDOM_RATING / (1 + data.RANDOM_STEPS) ** config.decay)
+    random_score = data.RANDOM_RATING / (1 + data.RANDOM_STEPS) ** config.decay
     for split, examples in splits.items():
         assert sorted(examples.position.tolist()) == expected[split]
         num_follow = config.followers if split == "train" else 1
         for e, p in enumerate(examples.position.tolist()):
             rows = own_rows(interactions, p)
-            follow = {int(interactions.item[p + s]): s for s in range(num_follow)}
+            steps = {item[p + s]: s for s in range(num_follow)}
             candidates = examples.candidates[e].tolist()
-            assert len(set(candidates)) == NUM_CANDIDATES and follow.keys() <= set(candidates)
-            randoms = set(candidates) - follow.keys()
-            if config.exclude == "all":
-                assert not randoms & set(interactions.item[rows.start : rows.stop].tolist())
-            assert not randoms & set(
-                interactions.item[max(rows.start, p - config.history) : p].tolist()
-            )
-            chosen = (
-                chosen_by_loop(interactions.rating[p : p + num_follow].tolist(), config)
-                if split == "train"
-                else 0
-            )
-            assert (
-                candidates[examples.target[e]] == interactions.item[p + chosen]
-                and interactions.rating[p + chosen] >= config.min_rating
-            )
-            for slot, item in enumerate(candidates):
-                assert examples.is_random[e, slot] == (item in randoms)
-                s = follow.get(item)
-                score = (
-                    random_score
-                    if s is None
-                    else interactions.rating[p + s] / (1 + s) ** config.decay
-                )
-                assert examples.scores[e, slot] == pytest.approx(score, rel=1e-6)
-            if config.positive == "argmax":
-                assert (
-                    examples.scores[e].max() == examples.scores[e, examples.target[e]]
-                    or split != "train"
-                )
+            randoms = set(candidates) - steps.keys()
+            assert len(set(candidates)) == NUM_CANDIDATES and steps.keys() <= set(candidates)
+            shown = item[max(rows.start, p - config.history) : p]
+            own = item[rows.start : rows.stop] if config.exclude == "all" else shown
+            assert not randoms & set(own)
+
+            chosen = 0
+            if split == "train":
+                chosen = chosen_by_loop(rating[p : p + num_follow], config)
+            assert candidates[examples.target[e]] == item[p + chosen]
+            assert rating[p + chosen] >= config.min_rating
+            assert examples.is_random[e].tolist() == [c in randoms for c in candidates]
+            scores = [
+                random_score
+                if c in randoms
+                else rating[p + steps[c]] / (1 + steps[c]) ** config.decay
+                for c in candidates
+            ]
+            assert examples.scores[e].tolist() == pytest.approx(scores, rel=1e-6)
+            others = set(range(NUM_CANDIDATES)) - {int(examples.target[e])}
+            assert set(examples.negative_order[e].tolist()) == others
 
 
-def test_training_never_sees_the_last_two():
-    """Histories and followers of training examples end before the user's last two interactions,
-    whatever the options."""
+@pytest.mark.parametrize("followers", [1, 10, 19])
+def test_training_never_sees_the_last_two(followers):
+    """Followers of training examples end before the user's last two interactions."""
     interactions = log_of(random_rows(0))
-    for followers in (1, 10, 19):
-        examples = build_examples(
-            interactions, DataConfig(train_size=0, followers=followers, min_history=1)
-        )["train"]
-        ends = interactions.start[interactions.user[examples.position] + 1]
-        assert (examples.position + followers).max() <= len(interactions.user) - 2
-        assert (examples.position + followers <= ends - 2).all()
-        assert (examples.position + followers == ends - 2).any()
+    config = DataConfig(train_size=0, followers=followers, min_history=1)
+    examples = build_examples(interactions, config)["train"]
+    ends = interactions.start[interactions.user[examples.position] + 1]
+    assert (ends - examples.position - followers).min() == 2
 
 
 def test_default_scores_are_those_of_the_paper():
     """rating / sqrt(1 + step); random items count as rated 3, ten steps away."""
+    assert (data.RANDOM_RATING, data.RANDOM_STEPS, DataConfig().decay) == (3.0, 10, 0.5)
     examples = build_examples(log_of(random_rows(1)), DataConfig())["train"]
     assert examples.scores[examples.is_random] == pytest.approx(3 / np.sqrt(11), rel=1e-6)
-    known = {rating / np.sqrt(1 + step) for rating in range(1, 6) for step in range(10)}
-    assert all(
-        min(abs(score - k) for k in known) < 1e-6
-        for score in np.unique(examples.scores[~examples.is_random])
-    )
 
 
 def test_chosen_and_rejected_slots_are_uniform():
     """The place in the list says nothing about the target, nor about the first negative."""
-    splits = build_examples(
-        log_of(random_rows(2, num_users=400, num_items=100)), DataConfig(train_size=0)
-    )
-    for slots in [
-        slots
-        for examples in splits.values()
-        for slots in (examples.target, examples.negatives(1)[:, 0])
-    ]:
-        expected = len(slots) / NUM_CANDIDATES
-        chi_square = (
-            (np.bincount(slots, minlength=NUM_CANDIDATES) - expected) ** 2 / expected
-        ).sum()
-        assert chi_square < 43.8  # 19 degrees of freedom, p = 0.001
+    log = log_of(random_rows(2, num_users=400, num_items=100))
+    for examples in build_examples(log, DataConfig(train_size=0)).values():
+        for slots in (examples.target, examples.negatives(1)[:, 0]):
+            counts, expected = np.bincount(slots, minlength=20), len(slots) / NUM_CANDIDATES
+            # chi square, 19 degrees of freedom, p = 0.001
+            assert ((counts - expected) ** 2 / expected).sum() < 43.8
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity"])
@@ -248,22 +223,15 @@ def test_random_candidates_have_the_stated_distribution(kind):
     assert np.abs((drawn - mean) / np.sqrt(variance + 1e-9)).max() < 4
 
 
-def test_exclude_seen_admits_what_the_user_touched_elsewhere():
-    """Under --exclude seen, items from before the shown history or from the future may be random
-    candidates."""
-    interactions = log_of(random_rows(4))
-    touched = {"all": 0, "seen": 0}
-    for exclude in touched:
-        for examples in build_examples(
-            interactions, DataConfig(exclude=exclude, history=6)
-        ).values():
-            for e, p in enumerate(examples.position.tolist()):
-                randoms = examples.candidates[e][examples.is_random[e]]
-                touched[exclude] += len(
-                    set(randoms.tolist())
-                    & set(interactions.item[own_rows(interactions, p)].tolist())
-                )
-    assert touched["all"] == 0 and touched["seen"] > 100
+@pytest.mark.parametrize("exclude", ["all", "seen"])
+def test_exclude_seen_admits_what_the_user_touched_elsewhere(exclude):
+    """Items from before the shown history, or from the future, may then be random candidates."""
+    interactions, touched = log_of(random_rows(4)), 0
+    for examples in build_examples(interactions, DataConfig(exclude=exclude, history=6)).values():
+        for e, p in enumerate(examples.position.tolist()):
+            own = interactions.item[own_rows(interactions, p)]
+            touched += np.isin(examples.candidates[e][examples.is_random[e]], own).sum()
+    assert touched > 100 if exclude == "seen" else touched == 0
 
 
 def test_examples_are_a_function_of_the_seed():
@@ -323,46 +291,54 @@ def test_just_enough_random_candidates_are_found(kind):
     }
 
 
-def test_no_example_is_an_error_that_names_the_split():
-    """A log too short for the options is refused, not turned into an empty split."""
+@pytest.mark.parametrize(
+    "options, split", [({}, "train"), ({"followers": 2, "min_rating": 5.5}, "train")]
+)
+def test_no_example_is_an_error_that_names_the_split(options, split):
+    """A log too short for the options, or without liked items, is refused with the way out."""
     rows = random_rows(9, shortest=12, longest=16)
-    with pytest.raises(ValueError, match="no train example.*--min_history"):
-        build_examples(log_of(rows))
-    last_two = {
-        row
-        for user in {row[0] for row in rows}
-        for row in [row for row in rows if row[0] == user][-2:]
-    }
+    with pytest.raises(ValueError, match=f"no {split} example.*--min_history.*--min_rating"):
+        build_examples(log_of(rows), DataConfig(**options))
+
+
+def test_no_validation_example_is_an_error():
+    """The last two of every user are disliked."""
+    rows = random_rows(9, shortest=12, longest=16)
+    users = [[row for row in rows if row[0] == user] for user in {row[0] for row in rows}]
+    last_two = {row for own in users for row in own[-2:]}
     rows = [(u, i, 3 if (u, i, r, t) in last_two else r, t) for u, i, r, t in rows]
     with pytest.raises(ValueError, match="no val example"):
         build_examples(log_of(rows), DataConfig(followers=2))
 
 
-def test_negatives_respect_their_source_and_are_nested():
-    """They are distinct, never the target, random or following as asked;
-    K negatives are the first of K + 1."""
-    splits = build_examples(log_of(random_rows(10)))
-    cases = [("train", "both", 19), ("train", "random", 10), ("train", "follow", 9)]
-    cases += [("test", "both", 19), ("test", "random", 19)]
-    for split, source, most in cases:
-        examples = splits[split]
-        whole = examples.negatives(most, source)
-        assert whole.shape == (len(examples), most)
-        for row, target, is_random in zip(whole, examples.target, examples.is_random, strict=True):
-            assert len(set(row.tolist())) == most and target not in row
-            assert source == "both" or (is_random[row] == (source == "random")).all()
-        for K in range(1, most):
-            assert (examples.negatives(K, source) == whole[:, :K]).all()
-        with pytest.raises(
-            ValueError, match=f"--num_negatives {most + 1}: an example has only {most}"
-        ):
-            examples.negatives(most + 1, source)
-    share = (
-        splits["train"]
-        .is_random[np.arange(len(splits["train"]))[:, None], splits["train"].negatives(3)]
-        .mean()
-    )
-    assert share == pytest.approx(10 / 19, abs=0.05)  # drawn from both alike
+@pytest.mark.parametrize(
+    "split, source, most",
+    [
+        ("train", "both", 19),
+        ("train", "random", 10),
+        ("train", "follow", 9),
+        ("test", "both", 19),
+        ("test", "random", 19),
+    ],
+)
+def test_negatives_are_the_first_of_the_order(split, source, most):
+    """K negatives are the first K of negative_order that are random, or follow, as asked; too many
+    are refused."""
+    examples = build_examples(log_of(random_rows(10)))[split]
+    for K in (1, 3, most):
+        for e, found in enumerate(examples.negatives(K, source).tolist()):
+            order = examples.negative_order[e].tolist()
+            asked = {"both": (True, False), "random": (True,), "follow": (False,)}[source]
+            assert found == [s for s in order if examples.is_random[e, s] in asked][:K]
+            assert examples.target[e] not in found and len(set(found)) == K
+    with pytest.raises(ValueError, match=f"--num_negatives {most + 1}.* only {most} .{source}"):
+        examples.negatives(most + 1, source)
+
+
+def test_negatives_are_drawn_from_random_and_following_items_alike():
+    train = build_examples(log_of(random_rows(10)))["train"]
+    share = np.take_along_axis(train.is_random, train.negatives(3), 1).mean()
+    assert share == pytest.approx(10 / 19, abs=0.05)
 
 
 def test_select_keeps_rows_together():
@@ -395,39 +371,38 @@ def test_senseless_options_are_refused_by_name(options, culprit):
 
 
 # ------------------------------------------------------------------------ prompts
-def test_prompt_shows_history_then_candidates():
-    """History lines are "Title | Rating: 4", oldest first, half stars kept; then the candidates;
-    "Answer:" ends it."""
-    history, candidates = (
-        [("Alien: {0}", 4.0), ("M", 3.5), ("{history}", 5.0)],
-        ["Élite", "% s", "12 Monkeys"],
-    )
-    for template in range(len(TEMPLATES)):
-        lines = render_prompt(Example(MOVIES, "u", history, candidates, 0, [], template)).split(
-            "\n"
-        )
-        at = lines.index("Alien: {0} | Rating: 4")
-        assert lines[at : at + 3] == [
-            "Alien: {0} | Rating: 4",
-            "M | Rating: 3.5",
-            "{history} | Rating: 5",
-        ]
-        assert lines[-4:] == [*candidates, "Answer:"]
-        assert "movies" in "\n".join(lines) and "{" not in "".join(lines[:at])
+NONE = float("nan")  # a rating that is not shown
+
+
+@pytest.mark.parametrize("template", range(len(ALL_TEMPLATES)))
+def test_prompt_shows_history_then_candidates(template):
+    """ "Title | Rating: 4" or the title alone, oldest first; the candidates; then "Answer:". What a
+    title holds is no markup, and what is not shown is not spoken of."""
+    titles, candidates = ["Alien: {0}", "M [a|b]", "{history}"], ["Élite", "% s", "12 Monkeys"]
+    for ratings, shown in (
+        ([4.0, 3.5, 5.0], [" | Rating: 4", " | Rating: 3.5", " | Rating: 5"]),
+        ([NONE] * 3, [""] * 3),
+    ):
+        history = list(zip(titles, ratings, strict=True))
+        example = Example(MOVIES, "u", history, candidates, 0, [], template)
+        heading, *lines, question = render_prompt(example).split("\n")[:5]
+        assert lines == [title + text for title, text in zip(titles, shown, strict=True)]
+        assert render_prompt(example).split("\n")[5:] == [*candidates, "Answer:"]
+        assert render_prompt(example, 2).split("\n")[:3] == [heading, lines[2], question]
+        assert ("rating" in heading.lower() or "rated" in heading) == (ratings[0] == 4.0)
+        assert "watch" in heading + question and not set("{}[]|") & set(heading + question)
 
 
 def test_prompt_rows_are_those_before_the_position():
-    """The shown history is the user's latest interactions before the predicted one, in order,
-    and nobody else's."""
+    """The user's latest interactions before the predicted one, in order, and nobody else's."""
     interactions = log_of(random_rows(12))
     for examples in build_examples(interactions, DataConfig(train_size=100, history=7)).values():
         for e, p in enumerate(examples.position.tolist()):
             rows = list(own_rows(interactions, p))
             shown = rows[: rows.index(p)][-7:]
-            assert examples[e].history == [
-                (interactions.titles[interactions.item[r]], float(interactions.rating[r]))
-                for r in shown
-            ]
+            titles = [interactions.titles[interactions.item[r]] for r in shown]
+            ratings = interactions.rating[shown].tolist()
+            assert examples[e].history == list(zip(titles, ratings, strict=True))
             assert examples[e].user == interactions.user_ids[interactions.user[p]]
 
 
@@ -522,13 +497,9 @@ def test_long_prompts_lose_their_oldest_history_only(tokenizer):
 
 
 def test_a_prompt_that_never_fits_is_an_error(tokenizer):
-    """If not even one history item fits, the user and the option are named;
-    candidates are never cut."""
-    examples = nasty_examples()
-    with pytest.raises(
-        ValueError, match=r"user u\d+: .* do not fit --max_length 60 .*raise --max_length"
-    ):
-        encode_examples(examples, tokenizer, 60)
+    """If not even one history item fits; candidates are never cut."""
+    with pytest.raises(ValueError, match=r"user u\d+: .* --max_length 60 .*raise --max_length"):
+        encode_examples(nasty_examples(), tokenizer, 60)
 
 
 def test_candidates_with_equal_tokens_are_refused(folders):
@@ -699,7 +670,7 @@ def test_unknown_flags_are_refused(tmp_path):
     done = run_data("--planted_user=80", cwd=tmp_path)
     assert (
         done.returncode != 0
-        and "--planted_user=80" in done.stderr
+        and "--planted_user; did you mean --planted_users?" in done.stderr
         and "Traceback" not in done.stderr
     )
 

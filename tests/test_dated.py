@@ -58,7 +58,8 @@ def facts(examples, e: int) -> tuple:
     ]
     return (
         *(example.user, tuple(shown), tuple(example.candidates), example.target),
-        *(tuple(example.scores), render_prompt(example), tuple(examples.others[e].tolist())),
+        *(tuple(example.scores), render_prompt(example)),
+        tuple(examples.negative_order[e].tolist()),
     )
 
 

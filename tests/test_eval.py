@@ -6,6 +6,7 @@ from itertools import chain, cycle, islice, permutations, repeat
 import numpy as np
 import pytest
 import torch
+from launch import ROOT
 
 from data import build_examples, build_tree, encode_examples
 from demo.tiny import make_base_model
@@ -13,9 +14,11 @@ from eval import (
     EvalConfig,
     compare_with_one_pass,
     evaluate,
+    main,
     match_title,
     predict,
     ranking_metrics,
+    results_table,
     summarise,
     trie_walk,
     verified_branch,
@@ -23,7 +26,7 @@ from eval import (
 )
 from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
-from loaders.frozen import DataConfig
+from loaders.frozen import DataConfig, find_prepared, prepare
 from loaders.movielens import WORDS as MOVIES
 from loaders.table import make_interactions
 from model import load_pretrained
@@ -81,9 +84,7 @@ def test_one_pass_and_generation_agree(half_trained):
     assert len(indices) >= 200
     one_pass = predict(model, tokenizer, test, indices)
     generated = predict(model, tokenizer, test, indices, decode="generate")
-    compared = compare_with_one_pass(
-        model, test, generated, tokenizer.stop_ids | tokenizer.newline_ids()
-    )
+    compared = compare_with_one_pass(model, tokenizer, test, generated)
     differ = [
         a["example"] for a, b in zip(one_pass, generated, strict=True) if a["answer"] != b["answer"]
     ]
@@ -191,18 +192,19 @@ def test_trie_walk_takes_the_first_of_equals():
         ("Alien 3", 1),
         ("Alien.", 0),  # one final dot is dropped if nothing matches exactly
         ("Adieu.", 2),  # exact match first
-        ("Adieu", -1),
+        ("Adieu", 3),
+        ("Bye", -1),
         ("Alien..", -1),
         ("alien", -1),
         ("Alien 3 ", 1),
         ("", -1),
-        ("E\u0301lite", 3),  # the same letters, composed differently
+        ("E\u0301lite", 5),  # the same letters, composed differently
     ],
 )
 def test_answers_match_titles_exactly(answer, expected):
-    """An exact title, or the title and one final dot;
-    nothing contained, nothing in another case."""
-    assert match_title(answer, ["Alien", "Alien 3", "Adieu.", "\u00c9lite"]) == expected
+    """An exact title; only if there is none, one final dot less; nothing else."""
+    titles = ["Alien", "Alien 3", "Adieu.", "Adieu", "Bye.", "\u00c9lite"]
+    assert match_title(answer, titles) == expected
 
 
 def test_metrics_divide_by_all_cases():
@@ -230,6 +232,61 @@ def test_evaluate_scores_the_given_examples(half_trained):
     assert metrics["n"] == len(predictions) == 30
     assert set(metrics["baselines"]) == {"chance", "popularity", "item-kNN", "Markov"}
     assert not model.training
+
+
+def test_the_table_names_how_answers_were_found():
+    """Written, or along the trie; a row for each method, those that are known first and last."""
+    record = {"logps": [0.0, -1.0, -2.0], "target_slot": 0, "how": "verified"}
+    records = [record | {"hit": i < 3, "valid": i < 6} for i in range(10)]
+    scores = np.array([[1.0, 0.0, 0.0]] * 5 + [[0.0, 1.0, 0.0]] * 5)
+    rows = {"sft": summarise(records, {"Markov": scores})}
+    lines = results_table(rows, {"optimum": 0.75}).splitlines()
+    assert lines[2] == "| method | HR@1 written | ValidRatio | HR@1 ranked first | NDCG@5 | MRR |"
+    assert [line.split(" | ")[0].strip("| ") for line in lines[4:8]] == [
+        "chance",
+        "Markov",
+        "sft",
+        "optimum",
+    ]
+    assert lines[4:6] == [
+        "| chance | | | 0.0500 | | |",
+        "| Markov | | | 0.5000 [0.237, 0.763] | | |",
+    ]
+    assert lines[6].startswith("| sft | 0.3000 [0.108, 0.603] | 0.6000 | 1.0000 [0.722, 1.000] |")
+    rows["sft"]["decode"] = "trie"
+    assert "HR@1 trie" in results_table(rows) and "written |" not in results_table(rows)
+
+
+def baseline_rows(prepared, split: str) -> list[str]:
+    """How the rows of the counting recommenders begin in a table of this split."""
+    target = prepared.splits[split].target
+    return [
+        f"| {name} | | | {ranking_metrics(scores, target)['hit_ratio@1'].mean():.4f} ["
+        for name, scores in prepared.baselines(split).items()
+    ]
+
+
+def test_baselines_are_those_of_the_split(in_process, tmp_path, capsys):
+    """eval.py prints validation's beside validation, and the test's beside the test."""
+    options = {"planted_users": 150, "test_size": 9, "prepared_dir": str(tmp_path / "p")}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    prepared = prepare(DataConfig(**options))
+    assert baseline_rows(prepared, "val") != baseline_rows(prepared, "test")
+    for split in ("val", "test"):
+        model = f"--model={ROOT / 'demo' / 'base'}"
+        in_process(main, model, "--no_decode_rest", f"--split={split}", *flags)
+        printed = capsys.readouterr().out
+        assert f"{split} split" in printed
+        assert all(row in printed for row in baseline_rows(prepared, split))
+
+
+def test_a_runs_table_has_the_baselines_of_the_test(one_process):
+    folder, *_ = one_process
+    table = (folder / "one" / "results.md").read_text()
+    (meta,) = (folder / "prepared").glob("*/meta.json")
+    prepared = find_prepared(folder / "prepared", json.loads(meta.read_text())["hash"])
+    assert all(row in table for row in baseline_rows(prepared, "test"))
+    assert not all(row in table for row in baseline_rows(prepared, "val"))
 
 
 # ------------------------------------------------------------------------ ranking metrics

@@ -18,7 +18,7 @@ from eval import predict
 from hub.tokenizer import Tokenizer
 from kernels.logps import label_logps
 from loaders.frozen import DataConfig, encode_split, prepare
-from objectives import SFT, Preference, Schedule
+from objectives import Objective, Schedule
 from runtime.reference import reference_pass
 from train import TrainConfig, load_policy, train_step
 
@@ -64,15 +64,13 @@ def policy(world, card: Card, stage: str, **options):
     card.may_wait = True  # what is quantised is looked at, once
     model, replicas = load_policy(config, stage, world[0], None, CUDA)
     card.may_wait = False
-    if stage == "sft":
-        return config, model, SFT(config, model, world[2], CUDA), replicas
-    return config, model, Preference(config, stage, model, world[2], CUDA), replicas
+    return config, model, Objective(config, stage, model, world[2], CUDA), replicas
 
 
 def run_steps(config, model, objective, replicas, steps: int = 1):
     """Reference pass and steps, as run_stage calls them; optimizer and metrics of the last one."""
     schedule = Schedule(config, 1.0, tree_widths(objective.encoded, objective.slots), 2)
-    if isinstance(objective, Preference) and objective.has_reference:
+    if objective.has_reference:
         objective.reference_logps = reference_pass(objective, schedule, 0)
         objective.reference_logps.nan_to_num_()
     trained = [p for p in model.train().parameters() if p.requires_grad]
@@ -110,7 +108,7 @@ def test_an_evaluation_batch_runs_on_the_card_alone(world, decode, load_in_4bit)
     with Card() as card, torch.no_grad():
         _, model, _, _ = policy(world, card, "sft", load_in_4bit=load_in_4bit)
         arguments = (range(len(test.prompts)), decode, False)
-        records = predict(model.eval(), tokenizer, test, *arguments, device=CUDA)
+        records = predict(model.eval(), tokenizer, test, *arguments)
     assert len(records) == len(test.prompts) and len(records[0]["logps"]) == 20
 
 
@@ -119,7 +117,7 @@ def test_free_decoding_runs_on_the_card(world):
     _, tokenizer, _, test = world
     with Card() as card, torch.no_grad():
         _, model, _, _ = policy(world, card, "sft")
-        records = predict(model.eval(), tokenizer, test, range(2), "generate", device=CUDA)
+        records = predict(model.eval(), tokenizer, test, range(2), "generate")
     assert [r["how"] for r in records] == ["generated", "generated"]
 
 
@@ -158,7 +156,7 @@ def loss_is_read(objective, model) -> None:
     objective.after_step = lambda metrics: (after(metrics), metrics("loss").item())
 
 
-@pytest.mark.parametrize("name", ["margins", "reference_logps", "lengths", "chosen"])
+@pytest.mark.parametrize("name", ["phi", "reference_logps", "lengths", "chosen"])
 def test_a_tensor_left_on_the_cpu_is_found(world, name):
     """Each tensor of a micro-batch that the loss uses."""
     stage = {"lengths": "simpo", "chosen": "cpo"}.get(name, "recpo")

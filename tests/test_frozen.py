@@ -135,7 +135,7 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
     interactions = prepared[0].interactions
     for options, p in zip(inputs, prepared, strict=True):
         test = p.splits["test"]
-        for name in ("position", "candidates", "target", "others"):
+        for name in ("position", "candidates", "target", "negative_order"):
             assert (getattr(test, name) == getattr(prepared[0].splits["test"], name)).all()
         for e in range(len(test)):
             at = int(test.position[e])

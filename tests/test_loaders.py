@@ -520,7 +520,7 @@ def test_movielens_training_prefixes_are_all_those_with_ten_followers(monkeypatc
         )
     assert sum(max(0, n - 2 - 10 - 5 + 1) for n in lengths.values()) == 903569
     # counting needs no candidates
-    monkeypatch.setattr("data.freeze", lambda interactions, split, rows, *rest: rows)
+    monkeypatch.setattr("data.draw_candidates", lambda interactions, split, rows, *rest: rows)
     interactions, options = (
         movielens(),
         {"dataset": "movielens", "data_dir": str(DATA), "train_size": 0},

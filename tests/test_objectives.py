@@ -1,10 +1,9 @@
-"""The wiring between options and losses: which titles, margins and numbers a step is made of.
+"""What a micro-batch adds to a step: which titles, margins and numbers it is made of.
 
 Expected numbers are written out here with math.log and math.exp, apart from losses.py.
 """
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,389 +12,346 @@ import torch
 import torch.distributed as dist
 from conftest import tiny_model
 
-from data import Encoded
-from losses import preference_score
-from objectives import (
-    LOSSES,
-    SFT,
-    MicroBatch,
-    Preference,
-    PreferenceTable,
-    Rows,
-    Schedule,
-    preference_metrics,
-)
+from data import Encoded, Examples
+from losses import LOSSES, preference_score
+from objectives import Objective, Schedule
 from train import TrainConfig, get_lr, reduce_metrics, train_step
 
 # Two examples of five candidates. Ratings and steps until the interaction, by slot:
 RATINGS = np.array([[3.0, 5.0, 2.5, 4.0, 3.0], [4.0, 3.0, 3.0, 5.0, 1.0]])
 STEPS = np.array([[10, 0, 3, 1, 10], [0, 10, 10, 2, 4]])
-TARGET = np.array([1, 0])
-IS_RANDOM = np.array([[True, False, False, False, True], [False, True, True, False, False]])
-OTHERS = np.array([[0, 2, 3, 4], [3, 1, 4, 2]])  # the order in which negatives are taken
+ORDER = np.array([[0, 2, 3, 4], [3, 1, 4, 2]])  # in which negatives are taken
 PHI = [[r / math.sqrt(1 + s) for r, s in zip(*rows)] for rows in zip(RATINGS, STEPS)]
 POLICY = np.array([[-9.0, -4.0, -6.0, -7.5, -5.0], [-3.0, -2.5, -8.0, -6.0, -4.5]])  # by slot
 REFERENCE = np.array([[-8.0, -5.0, -6.5, -7.0, -6.0], [-4.0, -3.0, -7.0, -5.0, -5.5]])
 LENGTHS = np.array([[3, 2, 4, 5, 2], [1, 2, 3, 4, 5]])
 DELTA = POLICY - REFERENCE
+CHOSEN, THREE = (1, 0), ((0, 2, 3), (3, 1, 4))
+ONES = np.ones_like(LENGTHS)
+ITEMS = np.arange(10).reshape(2, 5)  # every slot its own
+
+EXAMPLES = Examples(
+    interactions=None,
+    split="train",
+    history=0,
+    position=np.arange(2),
+    candidates=ITEMS,
+    target=np.array(CHOSEN),
+    scores=preference_score(RATINGS, STEPS, 0.5).astype(np.float32),
+    is_random=np.array([[True, False, False, False, True], [False, True, True, False, False]]),
+    negative_order=ORDER,
+    template=np.zeros(2, int),
+)
+# a title is its item's own token, as often as it is long
+TITLES = {int(i): [int(i)] * n for i, n in zip(ITEMS.flat, LENGTHS.flat)}
+ENCODED = Encoded(EXAMPLES, [np.array([20, 21]), np.array([22])], TITLES)
 
 
-class Candidates:
-    """Stands in for data.Examples."""
+class Model:
+    """Gives each title its log-prob of POLICY, in equal parts to its tokens."""
 
-    target, others = TARGET, OTHERS
-    scores = preference_score(RATINGS, STEPS, 0.5).astype(np.float32)
+    def __init__(self):
+        self.policy = torch.tensor(POLICY.flatten(), requires_grad=True)
 
-    def negatives(self, K, source="both"):
-        kept = [
-            [s for s in row if source == "both" or random[s] == (source == "random")]
-            for row, random in zip(OTHERS, IS_RANDOM)
-        ]
-        return np.array([row[:K] for row in kept])
+    def __call__(self, tree):
+        lengths = torch.tensor(LENGTHS.flatten())
+        return (self.policy / lengths)[tree.labels], tree.labels
 
 
-def first_losses(loss, **options):
-    """Losses, rewards and metrics of both examples, at the log-probs above."""
-    config = TrainConfig(stages=f"sft,{loss}", **options)
-    table = PreferenceTable.of(config, loss, Candidates())
-    pair = table.slots[:, : 1 + table.num_negatives]
+def objective(loss, **options):
+    """An objective whose reference log-probs and KTO baseline are those above."""
+    made = Objective(TrainConfig(stages=loss, **options), loss, Model(), ENCODED, "cpu")
+    if made.has_reference:
+        made.reference_logps = torch.tensor(np.take_along_axis(REFERENCE, made.slots, 1))
+    made.kl = torch.tensor(0.25)
+    return made
 
-    def of(by_slot):
-        return torch.tensor(np.take_along_axis(by_slot, pair, 1), dtype=torch.float32)
 
-    reference = REFERENCE
-    if not LOSSES[loss].has_reference:
-        reference = np.zeros_like(REFERENCE)
-    rows = Rows(of(POLICY), of(reference), table.margins, of(LENGTHS), torch.tensor(0.25))
-    losses, rewards = LOSSES[loss].compute(config, rows)
-    return losses.tolist(), rewards, preference_metrics(rows, losses, rewards), table
+def of_example(e, loss, **options):
+    """Loss and metrics of one example, and its rejected slots."""
+    made = objective(loss, **options)
+    total, sums = made(made.prepare([e], [0, 1]))  # one half of the batch's mean
+    metrics = {name: (s / n).item() for name, (s, n) in sums.items()}
+    assert metrics["preference_loss"] == pytest.approx(2 * total.item(), rel=1e-6)
+    return 2 * total.item(), metrics, made.slots[e, 1 : 1 + made.K].tolist()
+
+
+# ------------------------------------------------------------------------ losses by hand
+def listwise(e, rejected, margins, beta=1.0):
+    """-log σ(-log Σ exp(β (Δ_l - Δ_w) + margin)) of example e, as published."""
+    gaps = [DELTA[e][n] - DELTA[e][CHOSEN[e]] for n in rejected]
+    return -math.log(1 / (1 + sum(math.exp(beta * g + m) for g, m in zip(gaps, margins))))
+
+
+def ratios(e, rejected, weight=2.0):
+    return [weight * PHI[e][CHOSEN[e]] / PHI[e][n] for n in rejected]
+
+
+def recpo(K=3, beta=1.0, kind=lambda w, n: w / n, weight=2.0, rejected=ORDER):
+    """(e) -> loss, target margins, rejected slots of RecPO."""
+
+    def of(e):
+        slots = [int(n) for n in rejected[e][:K]]
+        margins = [weight * kind(PHI[e][CHOSEN[e]], PHI[e][n]) for n in slots]
+        return listwise(e, slots, margins, beta), margins, slots
+
+    return of
+
+
+def pair(loss, margin=0.0):
+    """(e) -> the same of a loss (e, chosen slot, rejected slot) against the first other title."""
+
+    def of(e):
+        n = int(ORDER[e][0])
+        demanded = margin(e, n) if callable(margin) else margin
+        return loss(e, CHOSEN[e], n), [demanded], [n]
+
+    return of
 
 
 def softplus(x):
     return math.log(1 + math.exp(x))
 
 
-def listwise(e, chosen, rejected, margins, beta=1.0, delta=DELTA):
-    """-log σ(-log Σ exp(β (Δ_l - Δ_w) + margin)) of example e, as published."""
-    terms = [
-        math.exp(beta * (delta[e][n] - delta[e][chosen]) + m) for n, m in zip(rejected, margins)
-    ]
-    return -math.log(1 / (1 + sum(terms)))
-
-
-def ratios(e, chosen, rejected, weight):
-    return [weight * PHI[e][chosen] / PHI[e][n] for n in rejected]
-
-
-CHOSEN, THREE = (1, 0), ((0, 2, 3), (3, 1, 4))
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
-def test_recpo_uses_lambda_times_the_ratio_of_its_own_slots(weight):
-    """Chosen first, then the first three others; each against its own φ."""
-    losses, *_, table = first_losses("recpo", margin_lambda=weight)
-    assert table.slots.tolist() == [[1, 0, 2, 3], [0, 3, 1, 4]]
-    expected = [
-        listwise(e, CHOSEN[e], THREE[e], ratios(e, CHOSEN[e], THREE[e], weight)) for e in range(2)
-    ]
-    assert losses == pytest.approx(expected, rel=1e-5)
-
-
-MARGIN_KINDS = {
-    "ratio": lambda w, n: w / n,
-    "log_ratio": lambda w, n: math.log(w / n),
-    "log_diff": lambda w, n: math.log(max(1 + w - n, 1e-3)),
-    "none": lambda w, n: 0.0,
-}
-
-
-@pytest.mark.parametrize("kind", MARGIN_KINDS)
-def test_every_kind_of_margin_is_its_own(kind):
-    """φ_w / φ_l, log(φ_w / φ_l), log(1 + φ_w - φ_l) or nothing, times λ."""
-    losses, *_, table = first_losses("recpo", margin=kind)
-    for e in range(2):
-        own = [2 * MARGIN_KINDS[kind](PHI[e][CHOSEN[e]], PHI[e][n]) for n in THREE[e]]
-        assert table.margins[e].tolist() == pytest.approx(own, rel=1e-5)
-        assert losses[e] == pytest.approx(listwise(e, CHOSEN[e], THREE[e], own), rel=1e-5)
-
-
-def test_margins_of_the_examples_differ_so_that_a_swap_shows():
-    """No two kinds, and no two slots, have margins that a test could confuse."""
-    values = [
-        f(PHI[e][CHOSEN[e]], PHI[e][n])
-        for f in MARGIN_KINDS.values()
-        for e in range(2)
-        for n in THREE[e]
-    ]
-    values = [v for v in values if v]
-    assert min(abs(a - b) for i, a in enumerate(values) for b in values[:i]) > 5e-4
-
-
-def test_sdpo_has_no_margin():
-    losses, *_, table = first_losses("sdpo")
-    assert not table.margins.any()
-    expected = [listwise(e, CHOSEN[e], THREE[e], [0, 0, 0]) for e in range(2)]
-    assert losses == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("K", [1, 2, 4])
-def test_num_negatives_is_their_number(K):
-    losses, *_, table = first_losses("recpo", num_negatives=K)
-    assert table.slots.shape == (2, 1 + K)
-    for e in range(2):
-        rejected = OTHERS[e][:K]
-        margins = ratios(e, CHOSEN[e], rejected, 2.0)
-        assert losses[e] == pytest.approx(listwise(e, CHOSEN[e], rejected, margins), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("source", "rejected"), [("random", [[0, 4], [1, 2]]), ("follow", [[2, 3], [3, 4]])]
-)
-def test_negative_source_chooses_among_the_others(source, rejected):
-    losses, *_, table = first_losses("recpo", negative_source=source, num_negatives=2)
-    assert table.slots[:, 1:].tolist() == rejected
-    expected = [
-        listwise(e, CHOSEN[e], rejected[e], ratios(e, CHOSEN[e], rejected[e], 2.0))
-        for e in range(2)
-    ]
-    assert losses == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("beta", [0.1, 1.0, 2.5])
-def test_beta_scales_log_ratios_and_not_margins(beta):
-    losses, rewards, *_ = first_losses("recpo", beta=beta)
-    for e in range(2):
-        margins = ratios(e, CHOSEN[e], THREE[e], 2.0)
-        expected = listwise(e, CHOSEN[e], THREE[e], margins, beta)
-        assert losses[e] == pytest.approx(expected, rel=1e-5)
-        assert rewards[e][0].item() == pytest.approx(beta * DELTA[e][CHOSEN[e]])
-
-
-GAPS = [DELTA[e][CHOSEN[e]] - DELTA[e][OTHERS[e][0]] for e in range(2)]  # (2.0, 2.0) by hand
-
-
-def mean_gap(e):
-    w, n = CHOSEN[e], OTHERS[e][0]
-    return POLICY[e][w] / LENGTHS[e][w] - POLICY[e][n] / LENGTHS[e][n]
-
-
-def phi_gap(e):
-    return PHI[e][CHOSEN[e]] - PHI[e][OTHERS[e][0]]
-
-
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def kto(e):
-    w, n = DELTA[e][CHOSEN[e]], DELTA[e][OTHERS[e][0]]
-    return (1 - sigmoid(0.5 * (w - 0.25)) + 1 - sigmoid(0.5 * (0.25 - n))) / 2
+def gap(e, w, n, of=DELTA, by=ONES):
+    return of[e][w] / by[e][w] - of[e][n] / by[e][n]
 
 
-PAIRWISE_CASES = {
-    "dpo": ("dpo", {"beta": 0.5}, lambda e: softplus(-0.5 * GAPS[e])),
-    "ipo": ("ipo", {"beta": 0.2}, lambda e: (GAPS[e] - 2.5) ** 2),
-    "simpo": ("simpo", {"beta": 2.0}, lambda e: softplus(2.0 - 2.0 * mean_gap(e))),
-    "simpo, gamma": (
-        "simpo",
-        {"beta": 2.0, "simpo_gamma": 0.7},
-        lambda e: softplus(0.7 - 2.0 * mean_gap(e)),
+def log_gap(e, n):
+    return math.log(max(PHI[e][CHOSEN[e]] - PHI[e][n], 1e-3))
+
+
+def kto(e, w, n):
+    return (sigmoid(-0.5 * (DELTA[e][w] - 0.25)) + sigmoid(-0.5 * (0.25 - DELTA[e][n]))) / 2
+
+
+CASES = {
+    "recpo": ("recpo", {}, recpo()),
+    "recpo, λ 0": ("recpo", {"margin_lambda": 0.0}, recpo(weight=0.0)),
+    "recpo, λ 0.5": ("recpo", {"margin_lambda": 0.5}, recpo(weight=0.5)),
+    "recpo, β 0.1": ("recpo", {"beta": 0.1}, recpo(beta=0.1)),
+    "recpo, K 1": ("recpo", {"num_negatives": 1}, recpo(K=1)),
+    "recpo, K 4": ("recpo", {"num_negatives": 4}, recpo(K=4)),
+    "log_ratio": ("recpo", {"margin": "log_ratio"}, recpo(kind=lambda w, n: math.log(w / n))),
+    "log_diff": (
+        "recpo",
+        {"margin": "log_diff"},
+        recpo(kind=lambda w, n: math.log(max(1 + w - n, 1e-3))),
     ),
-    "cpo": (
-        "cpo",
-        {"beta": 0.5},
-        lambda e: softplus(-0.5 * (POLICY[e][CHOSEN[e]] - POLICY[e][OTHERS[e][0]])),
+    "no margin": ("recpo", {"margin": "none"}, recpo(kind=lambda w, n: 0.0)),
+    "random": (
+        "recpo",
+        {"negative_source": "random", "num_negatives": 2},
+        recpo(K=2, rejected=[[0, 4], [1, 2]]),
     ),
+    "follow": (
+        "recpo",
+        {"negative_source": "follow", "num_negatives": 2},
+        recpo(K=2, rejected=[[2, 3], [3, 4]]),
+    ),
+    "sdpo": ("sdpo", {}, recpo(weight=0.0)),
+    "dpo": ("dpo", {"beta": 0.5}, pair(lambda e, w, n: softplus(-0.5 * gap(e, w, n)))),
     "odpo": (
         "odpo",
         {"beta": 0.5},
-        lambda e: softplus(math.log(max(phi_gap(e), 1e-3)) - 0.5 * GAPS[e]),
+        pair(lambda e, w, n: softplus(log_gap(e, n) - 0.5 * gap(e, w, n)), log_gap),
     ),
-    "kto": ("kto", {"beta": 0.5}, kto),
+    "ipo": (
+        "ipo",
+        {"beta": 0.2},
+        pair(lambda e, w, n: (gap(e, w, n, by=LENGTHS) - 2.5) ** 2),
+    ),
+    "cpo": (
+        "cpo",
+        {"beta": 0.5, "sft_weight": 0.0},
+        pair(lambda e, w, n: softplus(-0.5 * gap(e, w, n, of=POLICY))),
+    ),
+    "simpo": (
+        "simpo",
+        {"beta": 2.0, "simpo_gamma": 0.7},
+        pair(lambda e, w, n: softplus(0.7 - 2.0 * gap(e, w, n, of=POLICY, by=LENGTHS)), 0.7),
+    ),
+    "kto": ("kto", {"beta": 0.5}, pair(kto)),
 }
 
 
-@pytest.mark.parametrize("case", PAIRWISE_CASES)
-def test_pairwise_losses_by_hand(case):
-    """Every method that compares two titles, with each option of its own."""
-    loss, options, expected = PAIRWISE_CASES[case]
-    losses, *_, table = first_losses(loss, **options)
-    assert table.num_negatives == 1 and table.slots[:, :2].tolist() == [[1, 0], [0, 3]]
-    assert losses == pytest.approx([expected(0), expected(1)], rel=1e-5)
+@pytest.mark.parametrize("e", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_losses_of_an_example_by_hand(case, e):
+    """Its rejected titles, their target margins, and the loss, with each option that is read."""
+    loss, options, by_hand = CASES[case]
+    expected, margins, slots = by_hand(e)
+    found, metrics, rejected = of_example(e, loss, **options)
+    assert rejected == slots
+    assert metrics["margins/target"] == pytest.approx(np.mean(margins), rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_loss_is_tested_by_hand():
-    assert {case[0] for case in PAIRWISE_CASES.values()} | {"sdpo", "recpo"} == set(LOSSES)
+    assert {loss for loss, *_ in CASES.values()} == set(LOSSES)
 
 
-def test_ktos_baseline_is_neither_chosen_nor_rejected():
-    """A third branch: the first other title, or the second where the first is rejected."""
-    *_, table = first_losses("kto")
-    assert table.slots.tolist() == [[1, 0, 2], [0, 3, 1]]
-    *_, table = first_losses("kto", negative_source="random")
-    assert table.slots.tolist() == [[1, 0, 2], [0, 1, 3]]
+@pytest.mark.parametrize("e", [0, 1])
+def test_metrics_by_hand(e):
+    """TRL's names, on the log-ratios above, at λ = 0.5, where one margin of example 1 is met."""
+    loss, metrics, _ = of_example(e, "recpo", margin_lambda=0.5, beta=2.0)
+    w, three = CHOSEN[e], THREE[e]
+    gaps = [2 * gap(e, w, n) for n in three]
+    margins = ratios(e, three, 0.5)
+    expected = {
+        "preference_loss": loss,
+        "loss": loss,
+        "rewards/chosen": 2 * DELTA[e][w],
+        "rewards/rejected": np.mean([2 * DELTA[e][n] for n in three]),
+        "rewards/margins": np.mean(gaps),
+        "rewards/accuracies": float(all(g > 0 for g in gaps)),
+        "rewards/pair_accuracies": np.mean([g > 0 for g in gaps]),
+        "margins/target": np.mean(margins),
+        "margins/satisfied": np.mean([g > m for g, m in zip(gaps, margins)]),
+        "logps/chosen": POLICY[e][w],
+        "logps/rejected": np.mean([POLICY[e][n] for n in three]),
+        "nll_loss": -POLICY[e][w] / LENGTHS[e][w],
+    }
+    assert metrics == pytest.approx(expected, rel=1e-5)
 
 
-def test_metrics_by_hand():
-    """TRL's names, on the log-ratios above."""
-    losses, rewards, metrics, table = first_losses("recpo")
-    gaps = [[DELTA[e][CHOSEN[e]] - DELTA[e][n] for n in THREE[e]] for e in range(2)]
-    assert metrics["preference_loss"].tolist() == losses
-    assert metrics["rewards/margins"].tolist() == pytest.approx([np.mean(g) for g in gaps])
-    beaten = [np.mean([g > 0 for g in row]) for row in gaps]
-    assert metrics["rewards/pair_accuracies"].tolist() == pytest.approx(beaten)
-    assert metrics["rewards/accuracies"].tolist() == [float(b == 1) for b in beaten]
-    satisfied = [
-        np.mean([g > m for g, m in zip(gaps[e], table.margins[e].tolist())]) for e in range(2)
-    ]
-    assert metrics["margins/satisfied"].tolist() == pytest.approx(satisfied)
-    assert metrics["logps/chosen"].tolist() == [POLICY[0][1], POLICY[1][0]]
+def test_simpos_margin_is_gamma():
+    """Its rewards are per token, and a gap of them is enough only above γ; logps stay sums."""
+    for gamma, satisfied in ((0.1, 1.0), (2.0, 0.0)):
+        _, metrics, _ = of_example(0, "simpo", simpo_gamma=gamma, beta=1.0)
+        assert metrics["rewards/margins"] == pytest.approx(-4 / 2 + 9 / 3)
+        assert metrics["margins/satisfied"] == satisfied and metrics["logps/chosen"] == -4.0
 
 
-# ------------------------------------------------------------------------ on a tree
-class FakeTree:
-    """Token log-probs are given; sums are the table's."""
-
-    def __init__(self, logps, num_completions):
-        self.logps, self.num_completions = logps, num_completions
-
-    def sum_logps(self, token_logps):
-        return token_logps.sum() * 0 + self.logps
+# ------------------------------------------------------------------------ micro-batches
+def total(made, division):
+    """Loss and metrics of a step of both examples that is divided so."""
+    parts = [made(made.prepare(batch, [0, 1])) for batch in division]
+    metrics = {name: sum(s[name][0] for _, s in parts).item() / sum(s[name][1] for _, s in parts)
+               for name in parts[0][1]}  # fmt: skip
+    return sum(loss for loss, _ in parts), metrics
 
 
-def objective_of(loss, **options):
-    config = TrainConfig(stages=f"sft,{loss}", **options)
-    encoded = SimpleNamespace(examples=Candidates(), tree=None)
-    token_logps = torch.tensor([-1.0, -3.0, -0.5, -2.5], requires_grad=True)  # of chosen titles
-    return Preference(config, loss, lambda tree: (token_logps, None), encoded, "cpu"), token_logps
-
-
-def batch_of(objective, examples, reference=None):
-    """A micro-batch of these examples as prepare makes it, its tree aside."""
-    slots = objective.slots[examples]
-    logps = torch.tensor(np.take_along_axis(POLICY[examples], slots, 1), dtype=torch.float32)
-    reference = REFERENCE if reference is None else reference
-    reference = torch.tensor(np.take_along_axis(reference[examples], slots, 1)).float()
-    lengths = torch.tensor(np.take_along_axis(LENGTHS[examples], slots, 1))
-    return MicroBatch(
-        FakeTree(logps, slots.shape[1]),
-        1.0,
-        torch.arange(4),
-        num_examples=4,
-        num_tokens=8,
-        reference_logps=reference,
-        margins=objective.margins[examples],
-        lengths=lengths,
-    )
-
-
-@pytest.mark.parametrize(("option", "weight"), [(-1.0, 0.0), (0.0, 0.0), (0.5, 0.5)])
-def test_sft_weight_adds_the_chosen_titles_nll(option, weight):
-    """loss = mean over the global batch's 4 examples + weight * 7 nats / its 8 tokens;
-    logged whole."""
-    objective, _ = objective_of("recpo", sft_weight=option)
-    loss, sums = objective(batch_of(objective, [0, 1]))
-    losses, *_ = first_losses("recpo")
-    assert loss.item() == pytest.approx(sum(losses) / 4 + weight * 7 / 8, rel=1e-5)
-    total, count = sums["loss"]
-    assert total.item() == pytest.approx(loss.item()) and count == pytest.approx(2 / 4)
-    total, count = sums["preference_loss"]
-    assert total.item() == pytest.approx(sum(losses), rel=1e-5) and count == 2
-
-
-def test_cpo_brings_its_nll_along():
-    """Its own weight is 1; --sft_weight overrides it."""
-    losses, *_ = first_losses("cpo")
-    for option, weight in ((-1.0, 1.0), (0.0, 0.0), (2.0, 2.0)):
-        objective, _ = objective_of("cpo", sft_weight=option)
-        loss, _ = objective(batch_of(objective, [0, 1]))
-        assert loss.item() == pytest.approx(sum(losses) / 4 + weight * 7 / 8, rel=1e-5)
-
-
-def test_the_reference_is_that_of_the_same_example():
-    """Rows of another example's reference log-probs give another loss: the numbers would tell."""
-    objective, _ = objective_of("recpo")
-    right, _ = objective(batch_of(objective, [0, 1]))
-    wrong, _ = objective(batch_of(objective, [0, 1], REFERENCE[::-1]))
-    losses, *_ = first_losses("recpo")
-    assert right.item() == pytest.approx(sum(losses) / 4, rel=1e-5)
-    assert abs(wrong.item() - right.item()) > 0.1
+@pytest.mark.parametrize("loss", ["sft", *LOSSES])
+def test_a_batch_may_be_divided_anyhow(loss):
+    """Micro-batches add up to the whole batch, gradients too; an empty one, which only evens out
+    ranks, adds nothing. Each example meets its own reference, φ and lengths."""
+    results = []
+    for division in ([[0, 1]], [[1, 0]], [[0], [1]], [[0], [], [1]]):
+        made = objective(loss, sft_weight=0.3) if loss != "sft" else objective(loss)
+        value, metrics = total(made, division)
+        value.backward()
+        results.append((value.item(), metrics, made.model.policy.grad))
+    for value, metrics, gradient in results[1:]:
+        assert value == pytest.approx(results[0][0]) and metrics == pytest.approx(results[0][1])
+        torch.testing.assert_close(gradient, results[0][2])
+    assert results[0][1]["loss"] == pytest.approx(results[0][0])  # what is logged is minimised
+    empty = objective(loss)
+    value, sums = empty(empty.prepare([], [0, 1]))
+    assert value.item() == 0 and all(s.item() == 0 and n == 0 for s, n in sums.values())
+    assert not any(rewards.any() for rewards in empty.first_rewards or [])
 
 
 @pytest.mark.parametrize(
-    ("loss", "options", "has_reference"),
-    [
-        ("recpo", {}, True),
-        ("kto", {}, True),
-        ("simpo", {}, False),
-        ("cpo", {}, False),
-    ],
+    ("loss", "option", "weight"),
+    [("recpo", -1.0, 0.0), ("recpo", 0.5, 0.5), ("cpo", -1.0, 1.0), ("cpo", 0.0, 0.0)],
 )
-def test_who_has_a_reference(loss, options, has_reference):
-    """The others keep the zeros that an objective begins with, and no first rewards to check."""
-    objective, _ = objective_of(loss, **options)
-    assert objective.has_reference == has_reference
-    assert (objective.first_rewards is not None) == has_reference
-    assert not objective.reference_logps.any() and objective.slots.shape[0] == 2
-    if has_reference:
-        return
-    batch = replace(batch_of(objective, [0, 1]), reference_logps=objective.reference_logps)
-    _, sums = objective(batch)
-    losses, *_ = first_losses(loss, **options)
-    assert sums["preference_loss"][0].item() == pytest.approx(sum(losses), rel=1e-5)
-    assert math.isnan(objective.first_loss())
+def test_sft_weight_adds_the_chosen_titles_nll(loss, option, weight):
+    """A mean over target tokens: 7 nats in 3 tokens. -1 is the loss's own weight."""
+    value, metrics = total(objective(loss, sft_weight=option), [[0, 1]])
+    assert value.item() == pytest.approx(metrics["preference_loss"] + weight * 7 / 3, rel=1e-6)
+    assert metrics["nll_loss"] == pytest.approx(7 / 3)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_micro_batch_that_evens_out_ranks_adds_nothing(loss):
-    """Weight 0: no loss, no gradient, no reward, and 0 of 0 in every metric."""
-    objective, token_logps = objective_of(loss, sft_weight=1.0)
-    loss, sums = objective(replace(batch_of(objective, [0]), weight=0.0))
-    loss.backward()
-    assert loss.item() == 0 and not token_logps.grad.any()
-    assert all(total.item() == 0 and count == 0 for total, count in sums.values())
-    assert not any(rewards.any() for rewards in objective.first_rewards or [])
+def test_who_has_a_reference(loss):
+    """The others keep zeros, have no first rewards to check and no first loss that is known."""
+    made = Objective(TrainConfig(stages=loss), loss, Model(), ENCODED, "cpu")
+    assert made.has_reference == (loss not in ("cpo", "simpo")) and not made.reference_logps.any()
+    assert (made.first_rewards == []) == made.has_reference
+    assert math.isnan(made.first_loss()) != made.has_reference
+    made.load_state({})
+    assert made.first_rewards is None
 
 
-def test_prepare_takes_each_examples_own_row():
-    """Reference log-probs, margins and lengths of a micro-batch are rows of its examples."""
-    objective, _ = objective_of("recpo")
-    ids = [[list(range(LENGTHS[e][n])) for n in range(5)] for e in range(2)]
-    tree = SimpleNamespace(sequence_ids=torch.arange(4), num_completions=4, to=lambda device: None)
-    objective.encoded.tree = lambda batch, slots: tree
-    objective.encoded.slots = lambda e, slots: [ids[e][n] for n in slots]
-    objective.reference_logps = torch.arange(8.0).view(2, 4)
-    batch = objective.prepare([1, 0], [1, 0, 1])
-    assert batch.reference_logps.tolist() == [[4, 5, 6, 7], [0, 1, 2, 3]]
-    assert torch.equal(batch.margins, objective.margins[[1, 0]])
-    assert batch.lengths.tolist() == [[1, 4, 2, 5], [2, 3, 4, 5]]
-    assert batch.num_examples == 3 and batch.num_tokens == 1 + 2 + 1  # of the global batch
+def test_first_rewards_are_kept():
+    made = objective("recpo")
+    made(made.prepare([1, 0], [0, 1]))
+    expected = np.take_along_axis(DELTA, made.slots, 1)[::-1]
+    assert made.first_rewards[0].tolist() == pytest.approx(expected)
+
+
+def test_the_first_loss_is_that_of_margins_alone():
+    """RecPO's and KTO's; KTO's baseline may live on a GPU, it is computed beside it."""
+    expected = [math.log(1 + sum(map(math.exp, ratios(e, THREE[e])))) for e in range(2)]
+    assert objective("recpo").first_loss() == pytest.approx(np.mean(expected), rel=1e-5)
+    kto = objective("kto")
+    kto.kl = torch.zeros((), device="meta")
+    assert kto.first_loss() == pytest.approx(0.5)
 
 
 def test_ktos_baseline_is_the_mean_of_the_step_before():
-    """after_step hands it on; a step that was not finite leaves 0, and other losses ignore it."""
-    objective, _ = objective_of("kto")
-    _, sums = objective(batch_of(objective, [0, 1]))
-    total, count = sums["kl"]
-    assert total.item() == pytest.approx(DELTA[0][2] + DELTA[1][1]) and count == 2
-    objective.after_step({"kl": torch.tensor(0.3, dtype=torch.double)}.__getitem__)
-    assert objective.kl.item() == pytest.approx(0.3) and objective.state()["kl"] == objective.kl
-    objective.after_step({"kl": torch.tensor(torch.nan)}.__getitem__)
-    assert objective.kl.item() == 0
-    objective_of("recpo")[0].after_step({}.__getitem__)
+    """Its title is the first other one, or the second where the first is rejected; a step that was
+    not finite leaves 0, a checkpoint keeps it, and other losses ignore it."""
+    made = objective("kto")
+    assert made.slots.tolist() == [[1, 0, 2], [0, 3, 1]]
+    assert objective("kto", negative_source="random").slots.tolist() == [[1, 0, 2], [0, 1, 3]]
+    _, metrics = total(made, [[0, 1]])
+    assert metrics["kl"] == pytest.approx((DELTA[0][2] + DELTA[1][1]) / 2)
+    made.after_step({"kl": torch.tensor(0.3, dtype=torch.double)}.__getitem__)
+    resumed = objective("kto")
+    resumed.load_state(made.state())
+    assert made.kl.item() == resumed.kl.item() == pytest.approx(0.3)
+    made.after_step({"kl": torch.tensor(torch.nan)}.__getitem__)
+    assert made.kl.item() == 0
+    other = objective("recpo")
+    other.after_step({}.__getitem__)
+    assert other.state() == {}
 
 
-def test_the_first_loss_needs_no_device_of_the_objective():
-    """KTO's baseline may live on a GPU; the loss before the first step is computed beside it."""
-    objective, _ = objective_of("kto")
-    objective.kl = torch.zeros((), device="meta")
-    assert objective.first_loss() == pytest.approx(0.5)
-    objective, _ = objective_of("recpo")
-    expected = [
-        math.log(1 + sum(math.exp(m) for m in ratios(e, CHOSEN[e], THREE[e], 2.0)))
-        for e in range(2)
-    ]
-    assert objective.first_loss() == pytest.approx(np.mean(expected), rel=1e-5)
+# ------------------------------------------------------------------------ SFT
+def test_sft_is_a_mean_over_the_chosen_titles_tokens():
+    """Of the global batch, whatever this micro-batch holds; every token is the greedy one here."""
+    made = objective("sft")
+    value, sums = made(made.prepare([0], [0, 1, 1]))
+    assert value.item() == pytest.approx(4 / (2 + 1 + 1))
+    assert sums["loss"][0].item() == pytest.approx(1.0) and sums["loss"][1] == 2 / 4
+    assert sums["nll_loss"][0].item() == pytest.approx(4) and sums["nll_loss"][1] == 2
+    assert sums["mean_token_accuracy"][0].item() == 2
+
+
+def test_histories_count_by_their_weight_however_a_batch_is_divided():
+    """SFT's loss is a mean over the tokens of answers and, W times each, of histories; the answer's
+    own NLL is logged apart. A preference stage has none of it."""
+    prompts = [np.array([5, 6, 7, 8, 9]), np.array([10, 11, 12])]
+    titles, histories = {0: [20, 2], 1: [21, 22, 2]}, np.array([[1, 4], [1, 2]])
+    examples = SimpleNamespace(target=np.array([1, 0]), candidates=np.array([[0, 1], [0, 1]]))
+    examples.scores, examples.negatives = np.ones((2, 2)), lambda K, _: np.empty((2, 0), int)
+    encoded, model = Encoded(examples, prompts, titles, histories=histories), tiny_model()
+    answer_nll, history_nll = 0.0, 0.0
+    for prompt, item, (first, end) in zip(prompts, (1, 0), histories, strict=True):
+        ids = torch.tensor([[*prompt.tolist(), *titles[item]]])
+        logps = model.logits(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        answer_nll -= logps[len(prompt) - 1 :].sum().item()
+        history_nll -= logps[first - 1 : end - 1].sum().item()
+
+    options = TrainConfig(history_weight=0.5, stages="sft,recpo")
+    made = Objective(options, "sft", model, encoded, "cpu")
+    expected = (answer_nll + 0.5 * history_nll) / (5 + 0.5 * 4)
+    for division in ([[0, 1]], [[0], [1]], [[0, 1], []]):
+        value, metrics = total(made, division)
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+        for name, wanted in (
+            ("loss", expected),
+            ("nll_loss", answer_nll / 5),
+            ("history_nll", history_nll / 4),
+        ):
+            assert metrics[name] == pytest.approx(wanted, rel=1e-5), name
+    assert objective("recpo", history_weight=0.5).history_weight == 0
 
 
 # ------------------------------------------------------------------------ the step
@@ -507,48 +463,7 @@ def test_epochs_and_batch_size_give_the_steps(options, epochs, steps):
     assert sum(taken) == 10 and taken[0] == min(size, 10)
 
 
-def test_sft_logs_the_loss_that_it_minimises(alone):
-    """The chosen titles' NLL over the global batch's tokens, whatever this micro-batch holds."""
-    config = TrainConfig()
-    encoded = SimpleNamespace(examples=Candidates())
-    token_logps = torch.tensor([-1.0, -3.0, -0.5, -2.5])
-    model = lambda tree: (token_logps, torch.tensor([1, 2, 3, 4]))  # noqa: E731
-    objective = SFT(config, model, encoded, "cpu")
-    tree = SimpleNamespace(labels=torch.tensor([1, 2, 0, 0]))
-    batch = replace(batch_of(objective_of("recpo")[0], [0, 1]), tree=tree)
-    loss, sums = objective(batch)
-    assert loss.item() == pytest.approx(7 / 8)
-    assert sums["loss"][0].item() == pytest.approx(7 / 8) and sums["loss"][1] == 4 / 8
-    assert sums["nll_loss"][0].item() == 7 and sums["nll_loss"][1] == 4
-    assert sums["mean_token_accuracy"][0].item() == 2
-
-
-def test_histories_count_by_their_weight_however_a_batch_is_divided():
-    """SFT's loss is a mean over the tokens of answers and, W times each, of histories; the answer's
-    own NLL is logged apart. A preference stage has none of it."""
-    prompts = [np.array([5, 6, 7, 8, 9]), np.array([10, 11, 12])]
-    titles, histories = {0: [20, 2], 1: [21, 22, 2]}, np.array([[1, 4], [1, 2]])
-    examples = SimpleNamespace(target=np.array([1, 0]), candidates=np.array([[0, 1], [0, 1]]))
-    encoded, model = Encoded(examples, prompts, titles, histories=histories), tiny_model()
-    answer_nll, history_nll = 0.0, 0.0
-    for prompt, item, (first, end) in zip(prompts, (1, 0), histories, strict=True):
-        ids = torch.tensor([[*prompt.tolist(), *titles[item]]])
-        logps = model.logits(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        answer_nll -= logps[len(prompt) - 1 :].sum().item()
-        history_nll -= logps[first - 1 : end - 1].sum().item()
-
-    options = {"history_weight": 0.5, "stages": "sft,recpo"}
-    objective = SFT(TrainConfig(**options), model, encoded, "cpu")
-    expected = (answer_nll + 0.5 * history_nll) / (5 + 0.5 * 4)
-    for division in ([[0, 1]], [[0], [1]], [[0, 1], []]):
-        parts = [objective(objective.prepare(batch, [0, 1])) for batch in division]
-        assert sum(loss.item() for loss, _ in parts) == pytest.approx(expected, rel=1e-5)
-        for name, wanted in (
-            ("loss", expected),
-            ("nll_loss", answer_nll / 5),
-            ("history_nll", history_nll / 4),
-        ):
-            total = sum(sums[name][0].item() for _, sums in parts)
-            count = sum(sums[name][1] for _, sums in parts)
-            assert total / count == pytest.approx(wanted, rel=1e-5), name
-    assert objective_of("recpo", history_weight=0.5)[0].history_weight == 0
+def test_a_part_of_an_epoch_is_not_rounded_up_by_a_float():
+    """1.1 * 100 is 110.00000000000001."""
+    schedule = Schedule(TrainConfig(batch_size=1), 1.1, np.ones((100, 2), int), world_size=1)
+    assert schedule.num_steps == 110

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,7 +19,7 @@ from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, load_interactions, prepare
 from losses import target_margins
-from objectives import SFT, Preference, Schedule
+from objectives import Objective, Schedule
 from runtime.runs import NotFinite
 from runtime.stages import load_stage
 from train import TrainConfig, get_lr, load_policy, train_step
@@ -227,8 +226,7 @@ def small_world(tmp_path_factory):
 def objective_and_optimizer(small_world, stage):
     config, encoded, base = small_world
     model, _ = load_policy(config, stage, base, None, torch.device("cpu"))
-    make = SFT if stage == "sft" else partial(Preference, loss=stage)
-    objective = make(config=config, model=model, encoded=encoded, device=torch.device("cpu"))
+    objective = Objective(config, stage, model, encoded, torch.device("cpu"))
     parameters = [p for p in model.parameters() if p.requires_grad]
     return objective, torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
