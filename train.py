@@ -254,13 +254,8 @@ class TrainConfig(DataConfig):
     )
     dry_run: bool = arg(
         False,
-        "train nothing: show an example, first losses, memory of a rank and time of a step; "
+        "train nothing: show an example, first losses, memory of a rank and the run's hours; "
         "needs no weights",
-    )
-    gpu_memory: float = arg(
-        0.0,
-        "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked",
-        at_least=0,
     )
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
     save_steps: int = arg(
@@ -716,7 +711,8 @@ def main() -> None:
     describe_data(run)
     if config.dry_run:
         trained = [stage for stage in config.stage_list if stage != "raw"]
-        dry_run(run, {stage: objective_of(run, stage, None) for stage in trained})
+        objectives = {stage: objective_of(run, stage, None) for stage in trained}
+        dry_run(run, {s: (o, schedule_of(run, s, o)) for s, o in objectives.items()})
         shutil.rmtree(folder, ignore_errors=True)
         return
 

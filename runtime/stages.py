@@ -49,8 +49,7 @@ def tokens_key(encoded: Encoded, slots: np.ndarray) -> str:
 
 
 def load_stage(folder: Path) -> tuple[Path, Path | None]:
-    """(base, adapter) of a finished stage of a run:
-    its own folder if it holds all weights, else base and adapter."""
+    """The base and the adapter of a finished stage; a folder with all weights is its own base."""
     if not (folder / "base.json").exists():
         raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
     if (folder / "config.json").exists():

@@ -18,7 +18,7 @@ ROOMS = {
     "data": 744,
     "lora": 216,
     "loaders": 4800,
-    "runtime": 1900,
+    "runtime": 1620,
     "eval": 420,
     "demo": 600,
     "objectives": 336,
