@@ -38,7 +38,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +70,7 @@ from loaders.frozen import DataConfig, data_defaults, encode_split, prepare
 from losses import MARGINS
 from model import ModelConfig, Transformer, weight_shapes
 from objectives import PAIRWISE, PREFERENCE_LOSSES, MicroBatch, Objective, Schedule
-from runtime.checkpoint import checkpoints, save_checkpoint
+from runtime.checkpoint import Best, checkpoints, save_checkpoint
 from runtime.estimate import dry_run
 from runtime.passes import any_rank, prefetch
 from runtime.policy import free_memory, load_policy, say_what_4_bits_cost, stored_dtype
@@ -85,7 +84,6 @@ from runtime.runs import (
     describe_data,
     describe_stage,
     run_folder,
-    validated,
     where_not_finite,
 )
 from runtime.sharding import average_gradients, local, reshard
@@ -97,10 +95,11 @@ from runtime.stages import (
     save_predictions,
     save_stage,
     starting_weights,
+    tokens_key,
     weights_key,
     write_base,
 )
-from runtime.validation import Validation
+from runtime.validation import load_best, validate
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = 50_000_000  # parameters; a model of fewer has other defaults
@@ -277,13 +276,8 @@ class TrainConfig(DataConfig):
     )
     dry_run: bool = arg(
         False,
-        "train nothing: show an example, first losses, memory of a rank and time of a step; "
+        "train nothing: show an example, first losses, memory of a rank and the run's hours; "
         "needs no weights",
-    )
-    gpu_memory: float = arg(
-        0.0,
-        "dry run: GB of a device, for the largest micro-batch that fits; 0 = not asked",
-        at_least=0,
     )
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
     save_steps: int = arg(
@@ -295,7 +289,8 @@ class TrainConfig(DataConfig):
     resume: str = arg(
         "",
         "auto: go on with the first unfinished stage of output_dir, "
-        "from its newest whole checkpoint; or a checkpoint",
+        "from its newest whole checkpoint",
+        choices=("", "auto"),
     )
     max_skipped_steps: int = arg(
         0,
@@ -327,8 +322,6 @@ class TrainConfig(DataConfig):
                 "--load_in_4bit freezes the base: it needs adapters in every stage, "
                 "so neither --lora_r nor --sft_lora_r may be 0"
             )
-        if self.resume not in ("", "auto") and not Path(self.resume).is_dir():
-            raise ValueError(f"--resume is auto or the folder of a checkpoint, got {self.resume!r}")
         if self.resume and not self.output_dir:
             raise ValueError("--resume needs --output_dir, the run folder to go on with")
         if -1 < self.sft_weight < 0:
@@ -527,7 +520,7 @@ class Stage:
     peak: float  # learning rate
     optimizer: torch.optim.Optimizer
     identity: dict  # what a checkpoint must have been made from
-    validation: Validation | None = None
+    best: Best | None = None  # with --keep best
     logger: Logger | None = None
     skipped: int = 0  # steps that were not finite
 
@@ -557,44 +550,43 @@ class Stage:
         metrics["epoch"] = (step + 1) / self.schedule.steps_per_epoch
         self.logger(step, self.schedule.num_steps, metrics, self.name, result.ended)
 
+    def validates(self, step: int) -> bool:
+        """Whether a validation is due after this many steps."""
+        every = self.run.config.eval_steps
+        at_times = bool(every) and step % every == 0
+        return self.run.val is not None and (at_times or step == self.schedule.num_steps)
+
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after this many steps."""
         every = self.run.config.save_steps
         return bool(every) and (step % every == 0 or step == self.schedule.num_steps)
 
     def save(self, step: int) -> None:
-        states = self.optimizer.state.values()
-        taken = next((int(state["step"]) for state in states), 0)  # < step if some were skipped
-        facts = self.identity | {"optimizer_steps": taken}
-        facts |= self.objective.state() | self.validation.state()
-        keep = self.run.config.save_total_limit
-        save_checkpoint(self.folder, step, self.model, self.optimizer, facts, self.replicas, keep)
-        self.validation.forget_worse()
+        save_checkpoint(
+            self.folder,
+            step,
+            self.model,
+            self.optimizer,
+            state=self.identity | self.objective.state(),
+            replicas=self.replicas,
+            keep=self.run.config.save_total_limit,
+            best=self.best,
+        )
 
 
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     """Train and test one stage, starting from base and adapter;
     its folder appears, whole, when it is done.
 
-    With --resume it goes on from a checkpoint, by default the newest whole one that an earlier
-    start left."""
+    With --resume auto it goes on from the newest whole checkpoint that an earlier start left."""
     stage = begin_stage(run, name, base, adapter)
-    folder, model, optimizer, identity = stage.folder, stage.model, stage.optimizer, stage.identity
-    started = resume_stage(run, folder, model, optimizer, stage.objective, identity) or 0
-    stage.logger = Logger(folder / "metrics.jsonl", run.config.logging_steps)
-    evaluate = partial(validation_metrics, run, model)
-    stage.validation = Validation(run, name, folder, model, optimizer, identity, evaluate)
-    stage.validation.resume(started)
-    due = started and stage.validation.due(started, stage.schedule.num_steps)
-    if any_rank(bool(due and is_main() and not validated(folder / "metrics.jsonl", started))):
-        stage.validation(started, stage.replicas)
-
-    train(stage, started)
-
-    stage.validation.load_best(stage.schedule.num_steps)
-    with writing(folder):
-        save_stage(run, model, base, folder, stage.weights)
-    finish_stage(run, name, model, folder)
+    start = resume_stage(stage)
+    stage.logger = Logger(stage.folder / "metrics.jsonl", run.config.logging_steps)
+    train(stage, start)
+    load_best(stage)
+    with writing(stage.folder):
+        save_stage(run, stage.model, base, stage.folder, stage.weights)
+    finish_stage(run, name, stage.model, stage.folder)
 
 
 def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
@@ -618,17 +610,17 @@ def begin_stage(run: Run, name: str, base: Path, adapter: Path | None) -> Stage:
     betas = (0.9, config.adam_beta2)
     optimizer = torch.optim.AdamW(trained, lr=peak, betas=betas, weight_decay=0.0, fused=True)
 
-    weights = starting_weights(base, adapter)
+    weights, tokens = starting_weights(base, adapter), tokens_key(run.train, objective.slots)
     identity = {"stage": name, "data": run.data_hash, "base or adapter to start from": weights}
+    identity["tokenizer or prompt"] = tokens
     start = {"start": (base, adapter), "weights": weights, "identity": identity}
     learner = {"model": model, "replicas": replicas, "objective": objective}
     plan = {"schedule": schedule, "peak": peak, "optimizer": optimizer}
     stage = Stage(run, name, folder, **start, **learner, **plan)
     describe_stage(stage)
+    if objective.has_reference:
+        identity["reference"] = prepare_reference(run, weights, tokens, objective, schedule)
     if name != "sft":
-        identity["reference"] = "none"
-        if objective.has_reference:
-            identity["reference"] = prepare_reference(run, weights, objective, schedule)
         print_preference_notes(config, objective)
     model.train()
     return stage
@@ -688,18 +680,17 @@ def train(stage: Stage, start: int) -> None:
         if step == start + 10 and not run.timed:
             run.timed = True
             say_duration(stage, step)
-        pending, stopping = result, any_rank(bool(run.stop.asked))
+        pending = result
 
-        # To stop comes first: what is due is validated when the run goes on, before its next step.
-        validating = not stopping and stage.validation.due(step + 1, schedule.num_steps)
-        saving = stopping or stage.saves(step + 1)
-        if validating or saving:
+        if stage.validates(step + 1):
             stage.log(step, pending)
             pending = None
-        if validating:
-            stage.validation(step + 1, stage.replicas)
-            stopping = any_rank(bool(run.stop.asked))
-        if saving or stopping:
+            validate(stage, step + 1, validation_metrics(run, stage.model))
+        stopping = any_rank(bool(run.stop.asked))  # a checkpoint holds the validation of its step
+        if stopping or stage.saves(step + 1):
+            if pending:
+                stage.log(step, pending)
+                pending = None
             stage.save(step + 1)
         if stopping:
             stage.logger.close()
@@ -707,7 +698,9 @@ def train(stage: Stage, start: int) -> None:
     if pending:
         stage.log(step, pending)
     stage.logger.close()
-    if any_rank(bool(run.stop.asked)):  # while the last one was saved
+    if any_rank(bool(run.stop.asked)):  # while the last step was saved or read
+        if not stage.saves(schedule.num_steps):
+            stage.save(schedule.num_steps)
         run.stop.stop("after the last step, which is saved")
     run.stop.in_loop = False
 
@@ -719,7 +712,6 @@ def finish_stage(run: Run, stage: str, model: Transformer, folder: Path) -> None
         with writing(final):
             for done in checkpoints(folder):
                 shutil.rmtree(done)
-            shutil.rmtree(folder / "best", ignore_errors=True)
             folder.rename(final)
         print0(results_table({stage: metrics}))
     dist.barrier()
@@ -809,7 +801,8 @@ def run_all(config: TrainConfig, rank: int, world_size: int, device, folder: Pat
     describe_data(run)
     if config.dry_run:
         trained = [stage for stage in config.stage_list if stage != "raw"]
-        dry_run(run, {stage: objective_of(run, stage, None) for stage in trained})
+        objectives = {stage: objective_of(run, stage, None) for stage in trained}
+        dry_run(run, {s: (o, schedule_of(run, s, o)) for s, o in objectives.items()})
         return
 
     run_stages(run)
@@ -861,8 +854,6 @@ def run_stages(run: Run) -> None:
             test_raw(run, *start)
         else:
             run_stage(run, stage, *start)
-            if config.resume:  # a named checkpoint is of one stage; those behind have their newest
-                run.config = replace(config, resume="auto")
         free_memory()  # of this stage's model and optimizer, before the next one's are made
         if stage == "sft":
             start = load_stage(folder / "sft")

@@ -33,7 +33,7 @@ from kernels.lora import adapted_projections, adapted_projections_reference
 from kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from lora import apply_lora
 from model import ModelConfig, Transformer, generate, inverse_frequencies
-from runtime.estimate import LiveBytes, fake_step
+from runtime.estimate import LiveBytes, Workload, fake_step
 from runtime.sharding import GB, device_memory
 
 NUM_NEGATIVES = 3
@@ -260,9 +260,10 @@ def random_4bit(args) -> Transformer:
 
 def estimated(args, B: int, four_bit: bool, checkpointing: bool):
     """estimate.fake_step of the step that is measured."""
-    lengths = (B, args.prompt, [args.completion] * (1 + NUM_NEGATIVES))
-    lora = (8, list(TARGET_MODULES), 0.0, checkpointing)
-    return fake_step(shape(args), dtype_of(args), *lora, *lengths, not args.toy, four_bit)
+    completions = [args.completion] * (1 + NUM_NEGATIVES)
+    work = Workload(shape(args), dtype_of(args), 8, list(TARGET_MODULES), args.prompt, completions)
+    work = replace(work, load_in_4bit=four_bit)
+    return fake_step(work, B, checkpointing, gpu=not args.toy)
 
 
 def fitting_prompts(args) -> int:

@@ -28,7 +28,7 @@ from harness import (
 from step import NUM_NEGATIVES, Here
 
 from hub.targets import TARGET_MODULES
-from runtime.estimate import fake_step
+from runtime.estimate import Workload, fake_step
 
 WAYS = {
     "eager": (False, False),
@@ -99,10 +99,9 @@ def peaks(run, args) -> dict[str, str]:
 def step_flops(args, model, prompts, completions) -> float:
     """FLOP of the step's forward and backward, padding included."""
     widest = max(completions, key=lambda group: sum(map(len, group)))
-    shape = (args.batch, max(map(len, prompts)), [len(ids) for ids in widest])
-    adapter = (LORA_RANK, TARGET_MODULES, 0.0)
-    step = fake_step(model.config, dtype_of(args), *adapter, False, *shape, args.device == "cuda")
-    return step.flops
+    prompt, lengths = max(map(len, prompts)), [len(ids) for ids in widest]
+    work = Workload(model.config, dtype_of(args), LORA_RANK, TARGET_MODULES, prompt, lengths)
+    return fake_step(work, args.batch, gpu=args.device == "cuda").flops
 
 
 if __name__ == "__main__":

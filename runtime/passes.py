@@ -1,8 +1,6 @@
-"""Forward passes over micro-batches: planned, made ahead of their turn, of the same number on
-every rank, and with a bar."""
+"""Forward passes over micro-batches: made ahead, equally many on every rank, with a bar."""
 
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import hours, is_main, print0
+from common import is_main
 from data import micro_batches
 
 
@@ -35,38 +33,21 @@ def prefetch(make: Callable, items: Iterable) -> Iterator:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if it is true on one; keeps ranks at the same number of forward passes."""
-    if dist.get_world_size() == 1:
-        return flag
+    """True on every rank if it is true on one."""
     value = torch.tensor(int(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
 
 
 def rounds(batches: list[list[int]], any_rank: Callable[[bool], bool]) -> Iterator[list[int]]:
-    """The batches, then [] for as long as another rank has some left.
-
-    So every rank makes the same number of forward passes, as a sharded model needs."""
+    """The batches, then [] while another rank has some left: a sharded model needs equally many."""
     left = deque(batches)
     while any_rank(bool(left)):
         yield left.popleft() if left else []
 
 
-def progress(items: Iterable, what: str, total: int, clock=time.monotonic) -> Iterator:
-    """The items, on rank 0 with a bar on a terminal, and with a printed line a minute without one.
-
-    What is over within a minute prints nothing; time left is that of rank 0's own items."""
-    if not is_main() or not total:
-        yield from items
-        return
-    if sys.stderr.isatty():
-        yield from tqdm(items, what, total, leave=False)
-        return
-    started = printed = clock()
-    for done, item in enumerate(items):
-        now = clock()
-        if done and now - printed >= 60:
-            left = (now - started) / done * max(0, total - done)
-            print0(f"{what} {done:5}/{total} | {hours(now - started)} | left {hours(left)}")
-            printed = now
-        yield item
+def progress(items: Iterable, what: str, total: int) -> Iterable:
+    """The items, with a bar on rank 0; where there is no terminal, one line a minute."""
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    bar = {"mininterval": seconds, "delay": seconds, "leave": False, "disable": not is_main()}
+    return tqdm(items, what, total, **bar)

@@ -142,16 +142,10 @@ def line_step(line: str) -> int:
         return sys.maxsize
 
 
-def validated(file: Path, step: int) -> bool:
-    """Whether metrics.jsonl has the validation after so many steps."""
-    lines = map(json.loads, file.read_text().splitlines())
-    return any((line["phase"], line["step"]) == ("val", step) for line in lines)
-
-
 # options that may differ when a run goes on
 FREE_TO_CHANGE = (
     "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit "
-    "max_skipped_steps dry_run gpu_memory micro_batch_tokens shard shard_group_size "
+    "max_skipped_steps dry_run micro_batch_tokens shard shard_group_size "
     "gradient_checkpointing compile"
 )
 

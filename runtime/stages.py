@@ -1,5 +1,4 @@
-"""The folder of a stage: what it started from, its checkpoints, what it leaves behind,
-and who may read it."""
+"""The folder of a stage: what it started from, where it goes on, what it leaves behind."""
 
 import hashlib
 import json
@@ -7,19 +6,24 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from common import is_main, print0, read_json, reading
-from data import TEMPLATES
+from data import TEMPLATES, Encoded
 from hub.adapter import base_fingerprint, base_of, read_adapter_config
 from hub.chat import add_end_of_turn
-from hub.files import open_safetensors, resolve_path
+from hub.files import resolve_path
 from lora import save_adapter
 from model import ModelConfig, Transformer, save_pretrained
-from runtime.checkpoint import damage, load_checkpoint, newest_checkpoint
+from runtime.checkpoint import load_checkpoint, newest_checkpoint
 from runtime.runs import Run, line_step
 from runtime.sharding import gathered
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 
 
 def weights_key(base: Path, adapter: Path | None) -> str:
@@ -30,17 +34,23 @@ def weights_key(base: Path, adapter: Path | None) -> str:
         config = read_adapter_config(adapter)
         names = ("r", "lora_alpha", "target_modules", "use_rslora")  # not the path of its base
         digest.update(json.dumps([config.get(name) for name in names]).encode())
-        with open_safetensors(adapter / "adapter_model.safetensors") as f:
-            for name in sorted(f.keys()):
-                tensor = f.get_tensor(name)
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokens_key(encoded: Encoded, slots: np.ndarray) -> str:
+    """Hash of all token ids that a stage trains on: prompts, and the titles at `slots` (E, N)."""
+    digest = hashlib.sha256()
+    for e, prompt in enumerate(encoded.prompts):
+        completions = encoded.slots(e, slots[e])  # ids of N titles
+        digest.update(f"{len(prompt)} {completions}".encode() + prompt.tobytes())
     return digest.hexdigest()
 
 
 def load_stage(folder: Path, model: str = "") -> tuple[Path, Path | None]:
-    """(base, adapter) of a finished stage of a run:
-    its own folder if it holds all weights, else base and adapter.
+    """The base and the adapter of a finished stage; a folder with all weights is its own base.
 
     `model` is where a base outside the run lies now; it must be the one that was trained on."""
     if not (folder / "base.json").exists():
@@ -75,9 +85,8 @@ def check_data(stage: Path, data_hash: str, way_out: str) -> None:
         before = str(read_json(stage / "eval" / "metrics.json")["data_hash"])
     if before != data_hash:
         raise ValueError(
-            f"{stage.name} was finished on data {before[:12]}, now it is {data_hash[:12]}: "
-            f"one table of both would compare different users, and {stage.name} may have seen "
-            f"some that are test users now. Put the old data back, or {way_out} ({stage})"
+            f"{stage.name} was finished on data {before[:12]}, now it is {data_hash[:12]}, so they "
+            f"cannot stand in one table: put the old data back, or {way_out} ({stage})"
         )
 
 
@@ -90,60 +99,38 @@ def starting_weights(base: Path, adapter: Path | None) -> str:
 
 def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
     """A finished stage stands in one table with those to come, so it must have begun as they do."""
-    before = read_json(folder / "base.json").get("starting_weights")  # older runs have none
+    before = read_json(folder / "base.json")["starting_weights"]
     now = starting_weights(base, adapter)
-    if before and before != now:
+    if before != now:
         raise ValueError(
-            f"{folder.name} was finished from weights {before[:12]}, now they are {now[:12]}: "
-            f"{base}{f' or {adapter}' if adapter else ''} has changed. Put it back, or choose "
-            f"another --output_dir; without {folder} the stage runs again"
+            f"{folder.name} was finished from weights {before[:12]}, now they are {now[:12]}: put "
+            f"{base}{f' or {adapter}' if adapter else ''} back, or choose another --output_dir"
         )
 
 
-def resume_stage(run: Run, folder: Path, model, optimizer, objective, identity: dict) -> int | None:
-    """Load the checkpoint to go on from;
-    the number of steps it has seen, or None to start from the beginning."""
-    config, checkpoint = run.config, None
-    if config.resume == "auto":
-        checkpoint = newest_checkpoint(folder)
-    elif config.resume:
-        checkpoint = Path(config.resume)
-        if checkpoint.resolve().parent != folder.resolve():
-            raise ValueError(
-                f"--resume {checkpoint}: not a checkpoint of the stage that comes next, {folder}"
-            )
-        if problem := damage(checkpoint):
-            raise ValueError(
-                f"--resume {checkpoint}: damaged ({problem}); "
-                "--resume auto takes the newest whole one"
-            )
-    metrics = folder / "metrics.jsonl"
+def resume_stage(stage) -> int:
+    """Load the newest whole checkpoint, if there is one; returns the steps that are done."""
+    metrics, checkpoint = stage.folder / "metrics.jsonl", newest_checkpoint(stage.folder)
     if checkpoint is None:
         if is_main():
             metrics.unlink(missing_ok=True)
-        return None
-    state = load_checkpoint(checkpoint, model, optimizer, identity)
-    objective.load_state(state)
+        return 0
+    state = load_checkpoint(checkpoint, stage.model, stage.optimizer, stage.identity)
+    stage.best = state["best"]
+    stage.objective.load_state(state)
+    step, rank, seed = state["step"], stage.run.rank, stage.run.config.seed
     if is_main():
-        lines = metrics.read_text().splitlines()
-        kept = [line for line in lines if line_step(line) <= state["step"]]
-        beside = metrics.with_suffix(".part")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.rename(metrics)
-    print0(f"going on from {checkpoint}, after step {state['step']}")
-    if state["world_size"] != run.world_size:
-        digest = hashlib.sha256(f"{config.seed} {state['step']} {run.rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:6], "big"))
-        print0(
-            f"note: it was made by {state['world_size']} processes; "
-            "dropout is seeded anew from seed, step and rank"
-        )
-    return state["step"]
+        lines = metrics.read_text().splitlines(keepends=True)
+        write_whole(metrics, "".join(line for line in lines if line_step(line) <= step))
+    print0(f"going on from {checkpoint}, after step {step}")
+    if state["world_size"] != stage.run.world_size:
+        torch.manual_seed(int(np.random.default_rng([seed, step, rank]).integers(2**62)))
+        print0(f"note: it was made by {state['world_size']} processes; dropout is seeded anew")
+    return step
 
 
 def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: str) -> None:
-    """Adapter in PEFT's format, or the whole model with its tokenizer,
-    and which base it stands on."""
+    """Write the adapter in PEFT's format, or the whole model with its tokenizer."""
     if getattr(model, "lora_config", None):
         state = dict(gathered(model, only_adapter=True))
         model.name_or_path = base_name(run, base)  # what adapter_config.json calls it
@@ -152,7 +139,9 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: 
     else:
         save_pretrained(model, folder, gathered(model), write=is_main())
         if is_main():
-            copy_tokenizer(base, folder)
+            for name in TOKENIZER_FILES:
+                if (base / name).exists():
+                    shutil.copy(base / name, folder / name)
             if run.config.prompt_format == "chat":
                 add_end_of_turn(folder, run.tokenizer.eos_id)
     if is_main():
@@ -195,31 +184,16 @@ def base_name(run: Run, base: Path) -> str:
     return given if is_hub_name else str(base.resolve())
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source / name).exists():
-            shutil.copy(source / name, target / name)
-
-
 def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
-    """metrics.json, and a line of predictions.jsonl for each of eval.predict's records."""
+    """Write metrics.json, and a line of predictions.jsonl for each of eval.predict's records."""
     path.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for record in records:
-        kept = {k: v for k, v in record.items() if k not in ("ids", "one_pass")}
-        lines.append(json.dumps(kept) + "\n")
-    write_whole(path / "predictions.jsonl", "".join(lines))
+    kept = [{k: v for k, v in r.items() if k not in ("ids", "one_pass")} for r in records]
+    write_whole(path / "predictions.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
     write_whole(path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Under another name first: a process that is killed leaves the file as it was."""
+    """Write a file under another name first: a process that is killed leaves it as it was."""
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(file)

@@ -36,8 +36,10 @@ TINY = [
     "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
     "--stages=sft,recpo", "--sft_lora_r=0",
 ]  # fmt: skip
-# A run whose random state matters: an adapter and dropout in SFT, which all weights would not have
+# A run whose random state matters (an adapter and dropout in SFT, which all weights would not
+# have), and which keeps all that a run can
 SAVING = ("--save_steps=2", "--sft_lora_r=4", "--lora_dropout=0.1", "--micro_batch_tokens=1500")
+SAVING += ("--history_weight=0.1", "--eval_steps=1", "--keep=best")
 SCRIPTS = ("train", "eval", "recommend", "loaders")
 SCRIPTS += ("studies.report", "studies.probes", "studies.sequential")
 

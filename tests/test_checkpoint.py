@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, bitwise resuming after any death, other numbers of processes."""
 
+import json
 import os
 import random
 import re
@@ -16,8 +17,10 @@ from conftest import tiny_model
 from launch import (
     ROOT,
     SAVING,
+    TINY,
     assert_same_results,
     losses,
+    places,
     run_train,
     start_torchrun,
     start_train,
@@ -25,8 +28,10 @@ from launch import (
     wait_for,
 )
 
+import train
 from lora import apply_lora
 from runtime.checkpoint import (
+    Best,
     checkpoints,
     damage,
     load_checkpoint,
@@ -37,7 +42,7 @@ from runtime.checkpoint import (
 
 def kill_and_resume(whole, name: str, seed: int, processes: int = 1) -> None:
     """Kill -9 a run at a random moment, every process of it; then go on until it is finished."""
-    tmp_path, metrics, seconds = whole
+    tmp_path, _, seconds = whole
     rng = random.Random(seed)
     shutil.rmtree(tmp_path / name, ignore_errors=True)
     process = start_train(tmp_path, name, *SAVING, processes=processes)
@@ -45,17 +50,17 @@ def kill_and_resume(whole, name: str, seed: int, processes: int = 1) -> None:
     wait_for(options.exists, process)  # before that there is nothing to lose
     time.sleep(rng.uniform(0, 0.8 * seconds))
     process.kill()
-    _, resumed = run_train(tmp_path, name, *SAVING, "--resume=auto", processes=processes)
-    assert_same_results(tmp_path / name, uninterrupted(tmp_path, processes))
-    for stage in ("sft", "recpo"):
-        assert [m["step"] for m in resumed[stage]] == [m["step"] for m in metrics[stage]]
+    run_train(tmp_path, name, *SAVING, "--resume=auto", processes=processes)
+    expected = uninterrupted(tmp_path, processes)
+    assert_same_results(tmp_path / name, expected)
+    for file in ("sft/metrics.jsonl", "recpo/metrics.jsonl"):
+        assert (tmp_path / name / file).read_text() == (expected / file).read_text()
     assert not list((tmp_path / name).glob("*.unfinished"))
 
 
 @pytest.mark.parametrize("seed", [1])
 def test_kill_9_at_a_random_moment_changes_no_bit(whole, seed):
-    """After kill -9 `--resume auto` goes on,
-    and the final adapters are bitwise those of the uninterrupted run."""
+    """`--resume auto` ends with the adapters, losses and curves of the uninterrupted run."""
     kill_and_resume(whole, f"killed-{seed}", seed)
 
 
@@ -68,10 +73,10 @@ def test_kill_9_grid(whole, seed):
 
 @pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
-    """A checkpoint of 2 sharded processes goes on in 1 and in 4 with the losses of an uninterrupted
-    run (no dropout)."""
+    """A checkpoint of 2 sharded processes, of all weights in SFT, goes on in 1 and in 4 with the
+    losses of an uninterrupted run (no dropout)."""
     tmp_path, name = whole[0], f"two-to-{processes}"
-    flags = ("--save_steps=2", "--micro_batch_tokens=1500")  # SFT trains all weights
+    flags = ("--save_steps=2", "--micro_batch_tokens=1500", "--eval_steps=3", "--keep=best")
     if not (tmp_path / "all-weights").exists():
         run_train(tmp_path, "all-weights", *flags)
     process = start_train(tmp_path, name, *flags, processes=2)
@@ -95,8 +100,8 @@ import train
 
 save_checkpoint = train.save_checkpoint
 
-def save_and_die(folder, step, *args):
-    save_checkpoint(folder, step, *args)
+def save_and_die(folder, step, *args, **facts):
+    save_checkpoint(folder, step, *args, **facts)
     if folder.name == "recpo.unfinished" and step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -124,43 +129,30 @@ def killed(whole):
     return whole, folder
 
 
-def go_on(killed, reference: str, processes: int, budget: int) -> None:
-    """Resume a copy of the killed run, its reference file kept or deleted;
-    compare with the uninterrupted run."""
+@pytest.mark.parametrize(
+    ("reference", "processes", "budget"),
+    [("deleted", 2, 1500), ("kept", 1, 700)]
+    + [pytest.param("deleted", n, 500, marks=pytest.mark.slow) for n in (1, 4)]
+    + [pytest.param("kept", n, 100_000, marks=pytest.mark.slow) for n in (2, 4)],
+)
+def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, processes, budget):
+    """The reference recomputed from the starting weights or read, whatever the processes and
+    micro-batches: the losses of the uninterrupted run."""
     (tmp_path, metrics, _), folder = killed
     name = f"{reference}-{processes}-{budget}"
     shutil.copytree(folder, tmp_path / name)
-    (cache,) = (tmp_path / name).glob("reference-*")
+    (file,) = (tmp_path / name).glob("reference-*.safetensors")
     if reference == "deleted":
-        cache.unlink()
+        file.unlink()
 
     flags = (*SAVING, "--resume=auto", f"--micro_batch_tokens={budget}")
     output, resumed = run_train(tmp_path, name, *flags, processes=processes)
 
     assert "checkpoint-4, after step 4" in output
-    assert cache.exists()
+    assert file.exists()
     expected = losses(metrics, "recpo")
     np.testing.assert_allclose(losses(resumed, "recpo"), expected, rtol=0, atol=1e-4)
     assert_same_results(tmp_path / name, tmp_path / "whole", atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("reference", "processes", "budget"), [("deleted", 2, 1500), ("kept", 1, 700)]
-)
-def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, processes, budget):
-    """Recomputed from the starting weights or read, however divided:
-    the losses of the uninterrupted run."""
-    go_on(killed, reference, processes, budget)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("budget", [500, 1500, 100_000])
-@pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("reference", ["deleted", "kept"])
-def test_a_kill_inside_a_preference_stage_grid(killed, reference, processes, budget):
-    """The same for every number of processes,
-    and micro-batches of one prompt up to a whole step."""
-    go_on(killed, reference, processes, budget)
 
 
 # ------------------------------------------------------------------------ one checkpoint
@@ -178,34 +170,36 @@ def model_and_optimizer(steps: int = 1):
     return model, optimizer
 
 
-def save(folder: Path, step: int, keep: int = 2, **facts):
+def save(folder: Path, step: int, keep: int = 2, best: Best | None = None):
     model, optimizer = model_and_optimizer()
-    state = {"stage": "sft", "data": "abc", "optimizer_steps": 1} | facts
-    return (
-        save_checkpoint(folder, step, model, optimizer, state, replicas=1, keep=keep),
-        model,
-        optimizer,
-    )
+    state = {"stage": "sft", "data": "abc"}
+    saved = save_checkpoint(folder, step, model, optimizer, state, 1, keep, best)
+    return saved, model, optimizer
 
 
 def test_a_checkpoint_gives_back_every_bit(group, tmp_path):
-    """Adapter, both moments, step count and random state come back as they were;
-    no file is a pickle."""
-    folder, model, optimizer = save(tmp_path, 7)
+    """Adapter, both moments, step count, the best step's weights and random state come back as they
+    were; no file is a pickle, and the hashes are those of sha256sum."""
+    shapes = {name: p.shape for name, p in model_and_optimizer()[0].named_parameters()}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    folder, model, optimizer = save(tmp_path, 7, best=Best(3, 0.25, weights))
     expected_random = torch.rand(3)
     fresh, fresh_optimizer = model_and_optimizer(steps=0)
     state = load_checkpoint(folder, fresh, fresh_optimizer, {"data": "abc"})
     assert state["step"] == 7 and torch.equal(torch.rand(3), expected_random)
+    assert (state["best"].step, state["best"].value) == (3, 0.25)
     pairs = zip(model.named_parameters(), fresh.named_parameters(), strict=True)
     for (name, p), (_, q) in pairs:
         assert torch.equal(p, q), name
         if p.requires_grad:
+            assert torch.equal(state["best"].weights[name], weights[name])
             for key, value in optimizer.state[p].items():
                 assert torch.equal(value, fresh_optimizer.state[q][key]), (name, key)
-    assert {f.suffix for f in folder.iterdir()} == {".json", ".safetensors"}
+    assert {f.suffix for f in folder.iterdir()} == {".json", ".safetensors", ".sha256"}
+    subprocess.run("sha256sum --check *.sha256", shell=True, cwd=folder, check=True)
 
 
-def test_only_the_newest_are_kept(group, tmp_path):
+def test_the_newest_are_kept(group, tmp_path):
     """--save_total_limit older checkpoints stay, the rest go after the new one is in place."""
     for step in (1, 2, 3, 10):
         save(tmp_path, step, keep=2)
@@ -213,11 +207,21 @@ def test_only_the_newest_are_kept(group, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("file", ["rank-00000.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "extra"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_takes_no_place_of_a_new_one(group, tmp_path, keep):
+    """A run that passed over checkpoint-8 saves step 6 and goes on from it, whatever the limit."""
+    save(tmp_path, 4)
+    (save(tmp_path, 8)[0] / "state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+    saved = save(tmp_path, 6, keep=keep)[0]
+    assert newest_checkpoint(tmp_path) == saved
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-4"][:keep]
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "without hash"])
 def test_damaged_files_are_found_and_passed_over(group, tmp_path, file, how, capsys):
-    """A flipped bit, a cut tail, a missing or an unknown file:
-    named, and the checkpoint before is taken."""
+    """A damaged checkpoint and its file are named, and the checkpoint before is taken."""
     older, newest = save(tmp_path, 4)[0], save(tmp_path, 8)[0]
     target = newest / file
     content = bytearray(target.read_bytes())
@@ -229,10 +233,9 @@ def test_damaged_files_are_found_and_passed_over(group, tmp_path, file, how, cap
     elif how == "gone":
         target.unlink()
     else:
-        (newest / "more.safetensors").write_bytes(content)
-    assert damage(newest)
+        (newest / f"{file}.sha256").unlink()
     assert newest_checkpoint(tmp_path) == older
-    assert str(newest) in capsys.readouterr().out
+    assert re.search(f"{newest} is damaged .*{file}", capsys.readouterr().out)
 
 
 def test_half_written_checkpoints_do_not_count(group, tmp_path):
@@ -260,6 +263,28 @@ def test_a_failed_save_leaves_the_earlier_ones(group, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="checkpoint-8.part/rank-00000.*No space left.*untouched"):
         save(tmp_path, 8)
     assert newest_checkpoint(tmp_path) == older
+
+
+def test_another_tokenizer_is_refused_without_a_reference_too(in_process, tmp_path, monkeypatch):
+    """tokenizer.json gives its tokens other ids after step 2: SFT does not go on."""
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "demo" / "base", base)
+    flags = (*TINY, *SAVING, f"--model={base}")
+    flags += places(tmp_path, "run")
+
+    def save_and_stop(folder, step, *args, **facts):
+        save_checkpoint(folder, step, *args, **facts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        in_process(train.main, *flags)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids |= {token: n % (len(ids) - 1) + 1 for token, n in ids.items() if n}  # all but EOS
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="checkpoint-2: made with another tokenizer"):
+        in_process(train.main, *flags, "--resume=auto")
 
 
 # ------------------------------------------------------------------------ guards
@@ -316,26 +341,3 @@ def test_torchrun_restarts_go_on_by_themselves(whole):
     assert agent.wait(200) == 0, log.read_text()[-3000:]
     assert "going on from" in log.read_text()
     assert_same_results(tmp_path / name, tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_named_checkpoint_that_is_damaged_or_elsewhere_is_refused(whole, tmp_path):
-    """--resume PATH never falls back:
-    another stage's folder, or a damaged file, is one clear message."""
-    runs, name = whole[0], "named"
-    process = start_train(runs, name, *SAVING)
-    folder = runs / name / "recpo.unfinished"
-    wait_for(lambda: bool(checkpoints(folder)), process)
-    process.kill()
-    if not checkpoints(folder):
-        pytest.skip("the run was over before it could be killed")
-    target = checkpoints(folder)[0]
-    output, _ = run_train(runs, name, *SAVING, f"--resume={tmp_path}", expect=1)
-    assert "not a checkpoint of the stage that comes next" in output
-    state = (target / "state.json").read_bytes()
-    (target / "state.json").write_bytes(state[:-3])
-    output, _ = run_train(runs, name, *SAVING, f"--resume={target}", expect=1)
-    assert "damaged (state.json" in output and "Traceback" not in output
-    (target / "state.json").write_bytes(state)
-    run_train(runs, name, *SAVING, f"--resume={target}")
-    assert_same_results(runs / name, runs / "whole")

@@ -1,6 +1,9 @@
 """The estimator against what a real step holds, and the dry run as a user sees it."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from loaders.frozen import DataConfig, prepare
 from lora import apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
-from runtime.estimate import LiveBytes, Step, fake_step, gathered_bytes, whole_gradients
+from runtime.estimate import LiveBytes, Step, Workload, fake_step, memory_table
 from runtime.sharding import replica_note
 from train import TrainConfig, train_step
 
@@ -62,11 +65,15 @@ STEPS[FOUR_BIT] = STEPS["LoRA"]
 COMPLETIONS = [12, 9, 14, 10]
 
 
+def workload(config, dtype=torch.float32, r=8, prompt=256, completions=COMPLETIONS, **facts):
+    return Workload(config, dtype, r, list(TARGET_MODULES), prompt, completions, **facts)
+
+
 def estimated_and_measured(config, r, checkpointing, B, P, load_in_4bit=False) -> tuple[Step, int]:
     """The estimate, and the peak of live tensor bytes over two real steps,
     weights and moments included."""
-    batch = (checkpointing, B, P, COMPLETIONS, False, load_in_4bit)
-    step = fake_step(config, torch.float32, r, list(TARGET_MODULES), 0.0, *batch)
+    work = workload(config, r=r, prompt=P, load_in_4bit=load_in_4bit)
+    step = fake_step(work, B, checkpointing, gpu=False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with LiveBytes() as alive:
@@ -112,23 +119,8 @@ def test_the_estimate_is_within_a_tenth_of_a_real_step(name):
 def test_memory_of_an_8b_model_is_that_of_its_formulas():
     """Llama-3.1-8B in bf16: 16.06 GB of weights, 0.34 GB of adapter,
     gradients and moments at r = 8, both ways of 16 FLOP."""
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = ModelConfig(
-        "llama",
-        128256,
-        4096,
-        14336,
-        2,
-        32,
-        8,
-        128,
-        1e-5,
-        5e5,
-        rope | {"original_max_position_embeddings": 8192},
-    )
-    step = fake_step(
-        config, torch.bfloat16, 8, list(TARGET_MODULES), 0.0, False, 1, 512, [12] * 4, gpu=True
-    )
+    config = ModelConfig("llama", 128256, 4096, 14336, 2, 32, 8, 128, 1e-5, 5e5)
+    step = fake_step(workload(config, torch.bfloat16, prompt=512, completions=[12] * 4), B=1)
     # numbers in the projections of two layers
     linear = 2 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
     assert step.weights == 2 * (2 * 128256 * 4096 + linear + 5 * 4096)
@@ -137,15 +129,14 @@ def test_memory_of_an_8b_model_is_that_of_its_formulas():
     # forward and d x; attention, adapters, head besides
     assert step.flops == pytest.approx(2 * 2 * linear * tokens, rel=0.15)
     # two blocks and the root are the whole of it
-    assert gathered_bytes(config, torch.bfloat16) == step.weights
+    assert step.gathered == step.weights
 
 
 def test_a_base_in_4_bits_is_counted_as_codes_and_absmax():
     """0.5625 bytes for each number of the projections; embedding, head and norms stay 16-bit."""
     config = dataclasses.replace(SMALL, vocab_size=1000)
-    targets = list(TARGET_MODULES)
     whole, four = (
-        fake_step(config, torch.bfloat16, 8, targets, 0.0, False, 1, 64, [4], True, bits)
+        fake_step(workload(config, torch.bfloat16, prompt=64, load_in_4bit=bits), B=1)
         for bits in (False, True)
     )
     D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -164,7 +155,7 @@ def test_a_replica_that_fits_is_worth_a_note():
 
 
 def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
-    """Example, boundary, truncation, first losses, memory table, step time:
+    """Example, truncation, first losses, memory table, hours of the whole run:
     from config.json and tokenizer.json alone."""
     data = {
         "planted_users": 150,
@@ -181,35 +172,57 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     flags += [
         "--stages=raw,sft,sdpo",
         "--dry_run",
-        "--gpu_memory=2",
         f"--model={bare}",
         f"--output_dir={tmp_path / 'run'}",
     ]
     done = run_script(TRAIN, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     for text in (
-        "first training prompt:", "shortened", "tokenise alike together",
-        "the first loss must be 1.3863", "| 8 | full |", "largest --micro_batch_tokens",
-        "TFLOP", "nothing was trained",
+        "first training prompt:", "shortened",
+        "the first loss must be 1.3863", "| 8 | full |", "tokens in 141 GB",
+        "measured: a step on this CPU", "h of training on 1 rank(s)",
     ):  # fmt: skip
         assert text in done.stdout, text
     assert "raw: memory" not in done.stdout  # nothing of it is trained
+    steps = re.findall(r"([\d.e-]+) s on 1 rank.s. at .* times (\d+) steps", done.stdout)
+    total = re.search(r"the whole run: ([\d.e-]+) h", done.stdout)[1]
+    assert [n for _, n in steps] == ["5", "3"]
+    assert float(total) * 3600 == pytest.approx(sum(float(s) * int(n) for s, n in steps), rel=0.01)
     assert not (tmp_path / "run").exists()
 
 
 def test_targets_in_the_prompt_take_memory_and_time():
     """With a history of 100 tokens scored, the head works for 100 more rows of each prompt."""
     config = dataclasses.replace(SMALL, vocab_size=30000)
-    shape = (config, torch.float32, 8, list(TARGET_MODULES), 0.0, False, 2, 256, [8])
-    plain, scored = fake_step(*shape), fake_step(*shape, history=100)
+    plain, scored = (
+        fake_step(workload(config, completions=[8], history=n), B=2, gpu=False) for n in (0, 100)
+    )
     rows = 2 * 100
     head = 2 * rows * config.hidden_size * config.vocab_size  # of one pass over them
     assert 2 * head <= scored.flops - plain.flops <= 3 * head
     assert scored.passing - plain.passing >= rows * config.hidden_size * 4
 
 
-def test_adapters_gradients_are_whole_between_micro_batches():
-    """A quarter of adapter, gradient and moments; nothing with one micro-batch or full training."""
-    step = Step(weights=0, trained=16 * 100, passing=0, flops=0)
-    assert whole_gradients(step, 8, several=True) == 400
-    assert whole_gradients(step, 8, several=False) == whole_gradients(step, 0, several=True) == 0
+def table_of(step: Step, r: int, batch_size: int) -> dict[tuple[str, str], list[str]]:
+    """Cells of memory_table by ranks and --shard; two prompts take twice what `step` passes."""
+    run = SimpleNamespace(world_size=1, config=SimpleNamespace(batch_size=batch_size))
+    double = dataclasses.replace(step, passing=2 * step.passing)
+    with patch("runtime.estimate.fake_step", return_value=double):
+        text = memory_table(workload(SMALL, r=r, prompt=1000), 2, [step, step], run)
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    return {(row[0], row[1]): row[2:] for row in cells}
+
+
+def test_the_table_adds_up():
+    """A rank of 8 keeps an eighth, and whole: what is gathered, and between several micro-batches
+    its adapters' gradients; what is left of a GPU holds so many prompts."""
+    GB = 10**9
+    step = Step(weights=16 * GB, trained=8 * GB, gathered=4 * GB, passing=5 * GB, flops=0)
+    table = table_of(step, r=8, batch_size=1000)
+    assert table["1", "none"][:5] == ["16.00", "8.00", "0.00", "10.00", "34.00"]
+    assert table["8", "full"][:5] == ["2.00", "2.75", "4.00", "10.00", "18.75"]
+    width = 1000 + sum(n - 1 for n in COMPLETIONS)
+    # 24 GB are full without any prompt; 48 GB leave 24 GB, 4 prompts of 5
+    assert table["1", "none"][7:9] == ["0 / 0", f"{4 * width:,} / {4 * width:,}"]
+    assert table_of(step, r=8, batch_size=16)["8", "full"][1] == "1.00"  # one micro-batch a rank
+    assert table_of(step, r=0, batch_size=1000)["8", "full"][1] == "1.00"  # each reduces its own

@@ -18,15 +18,15 @@ ROOMS = {
     "data": 657,
     "lora": 300,
     "loaders": 4984,
-    "runtime": 2024,
+    "runtime": 1752,
     "eval": 373,
     "demo": 741,
     "objectives": 218,
-    "train": 872,
+    "train": 863,
     "studies": 3734,
     "recommend": 261,
     "bench": 3113,
-    "tests": 17132,
+    "tests": 17083,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")

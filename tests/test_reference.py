@@ -1,11 +1,13 @@
 """Reference log-probs: whose they are, what identifies their file, and sums of the same bits."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, run_script
 from safetensors.torch import load_file, save_file
 from test_train import objective_and_optimizer, small_world  # noqa: F401  (a fixture)
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,14 +17,8 @@ from data import build_tree, tree_widths
 from lora import save_adapter
 from objectives import Schedule
 from runtime.checkpoint import save_checkpoint
-from runtime.reference import (
-    check_first_rewards,
-    prepare_reference,
-    read_reference,
-    reference_key,
-    write_reference,
-)
-from runtime.stages import resume_stage, weights_key
+from runtime.reference import check_first_rewards, prepare_reference
+from runtime.stages import resume_stage, tokens_key, weights_key
 
 CPU = torch.device("cpu")
 
@@ -120,7 +116,7 @@ def test_every_row_is_its_own_examples(stage):
     """Each log-prob is that of its title alone behind its prompt, however the pass is divided."""
     for budget in (500, 100_000):
         run, objective, schedule = stage(micro_batch_tokens=budget)
-        prepare_reference(run, "w", objective, schedule)
+        prepare_reference(run, "w", "t", objective, schedule)
         torch.testing.assert_close(objective.reference_logps, one_by_one(objective))
         for file in run.folder.glob("reference-*"):
             file.unlink()
@@ -129,7 +125,7 @@ def test_every_row_is_its_own_examples(stage):
 def test_examples_that_a_short_stage_never_sees_stay_unknown(stage):
     """With --max_steps 1 only the first step's examples are scored; the others are NaN, not 0."""
     run, objective, schedule = stage(max_steps=1)
-    prepare_reference(run, "w", objective, schedule)
+    prepare_reference(run, "w", "t", objective, schedule)
     known = objective.reference_logps.isfinite().all(1).nonzero().squeeze(1).tolist()
     assert known == sorted(schedule.examples(0))
     assert objective.reference_logps.isnan().any(1).sum() == len(schedule.widths) - len(known)
@@ -139,120 +135,92 @@ def test_examples_that_a_short_stage_never_sees_stay_unknown(stage):
 def test_the_stored_file_is_read_whatever_the_division(stage, monkeypatch):
     """Process count, batches, micro-batches, seed and epochs do not matter, and no pass runs."""
     run, first, schedule = stage()
-    key = prepare_reference(run, "w", first, schedule)
+    key = prepare_reference(run, "w", "t", first, schedule)
     monkeypatch.setattr("runtime.reference.reference_pass", None)  # calling it would be an error
     others = ({"world_size": 3}, {"batch_size": 4}, {"micro_batch_tokens": 9000}, {"seed": 7})
     for options in (*others, {"epochs": 1.0}):
         run, objective, schedule = stage(**options)
-        assert prepare_reference(run, "w", objective, schedule) == key
+        assert prepare_reference(run, "w", "t", objective, schedule) == key
         assert torch.equal(objective.reference_logps, first.reference_logps)
 
 
 def test_the_key_names_all_that_the_log_probs_depend_on(stage):
-    """Other weights, tokens, titles, their order, or dtype: another key."""
+    """Other weights, tokens, dtype, or a base in 4 bits: another key."""
+    keys, same = set(), {}
+    others = ({"dtype": "bfloat16"}, {"load_in_4bit": True})
+    cases = [("w", "t", same), ("v", "t", same), ("w", "u", same)]
+    for weights, tokens, options in cases + [("w", "t", other) for other in others]:
+        run, objective, schedule = stage(max_steps=1)
+        run.config = replace(run.config, **options)
+        keys.add(prepare_reference(run, weights, tokens, objective, schedule))
+    assert len(keys) == 5
+
+
+def test_the_tokens_key_names_prompts_titles_and_their_order(stage):
     run, objective, _ = stage()
     encoded, slots = run.train, objective.slots
-    key = reference_key("w", encoded, slots, torch.float32)
-    assert key == reference_key("w", encoded, slots.copy(), torch.float32)
-
     prompts = [p.copy() for p in encoded.prompts]
     prompts[3][0] += 1
     item = encoded.examples.candidates[2, slots[2, 0]]
     completions = encoded.completions | {int(item): [9, 0]}
     swapped = slots.copy()
     swapped[5] = swapped[5][::-1]
+    assert tokens_key(encoded, slots) == tokens_key(encoded, slots.copy())
     others = [
-        reference_key("v", encoded, slots, torch.float32),
-        reference_key("w", encoded, slots, torch.bfloat16),
-        reference_key("w", replace(encoded, prompts=prompts), slots, torch.float32),
-        reference_key("w", replace(encoded, completions=completions), slots, torch.float32),
-        reference_key("w", encoded, swapped, torch.float32),
+        tokens_key(encoded, slots),
+        tokens_key(replace(encoded, prompts=prompts), slots),
+        tokens_key(replace(encoded, completions=completions), slots),
+        tokens_key(encoded, swapped),
     ]
-    assert len({key, *others}) == 6
+    assert len(set(others)) == 4
 
 
 def test_the_weights_key_names_base_and_adapter(stage, tmp_path):
-    """Another base or adapter is another key; the path where they lie is not."""
+    """Another base, or an adapter of other weights or scaling, is another key; a path is none."""
     _, objective, _ = stage()
     model, base = objective.model, objective.model.source
-    save_adapter(model, tmp_path / "a")
-    model.name_or_path = "elsewhere"
-    save_adapter(model, tmp_path / "b")
+    shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    changes = {"a": {}, "b": {}, "c": {"lora_alpha": 1.0}, "d": {"use_rslora": True}}
+    for name, change in changes.items():
+        model.lora_config |= change
+        save_adapter(model, tmp_path / name)
+        model.name_or_path = "elsewhere"
     for p in model.parameters():
         p.data += 1e-3
-    save_adapter(model, tmp_path / "c")
-    keys = [weights_key(base, path and tmp_path / path) for path in (None, "a", "b", "c")]
-    assert keys[1] == keys[2] and len(set(keys)) == 3
+    save_adapter(model, tmp_path / "e")
+    keys = [weights_key(base, path and tmp_path / path) for path in (None, "a", "b", "c", "d", "e")]
+    keys.append(weights_key(tmp_path / "base", None))
+    assert keys[1] == keys[2] and len(set(keys)) == 6
 
 
-LOGPS = torch.arange(12.0).reshape(4, 3)
-NEEDED = torch.tensor([True, True, False, True])
-
-
-def other_content(file, how: str) -> None:
-    """Replace the file of LOGPS by one that must not be used."""
-    if how == "cut":
-        file.write_bytes(file.read_bytes()[:-4])
-    elif how == "no safetensors":
-        file.write_text("no tensors here")
-    elif how == "flipped bit":
-        content = bytearray(file.read_bytes())
-        content[-10] ^= 4
-        file.write_bytes(content)
-    elif how == "other name":
-        save_file({"other": LOGPS}, file, metadata={"key": "k"})
-    elif how == "no key":
-        save_file({"logps": LOGPS}, file)
-    elif how == "other key":
-        write_reference(file, "l", LOGPS)
-    elif how == "rows":
-        write_reference(file, "k", LOGPS[1:])
-    elif how == "columns":
-        write_reference(file, "k", LOGPS[:, 1:].contiguous())
-    elif how == "dtype":
-        write_reference(file, "k", LOGPS.double())
-    elif how == "missing example":
-        write_reference(file, "k", LOGPS.where(LOGPS != 10.0, torch.nan))
-
-
-KINDS = ("cut", "no safetensors", "flipped bit", "other name", "no key", "other key", "rows")
-KINDS += ("columns", "dtype", "missing example")
-
-
-@pytest.mark.parametrize("how", KINDS)
-def test_a_file_of_other_content_is_never_used(tmp_path, how, capsys):
-    """Damaged, of another key or shape, or without an example of the stage: a note, and nothing."""
-    file = tmp_path / "reference.safetensors"
-    write_reference(file, "k", LOGPS)
-    assert torch.equal(read_reference(file, "k", NEEDED, 3), LOGPS)
-    assert not capsys.readouterr().out
-
-    other_content(file, how)
-    assert read_reference(file, "k", NEEDED, 3) is None
-    note = capsys.readouterr().out
-    assert f"note: {file}" in note and "computing it again" in note
-
-
-def test_what_is_not_used_is_computed_again(stage, capsys):
-    """A damaged file is replaced by one with the bits that it had."""
+@pytest.mark.parametrize("how", ["flipped", "cut", "without hash"])
+def test_a_damaged_file_is_computed_again(stage, how, capsys):
+    """It is named, never used, and replaced by one with the bits that it had."""
     run, objective, schedule = stage()
-    prepare_reference(run, "w", objective, schedule)
-    (file,) = run.folder.glob("reference-*")
-    whole = objective.reference_logps
-    other_content(file, "flipped bit")
-    prepare_reference(run, "w", objective, schedule)
+    prepare_reference(run, "w", "t", objective, schedule)
+    (file,) = run.folder.glob("reference-*.safetensors")
+    whole, content = objective.reference_logps, bytearray(file.read_bytes())
+    if how == "flipped":
+        content[-10] ^= 4
+    file.write_bytes(content[:-4] if how == "cut" else content)
+    if how == "without hash":
+        file.with_name(f"{file.name}.sha256").unlink()
+    prepare_reference(run, "w", "t", objective, schedule)
+    assert f"note: {file} is damaged; computing it again" in capsys.readouterr().out
     assert torch.equal(load_file(file)["logps"], whole)
     assert torch.equal(objective.reference_logps, whole)
-    assert "is damaged; computing it again" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- the first step
 def first_rewards(stage, change=None, **options):
     """The objective after its first step; its reference was filled by micro-batches of 1 prompt."""
     run, objective, schedule = stage()
-    prepare_reference(run, "w", objective, schedule)
+    prepare_reference(run, "w", "t", objective, schedule)
     run, objective, schedule = stage(**options)
-    prepare_reference(run, "w", objective, schedule)
+    prepare_reference(run, "w", "t", objective, schedule)
     if change:
         objective.reference_logps = change(objective.reference_logps)
     with torch.no_grad():
@@ -281,18 +249,52 @@ def test_a_reference_of_other_rows_or_weights_stops_before_training(stage):
         check_first_rewards(first_rewards(stage, lambda logps: logps + 0.6), exact=False)
 
 
+# what two ranks say of rewards that are wrong on rank 1 alone
+TWO_RANKS = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, {root!r})
+import torch
+from common import run_cli, setup_distributed
+from runtime.reference import check_first_rewards
+
+def main():
+    rank, *_ = setup_distributed()
+    rewards = [torch.full((2, 4), 0.01 * rank)]
+    objective = SimpleNamespace(first_rewards=rewards, config=SimpleNamespace(beta=1.0))
+    try:
+        check_first_rewards(objective, exact=True)
+    except ValueError as error:
+        open(f"rank-{{rank}}", "w").write(str(error))
+
+run_cli(main)
+"""
+
+
+def test_all_ranks_stop_if_the_rewards_of_one_are_wrong(tmp_path):
+    """Otherwise the others would wait for it."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS.format(root=str(ROOT)))
+    done = run_script(script, processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert "differ before training: max 1.00e-02" in (tmp_path / f"rank-{rank}").read_text()
+
+
 def test_after_a_resume_no_rewards_are_kept(stage, small_world):  # noqa: F811
     """They are for the first step alone; after it, or after a checkpoint, nothing piles up."""
     run, objective, schedule = stage()
-    prepare_reference(run, "w", objective, schedule)
+    prepare_reference(run, "w", "t", objective, schedule)
     parameters = [p for p in objective.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    save_checkpoint(run.folder, 3, objective.model, optimizer, {"optimizer_steps": 0}, 1, 1)
+    save_checkpoint(run.folder, 3, objective.model, optimizer, {}, 1, 1)
     (run.folder / "metrics.jsonl").write_text("")
 
-    run.config, run.world_size = replace(run.config, resume="auto", output_dir="x"), 1
+    run.world_size = 1
     assert objective.first_rewards == []
-    assert resume_stage(run, run.folder, objective.model, optimizer, objective, {}) == 3
+    facts = {"model": objective.model, "optimizer": optimizer, "identity": {}}
+    resumed = SimpleNamespace(run=run, folder=run.folder, objective=objective, **facts)
+    assert resume_stage(resumed) == 3
     with torch.no_grad():
         objective(objective.prepare([0, 1], np.arange(2)))
     assert objective.first_rewards is None

@@ -2,21 +2,21 @@
 its users, its curve, that it changes nothing, and the best step's weights."""
 
 import json
-import shutil
+import os
+import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from launch import ROOT, TINY, losses, run_train
 from safetensors.torch import load_file
 
 import train
+from common import Stopped
 from loaders.frozen import DataConfig, prepare
-from runtime.checkpoint import save_checkpoint, sha256
-from runtime.validation import SHOWN, Validation
+from runtime.checkpoint import save_checkpoint
+from runtime.validation import SHOWN
 from train import TrainConfig
 
 # train.py in which the first validation is the best one
@@ -75,30 +75,18 @@ def test_validation_on_two_sharded_ranks_is_that_of_one(validated):
         torch.testing.assert_close(adapters[1][name], tensor, atol=1e-4, rtol=0)
 
 
-def test_validation_users_are_a_sample_of_the_validation_split(tmp_path):
+def test_validation_users_are_a_sample_of_the_validation_split(tmp_path, monkeypatch):
     """Each example lies at its user's last interaction but one: no test answer is among them."""
     prepared = prepare(DataConfig(planted_users=60, followers=3, prepared_dir=str(tmp_path)))
-    seen = []
-
-    class Spy:
-        def select(self, rows):
-            seen.extend(rows)
-            return prepared.splits["val"].select(rows)
-
-        def __len__(self):
-            return len(prepared.splits["val"])
-
-    encode = train.encode_examples
-    train.encode_examples = lambda examples, tokenizer, length: examples
-    try:
-        sample = train.encode_sample(Spy(), None, TrainConfig(val_size=20))
-        again = train.encode_sample(Spy(), None, TrainConfig(val_size=20))
-    finally:
-        train.encode_examples = encode
+    monkeypatch.setattr(train, "encode_examples", lambda examples, *rest: examples)
+    sample, again, none = (
+        train.encode_sample(prepared.splits["val"], None, TrainConfig(val_size=n))
+        for n in (20, 20, 0)
+    )
     interactions = sample.interactions
     assert len(sample.position) == 20 and np.array_equal(sample.position, again.position)
     assert (sample.position == interactions.start[interactions.user[sample.position] + 1] - 2).all()
-    assert train.encode_sample(Spy(), None, TrainConfig(val_size=0)) is None
+    assert none is None
 
 
 def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypatch):
@@ -117,109 +105,26 @@ def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypat
     assert answered == [{2}, {2}, {1}]
 
 
-def test_the_best_step_is_kept_the_earlier_of_equal_ones(in_process, tmp_path, monkeypatch):
-    """--keep best saves and tests the weights of step 2, where .5 is reached first."""
-    values = iter([0.2, 0.5, 0.5, 0.1])
-
-    def summary(run, model):
-        return dict.fromkeys(("n", *SHOWN), 0.0) | {"hit_ratio@1": next(values)}
-
-    folder = tmp_path / "copy"
-    monkeypatch.setattr(train, "validation_metrics", summary)
-    monkeypatch.setattr(
-        train, "finish_stage", lambda run, stage, model, f: shutil.copytree(f, folder)
-    )
-    monkeypatch.setattr(train, "results", lambda run, prepared: "")
-    monkeypatch.setattr(train, "load_stage", lambda folder: (folder, None))
-    flags = (*TINY, *SHORT, f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}")
-    flags = (*flags, "--save_steps=1", "--save_total_limit=9", "--eval_steps=1", "--keep=best")
-    in_process(train.main, *flags)
-    saved = load_file(folder / "adapter_model.safetensors")
-    for step, same in ((2, True), (4, False)):
-        held = load_file(folder / f"checkpoint-{step}" / "rank-00000.safetensors")
-        equal = [
-            torch.equal(held[name.removeprefix("base_model.model.")], tensor)
-            for name, tensor in saved.items()
-        ]
-        assert all(equal) == same
-    assert names(folder / "best") == {"checkpoint-1", "checkpoint-2"}  # checkpoint-1 names its own
-
-
-def write_kept(folder: Path, **state) -> Path:
-    """A whole checkpoint that holds no weights."""
-    folder.mkdir(parents=True)
-    file = folder / "state.json"
-    file.write_text(json.dumps(state))
-    manifest = {"state.json": [file.stat().st_size, sha256(file)]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
 @pytest.fixture
-def kept(tmp_path):
-    """The validation of a stage that kept steps 5, 10 and 20, and its folder."""
-    for step, value in ((5, 0.3), (10, 0.3), (20, 0.9)):
-        write_kept(tmp_path / "best" / f"checkpoint-{step}", step=step, value=value)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    optimizer = SimpleNamespace(param_groups=[])
-    yield Validation(None, "sft", tmp_path, None, optimizer, {}, None), tmp_path
-    dist.destroy_process_group()
+def decreed(in_process, tmp_path, monkeypatch):
+    """run(name, values, *flags): SFT whose validations have these hit ratios, in order.
 
+    `signal_at`, a validation's number, gets a SIGTERM before it returns; `die`, a step's, ends the
+    run when its checkpoint is in place. Returns lines of the curve and the adapter."""
 
-def names(folder: Path) -> set[str]:
-    return {f.name for f in folder.iterdir()}
-
-
-def test_a_resumed_run_forgets_steps_that_lie_ahead(kept):
-    """Resumed after step 15: the best of steps 5 and 10 counts, step 20's files go."""
-    kept, folder = kept
-    kept.resume(15)
-    assert kept.best == (0.3, 5) and kept.state() == {"best_step": 5}
-    assert names(folder / "best") == {"checkpoint-5", "checkpoint-10"}
-    kept.forget_worse()
-    assert names(folder / "best") == {"checkpoint-5"}
-
-
-def test_a_checkpoint_to_fall_back_to_finds_its_own_best_step(kept):
-    """What checkpoint-15 named as its best is kept beside the newer best,
-    until that one is gone."""
-    kept, folder = kept
-    older = write_kept(folder / "checkpoint-15", step=15, best_step=5)
-    kept.best = (0.9, 20)
-    kept.forget_worse()
-    assert names(folder / "best") == {"checkpoint-5", "checkpoint-20"}
-    shutil.rmtree(older)
-    kept.forget_worse()
-    assert names(folder / "best") == {"checkpoint-20"}
-
-
-def test_damaged_weights_of_a_kept_step_are_named_and_passed_over(kept, capsys):
-    """A flipped byte in best/ is no result: the next best step counts."""
-    kept, folder = kept
-    file = folder / "best" / "checkpoint-20" / "state.json"
-    file.write_text(file.read_text().replace("0.9", "0.8"))
-    kept.resume(30)
-    assert "checkpoint-20 is damaged (state.json has another SHA-256)" in capsys.readouterr().out
-    assert kept.best == (0.3, 5) and names(folder / "best") == {"checkpoint-5", "checkpoint-10"}
-
-
-def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkeypatch):
-    """Stopped after step 3 of 4, resumed: step 2's weights, no val line twice."""
-    values = {1: 0.2, 2: 0.5, 3: 0.1, 4: 0.3}
-
-    def run(name, *flags, die=0):
-        seen = []
+    def run(name, values, *flags, signal_at=0, die=0):
+        left = list(values)
 
         def summary(run, model):
-            seen.append(1)
-            step = len(seen) + (3 if "--resume=auto" in flags else 0)
-            return dict.fromkeys(("n", *SHOWN), 0.0) | {"hit_ratio@1": values[step]}
+            if len(values) - len(left) + 1 == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return dict.fromkeys(SHOWN, 0.0) | {"n": 1, "hit_ratio@1": left.pop(0)}
 
-        def save(folder, step, *args, **kwargs):
-            out = save_checkpoint(folder, step, *args, **kwargs)
-            if die and step == die and folder.name.endswith("unfinished"):
+        def save(folder, step, *args, **facts):
+            saved = save_checkpoint(folder, step, *args, **facts)
+            if step == die:
                 raise KeyboardInterrupt
-            return out
+            return saved
 
         monkeypatch.setattr(train, "validation_metrics", summary)
         monkeypatch.setattr(train, "save_checkpoint", save)
@@ -227,14 +132,56 @@ def test_a_killed_run_keeps_the_best_step_of_before(in_process, tmp_path, monkey
         options = (*TINY, *SHORT, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}")
         options += ("--save_steps=1", "--eval_steps=1", "--keep=best", *flags)
         in_process(train.main, *options)
+        assert not left
         return val_lines(folder / "sft"), load_file(folder / "sft" / "adapter_model.safetensors")
 
-    whole_lines, whole = run("whole")
+    return run
+
+
+def assert_same(first, second) -> None:
+    """The same curve, with each step once, and the same adapter to the bit."""
+    assert first[0] == second[0] and [m["step"] for m in first[0]] == [1, 2, 3, 4]
+    assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
+
+
+VALUES = (0.2, 0.5, 0.5, 0.1)
+
+
+def test_the_best_step_is_kept_the_earlier_of_equal_ones(decreed, tmp_path, capsys):
+    """--keep best saves the weights of step 2, where .5 is reached first."""
     with pytest.raises(KeyboardInterrupt):
-        run("killed", die=3)
-    lines, resumed = run("killed", "--resume=auto")
-    assert lines == whole_lines and [m["step"] for m in lines] == [1, 2, 3, 4]
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+        decreed("stopped", VALUES, die=2)
+    _, adapter = decreed("whole", VALUES)
+    assert "sft: keeping step 2 of 4, val/hit_ratio@1 0.5000" in capsys.readouterr().out
+    held = load_file(tmp_path / "stopped/sft.unfinished/checkpoint-2/rank-00000.safetensors")
+    for name, tensor in adapter.items():
+        assert torch.equal(held[name.removeprefix("base_model.model.")], tensor)
+
+
+@pytest.mark.parametrize("die", [2, 3])
+def test_a_killed_run_keeps_the_best_step_of_before(decreed, die):
+    """Its own, if the checkpoint is that of the best step, or an earlier one."""
+    with pytest.raises(KeyboardInterrupt):
+        decreed("killed", VALUES, die=die)
+    assert_same(decreed("killed", VALUES[die:], "--resume=auto"), decreed("whole", VALUES))
+
+
+def test_a_run_falls_back_to_the_best_step_of_an_older_checkpoint(decreed, tmp_path):
+    """checkpoint-3 is damaged: checkpoint-2 knows the best step and its weights, too."""
+    with pytest.raises(KeyboardInterrupt):
+        decreed("killed", VALUES, die=3)
+    (tmp_path / "killed/sft.unfinished/checkpoint-3/state.json").write_text("{}")
+    assert_same(decreed("killed", VALUES[2:], "--resume=auto"), decreed("whole", VALUES))
+
+
+@pytest.mark.parametrize("signal_at", [2, 4])
+def test_sigterm_during_a_validation_loses_neither_it_nor_the_step(decreed, tmp_path, signal_at):
+    """The run saves and stops, after the last validation of a stage, too; the best step stays."""
+    with pytest.raises(Stopped):
+        decreed("stopped", VALUES, "--save_steps=0", signal_at=signal_at)
+    assert not (tmp_path / "stopped/sft").exists()
+    resumed = decreed("stopped", VALUES[signal_at:], "--save_steps=0", "--resume=auto")
+    assert_same(resumed, decreed("whole", VALUES))
 
 
 def test_the_best_step_of_full_training_on_two_sharded_ranks(tmp_path):
@@ -248,7 +195,6 @@ def test_the_best_step_of_full_training_on_two_sharded_ranks(tmp_path):
         output, _ = run_train(tmp_path, folder.name, *flags, processes=processes, script=script)
         assert "keeping step 1 of 2" in output
         saved[processes] = load_file(folder / "sft" / "model.safetensors")
-        assert not (folder / "sft" / "best").exists()
     for name, tensor in saved[1].items():
         torch.testing.assert_close(saved[2][name], tensor, atol=1e-4, rtol=0)
 
