@@ -139,13 +139,17 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: 
     else:
         save_pretrained(model, folder, gathered(model), write=is_main())
         if is_main():
-            for name in TOKENIZER_FILES:
-                if (base / name).exists():
-                    shutil.copy(base / name, folder / name)
+            copy_tokenizer(base, folder)
             if run.config.prompt_format == "chat":
                 add_end_of_turn(folder, run.tokenizer.eos_id)
     if is_main():
         write_base(run, base, folder, weights)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
 
 
 def write_base(

@@ -18,7 +18,7 @@ ROOMS = {
     "data": 657,
     "lora": 300,
     "loaders": 4984,
-    "runtime": 1752,
+    "runtime": 1756,
     "eval": 373,
     "demo": 741,
     "objectives": 218,
@@ -26,7 +26,7 @@ ROOMS = {
     "studies": 3734,
     "recommend": 261,
     "bench": 3113,
-    "tests": 17083,
+    "tests": 17095,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
