@@ -60,11 +60,10 @@ from common import (
 )
 from data import NUM_CANDIDATES, Encoded, Examples, encode_examples, to_device, tree_widths
 from eval import predict, ranking_metrics, results_table, summarise
-from hub.adapter import base_of
 from hub.files import resolve_path
-from hub.targets import TARGET_MODULES
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
+from lora import TARGET_MODULES, base_of
 from losses import MARGINS
 from model import Transformer
 from objectives import PAIRWISE, PREFERENCE_LOSSES, SFT, MicroBatch, Preference, Schedule

@@ -8,12 +8,11 @@ from typing import get_type_hints
 import torch
 
 from common import arg, changed_options, check_types, read_json, reading
-from hub.adapter import base_of
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig
-from lora import load_adapter
-from model import Transformer, load_4bit, load_pretrained
+from lora import base_of, load_adapter
+from model import Transformer, load_pretrained
 from runtime.policy import say_what_4_bits_cost, stored_dtype
 from runtime.stages import check_data, load_stage
 
@@ -110,8 +109,7 @@ def load_source(
     base, adapter = source
     if config.load_in_4bit:
         say_what_4_bits_cost(device.type)
-    read = load_4bit if config.load_in_4bit else load_pretrained
-    model = read(base, stored_dtype(config, device), device)
+    model = load_pretrained(base, stored_dtype(config, device), device, config.load_in_4bit)
     if adapter:
         load_adapter(model, adapter)
     return model.eval(), Tokenizer(base, config.prompt_format)

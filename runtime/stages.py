@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 
 from common import is_main, print0, read_json, reading
-from hub.adapter import base_fingerprint, read_adapter_config
 from hub.chat import add_end_of_turn
-from hub.files import open_safetensors
-from lora import save_adapter
+from hub.files import base_fingerprint, open_safetensors
+from lora import read_adapter_config, save_adapter
 from model import ModelConfig, Transformer, save_pretrained
 from runtime.checkpoint import damage, load_checkpoint, newest_checkpoint
 from runtime.runs import Run, line_step

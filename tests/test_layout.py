@@ -13,12 +13,12 @@ ROOMS = {
     "losses": 200,
     "kernels": 780,
     "common": 240,
-    "hub": 2120,
-    "model": 510,
+    "hub": 1026,
+    "model": 440,
     "data": 744,
-    "lora": 216,
+    "lora": 325,
     "loaders": 4800,
-    "runtime": 1900,
+    "runtime": 1818,
     "eval": 420,
     "demo": 600,
     "objectives": 336,
@@ -26,7 +26,7 @@ ROOMS = {
     "studies": 3900,
     "recommend": 550,
     "bench": 3113,
-    "tests": 16760,
+    "tests": 15977,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
