@@ -1,5 +1,4 @@
-"""LoRA: a frozen linear layer plus a trainable low-rank correction (arXiv:2106.09685),
-in PEFT's file format.
+"""LoRA: a frozen linear layer plus a trainable low-rank correction (arXiv:2106.09685).
 
     y = W x + b + scaling * B A dropout(x)          x ──┬── W (frozen) ────────────┬── y
                                                         └── dropout ── A ── B ── * ┘ scaling
@@ -7,28 +6,34 @@ in PEFT's file format.
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv:2312.03732).
 
 Projections of one input are computed together, as one autograd function (kernels/lora.py). A and
-B stay fp32 over a bf16 base and are cast per use. Files are PEFT's (hub/adapter.py).
+B stay fp32 over a bf16 base and are cast per use. Files are PEFT's two, strict both ways. Left out:
+DoRA, rank or alpha patterns, trained biases, adapters of embeddings or of the head.
 """
 
 import hashlib
+import json
 import math
+import re
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from hub.adapter import (
-    PEFT_PREFIX,
-    adapter_settings,
-    check_adapter_tensors,
-    read_adapter_config,
-    read_adapter_tensors,
-    write_adapter,
+from common import is_main, read_json
+from hub.files import (
+    Weights,
+    base_fingerprint,
+    check_tensors,
+    note_once,
+    open_safetensors,
+    save_tensors,
 )
 from hub.quantized import base_weight, unquantized
-from hub.targets import TARGET_MODULES, find_targets, used_targets
 from kernels.lora import adapted_projections
 from kernels.nf4 import outside_graphs
 from model import Transformer
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -56,8 +61,7 @@ class LoRALinear(nn.Linear):
 
     @staticmethod
     def project(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
-        """Several projections of one input, at least one of them adapted,
-        in one autograd function."""
+        """Compute several projections of one input, at least one of them adapted, together."""
         lora = [layer for layer in layers if isinstance(layer, LoRALinear)]
         As = [layer.lora_A.weight if layer in lora else None for layer in layers]
         Bs = [layer.lora_B.weight if layer in lora else None for layer in layers]
@@ -69,8 +73,7 @@ class LoRALinear(nn.Linear):
         return first.projections(x, weights, biases, As, Bs, first.scaling, dropout, absmaxes)
 
     def draw_A(self, name: str, seed: int) -> Tensor:
-        """A ~ U(-1/sqrt(in), 1/sqrt(in)), drawn whole from (seed, name)
-        so that every rank starts with the same."""
+        """Draw A ~ U(-1/sqrt(in), 1/sqrt(in)) whole from (seed, name): all ranks start alike."""
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         bound = 1 / math.sqrt(self.in_features)
@@ -83,12 +86,31 @@ class LoRALinear(nn.Linear):
         self.lora_B.weight.zero_()
 
 
+# ------------------------------------------------------------------------ which layers
 def linear_names(model: Transformer) -> list[str]:
     """Module paths of the layers that can carry an adapter."""
-    modules = model.named_modules()
-    return [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [name for name in linears if name != "lm_head"]
 
 
+def find_targets(linears: list[str], targets, strict: bool = True) -> list[str]:
+    """Layers that a regular expression, PEFT's "all-linear" or a list of ends of paths means."""
+    if targets == "all-linear":
+        return linears
+    expressions = (
+        [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
+    )
+    try:
+        matches = [{n for n in linears if re.fullmatch(e, n)} for e in expressions]
+    except re.error as error:
+        raise ValueError(f"target_modules {targets!r}: {error}") from None
+    found = set().union(*matches)
+    if not found or strict and not all(matches):
+        raise ValueError(f"target_modules {targets!r}: one matches no layer like {TARGET_MODULES}")
+    return [name for name in linears if name in found]
+
+
+# ------------------------------------------------------------------------ on a model
 def apply_lora(
     model: Transformer,
     r: int,
@@ -99,8 +121,7 @@ def apply_lora(
     use_rslora: bool = False,
     seed: int = 0,
 ) -> Transformer:
-    """Freeze the model and put an adapter on every targeted linear layer, in place;
-    returns the model."""
+    """Freeze the model and put an adapter on every targeted linear layer, in place."""
     if r < 1:
         raise ValueError(f"LoRA rank r must be >= 1, got {r}")
     if getattr(model, "lora_config", None):
@@ -113,11 +134,10 @@ def apply_lora(
     model.requires_grad_(False)
     scaling = lora_scaling(r, lora_alpha, use_rslora)
     for name in targets:
-        parent = model.get_submodule(name.rpartition(".")[0])
         layer = LoRALinear(model.get_submodule(name), r, scaling, lora_dropout)
         if not layer.weight.is_meta:
             layer.reset_parameters(name, seed)
-        setattr(parent, name.rpartition(".")[2], layer)
+        model.set_submodule(name, layer)
     model.lora_config = {
         "r": r,
         "lora_alpha": lora_alpha,
@@ -132,78 +152,174 @@ def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = None) -> None:
-    """Write PEFT's two files.
+@torch.no_grad()
+def merge_lora(model: Transformer) -> Transformer:
+    """Fold every adapter into its weight, W += scaling * B A, and take it off, in place.
 
-    `state` overrides the weights (gathered ones, when the model is sharded)."""
+    A 4-bit base gets its original weights back where they are at hand, else its own values."""
+    if not lora_layers(model):
+        raise ValueError("the model carries no LoRA adapter to merge")
+    for name, layer in lora_layers(model).items():
+        delta = layer.scaling * layer.lora_B.weight.float() @ layer.lora_A.weight.float()
+        weight = layer.weight
+        if layer.absmax is not None:
+            weight = base_weight(model, name, layer, model.model.norm.weight.dtype)
+            weight = nn.Parameter(weight, requires_grad=False)
+        weight.copy_(weight.float() + delta)
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        linear.weight, linear.bias = weight, layer.bias
+        model.set_submodule(name, linear)
+    unquantized(model)
+    model.lora_config = None
+    model.source, model.name_or_path = None, ""  # no longer the weights in that folder
+    return model
+
+
+def adapter_products(settings: dict, tensors: dict[str, Tensor]) -> dict:
+    """Weight -> (scaling * B, A) of a read adapter: read_weights adds their product."""
+    scaling = lora_scaling(settings["r"], settings["lora_alpha"], settings["use_rslora"])
+    pairs = {}
+    for name, A in tensors.items():
+        if ".lora_A." in name:
+            B = tensors[name.replace(".lora_A.", ".lora_B.")]
+            pairs[name.replace(".lora_A.", ".")] = (scaling * B.float(), A.float())
+    return pairs
+
+
+# ------------------------------------------------------------------------ PEFT's two files
+PEFT_PREFIX = "base_model.model."
+SETTINGS = {  # arguments of apply_lora, with PEFT's defaults
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": ["q_proj", "v_proj"],
+    "use_rslora": False,
+}
+WITHOUT_EFFECT = {  # on what an adapter computes; PEFT's other settings must be empty
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
+    "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
+
+
+def read_adapter_config(path) -> dict:
+    """Read adapter_config.json with PEFT's defaults filled in; what is not computed is refused."""
+    file = Path(path) / "adapter_config.json"
+    config = {"peft_type": None} | read_json(file)
+    config |= {key: value for key, value in SETTINGS.items() if config.get(key) is None}
+    targets, alpha, dropout = (config[f] for f in ("target_modules", "lora_alpha", "lora_dropout"))
+    names = [targets] if isinstance(targets, str) else targets
+    good = {
+        "peft_type": config["peft_type"] == "LORA",
+        "r": type(config["r"]) is int and config["r"] > 0,
+        "lora_alpha": type(alpha) in (int, float) and 0 < alpha < math.inf,
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
+        "target_modules": type(names) is list and {str} == set(map(type, names)),
+        "use_rslora": type(config["use_rslora"]) is bool,
+    }
+    for key, value in config.items():
+        unused = not value or key in WITHOUT_EFFECT or value in HARMLESS.get(key, ())
+        if not good.get(key, unused):
+            raise ValueError(f"{file}: {key} {str(value)[:60]!r} is not supported (plain LoRA is)")
+    return config
+
+
+def base_of(path) -> str:
+    """The base model that an adapter names; ValueError where it names none."""
+    name = read_adapter_config(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        file = Path(path) / "adapter_config.json"
+        raise ValueError(f"{file}: base_model_name_or_path is {name!r}: give the base as --model")
+    return name
+
+
+def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = None) -> None:
+    """Write PEFT's two files; `state` overrides the weights (gathered from a sharded model)."""
     if not getattr(model, "lora_config", None):
-        raise ValueError(
-            "the model carries no LoRA adapter: "
-            "call apply_lora first, or save_pretrained for full weights"
-        )
-    state = model.state_dict() if state is None else state
-    tensors = {name: tensor for name, tensor in state.items() if ".lora_" in name}
-    write_adapter(path, tensors, model.lora_config, model.source, model.name_or_path)
+        raise ValueError("the model carries no LoRA adapter: apply_lora, or save_pretrained it")
+    state, path = model.state_dict() if state is None else state, Path(path)
+    tensors = {
+        PEFT_PREFIX + name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in state.items()
+        if ".lora_" in name
+    }
+    if model.lora_config["use_rslora"]:
+        note_once(f"{path}: llama.cpp ignores use_rslora: merge the adapter before converting it")
+    metadata = {"format": "pt"}
+    if model.source:
+        metadata["base_sha256"] = base_fingerprint(model.source)
+    path.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, path / "adapter_model.safetensors", metadata=metadata)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        **model.lora_config,
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(model: Transformer, path, lora_dropout: float | None = None) -> Transformer:
-    """Put a PEFT adapter on the base model it was trained for, in place; returns the model.
-
-    ValueError if it needs something unsupported, was trained on another base, or any
-    key or shape does not match."""
+    """Put a PEFT adapter on the base model it was trained for, in place, or refuse it."""
     settings, tensors = read_adapter(model, path)
     if lora_dropout is not None:
         settings["lora_dropout"] = lora_dropout
     apply_lora(model, **settings)
     state = model.state_dict()
     for name, tensor in tensors.items():
-        state[name.removeprefix(PEFT_PREFIX)].copy_(tensor)
+        state[name].copy_(tensor)
     return model
 
 
 def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
-    """(arguments of apply_lora, tensors by PEFT's names) of an adapter, checked against the model,
-    which may be on meta."""
-    config = read_adapter_config(path)
-    held = {} if model.source else model.state_dict()
-    tensors = read_adapter_tensors(path, config, model.source, model.name_or_path, held)
-    settings = adapter_settings(path, config)
-    linears, named = linear_names(model), settings["target_modules"]
-    settings["target_modules"] = used = used_targets(linears, named)
-    ignored = [] if isinstance(named, str) else sorted(set(named) - set(used))
-
-    r, expected = settings["r"], {}
-    for name in find_targets(linears, used):
+    """Read (arguments of apply_lora, tensors by name) for a model, which may be on meta."""
+    file, config = Path(path) / "adapter_model.safetensors", read_adapter_config(path)
+    settings, needed = {key: config[key] for key in SETTINGS}, {}
+    targets = find_targets(linear_names(model), settings["target_modules"], strict=False)
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"] = targets
+    for name in targets:
         linear = model.get_submodule(name)
-        expected[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (r, linear.in_features)
-        expected[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, r)
-    check_adapter_tensors(path, tensors, expected, ignored)
-    return settings, tensors
+        needed[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (settings["r"], linear.in_features)
+        needed[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, settings["r"])
+
+    handle = open_safetensors(file)
+    tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+    for key in list(tensors):
+        if equals_base(model, key.removeprefix(PEFT_PREFIX), tensors[key]):
+            del tensors[key]  # PEFT's save_embedding_layers
+        elif (plain := key.replace(".default.weight", ".weight")) not in tensors:
+            tensors[plain] = tensors.pop(key)  # a PEFT model in memory names its adapter so
+    check_tensors(
+        file,
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        needed,
+        "plain LoRA on linear layers is read; adapters of the head or of embeddings, embeddings "
+        "that were trained, DoRA, and models inside torch.compile, DDP or another PEFT are not",
+    )
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{file}: {key} holds NaN, infinity or no floats; take an earlier one")
+    if not any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
+        note_once(f"{file}: every lora_B is zero, so the adapter adds nothing to the base")
+    trained_on = (handle.metadata() or {}).get("base_sha256")
+    if is_main() and trained_on and model.source and trained_on != base_fingerprint(model.source):
+        before = config.get("base_model_name_or_path")
+        raise ValueError(f"{path}: trained on another base, {before}, than {model.name_or_path}")
+    return settings, {key.removeprefix(PEFT_PREFIX): t for key, t in tensors.items()}
 
 
-@torch.no_grad()
-def merge_lora(model: Transformer) -> Transformer:
-    """Fold every adapter into its weight, W += scaling * B A, and take it off, in place.
-
-    A 4-bit base becomes one of its compute dtype, from the original weights where they are at hand.
-    Returns the model."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("the model carries no LoRA adapter to merge")
-    for name, layer in layers.items():
-        delta = layer.scaling * layer.lora_B.weight.float() @ layer.lora_A.weight.float()
-        if layer.absmax is None:
-            weight = layer.weight
-        else:
-            weight = nn.Parameter(base_weight(model, name, layer, model.model.norm.weight.dtype))
-            weight.requires_grad_(False)
-        weight.copy_(weight.float() + delta)
-        bias = layer.bias is not None
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=bias, device="meta")
-        linear.weight, linear.bias = weight, layer.bias
-        parent, _, short = name.rpartition(".")
-        setattr(model.get_submodule(parent), short, linear)
-    unquantized(model)
-    model.lora_config = None
-    model.source, model.name_or_path = None, ""  # no longer the weights in that folder
-    return model
+def equals_base(model: Transformer, name: str, saved: Tensor) -> bool:
+    """Whether a tensor beside an adapter is the base's own embedding or head, in its own type."""
+    if name not in ("model.embed_tokens.weight", "lm_head.weight"):
+        return False
+    base = model.state_dict()[name]
+    if model.source:
+        weights = Weights(model.source)
+        base = weights.tensor(name if name in weights.files else "model.embed_tokens.weight")
+    return base.shape == saved.shape and torch.equal(saved, base.cpu().to(saved.dtype))

@@ -1,9 +1,7 @@
 """A LLaMA / Qwen decoder whose forward pass scores a tree: one prompt with several completions.
 
-Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Module names equal the keys of
-their safetensors files, so a checkpoint loads without a key table. Anything else is
-refused by name before a weight is read: other architectures, other rope types, sliding
-windows, pickled weights, quantised ones other than bitsandbytes' nf4.
+Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Module names equal the keys of their
+safetensors files, so a checkpoint loads without a key table. hub/config.py refuses anything else.
 
 `Transformer.forward(tree)` runs the prompt once and lets every completion branch off it:
 
@@ -11,10 +9,8 @@ windows, pickled weights, quantised ones other than bitsandbytes' nf4.
               ├── a1 a2           each goes on at position 4; the row of p3 predicts
               └── b1 b2 b3        the first token of both.
 
-Left out: training-time dropout outside LoRA, attention windows, mixture of experts, beam search,
-sampling.
-References: RoPE arXiv:2104.09864, GQA arXiv:2305.13245, RMSNorm arXiv:1910.07467, SwiGLU
-arXiv:2002.05202, Llama-3.1's rope scaling: the `llama3` rope type of its config.json.
+Left out: dropout outside LoRA, attention windows, mixture of experts, beam search, sampling.
+References: RoPE arXiv:2104.09864, GQA 2305.13245, RMSNorm 1910.07467, SwiGLU 2002.05202.
 
 Legend: B examples, P prompt width, C completion width, T = P + C (or any sequence),
 D hidden_size, H / Hkv query and key-value heads, Dh head_dim, V vocab_size, M scored tokens.
@@ -30,17 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hub.config import read_config, write_config
-from hub.files import (
-    check_weights,
-    divide_weights,
-    note_once,
-    open_safetensors,
-    remove_weights,
-    resolve_path,
-    stored_head_differs,
-    write_weights,
-)
-from hub.quantized import give_back_freed_blocks, read_4bit, to_4bit
+from hub.files import note_once, open_weights, resolve_path, stored_head_differs, write_weights
+from hub.quantized import read_codes, to_4bit
 from kernels.logps import label_logps, mm_fp32
 
 # cuDNN's attention gives NaN gradients with a mask at some lengths on Hopper (pytorch #196678).
@@ -85,31 +72,24 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # rms_norm computes in fp32 and rounds once
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)  # fp32, rounded once
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Rotary frequencies (Dh / 2,) in fp32, with Llama-3.1's scaling,
-    which changes every position, not only late ones."""
-    Dh = config.head_dim
+    """Rotary frequencies (Dh / 2,) in fp32; Llama-3.1's scaling changes early positions, too."""
+    Dh, s = config.head_dim, config.rope_scaling
     exponents = torch.arange(0, Dh, 2, device="cpu", dtype=torch.float32) / Dh
     inv_freq = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is None:
+    if s is None:
         return inv_freq
-    s = config.rope_scaling
     low, high = s["low_freq_factor"], s["high_freq_factor"]
-    wavelengths = 2 * torch.pi / inv_freq
-    periods = s["original_max_position_embeddings"] / wavelengths
-    # 1 where many periods fit into the original context (kept),
-    # 0 where less than one does (slowed down by `factor`)
+    periods = s["original_max_position_embeddings"] / (2 * torch.pi / inv_freq)
+    # 1: many periods fit into the original context (kept); 0: less than one (slowed by `factor`)
     keep = ((periods - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * inv_freq / s["factor"] + keep * inv_freq
 
 
-def rotary_tables(
-    inv_freq: Tensor, position_ids: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(inv_freq: Tensor, position_ids: Tensor, dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (B, 1, T, Dh), computed in fp32."""
     angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, Dh / 2)
     angles = torch.cat([angles, angles], dim=-1)
@@ -117,15 +97,13 @@ def rotary_tables(
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + Dh/2), the half-split layout of the Hugging Face weights;
-    x (B, H, T, Dh)."""
+    """Rotate the pairs (i, i + Dh/2) of x (B, H, T, Dh), the layout of Hugging Face's weights."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class KVCache:
-    """Keys and values of every layer at fixed width;
-    `write(layer, ...)` fills the next slots and returns all of them."""
+    """Keys and values of every layer at fixed width; `write` fills slots and returns all."""
 
     def __init__(self, num_layers: int, width: int):
         self.width, self.start = width, 0
@@ -133,8 +111,7 @@ class KVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.layers[layer] is None:
-            B, Hkv, _, Dh = k.shape
-            shape = (B, Hkv, self.width, Dh)
+            shape = (*k.shape[:2], self.width, k.shape[3])  # (B, Hkv, width, Dh)
             self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
         keys, values = self.layers[layer]
         keys[:, :, self.start : self.start + k.shape[2]] = k
@@ -144,8 +121,7 @@ class KVCache:
 
 @dataclass
 class AttentionPlan:
-    """What all layers share. The first `prompt_width` queries are causal among themselves;
-    the others use the mask."""
+    """What all layers share: the first `prompt_width` queries are causal, the others masked."""
 
     prompt_width: int
     mask: Tensor | None  # (B, 1, T - prompt_width, keys) bool, True where a query may look
@@ -156,9 +132,7 @@ class AttentionPlan:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
     """Scaled dot-product attention of H query heads on Hkv key-value heads."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # else inductor asserts the strides of the first length (2.13)
+    if torch.compiler.is_compiling():  # inductor asserts the strides of the first length (2.13)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     # On CUDA the flash path takes grouped heads; a mask or fp32 would fall back to the slow path.
     grouped = not q.is_cuda or ("attn_mask" not in kwargs and q.dtype != torch.float32)
@@ -170,9 +144,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """Projections of one input; those with adapters know how to share the work (lora.py)."""
     adapted = next((layer for layer in layers if hasattr(layer, "project")), None)
-    if adapted:
-        return adapted.project(x, layers)
-    return tuple(layer(x) for layer in layers)
+    return adapted.project(x, layers) if adapted else tuple(layer(x) for layer in layers)
 
 
 class Attention(nn.Module):
@@ -192,16 +164,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k = q.view(B, T, -1, self.head_dim), k.view(B, T, -1, self.head_dim)
-        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in projected)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rotary(q.transpose(1, 2), plan.cos, plan.sin)  # (B, H, T, Dh)
-        k = apply_rotary(k.transpose(1, 2), plan.cos, plan.sin)  # (B, Hkv, T, Dh)
-
-        # Two exact calls instead of one with a T x T mask:
-        # ~95 % of the work takes the causal flash path.
+        q = apply_rotary(q, plan.cos, plan.sin)  # (B, H, T, Dh)
+        k = apply_rotary(k, plan.cos, plan.sin)  # (B, Hkv, T, Dh)
+        # Two exact calls, no T x T mask: ~95 % of the work takes the causal flash path.
         P, outputs = plan.prompt_width, []
         if P > 0:
             outputs.append(attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True))
@@ -213,14 +182,12 @@ class Attention(nn.Module):
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b, in a's memory. The compiler of torch 2.11 loses the gradient of an output that was
-    changed in place; it reuses memory by itself."""
+    """a * b in a's memory; not in graphs, where torch 2.11 would lose the output's gradient."""
     return a * b if torch.compiler.is_compiling() else a.mul_(b)
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up that keeps its two inputs and nothing else:
-    a third less memory than autograd would hold."""
+    """silu(gate) * up that keeps its two inputs alone, a third less than autograd would hold."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -248,10 +215,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    # activation checkpointing: keep the block's input, run it again in backward
-    checkpointing = False
-    # `compute` by torch.compile; decoding, one token at a time, never takes it
-    compiled: Callable | None = None
+    checkpointing = False  # keep the block's input alone, run it again in backward
+    compiled: Callable | None = None  # `compute` by torch.compile; decoding never takes it
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -263,15 +228,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         compute = self.compiled if self.compiled and plan.cache is None else self.compute
         if self.checkpointing and torch.is_grad_enabled():
-            # Inside forward, not around the block: hooks on the block (sharding) then run once,
-            # not twice.
+            # inside forward, so that hooks on the block (sharding) run once
             return checkpoint(compute, x, plan, use_reentrant=False)
         return compute(x, plan)
 
     def use_compiler(self, backend: str = "inductor") -> None:
-        """Take `compute` by torch.compile from now on, for lengths that differ from the start.
-
-        Inductor's tiling analysis asserts on such lengths on a GPU (pytorch#181563, #197077)."""
+        """Take `compute` by torch.compile from now on, for lengths that differ from the start."""
+        # Inductor's tiling analysis asserts on such lengths on a GPU (pytorch#181563, #197077).
         options = {"triton.coalesce_tiling_analysis": False} if backend == "inductor" else None
         self.compiled = torch.compile(self.compute, dynamic=True, backend=backend, options=options)
 
@@ -281,13 +244,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: everything under the key prefix `model.`"""
+    """Embedding, blocks and final norm: what has the key prefix `model.`"""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config, layer) for layer in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, plan: AttentionPlan) -> Tensor:
@@ -299,8 +261,7 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------ the model
 class Transformer(nn.Module):
-    """The language model. Always call `model(tree)`:
-    log-probs are computed inside, where a sharded head is whole."""
+    """The language model. Always call `model(tree)`: inside, a sharded head is whole."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -314,17 +275,14 @@ class Transformer(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
     def forward(self, tree) -> tuple[Tensor, Tensor]:
-        """Score a `data.PromptTree`: (token_logps (M,) fp32, greedy_ids (M,)),
-        one entry per scored token."""
-        mask = branch_mask(tree.branch_ids, tree.prompt_width)
-        inputs = (tree.input_ids, tree.position_ids, tree.prompt_width, mask)
-        hidden = self.hidden_states(*inputs)  # (B, T, D)
+        """Score a `data.PromptTree`: per scored token (token_logps (M,) fp32, greedy_ids (M,))."""
+        P, mask = tree.prompt_width, branch_mask(tree.branch_ids, tree.prompt_width)
+        hidden = self.hidden_states(tree.input_ids, tree.position_ids, P, mask)  # (B, T, D)
         rows = hidden.flatten(0, 1).index_select(0, tree.rows)  # (M, D)
         return label_logps(rows, self.lm_head.weight, tree.labels)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Plain causal logits (B, T, V) in fp32 of whole sequences (B, T):
-        for tests and for reading, not for training."""
+        """Plain causal logits (B, T, V) in fp32 of whole sequences (B, T): not for training."""
         T = input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(T, device=input_ids.device).expand_as(input_ids)
@@ -332,21 +290,18 @@ class Transformer(nn.Module):
         return mm_fp32(hidden.flatten(0, 1), self.lm_head.weight.T).view(*input_ids.shape, -1)
 
     def hidden_states(self, input_ids, position_ids, prompt_width, mask, cache=None) -> Tensor:
-        dtype = self.model.norm.weight.dtype
-        cos, sin = rotary_tables(self.inv_freq, position_ids, dtype)
+        cos, sin = rotary_tables(self.inv_freq, position_ids, self.model.norm.weight.dtype)
         return self.model(input_ids, AttentionPlan(prompt_width, mask, cos, sin, cache))
 
     def decode_step(self, input_ids, position_ids, prompt_width, mask, cache, last) -> Tensor:
-        """Greedy next ids (B,) after row `last` (B,) of each sequence;
-        the cache takes up the new keys and values."""
+        """Greedy next ids (B,) after row `last` (B,) of each sequence; the cache grows."""
         hidden = self.hidden_states(input_ids, position_ids, prompt_width, mask, cache)
         rows = hidden[torch.arange(len(last), device=last.device), last]  # (B, D)
         return label_logps(rows, self.lm_head.weight, torch.zeros_like(last))[1]
 
 
 def branch_mask(branch_ids: Tensor, prompt_width: int) -> Tensor | None:
-    """(B, 1, C, P + C) bool:
-    a completion token sees the real prompt and what came before it in its own branch."""
+    """(B, 1, C, P + C) bool: a completion token sees the prompt and its own branch before it."""
     T = branch_ids.shape[1]
     if prompt_width == T:
         return None
@@ -354,44 +309,20 @@ def branch_mask(branch_ids: Tensor, prompt_width: int) -> Tensor | None:
     keys = branch_ids[:, None, :]  # (B, 1, T)
     order = torch.arange(T, device=branch_ids.device)
     earlier = order <= order[prompt_width:, None]  # (C, T)
-    # The prompt has branch id 0, so padding queries see it too, and no row of the mask is empty.
+    # Padding queries see the prompt (branch 0), too: no row of the mask is empty.
     return ((keys == 0) | ((keys == queries) & earlier))[:, None]
 
 
 # ------------------------------------------------------------------------ weights
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight that a checkpoint of this architecture holds;
-    a tied head is left out."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def load_pretrained(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
-    """Load a Hugging Face directory or hub name;
-    ValueError names the file and the missing, unexpected or misshapen keys."""
-    model = empty_model(path)
-    files = check_weights(model.source, weight_shapes(model.config))
-    handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
-    state = {name: handles[file].get_tensor(name).to(device, dtype) for name, file in files.items()}
-    model.load_state_dict(state, strict=not model.config.tie_word_embeddings, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.inv_freq = inverse_frequencies(model.config).to(device)
-    return model
-
-
-def load_4bit(path, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
-    """As load_pretrained, with the linear layers in 4 bits."""
-    give_back_freed_blocks(device)
-    model = to_4bit(empty_model(path, dtype)).to_empty(device=device)
-    model.inv_freq = inverse_frequencies(model.config).to(device)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    shapes = weight_shapes(model.config)
-    read_4bit(model, model.source, shapes, dtype, lambda p: (0, p.shape[0]), lambda p: p)
+def load_pretrained(
+    path, dtype: torch.dtype = torch.float32, device="cpu", load_in_4bit: bool = False
+) -> Transformer:
+    """Load a Hugging Face directory or hub name; ValueError names the file and what is wrong."""
+    model = empty_model(path, dtype)
+    model = to_4bit(model) if load_in_4bit else model
+    materialize(model, device)
+    parameters = model.named_parameters(remove_duplicate=False)
+    read_weights(model, {name: (p, 0, len(p)) for name, p in parameters})
     return model
 
 
@@ -400,10 +331,7 @@ def empty_model(path, dtype: torch.dtype = torch.float32) -> Transformer:
     given, path = str(path), resolve_path(path)
     config = ModelConfig.from_pretrained(path)
     if config.tie_word_embeddings and stored_head_differs(path):
-        note_once(
-            f"{path}: config.json ties the output matrix to the embedding, but the weights hold "
-            "another lm_head.weight: it is used, as in transformers 5"
-        )
+        note_once(f"{path}: tie_word_embeddings, but another lm_head.weight is stored: it is used")
         config.tie_word_embeddings = False
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
@@ -411,16 +339,47 @@ def empty_model(path, dtype: torch.dtype = torch.float32) -> Transformer:
     return model
 
 
+def materialize(model: Transformer, device) -> None:
+    """Give a model on `meta` memory on the device; its weights are not yet filled in."""
+    model.to_empty(device=device)
+    model.inv_freq = inverse_frequencies(model.config).to(device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def read_weights(
+    model: Transformer,
+    parts: dict[str, tuple[Tensor, int, int]],  # where rows [start, stop) of a parameter go
+    products: dict[str, tuple[Tensor, Tensor]] | None = None,  # an adapter's, to be merged
+) -> None:
+    """Fill in a model's weights, whole or the rows of a rank, as floats or as 4-bit codes."""
+    with torch.device("meta"):
+        bare = Transformer(model.config)
+    needed = {name: tuple(p.shape) for name, p in bare.named_parameters()}  # a tied head is not
+    four_bit = any(part.dtype == torch.uint8 for part, _, _ in parts.values())
+    weights, dtype = open_weights(model.source, needed, four_bit), model.model.norm.weight.dtype
+    for name in needed:
+        part, start, stop = parts[name]
+        if part.dtype == torch.uint8 and stop > start:
+            absmax, _, _ = parts[name.removesuffix("weight") + "absmax"]
+            read_codes(weights, name, start, stop, part, absmax, dtype)
+        elif stop > start:
+            rows = weights.rows(name)[start:stop]
+            if products and name in products:
+                B, A = products[name]
+                rows = rows.float() + B[start:stop] @ A
+            part.copy_(rows)
+
+
 def init_weights(config: ModelConfig, seed: int) -> Transformer:
-    """A random model: normal with std hidden_size^-0.5,
-    projections back into the residual scaled down with depth."""
-    model = Transformer(config)
-    generator = torch.Generator().manual_seed(seed)
+    """A random model: std hidden_size^-0.5, less with depth for projections into the residual."""
+    model, generator = Transformer(config), torch.Generator().manual_seed(seed)
+    depth = 2 * config.num_hidden_layers
     for name, p in model.named_parameters():
         if p.ndim == 2:
-            std = config.hidden_size**-0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= (2 * config.num_hidden_layers) ** 0.5
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = config.hidden_size**-0.5 / (depth**0.5 if residual else 1)
             nn.init.normal_(p, std=std, generator=generator)
         elif name.endswith(".bias"):
             nn.init.zeros_(p)
@@ -434,29 +393,15 @@ def save_pretrained(
     shard_bytes: int = 5 * 10**9,
     write: bool = True,
 ) -> None:
-    """Write config.json and safetensors that transformers 4 and 5 read.
+    """Write config.json and safetensors that transformers 4 and 5 read; no tokenizer files.
 
-    Tokenizer files are the caller's to copy. `tensors` overrides the weights, one after the other
-    (whole ones gathered from a sharded model, where every rank calls this and only the one with
-    `write` writes)."""
-    weights = dict(model.state_dict())
-    if any(".lora_" in name for name in weights):
-        raise ValueError(
-            "the model carries LoRA adapters: "
-            "save_adapter writes them, merge_lora folds them in first"
-        )
-    if any(name.endswith(".absmax") for name in weights):
-        raise ValueError(
-            "the model's linear layers are in 4 bits: quantized.unquantized(model) gives them back "
-            "their 16 bits first"
-        )
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    files = divide_weights(weights, shard_bytes)
+    `tensors` are whole ones gathered from a sharded model; the rank with `write` writes them."""
+    weights = dict(model.named_parameters())  # a tied head is not among them
+    if any(name.endswith((".absmax", ".lora_A.weight")) for name in weights):
+        raise ValueError("merge_lora adapters and hub.quantized.unquantized 4-bit layers first")
+    write_weights(path, weights, tensors, shard_bytes, write)
     if write:
         write_config(path, vars(model.config), next(iter(weights.values())).dtype)
-        remove_weights(path)
-    write_weights(path, files, weights.items() if tensors is None else tensors, write)
 
 
 # ------------------------------------------------------------------------ generation
@@ -466,35 +411,28 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     stop_ids,  # ids that end an answer
-    # sharded models: true while any rank still needs the forward pass
-    any_rank: Callable[[bool], bool] = bool,
+    any_rank: Callable[[bool], bool] = bool,  # sharded: does any rank still need the pass?
 ) -> list[list[int]]:
-    """Greedy decoding of a batch with a KV cache:
-    per prompt its new ids, the stop id included when one was reached."""
+    """Decode a batch greedily: per prompt its new ids, with the stop id that was reached."""
     if not prompts or any(not ids for ids in prompts):
         raise ValueError("generate needs at least one prompt, and no empty one")
-    device = model.inv_freq.device
-    stop_ids = set(stop_ids)
+    device, stop_ids = model.inv_freq.device, set(stop_ids)
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    B, P = len(prompts), max(map(len, prompts))
-    padded = [ids + [0] * (P - len(ids)) for ids in prompts]  # on the right
-    input_ids = torch.tensor(padded, device=device)
+    B, P = len(prompts), max(map(len, prompts))  # P: padded on the right
+    input_ids = torch.tensor([ids + [0] * (P - len(ids)) for ids in prompts], device=device)
     cache = KVCache(model.config.num_hidden_layers, P + max_new_tokens)
     slots = torch.arange(cache.width, device=device)
     visible = slots < lengths[:, None]  # (B, width): the real prompt, then every generated slot
-
     outputs: list[list[int]] = [[] for _ in prompts]
-    done = [False] * B
     positions = torch.arange(P, device=device).expand(B, P)
     prompt_width, mask, last = P, None, lengths - 1
     for step in range(max_new_tokens):
         next_ids = model.decode_step(input_ids, positions, prompt_width, mask, cache, last)
         cache.start = P + step
-        for b, token in enumerate(next_ids.tolist()):
-            if not done[b]:
-                outputs[b].append(token)
-                done[b] = token in stop_ids
-        if not any_rank(not all(done)):
+        for ids, token in zip(outputs, next_ids.tolist(), strict=True):
+            if not (ids and ids[-1] in stop_ids):
+                ids.append(token)
+        if not any_rank(any(ids[-1] not in stop_ids for ids in outputs)):
             break
         input_ids, positions = next_ids[:, None], (lengths + step)[:, None]
         visible = visible | (slots == cache.start)

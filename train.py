@@ -62,11 +62,10 @@ from data import NUM_CANDIDATES, Encoded, Examples, encode_examples, to_device, 
 from demo.pretrain import BASE as DEMO_BASE
 from demo.pretrain import TITLES, titles_base
 from eval import predict, ranking_metrics, results_table, summarise
-from hub.adapter import base_of
 from hub.files import resolve_path
-from hub.targets import TARGET_MODULES
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, data_defaults, encode_split, prepare
+from lora import TARGET_MODULES, base_of
 from losses import MARGINS
 from model import ModelConfig, Transformer, weight_shapes
 from objectives import PAIRWISE, PREFERENCE_LOSSES, MicroBatch, Objective, Schedule

@@ -27,11 +27,10 @@ from verdict import Row, at_least, at_most, figure, holds, skipped
 
 from data import build_tree
 from hub.quantized import to_4bit
-from hub.targets import TARGET_MODULES
 from kernels.logps import HAS_TRITON, label_logps
 from kernels.lora import adapted_projections, adapted_projections_reference
 from kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
-from lora import apply_lora
+from lora import TARGET_MODULES, apply_lora
 from model import ModelConfig, Transformer, generate, inverse_frequencies
 from runtime.estimate import LiveBytes, Workload, fake_step
 from runtime.sharding import GB, device_memory

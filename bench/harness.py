@@ -29,10 +29,9 @@ sys.path.insert(0, str(ROOT))
 from data import build_tree  # noqa: E402
 from demo.tiny import make_base_model  # noqa: E402
 from hub.config import hf_config  # noqa: E402
-from hub.targets import TARGET_MODULES  # noqa: E402
 from hub.tokenizer import Tokenizer  # noqa: E402
 from loaders.frozen import DataConfig, encode_split, prepare  # noqa: E402
-from lora import apply_lora  # noqa: E402
+from lora import TARGET_MODULES, apply_lora  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 LORA_RANK, LORA_ALPHA = 8, 32  # train.py's defaults

@@ -34,7 +34,7 @@ from harness import (
     tree_of,
 )
 
-from hub.targets import TARGET_MODULES
+from lora import TARGET_MODULES
 from losses import recpo_loss, sft_loss
 from model import Transformer
 from train import TrainConfig, train_step

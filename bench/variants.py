@@ -27,7 +27,7 @@ from harness import (
 )
 from step import NUM_NEGATIVES, Here
 
-from hub.targets import TARGET_MODULES
+from lora import TARGET_MODULES
 from runtime.estimate import Workload, fake_step
 
 WAYS = {

@@ -1,30 +1,25 @@
 """--prompt_format chat: the model's own chat template around every prompt.
 
-The template (chat_template.jinja, or chat_template in tokenizer_config.json) is rendered when a
-tokenizer is opened, never again: with made-up texts, which show what it writes before and behind a
-user's text, and which token it puts behind an answer. So a prompt is before + text + after, as
-transformers' apply_chat_template renders one user message with add_generation_prompt=True and
-enable_thinking=False, and an answer is title + end token, right behind it.
-
-A template is a stranger's program. It runs in a process of its own (hub/render.py), bounded in
-size, time, memory and length of its text, and what it writes must hold the user's text as it is.
+The template is rendered as transformers renders it, but once, when a tokenizer is opened: made-up
+texts show what it writes before and behind a user's text, and behind an answer. Prompt + title +
+end token are what it writes for the dialogue [user, assistant]. strftime_now tells a constant day,
+so that a run that goes on tomorrow keeps its prompts. A template that never ends is not stopped.
 """
 
 import json
-import os
-import subprocess
-import sys
+import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from common import read_json
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-TEMPLATE_CHARS = 2**18  # published ones have up to 20,000
-CPU_SECONDS = 2  # of rendering, which takes milliseconds
-WALL_SECONDS = 60  # with the start of the process, on a busy machine
-PASSED_ON = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")  # no tokens, no keys
-SPECIAL_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+from common import read_json, reading
+from hub.files import note_once
 
+TODAY = datetime(2024, 7, 26)  # what Llama 3's own template says where no clock is at hand
 # A prompt's text in all that matters to a template: several lines, quotes, markup, no space around.
 PROBE = 'Alien: "Rock & Roll\'s" <3> {{ 7 * 7 }} | Rating: 5\n\nÉlite (1999)\nAnswer:'
 OTHER_PROBE = "Heat\nAnswer:"
@@ -33,110 +28,77 @@ ANSWER_PROBE = "Solaris: A Film (1972)"
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """What stands around a prompt's text, and before and behind a title. The default: plain."""
+    """What stands around a prompt's text, and around a title. The default: plain prompts."""
 
     before: str = ""
     after: str = ""
     lead: str = " "  # in front of the title
-    end_id: int | None = None  # behind the title; None = the model's EOS
+    tail: str = ""  # between title and end
+    end_id: int | None = None  # None = the model's EOS
 
     def prompt(self, text: str) -> str:
         return self.before + text + self.after
 
     def answered(self, text: str, title: str) -> str:
-        return self.prompt(text) + self.lead + title
+        return self.prompt(text) + self.lead + title + self.tail
 
 
 def chat_frame(path: Path, inner) -> PromptFrame:
-    """The frame that the template of a model folder makes; `inner` is its tokenizer.
+    """The frame that the template of a model folder makes; `inner` is its tokenizer."""
+    file, template, tokens = read_template(path)
+    way_out = "mend the template, or use --prompt_format plain"
+    if not template or not isinstance(template, str):
+        raise ValueError(f"{file}: no chat template in it (was it tuned to chat?): {way_out}")
 
-    ValueError says why there is none, or why it will not do."""
-    template, file = read_template(path)
-    user, other = ([{"role": "user", "content": text}] for text in (PROBE, OTHER_PROBE))
-    answered = [*user, {"role": "assistant", "content": ANSWER_PROBE}]
-    shared = special_tokens(path) | {"tools": None, "documents": None, "enable_thinking": False}
-    calls = [
-        shared | {"messages": messages, "add_generation_prompt": messages is not answered}
-        for messages in (user, other, answered)
-    ]
-    prompt, other_prompt, dialogue = render_safely(template, calls, file)
+    def written(user: str, *answer: str) -> str:
+        messages = [{"role": "user", "content": user}]
+        messages += [{"role": "assistant", "content": text} for text in answer]
+        variables = {"messages": messages, "add_generation_prompt": not answer, **tokens}
+        variables |= {"enable_thinking": False, "tools": None, "documents": None}
+        return compiled(template).render(variables)
 
+    try:
+        prompt, other = written(PROBE), written(OTHER_PROBE)
+        dialogue = written(PROBE, ANSWER_PROBE)
+    except Exception as error:  # whatever a stranger's program runs into
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{file}: its chat template fails ({what}): {way_out}") from None
     before, _, after = prompt.partition(PROBE)
-    if prompt.count(PROBE) != 1 or other_prompt != before + OTHER_PROBE + after:
+    between, found, rest = dialogue.removeprefix(before + PROBE).rpartition(ANSWER_PROBE)
+    tail = rest[: len(rest) - len(rest.lstrip(" "))]
+    controls = inner.get_added_tokens_decoder().items()
+    ends = {t.content: i for i, t in controls if found and rest.startswith(tail + t.content)}
+    if other != before + OTHER_PROBE + after or not dialogue.startswith(before + PROBE) or not ends:
         raise ValueError(
-            f"{file}: its chat template does not write a user's text as it is, once: "
-            "use --prompt_format plain"
-        )
-    answer_at = dialogue.rfind(ANSWER_PROBE)
-    rest = dialogue[answer_at + len(ANSWER_PROBE) :].lstrip()
-    tokens = inner.get_added_tokens_decoder()
-    ends = {token.content: i for i, token in tokens.items() if rest.startswith(token.content)}
-    if answer_at < 0 or not ends:
-        raise ValueError(
-            f"{file}: its chat template puts no control token of tokenizer.json behind an answer, "
-            f"which would end it (it writes {rest[:40]!r}): use --prompt_format plain"
+            f"{file}: its chat template does not write a user's text as it is, once, and a control "
+            f"token of tokenizer.json behind an answer (it writes {rest[:40]!r} there): {way_out}"
         )
     # Llama 2's template writes a space before an answer that is not in its prompt
-    between = dialogue[len(prompt) : answer_at] if dialogue.startswith(prompt) else ""
-    lead = "" if between.strip(" ") else between
-    return PromptFrame(before, after, lead, ends[max(ends, key=len)])
-
-
-# ------------------------------------------------------------------------ what a folder holds
-def read_template(path: Path) -> tuple[str, Path]:
-    """(template, the file that holds it). As in transformers, chat_template.jinja goes first."""
-    file = path / "chat_template.jinja"
-    if file.exists():
-        try:
-            template = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from None
-    else:
-        file = path / "tokenizer_config.json"
-        template = default_template(file, read_json(file) if file.exists() else {})
-    if not template:
-        raise ValueError(
-            f"{path}: no chat template, neither chat_template.jinja nor chat_template in "
-            "tokenizer_config.json: use --prompt_format plain, or a model that was tuned to chat"
+    lead = between.removeprefix(after)
+    if not between.startswith(after) or lead.strip(" "):
+        note_once(
+            f"{file}: its generation prompt {after[-40:]!r} is not how its own dialogues go on; "
+            f"prompts end as those do, in {between[-40:]!r}"
         )
-    if len(template) > TEMPLATE_CHARS:
-        raise ValueError(
-            f"{file}: its chat template has {len(template):,} characters, "
-            f"more than {TEMPLATE_CHARS:,}: use --prompt_format plain"
-        )
-    return template, file
+        after, lead = between, ""
+    return PromptFrame(before, after, lead, tail, ends[max(ends, key=len)])
 
 
-def default_template(file: Path, config: dict) -> str:
-    """chat_template of tokenizer_config.json: a text, or a list of named ones with a default."""
-    found = config.get("chat_template")
-    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
-        named = {str(entry.get("name")): entry.get("template") for entry in found}
-        if "default" not in named:
-            raise ValueError(
-                f"{file}: none of its chat templates ({', '.join(named)}) is called default: "
-                "put the one to use into chat_template.jinja"
-            )
-        found = named["default"]
-    if found is not None and not isinstance(found, str):
-        raise ValueError(
-            f"{file}: chat_template must be a text or a list of named ones, "
-            f"got {type(found).__name__}"
-        )
-    return found or ""
-
-
-def special_tokens(path: Path) -> dict[str, str]:
-    """bos_token, eos_token, ...: the variables that templates write control tokens with."""
-    found = {}
-    for file in (path / "special_tokens_map.json", path / "tokenizer_config.json"):
-        content = read_json(file) if file.exists() else {}
-        found |= {name: content[name] for name in SPECIAL_TOKENS if name in content}
-    texts = {
-        name: token.get("content") if isinstance(token, dict) else token
-        for name, token in found.items()
-    }
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+def read_template(path: Path) -> tuple[Path, object, dict[str, str]]:
+    """(file, template, bos_token and the like) of a folder; chat_template.jinja goes first."""
+    file, settings = path / "tokenizer_config.json", {}
+    for source in (path / "special_tokens_map.json", file):
+        settings |= read_json(source) if source.exists() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # named ones
+        with reading(file):
+            template = {str(t["name"]): t["template"] for t in template}.get("default")
+    if (path / "chat_template.jinja").exists():
+        file = path / "chat_template.jinja"
+        template = file.read_text(encoding="utf-8")
+    tokens = {name: token for name, token in settings.items() if name.endswith("_token")}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
+    return file, template, {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def add_end_of_turn(path: Path, end_id: int) -> None:
@@ -149,38 +111,24 @@ def add_end_of_turn(path: Path, end_id: int) -> None:
     file.write_text(json.dumps(config | {"eos_token_id": ends}, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------ the process
-def render_safely(template: str, calls: list[dict], file: Path) -> list[str]:
-    """The template's text for each call's variables; ValueError names the file and what it did."""
-    job = {"template": template, "calls": calls, "cpu_seconds": CPU_SECONDS}
-    way_out = "use --prompt_format plain, or mend the template"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "hub.render"],
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            timeout=WALL_SECONDS,
-            cwd=Path(__file__).parents[1],
-            env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"{file}: its chat template was not rendered in {WALL_SECONDS} s: {way_out}"
-        ) from None
-    if done.returncode < 0:  # killed by its bound, or by a fault
-        raise ValueError(
-            f"{file}: its chat template needs more than {CPU_SECONDS} s, or broke the process "
-            f"that rendered it (signal {-done.returncode}): {way_out}"
-        )
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(
-            f"{file}: its chat template cannot be rendered ({said[-1] if said else 'no answer'})"
-        ) from None
-    if "error" in answer:
-        raise ValueError(
-            f"{file}: its chat template cannot be rendered ({answer['error']}): {way_out}"
-        )
-    return answer["rendered"]
+# ------------------------------------------------------------------------ rendering
+def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def tojson(value, **options) -> str:
+    """Plain JSON: jinja2's own filter escapes <, >, & and ' for web pages."""
+    return json.dumps(value, **{"ensure_ascii": False} | options)
+
+
+def compiled(template: str) -> jinja2.Template:
+    """The template in jinja2's immutable sandbox, with the filters and globals of transformers."""
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
+    # {% generation %} marks what a model is to write: a scope that changes nothing in the text
+    return env.from_string(
+        re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
+    )

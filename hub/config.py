@@ -1,12 +1,9 @@
 """config.json of a Hugging Face directory, in the layouts of transformers 4 and 5.
 
-Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Anything else is refused by name before a
-weight is read: other architectures, other rope types, sliding windows, weights quantised
-otherwise than as bitsandbytes' nf4.
-"""
+Families: Llama 2, 3, 3.1, 3.2; Qwen2, Qwen2.5; Qwen3. Whatever asks for another computation is
+refused by key and value, before a weight is read."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -18,152 +15,114 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-
-
-def is_nf4(quantization: dict) -> bool:
-    """Whether a config.json's quantization_config says bitsandbytes' 4-bit NormalFloat."""
-    kind = (quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type"))
-    return kind == ("bitsandbytes", "nf4")
-
-
-SIZES = {  # bounds keep a damaged file from asking for all memory or time
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**20,
-    "num_hidden_layers": 2000,
-    "num_attention_heads": 2**16,
-}
+NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_config(path) -> dict:
-    """Fields of `model.ModelConfig` from `path/config.json`;
-    ValueError names what is not supported."""
+    """Read the fields of `model.ModelConfig` from `path/config.json`."""
     file = Path(path) / "config.json"
-    if not file.exists() and (file.parent / "adapter_config.json").exists():
-        raise ValueError(
-            f"{file}: no such file, but an adapter lies there: give it as --adapter, and its base "
-            "as --model"
-        )
+    if not file.exists():
+        raise ValueError(f"{file}: no such file (adapters go to --adapter, their base to --model)")
     raw = read_json(file)
     with reading(file):
-        refuse_unsupported(file, raw)
-        fields = _sizes(file, raw) | _rope(file, raw)
-    return fields | {
-        "model_type": raw["model_type"],
-        "rms_norm_eps": _number(file, raw, "rms_norm_eps", 1e-6),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
-        "attention_bias": raw["model_type"] == "qwen2" or bool(raw.get("attention_bias")),
-        "max_position_embeddings": _size(file, raw, "max_position_embeddings", 2**40, 4096),
-        "bos_token_id": raw.get("bos_token_id"),
-        "eos_token_id": raw.get("eos_token_id"),
-    }
-
-
-def refuse_unsupported(file: Path, raw: dict) -> None:
-    """ValueError if a config.json asks for anything that this project does not compute."""
-    kind = raw.get("model_type")
-    known = ARCHITECTURES.get(kind if isinstance(kind, str) else "")
-    architectures = raw.get("architectures") or [known]
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if known is None or architectures != [known]:
-        what = f"model_type {kind!r}, architectures {architectures}"
-    elif raw.get("quantization_config") and not is_nf4(raw["quantization_config"]):
-        what = "quantization_config (quantised weights, other than bitsandbytes' nf4)"
-    elif (raw.get("hidden_act") or "silu") not in ("silu", "swish"):
-        what = f"hidden_act {raw['hidden_act']!r}"
-    elif raw.get("mlp_bias"):
-        what = "mlp_bias"
-    elif raw.get("use_sliding_window") or set(raw.get("layer_types") or []) - {"full_attention"}:
-        what = "a sliding window (use_sliding_window, layer_types)"
-    elif not isinstance(rope, dict) or _rope_type(rope) not in ("default", "llama3"):
-        what = f"rope_type {_rope_type(rope) if isinstance(rope, dict) else rope!r}"
-    elif rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        what = "partial_rotary_factor"
-    else:
-        return
-    raise ValueError(
-        f"{file}: {what} is not supported; this project runs Llama 2/3, Qwen2/2.5 and Qwen3"
-    )
-
-
-def _sizes(file: Path, raw: dict) -> dict:
-    missing = [key for key in SIZES if raw.get(key) is None]
-    if missing:
-        raise ValueError(f"{file}: missing {', '.join(missing)}")
-    fields = {key: _size(file, raw, key, most) for key, most in SIZES.items()}
-    heads, hidden_size = fields["num_attention_heads"], fields["hidden_size"]
-    default = 128 if raw["model_type"] == "qwen3" else max(1, hidden_size // heads)
-    fields["num_key_value_heads"] = _size(file, raw, "num_key_value_heads", heads, heads)
-    fields["head_dim"] = _size(file, raw, "head_dim", 2**14, default)
-    if heads % fields["num_key_value_heads"]:
-        raise ValueError(
-            f"{file}: num_attention_heads {heads} is no multiple of num_key_value_heads "
-            f"{fields['num_key_value_heads']}"
+        model_type, quantization = raw["model_type"], raw.get("quantization_config") or NF4
+        layer_types = raw.get("layer_types") or []
+        computed = {  # keys that change the result, and their values that are computed here
+            "model_type": [*ARCHITECTURES],
+            "architectures": [[ARCHITECTURES.get(str(model_type))]],
+            "hidden_act": ["silu", "swish"],
+            "mlp_bias": [False],
+            "use_sliding_window": [False],
+            "layer_types": [layer_types] * (set(layer_types) <= {"full_attention"}),
+            "partial_rotary_factor": [1.0],
+            "is_causal": [True],
+            "quantization_config": [quantization] * (NF4.items() <= quantization.items()),
+        }
+        for key, values in computed.items():
+            if raw.get(key) is not None and raw[key] not in values:
+                raise ValueError(
+                    f"{file}: {key} {str(raw[key])[:100]} is not supported; this project runs "
+                    "Llama 2/3, Qwen2/2.5 and Qwen3, as floats or in bitsandbytes' nf4"
+                )
+        heads, hidden_size = (
+            whole(file, raw, "num_attention_heads"),
+            whole(file, raw, "hidden_size"),
         )
-    if fields["head_dim"] % 2:
-        raise ValueError(f"{file}: head_dim {fields['head_dim']} is odd; rotation needs pairs")
-    return fields
-
-
-def _rope_type(rope: dict):
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _rope(file: Path, raw: dict) -> dict:
-    """rope_theta and rope_scaling, from the layout of transformers 5 or of transformers 4."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    holder = rope if "rope_theta" in rope else raw
-    fields = {
-        "rope_theta": float(_number(file, holder, "rope_theta", 10000.0)),
-        "rope_scaling": None,
-    }
-    if _rope_type(rope) == "llama3":
-        if any(key not in rope for key in LLAMA3_ROPE):
+        head_dim = 128 if model_type == "qwen3" else max(1, hidden_size // heads)
+        head_dim = whole(file, raw, "head_dim", head_dim, 2**14)
+        kv_heads = whole(file, raw, "num_key_value_heads", heads)
+        if heads % kv_heads or head_dim % 2:
             raise ValueError(
-                f"{file}: rope_type llama3 needs {', '.join(LLAMA3_ROPE)}; found {sorted(rope)}"
+                f"{file}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
+                f"{kv_heads}, and head_dim {head_dim} even"
             )
-        scaling = {key: _number(file, rope, key) for key in LLAMA3_ROPE}
-        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            raise ValueError(f"{file}: high_freq_factor must be above low_freq_factor")
-        fields["rope_scaling"] = {"rope_type": "llama3"} | scaling
-    return fields
+        # transformers takes rope_scaling, its older layout, first
+        ropes = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+        found = [read_rope(file, raw, rope) for rope in ropes or [{}]]
+        if found[0] != found[-1]:
+            raise ValueError(f"{file}: rope_scaling and rope_parameters disagree ({ropes})")
+        return found[0] | {
+            "model_type": model_type,
+            "vocab_size": whole(file, raw, "vocab_size"),
+            "hidden_size": hidden_size,
+            "intermediate_size": whole(file, raw, "intermediate_size"),
+            "num_hidden_layers": whole(file, raw, "num_hidden_layers", most=2000),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": above_0(file, raw, "rms_norm_eps", 1e-6),
+            "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
+            "attention_bias": model_type == "qwen2" or bool(raw.get("attention_bias")),
+            "max_position_embeddings": whole(file, raw, "max_position_embeddings", 4096, 2**40),
+            "bos_token_id": raw.get("bos_token_id"),
+            "eos_token_id": raw.get("eos_token_id"),
+        }
 
 
-def _size(file: Path, raw: dict, key: str, most: int, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{file}: {key} must be a whole number from 1 to {most:,}, got {value!r}")
-    return value
+def read_rope(file: Path, raw: dict, rope: dict) -> dict:
+    """rope_theta and rope_scaling as one layout gives them."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    used = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    used |= set(LLAMA3_ROPE) if kind == "llama3" else set()
+    partial = rope.get("partial_rotary_factor", 1.0) != 1.0
+    if kind not in ("default", "llama3") or rope.keys() - used or partial:
+        raise ValueError(f"{file}: rope {rope} is not supported; types default and llama3 are")
+    theta = above_0(file, rope if "rope_theta" in rope else raw, "rope_theta", 1e4)
+    if kind == "default":
+        return {"rope_theta": float(theta), "rope_scaling": None}
+    scaling = {key: above_0(file, rope, key) for key in LLAMA3_ROPE}
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(f"{file}: high_freq_factor must be above low_freq_factor, got {rope}")
+    return {"rope_theta": float(theta), "rope_scaling": {"rope_type": "llama3"} | scaling}
 
 
-def _number(file: Path, raw: dict, key: str, default: float | None = None) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+def above_0(file: Path, raw: dict, key: str, default=None):
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) not in (int, float) or not 0 < value < 1e300:
         raise ValueError(f"{file}: {key} must be a number above 0, got {value!r}")
     return value
+
+
+def whole(file: Path, raw: dict, key: str, default=None, most: int = 2**20) -> int:
+    """A whole number; its bound keeps a damaged file from asking for all memory or time."""
+    value = above_0(file, raw, key, default)
+    if value != int(value) or value > most:
+        raise ValueError(f"{file}: {key} must be a whole number up to {most:,}, got {value!r}")
+    return int(value)
 
 
 def hf_config(fields: dict) -> dict:
     """A config.json that transformers 4 and 5 both read: rope parameters stand in both layouts."""
     rope = fields["rope_scaling"] or {"rope_type": "default"}
-    other = ("rope_scaling", "attention_bias")  # written below, in HF's ways
     out = {
         "architectures": [ARCHITECTURES[fields["model_type"]]],
         "hidden_act": "silu",
-        "initializer_range": 0.02,
+        **fields,
+        "rope_parameters": {"rope_theta": fields["rope_theta"]} | rope,
     }
-    out |= {key: value for key, value in fields.items() if key not in other}
-    out["rope_scaling"] = fields["rope_scaling"]
-    out["rope_parameters"] = {"rope_theta": fields["rope_theta"]} | rope
-    if fields["model_type"] != "qwen2":
-        out["attention_bias"] = fields["attention_bias"]
-    if fields["model_type"] != "llama":
-        out |= {"use_sliding_window": False, "sliding_window": None}
+    if fields["model_type"] == "qwen2":
+        del out["attention_bias"]  # its biases are a matter of course
     return out
 
 

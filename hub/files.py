@@ -1,12 +1,15 @@
-"""Where a checkpoint's files are, and safetensors in and out:
-single or sharded, checked before a weight is read."""
+"""Where a checkpoint's files are; safetensors in and out, checked before a weight is read."""
 
 import contextlib
 import functools
+import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,230 +19,146 @@ from torch import Tensor
 
 from common import print0, read_json
 
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+NF4_STATE = ".quant_state.bitsandbytes__nf4"  # beside a weight that bitsandbytes has quantised
+
 
 @functools.cache
 def note_once(text: str) -> None:
-    """Print a note, however often the same files are opened."""
+    """Print a note, once however often the same files are opened."""
     print0(f"note: {text}")
 
 
 def resolve_path(name, weights: bool = True) -> Path:
-    """A local directory as it is;
-    a hub name (org/model) becomes the folder with its downloaded files."""
+    """Give a local directory back, and download a hub name (org/model) into one."""
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
-        raise ValueError(
-            f"{name}: no such directory, and not a hub name like meta-llama/Llama-3.1-8B"
-        )
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise ValueError(f"{name}: no such directory, and no hub name like meta-llama/Llama-3.1-8B")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except (GatedRepoError, RepositoryNotFoundError) as error:  # 401, 403, 404
-        raise ValueError(
-            f"{name}: no such directory, and the hub refuses it ({type(error).__name__}). "
-            "Check the spelling; for a gated model accept its licence on its page, "
-            "then log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):  # an expired token, say
-            raise ValueError(
-                f"{name}: the hub refuses access ({error}); "
-                "log in with `hf auth login` or set HF_TOKEN"
-            ) from None
-        raise ValueError(
-            f"{name}: no such directory, and not to be downloaded ({error}); give a local directory"
-        ) from None
+    except OSError as error:
+        reached = getattr(error, "response", None) is not None  # it said 401, 403 or 404
+        why = "the hub cannot be reached from here: give a local directory"
+        if reached:
+            why = "the hub refuses it: check the spelling, accept a gated model's licence on its "
+            why += "page, log in with `hf auth login` or set HF_TOKEN"
+        raise ValueError(f"{name}: no such directory, and {why} ({type(error).__name__})") from None
 
 
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-
-
-def weight_files(path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a checkpoint directory, single or sharded.
-
-    As in transformers, a whole file goes before an index."""
-    path = Path(path)
-    if (path / WHOLE).exists():
-        with open_safetensors(path / WHOLE) as f:
-            files = dict.fromkeys(f.keys(), path / WHOLE)
-        if (path / INDEX).exists():
-            note_once(
-                f"{path}: {WHOLE} is read, as transformers does, and {INDEX} beside it is not: "
-                "delete the one that is out of date"
-            )
-        return files
-    if (path / INDEX).exists():
-        return read_index(path / INDEX)
-    raise ValueError(f"{path}: neither {WHOLE} nor {INDEX} found{_weights_hint(path)}")
-
-
-def read_index(index: Path) -> dict[str, Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"{index}: no weight_map (tensor name -> file) in it; download or save it again"
-        )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file:
-            raise ValueError(
-                f"{index}: weight_map gives {file!r} for {name}; expected a file of this folder"
-            )
-    return {name: index.parent / file for name, file in weight_map.items()}
-
-
-def _weights_hint(path: Path) -> str:
-    """What lies in a folder instead of the weights, and the way out."""
-    shards = sorted(f.name for f in path.glob("*.safetensors"))
-    pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pth"))
-    if "adapter_model.safetensors" in shards:
-        return "; an adapter lies there: give it as --adapter, and its base as --model"
-    if shards:
-        return (
-            f", but {len(shards)} other safetensors files ({shards[0]}, ...): download the index "
-            "too, or save the model again with save_pretrained"
-        )
-    if pickled:
-        return f"; {pickled[0].name} is pickled, which can run code: convert it to safetensors"
-    return ""
-
-
+# ------------------------------------------------------------------------ reading
 def open_safetensors(file: Path):
+    """Open a file of tensors; ValueError names one that cannot be read."""
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{file}: not a readable safetensors file ({error}); download or save it again"
-        ) from None
+        raise ValueError(f"{file}: not readable ({error}); download or save it again") from None
 
 
-def check_weights(
-    path: Path, expected: dict[str, tuple[int, ...]], four_bit: bool = False
-) -> dict[str, Path]:
-    """Name -> file of every expected weight (name -> shape), without reading them.
+class Weights:
+    """The tensors of a checkpoint directory, single or sharded: opened here, read when asked for.
 
-    ValueError names what is wrong. `four_bit`: 4-bit weights of bitsandbytes may stand where 16-bit
-    ones are expected (hub/quantized.py reads them); their absmax and states are among the names
-    then.
-    """
-    files = weight_files(path)
-    quantised = {name for name in expected if f"{name}.quant_state.bitsandbytes__nf4" in files}
+    As in transformers, a whole file goes before an index."""
+
+    def __init__(self, path):
+        whole, index = Path(path) / WHOLE, Path(path) / INDEX
+        if whole.exists():
+            self.handles = {whole: open_safetensors(whole)}
+            self.files = dict.fromkeys(self.handles[whole].keys(), whole)
+            return
+        if not index.exists():
+            raise ValueError(f"{path}: neither {WHOLE} nor {INDEX} in it; download it again, whole")
+        named = read_json(index).get("weight_map")
+        files = named.values() if isinstance(named, dict) else [None]
+        if not all(file and Path(str(file)).name == file for file in files):
+            raise ValueError(
+                f"{index}: no weight_map (tensor -> file beside it): {str(named)[:60]}"
+            )
+        self.files = {name: index.with_name(file) for name, file in named.items()}
+        self.handles = {file: open_safetensors(file) for file in sorted(set(self.files.values()))}
+        for name, file in self.files.items():
+            if name not in self.handles[file].keys():
+                raise ValueError(f"{file}: {name} is listed in the index but not in the file")
+
+    def rows(self, name: str):
+        """A tensor that is read where it is sliced: rows(name)[start:stop]."""
+        return self.handles[self.files[name]].get_slice(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.handles[self.files[name]].get_tensor(name)
+
+
+def check_tensors(where, found: dict, needed: dict, way_out: str) -> None:
+    """Raise unless the names and shapes that were found are those that are needed."""
+    wrong = sorted(n for n in found.keys() | needed.keys() if found.get(n) != needed.get(n))
+    shown = [f"{n} (there: {found.get(n)}, needed: {needed.get(n)})" for n in wrong[:2]]
+    if wrong:
+        raise ValueError(f"{where}: {len(wrong)} tensors do not fit, {', '.join(shown)}; {way_out}")
+
+
+def open_weights(path: Path, needed: dict, four_bit: bool = False) -> Weights:
+    """Open a checkpoint that holds the needed weights (name -> shape), and no other.
+
+    With `four_bit`, weights that bitsandbytes has quantised may stand among them."""
+    weights, found = Weights(path), {}
+    quantised = {name for name in needed if name + NF4_STATE in weights.files}
     if quantised and not four_bit:
         raise ValueError(f"{path}: its weights are quantised to 4 bits; add --load_in_4bit")
-    beside = {name for name in files if name.partition(".weight.")[0] + ".weight" in quantised}
-    beside -= quantised
-
-    expected = dict(expected)
-    for name in quantised:
-        out, inputs = expected[name]
-        expected[name] = (out * inputs // 2, 1)  # two codes a byte
-
-    ignored = {"lm_head.weight"} - expected.keys()  # a tied head
-    ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    found = files.keys() - ignored - beside
-    if missing := sorted(expected.keys() - found):
-        raise ValueError(
-            f"{path}: {len(missing)} weights are missing, first {missing[:3]}"
-            + _prefix_hint(missing, found)
-        )
-    if unexpected := sorted(found - expected.keys()):
-        raise ValueError(
-            f"{path}: {len(unexpected)} weights do not belong to this architecture, "
-            f"first {unexpected[:3]}"
-        )
-    check_shapes(files, expected, quantised)
-    return {name: files[name] for name in (*expected, *sorted(beside))}
-
-
-PREFIXES = {  # what stands before every key -> what put it there
-    "_orig_mod.": "saved from inside torch.compile",
-    "module.": "saved from inside DistributedDataParallel",
-    "base_model.model.": "saved from inside a PEFT model: merge_and_unload first",
-}
-
-
-def _prefix_hint(missing: list[str], found: Collection[str]) -> str:
-    """The cause, when the missing weights are there under names that are longer or shorter."""
-    for prefix, cause in PREFIXES.items():
-        if any(prefix + name in found for name in missing):
-            return f"; its keys begin with {prefix!r}, {cause}: save the inner model"
-    inner = [name for name in missing if name != "lm_head.weight"]
-    if inner and all(name.removeprefix("model.") in found for name in inner):
-        return "; its keys lack the prefix 'model.': save it with its language-model head"
-    return ""
-
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def check_shapes(
-    files: dict[str, Path], expected: dict[str, tuple[int, ...]], quantised: Collection[str] = ()
-) -> None:
-    """ValueError unless every expected tensor is in its file, with its shape, as floating point."""
-    handles = {file: open_safetensors(file) for file in sorted(set(files.values()))}
-    for name, shape in expected.items():
-        if name not in handles[files[name]].keys():
-            raise ValueError(f"{files[name]}: {name} is listed in the index but not in the file")
-        view = handles[files[name]].get_slice(name)
-        stored = tuple(view.get_shape())
-        if stored != shape:
-            raise ValueError(
-                f"{files[name]}: {name} has shape {stored}, config.json asks for {shape}"
-            )
+    needed = needed | {n: (math.prod(needed[n]) // 2, 1) for n in quantised}  # two codes a byte
+    for name, file in weights.files.items():
+        unused = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")  # a tied head
+        unused |= name.partition(".weight.")[0] + ".weight" in quantised
+        if unused and name not in needed:
+            continue
+        view = weights.rows(name)
+        found[name] = tuple(view.get_shape())
         if view.get_dtype() not in FLOATS and name not in quantised:
-            raise ValueError(
-                f"{files[name]}: {name} is stored as {view.get_dtype()}; expected one of "
-                f"{', '.join(FLOATS)} (other quantised weights are not supported)"
-            )
+            raise ValueError(f"{file}: {name} is stored as {view.get_dtype()}, not as floats")
+    check_tensors(path, found, needed, "save the bare model (no torch.compile, DDP, PEFT), whole")
+    return weights
 
 
 def stored_head_differs(path) -> bool:
     """Whether a checkpoint holds an output matrix of its own, other than its embedding.
 
     transformers 5 then uses it, though config.json says that the two are tied."""
-    files = weight_files(path)
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    if not all(name in files and files[name].exists() for name in names):
+    weights, names = Weights(path), ("lm_head.weight", "model.embed_tokens.weight")
+    if not all(name in weights.files for name in names):
         return False
-    handles = [open_safetensors(files[name]) for name in names]
-    if any(name not in handle.keys() for name, handle in zip(names, handles, strict=True)):
-        return False
-    head, embedding = (h.get_slice(name) for h, name in zip(handles, names, strict=True))
-    if head.get_shape() != embedding.get_shape():
-        return True
-    rows = head.get_shape()[0]
-    pieces = ((start, min(start + 4096, rows)) for start in range(0, rows, 4096))
-    return any(not torch.equal(head[a:b].float(), embedding[a:b].float()) for a, b in pieces)
+    head, embedding = map(weights.tensor, names)
+    return head.shape != embedding.shape or not torch.equal(head, embedding.to(head.dtype))
+
+
+def base_fingerprint(path) -> str:
+    """SHA-256 of a checkpoint: name, type, shape and every byte of each tensor.
+
+    How they are divided into files does not matter. Hashed once a process while no file changes."""
+    weights = Weights(path)
+    stats = [(file, file.stat()) for file in weights.handles]
+    return _hash_weights(Path(path), tuple((f, s.st_size, s.st_mtime_ns) for f, s in stats))
+
+
+@functools.cache
+def _hash_weights(path: Path, versions: tuple) -> str:
+    weights = Weights(path)
+
+    def digest(name: str) -> bytes:
+        tensor = weights.tensor(name)
+        content = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor.flatten().view(torch.uint8).numpy())
+        return content.digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(weights.files)))).hexdigest()
 
 
 # ------------------------------------------------------------------------ writing
-def divide_weights(weights: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file: files above `shard_bytes` are split."""
-    files, size = [[]], 0
-    for name, tensor in weights.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if size + nbytes > shard_bytes and files[-1]:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += nbytes
-    return files
-
-
-def remove_weights(path) -> None:
-    """Take away a folder's safetensors: a reader might prefer them to what is written now."""
-    path = Path(path)
-    for old in (*path.glob("model-*-of-*.safetensors"), path / WHOLE, path / INDEX):
-        old.unlink(missing_ok=True)
-
-
 def usual_mode(path: Path) -> None:
-    """Permissions as of any other file or folder of this user: what safetensors 0.8 and tempfile
-    make is the owner's alone."""
+    """Give a file or folder ordinary permissions; safetensors and tempfile keep others out."""
     mask = os.umask(0)
     os.umask(mask)
     with contextlib.suppress(OSError):  # a file system without permissions
@@ -247,33 +166,37 @@ def usual_mode(path: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """safetensors' save_file, for others to read as any other file."""
+    """Write a safetensors file that others may read as any other file."""
     save_file(tensors, path, metadata=metadata)
     usual_mode(path)
 
 
 def write_weights(
-    path, files: list[list[str]], tensors: Iterable[tuple[str, Tensor]], write: bool = True
+    path,
+    weights: dict[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    shard_bytes: int = 5 * 10**9,
+    write: bool = True,
 ) -> None:
-    """Write tensors, which come in the order of the files,
-    one file in memory at a time, and their index.
+    """Write weights, and an index if they fill several files, in place of older ones.
 
-    All tensors are gone through even without `write`: their source may be collective."""
-    path = Path(path)
-    names = ["model.safetensors"]
-    if len(files) > 1:
-        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    of_file = {name: file for file, group in zip(names, files, strict=True) for name in group}
-    held: dict[str, Tensor] = {}
-    total_size = 0
-    for name, tensor in tensors:
-        if name not in of_file or not write:
-            continue
-        held[name] = tensor.detach().cpu().contiguous()
-        total_size += tensor.numel() * tensor.element_size()
-        if len(held) == len(files[names.index(of_file[name])]):
-            save_tensors(held, path / of_file[name], metadata={"format": "pt"})
-            held = {}
-    if write and len(files) > 1:
-        index = {"metadata": {"total_size": total_size}, "weight_map": of_file}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    `tensors` gives the values where they are gathered or converted one by one: then few are in
+    memory at a time, and all are gone through even without `write`."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    path, held = Path(path), defaultdict(dict)
+    meta = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.items()}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
+    if write:
+        path.mkdir(parents=True, exist_ok=True)
+        for old in (*path.glob("model-*-of-*.safetensors"), path / WHOLE, path / INDEX):
+            old.unlink(missing_ok=True)
+    for name, tensor in weights.items() if tensors is None else tensors:
+        file = split.tensor_to_filename.get(name)
+        if write and file:
+            held[file][name] = tensor.detach().cpu().contiguous()
+            if len(held[file]) == len(split.filename_to_tensors[file]):
+                save_tensors(held.pop(file), path / file, metadata={"format": "pt"})
+    if write and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -532,9 +532,12 @@ def encode_split(
     key = _sha256(json.dumps(facts).encode())[:12]
     file = prepared.folder / f"tokens-{split}-{key}.safetensors"
     if file.exists():
-        return _read_encoded(file, examples)
+        encoded = _read_encoded(file, examples)
+        tokenizer.note_long(encoded.prompts)
+        return encoded
 
     encoded = encode_examples(examples, tokenizer, max_length)
+    tokenizer.note_long(encoded.prompts)
     completions = list(encoded.completions.values())
     arrays = {
         "items": np.array(list(encoded.completions), np.int32),

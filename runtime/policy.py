@@ -8,19 +8,10 @@ from pathlib import Path
 import torch
 
 from common import print0
-from hub.quantized import give_back_freed_blocks, read_4bit, to_4bit
-from lora import apply_lora, read_adapter
-from model import Transformer, empty_model, weight_shapes
-from runtime.sharding import (
-    fill_adapter,
-    init_adapter,
-    local,
-    materialize,
-    merged_on_reading,
-    own_rows,
-    read_weights,
-    shard,
-)
+from hub.quantized import to_4bit
+from lora import adapter_products, apply_lora, read_adapter
+from model import Transformer, empty_model, materialize, read_weights
+from runtime.sharding import fill_adapter, init_adapter, own_parts, shard
 
 
 def stored_dtype(config, device) -> torch.dtype:
@@ -59,11 +50,10 @@ def load_policy(
     full_bf16 = r == 0 and stored == torch.bfloat16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
     if config.load_in_4bit:
-        give_back_freed_blocks(device)
         to_4bit(model)
     torch.compiler.reset()  # what the stage before compiled
     dropout = config.lora_dropout if stage == "sft" else 0.0
-    merge, tensors = {}, {}
+    products, tensors = {}, {}
     if adapter:
         settings, tensors = read_adapter(model, adapter)
         if r > 0:
@@ -73,7 +63,7 @@ def load_policy(
                 "its own r, alpha and target modules hold, not the options'"
             )
         else:
-            merge = merged_on_reading(settings, tensors)
+            products = adapter_products(settings, tensors)
     elif r > 0:
         targets = [t.strip() for t in config.lora_target_modules.split(",")]
         apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
@@ -85,11 +75,7 @@ def load_policy(
     compute_dtype = torch.bfloat16 if full_bf16 else None
     replicas = shard(model, config.shard, config.shard_group_size, device, compute_dtype)
     materialize(model, device)
-    if config.load_in_4bit:
-        shapes = weight_shapes(model.config)
-        read_4bit(model, model.source, shapes, stored, own_rows, local)
-    else:
-        read_weights(model, model.source, merge)
+    read_weights(model, own_parts(model), products)
     if r > 0 and adapter:
         fill_adapter(model, tensors)
     elif r > 0:

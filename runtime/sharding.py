@@ -17,7 +17,6 @@ Legend: G ranks that share one copy, R = world_size / G replicas of it.
 import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,10 +30,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from hub.adapter import PEFT_PREFIX
-from hub.files import check_weights, open_safetensors
-from lora import lora_layers, lora_scaling
-from model import Transformer, inverse_frequencies, weight_shapes
+from lora import lora_layers
+from model import Transformer
 
 GB = 10**9  # bytes
 
@@ -154,51 +151,9 @@ def fill(tensor: Tensor, rows: Callable[[int, int], Tensor]) -> None:
         local(tensor).copy_(rows(start, stop))
 
 
-def materialize(model: Transformer, device) -> None:
-    """Give a model on `meta` memory on the device, its own share only;
-    weights are not yet filled in."""
-    model.to_empty(device=device)
-    model.inv_freq = inverse_frequencies(model.config).to(device)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-
-
-def read_weights(
-    model: Transformer, path: Path, merge: dict[str, tuple[Tensor, Tensor, float]] | None = None
-) -> None:
-    """Fill in the base weights, each rank its rows;
-    `merge` adds scaling * B A to a weight on the way (name -> B, A, scaling)."""
-    files = check_weights(path, weight_shapes(model.config))
-    parameters = stored_parameters(model)
-    handles = {}
-    for name, file in files.items():
-        if file not in handles:
-            handles[file] = open_safetensors(file)
-        view = handles[file].get_slice(name)
-
-        def rows(start: int, stop: int, view=view, name=name) -> Tensor:
-            part = view[start:stop]
-            if merge and name in merge:
-                B, A, scaling = merge[name]
-                part = part.float() + scaling * B[start:stop] @ A
-            return part
-
-        fill(parameters[name], rows)
-
-
-def merged_on_reading(
-    settings: dict, tensors: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """`merge` of read_weights for an adapter that read_adapter gave:
-    full training goes on from base + adapter."""
-    scaling = lora_scaling(settings["r"], settings["lora_alpha"], settings["use_rslora"])
-    merge = {}
-    for key, A in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            name = key.removesuffix(".lora_A.weight")
-            B = tensors[f"{name}.lora_B.weight"]
-            merge[f"{name.removeprefix(PEFT_PREFIX)}.weight"] = (B.float(), A.float(), scaling)
-    return merge
+def own_parts(model: Transformer) -> dict[str, tuple[Tensor, int, int]]:
+    """Name -> this rank's part of a parameter, and which rows [start, stop) of the whole it is."""
+    return {name: (local(p), *own_rows(p)) for name, p in stored_parameters(model).items()}
 
 
 def init_adapter(model: Transformer, seed: int) -> None:
@@ -211,11 +166,10 @@ def init_adapter(model: Transformer, seed: int) -> None:
 
 
 def fill_adapter(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """A trained adapter's tensors, by PEFT's names, each rank its rows."""
+    """A trained adapter's tensors by name, each rank its rows."""
     parameters = stored_parameters(model)
     for name, tensor in tensors.items():
-        p = parameters[name.removeprefix(PEFT_PREFIX)]
-        fill(p, lambda start, stop, t=tensor: t[start:stop])
+        fill(parameters[name], lambda start, stop, t=tensor: t[start:stop])
 
 
 def gathered(model: Transformer, only_adapter: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -9,13 +9,12 @@ import torch
 
 from common import arg, changed_options, print0, read_json, reading
 from data import TEMPLATES, Interactions, Words
-from hub.adapter import base_of
 from hub.chat import add_end_of_turn
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, data_defaults, words_of
-from lora import load_adapter, merge_lora
-from model import Transformer, load_4bit, load_pretrained, save_pretrained
+from lora import base_of, load_adapter, merge_lora
+from model import Transformer, load_pretrained, save_pretrained
 from runtime.policy import say_what_4_bits_cost, stored_dtype
 from runtime.stages import check_data, copy_tokenizer, load_stage
 
@@ -154,8 +153,7 @@ def load_source(
     base, adapter = source
     if config.load_in_4bit:
         say_what_4_bits_cost(device.type)
-    read = load_4bit if config.load_in_4bit else load_pretrained
-    model = read(base, stored_dtype(config, device), device)
+    model = load_pretrained(base, stored_dtype(config, device), device, config.load_in_4bit)
     if adapter:
         load_adapter(model, adapter)
     return model.eval(), Tokenizer(base, config.prompt_format)

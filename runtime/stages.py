@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 
 from common import is_main, print0, read_json, reading
 from data import TEMPLATES, Encoded
-from hub.adapter import base_fingerprint, base_of, read_adapter_config
 from hub.chat import add_end_of_turn
-from hub.files import resolve_path
-from lora import save_adapter
+from hub.files import base_fingerprint, resolve_path
+from lora import base_of, read_adapter_config, save_adapter
 from model import ModelConfig, Transformer, save_pretrained
 from runtime.checkpoint import load_checkpoint, newest_checkpoint
 from runtime.runs import Run, line_step

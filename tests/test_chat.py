@@ -1,10 +1,7 @@
-"""Chat prompts: ids as transformers makes them, the token that ends a turn, hostile templates,
-and a whole run."""
+"""Chat prompts: ids as transformers makes them, the template's own dialogue, and a whole run."""
 
 import importlib.util
 import json
-import shutil
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -12,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_json
+from families import byte_level, llama2_style
 from launch import TINY, run_train
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 import eval as evaluation
@@ -21,9 +18,9 @@ import recommend
 import train
 from data import Example, build_tree, encode_examples, render_prompt
 from demo.tiny import make_base_model
-from hub import chat, render
+from hub import chat
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.frozen import DataConfig, prepare
 from loaders.movielens import WORDS as MOVIES
 from model import load_pretrained
 
@@ -115,26 +112,38 @@ ZEPHYR = """\
     {% endif %}
 {% endfor %}
 """
-CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+R1 = (  # its generation prompt opens a block that its dialogues never have
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}"
+    "{% else %}{{ '<|im_end|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|><think>\n' }}{% endif %}"
+)
+THINKING = (  # its dialogues close the block that its generation prompt opens
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+NO_HEADER = (  # it knows no generation prompt at all
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
+IM_END = {"bos_token": None, "eos_token": "<|im_end|>"}
+END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+SENTENCE = {"bos_token": "<s>", "eos_token": "</s>"}
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-FAMILIES = {  # template, control tokens, the token that ends a turn, variables
-    "llama3": (
-        LLAMA3,
-        ["<|begin_of_text|>", "<|end_of_text|>", *HEADERS],
-        "<|eot_id|>",
-        {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|eot_id|>"},
-    ),
-    "qwen2.5": (QWEN25, CHATML, "<|im_end|>", {"bos_token": None, "eos_token": "<|im_end|>"}),
-    "qwen3": (QWEN3, CHATML, "<|im_end|>", {"bos_token": None, "eos_token": "<|im_end|>"}),
-    "smollm2": (
-        SMOLLM2,
-        CHATML,
-        "<|im_end|>",
-        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
-    ),
-    "zephyr": (ZEPHYR, ["<s>", "</s>"], "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
-    "llama2": (LLAMA2, ["<unk>", "<s>", "</s>"], "</s>", {"bos_token": "<s>", "eos_token": "</s>"}),
+LLAMA3_TOKENS = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|eot_id|>"}
+FAMILIES = {  # template, tokenizer, the token that ends a turn, variables
+    "llama3": (LLAMA3, "llama3", "<|eot_id|>", LLAMA3_TOKENS),
+    "qwen2.5": (QWEN25, "qwen", "<|im_end|>", IM_END),
+    "qwen3": (QWEN3, "qwen", "<|im_end|>", IM_END),
+    "smollm2": (SMOLLM2, "qwen", "<|im_end|>", IM_END | {"bos_token": "<|im_start|>"}),
+    "zephyr": (ZEPHYR, "zephyr", "</s>", SENTENCE),
+    "llama2": (LLAMA2, "llama2", "</s>", SENTENCE),
+    "r1": (R1, "qwen", "<|endoftext|>", END_OF_TEXT),
+    "thinking": (THINKING, "qwen", "<|im_end|>", END_OF_TEXT),
+    "no header": (NO_HEADER, "qwen", "<|im_end|>", END_OF_TEXT),
 }
+OWN_PROMPTS = ["r1", "thinking", "no header"]  # those that end as their dialogues go on
 TITLES = [
     "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys",
     "Alien", "Alien 3", "1984", "2001: A Space Odyssey", "Mr. & Mrs.", "E.T.", "What?",
@@ -142,71 +151,35 @@ TITLES = [
     "{{ messages }}", "I'm \"here\" <b>",
 ]  # fmt: skip
 PROMPTS = [
-    render_prompt(
-        Example(MOVIES, "u", [(t, 4.0) for t in TITLES[n:]], TITLES, 0, [], n)
-    )
+    render_prompt(Example(MOVIES, "u", [(t, 4.0) for t in TITLES[n:]], TITLES, 0, [], n))
     for n in range(5)
-]  # fmt: skip
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+]
 
 
-def family_tokenizer(family: str) -> HFTokenizer:
-    """A small tokenizer with the family's way of cutting texts and its control tokens."""
-    special = FAMILIES[family][1]
-    if family == "llama2":
-        inner = HFTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        inner.normalizer = normalizers.Sequence(spaces)
-        inner.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        alphabet, tokens = [], [*special, *(f"<0x{i:02X}>" for i in range(256))]
-        cut = pre_tokenizers.Split(Regex("▁+|[:|.\n]"), "merged_with_next")  # in training only
-    else:
-        inner = HFTokenizer(models.BPE())
-        inner.decoder = decoders.ByteLevel()
-        alphabet, tokens = pre_tokenizers.ByteLevel.alphabet(), special
-        digits = [pre_tokenizers.Digits(individual_digits=True)]
-        whole = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-        words = [
-            pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-        cut = pre_tokenizers.Sequence(digits + whole if family == "smollm2" else words)
-    inner.pre_tokenizer = cut
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=alphabet, special_tokens=tokens, show_progress=False
-    )
-    inner.train_from_iterator(PROMPTS, trainer)
-    begin = "<s>" if family == "llama2" else "<|begin_of_text|>"
-    if begin in special:
-        inner.post_processor = processors.TemplateProcessing(
-            f"{begin} $A", special_tokens=[(begin, inner.token_to_id(begin))]
-        )
-    content = json.loads(inner.to_str())
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] in special]
-    if family == "llama2":
-        content["pre_tokenizer"] = None
-    return HFTokenizer.from_str(json.dumps(content))
+def family_tokenizer(kind: str) -> HFTokenizer:
+    """families' small tokenizers, with the control tokens of a chat."""
+    if kind == "llama2":
+        return llama2_style()
+    inner = byte_level("qwen" if kind == "zephyr" else kind)
+    inner.add_special_tokens({"llama3": HEADERS, "zephyr": ["<s>", "</s>"]}.get(kind, []))
+    return inner
 
 
 def write_base(path: Path, family: str, template=None, **config) -> Path:
-    """tokenizer.json, its configuration with the template in it,
-    and the first control token as config.json's EOS."""
+    """A tokenizer, its configuration with the template in it, and another EOS in config.json."""
     path.mkdir(parents=True, exist_ok=True)
-    family_tokenizer(family).save(str(path / "tokenizer.json"))
-    facts = FAMILIES[family][3] | {"chat_template": template or FAMILIES[family][0]} | config
-    write_json(path / "tokenizer_config.json", facts)
+    text, kind, _, tokens = FAMILIES[family]
+    family_tokenizer(kind).save(str(path / "tokenizer.json"))
+    write_json(
+        path / "tokenizer_config.json", tokens | {"chat_template": template or text} | config
+    )
     write_json(path / "config.json", {"eos_token_id": 1, "vocab_size": 2000})
     return path
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    return {name: write_base(tmp_path_factory.mktemp(name), name) for name in FAMILIES}
+    return {name: write_base(tmp_path_factory.mktemp("base"), name) for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -219,83 +192,87 @@ class Clock(datetime):
 
     @classmethod
     def now(cls, tz=None):
-        return render.TODAY
+        return chat.TODAY
 
 
 @pytest.fixture
-def peers(bases, monkeypatch):
-    """family -> transformers' tokenizer of the same files."""
+def their_ids(bases, monkeypatch):
+    """transformers' ids of a dialogue, by family."""
     transformers = pytest.importorskip("transformers")
     from transformers.utils import chat_template_utils
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    found = {}
-    for name, path in bases.items():
-        config = json.loads((path / "tokenizer_config.json").read_text())
-        tokens = {k: getattr(v, "get", {"content": v}.get)("content") for k, v in config.items()}
-        template = tokens.pop("chat_template")
-        found[name] = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(path / "tokenizer.json"), chat_template=template,
-            **{k: v for k, v in tokens.items() if v},
-        )  # fmt: skip
-    return found
+
+    def ids(family: str, *texts: str, **options) -> list[int]:
+        tokens = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in FAMILIES[family][3].items()
+        }
+        peer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(bases[family] / "tokenizer.json"),
+            chat_template=FAMILIES[family][0],
+            **{name: token for name, token in tokens.items() if token},
+        )
+        roles = ("user", "assistant")
+        dialogue = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+        options |= {"enable_thinking": False, "return_dict": False}
+        options["add_generation_prompt"] = len(texts) == 1
+        return peer.apply_chat_template(dialogue, **options)
+
+    return ids
 
 
 # ------------------------------------------------------------------------ ids
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_ids_are_transformers(family, tokenizers, peers):
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in OWN_PROMPTS])
+def test_prompt_ids_are_transformers(family, tokenizers, their_ids):
     """One user message, with generation prompt, thinking off: the same ids for every prompt."""
     for text in (*PROMPTS, "Alien\nAnswer:"):
-        expected = peers[family].apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True, enable_thinking=False, return_dict=False,
-        )  # fmt: skip
-        assert tokenizers[family].encode_prompts([text]) == [expected]
+        assert tokenizers[family].encode_prompts([text]) == [their_ids(family, text)]
 
 
 @pytest.mark.parametrize(
     "name", ["llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507"]
 )
-def test_published_templates_have_the_ids_of_transformers(name, peers, tmp_path):
+def test_published_templates_have_the_ids_of_transformers(name, their_ids, tmp_path):
     """The models' own templates, where trl, which keeps copies of them, is installed."""
     trl = importlib.util.find_spec("trl")
     file = Path(trl.origin).parent / "chat_templates" / f"{name}.jinja" if trl else tmp_path / name
     if not file.exists():
         pytest.skip("needs a trl that has chat_templates/")
-    family = "llama3" if "llama" in name else "qwen2.5"
-    tokenizer = Tokenizer(write_base(tmp_path, family, file.read_text()), "chat")
+    family, template = "llama3" if "llama" in name else "qwen2.5", file.read_text()
+    tokenizer = Tokenizer(write_base(tmp_path, family, template), "chat")
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == FAMILIES[family][2]
-    for text in PROMPTS:
-        expected = peers[family].apply_chat_template(
-            [{"role": "user", "content": text}], chat_template=file.read_text(),
-            add_generation_prompt=True, enable_thinking=False, return_dict=False,
-        )  # fmt: skip
-        assert tokenizer.encode_prompts([text]) == [expected]
+    (prompt,) = tokenizer.encode_prompts(PROMPTS[:1])
+    assert prompt == their_ids(family, PROMPTS[0], chat_template=template)
+    dialogue = their_ids(family, PROMPTS[0], "Alien", chat_template=template)
+    ours = prompt + tokenizer.encode_completions(["Alien"])[0]
+    assert ours == dialogue[: len(ours)]
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2.5", "qwen3", "smollm2", "zephyr"])
-def test_prompt_and_answer_are_the_dialogue(family, tokenizers, peers):
-    """Prompt ids and completion ids in a row begin transformers' rendering of the whole
-    dialogue."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_and_answer_are_the_templates_own_dialogue(family, tokenizers, their_ids):
+    """Prompt ids and completion ids in a row begin transformers' dialogue, and end where its turn
+    ends, be its generation prompt another one."""
+    (prompt,) = tokenizers[family].encode_prompts(PROMPTS[:1])
     completions = tokenizers[family].encode_completions(TITLES)
     for title, completion in zip(TITLES, completions, strict=True):
-        dialogue = [
-            {"role": "user", "content": PROMPTS[0]},
-            {"role": "assistant", "content": title},
-        ]
-        expected = peers[family].apply_chat_template(
-            dialogue, enable_thinking=False, return_dict=False
-        )
-        (prompt,) = tokenizers[family].encode_prompts(PROMPTS[:1])
-        ours = prompt + completion
+        expected, ours = their_ids(family, PROMPTS[0], title), prompt + completion
         assert ours == expected[: len(ours)] and len(expected) - len(ours) <= 1  # a line break
         assert tokenizers[family].encode_answered(PROMPTS[:1], [title]) == [ours[:-1]]
 
 
+def test_a_generation_prompt_of_another_kind_is_said(bases, capsys):
+    """Once per folder, with what prompts end in instead."""
+    chat.note_once.cache_clear()
+    for family in ("qwen2.5", *OWN_PROMPTS):
+        Tokenizer(bases[family], "chat")
+        said = capsys.readouterr().out
+        assert ("is not how its own dialogues go on" in said) == (family in OWN_PROMPTS), family
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_token_that_ends_a_turn_ends_an_answer(family, tokenizers, bases):
-    """It is read off the template, whatever config.json says;
-    generated ids with it spell the title."""
+    """It is read off the template, whatever other files say; ids with it spell the title."""
     tokenizer, end = tokenizers[family], FAMILIES[family][2]
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == end
     assert tokenizer.stop_ids == Tokenizer(bases[family]).stop_ids | {tokenizer.eos_id}
@@ -304,34 +281,12 @@ def test_the_token_that_ends_a_turn_ends_an_answer(family, tokenizers, bases):
         assert tokenizer.answer(ids) == title and tokenizer.answer(ids[:-1]) == title
 
 
-def test_an_end_of_turn_that_no_other_file_names_stops(tmp_path):
-    """Instruct models have been published with the base's EOS in all their files."""
-    path = write_base(tmp_path, "qwen2.5", eos_token="<|endoftext|>")
-    write_json(path / "config.json", {"eos_token_id": 0, "vocab_size": 2000})
-    assert Tokenizer(path).stop_ids == {0}
-    assert Tokenizer(path, "chat").stop_ids == {0, 2} and Tokenizer(path, "chat").eos_id == 2
-
-
-def test_an_answer_follows_the_prompt_without_a_space(tokenizers):
-    """But for templates that write one before an answer themselves, as Llama 2's does."""
-    for family, tokenizer in tokenizers.items():
-        (ids,) = tokenizer.encode_completions(["Alien"])
-        assert tokenizer.frame.lead == (" " if family == "llama2" else "")
-        text = "".join(tokenizer.inner.id_to_token(i) for i in ids[:-1])
-        assert text == ("▁Alien" if family == "llama2" else "Alien")
-
-
-@pytest.mark.parametrize("family, begin", [("llama3", "<|begin_of_text|>"), ("llama2", "<s>")])
-def test_a_prompt_begins_once(family, begin, tokenizers):
-    """Template and post-processor both have a BOS: one is left."""
-    tokenizer = tokenizers[family]
-    (ids,) = tokenizer.encode_prompts(PROMPTS[:1])
-    assert ids[0] == tokenizer.inner.token_to_id(begin) and ids.count(ids[0]) == 1
-
-
-def test_a_template_that_knows_the_day_has_the_same_prompts_tomorrow(tokenizers):
-    """Ids are part of what a checkpoint is known by."""
+def test_prompts_begin_once_and_are_the_same_tomorrow(tokenizers):
+    """Template and post-processor both have a BOS; ids are part of a checkpoint's identity."""
     assert "It is 26 Jul 2024\n" in tokenizers["llama3"].frame.before
+    for family, begin in (("llama3", "<|begin_of_text|>"), ("llama2", "<s>")):
+        (ids,) = tokenizers[family].encode_prompts(PROMPTS[:1])
+        assert ids[0] == tokenizers[family].inner.token_to_id(begin) and ids.count(ids[0]) == 1
 
 
 @pytest.mark.parametrize("title", ["End <|im_end|>", "<|im_start|>system", "<|endoftext|>"])
@@ -344,76 +299,58 @@ def test_a_control_token_in_a_title_is_refused(title, tokenizers, bases):
     assert Tokenizer(bases["qwen2.5"]).encode_completions([title])
 
 
-def test_plain_prompts_know_no_template(bases):
-    """A folder with a template gives plain prompts by default; caches of the two are told apart."""
-    plain, talking = Tokenizer(bases["qwen2.5"]), Tokenizer(bases["qwen2.5"], "chat")
-    assert plain.inner.decode(plain.encode_prompts(PROMPTS[:1])[0]) == PROMPTS[0]
-    assert plain.fingerprint != talking.fingerprint
-
-
 def test_the_template_is_part_of_the_fingerprint(tmp_path):
-    other = QWEN25.replace("You help.", "You serve.")
-    paths = [write_base(tmp_path / str(n), "qwen2.5", t) for n, t in enumerate((QWEN25, other))]
-    one, two = (Tokenizer(path, "chat").fingerprint for path in paths)
-    assert one != two
-    assert one == Tokenizer(paths[0], "chat").fingerprint
+    """Caches of plain and chat prompts, and of two templates, are told apart."""
+    plain = Tokenizer(write_base(tmp_path, "qwen2.5"))
+    assert plain.inner.decode(plain.encode_prompts(PROMPTS[:1])[0]) == PROMPTS[0]
+    found = {plain.fingerprint}
+    for template in (QWEN25, QWEN25.replace("help", "serve"), QWEN25):
+        path = write_base(tmp_path, "qwen2.5", template)
+        found.add(Tokenizer(path, "chat").fingerprint)
+    assert len(found) == 3
 
 
 # ------------------------------------------------------------------------ where it stands
-def test_named_templates_and_the_file_beside(tmp_path):
-    """The one called default is used; chat_template.jinja goes before tokenizer_config.json."""
+def test_where_templates_and_their_variables_stand(tmp_path):
+    """Named ones, of which default is used; chat_template.jinja first; the older file's tokens."""
     named = [{"name": "rag", "template": "x"}, {"name": "default", "template": QWEN25}]
     path = write_base(tmp_path, "qwen2.5", named)
     assert "You help." in Tokenizer(path, "chat").frame.before
     (path / "chat_template.jinja").write_text(SMOLLM2)
     assert "You are small." in Tokenizer(path, "chat").frame.before
-
-
-def test_special_tokens_of_the_older_file(tmp_path):
-    """special_tokens_map.json holds them in older folders."""
-    path = write_base(tmp_path, "llama2")
+    path = write_base(tmp_path / "older", "llama2")
     write_json(path / "tokenizer_config.json", {"chat_template": LLAMA2})
-    write_json(path / "special_tokens_map.json", FAMILIES["llama2"][3])
+    write_json(path / "special_tokens_map.json", SENTENCE)
     assert Tokenizer(path, "chat").frame.before == "<s>[INST] "
 
 
 @pytest.mark.parametrize(
-    "template, said",
+    "template, culprit",
     [
-        (None, "no chat template, neither chat_template.jinja nor .* --prompt_format plain"),
         ("", "no chat template"),
-        (
-            [{"name": "rag", "template": "x"}],
-            r"none of its chat templates \(rag\) is called default",
-        ),
-        ({"default": "x"}, "chat_template must be a text or a list of named ones, got dict"),
-        ([{"name": "default", "template": 5}], "got int"),
-        ("x" * (chat.TEMPLATE_CHARS + 1), "its chat template has 262,145 characters"),
-    ],
-)  # fmt: skip
-def test_no_usable_template_is_said(template, said, tmp_path):
-    path = write_base(tmp_path, "qwen2.5")
-    write_json(path / "tokenizer_config.json", {"chat_template": template})
-    with pytest.raises(ValueError, match=said):
-        Tokenizer(path, "chat")
-    assert Tokenizer(path).encode_prompts(["Alien"])
-
-
-@pytest.mark.parametrize(
-    "template, said",
-    [
-        ("{{ messages[0].content }}{{ messages[0].content }}", "a user's text as it is, once"),
-        ("Hello", "a user's text as it is, once"),
-        ("{{ messages[0].content | tojson }}", "a user's text as it is, once"),
-        ("{{ messages[0].content | escape }}", "a user's text as it is, once"),
-        ("{{ messages[0].content | length }} {{ messages[0].content }}", "a user's text as it is"),
-        ("{{ messages[0].content }}", "no control token"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no control token"),
+        ([{"name": "rag", "template": "x"}], "no chat template"),
+        ({"default": "x"}, "no chat template"),
+        ("{{ messages[0].content }}{{ messages[0].content }}<|im_end|>", "text as it is, once"),
+        ("Hello", "text as it is, once"),
+        ("{{ messages[0].content | escape }}<|im_end|>", "text as it is, once"),
+        ("{{ messages[0].content | length }} {{ messages[0].content }}", "text as it is"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "a control token"),
+        ("{{ messages[0].content }}<|im_end|>", "a control token"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ nobody.content }}", "UndefinedError"),
+        ("{{ raise_exception('only systems may speak') }}", "only systems may speak"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% include '/etc/passwd' %}", "TypeError"),
     ],
 )
-def test_a_template_that_changes_the_text_or_ends_no_answer_is_refused(template, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        Tokenizer(write_base(tmp_path, "qwen2.5", template), "chat")
+def test_a_template_that_will_not_do_is_refused(template, culprit, tmp_path):
+    """Absent, changing the text, ending no answer, failing, or reaching out of the sandbox."""
+    path = write_base(tmp_path, "qwen2.5")
+    write_json(path / "tokenizer_config.json", {"chat_template": template})
+    with pytest.raises(ValueError, match=f"{culprit}.*--prompt_format plain"):
+        Tokenizer(path, "chat")
+    assert Tokenizer(path).encode_prompts(["Alien"])
 
 
 def test_an_end_of_turn_without_an_embedding_is_refused(tmp_path):
@@ -437,109 +374,11 @@ def test_a_saved_model_names_the_end_of_a_turn(before, after, tmp_path):
     assert written == (before or {}) | {"eos_token_id": after}
 
 
-# ------------------------------------------------------------------------ hostile templates
-HOSTILE = {
-    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "power": "{{ 9 ** (9 ** 9) }}",
-    "range": "{% for a in range(10 ** 9) %}{% endfor %}",
-    "memory": "{% set a = 'x' * (messages | length) * 15 * 10 ** 8 %}",
-    "list": "{% set a = messages * 2 * 10 ** 8 %}",
-    "padding": "{{ '%1000000000000d' % 1 }}",
-    "output": "{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
-    "one long text": "{{ 'x' * 10 ** 8 }}",
-    "attributes": "{{ messages.__class__.__mro__ }}",
-    "globals": "{{ raise_exception.__globals__.items() }}",
-    "format": "{{ '{0.__class__.__init__.__globals__}'.format(cycler) }}",
-    "attr filter": "{{ (messages | attr('__class__')).__subclasses__() }}",
-    "frame": "{{ (messages | map('upper')).gi_frame.f_back }}",
-    "namespace": "{% set ns = namespace() %}{% set ns.__call__ = 1 %}",
-    "constructor": "{{ namespace(__html__=1) }}",
-    "changes": "{{ messages.append(1) }}",
-    "include": "{% include '/etc/passwd' %}",
-    "import": "{% import 'os' as os %}{{ os }}",
-    "own error": "{{ raise_exception('only systems may speak') }}",
-    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "nesting": "{{ " + "(" * 30000 + "1" + ")" * 30000 + " }}",
-    "syntax": "{% if %}",
-    "undefined": "{{ nobody.content }}",
-}
-SAID = {
-    "endless": "needs more than 1 s",
-    "power": "needs more than 1 s|memory|OverflowError",
-    "range": "OverflowError: Range too big",
-    "memory": "more than 1,024 MiB of memory",
-    "list": "more than 1,024 MiB of memory",
-    "padding": "more than 1,024 MiB of memory|ValueError",
-    "output": "writes more than 100,000 characters",
-    "one long text": "writes more than 100,000 characters",
-    "attributes": "SecurityError",
-    "globals": "SecurityError",
-    "format": "SecurityError",
-    "attr filter": "SecurityError",
-    "frame": "SecurityError",
-    "namespace": "SecurityError: a namespace cannot hold '__call__'",
-    "constructor": "SecurityError: a namespace cannot hold '__html__'",
-    "changes": "SecurityError",
-    "include": "TypeError: no loader",
-    "import": "TypeError: no loader",
-    "own error": "TemplateError: only systems may speak",
-    "recursion": "RecursionError",
-    "nesting": "RecursionError|signal|memory",
-    "syntax": "TemplateSyntaxError",
-    "undefined": "UndefinedError",
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_one_message(name, tmp_path, monkeypatch):
-    """Time, memory, length of the text, and everything outside of the template's variables."""
-    slow = name in ("endless", "power")  # the others must not meet this bound on a busy machine
-    monkeypatch.setattr(chat, "CPU_SECONDS", 1 if slow else 30)
-    path = write_base(tmp_path, "qwen2.5", HOSTILE[name] + QWEN25)
-    with pytest.raises(ValueError, match=SAID[name]) as raised:
-        Tokenizer(path, "chat")
-    assert str(path) in str(raised.value) and len(str(raised.value)) < 800
-
-
-def test_a_process_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "WALL_SECONDS", 0.001)
-    with pytest.raises(ValueError, match=r"was not rendered in 0\.001 s"):
-        Tokenizer(write_base(tmp_path, "qwen2.5"), "chat")
-
-
-def test_the_process_sees_no_secret_and_opens_no_file(monkeypatch, tmp_path):
-    """Even outside of the sandbox: no environment, no files, no sockets."""
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    seen = []
-    run = chat.subprocess.run
-
-    def spied(*args, **kwargs):
-        seen.append(kwargs["env"])
-        return run(*args, **kwargs)
-
-    monkeypatch.setattr(chat.subprocess, "run", spied)
-    Tokenizer(write_base(tmp_path, "qwen2.5"), "chat")
-    assert seen and all("HF_TOKEN" not in env for env in seen)
-    code = (
-        "import socket, hub.render as r; r.limit_resources(1)\n"
-        "for do in (lambda: open('/etc/passwd'), lambda: open('x', 'w'), socket.socket):\n"
-        "    try: do()\n"
-        "    except OSError: print('refused')\n"
-    )
-    done = run([sys.executable, "-c", code], capture_output=True, text=True, cwd=train_root())
-    assert done.stdout.split() == ["refused"] * 3, done.stderr
-
-
-def train_root() -> Path:
-    return Path(train.__file__).parent
-
-
 def test_tojson_escapes_nothing():
     """As in transformers: templates write tool schemas with it, and models were trained on them."""
-    template = render.environment().from_string("{{ x | tojson }} {{ x | tojson(indent=1) }}")
-    x = {"é": "<a> & 'b'"}
+    template = chat.compiled("{{ x | tojson }} {{ x | tojson(indent=1) }}")
     expected = '{"é": "<a> & \'b\'"} {\n "é": "<a> & \'b\'"\n}'
-    assert render.render(template, {"x": x}) == expected
+    assert template.render(x={"é": "<a> & 'b'"}) == expected
 
 
 # ---------------------------------------------------------------------- examples, training, answers
@@ -584,28 +423,6 @@ def test_prompts_that_are_too_long_lose_history(base, prepared):
         texts = [render_prompt(examples[e], skip) for skip in range(len(examples[e].history))]
         fitting = [p for p in tokenizer.encode_prompts(texts) if len(p) <= room]
         assert ids.tolist() == fitting[0]
-
-
-def test_a_boundary_that_merges_is_refused(base, prepared, monkeypatch):
-    """The check of prompt and answer as one text has the template in it."""
-    tokenizer, examples = Tokenizer(base, "chat"), prepared.splits["test"]
-    answered = tokenizer.encode_answered
-    monkeypatch.setattr(
-        tokenizer, "encode_answered", lambda t, c: [ids[1:] + ids[:1] for ids in answered(t, c)]
-    )
-    with pytest.raises(ValueError, match=r"merges it with the prompt's final '.*assistant\\n'"):
-        encode_examples(examples, tokenizer, 4096)
-
-
-def test_cached_tokens_of_the_two_formats_are_told_apart(base, prepared):
-    """Read back, each is its own."""
-    for _ in range(2):  # made, then read
-        plain = encode_split(prepared, "test", Tokenizer(base), 1024)
-        talking = encode_split(prepared, "test", Tokenizer(base, "chat"), 1024)
-        assert len(talking.prompts[0]) > len(plain.prompts[0])
-        expected = encode_examples(prepared.splits["test"], Tokenizer(base, "chat"), 1024)
-        assert talking.prompts[0].tolist() == expected.prompts[0].tolist()
-        assert talking.completions == expected.completions
 
 
 def test_one_pass_and_generation_write_the_same_answers(base, prepared):
@@ -690,20 +507,10 @@ def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_proc
     assert shown == pytest.approx(expected, abs=0.006)
 
 
-def test_a_run_keeps_its_prompt_format(run, base, in_process, monkeypatch):
+def test_a_run_keeps_its_prompt_format(run, base, in_process):
     """Going on with plain prompts is refused by name."""
-    folder = run[0]
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    flags = [*TINY, "--max_steps=2", "--sft_lora_r=0"]
-    flags += ["--val_size=0", "--resume=auto", f"--output_dir={folder}", f"--model={base}"]
+    flags = [*TINY, "--max_steps=2", "--sft_lora_r=0", "--val_size=0", f"--model={base}"]
     with pytest.raises(ValueError, match="other values of prompt_format"):
-        in_process(train.main, "--dataset=planted", *flags)
-
-
-def test_a_base_without_a_template_is_refused(base, in_process, tmp_path):
-    """Before anything is trained, with what to do instead."""
-    shutil.copytree(base, tmp_path / "mute")
-    (tmp_path / "mute" / "chat_template.jinja").unlink()
-    flags = [*TINY, "--dataset=planted", f"--model={tmp_path / 'mute'}"]
-    with pytest.raises(ValueError, match=r"mute: no chat template.*--prompt_format plain"):
-        in_process(train.main, *flags, "--prompt_format=chat", "--output_dir=refused")
+        in_process(
+            train.main, "--dataset=planted", *flags, "--resume=auto", f"--output_dir={run[0]}"
+        )

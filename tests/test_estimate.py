@@ -13,9 +13,8 @@ from launch import TRAIN, run_script
 from data import build_tree
 from demo.tiny import make_base_model
 from hub.quantized import Linear4bit, to_4bit
-from hub.targets import TARGET_MODULES
 from loaders.frozen import DataConfig, prepare
-from lora import apply_lora
+from lora import TARGET_MODULES, apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
 from runtime.estimate import LiveBytes, Step, Workload, fake_step, memory_table

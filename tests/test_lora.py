@@ -1,8 +1,8 @@
-"""LoRA against its formula, against PEFT in both directions,
-and strict about every file it reads."""
+"""LoRA against its formula, against PEFT in both directions, and strict about its files."""
 
 import json
 import math
+import re
 import shutil
 import warnings
 
@@ -15,9 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import build_tree
-from hub.targets import TARGET_MODULES
 from kernels.lora import adapted_projections, adapted_projections_reference
-from lora import LoRALinear, apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
+from lora import (
+    PEFT_PREFIX,
+    TARGET_MODULES,
+    LoRALinear,
+    apply_lora,
+    base_of,
+    load_adapter,
+    lora_layers,
+    merge_lora,
+    save_adapter,
+)
 from model import load_pretrained, save_pretrained
 
 INPUT_IDS = torch.arange(3, 17).view(2, 7)
@@ -400,119 +409,170 @@ def test_compiled_blocks_follow_changing_lengths(checkpointing):
 # ------------------------------------------------------------------------ our files
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize(
-    "targets", [TARGET_MODULES, ["q_proj", "v_proj"], "all-linear"], ids=["seven", "two", "all"]
+    "targets",
+    [TARGET_MODULES, "all-linear", r"model\.layers\.1\.self_attn\.(q|v)_proj"],
+    ids=["seven", "all", "one layer"],
 )
 def test_saved_adapter_loads_back(targets, use_rslora, tmp_path):
-    """save_adapter, then load_adapter on a fresh base, gives bitwise the same logits,
-    ready to train on."""
+    """save_adapter, then load_adapter on a fresh base: bitwise the same logits, ready to train."""
     base = write_checkpoint(tmp_path / "base")
     model = adapted(base, target_modules=targets, use_rslora=use_rslora, lora_dropout=0.1)
     save_adapter(model, tmp_path / "adapter")
     loaded = load_adapter(load_pretrained(base), tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.lora_config == model.lora_config
+    assert lora_layers(loaded).keys() == lora_layers(model).keys()
     assert all(p.requires_grad == (".lora_" in name) for name, p in loaded.named_parameters())
     silent = load_adapter(load_pretrained(base), tmp_path / "adapter", lora_dropout=0.0)
     assert {layer.dropout for layer in lora_layers(silent).values()} == {0.0}
 
 
-def test_adapter_on_some_layers_loads_back(tmp_path):
-    """An adapter that a regular expression put on one layer alone returns to that layer alone."""
-    base = write_checkpoint(tmp_path / "base")
-    model = adapted(base, target_modules=r"model\.layers\.1\.self_attn\.(q|v)_proj")
-    save_adapter(model, tmp_path / "adapter")
-    loaded = load_adapter(load_pretrained(base), tmp_path / "adapter")
-    assert lora_layers(loaded).keys() == lora_layers(model).keys()
-    assert torch.equal(logits(loaded), logits(model))
-
-
 def test_adapter_of_another_base_is_refused(tmp_path):
-    """The adapter knows the weights it was trained on:
-    others are refused by name, a copy of the same is welcome."""
+    """One value somewhere in a weight is enough to tell; a copy of the same base is welcome."""
     save_adapter(adapted(write_checkpoint(tmp_path / "base")), tmp_path / "adapter")
     write_checkpoint(tmp_path / "copy", shard_bytes=20_000)
     load_adapter(load_pretrained(tmp_path / "copy"), tmp_path / "adapter")
-    other = load_pretrained(write_checkpoint(tmp_path / "other", seed=1))
-    with pytest.raises(ValueError, match="another base") as error:
-        load_adapter(other, tmp_path / "adapter")
-    assert str(tmp_path / "base") in str(error.value) and str(tmp_path / "other") in str(
-        error.value
-    )
-    # a base with one weight changed inside: its first row is enough to tell
     weights = load_file(tmp_path / "base" / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0] += 1e-3
-    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="another base"):
-        load_adapter(load_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    weights["model.layers.1.mlp.up_proj.weight"][40, 3] += 1e-3
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "other")
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    other = load_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"another base, {tmp_path / 'base'}, .*/other"):
+        load_adapter(other, tmp_path / "adapter")
+    assert not lora_layers(other)  # a refusal leaves the model alone
 
 
-PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
+LAYER = f"{PEFT_PREFIX}model.layers.0.self_attn.q_proj"
+EMBEDDING = f"{PEFT_PREFIX}model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize(
-    "change, culprit",
-    [
-        (
-            lambda t: t.pop(f"{PREFIX}.lora_B.weight"),
-            r"1 missing.*layers\.0\.self_attn\.q_proj\.lora_B",
-        ),
-        (lambda t: t.update({f"{PREFIX}.lora_C.weight": torch.zeros(1)}), r"1 unexpected.*lora_C"),
-        (
-            lambda t: t.update({"model." + n: t.pop(n) for n in list(t)}),
-            r"28 missing.*28 unexpected.*model\.base_model",
-        ),
-        (
-            lambda t: t.update({f"{PREFIX}.lora_A.weight": torch.zeros(3, 32)}),
-            r"q_proj\.lora_A\.weight.*\(3, 32\).*\(4, 32\)",
-        ),
-    ],
-    ids=["missing", "unexpected", "prefix", "shape"],
-)
-def test_adapter_keys_must_match_both_ways(change, culprit, tmp_path):
-    """A missing, additional, misnamed or misshapen tensor is a ValueError that names file and key,
-    never a warning."""
-    save_adapter(adapted(), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match=culprit) as error:
-        load_adapter(tiny_model(), tmp_path)
-    assert str(file) in str(error.value)
+def change(path, tensors=None, **settings) -> None:
+    """Rewrite an adapter with its tensors changed in place and other settings."""
+    file = path / "adapter_model.safetensors"
+    held = load_file(file)
+    if tensors:
+        tensors(held)
+    save_file(held, file, metadata={"format": "pt"})
+    config = json.loads((path / "adapter_config.json").read_text()) | settings
+    (path / "adapter_config.json").write_text(json.dumps(config))
+
+
+def renamed(rule):
+    return lambda tensors: [tensors.update({rule(n): tensors.pop(n)}) for n in list(tensors)]
 
 
 @pytest.mark.parametrize(
-    "changes, culprit",
+    "tensors, culprit",
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias=all"),
-        ({"bias": "lora_only"}, "bias=lora_only"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"init_lora_weights": "pissa"}, "pissa"),  # PEFT changes the base weights for these
-        ({"init_lora_weights": "olora"}, "olora"),
-        ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
-        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        (lambda t: t.pop(f"{LAYER}.lora_B.weight"), r"q_proj\.lora_B.*there: None"),
+        (lambda t: t.update({f"{LAYER}.lora_C.weight": torch.ones(1)}), "lora_C.*needed: None"),
+        (
+            lambda t: t.update({f"{LAYER}.lora_A.weight": torch.ones(3, 32)}),
+            r"\(3, 32\).*\(4, 32\)",
+        ),
+        (lambda t: t.update({name: torch.zeros(0) for name in t}), r"there: \(0,\)"),  # ZeRO-3
+        (lambda t: t[f"{LAYER}.lora_A.weight"].view(-1)[5:7].fill_(torch.nan), "q_proj.*NaN"),
+        (lambda t: t[f"{LAYER}.lora_A.weight"].view(-1)[5:7].fill_(torch.inf), "q_proj.*infinity"),
+        (lambda t: t.update({EMBEDDING: torch.ones(131, 32)}), "embed_tokens.*were trained"),
+        (lambda t: t.update({EMBEDDING: torch.ones(140, 32)}), "embed_tokens.*were trained"),
+        (renamed(lambda name: f"_orig_mod.{name}"), "_orig_mod.*torch.compile"),
+        (renamed(lambda name: f"module.{name}"), "module.*DDP"),
+        (renamed(lambda name: PEFT_PREFIX + name), "another PEFT"),
+        (renamed(lambda name: name.removeprefix(PEFT_PREFIX)), "28 tensors|56 tensors"),
+        (renamed(lambda name: name.replace(".weight", ".mine.weight")), r"\.mine\."),
+        (lambda t: t.update({PEFT_PREFIX + "lm_head.lora_A.weight": torch.ones(4, 32)}), "lm_head"),
+        (lambda t: t.update({f"{LAYER}.lora_magnitude_vector": torch.ones(32)}), "DoRA"),
+        (
+            lambda t: t.update({f"{LAYER}.lora_A.default.weight": torch.ones(4, 32)}),
+            r"lora_A\.default",
+        ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unsupported_adapter_is_refused_by_name(changes, culprit, tmp_path):
-    """What plain LoRA cannot express is a ValueError that names it,
-    before a wrong model is made."""
+def test_tensors_that_are_not_plain_lora_are_refused(tensors, culprit, tmp_path):
+    """Missing, additional, misnamed, misshapen, trained beside, not finite: by file and key."""
     save_adapter(adapted(), tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(ValueError, match=culprit):
+    change(tmp_path, tensors)
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: .*{culprit}"):
         load_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": "IA3"},
+        {"peft_type": None},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 8}},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"layers_to_transform": [0]},
+        {"init_lora_weights": "pissa"},  # PEFT changes the base weights for these
+        {"init_lora_weights": "olora"},
+        {"a_setting_of_tomorrow": 1},
+        {"r": "8"},
+        {"r": 0},
+        {"r": True},
+        {"lora_alpha": "16"},
+        {"lora_alpha": float("inf")},
+        {"lora_dropout": 1.5},
+        {"target_modules": {"q_proj": 1}},
+        {"target_modules": [1]},
+        {"target_modules": []},
+        {"target_modules": "(q_proj"},
+        {"target_modules": ["wte"]},
+        {"use_rslora": "yes"},
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_computed_are_refused_by_name(changes, tmp_path):
+    """What plain LoRA cannot express, and values of another kind: key and value."""
+    save_adapter(adapted(), tmp_path)
+    change(tmp_path, **changes)
+    ((key, value),) = changes.items()
+    value = value[0] if isinstance(value, list) and value else value
+    with pytest.raises(ValueError, match=rf"{key} .*{re.escape(str(value))}"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_what_peft_reads_beside_an_adapter_is_read(tmp_path):
+    """Targets that match nothing, keys with the adapter's name, embeddings that are the base's."""
+    base = write_checkpoint(tmp_path / "base")
+    model = adapted(base, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="wte.*matches no layer"):  # of a new adapter
+        apply_lora(tiny_model(), 4, 8, target_modules=["q_proj", "wte"])
+    head = f"{PEFT_PREFIX}lm_head.weight"
+    for dtype in (torch.float32, torch.bfloat16):  # compared in the adapter's type
+        save_adapter(model, tmp_path / "adapter")
+        own = {EMBEDDING: model.model.embed_tokens.weight, head: model.lm_head.weight}
+        change(
+            tmp_path / "adapter",
+            lambda t, own=own, d=dtype: t.update({k: p.detach().to(d) for k, p in own.items()}),
+            target_modules=["q_proj", "wte", "v_proj", "lm_head"],
+        )
+        change(tmp_path / "adapter", renamed(lambda n: n.replace(".weight", ".default.weight")))
+        change(
+            tmp_path / "adapter",
+            renamed(lambda n: n.replace("s.default", "s").replace("d.default", "d")),
+        )
+        for plain in (load_pretrained(base), tiny_model()):
+            assert torch.equal(logits(load_adapter(plain, tmp_path / "adapter")), logits(model))
+
+
+def test_a_dead_adapter_is_said(tmp_path, capsys):
+    """All lora_B zero: it loads, adds nothing, and a note says so; one live B is enough."""
+    save_adapter(apply_lora(tiny_model(), 4, 8), tmp_path / "dead")
+    model = load_adapter(tiny_model(), tmp_path / "dead")
+    assert "every lora_B is zero" in capsys.readouterr().out
+    assert torch.equal(logits(model), logits(tiny_model()))
+    change(tmp_path / "dead", lambda t: t[f"{LAYER}.lora_B.weight"][0].fill_(1))
+    load_adapter(tiny_model(), tmp_path / "dead")
+    assert "note" not in capsys.readouterr().out
 
 
 def test_unreadable_adapter_files_are_named(tmp_path):
-    """An absent, pickled or cut-off file is a ValueError that names it."""
+    """Absent, cut off, pickled, no JSON, or without the name of a base that is asked for."""
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         load_adapter(tiny_model(), tmp_path)
     save_adapter(adapted(), tmp_path)
@@ -521,52 +581,32 @@ def test_unreadable_adapter_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         load_adapter(tiny_model(), tmp_path)
     file.rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors.*pickled"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         load_adapter(tiny_model(), tmp_path)
+    for name in (None, "", 5, ["x"]):
+        config = {"peft_type": "LORA", "base_model_name_or_path": name}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"adapter_config\.json.*give the base as --model"):
+            base_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LO')
     with pytest.raises(ValueError, match=r"adapter_config\.json.*JSON"):
         load_adapter(tiny_model(), tmp_path)
 
 
-def test_a_refused_adapter_leaves_the_model_alone(tmp_path):
-    """After a refusal the model computes what it did and can take another adapter."""
-    save_adapter(adapted(r=4), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file(dict(list(load_file(file).items())[1:]), file)
-    model = tiny_model()
-    with pytest.raises(ValueError, match="missing"):
-        load_adapter(model, tmp_path)
-    assert not lora_layers(model)
-    apply_lora(model, 4, 8)
-
-
 def test_keys_and_config_are_those_of_peft(tmp_path):
-    """The two files hold PEFT's names,
-    fp32 tensors and every setting that its older readers look for."""
-    save_adapter(
-        adapted(write_checkpoint(tmp_path / "base"), target_modules=["q_proj"]),
-        tmp_path / "adapter",
-    )
+    """The two files hold PEFT's names, fp32 tensors and what its older readers look for."""
+    base = write_checkpoint(tmp_path / "base")
+    save_adapter(adapted(base, target_modules=["q_proj"]), tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as f:
         assert f.metadata()["format"] == "pt"
         layers = [f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
         assert set(f.keys()) == {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "base")
-    expected = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": 4,
-        "lora_alpha": 8,
-        "bias": "none",
-    }
-    expected |= {
-        "use_rslora": False,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
-    assert expected.items() <= config.items() and config["target_modules"] == ["q_proj"]
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+    expected |= {"bias": "none", "use_rslora": False, "fan_in_fan_out": False}
+    expected |= {"inference_mode": True, "modules_to_save": None}
+    expected |= {"base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
+    assert expected.items() <= config.items()
 
 
 # ------------------------------------------------------------------------ PEFT's files
@@ -631,14 +671,6 @@ def test_adapter_of_peft_loads_here(family, settings, tmp_path):
     ours = load_adapter(plain, tmp_path / "adapter")
     assert max_diff(logits(ours), before) > 0.1
     assert max_diff(logits(ours), logits(theirs)) < 1e-5
-
-
-def test_all_linear_string_is_read(tmp_path):
-    """An adapter_config.json with the literal "all-linear" means the seven linear layers."""
-    save_adapter(adapted(), tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": "all-linear"}))
-    assert torch.equal(logits(load_adapter(tiny_model(), tmp_path)), logits(adapted()))
 
 
 @pytest.mark.parametrize("family", ["llama3.1", "llama3.2", "qwen2.5", "qwen3"])

@@ -16,11 +16,12 @@ from hub.quantized import Linear4bit, unquantized
 from kernels.nf4 import matrix, quantize_nf4
 from loaders.frozen import DataConfig, prepare
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
-from model import load_4bit, load_pretrained, save_pretrained
+from model import load_pretrained, save_pretrained
 from runtime.policy import say_what_4_bits_cost
 from runtime.sharding import split
 from train import TrainConfig
 
+load_4bit = partial(load_pretrained, load_in_4bit=True)
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
 PUBLISHED = ("llama3.1", "qwen2.5", "qwen3")
 
@@ -91,7 +92,7 @@ def test_a_quantised_checkpoint_needs_the_option(wide, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="--load_in_4bit"):
         load_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="up_proj.weight is quantised as nf4"):
+    with pytest.raises(ValueError, match="up_proj.weight is quantised as"):
         load_4bit(tmp_path)  # its code is another
 
 

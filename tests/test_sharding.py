@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from data import build_tree
-from lora import apply_lora, save_adapter
-from model import load_pretrained
+from lora import apply_lora, read_adapter, save_adapter
+from model import load_pretrained, read_weights
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.sharding import (
     fill_adapter,
     init_adapter,
-    read_weights,
+    own_parts,
     reshard,
     shard,
     shard_group,
@@ -194,10 +194,10 @@ def gathered_model(tmp_path):
 STATE = {"optimizer_steps": 1}
 # what fills, or reads, weights or optimizer state: each a function of (folder, model, optimizer)
 ACCESS = {
-    "base weights": lambda folder, model, _: read_weights(model, folder / "base"),
+    "base weights": lambda folder, model, _: read_weights(model, own_parts(model)),
     "fresh adapter": lambda folder, model, _: init_adapter(model, 3),
     "adapter": lambda folder, model, _: fill_adapter(
-        model, load_file(folder / "adapter" / "adapter_model.safetensors")
+        model, read_adapter(load_pretrained(folder / "base"), folder / "adapter")[1]
     ),
     "trained": lambda folder, model, _: trained(model),
     "save": lambda folder, model, adamw: save_checkpoint(folder, 3, model, adamw, STATE, 1, 2),
