@@ -67,7 +67,7 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, data_defaults, encode_split, prepare
 from lora import TARGET_MODULES, base_of
 from losses import MARGINS
-from model import ModelConfig, Transformer, weight_shapes
+from model import ModelConfig, Transformer
 from objectives import PAIRWISE, PREFERENCE_LOSSES, MicroBatch, Objective, Schedule
 from runtime.checkpoint import Best, checkpoints, save_checkpoint
 from runtime.estimate import dry_run
@@ -363,8 +363,9 @@ def defaults(given: dict) -> dict:
     if model == TITLES:
         chosen, why = CONFIGS / "titles.json", "for --model titles"
     else:
-        shapes = weight_shapes(ModelConfig.from_pretrained(find_base(model, adapter, False)))
-        count = sum(map(math.prod, shapes.values()))
+        with torch.device("meta"):
+            shapes = Transformer(ModelConfig.from_pretrained(find_base(model, adapter, False)))
+        count = sum(p.numel() for p in shapes.parameters())
         chosen = CONFIGS / "small.json" if count < SMALL else None
         why = f"for a model of {count / 1e6:,.1f} million parameters"
     name = f"configs/{chosen.name}" if chosen else "those of --help, the paper's,"
