@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,6 +290,15 @@ def test_just_enough_random_candidates_are_found(kind):
     assert interactions.num_items == 300 and set(splits["test"][e].candidates) == left | {
         "Title 280"
     }
+
+
+def test_rare_items_that_are_left_are_drawn_by_popularity_too():
+    """Chance finds them too slowly, so they are drawn apart: 10 of 5,010 interactions."""
+    items = np.repeat(np.arange(4), [5000, 1, 1, 8])
+    log = SimpleNamespace(item=items, user=0 * items, num_items=4, start=np.array([0, 5010]))
+    seen, rng = np.zeros((300, 1), int), np.random.default_rng(0)
+    drawn = data._draw_unseen(log, np.zeros(300, int), 1, seen, "popularity", rng)
+    assert (drawn == 3).mean() == pytest.approx(0.8, abs=0.08) and (drawn > 0).all()
 
 
 @pytest.mark.parametrize(
