@@ -13,10 +13,10 @@ ROOMS = {
     "losses": 200,
     "kernels": 780,
     "common": 240,
-    "hub": 1026,
+    "hub": 1024,
     "model": 440,
     "data": 744,
-    "lora": 325,
+    "lora": 300,
     "loaders": 4800,
     "runtime": 1818,
     "eval": 420,
@@ -26,7 +26,7 @@ ROOMS = {
     "studies": 3900,
     "recommend": 550,
     "bench": 3113,
-    "tests": 15977,
+    "tests": 15988,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
