@@ -41,16 +41,15 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. Keeps the parameter names of the layer it replaces."""
+    """A linear layer with an adapter, under the parameter names of the layer it replaces."""
 
     def __init__(self, linear: nn.Linear, r: int, scaling: float, dropout: float = 0.0):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.absmax = getattr(linear, "absmax", None)  # with it, `weight` is 4-bit codes
-        self.projections = adapted_projections
-        if self.absmax is not None:
-            self.projections = outside_graphs(adapted_projections)
+        compiled = self.absmax is None
+        self.projections = adapted_projections if compiled else outside_graphs(adapted_projections)
         like = {"bias": False, "device": linear.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(linear.in_features, r, **like)
         self.lora_B = nn.Linear(r, linear.out_features, **like)
@@ -97,9 +96,8 @@ def find_targets(linears: list[str], targets, strict: bool = True) -> list[str]:
     """Layers that a regular expression, PEFT's "all-linear" or a list of ends of paths means."""
     if targets == "all-linear":
         return linears
-    expressions = (
-        [targets] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
-    )
+    ends = [] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
+    expressions = [targets] if isinstance(targets, str) else ends
     try:
         matches = [{n for n in linears if re.fullmatch(e, n)} for e in expressions]
     except re.error as error:
@@ -116,8 +114,7 @@ def apply_lora(
     r: int,
     lora_alpha: float,
     lora_dropout: float = 0.0,
-    # names, PEFT's "all-linear", or a regular expression over module paths
-    target_modules=TARGET_MODULES,
+    target_modules=TARGET_MODULES,  # names, "all-linear" or a regular expression over paths
     use_rslora: bool = False,
     seed: int = 0,
 ) -> Transformer:
@@ -138,13 +135,8 @@ def apply_lora(
         if not layer.weight.is_meta:
             layer.reset_parameters(name, seed)
         model.set_submodule(name, layer)
-    model.lora_config = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "target_modules": named,
-        "use_rslora": use_rslora,
-    }
+    model.lora_config = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    model.lora_config |= {"target_modules": named, "use_rslora": use_rslora}
     return model
 
 
@@ -161,13 +153,10 @@ def merge_lora(model: Transformer) -> Transformer:
         raise ValueError("the model carries no LoRA adapter to merge")
     for name, layer in lora_layers(model).items():
         delta = layer.scaling * layer.lora_B.weight.float() @ layer.lora_A.weight.float()
-        weight = layer.weight
-        if layer.absmax is not None:
-            weight = base_weight(model, name, layer, model.model.norm.weight.dtype)
-            weight = nn.Parameter(weight, requires_grad=False)
-        weight.copy_(weight.float() + delta)
+        weight = layer.weight if layer.absmax is None else base_weight(model, name, layer)
+        weight = weight.copy_(weight.float() + delta)
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        linear.weight, linear.bias = weight, layer.bias
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         model.set_submodule(name, linear)
     unquantized(model)
     model.lora_config = None
@@ -188,13 +177,9 @@ def adapter_products(settings: dict, tensors: dict[str, Tensor]) -> dict:
 
 # ------------------------------------------------------------------------ PEFT's two files
 PEFT_PREFIX = "base_model.model."
-SETTINGS = {  # arguments of apply_lora, with PEFT's defaults
-    "r": 8,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "target_modules": ["q_proj", "v_proj"],
-    "use_rslora": False,
-}
+# arguments of apply_lora, with PEFT's defaults
+SETTINGS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+SETTINGS |= {"target_modules": ["q_proj", "v_proj"]}
 WITHOUT_EFFECT = {  # on what an adapter computes; PEFT's other settings must be empty
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
     "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config",
@@ -250,17 +235,9 @@ def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = Non
         metadata["base_sha256"] = base_fingerprint(model.source)
     path.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, path / "adapter_model.safetensors", metadata=metadata)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name_or_path,
-        **model.lora_config,
-        "bias": "none",
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    config |= {"base_model_name_or_path": model.name_or_path, **model.lora_config}
+    config |= {"fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None}
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -270,9 +247,8 @@ def load_adapter(model: Transformer, path, lora_dropout: float | None = None) ->
     if lora_dropout is not None:
         settings["lora_dropout"] = lora_dropout
     apply_lora(model, **settings)
-    state = model.state_dict()
     for name, tensor in tensors.items():
-        state[name].copy_(tensor)
+        model.get_parameter(name).data.copy_(tensor)
     return model
 
 
@@ -287,7 +263,6 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
         linear = model.get_submodule(name)
         needed[f"{PEFT_PREFIX}{name}.lora_A.weight"] = (settings["r"], linear.in_features)
         needed[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (linear.out_features, settings["r"])
-
     handle = open_safetensors(file)
     tensors = {key: handle.get_tensor(key) for key in handle.keys()}
     for key in list(tensors):
@@ -295,13 +270,14 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
             del tensors[key]  # PEFT's save_embedding_layers
         elif (plain := key.replace(".default.weight", ".weight")) not in tensors:
             tensors[plain] = tensors.pop(key)  # a PEFT model in memory names its adapter so
-    check_tensors(
-        file,
-        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
-        needed,
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    way_out = (
         "plain LoRA on linear layers is read; adapters of the head or of embeddings, embeddings "
-        "that were trained, DoRA, and models inside torch.compile, DDP or another PEFT are not",
     )
+    way_out += (
+        "that were trained, DoRA, and models inside torch.compile, DDP or another PEFT are not"
+    )
+    check_tensors(file, found, needed, way_out)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{file}: {key} holds NaN, infinity or no floats; take an earlier one")
@@ -318,8 +294,7 @@ def equals_base(model: Transformer, name: str, saved: Tensor) -> bool:
     """Whether a tensor beside an adapter is the base's own embedding or head, in its own type."""
     if name not in ("model.embed_tokens.weight", "lm_head.weight"):
         return False
-    base = model.state_dict()[name]
-    if model.source:
-        weights = Weights(model.source)
+    base, weights = model.get_parameter(name), Weights(model.source) if model.source else None
+    if weights:
         base = weights.tensor(name if name in weights.files else "model.embed_tokens.weight")
     return base.shape == saved.shape and torch.equal(saved, base.cpu().to(saved.dtype))

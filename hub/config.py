@@ -41,9 +41,9 @@ def read_config(path) -> dict:
         }
         for key, values in computed.items():
             if raw.get(key) is not None and raw[key] not in values:
+                value = str(raw[key])[:100]
                 raise ValueError(
-                    f"{file}: {key} {str(raw[key])[:100]} is not supported; this project runs "
-                    "Llama 2/3, Qwen2/2.5 and Qwen3, as floats or in bitsandbytes' nf4"
+                    f"{file}: {key} {value} is not supported; give a Llama or Qwen 2/3"
                 )
         heads, hidden_size = (
             whole(file, raw, "num_attention_heads"),
@@ -53,10 +53,8 @@ def read_config(path) -> dict:
         head_dim = whole(file, raw, "head_dim", head_dim, 2**14)
         kv_heads = whole(file, raw, "num_key_value_heads", heads)
         if heads % kv_heads or head_dim % 2:
-            raise ValueError(
-                f"{file}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
-                f"{kv_heads}, and head_dim {head_dim} even"
-            )
+            given = f"num_key_value_heads {kv_heads}, head_dim {head_dim}"
+            raise ValueError(f"{file}: {given}: a divisor of {heads} and an even number are needed")
         # transformers takes rope_scaling, its older layout, first
         ropes = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
         found = [read_rope(file, raw, rope) for rope in ropes or [{}]]

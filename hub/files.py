@@ -42,9 +42,8 @@ def resolve_path(name, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except OSError as error:
-        reached = getattr(error, "response", None) is not None  # it said 401, 403 or 404
         why = "the hub cannot be reached from here: give a local directory"
-        if reached:
+        if getattr(error, "response", None) is not None:  # it said 401, 403 or 404
             why = "the hub refuses it: check the spelling, accept a gated model's licence on its "
             why += "page, log in with `hf auth login` or set HF_TOKEN"
         raise ValueError(f"{name}: no such directory, and {why} ({type(error).__name__})") from None

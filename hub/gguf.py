@@ -59,6 +59,8 @@ def open_gguf(path) -> tuple[dict, dict]:
             return values
 
     reader = Reader(path)
+    if reader.byte_order == "S":
+        raise ValueError("a big-endian file is not supported")
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
@@ -212,11 +214,11 @@ def write_directory(metadata: dict, tensors: dict, target: Path, dtype: torch.dt
     fields, tokenizer = model_fields(metadata, tensors), build_tokenizer(metadata)
     named = {hf_name(n): t for n, t in tensors.items() if n != "rope_freqs.weight"}
     settings = {f"{role}_token": token_of(metadata, role) for role in ("unk", "bos", "eos")}
+    settings["chat_template"] = metadata.get("tokenizer.chat_template")
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    settings["chat_template"] = metadata.get("tokenizer.chat_template")
     ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(i for i in ends if i is not None))
     generation = {"bos_token_id": fields["bos_token_id"], "eos_token_id": ends}

@@ -103,8 +103,9 @@ def stored_absmax(weights: Weights, name: str) -> Tensor:
         return values * scales + state["nested_offset"]
 
 
-def base_weight(model: nn.Module, name: str, layer: nn.Module, dtype: torch.dtype) -> Tensor:
+def base_weight(model: nn.Module, name: str, layer: nn.Module) -> Tensor:
     """A 4-bit layer's weight: the original one where its 16 bits are at hand, else its values."""
+    dtype = model.model.norm.weight.dtype
     if model.source:
         weights = Weights(model.source)
         if f"{name}.weight{NF4_STATE}" not in weights.files:
@@ -115,12 +116,10 @@ def base_weight(model: nn.Module, name: str, layer: nn.Module, dtype: torch.dtyp
 
 def unquantized(model: nn.Module) -> nn.Module:
     """Turn every Linear4bit into an ordinary layer of the compute dtype, in place."""
-    dtype = model.model.norm.weight.dtype
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit):
             linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-            weight = base_weight(model, name, layer, dtype)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.weight = nn.Parameter(base_weight(model, name, layer), requires_grad=False)
             linear.bias = layer.bias
             model.set_submodule(name, linear)
     return model

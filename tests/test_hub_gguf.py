@@ -224,6 +224,17 @@ def test_other_places_are_left_alone(monkeypatch, tmp_path):
         convert(file, tmp_path / "hf")
 
 
+def test_a_big_endian_file_is_refused(tmp_path):
+    """The package would decode its blocks in the wrong order."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="big-endian"):
+        convert(tmp_path / "m.gguf", tmp_path / "hf")
+
+
 def test_the_command_line_converts(tmp_path):
     """python -m hub.gguf FILE DIR"""
     file = write_gguf(tmp_path / "m.gguf", padded_model("llama2"))

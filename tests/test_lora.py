@@ -207,7 +207,7 @@ def test_targets_that_match_nothing_are_refused(targets):
     """A target that names no linear layer is a ValueError that names it,
     and no layer is adapted."""
     model = tiny_model()
-    with pytest.raises(ValueError, match="w_q|lm_head|match no"):
+    with pytest.raises(ValueError, match="w_q|lm_head|matches no"):
         apply_lora(model, 4, 8, target_modules=targets)
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
@@ -477,9 +477,9 @@ def renamed(rule):
         (lambda t: t.update({EMBEDDING: torch.ones(131, 32)}), "embed_tokens.*were trained"),
         (lambda t: t.update({EMBEDDING: torch.ones(140, 32)}), "embed_tokens.*were trained"),
         (renamed(lambda name: f"_orig_mod.{name}"), "_orig_mod.*torch.compile"),
-        (renamed(lambda name: f"module.{name}"), "module.*DDP"),
+        (renamed(lambda name: f"module.{name}"), "56 tensors.*DDP"),
         (renamed(lambda name: PEFT_PREFIX + name), "another PEFT"),
-        (renamed(lambda name: name.removeprefix(PEFT_PREFIX)), "28 tensors|56 tensors"),
+        (renamed(lambda name: name.removeprefix(PEFT_PREFIX)), "56 tensors"),
         (renamed(lambda name: name.replace(".weight", ".mine.weight")), r"\.mine\."),
         (lambda t: t.update({PEFT_PREFIX + "lm_head.lora_A.weight": torch.ones(4, 32)}), "lm_head"),
         (lambda t: t.update({f"{LAYER}.lora_magnitude_vector": torch.ones(32)}), "DoRA"),
