@@ -1,109 +1,59 @@
-"""Everything that only a GPU can show, in at most 10 minutes on one: run it, read the page.
+"""The timed figures of a GPU, in order of worth; a run that is stopped goes on where it was.
 
-    python -m bench.gpu                               one GPU; writes results/bench/gpu-<name>.md
-    torchrun --nproc_per_node 8 -m bench.gpu          besides: shard modes and scaling over NCCL
-    python -m bench.gpu --out /tmp                    without a GPU: all of it at toy sizes
+    python -m bench.gpu                   writes results/bench/gpu-<card>-<commit>.md
+    python -m bench.gpu --page FILE       the page is that file
 
-Each row is pass, fail, figure or skipped (with the reason); the exit code is 1 if one failed.
-Shapes are Llama-3.1-8B's with random weights, as many prompts and layers as fit the card; speed
-does not depend on their values. Without a GPU the sizes are toys, Triton's kernels run in its
-interpreter, collectives go over gloo, and speeds are figures without a goal.
+The page is written after every figure. Started again, a run measures what the page does not hold,
+and what failed. Whether the numbers that a GPU computes are right is asked by `pytest -m gpu`
+(tests/test_gpu.py). A CPU takes toy sizes.
+"""
 
-Sections: bench/acceptance.py (one process) and bench/ranks.py (several)."""
-
-import argparse
-import os
-import platform
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
-sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks import one another by name
-
-import acceptance  # noqa: E402
-import ranks  # noqa: E402
-import verdict  # noqa: E402
-from harness import ROOT, commit, one_process, parser  # noqa: E402
-
-from common import print0, run_cli, setup_distributed  # noqa: E402
+from bench import evaluation, head, scaling, step
+from bench.harness import CUDA, ROOT, Sizes, commit, medians, run
+from common import parse_config
+from kernels.nf4 import dequantize_nf4, quantize_nf4
 
 
-def options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Those of every benchmark, and where the page goes."""
-    out = parser(__doc__, minutes=10)
-    out.add_argument("--toy", action="store_true", help="toy sizes; always without a GPU")
-    out.add_argument("--out", default=str(ROOT / "results" / "bench"), help="folder of the page")
-    args = out.parse_args(argv)
-    args.toy = args.toy or args.device == "cpu"
-    if args.toy:
-        args.shape, args.layers = "tiny", args.layers or 2
-        torch.set_num_threads(1)  # tensors this small cost more to divide than to compute
-    args.data_dir = ""  # random ids of fixed lengths
-    args.prompt = 48 if args.toy else args.prompt
-    args.repeats = 1 if args.toy else 7
-    return args
+def nf4(sizes: Sizes) -> str:
+    """Bytes that a dequantised projection moves in a second, beside those of a large copy."""
+    shape = (sizes.config.intermediate_size, sizes.config.hidden_size)
+    weight = torch.randn(*shape, device=sizes.device, dtype=sizes.torch_dtype)
+    codes, absmax = quantize_nf4(weight)
+    source = torch.empty(2**30 if CUDA else 2**20, dtype=torch.uint8, device=weight.device)
+    copy = partial(torch.empty_like(source).copy_, source)
+    values = partial(dequantize_nf4, codes, absmax, shape, weight.dtype)
+    s = medians({"copy": copy, "values": values}, sizes.seconds)
+    moved = codes.numel() + 4 * absmax.numel() + weight.numel() * weight.element_size()
+    rate = 2 * source.numel() / s["copy"]
+    share = moved / s["values"] / rate
+    return f"{1e6 * s['values']:.1f} µs, {share:.0%} of {rate / 1e9:,.0f} GB/s"
 
 
-def card_name(args) -> str:
-    if args.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"toy sizes on a CPU, {platform.machine()}"
-
-
-def file_name(args, world_size: int) -> str:
-    """gpu-<name>.md, for several ranks gpu-<name>-x<ranks>.md."""
-    name = "toy-cpu" if args.device == "cpu" else "-".join(card_name(args).lower().split())
-    return f"gpu-{name}{f'-x{world_size}' if world_size > 1 else ''}.md"
-
-
-def notes(args, world_size: int, started: float) -> list[str]:
-    """The lines above the tables."""
-    ranks_note = f", {world_size} processes" if world_size > 1 else ""
-    layers = args.layers or "all"
-    return [
-        f"{card_name(args)}{ranks_note}; torch {torch.__version__}, commit {commit()}.",
-        f"Shape {args.shape} ({layers} layers), {args.dtype}, random weights; "
-        f"{time.monotonic() - started:.0f} s in all.",
-    ]
-
-
-def accept(args, sections: dict, world_size: int = 1, write: bool = True) -> int:
-    """Run the sections (title -> function of args), write the page; 1 if a row failed."""
-    started = time.monotonic()
-    deadline = started + 60 * args.minutes
-    file = Path(args.out) / file_name(args, world_size)
-    found = {}
-    for title, section in sections.items():
-        if world_size > 1:  # an error on one rank must end all of them: torchrun sees to it
-            found[title] = section(args)
-        else:
-            found[title] = verdict.run_section(title, lambda s=section: s(args), deadline)
-        for row in found[title]:
-            print0(f"{row.verdict:8} {title}: {row.name}: {row.figure} {row.goal}")
-        if write:  # after every section: a run that is stopped keeps its page
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(verdict.page("GPU acceptance", notes(args, world_size, started), found))
-    if write:
-        print0(f"\nwritten to {file}")
-    return min(1, verdict.failures(found))
+def figures(sizes: Sizes) -> dict[str, Callable[[], str]]:
+    """Those of all scripts, the ones that matter most first."""
+    steps, heads = step.figures(sizes), head.figures(sizes)
+    first = ["RecPO step", "the usual way", "the usual way, checkpointing"]
+    found = {name: steps[name] for name in first} | {"head, 4096 rows": heads["head, 4096 rows"]}
+    found |= {"NF4 -> values": partial(nf4, sizes)} | evaluation.figures(sizes)
+    return found | steps | heads | scaling.figures(sizes)
 
 
 def main() -> None:
-    args = options()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        rank, world_size, device = setup_distributed()
-        args.device = device.type
-        code = accept(args, ranks.SECTIONS, world_size, write=rank == 0)
-    else:
-        one_process()
-        code = accept(args, acceptance.SECTIONS)
-    if code:
-        sys.exit(code)
+    sizes = parse_config(Sizes)
+    if not CUDA:
+        sizes = replace(sizes, layers=2, prompts=2, prompt=32, seconds=0.0)
+    if not sizes.page:
+        card = torch.cuda.get_device_name() if CUDA else "toy cpu"
+        name = f"gpu-{'-'.join(card.lower().split())}-{commit()}.md"
+        sizes = replace(sizes, page=str(ROOT / "results" / "bench" / name))
+    run(figures, "Timed figures of a GPU", sizes)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

@@ -1,274 +1,229 @@
-"""What the benchmarks share: random weights, real prompts, interleaved timing, peak memory, tables.
+"""What the benchmarks share: sizes, random models and batches, a step, times and pages.
 
-Shapes: `tiny` for a CPU in fp32, `llama-3.1-8b` and `qwen2.5-7b` for a GPU in bf16, with random
-weights: speed does not depend on their values. Prompts are MovieLens-1M's training examples where
-the archive is at hand (--data_dir, or ml-1m.zip in $RECPO_DATA), cut with a tokenizer made from the
-same data; otherwise random ids of a fixed length.
+A script answers one question. Its `figures(sizes)` names what it measures: name -> a function that
+measures it and says it in a line. `run` prints them, and keeps them in --page.
+
+Weights and token ids are random, because speed does not depend on their values. A GPU takes
+Llama-3.1-8B's shape in bf16, a CPU a tiny one in fp32, unless --shape and --dtype say otherwise.
+
+Legend: B prompts, K negatives of a prompt, M scored rows, D hidden_size, V vocab_size.
 """
 
-import argparse
 import gc
-import os
-import platform
+import re
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from common import arg
+from data import build_tree
+from hub.quantized import to_4bit
+from lora import apply_lora
+from losses import recpo_loss
+from model import ModelConfig, Transformer, inverse_frequencies
+from train import TrainConfig, train_step
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+CUDA = torch.cuda.is_available()
+MARGIN = 6.0  # λ φ_w / φ_l of every pair
+ROUNDS = 3  # in which the ways take turns
 
-from data import build_tree  # noqa: E402
-from demo.tiny import make_base_model  # noqa: E402
-from hub.config import hf_config  # noqa: E402
-from hub.tokenizer import Tokenizer  # noqa: E402
-from loaders.frozen import DataConfig, encode_split, prepare  # noqa: E402
-from lora import TARGET_MODULES, apply_lora  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
-
-LORA_RANK, LORA_ALPHA = 8, 32  # train.py's defaults
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 SHAPES = {
-    "tiny": ModelConfig("llama", 8000, 384, 1024, 6, 6, 2, 64, max_position_embeddings=4096),
-    "llama-3.1-8b": ModelConfig(
-        "llama", 128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, LLAMA3_ROPE
-    ),
-    "qwen2.5-7b": ModelConfig(
-        "qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, attention_bias=True
-    ),
+    "tiny": ModelConfig("llama", 8000, 384, 1024, 6, 6, 2, 64),
+    "llama-3.1-8b": ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128),
+    "qwen2.5-7b": ModelConfig("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, attention_bias=True),
 }
 
 
-def parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """The options of every benchmark; keyword arguments add integer options."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    out = argparse.ArgumentParser(
-        description=description, formatter_class=formatter, allow_abbrev=False
-    )
-    archive = Path(os.environ.get("RECPO_DATA", ROOT.parent / "shared" / "data")) / "ml-1m.zip"
-    cuda = torch.cuda.is_available()
-    out.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b" if cuda else "tiny")
-    out.add_argument("--layers", type=int, default=0, help="blocks; 0 = all of the shape")
-    out.add_argument("--device", default="cuda" if cuda else "cpu")
-    out.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32"
-    )
-    out.add_argument(
-        "--data_dir",
-        default=str(archive) if archive.exists() else "",
-        help="ml-1m.zip; empty = random ids",
-    )
-    out.add_argument("--prompt", type=int, default=400, help="prompt length of random ids")
-    out.add_argument(
-        "--completion", type=int, default=12, help="completion length of random ids, EOS included"
-    )
-    for name, default in defaults.items():
-        out.add_argument(f"--{name}", type=int, default=default)
-    return out
+# ------------------------------------------------------------------------ sizes, models, batches
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: the shape of a model with random weights, and of a batch of random ids."""
+
+    shape: str = arg("llama-3.1-8b" if CUDA else "tiny", f"one of {', '.join(SHAPES)}")
+    layers: int = arg(0, "blocks; 0: as many as the shape has")
+    dtype: str = arg("bfloat16" if CUDA else "float32", "of weights and computation")
+    device: str = arg("cuda" if CUDA else "cpu", "cuda or cpu")
+    prompts: int = arg(8, "prompts of a step (B)")
+    prompt: int = arg(400, "tokens of a prompt")
+    completion: int = arg(12, "tokens of a completion, its EOS included")
+    negatives: int = arg(3, "negatives of a prompt (K)")
+    seconds: float = arg(3.0, "each way runs at least so long")
+    page: str = arg("", "file that keeps the figures; what it holds is not measured again")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def config(self) -> ModelConfig:
+        shape = SHAPES[self.shape]
+        return replace(shape, num_hidden_layers=self.layers or shape.num_hidden_layers)
 
 
-def dtype_of(args) -> torch.dtype:
-    return getattr(torch, args.dtype)
+@lru_cache(2)
+def make_model(sizes: Sizes, four_bit: bool = False) -> Transformer:
+    """A model with an adapter, of random weights, made on the device it runs on.
 
-
-def make_model(args, lora: bool = True) -> Transformer:
-    """Random weights straight on the device, and an adapter away from its start.
-
-    There half of its gradients are zero."""
-    config = SHAPES[args.shape]
-    if args.layers:
-        config = ModelConfig(**vars(config) | {"num_hidden_layers": args.layers})
+    lora_B is not zero, because half of the gradients would be."""
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype_of(args))
-    with torch.device(args.device):
-        model = Transformer(config)
-    torch.set_default_dtype(torch.float32)
-    model.inv_freq = model.inv_freq.to(args.device)
-    if lora:
-        apply_lora(model, LORA_RANK, LORA_ALPHA, target_modules=TARGET_MODULES)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(std=0.02)
+    with torch.device("meta"):
+        model = Transformer(sizes.config).to(sizes.torch_dtype)
+    model = (to_4bit(model) if four_bit else model).to_empty(device=sizes.device)
+    model.inv_freq = inverse_frequencies(model.config).to(sizes.device)
+    apply_lora(model, r=8, lora_alpha=32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dtype == torch.uint8:
+                p.random_(0, 256)
+            elif p.ndim == 1 or name.endswith("absmax"):
+                p.fill_(1.0 if p.ndim == 1 else 0.05)
+            else:
+                p.normal_(std=0.02)
     return model
 
 
-def transformers_model(ours: Transformer):
-    """The same base weights in transformers."""
-    try:
-        import transformers
-    except ImportError:
-        sys.exit(
-            "this benchmark compares with transformers and peft: pip install transformers peft"
-        )
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    raw = {k: v for k, v in hf_config(vars(ours.config)).items() if k != "architectures"}
-    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
-    dtype = ours.lm_head.weight.dtype
-    with torch.device(ours.inv_freq.device):
-        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    base = {name: p for name, p in ours.state_dict().items() if ".lora_" not in name}
-    theirs.load_state_dict(base)
-    return theirs.eval()
-
-
-def movielens(args, count: int):
-    """(encoded training examples, tokenizer) of the first `count` drawn.
-
-    The tokenizer has 8,000 tokens made from the data."""
-    scratch = Path(tempfile.gettempdir()) / "recpo-bench"
-    source = {"dataset": "movielens", "data_dir": args.data_dir}
-    prepared = prepare(DataConfig(**source, train_size=3000, prepared_dir=str(scratch)))
-    base = scratch / "tokenizer"
-    if not (base / "tokenizer.json").exists():
-        sizes = {"hidden_size": 64, "num_layers": 1, "vocab_size": 8000}
-        make_base_model(base, prepared.splits["train"], **sizes, seed=0)
-    tokenizer = Tokenizer(base)
-    prepared.splits["train"] = prepared.splits["train"].select(np.arange(count))
-    prepared.hash = f"{prepared.hash}-{count}"
-    return encode_split(prepared, "train", tokenizer, 1024), tokenizer
-
-
-def examples(
-    args, count: int, num_completions: int
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Prompts and completions, chosen first: MovieLens-1M's, or random ids."""
-    if args.data_dir:
-        encoded, _ = movielens(args, count)
-        chosen = encoded.examples.target[:, None]
-        rejected = encoded.examples.negatives(num_completions - 1)
-        slots = np.concatenate([chosen, rejected], 1)
-        prompts = [p.tolist() for p in encoded.prompts]
-        return prompts, [encoded.slots(e, slots[e]) for e in range(count)]
+def make_batch(sizes: Sizes, num_completions: int = 0) -> tuple[list, list]:
+    """Prompts and their completions, of random ids; 1 + K completions if nothing else is said."""
     generator = torch.Generator().manual_seed(2)
 
-    def ids(length):
-        return torch.randint(SHAPES[args.shape].vocab_size, (length,), generator=generator).tolist()
+    def ids(length: int) -> list[int]:
+        return torch.randint(sizes.config.vocab_size, (length,), generator=generator).tolist()
 
-    prompts = [ids(args.prompt) for _ in range(count)]
-    return prompts, [[ids(args.completion) for _ in range(num_completions)] for _ in prompts]
-
-
-def tree_of(args, prompts, completions):
-    return build_tree(prompts, completions).to(args.device)
+    N = num_completions or 1 + sizes.negatives
+    prompts = [ids(sizes.prompt) for _ in range(sizes.prompts)]
+    return prompts, [[ids(sizes.completion) for _ in range(N)] for _ in prompts]
 
 
-def one_process() -> None:
-    """The process group that train_step expects."""
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+class Step:
+    """One optimizer step of RecPO by train.py, on the same tree at every call.
+
+    The reference log-probs are computed once and kept. The switches of the model's blocks are set
+    at every call, so that several steps can share a model."""
+
+    def __init__(self, model, batch, checkpointing=False, compiled=False, replicas=None):
+        if not dist.is_initialized():  # train_step expects a group, if torchrun has not made one
+            backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.model, self.replicas = model.train(), replicas
+        self.tree = build_tree(*batch).to(model.inv_freq.device)
+        self.num_prompts = len(batch[0]) * dist.get_world_size()
+        self.tokens = self.tree.input_ids.numel()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        self.blocks, self.checkpointing = list(model.model.layers), checkpointing
+        for block in self.blocks * compiled:  # a CPU only traces: its C++ compiler takes minutes
+            block.use_compiler("inductor" if CUDA else "aot_eager")
+        self.compilers = [block.compiled if compiled else None for block in self.blocks]
+        self.set_switches()
+        self.reference_logps = self.reference_pass()
+
+    def set_switches(self) -> None:
+        for block, compiler in zip(self.blocks, self.compilers, strict=True):
+            block.checkpointing, block.compiled = self.checkpointing, compiler
+
+    @torch.no_grad()
+    def reference_pass(self) -> Tensor:
+        return self.tree.sum_logps(self.model(self.tree)[0])
+
+    def compute(self, tree):
+        """(loss, metrics) of the tree, as train_step asks for them."""
+        logps = tree.sum_logps(self.model(tree)[0])
+        margins = torch.full_like(logps[:, 1:], MARGIN)
+        losses, _ = recpo_loss(logps, self.reference_logps, margins, beta=1.0)
+        loss = losses.sum() / self.num_prompts
+        return loss, {"loss": (loss.detach(), 1.0)}
+
+    def __call__(self) -> dict[str, float]:
+        self.set_switches()
+        options, trees = TrainConfig(max_grad_norm=0.3), [self.tree]
+        return train_step(
+            self.model, self.optimizer, trees, self.compute, 1e-5, options, self.replicas
+        ).read()
+
+    def flops(self) -> float:
+        """Of forward and backward over frozen weights, without attention (about 1 %)."""
+        c, rows = self.model.config, len(self.tree.labels)
+        attention = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+        block = c.hidden_size * (attention + 3 * c.intermediate_size)
+        weights = self.tokens * c.num_hidden_layers * block + rows * c.hidden_size * c.vocab_size
+        return 4 * weights  # two FLOP of a weight forward, two for the gradient of its input
 
 
-# ---------------------------------------------------------------------------------------- measuring
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def interleaved(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each way, run in turn in one process.
-
-    What slows the machine down slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+# ------------------------------------------------------------------------ measuring, printing
+def medians(ways: dict, seconds: float, rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of a call of each way. What slows the machine slows all: they take turns."""
+    times = {name: [] for name in ways}
     for way in ways.values():
-        way()  # warm up: allocations, compilation
-    for _ in range(repeats):
+        way()  # allocates, compiles
+    for _ in range(rounds):
         for name, way in ways.items():
-            synchronize()
-            start = time.perf_counter()
-            way()
-            synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            timer = Timer("way()", globals={"way": way}, num_threads=torch.get_num_threads())
+            shortest = max(seconds, 1e-9) / rounds
+            times[name] += timer.blocked_autorange(min_run_time=shortest).times
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
-def peak_mib(way: Callable) -> float:
-    """MiB that `way` adds at its peak.
-
-    On a CPU this is the process's high-water mark: one call per process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        way()
-        synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # the high-water mark starts again from what is held now
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+def peak_gb(way: Callable) -> str:
+    """GB that a call adds to what the GPU holds; a CPU does not count them."""
+    if not CUDA:
+        return "? GB"
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     way()
-    return _status("VmHWM") - before
+    return f"+{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f} GB"
 
 
-def _status(key: str) -> float:
-    """A line of /proc/self/status in MiB (getrusage would start from the parent's peak)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(key))
-    return int(line.split()[1]) / 1024
+@lru_cache(1)
+def matrix_rate(sizes: Sizes) -> float:
+    """FLOP/s of one large GEMM, (4096, D) x (D, D'): what the machine can do."""
+    c, like = sizes.config, {"device": sizes.device, "dtype": sizes.torch_dtype}
+    a = torch.randn(4096, c.hidden_size, **like)
+    b = torch.randn(c.hidden_size, c.intermediate_size, **like)
+    return 2 * a.numel() * b.shape[1] / medians({"gemm": lambda: a @ b}, sizes.seconds)["gemm"]
 
 
-def in_fresh_process(argv: list[str], launcher: list[str] | None = None) -> float:
-    """The last number that this script prints when it is started again with these arguments."""
-    command = [*(launcher or [sys.executable]), *argv]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
-
-
-def matrix_rate(args, M: int, repeats: int = 20) -> float:
-    """FLOP/s of a GEMM (M, D) x (D, F), the largest projection of the shape; on a CPU in fp32.
-
-    What the machine can do."""
-    config = SHAPES[args.shape]
-    dtype = dtype_of(args) if args.device == "cuda" else torch.float32
-    a = torch.randn(M, config.hidden_size, device=args.device, dtype=dtype)
-    b = torch.randn(config.hidden_size, config.intermediate_size, device=args.device, dtype=dtype)
-    seconds = interleaved({"gemm": lambda: a @ b}, repeats)["gemm"]
-    return 2 * M * config.hidden_size * config.intermediate_size / seconds
-
-
-# ----------------------------------------------------------------------------------------- printing
 def commit() -> str:
     """The checkout's commit, and whether anything was changed since."""
-    git = ["git", "-C", str(ROOT)]
-    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    status = [*git, "status", "--porcelain", "-uno"]
-    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
-    return name.stdout.strip() + (" + changes" if changed else "")
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def header(title: str, args, note: str = "") -> None:
-    """What was measured, where, and at which commit."""
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    if args.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    script = Path(sys.argv[0])
-    command = f"python {script.parent.name}/{script.name} {' '.join(sys.argv[1:])}".rstrip()
-    print(f"# {title}\n\n`{command}`\n")
-    print(f"{machine}, torch {torch.__version__}, commit {commit()}. {note}\n")
+def run(figures: Callable, title: str, sizes: Sizes) -> None:
+    """Measure the figures that the page does not hold; exit code 1 if one failed.
 
-
-def table(columns: list[str], rows: list[list]) -> None:
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
-    print(flush=True)
+    The page is written after every figure, so that a run can be stopped at any moment."""
+    page = Path(sizes.page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    text = page.read_text() if page.is_file() else ""
+    found = dict(re.findall(r"^\| (.*?) \| (?!failed: )(.*) \|$", text, re.MULTILINE))
+    name = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    command = " ".join(["python -m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    where = f"`{command}`: {name}, torch {torch.__version__}, commit {commit()}"
+    top = f"# {title}\n\n{where}.\n\n{sizes}.\n\n| figure | |\n|---|---|\n"
+    print(top, end="")
+    wanted = figures(sizes)
+    for figure, measure in wanted.items():
+        if figure not in found:
+            try:
+                found[figure] = measure()
+            except Exception as error:  # the figures behind it are measured all the same
+                found[figure] = f"failed: {type(error).__name__}: {str(error)[:200]!r}"
+            gc.collect()  # what it held
+        print(f"| {figure} | {found[figure]} |", flush=True)
+        if sizes.page:
+            rows = [f"| {name} | {found[name]} |" for name in wanted if name in found]
+            unfinished = page.with_suffix(".unfinished")
+            unfinished.write_text(top + "\n".join([*rows, ""]))
+            unfinished.replace(page)
+    if any(found[figure].startswith("failed: ") for figure in wanted):
+        sys.exit(1)

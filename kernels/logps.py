@@ -52,21 +52,11 @@ def label_logps(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's label (M,) fp32, differentiable,
     and each row's argmax (M,) int64, lowest id first."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"expected hidden (M, D) and weight (V, D), "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"expected labels of shape ({hidden.shape[0]},), got {tuple(labels.shape)}"
-        )
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}"
-        )
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}: use one of {', '.join(IMPLS)}")
+    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
+    assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], shapes
+    assert labels.shape == hidden.shape[:1], f"{shapes}, labels {tuple(labels.shape)}"
+    assert hidden.dtype == weight.dtype, f"hidden {hidden.dtype}, weight {weight.dtype}"
+    assert impl in IMPLS, f"unknown impl {impl!r}: use one of {', '.join(IMPLS)}"
     if impl == "reference":
         return label_logps_reference(hidden, weight, labels)
     if impl == "auto":

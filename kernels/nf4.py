@@ -7,9 +7,9 @@ The 16 codes are quantiles of a normal distribution, stored as bitsandbytes stor
 byte, the even element in the high half. A weight of 4,096 x 14,336 takes 29.4 MB of codes and
 3.7 MB of absmax where bf16 takes 117 MB; a value errs by 9 % of its size (rms, normal weights).
 
-Codes, absmax and values equal bitsandbytes' bit for bit. An all-zero block has absmax 0 and
-zeros (in a last block that is shorter than the others, absmax 1e-38, as there). A weight that
-holds inf or NaN is refused: one such value would make its whole block NaN.
+Codes, absmax and values equal bitsandbytes' bit for bit. Blocks are whole: a row has a multiple of
+64 elements. An all-zero block has absmax 0 and zeros. A weight that holds inf or NaN is refused,
+because one such value would make its whole block NaN.
 
 A projection dequantises into the dtype of its input and calls the library's GEMM: a fused scalar
 GEMM over 4-bit weights loses by far. Backward dequantises again and keeps nothing.
@@ -37,42 +37,31 @@ CODE = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-PIECE = 2**20  # values quantised at a time, so that temporaries stay below 20 MB
+PIECE = 2**20  # values at a time, so that temporaries stay below 20 MB
 
 
 # ------------------------------------------------------------------------ weights
 @torch.no_grad()
 def quantize_nf4(
     weight: Tensor,  # any shape, float
-    blocksize: int = BLOCK,
     name: str = "weight",  # for the error
 ) -> tuple[Tensor, Tensor]:
-    """Codes, two per byte, (ceil(n / 2),) uint8, and absmax (ceil(n / blocksize),) fp32."""
-    if blocksize < 2 or blocksize % 2:
-        raise ValueError(f"blocksize must be even and positive, got {blocksize}")
-    flat = weight.reshape(-1)
-    size = max(1, PIECE // blocksize) * blocksize
-    pieces = [_quantize(piece.float(), blocksize) for piece in flat.split(size)]
+    """Codes, two per byte, (n / 2,) uint8, and absmax (n / 64,) fp32, of n = weight.numel()."""
+    assert weight.numel() % BLOCK == 0, f"{name}: {tuple(weight.shape)} is not whole blocks"
+    pieces = [_quantize(piece.float()) for piece in weight.reshape(-1).split(PIECE)]
     codes, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     if not absmax.isfinite().all():
         raise ValueError(f"{name} holds inf or NaN and cannot be quantised to 4 bits")
     return codes, absmax
 
 
-def _quantize(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Of (n,) fp32. A whole block is scaled by 1 / absmax, a shorter last one divided, as there."""
-    whole = len(values) // blocksize * blocksize
-    blocks = values[:whole].view(-1, blocksize)
+def _quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and absmax of (n,) fp32; scaled by 1 / absmax, as bitsandbytes does, not divided."""
+    blocks = values.view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
-    if whole < len(values):
-        rest = values[whole:]
-        largest = rest.abs().amax(dim=0, keepdim=True).clamp(min=1e-38)
-        absmax, scaled = torch.cat([absmax, largest]), torch.cat([scaled, rest / largest])
     code = torch.tensor(CODE, device=values.device)
     index = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
-    if len(index) % 2:
-        index = F.pad(index, (0, 1), value=CODE.index(0.0))
     return index[::2] << 4 | index[1::2], absmax
 
 
@@ -82,45 +71,29 @@ def dequantize_nf4(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     impl: str = "auto",
-    blocksize: int = BLOCK,
 ) -> Tensor:
     """The values, computed in fp32 and rounded once to `dtype`."""
+    given = (codes.dtype, 2 * codes.numel(), absmax.dtype, BLOCK * absmax.numel())
     n = math.prod(shape)
-    if codes.dtype != torch.uint8 or codes.numel() != -(-n // 2):
-        raise ValueError(
-            f"expected {-(-n // 2)} bytes of codes for shape {tuple(shape)}, "
-            f"got {codes.numel()} of {codes.dtype}"
-        )
-    if absmax.dtype != torch.float32 or absmax.numel() != -(-n // blocksize):
-        raise ValueError(
-            f"expected {-(-n // blocksize)} fp32 absmax for shape {tuple(shape)}, "
-            f"got {absmax.numel()} of {absmax.dtype}"
-        )
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}: use one of {', '.join(IMPLS)}")
-    if impl == "auto":
-        impl = "triton" if codes.is_cuda and HAS_TRITON else "reference"
-    if impl == "reference":
-        return dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize)
-    from kernels import nf4_triton
+    assert given == (torch.uint8, n, torch.float32, n), f"{given} for shape {tuple(shape)}"
+    assert impl in IMPLS, f"unknown impl {impl!r}: use one of {', '.join(IMPLS)}"
+    if impl == "triton" or (impl == "auto" and codes.is_cuda and HAS_TRITON):
+        from kernels import nf4_triton
 
-    return nf4_triton.dequantize(codes, absmax, shape, dtype, blocksize, CODE)
+        return nf4_triton.dequantize(codes, absmax, shape, dtype, CODE)
+    return dequantize_nf4_reference(codes, absmax, shape, dtype)
 
 
-def dequantize_nf4_reference(codes, absmax, shape, dtype, blocksize: int = BLOCK) -> Tensor:
+def dequantize_nf4_reference(codes, absmax, shape, dtype) -> Tensor:
     """The definition: look up, multiply, round; in pieces, so that temporaries are small."""
-    n, size = math.prod(shape), max(1, PIECE // (2 * blocksize)) * 2 * blocksize
     code = torch.tensor(CODE, device=codes.device)
     pairs = torch.cartesian_prod(code, code)  # (256, 2): the two values of each byte
-    codes, absmax = codes.reshape(-1), absmax.reshape(-1)
-    values = torch.empty(n, dtype=dtype, device=codes.device)
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        piece = F.embedding(codes[start // 2 : (stop + 1) // 2].int(), pairs).view(-1)
-        scale = absmax[start // blocksize : -(-stop // blocksize)]
-        scale = scale.repeat_interleave(blocksize)[: stop - start]
-        values[start:stop] = piece[: stop - start] * scale
-    return values.view(shape)
+    values = torch.empty(shape, dtype=dtype, device=codes.device)
+    places = (codes.reshape(-1).split(PIECE // 2), absmax.reshape(-1).split(PIECE // BLOCK))
+    for out, byte, scale in zip(values.view(-1).split(PIECE), *places, strict=True):
+        piece = F.embedding(byte.int(), pairs).view(-1, BLOCK)
+        out.copy_((piece * scale[:, None]).view(-1))
+    return values
 
 
 # ------------------------------------------------------------------------ projection

@@ -5,7 +5,6 @@ two values of a byte up in a table of 64 bytes, which stays in the first-level c
 them side by side. Per value of bf16 it moves 0.5 + 0.06 + 2 bytes.
 """
 
-import math
 from functools import lru_cache
 
 import torch
@@ -18,28 +17,29 @@ from triton.runtime.interpreter import InterpretedFunction
 @triton.jit(do_not_specialize=["num_blocks"])
 def _dequantize_kernel(
     codes, absmax, table, values,  # pointers
-    num_blocks, num_bytes, num_values,  # sizes; the last block may be shorter than the others
+    num_blocks,
     BLOCKS: tl.constexpr, HALF: tl.constexpr,  # HALF: bytes of a block
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (block < num_blocks)[:, None]
     at = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    byte = tl.load(codes + at, mask=at < num_bytes, other=0).to(tl.int32)
+    byte = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
     scale = tl.load(absmax + block, mask=block < num_blocks, other=0.0)[:, None]
     even = tl.load(table + (byte >> 4)) * scale
     odd = tl.load(table + (byte & 15)) * scale
     out = tl.interleave(even, odd)  # (BLOCKS, 2 HALF)
     at = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(values + at, out.to(values.dtype.element_ty), mask=at < num_values)
+    tl.store(values + at, out.to(values.dtype.element_ty), mask=inside)
 
 
 INTERPRETED = isinstance(_dequantize_kernel, InterpretedFunction)
 
 
-def _tile(num_blocks: int, blocksize: int) -> dict:
+def _tile(num_blocks: int) -> dict:
     """2,048 bytes of codes for 128 threads, 16 each; interpreted, programs are few and large."""
     if INTERPRETED:
-        return {"BLOCKS": min(4096, triton.next_power_of_2(num_blocks)), "HALF": blocksize // 2}
-    return {"BLOCKS": max(1, 4096 // blocksize), "HALF": blocksize // 2, "num_warps": 4}
+        return {"BLOCKS": min(4096, triton.next_power_of_2(num_blocks)), "HALF": 32}
+    return {"BLOCKS": 64, "HALF": 32, "num_warps": 4}
 
 
 def dequantize(
@@ -47,7 +47,6 @@ def dequantize(
     absmax: Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    blocksize: int,
     code: tuple[float, ...],  # the 16 values of nf4.CODE
 ) -> Tensor:
     """As nf4.dequantize_nf4_reference."""
@@ -56,20 +55,15 @@ def dequantize(
             "Triton needs a GPU; on a CPU use impl='reference', "
             "or set TRITON_INTERPRET=1 before starting Python"
         )
-    if blocksize & (blocksize - 1):
-        raise ValueError(f"blocksize must be a power of 2 for Triton, got {blocksize}")
     # the interpreter cuts fp32 off where a GPU rounds it to bf16: there PyTorch rounds
     stored = torch.float32 if INTERPRETED else dtype
     values = torch.empty(shape, dtype=stored, device=codes.device)
-    num_blocks, num_values = absmax.numel(), math.prod(shape)
-    tile = _tile(num_blocks, blocksize)
-    grid = (triton.cdiv(num_blocks, tile["BLOCKS"]),)
-    table = _table(code, codes.device)
+    tile, table = _tile(absmax.numel()), _table(code, codes.device)
+    grid = (triton.cdiv(absmax.numel(), tile["BLOCKS"]),)
     with torch.cuda.device_of(codes):  # Triton launches on the current GPU
         _dequantize_kernel[grid](
-            codes.contiguous(), absmax.contiguous(), table, values,
-            num_blocks, codes.numel(), num_values, **tile,
-        )  # fmt: skip
+            codes.contiguous(), absmax.contiguous(), table, values, absmax.numel(), **tile
+        )
     return values.to(dtype)
 
 

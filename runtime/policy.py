@@ -23,7 +23,7 @@ def stored_dtype(config, device) -> torch.dtype:
 
 @cache  # once a process, however many models it loads
 def say_what_4_bits_cost(device_type: str) -> None:
-    """Of a CPU, as bench/four_bit.py measured it; a GPU's cost is bench/gpu.py's to measure."""
+    """Of a CPU, as docs/kernel.md has it; a GPU's cost is bench/gpu.py's to measure."""
     if device_type == "cpu":
         print0(
             "note: --load_in_4bit on a CPU saves memory and costs time: where it was measured, "

@@ -26,6 +26,10 @@ from data import Examples, Interactions
 from hub.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, save_pretrained
 
+# a parameter of tests that run on a GPU: `pytest -m gpu`
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
+
 torch.set_num_threads(1)  # tensors this small cost more to divide than to compute
 
 EOS = 2

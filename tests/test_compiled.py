@@ -1,89 +1,143 @@
 """Every Triton kernel compiled for A100, L40, H100 and B200, which takes no GPU.
 
-Launches are those of bench/kernels.py: recorded from the code that launches, so no block size is
-repeated here."""
+Launches are not listed here: the functions that launch run on fake CUDA tensors, and each call is
+recorded with its arguments, block sizes and warps. Compiling needs a process of its own, because
+this one's kernels belong to Triton's interpreter: this file, run as a script."""
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels.logps import HAS_TRITON
+from kernels.nf4 import CODE
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
-WRITERS = ("_exponentials_kernel", "_dequantize_kernel")  # of whole tiles, in either dtype
-SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KB of shared memory that a block may have
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # sm -> KB of shared memory that a block may have
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+POINTERS[torch.uint8] = "*u8"
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory) -> list[dict]:
-    """Compiled in a process of its own: this one's kernels belong to Triton's interpreter."""
-    file = tmp_path_factory.mktemp("compiled") / "kernels.json"
-    command = [sys.executable, "-m", "bench.kernels", "--json", file]
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_no_kernel_spills_or_asks_for_more_shared_memory_than_a_card_has():
+    """What spills goes to device memory; a launch that asks for too much fails at run time."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    command, env["PYTHONPATH"] = [sys.executable, __file__], str(ROOT)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(file.read_text())
+    built = json.loads(done.stdout)
+    text = "".join(f.read_text() for f in (ROOT / "kernels").glob("*.py"))
+    kernels = re.findall(r"^def (_\w+_kernel)\(", text, re.MULTILINE)
+    compiled = {(b["kernel"], b["sm"], b["aligned"]) for b in built}
+    assert compiled == {(k, sm, a) for k in kernels for sm in SHARED for a in (True, False)}
+    assert not [b for b in built if b["spilled"] or b["shared"] > 1024 * SHARED[b["sm"]]]
 
 
-def defined_kernels() -> set[str]:
-    """Names of all Triton kernels that kernels/ defines; inlined helpers end otherwise."""
-    text = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
-    return {
-        line.removeprefix("def ").partition("(")[0]
-        for line in text.splitlines()
-        if line.startswith("def _") and line.partition("(")[0].endswith("_kernel")
-    }
+# ------------------------------------------------------------------------ in the other process
+class Recorder:
+    """Stands where a kernel stood, and notes what it is launched with."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid) -> "Recorder":
+        return self
+
+    def __call__(self, *args, num_warps: int = 4, **constants) -> None:
+        names = [p.name for p in self.kernel.params]
+        values = dict(zip(names, args, strict=False)) | constants
+        self.launches.append((self.kernel, values, num_warps))
 
 
-def what(records: list[dict], bad) -> list[str]:
-    """Those records that are bad, by kernel, case and capability."""
-    return [f"{r['kernel']} ({r['case']}) on sm_{r['capability']}: {r}" for r in records if bad(r)]
+def launch_all(dtype: torch.dtype, aligned: bool) -> None:
+    """Heads and a projection of an 8B model; or sizes that are multiples of nothing, and rows that
+    begin 2 or 4 bytes behind a boundary."""
+    from kernels import logps_triton, nf4_triton
+
+    def rows(M: int, width: int, dtype: torch.dtype) -> Tensor:
+        extra = 0 if aligned else 1
+        return torch.empty(M, width + extra, dtype=dtype, device="cuda").narrow(1, extra, width)
+
+    M, D, V = (4096, 4096, 128256) if aligned else (37, 4090, 32003)
+    labels = torch.empty(M, dtype=torch.int64, device="cuda")
+    label_logits, running_max = (torch.empty(M, device="cuda") for _ in range(2))
+    slab = torch.empty(M, 21504 if aligned else V, device="cuda")
+    logps_triton.slab_statistics(slab, labels, label_logits, 0, running_max, dtype)
+    logps_triton.fused_statistics(rows(M, D, dtype), rows(V, D, dtype), labels, label_logits)
+    shape = (4096, 14336) if aligned else (37, 192)
+    n = shape[0] * shape[1]
+    codes = rows(1, n // 2, torch.uint8).view(-1)
+    nf4_triton.dequantize(codes, torch.empty(n // 64, device="cuda"), shape, dtype, CODE)
 
 
-def test_every_kernel_is_compiled_for_every_card_aligned_and_not(records):
-    """No kernel, card or alignment is left out."""
-    compiled = {(r["kernel"], r["capability"]) for r in records}
-    assert compiled == {(kernel, card) for kernel in defined_kernels() for card in SHARED}
-    for kernel in defined_kernels():
-        cases = {r["case"].split(", ")[1] for r in records if r["kernel"] == kernel}
-        assert cases == {"aligned", "unaligned"}
+def recorded(dtype: torch.dtype, aligned: bool) -> list[tuple]:
+    """(kernel, values of its arguments, warps) of every launch."""
+    from kernels import logps_triton, nf4_triton
+
+    launches: list[tuple] = []
+    with ExitStack() as stack, FakeTensorMode():
+        # without CUDA there is no current device to change
+        stack.enter_context(patch("torch.cuda.device_of", lambda tensor: nullcontext()))
+        table = patch.object(nf4_triton, "_table", lambda *_: torch.empty(16, device="cuda"))
+        stack.enter_context(table)
+        for module in (logps_triton, nf4_triton):
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                kernel = Recorder(getattr(module, name), launches)
+                stack.enter_context(patch.object(module, name, kernel))
+        launch_all(dtype, aligned)
+    return launches
 
 
-def test_no_kernel_spills_registers(records):
-    """What does not fit into registers goes to local memory, which is device memory: none does."""
-    assert not what(records, lambda r: r["spilled"])
+def compiled(kernel, values: dict, num_warps: int, sm: int) -> dict:
+    """One launch, specialised as Triton's launcher would do it, compiled for one card."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attrs = {}, {}, {}
+    for n, param in enumerate(kernel.params):
+        value = values[param.name]
+        if param.is_constexpr:
+            signature[param.name], constants[(n,)] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            multiple = value.storage_offset() * value.element_size()
+        else:
+            signature[param.name] = "i32" if value < 2**31 else "i64"
+            multiple = 1 if param.do_not_specialize else value
+        if multiple % 16 == 0:
+            attrs[(n,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    target = GPUTarget("cuda", sm, 32)
+    built = triton.compile(source, target=target, options={"num_warps": num_warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(built.asm["cubin"])
+        f.flush()
+        command = [tool, "-res-usage", f.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])
+    name = kernel.fn.__name__
+    return {"kernel": name, "sm": sm, "spilled": spilled, "shared": built.metadata.shared}
 
 
-def test_shared_memory_fits_each_card(records):
-    """A launch that asks for more than a block may have fails at run time."""
-    assert not what(records, lambda r: r["shared"] > 1024 * SHARED[r["capability"]])
-    assert not what(records, lambda r: r["occupancy"] <= 0)
-
-
-def test_half_precision_products_run_on_matrix_units(records):
-    """The fused kernel multiplies bf16 by wgmma on Hopper, by the others' own instruction there."""
-    expected = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-    fused = [r for r in records if r["kernel"] == "_fused_kernel" and "bfloat16" in r["case"]]
-    assert not what(fused, lambda r: r["matrix_units"] != expected[r["capability"]])
-    fp32 = [r for r in records if r["kernel"] == "_fused_kernel" and "float32" in r["case"]]
-    assert not what(fp32, lambda r: r["matrix_units"])  # TF32 would round
-
-
-def test_aligned_rows_move_16_bytes_at_a_time(records):
-    """Where sizes are multiples of 16, loads and the stores of whole tiles are vectors."""
-    aligned = [r for r in records if r["case"].endswith(" aligned")]
-    assert aligned and not what(aligned, lambda r: not r["vector_loads"])
-    writers = [r for r in aligned if r["kernel"] in WRITERS]
-    assert writers and not what(writers, lambda r: not r["vector_stores"])
-
-
-def test_values_are_rounded_to_bf16_not_cut_off(records):
-    """The interpreter cuts off, so only compiled code shows that kernels round to bf16."""
-    writers = [r for r in records if r["kernel"] in WRITERS and "bfloat16" in r["case"]]
-    assert writers and not what(writers, lambda r: not r["rounds_to_nearest"])
+if __name__ == "__main__":
+    records = [
+        compiled(*launch, sm) | {"aligned": aligned, "dtype": str(dtype)}
+        for dtype in (torch.bfloat16, torch.float32)
+        for aligned in (True, False)
+        for launch in recorded(dtype, aligned)
+        for sm in SHARED
+    ]
+    print(json.dumps(records))

@@ -249,7 +249,7 @@ def test_training_and_evaluation_say_once_what_4_bits_cost_on_a_cpu(in_4_bits):
     flags = (f"--run={tmp_path / 'one'}", f"--prepared_dir={tmp_path / 'prepared'}")
     evaluated = run_script(ROOT / "eval.py", *flags, cwd=tmp_path)  # of two stages
     assert evaluated.returncode == 0, evaluated.stderr
-    page = (ROOT / "docs" / "kernel.md").read_text().split("python bench/four_bit.py")[1]
+    page = (ROOT / "docs" / "kernel.md").read_text().split("bench/four_bit.py")[1]
     rows = re.findall(r"^\| (16|4) \| (.*) \|$", page, re.MULTILINE)
     measured = {bits: [float(x.replace(",", "")) for x in row.split(" | ")] for bits, row in rows}
     stored, *_, loading, step = np.divide(measured["4"], measured["16"])
