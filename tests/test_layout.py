@@ -22,11 +22,11 @@ ROOMS = {
     "eval": 373,
     "demo": 741,
     "objectives": 218,
-    "train": 863,
+    "train": 864,
     "studies": 3734,
     "recommend": 261,
     "bench": 1043,
-    "tests": 16204,
+    "tests": 16199,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
