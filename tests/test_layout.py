@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "losses": 200,
     "kernels": 780,
-    "common": 240,
+    "common": 243,
     "hub": 2120,
     "model": 510,
     "data": 744,
@@ -23,7 +23,7 @@ ROOMS = {
     "demo": 600,
     "objectives": 336,
     "train": 790,
-    "studies": 3900,
+    "studies": 2264,
     "recommend": 550,
     "bench": 3113,
     "tests": 16760,
