@@ -187,7 +187,7 @@ def sweep(methods: dict[str, Method], *options: str, stage: str = "recpo") -> li
     base, points = base_method(methods, stage), []
     for m in methods.values() if base else ():
         if m.stage == stage and changed(m, base) <= set(options):
-            value = tuple(m.config[option] for option in options)
+            value = tuple(m.config.get(option) for option in options)
             points.append((value if len(options) > 1 else value[0], m))
     plain = base_method(methods, "sdpo")
     if points and options == ("margin_lambda",) and plain:  # S-DPO is λ = 0, if trained alike

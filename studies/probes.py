@@ -67,7 +67,7 @@ class ProbeConfig(EvalConfig):
         if self.probe in LAST_TWO and self.split_by == "time":
             raise ValueError(
                 f"--probe {self.probe} asks for each user's last two interactions, which a run "
-                "with --split_by time may have been trained on"
+                "with --split_by time may have trained on; only length fits it, and other lists"
             )
         if self.split != "test":
             raise ValueError("--split belongs to eval.py; a probe has its own examples")

@@ -102,7 +102,8 @@ def methods_section(methods: dict[str, Method], results: list[Result]) -> list[s
         "Runs: training runs, one seed each. Intervals resample users, not seeds;",
         f"those of the comparisons hold for all {len(versus)} of them together (Holm, 95 %).",
     ]
-    lines += [f"Options of training that are not the defaults: {', '.join(options)}."]
+    if options:
+        lines.append(f"Options of training that are not the defaults: {', '.join(options)}.")
     return ["\n".join(lines), table(columns, [row[: len(columns)] for row in rows])]
 
 
@@ -207,22 +208,17 @@ def stability_table(roles: dict) -> list[str]:
     """Does HR@1 of RecPO vary less over history lengths, by spread / mean (cv)?"""
     rows = []
     for a, b in [(roles[a], roles[b]) for a, b in RIVALS if a in roles and b in roles]:
-        rows.append([f"HR@1 of {a.name} varies less with history length than that of {b.name}"])
-        for how in ("written", "ranked"):
-            runs = [m.probed("length", how) for m in (a, b)]
-            if all(runs):
-                lengths = next(
-                    r.measured["length"]["lengths"] for r in a.results if "length" in r.measured
-                )
-                one, two = (spread_of_bins(mean_bins(lengths, found)) for found in runs)
-                (low, high), (least, most) = one["cv_ci95"], two["cv_ci95"]
-                verdict = "lower" if low > most else "not distinguishable"
-                verdict = VERDICTS["higher" if high < least else verdict]
-                rows[-1].append(
-                    f"{verdict}: {one['cv']:.3f} [{low:.3f}, {high:.3f}] against "
-                    f"{two['cv']:.3f} [{least:.3f}, {most:.3f}]"
-                )
-    rows = [row for row in rows if len(row) == 3]
+        row = [f"HR@1 of {a.name} varies less with history length than that of {b.name}"]
+        found = [r.measured["length"]["lengths"] for r in a.results if "length" in r.measured]
+        for how in ("written", "ranked") if found and b.probed("length", "ranked") else ():
+            runs = (m.probed("length", how) for m in (a, b))
+            one, two = (spread_of_bins(mean_bins(found[0], outcomes)) for outcomes in runs)
+            (low, high), (least, most) = one["cv_ci95"], two["cv_ci95"]
+            verdict = "lower" if low > most else "not distinguishable"
+            verdict = VERDICTS["higher" if high < least else verdict]
+            text = f"{verdict}: {one['cv']:.3f} [{low:.3f}, {high:.3f}] against "
+            row.append(f"{text}{two['cv']:.3f} [{least:.3f}, {most:.3f}]")
+        rows += [row] if len(row) == 3 else []
     note = "Spread between fifths of the users beyond sampling / mean; held if intervals are apart."
     return [note, table(["finding of the paper", "written", "ranked first"], rows)] if rows else []
 

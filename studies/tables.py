@@ -65,10 +65,6 @@ def command_of(table: dict, run: dict, folder: Path, processes: int) -> list[str
     return [*launcher, str(ROOT / "train.py"), *flags_of(options)]
 
 
-def is_finished(folder: Path) -> bool:
-    return (folder / "results.md").exists() or (folder / "eval" / "metrics.json").exists()
-
-
 def read_table(args: argparse.Namespace) -> dict:
     """The table, completed by the command line; ValueError if it leaves something open."""
     table = read_json(args.table)
@@ -143,7 +139,8 @@ def main() -> None:
     (folder / "table.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
     for number, run in enumerate(table["runs"], 1):
         what = f"{number}/{len(table['runs'])} {run['name']}"
-        if is_finished(folder / run["name"]):
+        ends = [folder / run["name"] / file for file in ("results.md", "eval/metrics.json")]
+        if any(file.exists() for file in ends):
             print(f"{what}: finished before", flush=True)
         else:
             command = command_of(table, run, folder, args.nproc_per_node)

@@ -17,7 +17,7 @@ from studies.paper import paper_figures
 from studies.report import data_section, report_text
 from studies.sequential import BaselineConfig
 from studies.statistics import Difference, bootstrap, holm, mcnemar
-from studies.tables import MEASURED, command_of, flags_of, is_finished, measure, measure_missing
+from studies.tables import MEASURED, command_of, flags_of, measure, measure_missing
 from train import TrainConfig
 
 STEP = dict.fromkeys(
@@ -443,7 +443,6 @@ def test_commands_carry_common_and_own_options(tmp_path):
     run = {"name": "b", "script": "studies.sequential", "method": "caser"}
     flags = ["--dataset=planted", "--method=caser", f"--output_dir={tmp_path / 'b'}"]
     assert command_of(table, run, tmp_path, 2)[1:] == ["-m", "studies.sequential", *flags]
-    assert not is_finished(tmp_path / "first")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/tables").glob("*.json")), ids=str)
