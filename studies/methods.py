@@ -1,26 +1,48 @@
-"""Results grouped into methods, their names, and which of them can be compared.
+"""What run folders hold: tested models, grouped into methods by the names that a table gives them.
 
-Results are one method, its figures their mean, if their whole configuration but seed and paths is
-equal, that of the stage they start from included. A name says what of the objective is not the
-paper's, and every other option in which the method differs from most of its stage. A seed counts
-once."""
+A run of a table file says its "method"; "{stage}" in it stands for the stage, so that a run of
+several stages fills several rows. Results of one method differ in their seed alone. A folder that
+no table describes is a method by itself, named by its place."""
 
 import json
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from objectives import PREFERENCE_LOSSES
-from studies.results import (
-    NOT_THE_METHOD,
-    PREFERENCE_OPTIONS,
-    Result,
-    comparable,
-    defaults_of,
-)
-from studies.statistics import Difference, judge, resampled_means
-from train import TrainConfig
+from common import read_json
+from eval import ranking_metrics
+from studies.probes import digest_of
+from studies.statistics import Difference, paired
+from studies.two_stage import gains
+
+# Stages in the order of a table's rows.
+ORDER = ["gru4rec", "caser", "sasrec", "raw", "sft", "dpo", "ipo", "simpo", "cpo", "odpo", "kto"]
+ORDER += ["sdpo", "recpo"]
+# What makes no other method: the seed, where files lie, how work is divided and saved.
+NOT_THE_METHOD = {
+    *("seed", "stages", "model", "adapter", "output_dir", "prepared_dir", "data_dir", "item_file"),
+    *("download", "resume", "lists", "logging_steps", "save_steps", "save_total_limit", "dry_run"),
+    *("max_skipped_steps", "gpu_memory", "micro_batch_tokens", "shard", "shard_group_size"),
+    *("gradient_checkpointing", "compile"),
+}
+
+
+@dataclass
+class Result:
+    """One tested model: a stage of a run, or a baseline."""
+
+    method: str
+    stage: str  # or the baseline's name
+    seed: int
+    run: Path
+    config: dict
+    metrics: dict
+    records: list[dict]  # of the test split
+    steps: list[dict]  # what preference training logged
+    values: dict[str, np.ndarray]  # measure -> (n,) what each user counts for
+    measured: dict[str, dict]  # probe or "two_stage/RETRIEVER" -> its JSON
 
 
 @dataclass
@@ -28,256 +50,167 @@ class Method:
     """Results of the same settings under different seeds."""
 
     name: str
-    results: list[Result] = field(default_factory=list)
-    shown: dict = field(default_factory=dict)  # the options that the name shows
-    repeats: list[Result] = field(default_factory=list)  # of seeds that are there already
+    results: list[Result]
 
     @property
     def stage(self) -> str:
         return self.results[0].stage
 
     @property
-    def settings(self) -> dict:
-        return self.results[0].settings
+    def config(self) -> dict:
+        return self.results[0].config
 
-    @property
-    def seeds(self) -> list[int]:
-        return [r.seed for r in self.results]
+    def only(self, keep: Callable[[Result], bool]) -> "Method":
+        return Method(self.name, [r for r in self.results if keep(r)])
+
+    def has(self, measure: str) -> bool:
+        return any(measure in r.values for r in self.results)
 
     def per_user(self, measure: str) -> np.ndarray:
-        return np.mean([r.values[measure] for r in self.results], axis=0)
+        return np.mean([r.values[measure] for r in self.results if measure in r.values], axis=0)
 
     def mean(self, measure: str) -> float:
         return float(self.per_user(measure).mean())
 
-    def measured(self, measure: str) -> bool:
-        return any(measure in r.values for r in self.results)
+    def probed(self, probe: str, how: str) -> list[dict]:
+        """The outcomes of each run, `how`: written or ranked."""
+        return [r.measured[probe][how] for r in self.results if probe in r.measured]
 
 
-# Options of the objective: always named where they are not the paper's; of some losses only.
-SHOWN = {
-    "margin": ("recpo",),
-    "margin_lambda": ("recpo",),
-    "num_negatives": ("recpo", "sdpo"),
-    "beta": PREFERENCE_LOSSES,
-    "sft_weight": PREFERENCE_LOSSES,
-    "negative_source": PREFERENCE_LOSSES,
-    "decay": ("sft", *PREFERENCE_LOSSES),
-    "history_items": ("sft", *PREFERENCE_LOSSES),
-    "ratings": ("sft", *PREFERENCE_LOSSES),
-}
-
-SIGNS = {"margin_lambda": "λ", "num_negatives": "K", "beta": "β"}
-
-ORDER = [
-    "random",
-    "popularity",
-    "item-knn",
-    "markov",
-    "gru4rec",
-    "caser",
-    "sasrec",
-    "raw",
-    "sft",
-    "dpo",
-    "ipo",
-    "simpo",
-    "cpo",
-    "odpo",
-    "kto",
-    "sdpo",
-    "recpo",
-]
-
-WORDS = {
-    ("history_items", "positive"): ", liked items only",
-    ("ratings", False): ", no ratings",
-    ("sft_weight", 1.0): " + NLL",
-}
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def option_text(option: str, value) -> str:
-    """How a name shows an option: " λ=4", " log_diff", ", no ratings", ", learning_rate=0.001"."""
-    if (option, value) in WORDS:
-        return WORDS[option, value]
-    if option == "margin":
-        return f" {value}"
-    value = f"{value:g}" if isinstance(value, float) else value
-    if option in SIGNS or option in SHOWN:
-        return f" {SIGNS.get(option, option)}={value}"
-    return f", {option}={value}"
+def tested_values(records: list[dict]) -> dict[str, np.ndarray]:
+    """Measure -> (n,) what each user counts for."""
+    scores, slots = ([r[key] for r in records] for key in ("logps", "target_slot"))
+    return {
+        "hit_ratio@1": np.array([r["hit"] for r in records], float),
+        "valid_ratio": np.array([r["valid"] for r in records], float),
+        "ranking/hit_ratio@1": ranking_metrics(scores, slots)["hit_ratio@1"],
+    }
 
 
-def shown_options(settings: dict, stage: str, usual: dict) -> dict:
-    """Options in a name: of the objective those not the paper's, of the rest those not usual."""
-    defaults = asdict(TrainConfig())
-    shown = {}
-    for option, value in settings.items():
-        expected = defaults[option] if stage in SHOWN.get(option, ()) else usual.get(option)
-        if value != expected:
-            shown[option] = value
-    return dict(sorted(shown.items(), key=lambda pair: _place(pair[0])))
+def read_result(place: Path, folder: Path, described: dict[str, str]) -> Result | None:
+    """A tested stage or baseline and what was measured of it; None if it belongs to no run."""
+    own, log = place / "config.json", place / "metrics.jsonl"
+    run = place if own.exists() and "method" in read_json(own) else place.parent  # a baseline's
+    if not (run / "config.json").exists():
+        return None
+    config, metrics = read_json(run / "config.json"), read_json(place / "eval" / "metrics.json")
+    stage, name = config.get("method", place.name), run.relative_to(folder).as_posix()
+    method = described.get(name, place.relative_to(folder).as_posix()).replace("{stage}", stage)
+    records = read_lines(place / "eval" / "predictions.jsonl")
+    steps = [e for e in (read_lines(log) if log.exists() else ()) if "rewards/margins" in e]
+    values, measured = tested_values(records), {}
+    probes = sorted((run / "probes" / stage).glob("*/metrics.json"))
+    for file in [*probes, *sorted((run / "two_stage" / stage).glob("*.json"))]:
+        content = read_json(file)
+        if content.get("data_hash") != metrics["data_hash"]:
+            raise ValueError(
+                f"{file} was measured on data {content.get('data_hash')}, but its run was tested "
+                f"on {metrics['data_hash']}: --measure it again, or delete it"
+            )
+        name = content.get("probe", f"two_stage/{file.stem}")
+        measured[name] = content
+        for how in ("written", "ranked") if "probe" in content else ():
+            values |= {f"{name}/{key}/{how}": np.array(v) for key, v in content[how].items()}
+        if "places" in content:
+            found = gains(np.array(content["places"]["model"]))
+            values |= {f"{name}/{key}": v for key, v in found.items()}
+    values[f"{config.get('negatives', 'uniform')}/hit_ratio@1/ranked"] = values[
+        "ranking/hit_ratio@1"
+    ]
+    seed = config.get("seed", 0)
+    return Result(method, stage, seed, run, config, metrics, records, steps, values, measured)
 
 
-def _place(option: str) -> int:
-    order = [o for o in SHOWN if o not in ("history_items", "ratings")]
-    if option in order:
-        return order.index(option)
-    return len(order)
+def collect(folder: Path, table: dict) -> list[Result]:
+    """Every stage and baseline below the folder that has been tested.
+
+    ValueError unless the test split, and every measurement, is of the same users, candidates and
+    targets everywhere."""
+    described = {run["name"]: run["method"] for run in table.get("runs", ())}
+    files = sorted(folder.glob("**/eval/metrics.json"))
+    results = [r for f in files if (r := read_result(f.parents[1], folder, described))]
+    if not results:
+        raise ValueError(f"{folder}: no finished stage of a run (eval/metrics.json) below it")
+    first: dict[str, tuple] = {}
+    for r in results:
+        cases = {"test": digest_of(r.records)}
+        for name, content in r.measured.items():
+            cases[name] = content.get("cases") or content["places"]["retriever"]
+        for name, found in cases.items():
+            expected, where = first.setdefault(name, (found, f"{r.run} {r.stage}"))
+            if found != expected:
+                raise ValueError(
+                    f"{where} and {r.run} {r.stage} were tested on different users or candidates "
+                    f"({name}) and cannot stand in one table"
+                )
+    return results
 
 
-def usual_values(group: list[Result]) -> dict:
-    """Of each option the value that most results have; among equals the default, then the first."""
-    defaults = defaults_of(group[0].config)
-    usual = {}
-    for option in {option: None for r in group for option in r.settings}:
-        counts = Counter(json.dumps(r.settings.get(option)) for r in group)
-        default = json.dumps(comparable(defaults.get(option.split(" ")[-1])))
-        usual[option] = json.loads(max(counts, key=lambda v: (counts[v], v == default)))
-    return usual
-
-
-def method_name(stage: str, shown: dict) -> str:
-    return stage + "".join(option_text(option, value) for option, value in shown.items())
+def changed(a: Method | Result, b: Method | Result) -> set[str]:
+    """Options in which two differ and that make another method."""
+    a, b = a.config, b.config
+    return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} - NOT_THE_METHOD
 
 
 def grouped(results: list[Result]) -> dict[str, Method]:
-    """Name -> method, in the order of the paper's tables; a seed that comes twice counts once."""
-    stages = defaultdict(list)
-    for r in results:
-        stages[r.stage].append(r)
+    """Name -> method, in the order of the paper's tables; ValueError if a name stands for two."""
     methods: dict[str, Method] = {}
-    for stage, group in stages.items():
-        usual = usual_values(group)
-        for r in group:
-            shown = shown_options(r.settings, stage, usual)
-            name = method_name(stage, shown)
-            method = methods.setdefault(name, Method(name, shown=shown))
-            if r.seed in method.seeds:
-                method.repeats.append(r)
-            else:
-                method.results.append(r)
-    rank = {name: i for i, name in enumerate(ORDER)}
-    ordered = sorted(methods.values(), key=lambda m: (rank.get(m.stage, 99), len(m.shown), m.name))
-    return {m.name: m for m in ordered}
+    for r in results:
+        method = methods.setdefault(r.method, Method(r.method, []))
+        for other in method.results:
+            differ = ", ".join(sorted(changed(r, other)))
+            if differ or r.seed == other.seed:
+                why = f"differ in {differ}" if differ else f"have seed {r.seed}"
+                raise ValueError(
+                    f"{other.run} and {r.run} are both called {r.method!r} and {why}; give one of "
+                    "them another method in the table file"
+                )
+        method.results.append(r)
+    rank = {stage: i for i, stage in enumerate(ORDER)}
+    order = sorted(methods.values(), key=lambda m: (rank.get(m.stage, 99), m.name != m.stage))
+    return {m.name: m for m in order}
 
 
 def base_method(methods: dict[str, Method], stage: str) -> Method | None:
-    """The method of a stage that departs least from the paper and the usual, with the most runs."""
+    """The method that is called like its stage, or the only one of this stage."""
     found = [m for m in methods.values() if m.stage == stage]
-    return min(found, key=lambda m: (len(m.shown), -len(m.results)), default=None)
+    return methods.get(stage) or (found[0] if len(found) == 1 else None)
 
 
-def shared_options(results: list[Result]) -> dict:
-    """Options that all trained stages share and that are not the default."""
-    trained = [r for r in results if "method" not in r.config]
-    if not trained:
-        return {}
-    defaults = asdict(TrainConfig())
-    shared = {}
-    for option, value in trained[0].config.items():
-        if option not in defaults or option in NOT_THE_METHOD or value == defaults[option]:
-            continue
-        if all(r.config.get(option) == value for r in trained):
-            shared[option] = value
-    return shared
+def sweep(methods: dict[str, Method], *options: str, stage: str = "recpo") -> list[tuple]:
+    """(value, method) of the methods that differ from their stage's base in one option alone;
+    of several options the value is a tuple."""
+    base, points = base_method(methods, stage), []
+    for m in methods.values() if base else ():
+        if m.stage == stage and changed(m, base) <= set(options):
+            value = tuple(m.config.get(option) for option in options)
+            points.append((value if len(options) > 1 else value[0], m))
+    plain = base_method(methods, "sdpo")
+    if points and options == ("margin_lambda",) and plain:  # S-DPO is λ = 0, if trained alike
+        points += [(0.0, plain)] if changed(plain, base) <= {"margin", *options} else []
+    return sorted(points, key=lambda point: point[0])
+
+
+def of_one_seed(points: list[tuple]) -> list[tuple]:
+    """The points of a sweep by the runs of the lowest seed that all of them have."""
+    seeds = [{r.seed for r in method.results} for _, method in points]
+    shared = sorted(set.intersection(*seeds)) if seeds else []
+    return [(v, m.only(lambda r: r.seed == shared[0])) for v, m in points] if shared else []
 
 
 def same_seeds(a: Method, b: Method) -> tuple[Method, Method]:
     """Both without the runs whose seed the other one lacks, where they share some.
 
     A stage starts from its seed's SFT result, so runs of one seed belong together."""
-    shared = set(a.seeds) & set(b.seeds)
-    if not shared:
-        return a, b
-    return tuple(Method(m.name, [r for r in m.results if r.seed in shared]) for m in (a, b))
+    shared = {r.seed for r in a.results} & {r.seed for r in b.results}
+    return tuple(m.only(lambda r: r.seed in shared or not shared) for m in (a, b))
 
 
 def difference_of(a: Method, b: Method, measure: str) -> Difference:
-    """a - b over the same users, seeds averaged first; judge() gives interval and verdict."""
-    a, b = (Method(m.name, [r for r in m.results if measure in r.values]) for m in (a, b))
-    a, b = same_seeds(a, b)
-    values = a.per_user(measure) - b.per_user(measure)
-    runs = len(a.results), len(b.results)
-    return Difference(float(values.mean()), resampled_means(values), runs)
-
-
-def compare(a: Method, b: Method, measure: str) -> Difference:
-    """One question by itself: a - b with its 95 % interval."""
-    difference = difference_of(a, b, measure)
-    judge([difference])
-    return difference
-
-
-SWEPT = {  # option -> its sign on the axis, title of the picture
-    "margin_lambda": ("λ", "λ (Figure 6)"),
-    "num_negatives": ("K", "Rejected titles per prompt, K"),
-    "decay": ("decay", "Decay of the preference score"),
-}
-
-
-def sweep(methods: dict[str, Method], option: str) -> list[tuple[float, Method]]:
-    """(value, method) of RecPO with one option changed, in order of its value; runs of one seed."""
-    base = base_method(methods, "recpo")
-    if base is None:
-        return []
-    points = []
-    for m in methods.values():
-        if m.stage == "recpo" and differing(m.settings, base.settings) <= {option}:
-            points.append((m.settings[option], m))
-    plain = base_method(methods, "sdpo")
-    if option == "margin_lambda" and plain:  # λ = 0, unless trained in another way besides
-        others = set(PREFERENCE_OPTIONS) - {"margin", "margin_lambda"}
-        if not differing(plain.settings, base.settings) & others:
-            points.append((0.0, plain))
-    seeds = [set(m.seeds) for _, m in points]
-    shared = sorted(set.intersection(*seeds)) if seeds else []
-    if not shared:
-        return []
-    ladder = []
-    for value, m in sorted(points, key=lambda pair: pair[0]):
-        runs = [r for r in m.results if r.seed == shared[0]]
-        ladder.append((value, Method(m.name, runs, m.shown)))
-    return ladder
-
-
-def input_methods(methods: dict[str, Method]) -> dict[str, Method]:
-    """SFT results that differ in what a prompt shows alone."""
-    base = base_method(methods, "sft")
-    found = [m for m in methods.values() if m.stage == "sft"]
-    inputs = {"history_items", "ratings"}
-    return {m.name: m for m in found if differing(m.settings, base.settings) <= inputs}
-
-
-def differing(a: dict, b: dict) -> set[str]:
-    return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
-
-
-def probe_rows(methods: dict[str, Method], probe: str) -> dict[str, list[dict]]:
-    """Name -> that row of each run: recommenders that need no training first, then every method."""
-    rows: dict[str, list[dict]] = {}
-    for method in methods.values():
-        contents = [r.probes[probe] for r in method.results if probe in r.probes]
-        for content in contents:
-            for name, row in content["rows"].items():
-                if "," not in name:
-                    rows.setdefault(name, [row])  # the same for every run
-    for method in methods.values():
-        contents = [r.probes[probe] for r in method.results if probe in r.probes]
-        for how in ("written", "ranked first"):
-            name = f"{method.stage}, {how}"
-            found = [c["rows"][name] for c in contents if name in c["rows"]]
-            if found:
-                rows[f"{method.name}; {how}"] = found
-    return rows
-
-
-def mean_bins(group: list[dict]) -> dict[str, dict]:
-    """Means over runs; the users are the same, so variances are averaged, not divided."""
-    bins = {}
-    for name, entry in group[0]["bins"].items():
-        entries = [g["bins"][name] for g in group]
-        bins[name] = {"n": entry["n"]}
-        for key in ("hit_ratio@1", "variance"):
-            bins[name][key] = float(np.mean([e[key] for e in entries]))
-    return bins
+    """a - b over the same users, seeds averaged first; holm() gives interval and verdict."""
+    a, b = same_seeds(*(m.only(lambda r: measure in r.values) for m in (a, b)))
+    return paired(a.per_user(measure), b.per_user(measure), (len(a.results), len(b.results)))

@@ -1,10 +1,7 @@
 """A retriever by its name: the counting ones of loaders/retrieval.py, or SASRec, trained here.
 
-SASRec trains as in studies/sequential.py, on everything before each user's last two interactions,
-and stops by validation. Its weights are kept among the prepared examples: a second call, another
-process, prompts of other kinds over the same interactions, or a call after studies.sequential with
-its usual options reads them.
-"""
+SASRec trains by the defaults of studies/sequential.py and stops by validation; its weights are kept
+beside the prepared examples, so that another call or process reads them."""
 
 from dataclasses import fields
 
@@ -12,10 +9,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from common import print0
+from common import print0, writing
+from hub.files import save_tensors
 from loaders.frozen import DataConfig, Prepared
 from loaders.retrieval import COUNTING_RETRIEVERS, Retriever, fit
-from studies.sequential import BaselineConfig, SASRec, keep_weights, train, weights_file
+from studies.sequential import BaselineConfig, SASRec, train
 
 
 class SASRecRetriever(Retriever):
@@ -32,28 +30,20 @@ class SASRecRetriever(Retriever):
         return (self.model.items.weight[1:] @ state).double().numpy()
 
 
-def sasrec_config(config: DataConfig) -> BaselineConfig:
-    """The options of these examples, and studies/sequential.py's usual training."""
-    names = [f.name for f in fields(DataConfig)]
-    return BaselineConfig(method="sasrec", **{name: getattr(config, name) for name in names})
-
-
-def fit_sasrec(prepared: Prepared, config: BaselineConfig) -> SASRecRetriever:
-    interactions = prepared.interactions
-    file = weights_file(config, prepared)
-    if file.exists():
-        model = SASRec(config, interactions.num_items, interactions.num_users)
-        model.load_state_dict(load_file(file))
-        return SASRecRetriever(model, config.num_shown)
-    model, _ = train(config, interactions, prepared.splits["val"], report=print0)
-    keep_weights(model, file)
-    return SASRecRetriever(model, config.num_shown)
-
-
 def fit_retriever(
     name: str, prepared: Prepared, config: DataConfig, rows: np.ndarray | None = None
 ) -> Retriever:
     """Fitted on these rows of the log (n,) bool, all without; SASRec never sees the last two."""
+    interactions, file = prepared.interactions, prepared.folder / "sasrec.safetensors"
     if name in COUNTING_RETRIEVERS:
-        return fit(name, prepared.interactions, rows, config.history)
-    return fit_sasrec(prepared, sasrec_config(config))
+        return fit(name, interactions, rows, config.history)
+    own = BaselineConfig(**{f.name: getattr(config, f.name) for f in fields(DataConfig)})
+    model = SASRec(own, interactions.num_items, interactions.num_users)
+    if file.exists():
+        model.load_state_dict(load_file(file))
+    else:
+        model, _ = train(own, interactions, prepared.splits["val"], report=print0)
+        with writing(file):
+            save_tensors(model.state_dict(), file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+    return SASRecRetriever(model, own.max_items)

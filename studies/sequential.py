@@ -1,34 +1,22 @@
-"""GRU4Rec, Caser and SASRec, and the counting recommenders, as a table row each: same frozen
-candidates, same metrics.
+"""GRU4Rec, Caser and SASRec on the same frozen candidates.
 
     python -m studies.sequential --method sasrec --dataset movielens \\
         --data_dir ml-1m.zip --output_dir runs/ml1m-sasrec
 
-    GRU4Rec   a GRU over the items (arXiv:1511.06939)
-    Caser     convolutions over the last WINDOW items, and the user's own vector (arXiv:1809.07426)
-    SASRec    causal self-attention over the items (arXiv:1808.09781)
+They turn a user's items into one vector per position and score an item by its inner product with
+that item's embedding. They train on all positions before each user's last two interactions (with a
+split in time: before the date), in windows of --max_items, with Adam and a sampled softmax.
+Ratings are not used: a low rating counts as an interaction, as in the papers. Training stops when
+HR@1 on the validation split has not risen for --patience epochs; the best epoch's weights are then
+tested, once. Left out: session boundaries, BPR and top-1 losses, Caser's several targets.
 
-All three turn a user's items into one vector per position and score an item by its inner product
-with that item's embedding. They train on every position before each user's last two interactions
-(with a split in time: before the date), in
-windows of --max_items, with Adam and a sampled softmax: the next item against --num_sampled
-items drawn uniformly for the batch, as the 19 others of a test list are. A prompt shows --history
-items (20), these models --max_items of them (50; 0: as many as the prompt). Ratings are not used:
-a low rating counts as an interaction, as in these papers. Training stops when HR@1 on the
-validation split has not risen for --patience epochs; the best epoch's weights are then tested,
-once.
+Legend: B windows of a batch, T positions of a window, D width, E examples; item codes are shifted
+by one, and 0 is padding."""
 
-Left out: session boundaries, BPR and top-1 losses, Caser's several targets per window.
-Legend: B windows of a batch, T positions of a window, D width, E examples, 0 is padding and item
-codes are shifted by one.
-"""
-
-import hashlib
 import json
 import math
-import os
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,91 +27,47 @@ from torch import Tensor, nn
 from common import arg, parse_config, run_cli, writing
 from data import Examples, Interactions
 from eval import ranking_metrics, results_table, summarise
-from hub.files import save_tensors
-from loaders.counting import (
-    counting_baselines,
-    item_knn,
-    markov,
-    popularity,
-    training_interactions,
-)
-from loaders.frozen import DataConfig, Prepared, prepare
-from loaders.lists import other_lists
+from loaders.counting import counting_baselines, training_interactions
+from loaders.frozen import DataConfig, prepare
 from runtime.stages import save_predictions
+from studies.probes import KINDS, measured, other_list, references
 
-NEURAL = ("gru4rec", "caser", "sasrec")
-COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}
 HEADS = 2  # of SASRec
 WINDOW = 5  # items that Caser's filters see
 
 
 @dataclass(frozen=True)
 class BaselineConfig(DataConfig):
-    """Train and test a sequential recommender, or count, on frozen examples."""
+    """Train and test a sequential recommender on frozen examples."""
 
     method: str = arg(
-        "sasrec",
-        f"one of {', '.join((*NEURAL, 'random', *COUNTING))}",
-        group="method",
-        choices=(*NEURAL, "random", *COUNTING),
+        "sasrec", "the recommender", group="method", choices=("gru4rec", "caser", "sasrec")
     )
     hidden_size: int = arg(64, "width of items and hidden states", at_least=1)
     num_layers: int = arg(2, "blocks of SASRec, layers of GRU4Rec", at_least=1)
     dropout: float = arg(0.2, "dropout", at_least=0, below=1)
-    max_items: int = arg(
-        50,
-        "most recent items that a model sees; 0 = as many as a prompt shows (--history)",
-        at_least=0,
-    )
-    num_sampled: int = arg(
-        512, "items drawn per batch that the next one is compared with; 0 = all items", at_least=0
-    )
+    max_items: int = arg(50, "most recent items that a model sees", at_least=1)
+    num_sampled: int = arg(512, "items that the next one is compared with; 0 = all", at_least=0)
     epochs: int = arg(200, "at most so many epochs", group="optimisation", at_least=1)
-    patience: int = arg(
-        10, "epochs without a better validation HR@1 before training stops", at_least=1
-    )
+    patience: int = arg(10, "epochs without a better validation HR@1 before it stops", at_least=1)
     batch_size: int = arg(256, "windows per step", at_least=1)
     learning_rate: float = arg(1e-3, "Adam's learning rate", above=0)
     seed: int = arg(0, "seed of weights, order, samples and dropout")
-    lists: bool = arg(
-        False,
-        "test on lists of popular and of retrieved items too, for the report of studies.lists",
-    )
-    output_dir: str = arg(
-        "", "folder of config.json, metrics.jsonl and eval/; empty = only print", group="output"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_items == 0 and self.history_items == "positive":
-            raise ValueError(
-                "--max_items 0 shows what a prompt shows, but these models read disliked items "
-                "too, and --history_items positive hides them from prompts: give a number"
-            )
-        if self.lists and not self.output_dir:
-            raise ValueError("--lists writes below --output_dir, which is not given")
-
-    @property
-    def num_shown(self) -> int:
-        """Items that a model sees."""
-        return self.max_items or self.history
+    output_dir: str = arg("", "folder of config.json and eval/; empty = only print", group="output")
 
 
-# ------------------------------------------------------------------------------------------- models
 class Recommender(nn.Module):
-    """Items (B, T), users (B,) -> a vector per position (B, T, D); scores: inner products."""
+    """Items (B, T), users (B,) -> a vector per position (B, T, D)."""
 
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__()
         self.items = nn.Embedding(num_items + 1, config.hidden_size, padding_idx=0)
         self.dropout = nn.Dropout(config.dropout)
 
-    def scores(self, states: Tensor, items: Tensor) -> Tensor:
-        """states (..., D), items (..., n) -> (..., n)."""
-        return (self.items(items) @ states.unsqueeze(-1)).squeeze(-1)
-
 
 class GRU4Rec(Recommender):
+    """A GRU over the items (arXiv:1511.06939)."""
+
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
         D = config.hidden_size
@@ -135,24 +79,16 @@ class GRU4Rec(Recommender):
 
 
 class Caser(Recommender):
-    """Horizontal filters of every height find patterns, vertical ones weigh items."""
+    """Convolutions over the last WINDOW items, and the user's own vector (arXiv:1809.07426):
+    horizontal filters of every height find patterns, vertical ones weigh items."""
 
-    def __init__(
-        self,
-        config: BaselineConfig,
-        num_items: int,
-        num_users: int,
-        filters: int = 16,
-        vertical: int = 4,
-    ):
+    def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
         D = config.hidden_size
         self.users = nn.Embedding(num_users, D)
-        self.horizontal = nn.ModuleList(
-            nn.Conv2d(1, filters, (height, D)) for height in range(1, WINDOW + 1)
-        )
-        self.vertical = nn.Conv2d(1, vertical, (WINDOW, 1))
-        self.hidden = nn.Linear(filters * WINDOW + vertical * D, D)
+        self.horizontal = nn.ModuleList(nn.Conv2d(1, 16, (h, D)) for h in range(1, WINDOW + 1))
+        self.vertical = nn.Conv2d(1, 4, (WINDOW, 1))
+        self.hidden = nn.Linear(16 * WINDOW + 4 * D, D)
         # the paper scores with vectors of width 2 D; this keeps one embedding per item
         self.mix = nn.Linear(2 * D, D)
 
@@ -187,9 +123,11 @@ class Block(nn.Module):
 
 
 class SASRec(Recommender):
+    """Causal self-attention over the items (arXiv:1808.09781)."""
+
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
-        self.positions = nn.Embedding(config.num_shown, config.hidden_size)
+        self.positions = nn.Embedding(config.max_items, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size)
 
@@ -206,7 +144,9 @@ class SASRec(Recommender):
         return self.norm(x)
 
 
-# --------------------------------------------------------------------------------------------- data
+MODELS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
+
+
 def training_windows(interactions: Interactions, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(W, size + 1) items before each user's last two interactions, and (W,) users.
 
@@ -237,49 +177,24 @@ def candidate_scores(model: Recommender, examples: Examples, size: int) -> np.nd
     model.eval()
     items, users = (torch.from_numpy(a) for a in shown_items(examples, size))
     candidates = torch.from_numpy(np.asarray(examples.candidates, np.int64) + 1)
-    parts = zip(*(t.split(512) for t in (items, users, candidates)), strict=True)
-    return torch.cat([model.scores(model(i, u)[:, -1], c) for i, u, c in parts]).numpy()
+    scores = []
+    for i, u, c in zip(*(t.split(512) for t in (items, users, candidates)), strict=True):
+        states = model(i, u)[:, -1:]  # (512, 1, D)
+        scores.append((model.items(c) @ states.mT).squeeze(-1))
+    return torch.cat(scores).numpy()
 
 
-def hit_ratio(scores: np.ndarray, examples: Examples) -> float:
-    return float(ranking_metrics(scores, examples.target)["hit_ratio@1"].mean())
-
-
-# ----------------------------------------------------------------------------------------- training
-def build_model(config: BaselineConfig, interactions: Interactions) -> Recommender:
-    """The method with fresh weights; the padding's vector is zero."""
-    kind = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}[config.method]
-    model = kind(config, interactions.num_items, interactions.num_users)
-    for name, p in model.named_parameters():
-        if name in ("items.weight", "users.weight", "positions.weight"):
-            nn.init.normal_(p, std=0.02)
-    with torch.no_grad():
-        model.items.weight[0] = 0
-    return model
-
-
-def step_loss(
-    model: Recommender,
-    windows: Tensor,
-    users: Tensor,
-    num_sampled: int,
-    generator: torch.Generator,
-    pool: Tensor | None = None,  # items that may be drawn, shifted by one; None: all
-) -> Tensor:
-    """Cross-entropy of the next item among itself and the batch's samples; mean over positions."""
+def step_loss(model: Recommender, windows, users, pool, num_sampled: int, generator) -> Tensor:
+    """Cross-entropy of the next item among itself and samples of the pool; mean over positions."""
     states = model(windows[:, :-1], users)
     target = windows[:, 1:]
     known = (target != 0) & (windows[:, :-1] != 0)
     states, target = states[known], target[known]  # (n, D), (n,)
-    if pool is None:
-        pool = torch.arange(1, model.items.num_embeddings)
     if not num_sampled or num_sampled >= len(pool):
         return F.cross_entropy(states @ model.items(pool).T, torch.searchsorted(pool, target))
-    places = torch.randint(1, len(pool) + 1, (num_sampled,), generator=generator)
-    sampled = pool[places - 1]
+    sampled = pool[torch.randint(1, len(pool) + 1, (num_sampled,), generator=generator) - 1]
     logits = states @ model.items(sampled).T
-    drawn_by_chance = sampled == target[:, None]  # the target itself
-    logits = logits.masked_fill(drawn_by_chance, -1e9)
+    logits = logits.masked_fill(sampled == target[:, None], -1e9)  # the target, drawn by chance
     own = (states * model.items(target)).sum(1, keepdim=True)
     return F.cross_entropy(torch.cat([own, logits], 1), torch.zeros(len(target), dtype=torch.long))
 
@@ -290,11 +205,16 @@ def train(
     """The model of the best epoch on validation, an entry per epoch. Test data is not seen here."""
     torch.manual_seed(config.seed)
     generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
-    model = build_model(config, interactions)
-    windows, users = (torch.from_numpy(a) for a in training_windows(interactions, config.num_shown))
+    model = MODELS[config.method](config, interactions.num_items, interactions.num_users)
+    for name, p in model.named_parameters():
+        if name in ("items.weight", "users.weight", "positions.weight"):
+            nn.init.normal_(p, std=0.02)
+    with torch.no_grad():
+        model.items.weight[0] = 0  # of padding
+    windows, users = (torch.from_numpy(a) for a in training_windows(interactions, config.max_items))
     if not len(windows):
         raise ValueError("no user has two interactions before the last two: nothing to train on")
-    pool = None
+    pool = torch.arange(1, interactions.num_items + 1)
     if interactions.train_end is not None:  # items from after the date are not known yet
         pool = torch.from_numpy(np.unique(training_interactions(interactions)[1]) + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
@@ -304,21 +224,18 @@ def train(
         started, losses = time.time(), []
         order = torch.from_numpy(rng.permutation(len(windows)))
         for rows in order.split(config.batch_size):
-            batch = windows[rows], users[rows]
-            loss = step_loss(model, *batch, config.num_sampled, generator, pool)
+            loss = step_loss(model, windows[rows], users[rows], pool, config.num_sampled, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        found = hit_ratio(candidate_scores(model, val, config.num_shown), val)
-        entry = {"epoch": epoch, "loss": float(np.mean(losses)), "val_hit_ratio@1": found}
-        history.append(entry | {"seconds": time.time() - started})
-        better = found > best
-        report(
-            f"{config.method} epoch {epoch:3} | loss {entry['loss']:.4f} "
-            f"| validation HR@1 {found:.4f}{' *' if better else ''}"
-        )
-        if better:
+        scores = candidate_scores(model, val, config.max_items)
+        found = float(ranking_metrics(scores, val.target)["hit_ratio@1"].mean())
+        loss, seconds = float(np.mean(losses)), time.time() - started
+        history.append({"epoch": epoch, "loss": loss, "val_hit_ratio@1": found, "seconds": seconds})
+        mark = " *" if found > best else ""
+        report(f"{config.method} {epoch:3} | loss {loss:.4f} | validation HR@1 {found:.4f}{mark}")
+        if found > best:
             best, best_epoch = found, epoch
             best_state = {name: t.clone() for name, t in model.state_dict().items()}
         elif epoch - best_epoch >= config.patience:
@@ -327,93 +244,41 @@ def train(
     return model, history
 
 
-def weights_file(config: BaselineConfig, prepared: Prepared) -> Path:
-    """Where weights of these options are kept, for studies/retrievers.py. The name covers what
-    training reads, so prompts of other kinds over the same interactions find them, too."""
-    own = {f.name for f in fields(BaselineConfig)} - {f.name for f in fields(DataConfig)}
-    facts = {name: getattr(config, name) for name in sorted(own - {"output_dir", "lists"})}
-    content = hashlib.sha256(json.dumps(facts | {"num_shown": config.num_shown}).encode())
-    interactions, val = prepared.interactions, prepared.splits["val"]
-    of_training = (interactions.start, interactions.item, interactions.training_end())
-    for array in (*of_training, val.position, val.candidates, val.target):
-        content.update(np.ascontiguousarray(array))
-    folder = prepared.folder.parent  # of all prepared examples
-    return folder / f"{config.method}-{content.hexdigest()[:12]}.safetensors"
-
-
-def keep_weights(model: Recommender, file: Path) -> None:
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    with writing(file):
-        save_tensors(model.state_dict(), unfinished)
-        unfinished.rename(file)
-
-
 def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
     """As eval.py's records: the best-scored title is the answer, so every answer is valid."""
     records = []
-    for e in range(len(examples)):
-        example, slot = examples[e], int(scores[e].argmax())
-        records.append(
-            {
-                "example": e,
-                "user": example.user,
-                "target": example.candidates[example.target],
-                "answer": example.candidates[slot],
-                "valid": True,
-                "hit": slot == example.target,
-                "how": "scored",
-                "logps": scores[e].tolist(),
-                "candidates": example.candidates,
-                "target_slot": example.target,
-            }
-        )
+    for e, (row, slot) in enumerate(zip(scores.tolist(), scores.argmax(1).tolist(), strict=True)):
+        user, titles, target = examples[e].user, examples[e].candidates, examples[e].target
+        answer = {"answer": titles[slot], "valid": True, "hit": slot == target, "how": "scored"}
+        shown = {"candidates": titles, "target_slot": target, "target": titles[target]}
+        records.append({"example": e, "user": user, "logps": row} | answer | shown)
     return records
 
 
-def method_scores(config: BaselineConfig, model, examples: Examples) -> np.ndarray:
-    """(E, 20) scores of the candidates by the configured method."""
-    if config.method in NEURAL:
-        return candidate_scores(model, examples, config.num_shown)
-    if config.method == "random":
-        return np.random.default_rng(config.seed).random(examples.candidates.shape)
-    return COUNTING[config.method](examples)
-
-
 def main() -> None:
-    config = parse_config(BaselineConfig)
+    config, started = parse_config(BaselineConfig), time.time()
     prepared = prepare(config)
-    interactions, val, test = prepared.interactions, prepared.splits["val"], prepared.splits["test"]
-    model, history, started = None, [], time.time()
-    if config.method in NEURAL:
-        model, history = train(config, interactions, val)
-    records = records_of(test, method_scores(config, model, test))
-    metrics = summarise(records, counting_baselines(test)) | {
-        "data_hash": prepared.hash,
-        "seconds": round(time.time() - started, 1),
-    }
-    if history:
-        best = max(history, key=lambda h: h["val_hit_ratio@1"])
-        metrics |= {"best_epoch": best["epoch"], "epochs": len(history)}
-    print(
-        f"\n{config.dataset}, data {prepared.hash[:12]}, {metrics['seconds']} s\n\n"
-        f"{results_table({config.method: metrics})}"
-    )
+    test, folder = prepared.splits["test"], Path(config.output_dir)
+    model, history = train(config, prepared.interactions, prepared.splits["val"])
+    records = records_of(test, candidate_scores(model, test, config.max_items))
+    metrics = summarise(records, counting_baselines(test)) | {"data_hash": prepared.hash}
+    best = max(history, key=lambda entry: entry["val_hit_ratio@1"])
+    metrics |= {"best_epoch": best["epoch"], "epochs": len(history), "history": history}
+    print(f"\n{config.dataset}, data {prepared.hash[:12]}, {time.time() - started:.0f} s\n")
+    print(results_table({config.method: metrics}))
     if config.output_dir:
-        folder = Path(config.output_dir)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
-            lines = "".join(json.dumps(entry) + "\n" for entry in history)
-            (folder / "metrics.jsonl").write_text(lines)
-            for kind, examples in other_lists(test, config).items() if config.lists else ():
-                found = records_of(examples, method_scores(config, model, examples))
-                facts = summarise(found, counting_baselines(examples))
-                facts |= {"data_hash": prepared.hash, "negatives": kind}
-                save_predictions(folder / "lists" / config.method / kind, facts, found)
+            has_log = config.dataset != "prepared"
+            for kind in [k for k in KINDS if has_log and k != config.negatives]:
+                examples = other_list(test, config, kind)
+                found = records_of(examples, candidate_scores(model, examples, config.max_items))
+                facts = measured(kind, examples, found, references(kind, examples, config))
+                facts["data_hash"] = prepared.hash
+                save_predictions(folder / "probes" / config.method / kind, facts, found)
             save_predictions(folder / "eval", metrics, records)  # last: then it is finished
         print(f"\nwritten to {folder}")
-    if config.method == "sasrec":  # a retriever, too
-        keep_weights(model, weights_file(config, prepared))
 
 
 if __name__ == "__main__":

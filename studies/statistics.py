@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,10 +9,10 @@ import torch
 RESAMPLES = 10_000
 
 
-def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Of values (n,) or (n, M) the means over users drawn with replacement, (RESAMPLES,) or
-    (RESAMPLES, M); all columns see the same draws."""
-    rng, n, means = np.random.default_rng(seed), len(values), []
+def resampled_means(values: np.ndarray) -> np.ndarray:
+    """(RESAMPLES,) means of values (n,) over users drawn with replacement; every call draws the
+    same users, so differences of two calls are paired."""
+    rng, n, means = np.random.default_rng(0), len(values), []
     for _ in range(RESAMPLES // 100):  # in portions: all draws at once would take gigabytes
         draws = rng.integers(n, size=(100, n)) + n * np.arange(100)[:, None]
         times = np.bincount(draws.ravel(), minlength=100 * n).reshape(100, n)  # of each user
@@ -26,20 +25,24 @@ def interval_of(means: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean over users, by resampling users."""
-    return interval_of(resampled_means(values, seed))
+    return interval_of(resampled_means(values))
+
+
+def with_interval(values: np.ndarray) -> str:
+    """Mean of values (n,) and its interval, for a table."""
+    low, high = bootstrap(values)
+    return f"{values.mean():.4f} [{low:.3f}, {high:.3f}]"
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p of so uneven a split of the users that only one of the two gets right."""
+    """Exact two-sided p-value: of the users whom only one of the two gets right, is either side
+    as likely?"""
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    n, k = only_a + only_b, min(only_a, only_b)
-    tail = sum(
-        math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
-        for i in range(k + 1)
-    )
-    return min(1.0, 2 * tail)
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Difference:
 
     mean: float
     means: np.ndarray  # of resampled users
-    runs: tuple[int, int]  # training runs on either side
+    runs: tuple[int, int] = (1, 1)  # training runs on either side
     interval: tuple[float, float] = (0.0, 0.0)
     verdict: str = ""  # "higher", "lower", "not distinguishable"
 
@@ -63,11 +66,16 @@ class Difference:
         return f"{self.mean:+.4f} [{low:+.3f}, {high:+.3f}]"
 
 
-def judge(family: list[Difference], alpha: float = 0.05) -> None:
-    """Holm: of m questions the k-th clearest is judged at alpha / (m - k + 1).
+def paired(a: np.ndarray, b: np.ndarray, runs: tuple[int, int] = (1, 1)) -> Difference:
+    """a - b of the same users (n,); holm() fills in interval and verdict."""
+    return Difference(float((a - b).mean()), resampled_means(a - b), runs)
 
-    Those behind the first that holds 0 are judged at its level, so that all their intervals hold
-    0 too."""
+
+def holm(family: list[Difference], alpha: float = 0.05) -> None:
+    """Judge m questions together: the k-th clearest at level alpha / (m - k + 1).
+
+    After the first whose interval holds 0, all others are judged at its level, so that their
+    intervals hold 0 too."""
     left = len(family)
     for difference in sorted(family, key=lambda d: d.p):
         low, high = difference.interval = interval_of(difference.means, alpha / left)
@@ -79,17 +87,20 @@ def judge(family: list[Difference], alpha: float = 0.05) -> None:
 
 
 def spread_of_bins(bins: dict[str, dict]) -> dict:
-    """Standard deviation of HR@1 between bins beyond sampling, its 95 % interval, both over the
-    mean too.
+    """Standard deviation of HR@1 between bins beyond sampling, with its 95 % interval, and both
+    divided by the mean.
 
-    Model: a bin's mean is mu + t + e, e of the sampling variance v, t of variance tau^2. With
-    weights 1/v the moment estimate (DerSimonian and Laird 1986) is tau^2 = (Q - (B - 1)) / (sum w
-    - sum w^2 / sum w), Q = sum w (mean - mu)^2, at least 0. The interval is Viechtbauer's Q
-    profile (2007): every tau^2 for which Q, weighted by 1 / (v + tau^2), is no unlikely
-    chi-square of B - 1 degrees. It begins at 0 where sampling alone explains the differences."""
-    means = np.array([b["hit_ratio@1"] for b in bins.values()])
+    The moment estimate of DerSimonian and Laird (1986), with weights 1 / sampling variance, and
+    Viechtbauer's Q profile (2007): every spread at which Q is a likely chi-square of B - 1 degrees.
+    The interval begins at 0 where sampling alone explains the differences."""
+    means = np.array([b["mean"] for b in bins.values()])
     variances = np.array([b["variance"] for b in bins.values()])
     mean, degrees = float(means.mean()), len(means) - 1
+
+    def q(between: float) -> float:
+        w = 1 / (variances + between**2)
+        return float((w * (means - (w * means).sum() / w.sum()) ** 2).sum())
+
     if degrees == 0:
         spread, interval = math.nan, [math.nan, math.nan]
     elif not variances.all():  # no sampling error at all: what is seen is the spread
@@ -97,40 +108,26 @@ def spread_of_bins(bins: dict[str, dict]) -> dict:
         interval = [spread, spread]
     else:
         w = 1 / variances
-        excess = weighted_q(means, variances, 0.0) - degrees
-        spread = math.sqrt(max(0.0, excess / (w.sum() - (w**2).sum() / w.sum())))
-        interval = [solve_q(means, variances, chi2_quantile(p, degrees)) for p in (0.975, 0.025)]
+        excess = (q(0.0) - degrees) / (w.sum() - (w**2).sum() / w.sum())
+        spread, interval = math.sqrt(max(0.0, excess)), []
+        for p in (0.975, 0.025):
+            wanted = chi2_quantile(p, degrees)
+            interval.append(root(lambda between, wanted=wanted: wanted - q(between)))
     relative = [x / mean if mean else math.nan for x in (spread, *interval)]
     return {"spread": spread, "spread_ci95": interval, "cv": relative[0], "cv_ci95": relative[1:]}
 
 
-def weighted_q(means: np.ndarray, variances: np.ndarray, between: float) -> float:
-    """Sum of w (mean - mu)^2 with w = 1 / (variance + between), mu their weighted mean."""
-    w = 1 / (variances + between)
-    return float((w * (means - (w * means).sum() / w.sum()) ** 2).sum())
-
-
-def solve_q(means: np.ndarray, variances: np.ndarray, wanted: float) -> float:
-    """The between-bin standard deviation at which Q is `wanted`; 0 if Q is lower from the start."""
-    low, high = 0.0, 1.0
-    if weighted_q(means, variances, 0.0) <= wanted:
-        return 0.0
-    while weighted_q(means, variances, high**2) > wanted:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = weighted_q(means, variances, middle**2) > wanted
-        low, high = (middle, high) if above else (low, middle)
-    return high
-
-
-@lru_cache
 def chi2_quantile(p: float, degrees: int) -> float:
-    """By bisection of the distribution function, the regularised incomplete gamma function."""
+    """Where the distribution function, the regularised incomplete gamma function, is p."""
     half = torch.tensor(degrees / 2, dtype=torch.float64)
-    low, high = 0.0, 1000.0
+    return root(lambda x: float(torch.special.gammainc(half, torch.tensor(x / 2).double())) - p)
+
+
+def root(function, low: float = 0.0, high: float = 1000.0) -> float:
+    """Where an increasing function crosses 0, by bisection; `low` if it is above 0 from there."""
+    if function(low) >= 0:
+        return low
     for _ in range(80):
         middle = (low + high) / 2
-        below = torch.special.gammainc(half, torch.tensor(middle / 2, dtype=torch.float64)) < p
-        low, high = (middle, high) if below else (low, middle)
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
     return high

@@ -1,5 +1,5 @@
-"""Mutated files of the data half: prepared folders, prepared JSON, requests,
-run folders with their predictions, options, Parquet. Read, or one message with the file's name.
+"""Mutated files of the data half: prepared folders, prepared JSON, requests, options, Parquet.
+Read, or one message with the file's name.
 
 `python -m pytest -m slow tests/test_data_fuzz.py` tries 5,000 of them."""
 
@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import write_json
 from test_datasets import foreign_entry
-from test_hub_fuzz import mutate, mutated_bytes, mutated_json, mutations
-from test_report import write_stage
+from test_hub_fuzz import mutate, mutated_bytes, mutations
 
 from common import parse_config, read_json
 from data import render_prompt
@@ -30,10 +29,6 @@ from loaders.frozen import (
 )
 from loaders.frozen import prepare as prepare_examples
 from loaders.users import Catalogue, read_user
-from studies.methods import grouped
-from studies.report import report_text
-from studies.results import check_candidates, collect
-from studies.sections import catalogue_section
 from train import TrainConfig
 
 
@@ -56,10 +51,6 @@ def make_files(root: Path) -> None:
     write_json(
         root / "options/my.json", {"dataset": "csv", "data_dir": "x", "decay": 0.5, "core": 3}
     )
-    for stage, hits in (("sft", [1, 0, 1, 0, 1]), ("recpo", [1, 1, 1, 0, 1])):
-        write_stage(root / "runs", stage, hits, probe_gain=2, prepared_dir=str(root / "nothing"))
-    places = {"retriever": [3, 1, 9, 4, 2], "+ model, N = 20": [1, 2, 9, 2, 1]}
-    write_json(root / "runs/recpo-0/two_stage/recpo/markov.json", {"items": 20, "places": places})
     if has_pyarrow():
         write_parquet(root / "parquet" / "log.parquet")
 
@@ -116,14 +107,6 @@ def encoded_name(folder: Path, tokenizer: Tokenizer) -> str:
     return file.name
 
 
-def read_runs(root: Path) -> None:
-    results = collect(root / "runs")
-    check_candidates(results)
-    methods = grouped(results)
-    report_text(results, "")
-    catalogue_section(methods)
-
-
 def read_foreign(root: Path) -> None:
     config = DataConfig(dataset="prepared", data_dir=str(root / "foreign"))
     _, splits = read_foreign_examples(config)
@@ -148,12 +131,6 @@ READERS = {
     "options/my.json": lambda root: parse_config(
         TrainConfig, ["--config", str(root / "options/my.json")]
     ),
-    "runs/sft-0/config.json": read_runs,
-    "runs/recpo-0/recpo/eval/metrics.json": read_runs,
-    "runs/recpo-0/recpo/eval/predictions.jsonl": read_runs,
-    "runs/recpo-0/probes/recpo/avoidance/metrics.json": read_runs,
-    "runs/recpo-0/probes/recpo/avoidance/predictions.jsonl": read_runs,
-    "runs/recpo-0/two_stage/recpo/markov.json": read_runs,
 }
 if has_pyarrow():
     READERS["parquet/log.parquet"] = lambda root: load_interactions(
@@ -163,16 +140,7 @@ if has_pyarrow():
 
 # ------------------------------------------------------------------------------ how
 def mutate_file(file: Path, rng: random.Random) -> None:
-    if file.suffix == ".jsonl":  # a value of one line, or bytes
-        lines = file.read_text().splitlines()
-        at = rng.randrange(len(lines))
-        changed = json.dumps(mutated_json(json.loads(lines[at]), rng))
-        if rng.random() < 0.8:
-            lines[at] = changed
-            file.write_text("\n".join(lines) + "\n", errors="surrogatepass")
-            return
-        file.write_bytes(mutated_bytes(file.read_bytes(), rng))
-    elif file.suffix == ".parquet":
+    if file.suffix == ".parquet":
         content = file.read_bytes()
         if rng.random() < 0.7:  # its footer, which names columns, types and places
             head, foot = content[:-500], content[-500:]

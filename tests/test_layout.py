@@ -12,21 +12,21 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "losses": 200,
     "kernels": 760,
-    "common": 251,
+    "common": 257,
     "hub": 1024,
     "model": 440,
     "data": 657,
     "lora": 300,
-    "loaders": 4987,
+    "loaders": 4959,
     "runtime": 1693,
     "eval": 373,
     "demo": 741,
     "objectives": 218,
     "train": 864,
-    "studies": 3734,
+    "studies": 1960,
     "recommend": 261,
     "bench": 1043,
-    "tests": 16199,
+    "tests": 15661,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")

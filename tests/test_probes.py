@@ -1,29 +1,29 @@
 """Probes: which users they take, what stands among the candidates, and what each figure counts."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from data import build_examples, render_prompt
-from eval import wilson
+from loaders.counting import markov_top
 from loaders.frozen import DataConfig
 from loaders.planted import World, planted_world
 from loaders.table import make_interactions
 from studies.probes import (
-    PROBE_NAMES,
+    KINDS,
+    LAST_TWO,
     PROBES,
     ProbeConfig,
     by_length,
     choice_of_answers,
     choice_of_scores,
-    history_lengths,
-    measure,
+    measured,
+    other_list,
     outcomes,
     probe_examples,
-    reference_choices,
+    probe_table,
+    references,
 )
-from studies.statistics import chi2_quantile
+from studies.statistics import chi2_quantile, spread_of_bins
 
 
 def random_log(seed: int = 0, num_users: int = 60):
@@ -36,7 +36,7 @@ def random_log(seed: int = 0, num_users: int = 60):
     return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(80)})
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("probe", LAST_TWO)
 def test_probes_take_all_users_that_fit(probe):
     """Users, targets and the other future item against a plain loop over the log;
     the rest is random and never touched."""
@@ -98,17 +98,9 @@ def test_figures_count_what_their_names_say():
     always_later = np.zeros((E, 20))
     always_later[rows, later] = 1
     found = outcomes("adherence", examples, always_later)
-    assert found["hit_ratio@1"].sum() == 0 and found["takes the later one"].all()
-    invalid = np.zeros((E, 20))
-    assert (
-        measure(
-            "avoidance",
-            probe_examples(interactions, config, "avoidance"),
-            np.zeros((len(probe_examples(interactions, config, "avoidance")), 20)),
-        )["avoidance"]
-        == 0
-    )
-    assert measure("adherence", examples, invalid)["hit_ratio@1"] == 0
+    assert sum(found["hit_ratio@1"]) == 0 and all(found["takes the later one"])
+    avoid = probe_examples(interactions, config, "avoidance")
+    assert sum(outcomes("avoidance", avoid, np.zeros((len(avoid), 20)))["avoidance"]) == 0
     ties = choice_of_scores(np.array([[1.0, 2.0, 2.0, *[0.0] * 17]]))
     assert ties[0, :3].tolist() == [0, 0.5, 0.5]
     records = [
@@ -121,65 +113,85 @@ def test_figures_count_what_their_names_say():
 def test_chance_is_what_it_must_be():
     """1 in 20 everywhere, 19 in 20 for avoidance."""
     interactions, config = random_log(), DataConfig(dataset="csv", min_history=3)
-    for probe in PROBES:
+    for probe in LAST_TWO:
         examples = probe_examples(interactions, config, probe)
-        figures = measure(probe, examples, reference_choices(probe, examples, config)["chance"])
-        assert next(iter(figures.values())) == pytest.approx(0.95 if probe == "avoidance" else 0.05)
+        figures = references(probe, examples, config)["chance"]
+        mean = np.mean(next(iter(figures.values())))
+        assert mean == pytest.approx(0.95 if probe == "avoidance" else 0.05)
 
 
 def test_the_optimum_beats_counting_in_the_planted_world():
-    """Bayes-optimal is the best row of each probe that asks for a liked or disliked item;
-    temptation takes few disliked ones."""
+    """Bayes-optimal is the best row of each probe that asks for a liked or disliked item."""
     config = DataConfig(planted_users=1500)
     interactions = planted_world(World(num_users=1500, seed=0))
     for probe in ("adherence", "temptation", "aversion"):
         examples = probe_examples(interactions, config, probe)
-        rows = {
-            name: measure(probe, examples, c)
-            for name, c in reference_choices(probe, examples, config).items()
-        }
-        best = max(rows, key=lambda name: rows[name]["hit_ratio@1"])
+        rows = references(probe, examples, config)
+        best = max(rows, key=lambda name: np.mean(rows[name]["hit_ratio@1"]))
         assert best == "Bayes-optimal", (probe, rows)
 
 
-def test_length_bins_cover_every_user():
-    """Bins add up to the mean, hold about as many users each, and carry n and an interval."""
-    config = DataConfig(planted_users=400)
-    examples = build_examples(planted_world(World(num_users=400, seed=0)), config)["test"]
-    hits = np.random.default_rng(0).integers(0, 2, len(examples)).astype(float)
-    bins = by_length(examples, hits)["bins"]
-    assert sum(b["n"] for b in bins.values()) == len(examples) and 2 <= len(bins) <= 5
-    total = sum(b["n"] * b["hit_ratio@1"] for b in bins.values())
-    assert total / len(examples) == pytest.approx(hits.mean())
-    lengths = history_lengths(examples)
+def test_other_lists_keep_users_histories_and_targets():
+    """The same draw every time; retrieved ones are Markov's best that the user never touched."""
+    config = DataConfig(followers=3, min_history=4, train_size=50)
+    interactions = planted_world(World(num_users=150))
+    test = build_examples(interactions, config)["test"]
+    rows = np.arange(len(test))
+    for kind in KINDS[1:]:
+        other = other_list(test, config, kind)
+        assert (other.position == test.position).all()
+        targets = other.candidates[rows, other.target], test.candidates[rows, test.target]
+        assert (targets[0] == targets[1]).all() and (other.candidates != test.candidates).any()
+        assert (other_list(test, config, kind).candidates == other.candidates).all()
+    found = np.sort(other.candidates[other.is_random].reshape(-1, 19), 1)
+    assert (found == np.sort(markov_top(interactions, test.position, 20, 19), 1)).all()
+
+
+def test_a_model_is_measured_as_written_and_as_ranked_first():
+    """Two of three are ranked first, one of them is written; the table has both with intervals."""
+    config = DataConfig(planted_users=100)
+    test = build_examples(planted_world(World(num_users=100)), config)["test"].select(slice(3))
+    records = []
+    for e in range(3):
+        titles, target = test[e].candidates, int(test.target[e])
+        logps = [float(slot == (target + (e == 2)) % 20) for slot in range(20)]
+        answer = titles[target] if e == 0 else "none of them"
+        record = {"user": test[e].user, "candidates": titles, "target": titles[target]}
+        records.append(record | {"logps": logps, "answer": answer, "valid": e == 0})
+    beside = references("length", test, config)
+    content = measured("length", test, records, beside)
+    assert content["written"] == {"hit_ratio@1": [1, 0, 0]}
+    assert content["ranked"] == {"hit_ratio@1": [1, 1, 0]} and len(content["lengths"]) == 3
+    content |= {"lengths": []}  # another probe's table
+    text = probe_table(content, {"sft; written": [content["written"], content["ranked"]]})
+    assert "| sft; written (mean of 2 runs) | 0.5000 [" in text
+
+
+def skewed_lengths(num_users: int = 1500) -> np.ndarray:
+    """Of histories, as skewed as MovieLens's: 18 to some 1,500."""
+    return (18 + np.random.default_rng(0).lognormal(4, 1.2, num_users)).astype(int)
+
+
+def test_bins_are_fifths_and_cover_every_user():
+    """Bins add up to the mean and hold about as many users each."""
+    lengths, hits = skewed_lengths(), np.random.default_rng(0).integers(0, 2, 1500).astype(float)
+    bins = by_length(lengths, hits)
+    assert len(bins) == 5 and all(250 < b["n"] < 350 for b in bins.values())
+    total = sum(b["n"] * b["mean"] for b in bins.values())
+    assert total / 1500 == pytest.approx(hits.mean())
     for name, entry in bins.items():
         low, high = map(int, name.split("-"))
         inside = (lengths >= low) & (lengths <= high)
-        assert entry["n"] == inside.sum()
-        assert entry["hit_ratio@1_ci95"] == wilson(hits[inside].mean(), inside.sum())
-
-
-def skewed_examples(num_users: int) -> SimpleNamespace:
-    """Users with one test case each whose history lengths are as skewed as MovieLens's:
-    18 to some 1,500."""
-    lengths = (18 + np.random.default_rng(0).lognormal(4, 1.2, num_users)).astype(int)
-    start = np.append(0, np.cumsum(lengths + 1))
-    interactions = SimpleNamespace(start=start, user=np.repeat(np.arange(num_users), lengths + 1))
-    return SimpleNamespace(interactions=interactions, position=start[1:] - 1)
-
-
-def test_bins_are_quantiles():
-    """Skewed lengths fall into five bins of about a fifth of the users each."""
-    bins = by_length(skewed_examples(1500), np.ones(1500))["bins"]
-    assert len(bins) == 5 and all(250 < b["n"] < 350 for b in bins.values())
+        assert entry["n"] == inside.sum() and entry["mean"] == pytest.approx(hits[inside].mean())
 
 
 @pytest.mark.parametrize("hit_ratio", [0.05, 0.3])
 def test_equal_recommenders_have_no_spread(hit_ratio):
     """HR equal in all bins: the interval of the spread begins at 0 in 97 % of 400 simulations or
     more."""
-    examples, rng = skewed_examples(1500), np.random.default_rng(1)
-    found = [by_length(examples, rng.random(1500) < hit_ratio) for _ in range(400)]
+    lengths, rng = skewed_lengths(), np.random.default_rng(1)
+    draws = [rng.random(1500) < hit_ratio for _ in range(400)]
+    found = [spread_of_bins(by_length(lengths, hits)) for hits in draws]
     assert np.mean([f["spread_ci95"][0] > 0 for f in found]) < 0.05
     assert np.median([f["cv"] for f in found]) < 0.12  # bins of equal width: .46 at HR .05
 
@@ -188,11 +200,12 @@ def test_equal_recommenders_have_no_spread(hit_ratio):
 def test_unequal_recommenders_are_found(low, high):
     """HR that rises over the fifths:
     the interval leaves 0 out and covers the true spread as often as it says."""
-    examples, rng = skewed_examples(1500), np.random.default_rng(2)
-    edges = [int(name.split("-")[0]) for name in by_length(examples, np.ones(1500))["bins"]]
-    which = np.searchsorted(edges, history_lengths(examples), "right") - 1
+    lengths, rng = skewed_lengths(), np.random.default_rng(2)
+    edges = [int(name.split("-")[0]) for name in by_length(lengths, np.ones(1500))]
+    which = np.searchsorted(edges, lengths, "right") - 1
     rates = np.linspace(low, high, 5)
-    found = [by_length(examples, rng.random(1500) < rates[which]) for _ in range(100)]
+    draws = [rng.random(1500) < rates[which] for _ in range(100)]
+    found = [spread_of_bins(by_length(lengths, hits)) for hits in draws]
     true = rates.std(ddof=1)
     assert np.mean([f["spread_ci95"][0] > 0 for f in found]) > 0.95
     covers = [f["spread_ci95"][0] < true < f["spread_ci95"][1] for f in found]
@@ -207,13 +220,13 @@ def test_chi_square_quantiles_are_the_published_ones():
 
 def test_a_score_without_sampling_error_keeps_its_spread():
     """Chance has .05 for every user: spread 0, and no division by 0."""
-    found = by_length(skewed_examples(200), np.full(200, 0.05))
+    found = spread_of_bins(by_length(skewed_lengths(200), np.full(200, 0.05)))
     assert found["spread"] == pytest.approx(0) and found["cv_ci95"] == pytest.approx([0, 0])
 
 
 def test_unknown_probes_are_refused():
     """The error lists the probes; options that a probe has no use for are named."""
-    assert set(PROBE_NAMES) == {*PROBES, "length"}
+    assert set(PROBES) == {*LAST_TWO, "length", *KINDS}
     for probe in ("tempt", ""):
         with pytest.raises(ValueError, match="--probe must be one of adherence"):
             ProbeConfig(run="x", probe=probe)

@@ -2,8 +2,8 @@
 
 import json
 import math
-import subprocess
-from dataclasses import asdict, fields
+import re
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -12,73 +12,153 @@ import pytest
 from launch import ROOT, run_script
 
 from loaders.frozen import DataConfig, prepare
-from studies.measure import flags_of, jobs_of, measure_missing, wanted_kinds
-from studies.methods import Method, compare, grouped, option_text, sweep
-from studies.probes import PROBE_NAMES
-from studies.report import data_table, main_table, rate_lines
-from studies.results import NOT_THE_METHOD, Result, check_candidates, collect, settings_of
+from studies.methods import Method, Result, collect, difference_of, grouped, of_one_seed, sweep
+from studies.paper import paper_figures
+from studies.report import data_section, report_text
 from studies.sequential import BaselineConfig
-from studies.statistics import Difference, bootstrap, judge, mcnemar
-from studies.tables import command_of, is_finished
+from studies.statistics import Difference, bootstrap, holm, mcnemar
+from studies.tables import MEASURED, command_of, flags_of, measure, measure_missing
 from train import TrainConfig
+
+STEP = dict.fromkeys(
+    ("rewards/accuracies", "logps/chosen", "logps/rejected", "margins/satisfied", "loss"), 0.5
+)
+
+
+def predictions(cases, hits, valid, logps) -> str:
+    """Lines of predictions.jsonl; cases: (user, candidates, target's slot)."""
+    lines = []
+    for (user, titles, slot), hit, ok, row in zip(cases, hits, valid, logps, strict=True):
+        record = {"user": user, "candidates": titles, "target": titles[slot], "target_slot": slot}
+        record |= {"hit": bool(hit), "valid": bool(ok), "logps": row, "answer": "x"}
+        lines.append(json.dumps(record) + "\n")
+    return "".join(lines)
 
 
 def write_stage(
-    folder: Path,
-    stage: str,
-    hits: list[int],
-    valid: float = 1.0,
-    users: str = "u",
-    probe_gain: int | None = None,
-    **config,
-):
-    """A finished stage whose predictions hit where `hits` says so."""
-    run = folder / f"{stage}-{config.pop('name', '')}{config.get('seed', 0)}"
-    settings = {"dataset": "planted", "stages": stage, "seed": 0} | config
+    folder: Path, stage: str, hits: list[int], name="", valid=1.0, users="u", **config
+) -> Path:
+    """A finished stage that hits where `hits` says so, in a run of its own."""
+    run = folder / f"{stage}-{name}{config.get('seed', 0)}"
+    settings = {"dataset": "planted", "stages": stage, "seed": 0, "num_negatives": 3}
+    settings |= {"margin_lambda": 2.0, "margin": "ratio", "decay": 0.5, "learning_rate": 1e-5}
+    settings |= {"history_items": "all", "ratings": True} | config
     (run / stage / "eval").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(settings))
-    records = []
-    for n, hit in enumerate(hits):
-        logps = [0.0] * 20
-        logps[3 if hit else 4] = 1.0
-        records.append({
-            "user": f"{users}{n}", "candidates": [f"c{i}" for i in range(20)],
-            "target": "c3", "target_slot": 3, "answer": "c3", "logps": logps,
-            "hit": bool(hit), "valid": n < valid * len(hits),
-        })  # fmt: skip
-    metrics = {"n": len(hits), "data_hash": "abc", "baselines": {"chance": 0.05, "Markov": 0.3}}
+    cases = [[f"{users}{n}", [f"c{i}" for i in range(20)], 3] for n in range(len(hits))]
+    logps = [[float(i == (3 if hit else 4)) for i in range(20)] for hit in hits]
+    listed = [n < valid * len(hits) for n in range(len(hits))]
+    text = predictions(cases, hits, listed, logps)
+    (run / stage / "eval/predictions.jsonl").write_text(text)
+    metrics = {"data_hash": "abc", "baselines": {"chance": 0.05, "Markov": 0.3}}
     (run / stage / "eval/metrics.json").write_text(json.dumps(metrics))
-    (run / stage / "eval/predictions.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in records)
-    )
-    steps = [
-        {
-            "phase": stage, "step": s, "loss": 1 / s,
-            "rewards/margins": s, "rewards/accuracies": 0.5,
-            "logps/chosen": -s, "logps/rejected": -2 * s, "margins/satisfied": 0.1,
-        }
-        for s in range(1, 30)
-    ]  # fmt: skip
-    (run / stage / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in steps))
-    if probe_gain is not None:
-        for probe in ("adherence", "avoidance"):
-            out = run / "probes" / stage / probe
-            out.mkdir(parents=True)
-            rows = {
-                "chance": {"hit_ratio@1": 0.05, "hit_ratio@1_ci95": [0, 0.1]},
-                f"{stage}, written": {"hit_ratio@1": 0.2, "hit_ratio@1_ci95": [0.1, 0.3]},
-            }
-            (out / "metrics.json").write_text(
-                json.dumps({"probe": probe, "n": len(hits), "rows": rows})
+    if stage not in ("raw", "sft"):
+        steps = [STEP | {"rewards/margins": s} for s in range(1, 30)]
+        (run / stage / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    return run
+
+
+def write_probe(run: Path, stage: str, probe: str, figure: str, values: list, **content) -> None:
+    """What studies.probes leaves; written and ranked alike."""
+    folder = run / "probes" / stage / probe
+    folder.mkdir(parents=True)
+    facts = {"probe": probe, "n": len(values), "cases": probe, "data_hash": "abc", "lengths": []}
+    facts |= {"references": {"chance": {figure: [0.05] * len(values)}}}
+    facts |= {how: {figure: values} for how in ("written", "ranked")}
+    (folder / "metrics.json").write_text(json.dumps(facts | content))
+
+
+def methods_of(folder: Path, **described: str) -> dict[str, Method]:
+    """Grouped results; described: run's folder with _ for - -> its method."""
+    runs = [{"name": k.replace("_", "-"), "method": v} for k, v in described.items()]
+    return grouped(collect(folder, {"runs": runs}))
+
+
+# ------------------------------------------------------------------------------------ recorded runs
+def tables_of(text: str) -> dict[tuple, str]:
+    """(section, subsection, row, column) -> cell, for all tables of a report."""
+    cells, section, part, columns = {}, "", "", []
+    lines = ["", *text.splitlines()]
+    for before, line in zip(lines, lines[1:], strict=False):
+        if line.startswith("## "):
+            section, part = line[3:], ""
+        elif line.startswith("**"):
+            part = line.split("**")[1]
+        elif line.startswith("|") and not before.startswith("|"):
+            columns = [cell.strip() for cell in line[1:-1].split("|")]
+        elif line.startswith("|") and "---" not in line:
+            name, *found = [cell.strip() for cell in line[1:-1].split("|")]
+            difference = "difference" in columns[0] or "minus" in columns[0]
+            for column, cell in zip(columns[1:], found, strict=True):
+                cells[section, part, name + " minus" * difference, column] = cell
+    return cells
+
+
+RENAMED = {  # in a name or a section of the recorded report -> today
+    "Claims": "Findings of the paper",
+    "adherence (hit_ratio@1)": "adherence (HR@1)",
+    "avoidance (avoidance)": "avoidance",
+    "λ raises HR@1 (0 to 4)": "HR@1 of λ = 4 above λ = 0",
+    "λ lowers ValidRatio (0 to 4)": "ValidRatio of λ = 0 above λ = 4",
+    "markov alone": "retriever alone",
+    "+ optimum": "optimum",
+    ", N = 20": "",
+    "spread beyond sampling": "spread",
+    "spread / mean": "cv",
+}
+
+
+def test_every_figure_of_the_recorded_report_is_found_again(tmp_path):
+    """tests/recorded: a few runs of six steps, and the report that was made of them when methods
+    were told apart by their options. Intervals of coverage and calibration were given up."""
+    recorded = json.loads((ROOT / "tests/recorded/runs.json").read_text())
+    for name, run in recorded["runs"].items():
+        for stage, found in run["stages"].items():
+            place = tmp_path / name if stage == "sasrec" else tmp_path / name / stage
+            (place / "eval").mkdir(parents=True)
+            (tmp_path / name / "config.json").write_text(json.dumps(run["config"]))
+            facts = {"data_hash": "abc", "baselines": recorded["baselines"]}
+            (place / "eval/metrics.json").write_text(json.dumps(facts))
+            tested = found["hits"], found["valid"], found["logps"]
+            (place / "eval/predictions.jsonl").write_text(predictions(recorded["cases"], *tested))
+            lines = "".join(json.dumps(step) + "\n" for step in found["steps"])
+            (place / "metrics.jsonl").write_text(lines)
+            for file, content in found["measured"].items():
+                (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name / file).write_text(json.dumps(content))
+    runs = [{"name": name, "method": run["method"]} for name, run in recorded["runs"].items()]
+    now = tables_of(report_text(collect(tmp_path, {"runs": runs})))
+    now = {(s, p, re.sub(r" \(mean of 2 runs\)", "", r), c): v for (s, p, r, c), v in now.items()}
+    compared = 0
+    for key, cell in tables_of((ROOT / "tests/recorded/report.md").read_text()).items():
+        section, part, row, column = key
+        for old, new in RENAMED.items():
+            section, row, column = (x.replace(old, new) for x in (section, row, column))
+        row = row.replace(" (mean of 2 runs)", "")
+        if section == "Beyond accuracy" and (" − " in row or column == "runs"):
+            continue
+        if section == "The whole catalogue" and column == "runs":
+            continue
+        old, new = (
+            re.findall(r"[-+]?\d+\.\d+", text) for text in (cell, now[section, part, row, column])
+        )
+        verdicts = [
+            re.search(r"not \w+|held|higher|lower|$", c)[0]
+            for c in (cell, now[section, part, row, column])
+        ]
+        if "±" in cell and "[" in now[section, part, row, column]:  # half a width then
+            old[1:], new[1:] = (
+                [],
+                [] if abs((float(new[2]) - float(new[1])) / 2 - float(old[1])) < 2e-3 else new[1:],
             )
-            probed = [r | {"hit": n < probe_gain} for n, r in enumerate(records)]
-            (out / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in probed))
+        if section == "Beyond accuracy" or column in ("spread", "cv"):
+            old, new = [f"{float(x):.3f}" for x in old[:1]], [f"{float(x):.3f}" for x in new[:1]]
+        assert (old, verdicts[0]) == (new, verdicts[1]), key
+        compared += len(old)
+    assert compared > 400
 
 
-def report(folder: Path, *flags) -> subprocess.CompletedProcess:
-    return run_script("studies.report", folder, "--output_dir", folder / "out", *flags)
-
-
+# --------------------------------------------------------------------------------------- statistics
 def test_mcnemar_is_the_exact_binomial_test():
     """Against a sum over all outcomes of the users on whom the two differ."""
     rng = np.random.default_rng(0)
@@ -91,344 +171,297 @@ def test_mcnemar_is_the_exact_binomial_test():
         ]
         assert mcnemar(a, b) == pytest.approx(np.mean(outcomes), abs=1e-9)
     assert mcnemar(np.ones(40), np.zeros(40)) == pytest.approx(2 * 0.5**40)
-    assert math.isclose(mcnemar(np.ones(5), np.ones(5)), 1.0)
 
 
 def test_bootstrap_interval_is_that_of_the_mean():
     """About 1.96 standard errors on both sides for many users; the same numbers every time."""
     values = np.random.default_rng(1).normal(0.3, 1, 4000)
-    low, high = bootstrap(values)
     half = 1.96 * values.std() / math.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half) and high == pytest.approx(
-        values.mean() + half, abs=0.1 * half
-    )
-    assert bootstrap(values) == (low, high)
+    expected = values.mean() - half, values.mean() + half
+    assert bootstrap(values) == pytest.approx(expected, abs=0.1 * half)
+    assert bootstrap(values) == bootstrap(values)
 
 
-def made(name: str, values, seeds=None) -> Method:
+def made(name: str, values, seeds=None, **config) -> Method:
     """A method whose runs have these values per user."""
     results = []
     for seed, v in zip(seeds or range(len(values)), values, strict=True):
         hits = {"hit_ratio@1": np.array(v, float)}
-        results.append(Result(name, Path(), {"seed": seed}, Path(), {}, hits, {}, {}))
+        results.append(Result(name, name, seed, Path(), config, {}, [], [], hits, {}))
     return Method(name, results)
 
 
-def test_differences_are_paired_and_named():
-    """A difference that every user shares is seen although both intervals overlap;
-    noise is not distinguishable."""
+def test_differences_are_paired_over_users_and_seeds():
+    """A difference that every user shares is seen although both intervals overlap, noise is not;
+    a seed that one method lacks is left out, and the runs behind each side are counted."""
     base = np.random.default_rng(2).integers(0, 2, 400)
-    better = base.copy()
-    better[np.flatnonzero(base == 0)[:20]] = 1
+    better = np.maximum(base, np.arange(400) < 20)
     other = np.random.default_rng(3).permutation(base)
     for a, b, expected in (
         (better, base, "higher"),
         (base, better, "lower"),
         (base, other, "not distinguishable"),
     ):
-        assert compare(made("a", [a]), made("b", [b]), "hit_ratio@1").verdict == expected
-
-
-def test_runs_are_paired_by_seed():
-    """A seed that one method lacks is left out of the comparison,
-    and the runs behind it are counted."""
-    base = np.random.default_rng(2).integers(0, 2, 400)
-    better = np.maximum(base, np.arange(400) < 20)
-    found = compare(made("a", [base, better, better]), made("b", [base]), "hit_ratio@1")
+        difference = difference_of(made("a", [a]), made("b", [b]), "hit_ratio@1")
+        holm([difference])
+        assert difference.verdict == expected
+    found = difference_of(made("a", [base, better, better]), made("b", [base]), "hit_ratio@1")
     assert found.mean == 0 and found.runs == (1, 1)
-    found = compare(
-        made("a", [better] * 2, [1, 2]), made("b", [base] * 3, [0, 1, 2]), "hit_ratio@1"
-    )
+    two, three = made("a", [better] * 2, [1, 2]), made("b", [base] * 3)
+    found = difference_of(two, three, "hit_ratio@1")
     assert found.mean > 0 and found.runs == (2, 2)
-    seeds = made("a", [base, better])
-    assert seeds.per_user("hit_ratio@1").tolist() == ((base + better) / 2).tolist()
+    seeds = made("a", [base, better]).per_user("hit_ratio@1")
+    assert seeds.tolist() == ((base + better) / 2).tolist()
 
 
 def test_holm_steps_down():
-    """The k-th clearest of m is judged at 5 % / (m - k + 1);
-    what lies behind the first failure fails at its level."""
+    """The k-th clearest of m is judged at 5 % / (m - k + 1); what lies behind the first failure
+    fails at its level. Of 300 tables of 8 comparisons of noise at most about 5 % name one."""
     rng = np.random.default_rng(0)
 
-    def normal(z: float) -> Difference:
-        return Difference(z, z + rng.standard_normal(200_000), (1, 1))
+    def normal(z: float, draws: int = 200_000) -> Difference:
+        return Difference(z, z + rng.standard_normal(draws))
 
     # two-sided p of z: 4.0 6e-5, 2.6 .009, 2.1 .036, 2.05 .040
-    clear, second, third, fourth = family = [normal(z) for z in (4.0, 2.6, 2.1, 2.05)]
-    judge(family[::-1])
-    verdicts = [d.verdict for d in family]
-    assert verdicts == ["higher", "higher", "not distinguishable", "not distinguishable"]
+    family = [normal(z) for z in (4.0, 2.6, 2.1, 2.05)]
+    holm(family[::-1])
+    unclear = "not distinguishable"
+    assert [d.verdict for d in family] == ["higher", "higher", unclear, unclear]
     # quantiles of the normal at 5 % / 4, / 3, / 2, / 2
-    for difference, z in ((clear, 2.498), (second, 2.394), (third, 2.241), (fourth, 2.241)):
+    for difference, z in zip(family, (2.498, 2.394, 2.241, 2.241), strict=True):
         low, high = difference.interval
         assert (high - low) / 2 == pytest.approx(z, abs=0.04)
-    alone = normal(-2.1)
-    judge([alone])
-    assert alone.verdict == "lower"
-
-
-def test_holm_keeps_noise_out_of_the_claims():
-    """Of 300 tables of 8 comparisons without any difference at most about 5 % name one;
-    uncorrected a third would."""
-    rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(300):
-        family = [Difference(z, z + rng.standard_normal(4000), (1, 1)) for z in rng.normal(size=8)]
-        judge(family)
-        wrong += any(d.verdict != "not distinguishable" for d in family)
+        family = [normal(z, 4000) for z in rng.normal(size=8)]
+        holm(family)
+        wrong += any(d.verdict != unclear for d in family)
     assert wrong / 300 < 0.09
 
 
-def names_of(folder: Path) -> dict[str, list[int]]:
-    return {name: sorted(m.seeds) for name, m in grouped(collect(folder)).items()}
-
-
-def test_seeds_are_one_method_and_settings_are_named(tmp_path):
-    """Runs that differ in the seed alone are averaged;
-    margins, λ, K, decay and inputs make methods of their own."""
+# ------------------------------------------------------------------------------------------ methods
+def test_a_table_names_methods_and_seeds_group_by_them(tmp_path):
+    """{stage} is the stage; what no table describes is named by its folder."""
     for seed in range(3):
         write_stage(tmp_path, "recpo", [1, 0, seed % 2], seed=seed)
-    write_stage(tmp_path, "recpo", [1, 1, 1], margin_lambda=4.0, name="l4")
-    write_stage(tmp_path, "recpo", [0, 1, 1], margin="log_diff", name="diff")
-    write_stage(tmp_path, "sdpo", [0, 1, 1], num_negatives=7, name="K")
-    inputs = {"history_items": "positive", "ratings": False}
-    write_stage(tmp_path, "sft", [0, 1, 1], **inputs)
-    assert names_of(tmp_path) == {
-        "sft, liked items only, no ratings": [0],
-        "sdpo K=7": [0],
-        "recpo": [0, 1, 2],
-        "recpo log_diff": [0],
-        "recpo λ=4": [0],
-    }
-    methods = grouped(collect(tmp_path))
+    write_stage(tmp_path, "recpo", [1, 1, 1], name="l4", margin_lambda=4.0)
+    write_stage(tmp_path, "sft", [0, 1, 1])
+    described = {f"recpo_{seed}": "{stage}" for seed in range(3)}
+    methods = methods_of(tmp_path, recpo_l40="recpo λ=4", **described)
+    found = {name: [r.seed for r in m.results] for name, m in methods.items()}
+    assert found == {"sft-0/sft": [0], "recpo": [0, 1, 2], "recpo λ=4": [0]}
     assert methods["recpo"].mean("hit_ratio@1") == pytest.approx((1 + 0 + 1 / 3) / 3)
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [(f.name, f.default) for f in fields(TrainConfig) if f.name not in NOT_THE_METHOD],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_any_option_makes_a_method_of_its_own(option, value):
-    """Two runs that differ in any option but seed and paths never become one row,
-    and the name shows the option."""
-    config = asdict(TrainConfig(stages="sft,recpo"))
-    other = (
-        not value if isinstance(value, bool) else value + 1 if not isinstance(value, str) else "x"
-    )
-    results = []
-    for seed, changes in enumerate(({}, {}, {option: other})):
-        own = config | changes | {"seed": seed, "output_dir": f"runs/{seed}"}
-        settings = settings_of("recpo", Path(f"runs/{seed}"), own)
-        results.append(Result("recpo", Path(), own, Path(), settings, {}, {}, {}))
-    methods = grouped(results)
-    assert [m.seeds for m in methods.values()] == [[0, 1], [2]]
-    name = list(methods)[1]
-    shown = option_text(option, float(other) if type(other) is int else other)
-    assert shown in name or f"sft {option}=" in name
+def test_one_name_for_two_methods_or_one_seed_twice_is_refused(tmp_path):
+    write_stage(tmp_path, "recpo", [1, 0])
+    write_stage(tmp_path, "recpo", [1, 0], name="b", beta=0.3)
+    with pytest.raises(ValueError, match="recpo-0 and .*recpo-b0 .*'recpo' and differ in beta"):
+        methods_of(tmp_path, recpo_0="recpo", recpo_b0="recpo")
+    write_stage(tmp_path, "recpo", [1, 0], name="c")
+    with pytest.raises(ValueError, match="have seed 0; give one of them another method"):
+        methods_of(tmp_path, recpo_0="recpo", recpo_c0="recpo")
 
 
-def test_beta_weight_and_rate_are_three_methods(tmp_path):
-    """The three runs that once became one row of "seeds"."""
-    for seed, changes in enumerate(({"beta": 0.1}, {"sft_weight": 1.0}, {"learning_rate": 1e-3})):
-        write_stage(tmp_path, "recpo", [1, 0, 1], seed=seed, **changes)
-    write_stage(tmp_path, "recpo", [1, 0, 1], seed=3)
-    expected = {"recpo", "recpo β=0.1", "recpo + NLL", "recpo, learning_rate=0.001"}
-    assert set(names_of(tmp_path)) == expected
+def test_other_users_or_other_data_are_refused(tmp_path):
+    """Of the test split, of a probe, of a retriever; a measurement of other data than its run."""
+    first = write_stage(tmp_path, "sft", [1, 0, 1])
+    other = write_stage(tmp_path, "sdpo", [1, 0, 1], users="v")
+    with pytest.raises(ValueError, match=r"sdpo-0 sdpo and .*sft-0 sft .*candidates \(test\)"):
+        collect(tmp_path, {})
+    done = run_script("studies.report", tmp_path)
+    assert done.returncode == 2 and "cannot stand in one table" in done.stderr
+    (other / "config.json").unlink()
+    third = write_stage(tmp_path, "recpo", [1, 0, 1])
+    for run, stage, cases in ((first, "sft", "a"), (third, "recpo", "b")):
+        write_probe(run, stage, "adherence", "hit_ratio@1", [1, 0], cases=cases)
+    with pytest.raises(ValueError, match=r"candidates \(adherence\)"):
+        collect(tmp_path, {})
+    file = third / "probes/recpo/adherence/metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data_hash": "other"}))
+    with pytest.raises(
+        ValueError, match=r"recpo/adherence/metrics.json was measured on data other"
+    ):
+        collect(tmp_path, {})
+    with pytest.raises(ValueError, match="no finished stage"):
+        collect(tmp_path / "nothing", {})
 
 
-def test_a_seed_counts_once(tmp_path):
-    """The same settings and seed tested twice are one run;
-    the report names the one that is left out."""
-    write_stage(tmp_path, "recpo", [1, 0, 1], seed=0, name="a")
-    write_stage(tmp_path, "recpo", [1, 1, 1], seed=0, name="b")
-    write_stage(tmp_path, "recpo", [0, 0, 0], seed=1)
-    methods = grouped(collect(tmp_path))
-    assert names_of(tmp_path) == {"recpo": [0, 1]}
-    assert methods["recpo"].mean("hit_ratio@1") == pytest.approx((2 / 3 + 0) / 2)
-    assert "recpo-b0" in main_table(methods, "planted")
+def test_a_sweep_changes_one_option(tmp_path):
+    """λ = 0 is S-DPO if it was trained alike; other margins, losses and inputs stay outside."""
+    changes = {
+        "recpo": {}, "recpo λ=4": {"margin_lambda": 4.0}, "recpo K=1": {"num_negatives": 1},
+        "recpo decay=1": {"decay": 1.0}, "recpo log_diff": {"margin": "log_diff"},
+        "both": {"margin_lambda": 1.0, "num_negatives": 5}, "sdpo": {}, "sft": {},
+        "sft, no ratings": {"ratings": False},
+    }  # fmt: skip
+    default = asdict(TrainConfig())
+    methods = {}
+    for name, options in changes.items():
+        stage = "recpo" if name == "both" else re.split("[ ,]", name)[0]
+        methods[name] = made(stage, [[1.0]], **default | options)
+        methods[name].name = name
+    ladder = [(value, m.name) for value, m in sweep(methods, "margin_lambda")]
+    assert ladder == [(0.0, "sdpo"), (2.0, "recpo"), (4.0, "recpo λ=4")]
+    assert [value for value, _ in sweep(methods, "num_negatives")] == [1, 3]
+    assert [value for value, _ in sweep(methods, "margin")] == ["log_diff", "ratio"]
+    inputs = sweep(methods, "history_items", "ratings", stage="sft")
+    assert [value for value, _ in inputs] == [("all", False), ("all", True)]
+    methods["sdpo"].results[0].config["learning_rate"] = 5e-4
+    assert [value for value, _ in sweep(methods, "margin_lambda")] == [2.0, 4.0]
+    assert of_one_seed(sweep(methods, "num_negatives"))
+    methods["recpo"].results[0].seed = 5
+    assert of_one_seed(sweep(methods, "num_negatives")) == []  # no seed has them all
 
 
-def test_a_stage_carries_the_settings_that_it_started_from(tmp_path):
-    """Another SFT behind the same preference options is another method;
-    the same one from another folder is not."""
-    write_stage(tmp_path, "recpo", [1, 0, 1], stages="sft,recpo", seed=0)
-    for folder, seed, epochs in (("same", 1, 5.0), ("longer", 2, 9.0)):
-        (tmp_path / folder / "sft").mkdir(parents=True)
-        started = {"stages": "sft", "dataset": "planted", "seed": seed, "sft_epochs": epochs}
-        (tmp_path / folder / "config.json").write_text(json.dumps(started))
-        model = str(tmp_path / folder / "sft")
-        write_stage(tmp_path, "recpo", [1, 0, 1], seed=seed, model=model)
-    assert names_of(tmp_path) == {"recpo": [0, 1], "recpo, sft sft_epochs=9": [2]}
-
-
-def test_other_candidates_are_refused(tmp_path):
-    """Stages tested on other users or candidates cannot stand in one table;
-    the folders are named."""
-    write_stage(tmp_path, "sft", [1, 0, 1])
-    write_stage(tmp_path, "sdpo", [1, 0, 1], users="v")
-    with pytest.raises(ValueError, match="different users or candidates.*sdpo"):
-        check_candidates(collect(tmp_path))
-    done = report(tmp_path)
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and "cannot stand in one table" in done.stderr
-    )
-    assert report(tmp_path / "nothing").returncode == 2
-
-
-def test_length_bins_without_intervals_are_refused(tmp_path):
-    """A probe measured before bins had intervals is named, not guessed at."""
-    write_stage(tmp_path, "sft", [1, 0, 1], probe_gain=1)
-    file = tmp_path / "sft-0/probes/sft/adherence/metrics.json"
-    old = {"bins": {"0-9": {"n": 3, "hit_ratio@1": 0.5}}, "std": 0.1, "cv": 0.2}
-    file.write_text(json.dumps({"probe": "length", "n": 3, "rows": {"sft, written": old}}))
-    with pytest.raises(ValueError, match="adherence/metrics.json: bins of an older version"):
-        collect(tmp_path)
-
-
-def test_the_report_has_tables_claims_and_pictures(tmp_path):
-    """Counting rows, intervals, paired verdicts, probes, the λ sweep;
-    every picture named in it is there."""
+# --------------------------------------------------------------------------------------- the report
+@pytest.fixture
+def compared(tmp_path) -> Path:
+    """RecPO better than S-DPO in hits and adherence, worse in valid answers and aversion."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2, 200)
     good = np.maximum(base, rng.integers(0, 2, 200)).tolist()
-    write_stage(tmp_path, "sft", base.tolist(), probe_gain=40)
-    write_stage(tmp_path, "sdpo", base.tolist(), probe_gain=40)
-    write_stage(tmp_path, "recpo", good, valid=0.8, probe_gain=120)
-    write_stage(tmp_path, "recpo", good, valid=0.5, margin_lambda=4.0, name="l4")
-    done = report(tmp_path, "--note", "made up")
+    lengths = np.repeat([10, 20, 30, 40, 50], 40)
+    uneven, even = (lengths == 10).astype(float).tolist(), ([0.0, 1.0] * 100)
+    for stage, hits, options in (
+        ("raw", base, {"valid": 0.5}), ("sft", base, {}), ("sdpo", base, {}), ("dpo", base, {}),
+        ("simpo", base, {"valid": 0.6}), ("recpo", good, {"valid": 0.9}),
+        ("recpo", good, {"valid": 0.5, "margin_lambda": 4.0, "name": "l4"}),
+        ("recpo", good, {"margin": "log_diff", "name": "diff"}),
+        ("sft", 1 - base, {"ratings": False, "name": "titles"}),
+    ):  # fmt: skip
+        run = write_stage(tmp_path, stage, list(map(int, hits)), **options)
+        if stage in ("sft", "sdpo", "recpo") and "name" not in options:
+            best, worst = (good, base.tolist()) if stage == "recpo" else (base.tolist(), good)
+            write_probe(run, stage, "adherence", "hit_ratio@1", best)
+            write_probe(run, stage, "aversion", "hit_ratio@1", worst)
+            write_probe(run, stage, "temptation", "takes the disliked one", worst)
+            spread = even if stage == "recpo" else uneven
+            write_probe(run, stage, "length", "hit_ratio@1", spread, lengths=lengths.tolist())
+    names = {"recpo-l40": "recpo λ=4", "recpo-diff0": "recpo log_diff", "sft-titles0": "titles"}
+    runs = [
+        {"name": f"{s}-0", "method": s} for s in ("raw", "sft", "sdpo", "dpo", "simpo", "recpo")
+    ]
+    runs += [{"name": name, "method": method} for name, method in names.items()]
+    (tmp_path / "table.json").write_text(json.dumps({"runs": runs}))
+    return tmp_path
+
+
+def test_the_report_judges_the_findings_of_the_paper(compared):
+    """Held, not held or not distinguishable, each by hand; where RecPO is worse, that stands there,
+    too; every picture that is named is there."""
+    done = run_script("studies.report", compared, "--note", "made up")
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "out/report.md").read_text()
+    text = (compared / "report/report.md").read_text()
     for part in (
         "made up", "| Markov |  |  |  | 0.3000 |  |", "to recpo: lower",
         "HR@1 of recpo above sdpo | 1 against 1 | held",
         "HR@1 of sdpo above sft | 1 against 1 | not distinguishable",
-        "λ lowers ValidRatio (0 to 4) | 1 against 1 | held",
-        "adherence (hit_ratio@1) of recpo above sft | 1 against 1 | held",
-        "avoidance (avoidance) of recpo above sft | 1 against 1 | not held",
-        "**adherence**", "| recpo; written | 0.2000", "HR@1 of recpo above sft | 1 against 1 |",
-        "for all 17 comparisons of this table together (Holm",
+        "ValidRatio of λ = 0 above λ = 4 | 1 against 1 | held",
+        "adherence (HR@1) of recpo above sft | 1 against 1 | held",
+        "HR@1 of sdpo above dpo | 1 against 1 | not distinguishable",
+        "HR@1 of recpo log_diff above sft | 1 against 1 | held",
+        "ValidRatio of sft above raw | 1 against 1 | held",
+        "ValidRatio of dpo above simpo | 1 against 1 | held",
+        "aversion (naming the disliked title) of recpo above sdpo | 1 against 1 | not held",
+        "taking the tempting disliked title of sdpo above recpo | 1 against 1 | held",
+        "HR@1 of recpo varies less with history length than that of sdpo | held: 0.0",
+        "**adherence**", "| recpo; written |",
     ):  # fmt: skip
         assert part in text, part
+    assert " of recpo above recpo λ" not in text and "gru4rec" not in text  # nothing to answer by
     pytest.importorskip("matplotlib")
-    pictures = [
-        line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")
-    ]
-    assert {"methods.png", "curves.png", "margin_lambda.png", "margins.png"} <= set(pictures)
-    assert all((tmp_path / "out" / p).stat().st_size > 10_000 for p in pictures)
+    pictures = set(re.findall(r"\]\((.*png)\)", text))
+    expected = {"methods", "curves", "margin_lambda", "margins", "inputs", "probes", "length"}
+    assert {f"{name}.png" for name in expected} <= pictures
+    assert all((compared / "report" / p).stat().st_size > 10_000 for p in pictures)
 
 
-def test_table_3_stands_beside_the_paper_s(tmp_path):
-    """The prepared examples are found by their hash;
-    without them a line says how to get the statistics."""
+def test_lists_and_negatives_stand_side_by_side(tmp_path):
+    """Uniform from the run itself, retrieved where it was measured; a row per K, the last tenth of
+    the steps, mean and range of the seeds."""
+    for seed, hits in enumerate(([1, 0, 0, 0], [1, 1, 0, 0])):
+        run = write_stage(tmp_path, "recpo", hits, seed=seed)
+    write_probe(run, "recpo", "retrieved", "hit_ratio@1", [1, 0, 0, 0])
+    write_stage(tmp_path, "recpo", [1, 1, 1, 0], name="k", num_negatives=15)
+    write_stage(tmp_path, "recpo", [0, 0, 0, 0], name="beta", num_negatives=7, beta=0.3)
+    runs = {"recpo-0": "recpo", "recpo-1": "recpo", "recpo-k0": "K=15", "recpo-beta0": "β=.3"}
+    runs = [{"name": name, "method": method} for name, method in runs.items()]
+    cells = tables_of(report_text(collect(tmp_path, {"runs": runs})))
+    assert cells["Harder lists", "", "chance", "retrieved"] == "0.0500"
+    assert cells["Harder lists", "", "recpo", "uniform"].startswith("0.3750 [")
+    assert cells["Harder lists", "", "recpo", "retrieved"].startswith("0.2500 [")
+    assert cells["Harder lists", "", "recpo", "popularity"] == ""
+    lines = report_text(collect(tmp_path, {"runs": runs})).splitlines()
+    low, high = [line.split(" | ") for line in lines if re.match(r"\| recpo \| \d+ \|", line)][-2:]
+    assert (low[1], low[2], high[1]) == ("3", "2", "15")  # K = 7 has another beta
+    assert low[3] == "0.375 (0.250 to 0.500)" and high[3] == "0.750"
+    assert low[7] == "28.000 (28.000 to 28.000)"  # steps 27, 28, 29 of 29
+
+
+def test_table_3_needs_the_prepared_examples(tmp_path):
     config = DataConfig(planted_users=100, followers=3, train_size=12, prepared_dir=str(tmp_path))
-    made = prepare(config)
-    text = data_table(vars(config), made.hash[:12])
+    result = Result("sft", "sft", 0, Path(), vars(config), {}, [], [], {}, {})
+    (text,) = data_section(result, prepare(config))
     assert "| after --core 0 | 100 |" in text and "train: 12 examples" in text
-    assert "not at hand" in data_table(vars(config), "0123456789ab")
+    assert "not at hand" in data_section(result, None)[0]
 
 
-def test_a_sweep_changes_one_option():
-    """λ = 0 is S-DPO; other margins, losses and inputs stay outside."""
-
-    def result(stage, **changes):
-        config = asdict(TrainConfig(stages="sft,sdpo,recpo")) | changes
-        # the swept runs go on from one SFT result; here its options are those of the run
-        settings = settings_of(stage, Path("r"), config)
-        settings |= {
-            k: v
-            for k, v in settings_of(stage, Path("r"), asdict(TrainConfig())).items()
-            if k.startswith("sft ")
-        }
-        return Result(stage, Path(), config, Path(), settings, {}, {}, {})
-
-    results = [
-        result("sdpo"),
-        result("recpo"),
-        result("recpo", margin_lambda=4.0),
-        result("recpo", num_negatives=1),
-        result("recpo", decay=1.0),
-        result("recpo", margin="log_diff"),
-        result("recpo", margin_lambda=1.0, num_negatives=5),
-        result("recpo", margin_lambda=1.0, ratings=False),
-        result("recpo", margin_lambda=3.0, seed=5),
-        result("sft"),
-    ]
-    methods = grouped([r for r in results if r.seed == 0])
-    ladder = [(value, m.name) for value, m in sweep(methods, "margin_lambda")]
-    assert ladder == [(0.0, "sdpo"), (2.0, "recpo"), (4.0, "recpo λ=4")]
-    assert [value for value, _ in sweep(methods, "num_negatives")] == [1, 3]
-    assert [value for value, _ in sweep(methods, "decay")] == [0.5, 1.0]
-    assert sweep(grouped(results), "margin_lambda") == []  # no seed has them all
-    assert rate_lines(methods) == []
-
-    results[0] = result("sdpo", learning_rate=5e-4)  # λ is not all that differs
-    methods = grouped([r for r in results if r.seed == 0])
-    assert [value for value, _ in sweep(methods, "margin_lambda")] == [2.0, 4.0]
-    (line,) = rate_lines(methods)
-    assert line.startswith("Learning rates: ") and "0.0005 for sdpo; 1e-05 for recpo, " in line
+@pytest.mark.parametrize(
+    "dataset, place, model, method, expected",
+    [
+        ("movielens", "ml-1m.zip", "meta-llama/Llama-3.1-8B", "recpo", (0.3451, 0.9969)),
+        ("movielens", "ml-1m", "Qwen/Qwen2.5-7B", "recpo", (0.3446, 0.9896)),
+        ("movielens", "ml-1m.zip", "runs/smollm2", "sasrec", (0.2671, 1)),
+        ("movielens", "ml-1m.zip", "runs/smollm2", "recpo", None),
+        ("movielens", "ml-20m.zip", "meta-llama/Llama-3.1-8B", "recpo", None),
+        ("amazon", "Books_5.json.gz", "Qwen2.5-7B", "sdpo", (0.4623, 0.9910)),
+        ("amazon", "Video_Games.csv", "Qwen2.5-7B", "sdpo", None),
+        ("lastfm", "lastfm", "Llama-3.1-8B", "simpo", (0.5759, 0.9419)),
+        ("steam", "steam", "Llama-3.1-8B", "recpo log_diff", (0.4284, None)),
+        ("csv", "ml-1m.csv", "Llama-3.1-8B", "recpo", None),
+    ],
+)
+def test_the_paper_stands_beside_its_own_data_and_models(dataset, place, model, method, expected):
+    assert paper_figures({"dataset": dataset, "data_dir": place}, {model}).get(method) == expected
 
 
 # --------------------------------------------------------------------------------------- the runner
 def test_commands_carry_common_and_own_options(tmp_path):
     """Flags of every kind; a run that goes on from another one's stage gets its model;
     baselines get no training options."""
-    assert flags_of({"a": 1, "b": True, "c": False, "d": "x"}) == [
-        "--a=1",
-        "--b",
-        "--no_c",
-        "--d=x",
-    ]
+    assert flags_of({"a": 1, "b": True, "c": False}) == ["--a=1", "--b", "--no_c"]
     stage = tmp_path / "first/sft"
     stage.mkdir(parents=True)
     (stage / "base.json").write_text('{"base": "../base"}')
     (stage / "config.json").write_text("{}")
     table = {"common": {"dataset": "planted"}, "training": {"lora_r": 4}}
-    command, _ = command_of(
-        table, {"name": "second", "after": "first/sft", "stages": "sdpo"}, tmp_path, {}, 2
-    )
-    assert (
-        "--nproc_per_node=2" in command
-        and f"--model={stage}" in command
-        and "--lora_r=4" in command
-        and "--resume=auto" in command
-    )
-    command, _ = command_of(
-        table, {"name": "b", "script": "studies.sequential", "method": "caser"}, tmp_path, {}, 2
-    )
-    assert command[1:] == [
-        "-m",
-        "studies.sequential",
-        "--dataset=planted",
-        "--method=caser",
-        f"--output_dir={tmp_path / 'b'}",
-    ]
-    assert not is_finished(tmp_path / "first", {}, "train.py")
+    run = {"name": "second", "method": "sdpo", "after": "first/sft", "stages": "sdpo"}
+    command = command_of(table, run, tmp_path, 2)
+    wanted = {"--nproc_per_node=2", f"--model={stage}", "--lora_r=4", "--resume=auto"}
+    assert wanted <= set(command) and "--method=sdpo" not in command
+    run = {"name": "b", "script": "studies.sequential", "method": "caser"}
+    flags = ["--dataset=planted", "--method=caser", f"--output_dir={tmp_path / 'b'}"]
+    assert command_of(table, run, tmp_path, 2)[1:] == ["-m", "studies.sequential", *flags]
 
 
-def test_planted_tables_compare_the_losses_of_the_papers():
-    """No table adds the chosen title's NLL to a loss that is published without it."""
-    for file in (ROOT / "configs/tables").glob("*.json"):
-        assert "sft_weight" not in file.read_text(), file
-
-
-@pytest.mark.parametrize("name", ["planted", "planted-sweeps", "movielens", "paper", "inputs"])
-def test_committed_tables_hold_options_that_exist(name):
-    """Every option of every run is one of its script;
-    what a table leaves open is asked for by name."""
-    table = json.loads((ROOT / f"configs/tables/{name}.json").read_text())
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/tables").glob("*.json")), ids=str)
+def test_committed_tables_name_methods_and_hold_options_that_exist(file):
+    """Every option is one of its script; no loss has the chosen title's NLL added; a method has one
+    run a seed."""
+    table = json.loads(file.read_text())
+    assert "sft_weight" not in file.read_text()
+    names = [run["name"] for run in table["runs"]]
+    rows = [(run["method"], run.get("seed", 0)) for run in table["runs"]]
+    assert len(set(names)) == len(names) and len(set(rows)) == len(rows)
     for run in table["runs"]:
-        own = {k: v for k, v in run.items() if k not in ("name", "script", "after")}
-        if run.get("script") == "studies.sequential":
-            assert own["lists"], "the report shows other lists for every method"
-            BaselineConfig(**table["common"] | own | {"dataset": "planted", "output_dir": "r"})
+        assert run.get("after", names[0]).split("/")[0] in names
+        own = {k: v for k, v in run.items() if k not in ("name", "method", "script", "after")}
+        own = table["common"] | own | {"dataset": "planted"}
+        if "script" in run:
+            BaselineConfig(**own, method=run["method"])
         else:
-            TrainConfig(**table["common"] | table["training"] | own | {"dataset": "planted"})
-        assert (
-            run.get("after", "first/sft").split("/")[0] in [r["name"] for r in table["runs"]]
-            or "after" not in run
-        )
+            TrainConfig(**table["training"] | own)
 
 
 def test_an_open_table_asks_for_model_and_data():
@@ -437,69 +470,45 @@ def test_an_open_table_asks_for_model_and_data():
     assert done.returncode == 2 and "leaves the data set open: --dataset" in done.stderr
 
 
-def test_what_can_be_measured_of_a_run():
-    """Every file that the report looks for; without a log, or with a split in time, less."""
-    everything = ["probes", "lists", "two_stage"]
-    for config, expected in (
-        ({"dataset": "planted"}, [*PROBE_NAMES, "lists", "two_stage"]),
-        ({"dataset": "movielens", "split_by": "time"}, ["length", "lists", "two_stage"]),
-        ({"dataset": "prepared"}, ["length"]),
-    ):
-        jobs = jobs_of(Path("r"), ["sft", "recpo"], config, everything)
-        assert [job.name for job in jobs] == expected
-    lists, two_stage = jobs_of(Path("r"), ["sft"], {"dataset": "csv"}, everything[1:])
-    kinds = ("popularity", "retrieved")
-    assert lists.files == [Path("r/lists/sft") / kind / "metrics.json" for kind in kinds]
-    assert two_stage.files == [Path("r/two_stage/sft/markov.json")]
-
-
-def test_only_what_is_missing_is_measured(tmp_path, monkeypatch, capsys):
-    """By one command a run, in its log; baselines are left alone; a failure is said, and the rest
-    goes on."""
-    write_stage(tmp_path, "sft", [1, 0], probe_gain=1, prepared_dir="p")
-    write_stage(tmp_path, "recpo", [1, 0])
+def test_what_is_missing_or_of_other_data_is_measured(tmp_path, monkeypatch, capsys):
+    """By one command a run, in its log; a failure is named, and the rest goes on; without a log, or
+    with a split in time, less can be measured."""
+    run = write_stage(tmp_path, "sft", [1, 0], prepared_dir="p")
+    write_probe(run, "sft", "adherence", "hit_ratio@1", [1, 0])
+    write_probe(run, "sft", "avoidance", "avoidance", [1, 0], data_hash="of another log")
     calls = []
 
-    def fake(command, log):
-        calls.append((command[2], log.name, command[3:]))
+    def fake(what, command, log):
+        calls.append((command[2], log.name, [f.split("=")[1] for f in command if "--probe=" in f]))
         if "--probe=length" in command:
             raise ValueError("no such thing")
 
-    monkeypatch.setattr("studies.measure.execute", fake)
-    results = collect(tmp_path)
-    results.append(Result("markov", tmp_path / "m", {"method": "markov"}, tmp_path, {}, {}, {}, {}))
-    measure_missing(results, ["probes", "two_stage"])
-    of_sft = [(script, flags) for script, log, flags in calls if log == "sft-0.log"]
-    run = f"--run={tmp_path / 'sft-0'}"
-    measured = [flags[1] for script, flags in of_sft if script == "studies.probes"]
-    assert measured == ["--probe=temptation", "--probe=aversion", "--probe=length"]
-    assert of_sft[-1] == ("studies.two_stage", [run, "--prepared_dir=p"])
-    assert {log for _, log, _ in calls} == {"sft-0.log", "recpo-0.log"}
+    monkeypatch.setattr("studies.tables.execute", fake)
+    measure_missing(tmp_path, "all")
+    probes = [name for script, _, names in calls for name in names]
+    assert probes == ["temptation", "avoidance", "aversion", "length", "popularity", "retrieved"]
+    assert calls[-1] == ("studies.two_stage", "sft-0.log", [])
     assert "sft-0, length: not measured: no such thing" in capsys.readouterr().out
-
-
-def test_measurements_are_chosen_by_name():
-    assert wanted_kinds("") == [] and wanted_kinds("all") == ["probes", "lists", "two_stage"]
-    assert wanted_kinds("two_stage, lists") == ["two_stage", "lists"]
-    with pytest.raises(ValueError, match="all, or some of probes, lists, two_stage; got speed"):
-        wanted_kinds("lists,speed")
+    for options, expected in (({"split_by": "time"}, 4), ({"dataset": "prepared"}, 1)):
+        calls.clear()
+        other = write_stage(tmp_path / "o", "sft", [1], name=str(expected), **options)
+        monkeypatch.setattr("studies.tables.execute", lambda *call: calls.append(call))
+        measure(other, list(MEASURED))
+        assert len(calls) == expected
+    with pytest.raises(ValueError, match="speed: all, or some of adherence"):
+        measure_missing(tmp_path, "length,speed")
 
 
 @pytest.mark.slow
 def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
     """Two runs, a baseline and a probe by one command; the second call does nothing;
     the report stands on them."""
-    training = {
-        "model": str(ROOT / "demo/base"),
-        "batch_size": 8,
-        "lora_r": 4,
-        "max_steps": 2,
-    }
+    training = {"model": str(ROOT / "demo/base"), "batch_size": 8, "lora_r": 4, "max_steps": 2}
     common = {"dataset": "planted", "planted_users": 150, "train_size": 20, "test_size": 8}
     runs = [
-        {"name": "a", "stages": "sft,sdpo"},
-        {"name": "b", "after": "a/sft", "stages": "recpo"},
-        {"name": "m", "script": "studies.sequential", "method": "markov"},
+        {"name": "a", "method": "{stage}", "stages": "sft,sdpo"},
+        {"name": "b", "method": "recpo", "after": "a/sft", "stages": "recpo"},
+        {"name": "m", "script": "studies.sequential", "method": "gru4rec", "epochs": 1},
     ]
     table = {"common": common, "training": training, "runs": runs}
     table |= {"probes": ["adherence"], "probed": ["a"]}
@@ -509,11 +518,8 @@ def test_a_small_table_runs_and_is_skipped_when_done(tmp_path):
         done = run_script("studies.tables", tmp_path / "t.json", *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("finished before") == (3 if again else 0)
-    made = report(tmp_path / "runs", "--measure", "lists,two_stage")
-    assert made.returncode == 0, made.stderr
-    for text in ("| markov |", "**adherence**", "## Harder lists", "+ sdpo, N = 50"):
-        assert text in made.stdout, text
-    for text in ("a, lists: ", "b, lists: ", "a, two_stage: ", "b, two_stage: "):
-        assert f"{text}not" not in made.stdout and text in made.stdout, made.stdout[:500]
-    again = report(tmp_path / "runs", "--measure", "lists,two_stage")
-    assert again.returncode == 0 and "lists: " not in again.stdout
+    for again in (False, True):
+        made = run_script("studies.report", tmp_path / "runs", "--measure", "retrieved,two_stage")
+        assert made.returncode == 0 and ("a, retrieved: " in made.stdout) == (not again)
+        for text in ("| gru4rec |", "**adherence**", "## Harder lists", "| + sdpo |"):
+            assert text in made.stdout, text

@@ -1,33 +1,28 @@
 """GRU4Rec, Caser and SASRec: what they see, what they learn, and that test data stays out."""
 
 import json
-from dataclasses import replace
+import sys
 
 import numpy as np
 import pytest
 import torch
-from launch import run_script
 
 from data import Interactions, build_examples
+from eval import ranking_metrics
 from loaders.frozen import DataConfig, prepare
 from loaders.table import make_interactions
-from studies.retrievers import sasrec_config
+from studies import sequential
 from studies.sequential import (
-    NEURAL,
+    MODELS,
     BaselineConfig,
-    Caser,
     GRU4Rec,
-    SASRec,
     candidate_scores,
-    hit_ratio,
     shown_items,
     step_loss,
     train,
     training_windows,
-    weights_file,
 )
 
-MODELS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
 SMALL = {"hidden_size": 32, "max_items": 8, "num_sampled": 30, "batch_size": 32, "dropout": 0.1}
 
 
@@ -78,25 +73,7 @@ def test_a_test_case_shows_what_lies_before_it():
         )
 
 
-def test_a_model_can_see_exactly_what_a_prompt_shows():
-    """--max_items 0 takes --history:
-    a model then reads the items of the prompt, no more and no fewer."""
-    interactions = log_of([list(range(30)), list(range(40, 65)), list(range(60, 68))])
-    config = BaselineConfig(max_items=0, history=12, followers=2, min_history=2)
-    examples = build_examples(interactions, config)["test"]
-    items, _ = shown_items(examples, config.num_shown)
-    for e in range(len(examples)):
-        rows = examples.history_rows(e)
-        assert items[e][items[e] > 0].tolist() == (interactions.item[list(rows)] + 1).tolist()
-    assert SASRec(config, 50, 3).positions.num_embeddings == 12
-    assert BaselineConfig().num_shown == 50
-    with pytest.raises(ValueError, match="max_items must be >= 0"):
-        BaselineConfig(max_items=-1)
-    with pytest.raises(ValueError, match="history_items positive hides them"):
-        BaselineConfig(max_items=0, history_items="positive")
-
-
-@pytest.mark.parametrize("name", NEURAL)
+@pytest.mark.parametrize("name", MODELS)
 def test_states_do_not_see_later_items(name):
     """Changing items from position 5 on changes no state before it; states after it do change."""
     model = MODELS[name](BaselineConfig(**SMALL), 50, 3).eval()
@@ -122,7 +99,8 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
         torch.tensor([0]),
         torch.Generator().manual_seed(0),
     )
-    full = step_loss(model, windows, users, 0, generator)
+    pool = torch.arange(1, 7)
+    full = step_loss(model, windows, users, pool, 0, generator)
     states = model(windows[:, :-1], users)[0, 1:]
     expected = torch.nn.functional.cross_entropy(
         states @ model.items.weight[1:].T, windows[0, 2:] - 1
@@ -130,7 +108,7 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
     torch.testing.assert_close(full, expected)
     targets = torch.tensor([3, 3, 3])  # the target of one position
     monkeypatch.setattr("torch.randint", lambda *args, **kwargs: targets.clone())
-    sampled = step_loss(model, windows, users, 3, generator)
+    sampled = step_loss(model, windows, users, pool, 3, generator)
     logits = states @ model.items.weight[[2, 3, 6]].T  # rows predict 2, 3, 6
     own, three = logits.diagonal(), states @ model.items.weight[3]
     against = [
@@ -140,7 +118,7 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
     torch.testing.assert_close(sampled, torch.stack(against).mean())
 
 
-@pytest.mark.parametrize("name", NEURAL)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_simple_rule_is_learnt(name):
     """On a log where the next item follows from the last one,
     each puts it first among 20 nearly always."""
@@ -148,9 +126,8 @@ def test_a_simple_rule_is_learnt(name):
     splits = build_examples(interactions, DataConfig(followers=2, min_history=2))
     config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=5, **SMALL)
     model, history = train(config, interactions, splits["val"], report=lambda line: None)
-    assert (
-        hit_ratio(candidate_scores(model, splits["test"], config.max_items), splits["test"]) > 0.9
-    )
+    scores = candidate_scores(model, splits["test"], config.max_items)
+    assert ranking_metrics(scores, splits["test"].target)["hit_ratio@1"].mean() > 0.9
     assert history[0]["val_hit_ratio@1"] < history[-1]["val_hit_ratio@1"]
 
 
@@ -161,65 +138,39 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
     splits = build_examples(interactions, DataConfig(followers=2, min_history=2))
     script, seen = iter([0.2, 0.5, 0.4, 0.3, 0.3, 0.9]), []
 
-    def scripted(scores, examples):
-        assert examples is splits["val"]
+    def scripted(scores, target):
+        assert target is splits["val"].target
         seen.append(scores)
-        return next(script)
+        return {"hit_ratio@1": np.array([next(script)])}
 
-    monkeypatch.setattr("studies.sequential.hit_ratio", scripted)
+    monkeypatch.setattr("studies.sequential.ranking_metrics", scripted)
     config = BaselineConfig(method="gru4rec", epochs=20, patience=3, **SMALL)
     model, history = train(config, interactions, splits["val"], report=lambda line: None)
     assert [h["val_hit_ratio@1"] for h in history] == [0.2, 0.5, 0.4, 0.3, 0.3]
     assert (candidate_scores(model, splits["val"], config.max_items) == seen[1]).all()
 
 
-def test_the_retriever_reads_the_weights_of_the_command(tmp_path):
-    """With the usual options, whatever was tested and wherever results went, for prompts of other
-    kinds, too; not with other options, and not for another log or other validation lists."""
-    data = {"dataset": "planted", "planted_users": 60, "followers": 3, "prepared_dir": tmp_path}
-    config = sasrec_config(DataConfig(**data))
-    made = prepare(config)
-    usual = weights_file(config, made)
-    command = BaselineConfig(method="sasrec", lists=True, output_dir="runs/sasrec", **data)
-    assert weights_file(command, made) == usual
-    assert weights_file(replace(command, epochs=3), made) != usual
-
-    fewer = replace(config, train_size=20)  # prompts of training, which SASRec does not read
-    assert prepare(fewer).hash != made.hash and weights_file(fewer, prepare(fewer)) == usual
-    for other in (replace(config, planted_users=61), replace(config, data_seed=1)):
-        assert weights_file(other, prepare(other)) != usual
-
-
-@pytest.mark.parametrize("method", ["sasrec", "markov", "random"])
-def test_the_command_writes_what_a_stage_writes(method, tmp_path):
-    """metrics.json and predictions.jsonl with the keys of a trained stage,
-    the same candidates and data hash."""
-    flags = [
-        "--planted_users=100",
-        "--followers=3",
-        "--epochs=2",
-        f"--prepared_dir={tmp_path / 'p'}",
-        f"--output_dir={tmp_path / 'out'}",
-    ]
-    done = run_script("studies.sequential", f"--method={method}", *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_command_stops_by_validation_and_tests_once(tmp_path, monkeypatch):
+    """Its history is that of a training that sees the validation split, and not the one that the
+    test split would give; metrics and predictions have the keys of a trained stage."""
+    data = {"planted_users": 100, "followers": 3, "prepared_dir": str(tmp_path / "p")}
+    data |= {"epochs": 3, "hidden_size": 16, "num_layers": 1, "dataset": "planted"}
+    flags = [f"--{name}={value}" for name, value in data.items()]
+    monkeypatch.setattr(sys, "argv", ["sequential", *flags, f"--output_dir={tmp_path / 'out'}"])
+    sequential.main()
+    config = BaselineConfig(**data)
+    prepared = prepare(config)
+    by_split = {}
+    for split in ("val", "test"):
+        _, history = train(config, prepared.interactions, prepared.splits[split], report=id)
+        by_split[split] = [entry["val_hit_ratio@1"] for entry in history]
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
-    records = [
-        json.loads(line)
-        for line in (tmp_path / "out/eval/predictions.jsonl").read_text().splitlines()
-    ]
-    assert {
-        "hit_ratio@1",
-        "hit_ratio@1_ci95",
-        "valid_ratio",
-        "ranking/ndcg@5",
-        "data_hash",
-        "baselines",
-    } <= metrics.keys()
-    assert metrics["n"] == len(records) and all(
-        len(r["logps"]) == len(r["candidates"]) == 20 for r in records
-    )
-    kept = list((tmp_path / "p").glob("sasrec-*.safetensors"))
-    assert len(kept) == (method == "sasrec")  # for studies/retrievers.py
-    if method == "markov":
-        assert metrics["ranking/hit_ratio@1"] == pytest.approx(metrics["baselines"]["Markov"])
+    assert [entry["val_hit_ratio@1"] for entry in metrics["history"]] == by_split["val"]
+    assert by_split["val"] != by_split["test"]
+    assert {"hit_ratio@1_ci95", "valid_ratio", "ranking/ndcg@5", "baselines"} <= metrics.keys()
+    lines = (tmp_path / "out/eval/predictions.jsonl").read_text().splitlines()
+    assert metrics["n"] == len(lines) == len(prepared.splits["test"])
+    assert all(len(json.loads(line)["logps"]) == 20 for line in lines)
+    for kind in ("popularity", "retrieved"):  # and on the other lists, for the report
+        file = tmp_path / "out/probes/sasrec" / kind / "metrics.json"
+        assert json.loads(file.read_text())["data_hash"] == metrics["data_hash"] == prepared.hash

@@ -1,4 +1,4 @@
-"""Two-stage figures: the retriever against few lines, long lists against the known optimum."""
+"""Two-stage figures: the retriever against few lines, lists against the known optimum."""
 
 import json
 import math
@@ -9,110 +9,56 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_page import read
-from test_recommend import BASE, OPTIONS, write_log
+from launch import ROOT
 from test_report import write_stage
 
-from data import NUM_CANDIDATES, build_examples
+from data import build_examples
 from eval import ranking_metrics, summarise
 from loaders.counting import counting_baselines, markov
-from loaders.frozen import DataConfig, Prepared, prepare
-from loaders.planted import World, planted_world
+from loaders.frozen import DataConfig, prepare
+from loaders.planted import World, bayes_scores, planted_world
 from loaders.retrieval import fit, training_rows
 from runtime.stages import save_predictions
 from studies import two_stage
-from studies.methods import grouped
-from studies.page import page
-from studies.ranking import ANCHORS, groups_of, on_one_scale, rank_long
-from studies.results import collect
-from studies.sections import catalogue_section
+from studies.methods import collect
+from studies.report import report_text
 from studies.sequential import records_of
-from studies.two_stage import (
-    TwoStageConfig,
-    evaluate_lists,
-    figures,
-    gains,
-    optimum_scores,
-    retrieved,
-    tables,
-    targets,
-    touched_before,
-)
+from studies.two_stage import catalogue_tables, gains, ranked_places, retrieved, shown_lists
 from train import TrainConfig
 
-USERS = 300
+BASE = ROOT / "demo" / "base"
 
 
 @pytest.fixture(scope="module")
 def planted():
-    """A small planted world as prepared examples, and the optimum's scores of all items."""
-    config = DataConfig(planted_users=USERS, followers=4)
-    interactions = planted_world(World(num_users=USERS))
-    options = {"dataset": "planted", "history": 20, "planted_users": USERS, "data_seed": 0}
-    options |= {"min_rating": 4.0}
-    prepared = Prepared(interactions, build_examples(interactions, config), "", None, {}, options)
-    test = prepared.splits["test"].select(slice(120))
-    return test, optimum_scores(prepared, test)
+    """Test cases of a small planted world, and Markov fitted on training rows."""
+    interactions = planted_world(World(num_users=300))
+    config = DataConfig(planted_users=300, followers=4)
+    test = build_examples(interactions, config)["test"].select(slice(120))
+    return test, fit("markov", interactions, training_rows(interactions))
 
 
-@pytest.fixture(scope="module")
-def retriever(planted):
-    interactions = planted[0].interactions
-    return fit("markov", interactions, training_rows(interactions))
-
-
-class Scorer:
-    """Stands for the model: log-probs of a list of at most 20, normalised over that list."""
-
-    def __init__(self, values: np.ndarray, noise: float = 0.0, seed: int = 0):
-        self.values, self.noise, self.asked = values, noise, 0
-        self.rng = np.random.default_rng(seed)
-
-    def __call__(self, asked):
-        rows = []
-        for e, items in asked:
-            assert 2 <= len(items) <= NUM_CANDIDATES and len(set(items.tolist())) == len(items)
-            row = self.values[e, items] + self.noise * self.rng.standard_normal(len(items))
-            rows.append(row - np.log(np.exp(row).sum()))
-            self.asked += 1
-        return rows
-
-
-class ListRankerOf:
-    """A ranker that looks its lists up by title: evaluate_lists with any values."""
-
-    def __init__(self, values: np.ndarray, examples):
-        self.score = Scorer(values)
-        self.code = {title: c for c, title in enumerate(examples.interactions.titles)}
-        self.row = {examples[e].user: e for e in range(len(examples))}
-
-    def logps(self, lists):
-        codes = [np.array([self.code[t] for t in shown.candidates]) for shown in lists]
-        users = [self.row[shown.user] for shown in lists]
-        return self.score(list(zip(users, codes, strict=True)))
-
-
-# ----------------------------------------------------------------------------------- the retriever
-def test_the_retriever_alone_by_few_independent_lines(planted, retriever):
-    """Every place by sorting (score, code) of counting.py's Markov over all items."""
-    test, optimum = planted
-    interactions, places = test.interactions, []
-    every = test.select(slice(None))
-    every.candidates = np.tile(np.arange(interactions.num_items), (len(test), 1))
+def places_by_markov(examples) -> list[int]:
+    """By sorting (score, code) of counting.py's Markov, which counts training rows alone."""
+    interactions, places = examples.interactions, []
+    every = examples.select(slice(None))
+    every.candidates = np.tile(np.arange(interactions.num_items), (len(examples), 1))
     for e, scores in enumerate(markov(every)):
-        seen = set(touched_before(test, e).tolist())
-        order = sorted(
-            set(range(interactions.num_items)) - seen, key=lambda c: (-round(scores[c], 9), c)
-        )
-        places.append(1 + order.index(test.candidates[e, test.target[e]]))
-    found = retrieved(retriever, test, interactions.num_items)
-    rows = evaluate_lists(test, found, ListRankerOf(optimum, test), [20], optimum)
-    assert rows["retriever"].tolist() == places
-    shown = figures(rows)["retriever"]
-    assert shown["HR@5"]["mean"] == np.mean([p <= 5 for p in places]) > 0
-    ndcg = np.mean([1 / math.log2(1 + p) if p <= 10 else 0 for p in places])
-    assert shown["NDCG@10"]["mean"] == pytest.approx(ndcg)
-    assert shown["MRR"]["mean"] == pytest.approx(np.mean([1 / p for p in places]))
+        p = int(examples.position[e])
+        seen = interactions.item[interactions.start[interactions.user[p]] : p]
+        allowed = set(range(interactions.num_items)) - set(seen.tolist())
+        order = sorted(allowed, key=lambda c: (-round(scores[c], 9), c))
+        places.append(1 + order.index(examples.candidates[e, examples.target[e]]))
+    return places
+
+
+def test_the_retriever_alone_by_few_independent_lines(planted):
+    test, retriever = planted
+    lists, places = retrieved(retriever, test)
+    assert places.tolist() == places_by_markov(test)
+    for e, place in enumerate(places.tolist()):  # lists go on from place to place
+        found = np.flatnonzero(lists[e] == test.candidates[e, test.target[e]])
+        assert found.tolist() == ([place - 1] if place <= 20 else [])
 
 
 def test_gains_are_those_of_ranking_metrics():
@@ -127,110 +73,38 @@ def test_gains_are_those_of_ranking_metrics():
     assert (found["MRR"] == known["mrr"]).all()
     within = places <= 5
     assert (found["NDCG@10"][within] == known["ndcg@5"][within]).all()
+    one = gains(np.array([3, 11]))
+    assert one["NDCG@10"].tolist() == [1 / math.log2(4), 0] and one["HR@10"].tolist() == [1, 0]
 
 
-# -------------------------------------------------------------------------------------- long lists
-@pytest.mark.parametrize("count", [2, 19, 20, 21, 36, 50, 100, 101])
-def test_groups_hold_everything_once_and_the_anchors_always(count):
-    groups = groups_of(count)
-    assert set(np.concatenate(groups)) == set(range(count))
-    for places in groups:
-        assert len(set(places.tolist())) == len(places) == min(count, NUM_CANDIDATES)
-        if count > NUM_CANDIDATES:
-            assert places[:ANCHORS].tolist() == list(range(ANCHORS))
-    assert len(groups) == max(1, math.ceil((count - ANCHORS) / (NUM_CANDIDATES - ANCHORS)))
-
-
-def test_one_scale_undoes_every_shift_of_a_group():
-    values, groups = np.random.default_rng(0).standard_normal(50), groups_of(50)
-    rows = [values[places] + 7 * g for g, places in enumerate(groups)]
-    found = on_one_scale(50, groups, rows)
-    assert np.ptp(found - values) < 1e-12
-
-
-@pytest.mark.parametrize("size", [20, 50, 100])
-def test_the_optimum_in_lists_of_20_orders_long_lists_as_the_optimum(planted, retriever, size):
-    """Its log-probs are known only up to a shift per list; the order of all N is still exact."""
-    test, optimum = planted
-    lists = [
-        retriever.top(touched_before(test, e), touched_before(test, e), size)
-        for e in range(len(test))
-    ]
-    score = Scorer(optimum)
-    for e, order in enumerate(rank_long(lists, score)):
-        assert sorted(order) == sorted(lists[e])
-        assert (np.diff(optimum[e, order]) < 1e-9).all()
-    per_user = 1 if size == 20 else len(groups_of(size)) + 1
-    assert score.asked == per_user * len(test)
-
-
-def test_a_noisy_scorer_does_as_well_in_groups_as_in_one_list(planted, retriever):
-    """Noise of 0.5 nats per log-prob: HR@10 of N = 100, over three draws of the noise.
-
-    Groups and a last list must not lose to one list of all 100 with the same noise, and must come
-    near the optimum's order."""
-    test, optimum = planted
-    lists = [
-        retriever.top(touched_before(test, e), touched_before(test, e), 100)
-        for e in range(len(test))
-    ]
-    wanted, hits, direct, best = targets(test), [], [], []
-    for seed in range(3):
-        score = Scorer(optimum, noise=0.5, seed=seed)
-        noise = 0.5 * np.random.default_rng(seed + 100).standard_normal(optimum.shape)
-        for e, order in enumerate(rank_long(lists, score)):
-            hits.append(wanted[e] in order[:10])
-            no_ties = optimum[e] + 1e-6 * noise[e]  # stories of a genre: equal scores
-            for values, found in ((optimum[e] + noise[e], direct), (no_ties, best)):
-                found.append(wanted[e] in lists[e][np.argsort(-values[lists[e]])][:10])
-    assert np.mean(hits) > np.mean(direct) - 0.01
-    assert np.mean(best) > 0.5 and np.mean(hits) > np.mean(best) - 0.06
-
-
-def test_figures_lie_between_retriever_and_ceiling(planted, retriever):
-    """The optimum as the model: its rows are the optimum's, below the ceiling and all items'."""
-    test, optimum = planted
-    found = retrieved(retriever, test, test.interactions.num_items)
-    rows = evaluate_lists(test, found, ListRankerOf(optimum, test), [20, 50], optimum)
-    result = figures(rows)
-    for size in (20, 50):
-        model, best = result[f"+ model, N = {size}"], result[f"+ optimum, N = {size}"]
-        ceiling = result[f"ceiling, N = {size}"]
-        for measure in ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR"):
-            assert model[measure]["mean"] <= ceiling[measure]["mean"]
-            assert abs(model[measure]["mean"] - best[measure]["mean"]) < 0.04  # ties within a genre
-    last = result["+ model, N = 50"]["HR@10"]
-    assert last["mean"] > result["retriever"]["HR@10"]["mean"] and last["verdict"] == "higher"
-    every = result["optimum of all items"]  # ties as in the lists, so a longer list is no worse
-    assert every["HR@10"]["mean"] >= result["+ optimum, N = 50"]["HR@10"]["mean"] - 0.03
-    text = tables(result)
-    assert text.count("\n") == len(rows) + 6 and "+ model, N = 50" in text
+def test_the_best_order_lies_between_retriever_and_ceiling(planted):
+    """The optimum ranks each list; a target that was not retrieved keeps the retriever's place;
+    scores that agree with the retriever change nothing."""
+    test, retriever = planted
+    lists, alone = retrieved(retriever, test)
+    shown, orders = shown_lists(test, lists)
+    assert (np.sort(shown.candidates, 1) == np.sort(lists, 1)).all()
+    assert (shown.candidates != lists).any(1).all()  # a prompt does not tell the retriever's order
+    scores = bayes_scores(World(num_users=300), shown)
+    best = ranked_places(scores, orders, lists, test, alone)
+    assert (best[alone > 20] == alone[alone > 20]).all() and (best[alone <= 20] <= 20).all()
+    assert gains(best)["HR@10"].mean() > gains(alone)["HR@10"].mean()
+    same = ranked_places(-orders.astype(float), orders, lists, test, alone)
+    assert (same == alone).all()
 
 
 def test_a_model_that_changes_nothing_differs_by_exactly_0():
-    """Equal columns of a product of matrices are rounded differently, all to one side at times."""
-    alone = np.random.default_rng(0).integers(1, 60, 943)
-    result = figures({"retriever": alone, "+ model, N = 20": alone})["+ model, N = 20"]
-    for measure in two_stage.MEASURES:
-        assert result[measure]["minus_retriever_interval"] == (0, 0), measure
-        assert result[measure]["verdict"] == "not distinguishable"
+    alone = gains(np.random.default_rng(0).integers(1, 60, 943))
+    text = catalogue_tables(alone, {"+ model": alone}, {})
+    assert text.count("+0.0000 [+0.000, +0.000]: not distinguishable") == len(two_stage.MEASURES)
 
 
-def test_bad_options():
-    with pytest.raises(ValueError, match="--run is needed"):
-        TwoStageConfig()
-    with pytest.raises(ValueError, match="--list_sizes: expected numbers >= 2, got '20,x'"):
-        TwoStageConfig(run="r", list_sizes="20,x")
-    assert TwoStageConfig(run="r", list_sizes=" 50,20, 50").sizes() == [20, 50]
-
-
-# ---------------------------------------------------------------------------------- in the report
 def run_of_the_base(folder: Path) -> Path:
-    """A run with one finished stage, the demo's base itself, on a small log."""
-    write_log(folder / "log.csv")
-    paths = {"data_dir": str(folder / "log.csv"), "prepared_dir": str(folder / "prepared")}
+    """A run with one finished stage, the demo's base itself."""
     run = folder / "runs" / "own"
-    config = TrainConfig(**OPTIONS, **paths, model=str(BASE), stages="sft", output_dir=str(run))
+    data = {"dataset": "planted", "planted_users": 100, "followers": 3}
+    data |= {"prepared_dir": str(folder / "prepared")}
+    config = TrainConfig(**data, model=str(BASE), stages="sft", output_dir=str(run))
     prepared = prepare(config)
     shutil.copytree(BASE, run / "sft")
     (run / "sft/base.json").write_text("{}")
@@ -242,74 +116,55 @@ def run_of_the_base(folder: Path) -> Path:
     return run
 
 
-def call(monkeypatch, run: Path, retriever: str) -> dict:
-    """What studies.two_stage leaves in the run's folder."""
-    flags = [f"--run={run}", f"--prepared_dir={run.parents[1] / 'prepared'}"]
-    flags += [f"--retriever={retriever}", "--list_sizes=5,21", "--users=6"]
+def test_the_command_retrieves_by_training_rows_and_fills_the_report(tmp_path, monkeypatch):
+    """Markov's places are those of a count of training rows, not of the whole log; the report has
+    the model's figures."""
+    run = run_of_the_base(tmp_path)
+    flags = [f"--run={run}", f"--prepared_dir={tmp_path / 'prepared'}", "--users=12"]
     monkeypatch.setattr(sys, "argv", ["two_stage", *flags])
     two_stage.main()
-    return json.loads((run / "two_stage/sft" / f"{retriever}.json").read_text())
-
-
-def test_the_command_fills_the_report_with_markov_and_sasrec(tmp_path, monkeypatch):
-    """Both retrievers of one run, by their own command, side by side in the report and its page."""
-    run = run_of_the_base(tmp_path)
-    found = {name: call(monkeypatch, run, name) for name in ("markov", "sasrec")}
-    text = "\n\n".join(catalogue_section(grouped(collect(tmp_path / "runs"))))
-    cells = read(page(f"# own\n\n{text}\n", tmp_path)).cells
-    for retriever, facts in found.items():
-        for name, shown in (("retriever", f"{retriever} alone"), ("+ model, N = 21", None)):
-            row = facts["rows"][name]["MRR"]
-            low, high = row["ci95"]
-            assert f"{row['mean']:.4f} [{low:.3f}, {high:.3f}]" in cells
-            assert shown is None or shown in cells
-    assert cells.count("+ sft, N = 5") == 4  # a row of figures and one of differences, twice
-    assert found["markov"]["places"] != found["sasrec"]["places"]
-
-
-def write_places(folder: Path, stage: str, **places: list[int]) -> Path:
-    file = folder / stage / "two_stage" / stage.split("-")[0] / "markov.json"
-    file.parent.mkdir(parents=True)
-    names = {"model": "+ model, N = 20", "ceiling": "ceiling, N = 20"}
-    rows = {names.get(name, name): values for name, values in places.items()}
-    file.write_text(json.dumps({"items": 100, "places": rows}))
-    return file
+    content = json.loads((run / "two_stage/sft/markov.json").read_text())
+    options = json.loads((run / "config.json").read_text())
+    prepared = prepare(TrainConfig(**options))
+    examples = prepared.splits["test"].select(slice(12))
+    assert content["places"]["retriever"] == places_by_markov(examples)
+    _, of_all_rows = retrieved(fit("markov", prepared.interactions), examples)
+    assert content["places"]["retriever"] != of_all_rows.tolist()
+    assert set(content["places"]) == {"retriever", "model", "optimum", "ceiling"}
+    text = report_text(collect(tmp_path / "runs", {}))
+    mean = gains(np.array(content["places"]["model"]))["MRR"].mean()
+    assert f"| {mean:.4f} [" in text and "| + own/sft |" in text and "| retriever alone |" in text
 
 
 def test_the_report_averages_runs_and_pairs_users(tmp_path):
-    """HR@1 by hand: sft .25, the two runs of recpo .5 and 1; differences are to the retriever."""
-    alone = [30, 30, 2, 2] * 10
-    for stage, seed in (("sft", 0), ("recpo", 0), ("recpo", 1)):
-        write_stage(tmp_path, stage, [1, 0] * 20, seed=seed)
-    write_places(tmp_path, "sft-0", retriever=alone, model=[1, 2, 2, 2] * 10)
-    write_places(tmp_path, "recpo-0", retriever=alone, model=[1, 2] * 20, ceiling=[1] * 40)
-    write_places(tmp_path, "recpo-1", retriever=alone, model=[1] * 40)
-    text = catalogue_section(grouped(collect(tmp_path)))
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for t in text for line in t.splitlines()]
-    figures = {row[0]: row[1:] for row in reversed(rows) if row}
-    expected = {"markov alone": ("0.0000", ""), "ceiling, N = 20": ("1.0000", "")}
-    expected |= {"+ sft, N = 20": ("0.2500", "1"), "+ recpo, N = 20": ("0.7500", "2")}
-    for name, (hits, runs) in expected.items():
-        assert figures[name][0].startswith(f"{hits} [") and figures[name][-1] == runs, name
-    order = [row[0] for row in rows if row]
-    first, second, last = "markov alone", "+ sft, N = 20", "ceiling, N = 20"
-    assert order.index(first) < order.index(second) < order.index(last)
-    changes = {row[0]: row[1:] for row in rows if row}  # the last table: differences
-    assert changes["+ recpo, N = 20"][0].startswith("+0.7500 [")
-    assert changes["+ recpo, N = 20"][0].endswith("]: higher")
-    hits = changes["+ sft, N = 20"][2]  # HR@10: half of the users had their target at 30
+    """HR@1 by hand: sft .25, the two runs of recpo .5 and 1; differences are to the retriever;
+    places of other users are refused."""
+    alone, runs = [30, 30, 2, 2] * 10, []
+    for stage, seed, model in (
+        ("sft", 0, [1, 2, 2, 2] * 10),
+        ("recpo", 0, [1, 2] * 20),
+        ("recpo", 1, [1] * 40),
+    ):
+        run = write_stage(tmp_path, stage, [1, 0] * 20, seed=seed)
+        runs.append({"name": run.name, "method": stage})
+        file = run / "two_stage" / stage / "markov.json"
+        file.parent.mkdir(parents=True)
+        places = {"retriever": alone, "model": model, "ceiling": [1] * 40}
+        file.write_text(json.dumps({"items": 100, "data_hash": "abc", "places": places}))
+    text = report_text(collect(tmp_path, {"runs": runs}))
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    figures = {row[0]: row[1] for row in reversed(rows) if len(row) == 6}
+    for name, hits in {
+        "| retriever alone": "0.0000 [", "| ceiling": "1.0000 [", "| + sft": "0.2500 [",
+        "| + recpo (mean of 2 runs)": "0.7500 [",
+    }.items():  # fmt: skip
+        assert figures[name].startswith(hits), name
+    changes = {row[0]: row[1:] for row in rows if len(row) == 6}  # the last table: differences
+    assert changes["| + recpo (mean of 2 runs)"][0].startswith("+0.7500 [")
+    hits = changes["| + recpo (mean of 2 runs)"][2]  # HR@10: half had their target at 30
     assert hits.startswith("+0.5000 [+0.3") and hits.endswith("]: higher")
-
-
-def test_figures_of_other_users_are_refused(tmp_path):
-    write_stage(tmp_path, "sft", [1, 0])
-    write_stage(tmp_path, "recpo", [1, 0])
-    write_places(tmp_path, "sft-0", retriever=[3, 4], model=[1, 1])
-    other = write_places(tmp_path, "recpo-0", retriever=[3, 5], model=[1, 1])
-    with pytest.raises(ValueError, match="other users, or another order of the retriever") as error:
-        catalogue_section(grouped(collect(tmp_path)))
-    assert "recpo-0" in str(error.value) and "sft-0" in str(error.value)
-    for bad in ({"retriever": [3, 4], "model": [1]}, {"retriever": [0, 4]}, {"model": [1, 1]}):
-        other.write_text(json.dumps({"items": 100, "places": bad}))
-        with pytest.raises(ValueError, match="recpo-0.*markov.json: its content is not"):
-            catalogue_section(grouped(collect(tmp_path)))
+    content = json.loads(file.read_text())
+    content["places"]["retriever"] = [3] * 40
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"different users or candidates \(two_stage/markov\)"):
+        collect(tmp_path, {})
