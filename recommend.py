@@ -47,8 +47,8 @@ from common import (
     writing,
 )
 from data import NUM_CANDIDATES, Interactions
+from loaders.counting import Retriever
 from loaders.frozen import prepare
-from loaders.retrieval import Retriever
 from loaders.table import clean_title
 from runtime.passes import any_rank, prefetch, progress
 from runtime.sources import SourceConfig, check_run_data, load_source, sources_of, with_run_options

@@ -1,4 +1,4 @@
-"""A retriever by its name: the counting ones of loaders/retrieval.py, or SASRec, trained here.
+"""A retriever by its name: the counting ones of loaders/counting.py, or SASRec, trained here.
 
 SASRec trains as in studies/sequential.py, on everything before each user's last two interactions,
 and stops by validation. Its weights are kept among the prepared examples: a second call, another
@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from common import print0
+from loaders.counting import COUNTING_RETRIEVERS, Retriever, fit
 from loaders.frozen import DataConfig, Prepared
-from loaders.retrieval import COUNTING_RETRIEVERS, Retriever, fit
 from studies.sequential import BaselineConfig, SASRec, keep_weights, train, weights_file
 
 

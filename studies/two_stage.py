@@ -33,9 +33,9 @@ import numpy as np
 from common import arg, check_options, parse_config, run_cli, setup_distributed, writing
 from data import NUM_CANDIDATES, Examples
 from eval import EvalConfig
+from loaders.counting import Retriever, best_items, training_rows
 from loaders.frozen import Prepared, prepare
 from loaders.planted import World, bayes_scores
-from loaders.retrieval import Retriever, best_items, training_rows
 from runtime.passes import progress
 from runtime.policy import free_memory
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options

@@ -17,7 +17,7 @@ ROOMS = {
     "model": 510,
     "data": 744,
     "lora": 216,
-    "loaders": 4800,
+    "loaders": 3480,
     "runtime": 1900,
     "eval": 420,
     "demo": 600,
@@ -25,8 +25,8 @@ ROOMS = {
     "train": 790,
     "studies": 3900,
     "recommend": 550,
-    "bench": 3113,
-    "tests": 16760,
+    "bench": 2900,
+    "tests": 16400,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
