@@ -364,9 +364,9 @@ def load(config) -> Interactions:
         judge_titles(titles, several, find, table, source)
     else:
         titles = [""] * len(rows.item_ids)
-    titles = [
-        clean_title(title) or clean_title(i) for title, i in zip(shown(titles, rows), rows.item_ids)
-    ]
+    del table  # a log of 20 million rows takes 500 MB
+    pairs = zip(shown(titles, rows), rows.item_ids)
+    titles = [clean_title(title) or clean_title(i) for title, i in pairs]
     interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
     if "rating" not in labels and len(np.unique(interactions.rating)) == 1:
         print0(

@@ -88,19 +88,22 @@ def usable_rows(
     n, columns, notes = table.num_rows, table.columns, {}
     user, user_ids = read_ids(columns["user"], absent)
     item, item_ids = read_ids(columns["item"], absent)
-    amount = np.ones(n)
+    codes, distinct = np.zeros(n, np.int32), np.array([1.0, ABSENT])  # of ratings
     if "rating" in columns:
-        amount = read_numbers(columns["rating"], table.delimiter)
-    ends = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
-    number = np.isfinite(amount)
-    values = np.unique(amount[number])
-    inside = (amount >= ends[0]) & (amount <= ends[1])
+        codes = columns["rating"].codes
+        distinct = read_numbers(columns["rating"], table.delimiter)
+    counts = np.bincount(codes + 1, minlength=len(distinct))
+    counts = np.append(counts[1:], counts[0])  # null stands behind the others
+    low, high = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
+    values = np.unique(distinct[np.isfinite(distinct) & (counts > 0)])
+    inside = (distinct >= low) & (distinct <= high)
     if scale == "binary":
-        inside &= (amount == 0) | (amount == 1)
+        inside &= (distinct == 0) | (distinct == 1)
     marks = {}
     for mark in (0.0, -1.0):  # outside of the scale they mean none
-        if not ends[0] <= mark <= ends[1] and (rows := amount == mark).any():
-            marks[f"{mark:g}"], amount[rows] = int(rows.sum()), ABSENT
+        if not low <= mark <= high and (times := int(counts[distinct == mark].sum())):
+            marks[f"{mark:g}"] = times
+            distinct[distinct == mark] = ABSENT
     if "timestamp" in columns and table.moments:
         time, per_second = columns["timestamp"], 1_000_000
     elif "timestamp" in columns:
@@ -108,7 +111,7 @@ def usable_rows(
     else:
         time, per_second = table.first_row + np.arange(n), 1
 
-    none = {"user": user == NO_ID, "item": item == NO_ID, "rating": amount == ABSENT}
+    none = {"user": user == NO_ID, "item": item == NO_ID, "rating": (distinct == ABSENT)[codes]}
     none["timestamp"] = time == NO_ID
     left_out = np.zeros(n, bool)
     for name, rows in none.items():
@@ -118,7 +121,7 @@ def usable_rows(
             notes[f"rows without {name}{why}"] = count
             left_out |= rows
     wrong = {"user": user == BAD_ID, "item": item == BAD_ID, "timestamp": time <= BAD_ID}
-    wrong["rating"] = ~inside & (amount != ABSENT)
+    wrong["rating"] = (~inside & (distinct != ABSENT))[codes]
     wrong = {name: rows & ~left_out for name, rows in wrong.items()}
     bad = np.logical_or.reduce([*wrong.values()])
     check_share(table, source, wrong, int(bad.sum()), (values, scale, amounts))
@@ -126,15 +129,15 @@ def usable_rows(
         lines = [*table.first_bad, *first_of(table, wrong)][:3]
         notes[f"rows that could not be read ({'; '.join(lines)})"] = count
     if scale:
-        notes[f"ratings of {ends[0]:g} to {ends[1]:g} mapped to 1 to 5 (--scale)"] = int(
-            inside.sum()
-        )
-        amount = 1 + 4 * (amount - ends[0]) / (ends[1] - ends[0])
+        why = f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"
+        notes[why] = int(counts[inside].sum())
+        distinct = 1 + 4 * (distinct - low) / (high - low)
     kept = ~(left_out | bad)
     if not kept.any():
         reasons = "; ".join(f"{count:,} {why}" for why, count in notes.items())
         raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
-    columns = [c[kept] for c in (user, item, amount.astype(np.float32), time)]
+    amount = distinct.astype(np.float32)[codes]
+    columns = [c if kept.all() else c[kept] for c in (user, item, amount, time)]
     return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, marks, values)
 
 

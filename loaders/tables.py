@@ -261,7 +261,7 @@ def read_csv(file: Path, table: Table, positions: dict[str, int], width: int, sk
         newlines_in_values=bool(quotes),
         invalid_row_handler=skipped,
     )
-    read = pa.csv.ReadOptions(column_names=names, skip_rows=skip, block_size=BLOCK)
+    read = pa.csv.ReadOptions(column_names=names, skip_rows=skip, block_size=1 << 22)
     while True:
         known_bad = table.num_bad, table.first_bad
         convert = pa.csv.ConvertOptions(

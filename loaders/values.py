@@ -115,14 +115,14 @@ def read_number(value, comma: str = "") -> float:
 
 
 def read_numbers(column: Column, delimiter: str = ",") -> np.ndarray:
-    """(n,) float64 of numbers, ABSENT and BAD.
+    """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them.
 
     A comma is decimal, unless all values that have one have it between thousands. In a file whose
     fields a semicolon divides it is decimal always."""
     texts = [v.strip() for v in column.values if isinstance(v, str) and "," in v]
     thousands = delimiter != ";" and all(_THOUSANDS.fullmatch(text) for text in texts)
     comma = "thousands" if thousands else "decimal"
-    return column.converted(lambda value: read_number(value, comma), ABSENT)
+    return np.array([*(read_number(value, comma) for value in column.values), ABSENT])
 
 
 # ------------------------------------------------------------------------------------------- scales
