@@ -1,4 +1,4 @@
-"""Counting recommenders: what a model has to beat, on the same frozen candidates.
+"""Counting recommenders: what a model has to beat, and what retrieves candidates for it.
 
     popularity   how often the candidate occurs
     item-kNN     sum over the history of DECAY^age * cosine(item, candidate)
@@ -7,46 +7,34 @@
                  of the candidate), where C adds 1/d for every user in whose log the candidate comes
                  d <= MAX_DISTANCE interactions after the item
 
-All are fitted on everything before each user's last two interactions (with a split in time: before
-the date and the validation item), and read the same history as a prompt shows. So validation and
-test are unseen; scores on the training split are not, because the fit has counted its answers. On
-MovieLens-1M (1 + 19 uniform candidates, no filter) they put the target first in 33 %, 50 % and 59 %
-of the test cases.
+    counting_baselines(splits["test"])                  scores of the 20 candidates, by name
+    retriever = fit("markov", log, training_rows(log), shown=20)
+    retriever.top(history, exclude=history, n=20)       codes of the catalogue, best first
 
-    from eval import ranking_metrics
-    from loaders.counting import counting_baselines
+They are fitted on all but each user's last two interactions (with a split in time: on what lies
+before the date and the validation item), so validation and test are unseen. On MovieLens-1M (1 + 19
+uniform candidates, no filter) they put the target first in 33 %, 50 % and 59 % of the test cases.
+Left out: ratings; a low one counts as an interaction. Legend: E examples, n candidates, I items."""
 
-    for name, scores in counting_baselines(splits["test"]).items():
-        print(name, ranking_metrics(scores, splits["test"].target)["hit_ratio@1"].mean())
-
-Left out: chance, which needs no scores, and ratings: a low rating counts as an interaction. Only
-the pairs of a history item and a candidate that the examples ask for are ever counted, so memory
-does not grow with items squared. Legend: E examples, A age in the shown history (0 = newest), n
-candidates, P distinct pairs."""
-
-from collections.abc import Callable
+from functools import lru_cache, partial
 
 import numpy as np
 
 from data import Examples, Interactions
 
 DECAY = 0.8  # weight of a history item relative to the one after it
-
-
 MAX_DISTANCE = 10
+BLOCK_PAIRS = 1 << 26  # pairs of items that are sorted together: 512 MiB
 
 
-CHUNK_WORDS = 1 << 18  # 2 MiB of user bits: stays in a core's cache
-
-
-BITS_BYTES = 1 << 28  # bits of all items asked for, of one block of users
+def training_rows(interactions: Interactions) -> np.ndarray:
+    """(n,) bool: all but each user's last two interactions, or what a split in time leaves."""
+    return np.arange(len(interactions.user)) < interactions.training_end()[interactions.user]
 
 
 def training_interactions(interactions: Interactions) -> tuple[np.ndarray, np.ndarray]:
-    """User and item codes (int64, in the order of the log) of what may be trained on.
-
-    All but each user's last two interactions, or what a split in time leaves."""
-    inside = np.arange(len(interactions.user)) < interactions.training_end()[interactions.user]
+    """User and item codes (int64, in the order of the log) of what may be trained on."""
+    inside = training_rows(interactions)
     return interactions.user[inside].astype(np.int64), interactions.item[inside].astype(np.int64)
 
 
@@ -55,120 +43,145 @@ def item_counts(interactions: Interactions) -> np.ndarray:
     return np.bincount(training_interactions(interactions)[1], minlength=interactions.num_items)
 
 
-def popularity(examples: Examples) -> np.ndarray:
-    """(E, n) number of training interactions of the candidate."""
-    return item_counts(examples.interactions)[examples.candidates].astype(float)
+# --------------------------------------------------------------------------------------- retrievers
+class Retriever:
+    """Scores the catalogue for one history: item codes, newest last.
+
+    Here the sum over the `shown` newest items of DECAY^age * a row of values; see `row`."""
+
+    def __init__(self, user: np.ndarray, item: np.ndarray, num_items: int, shown: int):
+        self.num_items, self.weights = num_items, DECAY ** np.arange(shown)
+        self.counts = np.bincount(item, minlength=num_items)
+        self.count_pairs(user, item)
+
+    def count_pairs(self, user: np.ndarray, item: np.ndarray) -> None:
+        """Keep what rows are made of, from the pairs (n,), (n,) that may be used."""
+
+    def row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates of an item in the order of their codes, and their values."""
+        raise NotImplementedError
+
+    def scores(self, history: np.ndarray, items: np.ndarray | None = None) -> np.ndarray:
+        """(I,) float64, or only those of these items (n,)."""
+        total = np.zeros(self.num_items if items is None else len(items))
+        for weight, shown in zip(self.weights, history[::-1].tolist()):
+            candidates, values = self.row(shown)
+            if items is None:
+                total[candidates] += weight * values
+            elif len(candidates):
+                place = np.minimum(np.searchsorted(candidates, items), len(candidates) - 1)
+                total += weight * np.where(candidates[place] == items, values[place], 0.0)
+        return total
+
+    def top(self, history: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
+        """The n best item codes that are not excluded, or as many as there are."""
+        return best_items(self.scores(history), exclude, n)
 
 
-def item_knn(examples: Examples) -> np.ndarray:
-    """(E, n) sum over the history of DECAY^age
-    * |users of both| / sqrt(|users of the item| * |users of the candidate|)."""
+class Popularity(Retriever):
+    def scores(self, history: np.ndarray, items: np.ndarray | None = None) -> np.ndarray:
+        return self.counts.astype(float) if items is None else self.counts[items].astype(float)
+
+
+class Markov(Retriever):
+    def count_pairs(self, user: np.ndarray, item: np.ndarray) -> None:
+        """C in rows: row i is candidates[start[i] : start[i + 1]], with their values."""
+        rows = np.cumsum(self.counts) * MAX_DISTANCE // BLOCK_PAIRS  # (I,) the block of each item
+        keys, sums = [], []
+        for block in np.unique(rows):
+            pairs, weights = [], []
+            for d in range(1, MAX_DISTANCE + 1):
+                same = (user[:-d] == user[d:]) & (rows[item[:-d]] == block)
+                pairs.append((item[:-d] * self.num_items + item[d:])[same])
+                weights.append(np.full(len(pairs[-1]), 1 / d))
+            distinct, which = np.unique(np.concatenate(pairs), return_inverse=True)
+            keys.append(distinct)
+            sums.append(np.bincount(which, np.concatenate(weights), minlength=len(distinct)))
+        first, self.candidates = np.divmod(np.concatenate(keys), self.num_items)
+        popular = np.sqrt(np.maximum(self.counts, 1))
+        self.values = np.concatenate(sums) / popular[self.candidates]
+        self.start = np.searchsorted(first, np.arange(self.num_items + 1))
+
+    def row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(self.start[item], self.start[item + 1])
+        return self.candidates[part], self.values[part]
+
+
+class ItemKNN(Retriever):
+    def count_pairs(self, user: np.ndarray, item: np.ndarray) -> None:
+        """Both directions of the table: items of each user, users of each item; no pair yet."""
+        self.user_items = item  # user u has user_start[u] : user_start[u + 1]
+        self.user_start = np.searchsorted(user, np.arange(user.max(initial=-1) + 2))
+        self.item_users = user[np.argsort(item, kind="stable")]
+        self.item_start = np.concatenate([[0], np.cumsum(self.counts)])
+        # 256 MiB of rows are kept, if all of them are full
+        self.row = lru_cache(max(16, (1 << 24) // self.num_items))(self.cosines)
+
+    def cosines(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """|users of both| / sqrt(|users of the item| * |users of the candidate|) above 0."""
+        users = self.item_users[self.item_start[item] : self.item_start[item + 1]]
+        starts = self.user_start[users]
+        lengths = self.user_start[users + 1] - starts
+        shifts = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        touched = self.user_items[shifts + np.arange(len(shifts))]
+        both = np.bincount(touched, minlength=self.num_items)
+        candidates = np.flatnonzero(both)
+        norms = np.sqrt(self.counts[item] * self.counts[candidates])
+        return candidates, both[candidates] / norms
+
+
+COUNTING_RETRIEVERS = {"popularity": Popularity, "item-knn": ItemKNN, "markov": Markov}
+
+
+def fit(
+    name: str, interactions: Interactions, rows: np.ndarray | None = None, shown: int = 20
+) -> Retriever:
+    """A counting retriever of these rows of the log (n,) bool, all without; reads `shown` items."""
+    keep = slice(None) if rows is None else rows
+    user, item = interactions.user[keep].astype(np.int64), interactions.item[keep].astype(np.int64)
+    return COUNTING_RETRIEVERS[name](user, item, interactions.num_items, shown)
+
+
+def best_items(scores: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
+    """Up to n item codes by falling score (I,), equal scores by code; none of `exclude`."""
+    scores = scores.astype(np.float64)
+    scores[exclude] = -np.inf
+    n = min(n, int((scores > -np.inf).sum()))
+    if n == 0:
+        return np.zeros(0, np.int64)
+    lowest = np.partition(scores, len(scores) - n)[len(scores) - n]
+    better = np.flatnonzero(scores > lowest)
+    equal = np.flatnonzero(scores == lowest)[: n - len(better)]
+    chosen = np.concatenate([better, equal])
+    return chosen[np.lexsort((chosen, -scores[chosen]))]
+
+
+# ------------------------------------------------------------------------ candidates and lists
+def history_before(interactions: Interactions, row: int, shown: int) -> np.ndarray:
+    """Item codes that a prompt shows before this row of the log, oldest first."""
+    start = int(interactions.start[interactions.user[row]])
+    return interactions.item[max(start, row - shown) : row]
+
+
+def candidate_scores(name: str, examples: Examples) -> np.ndarray:
+    """(E, n) scores of the examples' own candidates."""
     interactions = examples.interactions
-    user, item = training_interactions(interactions)
-    counts = item_counts(interactions)
-
-    def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        known = np.full(interactions.num_items, -1)  # item -> row of the bits; -1: not asked for
-        known[first] = known[second] = 0
-        asked = np.flatnonzero(known == 0)
-        known[asked] = np.arange(len(asked))
-        first_row, second_row = known[first], known[second]
-        both = np.zeros(len(first))
-        words = max(1, min((interactions.num_users + 63) // 64, BITS_BYTES // (8 * len(asked))))
-        # users in blocks: their bits must fit into memory
-        for lowest in range(0, interactions.num_users, 64 * words):
-            inside = (user >= lowest) & (user < lowest + 64 * words) & (known[item] >= 0)
-            u, rows = user[inside] - lowest, known[item[inside]]
-            bits = np.zeros(len(asked) * words, np.uint64)  # one bit per item and user
-            one_bit = np.uint64(1) << (u % 64).astype(np.uint64)
-            np.bitwise_or.at(bits, rows * words + u // 64, one_bit)
-            bits = bits.reshape(len(asked), words)
-            step = max(1, CHUNK_WORDS // words)
-            for at in range(0, len(first), step):
-                shared = bits[first_row[at : at + step]] & bits[second_row[at : at + step]]
-                both[at : at + step] += np.bitwise_count(shared).sum(1)
-        # 0 for an item without users
-        return both / np.sqrt(np.maximum(counts[first] * counts[second], 1))
-
-    return _sum_over_history(examples, cosine)
+    retriever = fit(name, interactions, training_rows(interactions), examples.history)
+    rows = zip(examples.position.tolist(), examples.candidates)
+    return np.array(
+        [retriever.scores(history_before(interactions, p, examples.history), c) for p, c in rows]
+    )
 
 
-def markov(examples: Examples) -> np.ndarray:
-    """(E, n) sum over the history of DECAY^age * C[item, candidate] / sqrt(popularity);
-    C weighs distance d by 1/d."""
-    interactions = examples.interactions
-    user, item = training_interactions(interactions)
-    counts = item_counts(interactions)
-
-    def transitions(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        wanted = first * interactions.num_items + second
-        weights = np.zeros(len(wanted))
-        for distance in range(1, MAX_DISTANCE + 1):
-            pairs = item[:-distance] * interactions.num_items + item[distance:]
-            pairs = np.sort(pairs[user[:-distance] == user[distance:]])
-            count = np.searchsorted(pairs, wanted, "right") - np.searchsorted(pairs, wanted)
-            weights += count / distance
-        return weights / np.sqrt(np.maximum(counts[second], 1))
-
-    return _sum_over_history(examples, transitions)
-
-
-def shown_history(interactions: Interactions, rows: np.ndarray, history: int):
-    """Items before each row, newest first, and their weights: (E, A) int64 and (E, A) float64.
-
-    Weights are DECAY^age, 0 where the user's log has not begun."""
-    age = np.arange(history)
-    before = rows[:, None] - 1 - age
-    first = interactions.start[interactions.user[rows]][:, None]
-    weights = np.where(before >= first, DECAY**age, 0.0)
-    # int64: products of two items pass 2**31
-    return interactions.item[np.maximum(before, first)].astype(np.int64), weights
-
-
-# item codes (P,), (P,) -> (P,), in order of the pair
-PairValues = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def _sum_over_history(examples: Examples, pair_values: PairValues) -> np.ndarray:
-    """(E, n) sum over the shown history of DECAY^age * pair_values(item, candidate),
-    each distinct pair valued once."""
-    interactions = examples.interactions
-    items, weights = shown_history(interactions, examples.position, examples.history)
-    keys = items[:, :, None] * interactions.num_items + examples.candidates[:, None, :]  # (E, A, n)
-    wanted, which = np.unique(keys, return_inverse=True)
-    values = pair_values(*np.divmod(wanted, interactions.num_items))[which].reshape(keys.shape)
-    return np.einsum("ea,ean->en", weights, values)
+popularity = partial(candidate_scores, "popularity")
+item_knn = partial(candidate_scores, "item-knn")
+markov = partial(candidate_scores, "markov")
+BASELINES = {"popularity": popularity, "item-kNN": item_knn, "Markov": markov}
 
 
 def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
     """Scores (E, n) of every counting recommender, by the name it has in a result table."""
     return {name: scores(examples) for name, scores in BASELINES.items()}
-
-
-def transition_table(interactions: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """C[item, candidate] / sqrt(popularity of the candidate), all that is not 0.
-
-    Row i is candidates[start[i] : start[i + 1]] with their values: (start, candidates, values)."""
-    user, item = training_interactions(interactions)
-    counts = np.maximum(np.bincount(item, minlength=interactions.num_items), 1)
-    pairs, weights = [], []
-    for distance in range(1, MAX_DISTANCE + 1):
-        same = user[:-distance] == user[distance:]
-        pairs.append((item[:-distance] * interactions.num_items + item[distance:])[same])
-        weights.append(np.full(len(pairs[-1]), 1 / distance))
-    keys, which = np.unique(np.concatenate(pairs), return_inverse=True)
-    values = np.bincount(which, np.concatenate(weights), minlength=len(keys))
-    first, second = np.divmod(keys, interactions.num_items)
-    start = np.searchsorted(first, np.arange(interactions.num_items + 1))
-    return start, second, values / np.sqrt(counts[second])
-
-
-def runs_of(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """start[i], ..., end[i] - 1 for every i, one after the other, and the i of each."""
-    lengths = end - start
-    which = np.repeat(np.arange(len(start)), lengths)
-    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return start[which] + offsets, which
 
 
 def markov_top(
@@ -182,54 +195,13 @@ def markov_top(
 
     Equal scores (0 above all) go to the more popular item, then to the lower code. -1 where no
     item is left."""
-    table = transition_table(interactions)
-    order = np.argsort(-item_counts(interactions), kind="stable")  # the place of a column in a tie
+    retriever = fit("markov", interactions, training_rows(interactions), history)
+    order = np.argsort(-retriever.counts, kind="stable")
     found = np.full((len(rows), count), -1, np.int64)
-    step = max(1, BLOCK_CELLS // interactions.num_items)
-    for at in range(0, len(rows), step):
-        block = np.asarray(rows[at : at + step])
-        scores = catalogue_scores(interactions, table, block, history)
-        if exclude is None:
-            user = interactions.user[block]
-            touched, which = runs_of(interactions.start[user], interactions.start[user + 1])
-            scores[which, interactions.item[touched]] = -np.inf
-        else:
-            np.put_along_axis(scores, exclude[at : at + step].astype(np.int64), -np.inf, 1)
-        columns, kept = best_columns(scores[:, order], count)
-        items = np.where(np.isfinite(kept), order[columns], -1)
-        found[at : at + step, : items.shape[1]] = items
+    for e, row in enumerate(np.asarray(rows).tolist()):
+        scores = retriever.scores(history_before(interactions, row, history))
+        start, end = interactions.start[interactions.user[row] + np.arange(2)]
+        scores[interactions.item[start:end] if exclude is None else exclude[e]] = -np.inf
+        best = order[best_items(scores[order], np.zeros(0, np.int64), count)]
+        found[e, : len(best)] = best
     return found
-
-
-BLOCK_CELLS = 1 << 23  # scores of the whole catalogue at a time: 64 MiB
-
-
-def catalogue_scores(
-    interactions: Interactions, table, rows: np.ndarray, history: int
-) -> np.ndarray:
-    """(E, items) Markov's score of every item for the history before each row."""
-    start, candidates, values = table
-    items, weights = shown_history(interactions, rows, history)
-    scores = np.zeros((len(rows), interactions.num_items))
-    for age in range(history):  # within one age no cell occurs twice
-        cells, which = runs_of(start[items[:, age]], start[items[:, age] + 1])
-        scores[which, candidates[cells]] += weights[which, age] * values[cells]
-    return scores
-
-
-def best_columns(scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(E, count) columns of the highest scores of each row, the best first, and the scores.
-
-    Equal ones from left to right."""
-    E, n = scores.shape
-    count = min(count, n)
-    lowest = np.partition(scores, n - count, axis=1)[:, n - count, None]
-    better, equal = scores > lowest, scores == lowest
-    equal &= equal.cumsum(1) <= count - better.sum(1, keepdims=True)
-    columns = np.nonzero(better | equal)[1].reshape(E, count)
-    kept = np.take_along_axis(scores, columns, 1)
-    by_score = np.argsort(-kept, axis=1, kind="stable")
-    return np.take_along_axis(columns, by_score, 1), np.take_along_axis(kept, by_score, 1)
-
-
-BASELINES = {"popularity": popularity, "item-kNN": item_knn, "Markov": markov}

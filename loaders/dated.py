@@ -7,23 +7,15 @@ Of every user, in order of time:
 
     training | validation: last liked before the date | date | test: first liked after it
 
-    training     examples whose followers all lie before the user's validation item (before the
-                 date, where there is none); the counting recommenders are fitted on the same rows
-    validation   the last liked interaction before the date
-    test         the first liked interaction from the date on; the history shown is all that came
-                 before it, and may hold disliked interactions from after the date
-    --min_history interactions must lie before each, else the user has none of that kind.
+Training examples have all their followers before the user's validation item (or the date), and the
+counting recommenders are fitted on the same rows. A test shows all that came before it, from after
+the date, too. Each needs --min_history interactions before it. Training and validation are built
+from a log that ends at the date, so that neither a random candidate nor what is left out tells of
+later; the candidates of a test come from the whole catalogue. Without --split_date the last 10 % of
+all interactions lie after the date.
 
-Training and validation are built from a log that ends at the date: its users, its items, its
-candidates. So neither a random candidate of theirs nor what it leaves out tells of later. The
-candidates of a test come from the whole catalogue, new items included.
-
-Without --split_date the date is the time from which on the last 10 % of all interactions lie.
-
-Left out, because they read the whole log and would tell of the future: --core and ratings that
-are ranks of amounts (--percentile; Steam, Last.fm). What a loader does before a log exists is not
-divided either: of a repeated pair the last one counts, and titles come from the item file.
-"""
+Left out: --core and ratings that are ranks of amounts, which read the whole log. What a loader
+does before is not divided: of a repeated pair the last one counts."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -43,9 +35,7 @@ def parse_date(text: str) -> int:
         raise ValueError(
             f"--split_date {text}: expected a date such as 2000-12-01 or 2000-12-01T18:00"
         ) from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return int(moment.timestamp())
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 def date_text(seconds: int) -> str:
@@ -55,11 +45,8 @@ def date_text(seconds: int) -> str:
 def date_of(interactions: Interactions, split_date: str) -> int:
     """Seconds of the date; ValueError if no interaction lies before it, or none after it."""
     first, last = int(interactions.timestamp.min()), int(interactions.timestamp.max())
-    if split_date:
-        date = parse_date(split_date)
-    else:
-        place = int((1 - LAST_SHARE) * len(interactions.timestamp))
-        date = int(np.partition(interactions.timestamp, place)[place])
+    place = int((1 - LAST_SHARE) * len(interactions.timestamp))
+    date = parse_date(split_date) if split_date else int(np.sort(interactions.timestamp)[place])
     if not first < date <= last:
         raise ValueError(
             f"--split_by time: {date_text(date)} does not divide the log, whose times go from "
@@ -68,18 +55,13 @@ def date_of(interactions: Interactions, split_date: str) -> int:
     return date
 
 
-def last_row_of_each(interactions: Interactions, rows: np.ndarray) -> np.ndarray:
-    """(users,) the last of these rows that belongs to the user, or -1."""
-    last = np.full(interactions.num_users, -1, np.int64)
-    np.maximum.at(last, interactions.user[rows], rows)
-    return last
-
-
 def past_places(past: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
     """Rows of training and validation of a log that ends at the date; sets its train_end."""
     position = np.arange(len(past.user))
     age = position - past.start[past.user]
-    val = last_row_of_each(past, np.flatnonzero(past.rating >= config.min_rating))
+    val = np.full(past.num_users, -1)  # the last liked row of each user
+    liked = np.flatnonzero(past.rating >= config.min_rating)
+    np.maximum.at(val, past.user[liked], liked)
     has_val = (val >= 0) & (age[val] >= config.min_history)
     past.train_end = np.where(has_val, val, past.start[1:])
     ends_before = position + config.followers <= past.train_end[past.user]
@@ -89,22 +71,10 @@ def past_places(past: Interactions, config: ExampleConfig) -> dict[str, np.ndarr
 
 def test_places(interactions: Interactions, date: int, config: ExampleConfig) -> np.ndarray:
     """(E,) each user's first liked row from the date on, if enough history lies before it."""
-    rows = np.flatnonzero(
-        (interactions.timestamp >= date) & (interactions.rating >= config.min_rating)
-    )
-    _, first = np.unique(interactions.user[rows], return_index=True)
-    rows = rows[first]
+    liked = (interactions.timestamp >= date) & (interactions.rating >= config.min_rating)
+    rows = np.flatnonzero(liked)
+    rows = rows[np.unique(interactions.user[rows], return_index=True)[1]]
     return rows[rows - interactions.start[interactions.user[rows]] >= config.min_history]
-
-
-def in_whole_log(
-    examples: Examples, interactions: Interactions, rows: np.ndarray, items
-) -> Examples:
-    """Examples of the past as examples of the whole log; rows and items: past code -> its code."""
-    candidates = items[examples.candidates].astype(np.int32)
-    return replace(
-        examples, interactions=interactions, position=rows[examples.position], candidates=candidates
-    )
 
 
 def build_dated_examples(
@@ -116,14 +86,11 @@ def build_dated_examples(
     past = select_rows(interactions, before)
     places = past_places(past, config)
 
-    rows, items = np.flatnonzero(before), np.unique(interactions.item[before])
-    users = np.unique(interactions.user[before])
     train_end = interactions.start[:-1].copy()
-    train_end[users] += past.train_end - past.start[:-1]
+    train_end[np.unique(interactions.user[before])] += past.train_end - past.start[:-1]
     note = f"interactions from {date_text(date)} (UTC) on, which training does not see"
-    interactions = replace(
-        interactions, train_end=train_end, notes=interactions.notes | {note: int((~before).sum())}
-    )
+    notes = interactions.notes | {note: int((~before).sum())}
+    interactions = replace(interactions, train_end=train_end, notes=notes)
 
     test = test_places(interactions, date, config)
     for split, found in (*places.items(), ("test", test)):
@@ -134,5 +101,14 @@ def build_dated_examples(
                 f"{config.min_history} or --followers {config.followers}"
             )
     splits = build_examples(past, config, retrieve, places)
-    splits = {split: in_whole_log(ex, interactions, rows, items) for split, ex in splits.items()}
+    rows, items = np.flatnonzero(before), np.unique(interactions.item[before])
+    splits = {  # with the whole log's codes
+        split: replace(
+            ex,
+            interactions=interactions,
+            position=rows[ex.position],
+            candidates=items[ex.candidates].astype(np.int32),
+        )
+        for split, ex in splits.items()
+    }
     return interactions, splits | build_examples(interactions, config, retrieve, {"test": test})

@@ -8,7 +8,6 @@ what people have is one of these folders, or its zip.
 Movies are UTF-8, or latin-1 where they are not.
 MovieLens may not be redistributed (grouplens.org/datasets/movielens)."""
 
-import contextlib
 import csv
 import hashlib
 import http.client
@@ -23,17 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 from tqdm import tqdm
 
 from data import Interactions
 from loaders.table import clean_title, make_interactions
+from loaders.tables import BETWEEN
 
 NAME, WORDS = "movielens", ("movies", "watched", "watch")
-
-
 MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
-
-
 MOVIELENS_MD5 = "c4d9eecfca2ab87c1945afe126590906"
 
 
@@ -45,142 +43,128 @@ class Layout:
     ratings: str
     movies: str
     separator: str  # of ratings
+    rating_fields: str
     movie_separator: str
-    header: str = ""  # first line of ratings
-    movie_fields: str = ""  # what a line of movies is, for messages
-
-    @property
-    def fields(self) -> str:
-        """What a line of ratings is."""
-        return self.header or self.separator.join(("UserID", "MovieID", "Rating", "Timestamp"))
+    movie_fields: str
 
 
+IDS = ("UserID", "MovieID", "Rating", "Timestamp")
 LAYOUTS = (
-    Layout(NAME, "ratings.dat", "movies.dat", "::", "::", movie_fields="MovieID::Title::Genres"),
+    Layout(NAME, "ratings.dat", "movies.dat", "::", "::".join(IDS), "::", "MovieID::Title::Genres"),
     Layout(
         f"{NAME}-csv",
         "ratings.csv",
         "movies.csv",
         ",",
+        "userId,movieId,rating,timestamp",
         ",",
-        header="userId,movieId,rating,timestamp",
-        movie_fields="movieId,title,genres",
+        "movieId,title,genres",
     ),
-    Layout(f"{NAME}-100k", "u.data", "u.item", "\t", "|", movie_fields="MovieID|Title|..."),
+    Layout(f"{NAME}-100k", "u.data", "u.item", "\t", "\t".join(IDS), "|", "MovieID|Title|..."),
 )
+
+
+def files(config) -> list[Path]:
+    """All that is read."""
+    layout, place = find(Path(config.data_dir))
+    if isinstance(place, Path):
+        return [place / layout.ratings, place / layout.movies]
+    return [Path(place.root.filename)]
 
 
 def load(config) -> Interactions:
     """The log in a folder or zip, of whichever layout. ValueError names the file and line."""
-    layout, place = _find(Path(config.data_dir))
-    ratings, ratings_name = _read(place, layout.ratings)
-    movies, movies_name = _read(place, layout.movies)
-    names = dict(_movies(movies, movies_name, layout))
-    user, item, rating, timestamp = _ratings(ratings, ratings_name, layout).T
-    name = layout.name
-    if layout.separator == "::" and (rating % 1).any():
-        name = f"{NAME}-10m"
+    layout, place = find(Path(config.data_dir))
+    names = dict(read_movies(*read(place, layout.movies), layout))
+    user, item, rating, timestamp = read_ratings(*read(place, layout.ratings), layout)
+    ten_million = layout.separator == "::" and (rating % 1).any()
+    name = f"{NAME}-10m" if ten_million else layout.name
     try:
-        titles = movielens_titles(names)
-        interactions = make_interactions(
-            user.astype(np.int64), item.astype(np.int64), rating, timestamp, titles, name
-        )
+        log = make_interactions(user, item, rating, timestamp, movielens_titles(names), name)
     except ValueError as error:
-        raise ValueError(f"{movies_name}: {error}") from None
-    return replace(interactions, words=WORDS)
+        raise ValueError(f"{place / layout.movies}: {error}") from None
+    return replace(log, words=WORDS)
 
 
 # ------------------------------------------------------------------------------------ the two files
-def _ratings(content: bytes, file: str, layout: Layout) -> np.ndarray:
-    """(n, 4) float64: user, movie, rating, time, checked."""
+def read_ratings(content: bytes, file: str, layout: Layout) -> list[np.ndarray]:
+    """User, movie, rating, time (n,) each, checked."""
     separator, first_line = layout.separator.encode(), 1
     start, _, rest = content.partition(b"\n")
-    start = start.removeprefix(b"\xef\xbb\xbf").strip()
-    if layout.header and start.replace(b'"', b"").lower() == layout.header.lower().encode():
+    start = start.removeprefix(b"\xef\xbb\xbf").strip().replace(b'"', b"").lower()
+    if start == layout.rating_fields.lower().encode():
         content, first_line = rest, 2
-        start = content[:200].split(b"\n", 1)[0]
-    if start.count(separator) != 3:
-        raise ValueError(f"{file}: line {first_line} is not {layout.fields}: {_shown(start)}")
-    if not content.endswith(b"\n"):
+    if content.strip() and not content.endswith(b"\n"):
         number = content.count(b"\n") + first_line
         raise ValueError(f"{file}: ends in the middle of line {number}: truncated? Fetch it again")
-    table = content.replace(separator, b"\t") if layout.separator != "\t" else content
+    table = content.replace(separator, BETWEEN.encode())
+    kinds = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float64(), "time": pa.int64()}
     try:
-        table = np.loadtxt(io.BytesIO(table), delimiter="\t", comments=None, ndmin=2)
-    except ValueError:  # its message counts lines from 0 or 1 and recommends its own options
-        sep = re.escape(separator)
-        record = re.compile(rb"\d+%s\d+%s\d+(\.\d+)?%s\d+\s*" % (sep, sep, sep))
-        number, line = next(
-            (n, line)
-            for n, line in enumerate(content.splitlines(), first_line)
-            if not record.fullmatch(line)
+        found = pa.csv.read_csv(
+            io.BytesIO(table),
+            pa.csv.ReadOptions(column_names=list(kinds)),
+            pa.csv.ParseOptions(delimiter=BETWEEN, quote_char=False, ignore_empty_lines=False),
+            pa.csv.ConvertOptions(column_types=kinds, null_values=[]),
         )
-        raise ValueError(f"{file}: line {number} is not {layout.fields}: {_shown(line)}") from None
-    user, item, rating, timestamp = table.T
-    sensible = (rating >= 0.5) & (rating <= 5) & (user > 0) & (item > 0) & (timestamp > 0)
-    if not sensible.all():
-        bad = int(np.flatnonzero(~sensible)[0])
-        raise ValueError(
-            f"{file}: line {bad + first_line}: expected ids > 0, rating 0.5 to 5, time > 0: "
-            f"{table[bad]}"
-        )
-    return table
+    except pa.ArrowInvalid:
+        record = re.compile(rb"\d+%b\d+%b\d+(\.\d+)?%b\d+\s*" % ((re.escape(separator),) * 3))
+        lines = enumerate(content.splitlines() or [b""], first_line)
+        number, line = next((n, line) for n, line in lines if not record.fullmatch(line))
+        expected = layout.rating_fields
+        raise ValueError(f"{file}: line {number} is not {expected}: {line[:80]!r}") from None
+    user, item, rating, time = (column.to_numpy() for column in found.columns)
+    wrong = ~((rating >= 0.5) & (rating <= 5) & (user > 0) & (item > 0) & (time > 0))
+    if wrong.any():
+        line = int(np.flatnonzero(wrong)[0]) + first_line
+        raise ValueError(f"{file}: line {line}: expected ids > 0, rating 0.5 to 5, time > 0")
+    return [user, item, rating, time]
 
 
-def _movies(content: bytes, file: str, layout: Layout) -> Iterator[tuple[int, str]]:
+def read_movies(content: bytes, file: str, layout: Layout) -> Iterator[tuple[int, str]]:
     """(number, name) of every movie."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    if layout.movie_separator == ",":
+    mark, width = layout.movie_separator, 2 if layout.movie_separator == "|" else 3
+    lines = (line.split(mark) for line in text.splitlines())
+    if mark == ",":
         lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-        needed, exact = 3, True
-    else:
-        lines = (line.split(layout.movie_separator) for line in text.splitlines())
-        needed, exact = (3, True) if layout.movie_separator == "::" else (2, False)
     try:
         for number, parts in enumerate(lines, 1):
-            if number == 1 and layout.header and parts[:2] == ["movieId", "title"]:
+            if number == 1 and parts[:2] == ["movieId", "title"]:
                 continue
-            fits = len(parts) == needed or (len(parts) > needed and not exact)
+            fits = len(parts) == width or (len(parts) > width and mark == "|")
             if not fits or not parts[0].isdecimal() or not parts[1].strip():
-                line = layout.movie_separator.join(parts)
-                raise ValueError(f"line {number} is not {layout.movie_fields}: {line[:80]!r}")
+                line = mark.join(parts)[:80]
+                raise ValueError(f"line {number} is not {layout.movie_fields}: {line!r}")
             yield int(parts[0]), clean_title(parts[1])
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _shown(line: bytes) -> str:
-    return repr(line[:80])
-
-
 # ----------------------------------------------------------------------------------- where they are
-Place = tuple[Path, str]  # a folder and "", or a zip and the folder inside it
+DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError)
 
 
-def _find(path: Path) -> tuple[Layout, Place]:
-    """The layout at `path`: a folder, its ratings, a zip, or the folder around one of them."""
+def find(path: Path) -> tuple[Layout, Path | zipfile.Path]:
+    """The layout at `path` and the folder that holds it, perhaps in a zip: `path` is that folder,
+    its ratings, a zip, or the folder around one of them."""
     if path.is_file() and path.name in {layout.ratings for layout in LAYOUTS}:
         path = path.parent
     places = [path]
     if path.is_dir():  # 1M before the others; then whichever is the only one
         places += [path / "ml-1m", path / "ml-1m.zip"]
-        others = sorted(p for p in path.glob("ml-*") if p not in places)
-        places += others
+        places += sorted(p for p in path.glob("ml-*") if p not in places)
     found = []
-    for place in places:
-        layouts = _layouts_in(place)
-        found += [(layout, (place, inside)) for layout, inside in layouts]
-        if found and place not in places[3:]:
+    for number, place in enumerate(places):
+        found += layouts_in(place)
+        if found and number < 3:
             break
     if len(found) > 1:
-        names = sorted(f"{place[0]}: {layout.ratings}" for layout, place in found)
+        names = sorted(f"{place}: {layout.ratings}" for layout, place in found)
         raise ValueError(f"{path}: several editions of MovieLens: {names}; give one as --data_dir")
     if not found:
-        if path.is_file():
-            raise ValueError(f"{path}: holds no ratings.dat; expected the MovieLens-1M zip")
         wanted = ", ".join(layout.ratings for layout in LAYOUTS)
         raise ValueError(
             f"{path}: no {wanted} and no ml-1m.zip there; give the folder or zip of MovieLens, "
@@ -189,60 +173,47 @@ def _find(path: Path) -> tuple[Layout, Place]:
     return found[0]
 
 
-def _layouts_in(place: Path) -> list[tuple[Layout, str]]:
-    """Layouts whose ratings lie in this folder or zip, and the folder inside the zip."""
+def layouts_in(place: Path) -> list[tuple[Layout, Path | zipfile.Path]]:
+    """Layouts whose ratings lie in this folder or zip, each with its folder."""
     if place.is_dir():
-        return [(layout, "") for layout in LAYOUTS if (place / layout.ratings).is_file()]
+        return [(layout, place) for layout in LAYOUTS if (place / layout.ratings).is_file()]
     if not place.is_file() or (place.suffix != ".zip" and not zipfile.is_zipfile(place)):
         return []
-    with _opened(place) as archive:
-        names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
-    out = []
-    for layout in LAYOUTS:
-        inside = [n for n in names if n.rpartition("/")[2] == layout.ratings]
-        out += [(layout, inside[0].rpartition("/")[0])] if inside else []
-    if not out:
-        raise ValueError(f"{place}: holds no ratings.dat; expected the MovieLens-1M zip")
-    return out
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A zip while it is read; whatever is wrong with it is one ValueError."""
-    damage = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError)
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except damage as error:
-        raise ValueError(f"{path}: not a whole zip file ({error}); fetch it again") from None
+        names = [n for n in zipfile.ZipFile(place).namelist() if not n.startswith("__MACOSX")]
+    except DAMAGE as error:
+        raise ValueError(f"{place}: not a whole zip file ({error}); fetch it again") from None
+    found = []
+    for layout in LAYOUTS:
+        inside = [n for n in names if n.rpartition("/")[2] == layout.ratings][:1]
+        found += [(layout, zipfile.Path(place, n.removesuffix(layout.ratings))) for n in inside]
+    if not found:
+        raise ValueError(f"{place}: holds no ratings.dat; expected the MovieLens-1M zip")
+    return found
 
 
-def _read(place: Place, name: str) -> tuple[bytes, str]:
-    """Contents of one of the files, and its name for messages."""
-    path, inside = place
-    if path.is_dir():
-        if not (path / name).is_file():
-            raise ValueError(f"{path}: no {name} there; it belongs beside the ratings")
-        return (path / name).read_bytes(), str(path / name)
-    member = f"{inside}/{name}".lstrip("/")
-    with _opened(path) as archive:
-        if member not in archive.namelist():
-            raise ValueError(f"{path}: holds no {name}; expected the MovieLens-1M zip")
-        return archive.read(member), f"{path}:{member}"
+def read(place: Path | zipfile.Path, name: str) -> tuple[bytes, str]:
+    """The content of one of the files, and its name for messages."""
+    file = place / name
+    if not file.is_file():
+        raise ValueError(f"{place}: no {name} there; it belongs beside the ratings")
+    try:
+        return file.read_bytes(), str(file)
+    except DAMAGE as error:
+        raise ValueError(f"{file}: not a whole file ({error}); fetch it again") from None
 
 
 # ------------------------------------------------------------------------------------------- titles
+ARTICLES = "The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una"
+
+
 def movielens_titles(names: dict[int, str]) -> dict[int, str]:
     """ "Matrix, The (1999)" -> "The Matrix";
     the year stays where two movies share a name ("Titanic (1997)")."""
     plain = {}
     for movie, name in names.items():
         title = re.sub(r"\s*\(\d{4}\)$", "", name)
-        article = re.fullmatch(
-            r"(.+), (The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una)( \(.*\))?",
-            title,
-        )
-        if article:
+        if article := re.fullmatch(rf"(.+), ({ARTICLES})( \(.*\))?", title):
             head, word, rest = article.groups(default="")
             title = f"{word}{'' if word.endswith(chr(39)) else ' '}{head}{rest}"
         plain[movie] = title

@@ -7,22 +7,14 @@ with the columns under any names and in any order.
         --item_file u.item --item_columns item=1,title=2
     python train.py --dataset csv --data_dir likes.csv --scale binary
 
-Users and items are any ids. Ratings are above 0 and up to 5; --scale 0,100 maps another scale
-linearly to 1 to 5, and --scale binary likes and dislikes; hours, plays or prices become ratings by
-rank with --percentile. Without a rating column the number of repeats is taken; without a timestamp
-column, the order of the file; without titles, the ids. Times are seconds (or milli-, micro-,
-nanoseconds) or dates with the year first. --item_file names a second file with item and title.
-Columns without --columns are looked up under their usual names; numbers are positions, counted from
-1, with a header line or without.
+Ratings are above 0 and up to 5; --scale maps another scale to 1 to 5, and --percentile makes
+ratings of hours, plays or prices. Without a rating column the number of repeats is taken; without
+a timestamp column, the order of the file; without titles, the ids. Columns that --columns does not
+name are looked up under their usual names; numbers are positions, counted from 1."""
 
-What is empty, NULL, NA or the like is absent: such rows are left out and counted, such titles are
-none. Left out: dates with the day or the month first, which nobody can tell apart. """
-
-import itertools
-import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,105 +22,41 @@ import numpy as np
 
 from common import print0
 from data import Interactions
-from loaders import parquet
-from loaders.files import (
-    CHUNK,
-    SPLIT_NAMES,
-    Chunk,
-    brief,
-    find_file,
-    json_record,
-    matching_files,
-    open_rows,
-    put_back,
-    read_lines,
-    read_records,
-    table_chunks,
-)
-from loaders.table import FIELDS as ROW_FIELDS
-from loaders.table import Codes, LineCount, LogBuilder, clean_title, shorten
-from loaders.values import (
-    ABSENT,
-    ABSENT_IDS,
-    ABSENT_TITLES,
-    TIME_ADVICE,
-    NumberStyle,
-    Ratings,
-    read_times,
-)
+from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
+from loaders.table import Rows, clean_title, finish, rating_doubt, usable_rows
+from loaders.tables import Table, brief, check_bad, read_table, shorten
+from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, read_ids
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
-
-
-USUAL = {  # names without case, blanks and underscores; the surer ones first
-    "user": (
-        "userid",
-        "uid",
-        "username",
-        "reviewerid",
-        "customerid",
-        "visitorid",
-        "user",
-        "customer",
-    ),
-    "item": (
-        "itemid",
-        "iid",
-        "movieid",
-        "productid",
-        "parentasin",
-        "asin",
-        "sku",
-        "bookid",
-        "trackid",
-        "artistid",
-        "item",
-        "product",
-    ),
-    "rating": (
-        "rating",
-        "stars",
-        "score",
-        "overall",
-        "hours",
-        "plays",
-        "playcount",
-        "count",
-        "amount",
-    ),
-    "timestamp": ("timestamp", "time", "date", "datetime", "unixreviewtime", "ts"),
-    "title": (
-        "title",
-        "itemtitle",
-        "movietitle",
-        "booktitle",
-        "producttitle",
-        "itemname",
-        "productname",
-        "moviename",
-        "name",
-    ),
+USUAL = {  # names without case, blanks, dashes and underscores; the surer ones first
+    "user": "userid uid username reviewerid customerid visitorid user customer",
+    "item": "itemid iid movieid productid parentasin asin sku bookid trackid artistid item product",
+    "rating": "rating stars score overall hours plays playcount count amount",
+    "title": "title itemtitle movietitle booktitle producttitle itemname productname moviename "
+    "name",
 }
-
-
+TIMES = (  # patterns of plain names; of the first that fits, one column must
+    r"timestamp\w*|ts|(unix\w*|event|utc)?time(_?stamp)?(s|ms|us|ns)|unix\w*time|epoch\w*|datetime",
+    r"\w*time|\w+(?<=_)at|\w*(played|ordered|created|rated|clicked|watched|bought|viewed)at",
+    r"date|\w+date|day",
+)
 AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
 
 def parse_columns(
-    text: str, option: str = "--columns", allowed: tuple[str, ...] = FIELDS
+    text: str, option: str = "--columns", allowed: Sequence[str] = FIELDS
 ) -> dict[str, str]:
     """ "user=uid,item=sku" -> {"user": "uid", "item": "sku"};
     ValueError names what is not understood."""
     columns = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        field, equals, name = part.partition("=")
-        if not equals or field.strip() not in allowed or not name.strip():
-            raise ValueError(
-                f"{option}: {part!r} is not one of {', '.join(f'{f}=NAME' for f in allowed)}"
-            )
-        if name.strip() in columns.values():
-            raise ValueError(f"{option}: {name.strip()} is named twice")
-        columns[field.strip()] = name.strip()
+        field, equals, name = (p.strip() for p in part.partition("="))
+        if not equals or field not in allowed or not name:
+            forms = ", ".join(f"{f}=NAME" for f in allowed)
+            raise ValueError(f"{option}: {part!r} is not one of {forms}")
+        if name in columns.values():
+            raise ValueError(f"{option}: {name} is named twice")
+        columns[field] = name
     return columns
 
 
@@ -136,392 +64,121 @@ def parse_item_columns(text: str) -> dict[str, str]:
     return parse_columns(text, "--item_columns", ("item", "title"))
 
 
-def load_own_log(
-    path,
-    kind: str,
-    columns: str = "",
-    item_file: str = "",
-    percentile: str = "",
-    repeats: str = "last",
-    scale: str = "",
-    item_columns: str = "",
-) -> Interactions:
-    """`kind` csv, jsonl, recbole or parquet; `columns` as in parse_columns; `repeats` of a pair:
-    last, or sum of the amounts; `scale` as in parse_scale."""
-    file = find_own_file(path, kind)
-    if kind == "recbole" and not item_file:
-        item_file = beside(file, "*.item*")
-    given = parse_columns(columns)
-    wanted = tuple(field for field in FIELDS if field != "title" or not item_file)
-    table = open_table(
-        file, kind, {f: n for f, n in given.items() if f in wanted}, ("user", "item"), wanted
-    )
-    print0(f"{file}: columns {', '.join(f'{f}={name}' for f, name in table.fields.items())}")
-    notes: list[str] = []
-    percentile, repeats = choose_rating(file, table.fields, percentile, repeats, scale, notes)
-
-    ratings = Ratings(scale, bool(percentile), NumberStyle(table.delimiter))
-    builder = OwnLogBuilder(file, table.fields, repeats, ratings)
-    titles = read_log(table, builder)
-    builder.check_ratings()
-    if item_file:
-        names = read_item_file(
-            Path(item_file), kind, given, parse_item_columns(item_columns), builder, notes
-        )
-    else:
-        titles.judge(file, "title" in given, table.fields.get("title", ""), "--columns", notes)
-        names = {builder.items.ids[code]: title for code, title in titles.smallest.items()}
-    interactions = builder.finish(show_ids(names, builder.items.ids, notes), kind, percentile)
-    if "rating" not in table.fields and len(set(interactions.rating[:100_000].tolist())) == 1:
-        notes.append(
-            "nobody chose an item twice, so all ratings are 3 and none is liked: --min_rating 3"
-        )
-    for note in (*notes, *builder.remarks(interactions)):
-        print0(f"note: {note}")
-    return interactions
+def plain_name(name: str) -> str:
+    return re.sub(r"[\s_\-.]", "", name).lower()
 
 
-PATTERNS = {  # of the files in a folder, and what they are called
-    "csv": (("*.csv*", "*.tsv*", "*.txt*"), "a CSV file"),
-    "jsonl": (("*.jsonl*", "*.json*"), "a file of JSON lines"),
-    "recbole": (("*.inter*",), "a .inter file"),
-}
+# ------------------------------------------------------------------------------------------ columns
+@dataclass
+class Finder:
+    """Which column holds which field: the given ones, the others under their usual names."""
 
+    given: dict[str, str]  # by `option`; all digits are positions, counted from 1
+    required: tuple[str, ...]
+    only: tuple[str, ...]  # the fields that are looked for
+    option: str = "--columns"
+    usual: bool = True  # look for usual names, too
+    strict: bool = True  # a given name must be there
 
-def find_own_file(path, kind: str) -> Path:
-    if kind == "parquet":
-        return Path(path)  # a folder is read whole
-    return find_file(path, *PATTERNS[kind], joined=SPLIT_NAMES if kind == "recbole" else ())
-
-
-def choose_rating(
-    file: Path, fields: dict[str, str], percentile: str, repeats: str, scale: str, notes: list[str]
-) -> tuple[str, str]:
-    """--percentile and --repeats as the columns ask for them:
-    without ratings, and with amounts instead, ranks are ratings."""
-    if "rating" not in fields:
-        if scale:
-            raise ValueError(
-                f"{file}: --scale {scale}, but there is no rating column; "
-                "name it with --columns rating=NAME"
-            )
-        notes.append(
-            "no rating column; how often a user chose an item became its rating, "
-            "by rank (--percentile)"
-        )
-        percentile, repeats = percentile or "item", "sum"
-    elif plain_name(fields["rating"]) in AMOUNTS and not percentile and not scale:
-        percentile = "item"
-        notes.append(
-            f"{fields['rating']} are amounts: ranked among those of the same item "
-            "they become ratings (--percentile)"
-        )
-    elif repeats == "sum" and not percentile:
-        raise ValueError(
-            f"{file}: --repeats sum adds amounts up, and {fields['rating']} are ratings; "
-            "leave it out, or rank the sums with --percentile item"
-        )
-    if "timestamp" not in fields:
-        notes.append("no timestamp column; the order of the file is taken as the order in time")
-    return percentile, repeats
-
-
-# --------------------------------------------------------------------------------------------- rows
-MEANING = {
-    "rating": "rating (a number)",
-    "timestamp": "timestamp (seconds, or an ISO date like 2024-12-31)",
-}
-
-
-class OwnLogBuilder(LogBuilder):
-    """A log whose values may be absent, and whose bad values are told by column."""
-
-    def __init__(self, file: Path, fields: dict[str, str], repeats: str, ratings: Ratings):
-        expected = f"rows with {', '.join(MEANING.get(f, f) for f in fields)}"
-        super().__init__(file, expected, repeats, amounts=ratings.amounts)
-        self.fields, self.ratings = fields, ratings
-        self.users, self.items = (Codes((*ABSENT_IDS, None)) for _ in range(2))
-        bad, nan = np.int32(-1), np.float32("nan")
-        self.converters = (
-            (self.users.encode, bad),
-            (self.items.encode, bad),
-            (ratings, nan),
-            (read_times, np.nan),
-        )
-        self.wrong: Counter[str] = Counter()  # field -> values that are not what they should be
-        self.examples: dict[str, list[str]] = {}
-
-    def none(self, columns: tuple[np.ndarray, ...], good: np.ndarray) -> np.ndarray:
-        none = np.zeros(len(good), bool)
-        for name, column in zip(ROW_FIELDS, columns, strict=True):
-            absent = column == (Codes.ABSENT if column.dtype.kind == "i" else ABSENT)
-            if absent.any():
-                self.notes[f"lines without {name}"] += int((absent & ~none).sum())
-                none |= absent
-        return none
-
-    def bad_row(self, number: int, values: dict) -> None:
-        for name, value in values.items():
-            self.wrong[name] += 1
-            examples = self.examples.setdefault(name, [])
-            if len(examples) < 2 and repr(value) not in examples:
-                examples.append(repr(value))
-        super().bad_row(number, values)
-
-    def bad(self, number: int, why: str) -> None:
-        self.wrong["line"] += 1
-        super().bad(number, why)
-
-    def cause(self) -> str:
-        name, count = self.wrong.most_common(1)[0]
-        if name == "line":
-            return f"{count:,} of them are not {self.expected}"
-        field = {"time": "timestamp"}.get(name, name)
-        column = self.fields.get(field, field)
-        where = f"column {column}: {count:,} of {self.lines:,} values"
-        such = f", such as {' and '.join(shorten(e) for e in self.examples[name])}"
-        if name == "time":
-            return f"{where} are no times whose order is known{such}; {TIME_ADVICE}"
-        if name == "rating":
-            return self._cause_of_ratings(where, such)
-        return f"{where} are no {name} ids{such}"
-
-    def _cause_of_ratings(self, where: str, such: str) -> str:
-        if doubt := self.ratings.doubt(self.ratings.seen):
-            return f"{where} cannot be ratings{such}: {doubt}"
-        if any("," in example for example in self.examples["rating"]):
-            return (
-                f"{where} have commas that are neither decimal nor thousands alone{such}; write 3.5"
-            )
-        return f"{where} are no numbers{such}; write the number alone, such as 3.5"
-
-    def check_ratings(self) -> None:
-        """ValueError where lines are bad, or ratings are not those of a scale from 1 to 5."""
-        self.check()
-        ratings = self.ratings
-        if marks := [f"{mark} {count:,} times" for mark, count in ratings.marks.items() if count]:
-            count = self.notes.pop("lines without rating", 0)
-            self.notes[f"lines without rating ({', '.join(marks)})"] = count
-        if ratings.scale:
-            low, high = ratings.scale
-            self.notes[f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"] = (
-                ratings.mapped
-            )
-        elif "rating" in self.fields and (doubt := ratings.doubt(ratings.kept)):
-            raise ValueError(f"{self.source}: column {self.fields['rating']}: {doubt}")
-
-    def remarks(self, interactions: Interactions) -> Iterator[str]:
-        """What a user should know about a log that was read."""
-        for mark, count in self.ratings.marks.items():
-            zero = f"; if 0 is a rating: --scale 0,{self.ratings.highest:g}" if mark == "0" else ""
-            if count:
-                yield f"{count:,} ratings of {mark} count as none{zero}"
-        for field, ids in (("user", self.users.ids), ("item", self.items.ids)):
-            rounded = [i for i in ids if "E+" in i and ROUNDED.fullmatch(i)]
-            if rounded:
-                yield (
-                    f"{len(rounded):,} {field} ids look rounded by a spreadsheet, such as "
-                    f"{' and '.join(rounded[:2])}: different {field}s may have become one"
-                )
-        if (
-            "timestamp" in self.fields
-            and len(interactions.user) > 1
-            and np.ptp(interactions.timestamp) == 0
-        ):
-            yield (
-                f"all times are {int(interactions.timestamp[0])}: were they rounded by a "
-                "spreadsheet "
-                "(1.5E+12)? The order of the file is taken as the order in time"
-            )
-
-
-ROUNDED = re.compile(r"\d([.,]\d+)?E\+\d+")  # 9.78014E+12
-
-
-# ------------------------------------------------------------------------------------------- titles
-SEVERAL_SHARE = 0.2  # of the items with more than one title: then a column holds something else
-
-
-class Titles:
-    """The title of each item by any key: of several the smallest,
-    for the order of the lines is nothing."""
-
-    def __init__(self):
-        self.smallest: dict = {}
-        self.several: dict = {}  # key -> two of its titles
-
-    def add(self, keys: Sequence, titles: Sequence) -> None:
-        """The titles (n,) of n keys, row by row."""
-        smallest = self.smallest
-        new = map(operator.ne, map(smallest.get, keys), titles)  # few are
-        for key, title in list(itertools.compress(zip(keys, titles, strict=True), new)):
-            text = "" if title is None else str(title)
-            if text.strip() in ABSENT_TITLES:
-                continue
-            before = smallest.setdefault(key, text)
-            if before != text:
-                self.several.setdefault(key, (before, text))
-                smallest[key] = min(before, text)
-
-    def judge(self, file: Path, named: bool, column: str, option: str, notes: list[str]) -> None:
-        """Say where the titles are hardly the items';
-        ValueError if nobody named the column and it looks like another thing."""
-        several, count = self.several, len(self.smallest)
-        if several:
-            pairs = [f"{a!r} and {b!r}" for a, b in itertools.islice(several.values(), 2)]
-            what = (
-                f"{len(several):,} of {count:,} items have more than one title in column {column}, "
-                f"such as {'; '.join(pairs)}"
-            )
-            if len(several) >= 5 and len(several) > SEVERAL_SHARE * count and not named:
+    def by_name(self, names: list[str], source) -> dict[str, str]:
+        """Field -> name; ValueError lists what there is."""
+        found = {}
+        for field in self.only:
+            if field in self.given and (self.strict or self.given[field] in names):
+                if self.given[field] not in names:
+                    raise ValueError(
+                        f"{source}: {self.option} {field}={self.given[field]}: no such column; "
+                        f"there are {brief(names)}"
+                    )
+                found[field] = self.given[field]
+            elif self.usual and (name := self.usual_name(field, names, source)):
+                found[field] = name
+        self.check_required(found, names, source)
+        for field, name in found.items():
+            if names.count(name) > 1:
+                places = ",".join(f"{f}={names.index(n) + 1}" for f, n in found.items())
                 raise ValueError(
-                    f"{file}: {what}: reviews' or customers' names? Name the items' titles with "
-                    f"{option} title=NAME, or a second file with --item_file; to use the column "
-                    f"all the same: {option} title={column}"
+                    f"{source}: {names.count(name)} columns are named {name}, which was to be the "
+                    f"{field}; rename one, or count the columns: {self.option} {places}"
                 )
-            notes.append(f"{what}; the first in the alphabet is shown")
-        different = len(set(self.smallest.values()))
-        if count >= 10 and different <= count / 2:
-            shared, times = Counter(self.smallest.values()).most_common(1)[0]
-            notes.append(
-                f"{count:,} items have only {different:,} different titles in column {column}; "
-                f"{times:,} are called {shorten(shared)!r}"
-            )
-
-
-def read_log(table: "Table", builder: LogBuilder) -> Titles:
-    """All rows into the builder, line numbers for times that there are none of;
-    the titles by the items' codes."""
-    titles = Titles()
-    for numbers, columns, bad in table.chunks:
-        for number, why in bad:
-            builder.bad(number, why)
-        if not numbers:
-            continue
-        ratings = columns.get("rating") or [1.0] * len(numbers)
-        times = columns.get("timestamp") or numbers
-        codes = builder.add(numbers, columns["user"], columns["item"], ratings, times)
-        if "title" in columns:
-            titles.add(codes.tolist(), columns["title"])
-    titles.smallest.pop(-1, None)  # of rows that are left out
-    titles.several.pop(-1, None)
-    return titles
-
-
-def beside(file: Path, pattern: str) -> str:
-    """The one file in the same folder that fits; of several the one of the same name;
-    "" if there is none."""
-    found = matching_files(file.parent, pattern)
-    if len(found) > 1:
-        name = file.name.split(".")[0]
-        found = [f for f in found if f.name.split(".")[0] == name]
-    return str(found[0]) if len(found) == 1 else ""
-
-
-def atomic_delimiter(file: Path) -> str:
-    """What stands between the typed names in the header of RecBole's atomic files;
-    "" where quotes are to be expected."""
-    header = next(read_lines(file), "").strip("\ufeff")
-    between = next((mark for mark in "\t,;| " if _all_typed(header.split(mark))), "\t")
-    return between if between.isspace() else ""
-
-
-def _all_typed(names: list[str]) -> bool:
-    typed = re.compile(r"[^\s,;|:]+:(token|float)(_seq)?")
-    return len(names) > 1 and all(typed.fullmatch(name.strip()) for name in names)
-
-
-def read_item_file(
-    file: Path,
-    kind: str,
-    given: dict[str, str],
-    item_given: dict[str, str],
-    builder: LogBuilder,
-    notes: list[str],
-) -> dict[str, str]:
-    """Titles by item id of the items that the log has;
-    ids that differ only as written numbers are matched, and said."""
-    if not file.exists():
-        raise ValueError(f"--item_file {file}: no such file")
-    if parquet.is_parquet(file) or (kind == "parquet" and file.is_dir()):
-        kind = "parquet"
-    elif kind != "recbole":
-        kind = "jsonl" if re.search(r"\.jsonl?(\.gz)?$", file.name.lower()) else "csv"
-    names = item_given or {
-        field: name
-        for field, name in given.items()
-        if field in ("item", "title") and not name.isdigit()
-    }
-    table = open_table(
-        file, kind, names, ("item", "title"), ("item", "title"), "--item_columns", bool(item_given)
-    )
-    wanted, titles = NearIds(builder.items), Titles()
-    count = LineCount(file, "rows with item, title")
-    for numbers, columns, bad in table.chunks:
-        for number, why in bad:
-            count.bad(number, why)
-        count.lines += len(numbers)
-        if numbers:
-            titles.add(wanted.find(columns["item"]), columns["title"])
-    count.check()
-    titles.smallest.pop(None, None)
-    titles.several.pop(None, None)
-    named = "title" in names
-    titles.judge(file, named, table.fields["title"], "--item_columns", notes)
-    wanted.judge(file, builder.source, titles.smallest, notes)
-    return titles.smallest
-
-
-class NearIds:
-    """Finds the log's ids in an item file: as they are,
-    or as numbers written otherwise (7.0 or 007 for 7)."""
-
-    def __init__(self, items: Codes):
-        self.items = items
-        numbers = Counter(filter(None, map(number_in, items.ids)))
-        self.by_number = {number: i for i in items.ids if numbers[number := number_in(i)] == 1}
-        self.rewritten: dict[str, str] = {}  # the log's -> the file's
-        self.others: list[str] = []  # of the file's ids two that the log does not have
-
-    def find(self, ids: Iterable) -> list[str | None]:
-        """The log's id for each of the file's, None where it has none."""
-        found = []
-        for value in ids:
-            name = str(value).strip()
-            if self.items.get(name, -1) < 0:
-                near = self.by_number.get(number_in(name))
-                if near is not None:
-                    self.rewritten[near] = name
-                elif len(self.others) < 2:
-                    self.others.append(name)
-                name = near
-            found.append(name)
         return found
 
-    def judge(self, file: Path, log_name: str, titles: dict, notes: list[str]) -> None:
-        """Say what of the join looks wrong; ValueError if nothing was found."""
-        ids = self.items.ids
-        ours = [repr(i) for i in ids if i not in titles][:2]
-        theirs = " and ".join(map(repr, self.others)) or "none but those"
-        if not titles:
+    def usual_name(self, field: str, names: list[str], source) -> str:
+        free = {plain_name(n): n for n in reversed(names) if n not in self.given.values()}
+        if field == "timestamp":
+            for pattern in TIMES:
+                fits = [n for n in free.values() if re.fullmatch(pattern, n.lower())]
+                fits += [n for p, n in free.items() if re.fullmatch(pattern, p) and n not in fits]
+                if len(fits) > 1:
+                    raise ValueError(
+                        f"{source}: which column is the time? Say {self.option} timestamp=NAME; "
+                        f"it could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
+                    )
+                if fits:
+                    return fits[0]
+            return ""
+        usual = USUAL[field].split() + (["id"] if "user" not in self.only else [])
+        found = next((free[name] for name in usual if name in free), "")
+        if field == "title" and not found:
+            return next((name for name in names if "title" in name.lower()), "")
+        return found
+
+    def check_required(self, found: dict, names: list[str], source) -> None:
+        missing = [field for field in self.required if field not in found]
+        if not missing:
+            return
+        if len(names) == 1 and re.fullmatch(r"\d+:", names[0]):
             raise ValueError(
-                f"{file}: none of the {len(ids):,} items of {log_name} has a title in it; "
-                "the log has "
-                f"{' and '.join(ours)}, the file has {theirs}: write the ids alike, "
-                "or name the right columns with "
-                "--columns item=NAME and --item_columns item=NAME,title=NAME"
+                f"{source}: Netflix's form, each movie's number on a line of its own; make a table "
+                "of it: awk -F: '/:$/ {m = $1; next} {print m \",\" $0}' FILE > log.csv, and give "
+                "--columns item=1,user=2,rating=3,timestamp=4"
             )
-        if rewritten := [(a, b) for a, b in self.rewritten.items() if a in titles]:
-            a, b = rewritten[0]
-            notes.append(
-                f"{len(rewritten):,} item ids of {file.name} were matched as numbers: "
-                f"the log has {a}, the file has {b}"
+        there = f"; there are {brief(names)}" if names else ""
+        ways = ",".join(f"{field}=NAME" for field in missing)
+        count = min(len(names), 4) if "user" in self.only else len(self.only)
+        example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
+        raise ValueError(
+            f"{source}: which column is the {missing[0]}? Say {self.option} {ways}{there}. "
+            f"If the file has no header line, count its columns: {self.option} {example}"
+        )
+
+    def in_rows(self, rows: list[list[str]], source) -> tuple[dict[str, str], dict[str, int], bool]:
+        """Of a table's first rows: field -> name, field -> place, whether the first names them."""
+        first = rows[0]
+        if not (self.given and all(name.isdigit() for name in self.given.values())):
+            labels = self.by_name(first, source)
+            return labels, {field: first.index(name) for field, name in labels.items()}, True
+        places = {field: int(name) - 1 for field, name in self.given.items()}
+        if outside := [place for place in places.values() if not 0 <= place < len(first)]:
+            raise ValueError(
+                f"{source}: {self.option} asks for column {outside[0] + 1}, the first line has "
+                f"{len(first)}, counted from 1"
             )
-        if len(titles) < len(ids) / 2:
-            notes.append(
-                f"only {len(titles):,} of {len(ids):,} items are in {file.name}: the log has "
-                f"{' and '.join(ours)}, the file has {theirs}"
-            )
+        self.check_required(self.given, [], source)
+        named = is_header(first, rows[1:], places)
+        labels = {f: first[place] if named else self.given[f] for f, place in places.items()}
+        return labels, places, named
+
+    def place(self, name: str, names: list[str], source) -> int:
+        """The place of a column in another part of the file."""
+        if name not in names:
+            raise ValueError(f"{source}: no column {name}; there are {brief(names)}")
+        return names.index(name)
+
+
+def is_header(first: list[str], below: list[list[str]], places: dict[str, int]) -> bool:
+    """Whether a first row names the columns: it holds a usual name, or text above numbers."""
+    for field, place in places.items():
+        if plain_name(first[place]) in USUAL.get(field, "").split():
+            return True
+        values = [row[place] for row in below if len(row) > place]
+        text = not NUMBER.fullmatch(first[place]) and first[place] not in ABSENT_TEXTS
+        if text and values and sum(map(bool, map(NUMBER.fullmatch, values))) > len(values) / 2:
+            return True
+    return False
+
+
+NUMBER = re.compile(r"[-+]?\d[\d.,:/TZ\s-]*")  # or a time
 
 
 def number_in(name: str) -> str:
@@ -531,214 +188,266 @@ def number_in(name: str) -> str:
     return match[1] if match else ""
 
 
-def show_ids(names: Mapping[str, str], ids: list[str], notes: list[str]) -> dict[str, str]:
-    """Titles of all items: their ids, where there are none."""
-    if not names:
-        notes.append(
-            "no titles; a language model sees item ids instead, which tell it nothing "
-            "(--columns title=..., --item_file)"
+# ------------------------------------------------------------------------------------------- titles
+SEVERAL_SHARE = 0.2  # of the items with more than one title: then a column holds something else
+
+
+def titles_of(codes: np.ndarray, num_items: int, column: Column) -> tuple[list[str], dict]:
+    """The title of each item, "" for none, of several the first in the alphabet;
+    and two titles of those that have several. Codes (n,) below 0 are no items."""
+    texts = [value if isinstance(value, str) else id_text(value) or "" for value in column.values]
+    texts = ["" if text.strip() in ABSENT_TITLES else text for text in texts]
+    order = sorted(set(texts) - {""})
+    rank = {text: n for n, text in enumerate(order)}
+    place = np.array([*(rank.get(text, -1) for text in texts), -1])[column.codes]
+    used = (codes >= 0) & (place >= 0)
+    low, high = np.full(num_items, len(order)), np.full(num_items, -1)
+    np.minimum.at(low, codes[used], place[used])
+    np.maximum.at(high, codes[used], place[used])
+    several = {i: (order[low[i]], order[high[i]]) for i in np.flatnonzero(low < high).tolist()}
+    return [*map([*order, ""].__getitem__, low.tolist())], several
+
+
+def judge_titles(titles: list[str], several: dict, find: Finder, table: Table, source: str) -> None:
+    """Say where the titles are hardly the items'; ValueError if nobody named the column and it
+    looks like another thing."""
+    option, column = find.option, table.labels["title"]
+    known = [title for title in titles if title]
+    if several:
+        pairs = "; ".join(f"{a!r} and {b!r}" for a, b in list(several.values())[:2])
+        what = (
+            f"{len(several):,} of {len(known):,} items have more than one title in column "
+            f"{column}, such as {pairs}"
         )
-        return {i: i for i in ids}
-    untitled = [i for i in ids if not names.get(i, "").strip()]
-    if untitled:
-        notes.append(
-            f"{len(untitled):,} of {len(ids):,} items have no title; their ids are shown, "
-            f"first {clean_title(untitled[0])}"
-        )
-    return {**names, **{i: i for i in untitled}}
-
-
-# ------------------------------------------------------------------------------------------ columns
-MAX_BAD_IN_A_ROW = 10_000  # bad JSON lines before a good one
-
-
-@dataclass
-class Table:
-    """A file whose columns are known."""
-
-    fields: dict[str, str]  # field -> name of its column
-    chunks: Iterator[Chunk]
-    delimiter: str = ","
-
-
-def plain_name(name: str) -> str:
-    return re.sub(r"[\s_\-]", "", name).lower()
-
-
-def open_table(
-    file: Path,
-    kind: str,
-    given: dict[str, str],
-    required: tuple[str, ...],
-    only: tuple[str, ...],
-    option: str = "--columns",
-    strict: bool = True,
-) -> Table:
-    """Names of the columns that hold each field of `only`, and the rows, CHUNK lines at a time.
-
-    `given` comes from `option`; all-digit columns of a table are positions. `strict`:
-    a given name must exist."""
-    find = ColumnFinder(file, given, required, only, option, strict)
-    if kind == "jsonl":
-        return open_json(file, find)
-    if kind == "parquet":
-        fields = find.by_name(parquet.column_names(file))
-        return Table(fields, parquet.read_chunks(file, fields))
-    delimiter, rows = open_rows(file, atomic_delimiter(file) if kind == "recbole" else "")
-    header = [name.strip() for name in next(rows, [])]
-    if kind == "recbole":
-        header = [name.partition(":")[0] for name in header]
-    if not (given and all(name.isdigit() for name in given.values())):
-        fields = find.by_name(header)
-        positions = {field: header.index(name) for field, name in fields.items()}
-        return Table(fields, table_chunks(rows, positions, len(header), 2), delimiter)
-
-    positions = find.by_position(len(header))
-    following = list(itertools.islice(rows, 100))
-    rows = put_back(following, rows)
-    if kind == "recbole" or is_header(header, following, positions):
-        fields, first_line = {field: header[at] for field, at in positions.items()}, 2
-    else:
-        fields, first_line = dict(given), 1
-        rows = put_back([header], rows)
-    return Table(fields, table_chunks(rows, positions, len(header), first_line), delimiter)
-
-
-def is_header(first: list[str], following: list[list[str]], positions: dict[str, int]) -> bool:
-    """Whether a table's first row names its columns: it holds text where the rows behind it hold
-    numbers or times, or where they must be; of ids and titles, one of the usual names."""
-    for field, at in positions.items():
-        value, below = first[at], [row[at] for row in following if len(row) > at]
-        if field in ("rating", "timestamp"):
-            read = read_times if field == "timestamp" else NumberStyle(comma="decimal").numbers
-            if np.isnan(read([value])[0]):
-                return not re.search(r"\d", value) or not np.isnan(read(below)).all()
-            return False
-    for field, at in positions.items():
-        value, below = first[at], [row[at] for row in following if len(row) > at]
-        if plain_name(value) in USUAL[field]:
-            return True
-        if field != "title" and not number_in(value) and below and all(map(number_in, below)):
-            return True
-    return False
-
-
-class ColumnFinder:
-    """Which column holds which field: the given ones, the others under their usual names;
-    ValueError lists what there is."""
-
-    def __init__(
-        self, file: Path, given: dict[str, str], required, only, option: str, strict: bool
-    ):
-        self.file, self.given, self.required, self.only = file, given, required, only
-        self.option, self.strict = option, strict
-        self.is_log = "user" in only
-
-    def by_position(self, width: int) -> dict[str, int]:
-        """Field -> index, of columns counted from 1."""
-        outside = [name for name in self.given.values() if not 1 <= int(name) <= width]
-        if outside:
+        many = len(several) >= 5 and len(several) > SEVERAL_SHARE * len(known)
+        if many and "title" not in find.given:
             raise ValueError(
-                f"{self.file}: {self.option} asks for column {outside[0]}, the first line has "
-                f"{width}, counted from 1"
+                f"{source}: {what}: reviews' or customers' names? Name the items' titles with "
+                f"{option} title=NAME, or a second file with --item_file; to use the column "
+                f"all the same: {option} title={column}"
             )
-        self._check_required(self.given, [])
-        return {field: int(name) - 1 for field, name in self.given.items()}
-
-    def by_name(self, names: list[str]) -> dict[str, str]:
-        """Field -> name."""
-        fields = {}
-        for field in self.only:
-            if field in self.given and (self.strict or self.given[field] in names):
-                fields[field] = self._given(field, names)
-            elif found := self._usual(field, names):
-                fields[field] = found
-        self._check_required(fields, names)
-        for field, name in fields.items():
-            if names.count(name) > 1:
-                places = [f"{f}={names.index(n) + 1}" for f, n in fields.items()]
-                raise ValueError(
-                    f"{self.file}: {names.count(name)} columns are named {name}, "
-                    f"which was to be the {field}; rename one, or count the columns: "
-                    f"{self.option} {','.join(places)}"
-                )
-        return fields
-
-    def _given(self, field: str, names: list[str]) -> str:
-        name = self.given[field]
-        if name in names:
-            return name
-        raise ValueError(
-            f"{self.file}: {self.option} {field}={name}: no such column; there are {brief(names)}"
-        )
-
-    def _usual(self, field: str, names: list[str]) -> str:
-        """The column under its surest usual name; "" if there is none."""
-        plain = {plain_name(name): name for name in reversed(names)}
-        usual = USUAL[field] if self.is_log or field != "item" else (*USUAL[field], "id")
-        free = [name for name in usual if name in plain and plain[name] not in self.given.values()]
-        if free:
-            return plain[free[0]]
-        if field == "title":
-            return next((name for name in names if "title" in name.lower()), "")
-        return ""
-
-    def _check_required(self, fields: dict[str, str], names: list[str]) -> None:
-        missing = [field for field in self.required if field not in fields]
-        if not missing:
-            return
-        there = f"; there are {brief(names)}" if names else ""
-        ways = f"Say {self.option} {','.join(f'{field}=NAME' for field in missing)}{there}"
-        count = len(self.only)
-        if self.is_log:
-            count = min(len(names), len(FIELDS) - 1)
-        example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
-        raise ValueError(
-            f"{self.file}: which column is the {missing[0]}? {ways}. "
-            f"If the file has no header line, count its columns: {self.option} {example}"
+        print0(f"note: {what}; the first in the alphabet is shown")
+    different = len(set(known))
+    if len(known) >= 10 and different <= len(known) / 2:
+        shared, times = Counter(known).most_common(1)[0]
+        print0(
+            f"note: {len(known):,} items have only {different:,} different titles in column "
+            f"{column}; {times:,} are called {shorten(shared)!r}"
         )
 
 
-def open_json(file: Path, find: ColumnFinder) -> Table:
-    """JSON lines: the columns are the keys of the first records."""
-    bad: list[tuple[int, str]] = []
+# ---------------------------------------------------------------------------------------- item file
+def titles_beside(config, rows: Rows) -> list[str]:
+    """The titles of the log's items in the second file, "" where it has none."""
+    files, kind, root = item_files(config)
+    source, given = name_of(files), parse_item_columns(config.item_columns)
+    if not given:  # names of --columns that the second file has, too
+        names = parse_columns(config.columns)
+        given = {f: names[f] for f in ("item", "title") if f in names and not names[f].isdigit()}
+    find = Finder(given, ("item", "title"), ("item", "title"), "--item_columns")
+    find.strict = bool(config.item_columns)
+    table = read_table(files, kind, find, root)
+    check_bad(table, source)
+    codes, ids = read_ids(table.columns["item"])
+    known = {text: code for code, text in enumerate(rows.item_ids)}
+    counts = Counter(filter(None, map(number_in, rows.item_ids)))
+    by_number = {n: code for t, code in known.items() if counts[n := number_in(t)] == 1}
+    near = {t: by_number[number_in(t)] for t in ids if t not in known and number_in(t) in by_number}
+    places = np.array([*(known.get(t, near.get(t, -1)) for t in ids), -1, -1])[codes]
+    titles, several = titles_of(places, len(rows.item_ids), table.columns["title"])
+    judge_titles(titles, several, find, table, source)
 
-    def note(number: int, line: str) -> None:
-        bad.append((number, shorten(line)))
-        if len(bad) > MAX_BAD_IN_A_ROW:
-            raise ValueError(
-                f"{file}: {len(bad):,} lines together are no JSON objects, "
-                f"first line {bad[0][0]}: {bad[0][1]!r}"
-            )
-
-    parsed = read_records(file, json_record, (), note)
-    first = list(itertools.islice(parsed, 1000))  # a key may be missing in some
-    names = list(dict.fromkeys(name for _, record in first for name in record))
-    if not first:
+    have = sum(map(bool, titles))
+    ours = " and ".join([repr(i) for i, title in zip(rows.item_ids, titles) if not title][:2])
+    others = [repr(t) for t in ids if t not in known and t not in near][:2]
+    theirs = " and ".join(others) or "none but those"
+    if not have:
         raise ValueError(
-            f"{file}: no line is a JSON object{f'; line {bad[0][0]}: {bad[0][1]!r}' if bad else ''}"
+            f"{source}: none of the {len(titles):,} items of {rows.source} has a title in it; the "
+            f"log has {ours}, the file has {theirs}: write the ids alike, or name the right "
+            "columns with --columns item=NAME and --item_columns item=NAME,title=NAME"
         )
-    fields = find.by_name(names)
-    return Table(fields, _json_chunks(itertools.chain(first, parsed), fields, bad))
+    if rewritten := [(text, code) for text, code in near.items() if titles[code]]:
+        text, code = rewritten[0]
+        print0(
+            f"note: {len(rewritten):,} item ids of {Path(source).name} were matched as numbers: "
+            f"the log has {rows.item_ids[code]}, the file has {text}"
+        )
+    if have < len(titles) / 2:
+        print0(
+            f"note: only {have:,} of {len(titles):,} items are in {Path(source).name}: the log has "
+            f"{ours}, the file has {theirs}"
+        )
+    return titles
 
 
-def _json_chunks(records, fields: dict[str, str], bad: list[tuple[int, str]]) -> Iterator[Chunk]:
-    while chunk := list(itertools.islice(records, CHUNK)):
-        found, bad[:] = list(bad), []
-        table = {field: [record.get(name) for _, record in chunk] for field, name in fields.items()}
-        yield [number for number, _ in chunk], table, found
-    yield [], {}, list(bad)
+# ------------------------------------------------------------------------------------------ the log
+PATTERNS = {  # of the files in a folder, and what they are called
+    "csv": (("*.csv*", "*.tsv*", "*.txt*"), "a CSV file"),
+    "jsonl": (("*.jsonl*", "*.json*"), "a file of JSON lines"),
+    "recbole": (("*.inter*",), "a .inter file"),
+}
+PARQUET = (".parquet", ".parq", ".pq")
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The file, or all of a folder and its folders."""
+    if path.is_file():
+        return [path]
+    if (path / "_delta_log").is_dir() or list(path.glob("metadata/*.metadata.json")):
+        raise ValueError(
+            f"{path}: a table of Delta Lake or Iceberg, whose folder keeps removed rows, too: "
+            "export it, with COPY ... TO 'log.parquet' in DuckDB or df.write.parquet in Spark"
+        )
+    found = visible_files(path, below=True) if path.is_dir() else []
+    if parts := [f for f in found if f.name.lower().endswith(PARQUET)]:
+        return parts
+    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "nothing"
+    raise ValueError(f"{path}: no .parquet file or folder of such files; there is {inside}")
+
+
+def log_files(config) -> list[Path]:
+    if config.dataset == "parquet":
+        return parquet_files(Path(config.data_dir))
+    joined = SPLIT_NAMES if config.dataset == "recbole" else ()
+    return find_files(config.data_dir, *PATTERNS[config.dataset], joined=joined)
+
+
+def item_files(config) -> tuple[list[Path], str, Path]:
+    """The parts of --item_file, or of the .item beside a .inter; their kind; their folder."""
+    path, kind = Path(config.item_file), config.dataset
+    if not config.item_file:
+        log = log_files(config)[0] if kind == "recbole" else None
+        found = matching_files(log.parent, "*.item*") if log else []
+        if len(found) > 1:  # the one of the same name
+            found = [f for f in found if f.name.split(".")[0] == log.name.split(".")[0]]
+        return found[:1] if len(found) == 1 else [], kind, path
+    if not path.exists():
+        raise ValueError(f"--item_file {path}: no such file")
+    inside = visible_files(path, below=True) if path.is_dir() else [path]
+    if any(f.name.lower().endswith(PARQUET) for f in inside):
+        return parquet_files(path), "parquet", path
+    if kind != "recbole":
+        kind = "jsonl" if re.search(r"\.jsonl?\b", path.name.lower()) else "csv"
+    return find_files(path, *PATTERNS[kind]), kind, path
+
+
+def files(config) -> list[Path]:
+    """All that is read."""
+    return log_files(config) + item_files(config)[0]
 
 
 def load(config) -> Interactions:
-    """The log of --dataset csv, jsonl, recbole or parquet, by its general options."""
-    return load_own_log(
-        config.data_dir,
-        config.dataset,
-        config.columns,
-        config.item_file,
-        config.percentile,
-        config.repeats,
-        config.scale,
-        config.item_columns,
-    )
+    """The log of --dataset csv, jsonl, recbole or parquet."""
+    parts, items = log_files(config), item_files(config)[0]
+    source = name_of(parts) if config.dataset != "parquet" else config.data_dir
+    only = tuple(field for field in FIELDS if field != "title" or not items)
+    given = parse_columns(config.columns)
+    given = {field: name for field, name in given.items() if field in only}
+    find = Finder(given, ("user", "item"), only)
+    table = read_table(parts, config.dataset, find, Path(config.data_dir))
+    labels = table.labels
+    print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
+    percentile, repeats = choose_rating(config, source, labels)
+    rows = usable_rows(table, source, bool(percentile), config.scale)
+    check_time(rows, source, find, labels)
+    doubt = "" if config.scale else rating_doubt(rows.values, "", bool(percentile))
+    if doubt and "rating" in labels:
+        raise ValueError(f"{source}: column {labels['rating']}: {doubt}")
+    say_what_was_read(rows, labels, config.scale)
+    if items:
+        titles = titles_beside(config, rows)
+    elif "title" in labels:
+        column = table.columns["title"]
+        column = Column(column.codes[rows.kept], column.values)
+        titles, several = titles_of(rows.item, len(rows.item_ids), column)
+        judge_titles(titles, several, find, table, source)
+    else:
+        titles = [""] * len(rows.item_ids)
+    del table  # a log of 20 million rows takes 500 MB
+    pairs = zip(shown(titles, rows), rows.item_ids)
+    titles = [clean_title(title) or clean_title(i) for title, i in pairs]
+    interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
+    if "rating" not in labels and len(np.unique(interactions.rating)) == 1:
+        print0(
+            "note: nobody chose an item twice, so all ratings are 3 and none is liked: "
+            "--min_rating 3"
+        )
+    return interactions
+
+
+def shown(titles: list[str], rows: Rows) -> list[str]:
+    """The titles; a note where ids are shown instead."""
+    untitled = [i for i, title in zip(rows.item_ids, titles) if not title.strip()]
+    if len(untitled) == len(titles):
+        print0(
+            "note: no titles; a language model sees item ids instead, which tell it nothing "
+            "(--columns title=..., --item_file)"
+        )
+    elif untitled:
+        print0(
+            f"note: {len(untitled):,} of {len(titles):,} items have no title; their ids are shown, "
+            f"first {clean_title(untitled[0])}"
+        )
+    return titles
+
+
+def choose_rating(config, source: str, labels: dict[str, str]) -> tuple[str, str]:
+    """--percentile and --repeats as the columns ask for them:
+    without ratings, and with amounts instead, ranks are ratings."""
+    percentile, repeats, scale = config.percentile, config.repeats, config.scale
+    if "rating" not in labels:
+        if scale:
+            raise ValueError(
+                f"{source}: --scale {scale}, but there is no rating column; "
+                "name it with --columns rating=NAME"
+            )
+        print0(
+            "note: no rating column; how often a user chose an item became its rating, "
+            "by rank (--percentile)"
+        )
+        percentile, repeats = percentile or "item", "sum"
+    elif plain_name(labels["rating"]) in AMOUNTS and not percentile and not scale:
+        percentile = "item"
+        print0(
+            f"note: {labels['rating']} are amounts: ranked among those of the same item "
+            "they become ratings (--percentile)"
+        )
+    elif repeats == "sum" and not percentile:
+        raise ValueError(
+            f"{source}: --repeats sum adds amounts up, and {labels['rating']} are ratings; "
+            "leave it out, or rank the sums with --percentile item"
+        )
+    if "timestamp" not in labels:
+        print0(
+            "note: no timestamp column (--columns timestamp=NAME); the order of the file is taken "
+            "as the order in time"
+        )
+    return percentile, repeats
+
+
+def check_time(rows: Rows, source: str, find: Finder, labels: dict[str, str]) -> None:
+    """ValueError where a column that nobody named holds hours of a day instead of times."""
+    name = labels.get("timestamp", "")
+    hours = len(rows.time) > 100 and rows.time.max() <= 24 and plain_name(name) != "timestamp"
+    if name and "timestamp" not in find.given and hours:
+        raise ValueError(
+            f"{source}: column {name} holds numbers from {rows.time.min()} to {rows.time.max()}: "
+            f"hours of a day? Say {find.option} timestamp=NAME; to use it all the same: "
+            f"{find.option} timestamp={name}"
+        )
+
+
+def say_what_was_read(rows: Rows, labels: dict[str, str], scale: str) -> None:
+    """What a user should know about a log that was read."""
+    for why, count in rows.notes.items():
+        print0(f"note: {count:,} {why}")
+    highest = 5 if not len(rows.values) else rows.values.max()
+    for mark, count in rows.marks.items():
+        zero = f"; if 0 is a rating: --scale 0,{highest:g}" if mark == "0" and not scale else ""
+        print0(f"note: {count:,} ratings of {mark} count as none{zero}")
+    if "timestamp" in labels and len(rows.time) > 1 and np.ptp(rows.time) == 0:
+        print0(
+            f"note: all times are {rows.time[0] // rows.per_second}: were they rounded by a "
+            "spreadsheet (1.5E+12)? The order of the file is taken as the order in time"
+        )

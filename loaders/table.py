@@ -1,32 +1,43 @@
-"""The table that everything starts from, interactions as flat arrays, and how a loader fills it.
+"""From coded columns to the table that everything starts from: interactions as flat arrays.
 
-A loader (loaders/) parses raw files and hands rows to a `LogBuilder`, piece by piece while the
-file streams by. After `finish` no step knows where the data came from. Memory grows with the
-interactions kept, not with the file: an id becomes an int32 code when it is read, and repeated
-pairs of user and item are merged as they pile up. Nothing is kept per user but the text of its id;
-a log of n interactions takes 20 bytes each, and some three times that while it is sorted."""
+`usable_rows` says what the values mean, leaves out what cannot be used, and counts it; `finish`
+merges repeated pairs of user and item, makes ratings of amounts, sorts and names the items. After
+it no step knows where the data came from."""
 
 import html
+import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data import Interactions
-from loaders.values import parse_times
+from data import ITEMS, Interactions, Words, select_rows
+from loaders.tables import MAX_BAD_SHARE, Table, check_bad, shorten
+from loaders.values import (
+    ABSENT,
+    ABSENT_IDS,
+    BAD_ID,
+    NO_ID,
+    TIME_ADVICE,
+    fitting_scale,
+    parse_scale,
+    read_ids,
+    read_numbers,
+    read_times,
+)
 
-MAX_BAD_SHARE = 0.01  # of the lines; with more of them the file is not what it was taken for
-
-
+# ------------------------------------------------------------------------------------------- titles
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
 _CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
+_ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|\w+);")  # "Q&notation" holds none
 
 
 def clean_title(title: str) -> str:
     """HTML entities become text, white space and control characters single blanks:
     a title is one line of a prompt."""
-    title = " ".join(unicodedata.normalize("NFC", html.unescape(title)).translate(_CONTROL).split())
+    text = _ENTITY.sub(lambda match: html.unescape(match[0]), title) if "&" in title else title
+    title = " ".join(unicodedata.normalize("NFC", text).translate(_CONTROL).split())
     if len(title) > MAX_TITLE:
         title = title[: MAX_TITLE - 1].rstrip() + "…"
     return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
@@ -47,6 +58,146 @@ def unique_titles(titles: list[str]) -> list[str]:
     return out
 
 
+# --------------------------------------------------------------------------------------------- rows
+@dataclass
+class Rows:
+    """The rows of a log that can be used."""
+
+    source: str
+    user: np.ndarray  # (n,) int32 code
+    item: np.ndarray  # (n,) int32 code
+    amount: np.ndarray  # (n,) float32 rating of 1 to 5, or hours, plays, ...
+    time: np.ndarray  # (n,) int64
+    per_second: int  # of time
+    user_ids: list[str]
+    item_ids: list[str]
+    kept: np.ndarray  # (rows of the table,) bool
+    notes: dict[str, int]
+    marks: dict[str, int]  # "0", "-1" -> how often it stood for no rating
+    values: np.ndarray  # distinct ratings as read
+
+
+def usable_rows(
+    table: Table,
+    source: str,
+    amounts: bool = False,  # any numbers from 0 on; otherwise ratings above 0 and up to 5
+    scale: str = "",  # which is mapped to 1 to 5
+    absent: frozenset = ABSENT_IDS,  # texts that are no id
+) -> Rows:
+    """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
+    n, columns, notes = table.num_rows, table.columns, {}
+    user, user_ids = read_ids(columns["user"], absent)
+    item, item_ids = read_ids(columns["item"], absent)
+    codes, distinct = np.zeros(n, np.int32), np.array([1.0, ABSENT])  # of ratings
+    if "rating" in columns:
+        codes = columns["rating"].codes
+        distinct = read_numbers(columns["rating"], table.delimiter)
+    counts = np.bincount(codes + 1, minlength=len(distinct))
+    counts = np.append(counts[1:], counts[0])  # null stands behind the others
+    low, high = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
+    values = np.unique(distinct[np.isfinite(distinct) & (counts > 0)])
+    inside = (distinct >= low) & (distinct <= high)
+    if scale == "binary":
+        inside &= (distinct == 0) | (distinct == 1)
+    marks = {}
+    for mark in (0.0, -1.0):  # outside of the scale they mean none
+        if not low <= mark <= high and (times := int(counts[distinct == mark].sum())):
+            marks[f"{mark:g}"] = times
+            distinct[distinct == mark] = ABSENT
+    if "timestamp" in columns and table.moments:
+        time, per_second = columns["timestamp"], 1_000_000
+    elif "timestamp" in columns:
+        time, per_second = read_times(columns["timestamp"])
+    else:
+        time, per_second = table.first_row + np.arange(n), 1
+
+    none = {"user": user == NO_ID, "item": item == NO_ID, "rating": (distinct == ABSENT)[codes]}
+    none["timestamp"] = time == NO_ID
+    left_out = np.zeros(n, bool)
+    for name, rows in none.items():
+        if count := int((rows & ~left_out).sum()):
+            shown = ", ".join(f"{mark} {times:,} times" for mark, times in marks.items())
+            why = f" ({shown})" if name == "rating" and marks else ""
+            notes[f"rows without {name}{why}"] = count
+            left_out |= rows
+    wrong = {"user": user == BAD_ID, "item": item == BAD_ID, "timestamp": time <= BAD_ID}
+    wrong["rating"] = (~inside & (distinct != ABSENT))[codes]
+    wrong = {name: rows & ~left_out for name, rows in wrong.items()}
+    bad = np.logical_or.reduce([*wrong.values()])
+    check_share(table, source, wrong, int(bad.sum()), (values, scale, amounts))
+    if count := int(bad.sum()) + table.num_bad:
+        lines = [*table.first_bad, *first_of(table, wrong)][:3]
+        notes[f"rows that could not be read ({'; '.join(lines)})"] = count
+    if scale:
+        why = f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"
+        notes[why] = int(counts[inside].sum())
+        distinct = 1 + 4 * (distinct - low) / (high - low)
+    kept = ~(left_out | bad)
+    if not kept.any():
+        reasons = "; ".join(f"{count:,} {why}" for why, count in notes.items())
+        raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
+    amount = distinct.astype(np.float32)[codes]
+    columns = [c if kept.all() else c[kept] for c in (user, item, amount, time)]
+    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, marks, values)
+
+
+def first_of(table: Table, wrong: dict[str, np.ndarray]) -> list[str]:
+    """The first wrong value of each column, with its row."""
+    out = []
+    for name, rows in wrong.items():
+        for row in np.flatnonzero(rows)[:1].tolist():
+            out.append(
+                f"row {row + table.first_row}, {table.labels[name]} {shown(table, name, row)}"
+            )
+    return out
+
+
+def shown(table: Table, name: str, row: int) -> str:
+    column = table.columns[name]
+    value = column[row] if isinstance(column, np.ndarray) else column.values[column.codes[row]]
+    return shorten(repr(value.item() if isinstance(value, np.generic) else value))
+
+
+def check_share(table: Table, source: str, wrong: dict, num_bad: int, ratings: tuple) -> None:
+    """ValueError where more than 1 % of the rows are bad: column, count, examples, the way out."""
+    total, num_bad = table.num_rows + table.num_bad, num_bad + table.num_bad
+    if num_bad <= MAX_BAD_SHARE * total:
+        return
+    name = max(wrong, key=lambda name: int(wrong[name].sum()))
+    rows = np.flatnonzero(wrong[name])
+    if table.num_bad > len(rows):
+        check_bad(table, source)
+    start = f"{source}: {num_bad:,} of {total:,} rows cannot be used (1% may be)"
+    examples = list(dict.fromkeys(shown(table, name, row) for row in rows[:1000].tolist()))[:2]
+    where = f"{start}: column {table.labels[name]}: {len(rows):,} values"
+    such = f", such as {' and '.join(examples)} (row {rows[0] + table.first_row})"
+    if name == "timestamp":
+        raise ValueError(f"{where} are no times whose order is known{such}; {TIME_ADVICE}")
+    if name != "rating":
+        raise ValueError(f"{where} are no {name} ids{such}; name another column, or write texts")
+    if doubt := rating_doubt(*ratings):
+        raise ValueError(f"{where} cannot be ratings{such}: {doubt}")
+    raise ValueError(f"{where} are no numbers{such}; write the number alone, such as 3.5")
+
+
+def rating_doubt(values: np.ndarray, scale: str, amounts: bool) -> str:
+    """Why these do not look like ratings of a scale from 1 to 5, and the way out; "" if they do."""
+    if amounts or not len(values):
+        return ""
+    found = f"ratings from {values.min():g} to {values.max():g}"
+    if scale:
+        low, high = parse_scale(scale)
+        outside = values.min() < low or values.max() > high
+        what = "values other than 0 and 1 of" if scale == "binary" else "ratings outside"
+        return f"{what} --scale {low:g},{high:g}: {found}" if outside or scale == "binary" else ""
+    advice = fitting_scale(values)
+    return advice and (
+        f"{found} are not those of a scale from 1 to 5; "
+        f"say which scale it is, and they are mapped: {advice}"
+    )
+
+
+# --------------------------------------------------------------------------------------- the table
 def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
     """(n,) the order by `first` (>= 0), of equal ones by `then`, of equal ones as they stand; ints.
 
@@ -57,39 +208,85 @@ def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
     span = int(then.max()) - low + 1
     if (int(first.max()) + 1) * span >= 1 << 63:
         return np.lexsort((then, first))
-    return np.argsort(first.astype(np.int64) * span + (then - low), kind="stable")
+    return np.argsort(first.astype(np.int64) * span + (then.astype(np.int64) - low), kind="stable")
 
 
-def last_of_each_pair(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
-    """(n,) bool: the latest row of every user-item pair; of equal times the one further down."""
-    if not len(user):
-        return np.zeros(0, bool)
-    key = user.astype(np.int64) * (int(item.max()) + 1) + item
-    order = sort_order(key, timestamp)
-    key = key[order]
-    keep = np.zeros(len(key), bool)
-    keep[order[np.append(key[1:] != key[:-1], True)]] = True
-    return keep
-
-
-def _sorted(user, item, rating, timestamp, titles, user_ids, item_ids, name: str) -> Interactions:
-    order = sort_order(user, timestamp)  # ties in time keep the order of the file
-    counts = np.bincount(user, minlength=len(user_ids))
-    return Interactions(
-        user[order].astype(np.int32),
-        item[order].astype(np.int32),
-        rating[order].astype(np.float32),
-        timestamp[order].astype(np.int64),
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        titles,
-        user_ids,
-        item_ids,
-        name,
+def finish(
+    rows: Rows,
+    titles: list[str],  # of each item of rows.item_ids; items with "" are dropped
+    name: str,
+    words: Words = ITEMS,
+    percentile: str = "",  # item, user or all: amounts become ratings by rank inside such a group
+    repeats: str = "last",  # of a pair: the last one counts, or amounts "sum" up at the first time
+    by_text: bool = True,  # codes in the order of the ids as texts; off: as they stand
+) -> Interactions:
+    """The sorted log, in which the order of the lines changes nothing but ties in time."""
+    user, user_ids = recoded(rows.user, by_text, rows.user_ids)
+    item, item_ids, titles = recoded(rows.item, by_text, rows.item_ids, titles)
+    order = sort_order(user, rows.time)
+    user, item, amount, time = (c[order] for c in (user, item, rows.amount, rows.time))
+    keep, amount, merged = merged_pairs(user, item, amount, time, len(item_ids), repeats)
+    if merged:
+        sums = "repeats, added up"
+        last = "repeated pairs of user and item, of which the last counts"
+        rows.notes[last if repeats == "last" else sums] = merged
+        user, item, amount, time = (c[keep] for c in (user, item, amount, time))
+    if percentile:
+        group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
+        amount = percentile_ratings(amount, group)
+    start = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
+    seconds = time // rows.per_second
+    log = Interactions(
+        user, item, amount, seconds, start, titles, user_ids, item_ids, name, words=words
     )
+    titled = np.array([bool(title) for title in titles])[item]
+    if not titled.all():
+        why = "interactions with an item that has no title"
+        rows.notes[why] = int(len(titled) - titled.sum())
+        if not titled.any():
+            first = item_ids[:3]
+            raise ValueError(
+                f"{rows.source}: not one of its {len(titles):,} items has a title; first {first}"
+            )
+        log = select_rows(log, titled)
+    return replace(log, titles=unique_titles(log.titles), notes=rows.notes)
+
+
+def recoded(codes: np.ndarray, by_text: bool, ids: list[str], *others: list) -> tuple:
+    """Codes in the order of the ids, of those in use; `ids` and `others` in that order."""
+    order = np.flatnonzero(np.bincount(codes, minlength=len(ids))).tolist()
+    if by_text:
+        order = sorted(order, key=ids.__getitem__)
+    new = np.full(len(ids), -1, np.int32)
+    new[order] = np.arange(len(order), dtype=np.int32)
+    return new[codes], *([values[i] for i in order] for values in (ids, *others))
+
+
+def merged_pairs(user, item, amount, time, num_items: int, repeats: str) -> tuple:
+    """Of rows by user and time: (n,) bool those that stay, amounts, how many go."""
+    key = user.astype(np.int64) * num_items + item
+    order = np.argsort(key, kind="stable")  # of a pair in the order of time
+    key = key[order]
+    ends = np.append(key[1:] != key[:-1], True)
+    merged = len(key) - int(ends.sum())
+    if not merged:
+        return ends, amount, 0
+    chosen = ends
+    if repeats == "sum":  # the first time; of equal times the row further down
+        pair = np.append(0, np.cumsum(ends)[:-1])
+        begin = np.append(0, np.flatnonzero(ends)[:-1] + 1)
+        first = time[order] == time[order][begin][pair]
+        chosen = first & (ends | ~np.append(first[1:], False))
+        sums = np.bincount(pair, amount[order])[pair].astype(np.float32)
+        amount = np.empty_like(sums)
+        amount[order] = sums
+    keep = np.zeros(len(key), bool)
+    keep[order[chosen]] = True
+    return keep, amount, merged
 
 
 def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -> Interactions:
-    """Code, deduplicate (last rating of a user-item pair wins) and sort raw columns.
+    """The log of raw columns; of a repeated user-item pair the last rating counts.
 
     `titles` maps item id to title."""
     user_ids, user = np.unique(np.asarray(user), return_inverse=True)
@@ -97,12 +294,12 @@ def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -
     missing = [i for i in item_ids.tolist() if i not in titles]
     if missing:
         raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
-    rating, timestamp = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
-    keep = last_of_each_pair(user, item, timestamp)
-    names = unique_titles([titles[i] for i in item_ids.tolist()])
+    rating, time = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
     ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
-    columns = [column[keep] for column in (user, item, rating, timestamp)]
-    return _sorted(*columns, names, *ids, name)
+    codes = user.astype(np.int32), item.astype(np.int32)
+    rows = Rows("", *codes, rating, time, 1, *ids, None, {}, {}, None)
+    names = [titles[i] for i in item_ids.tolist()]
+    return finish(rows, names, name, by_text=False)
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -126,262 +323,3 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
     ratings = np.empty(n, np.float32)
     ratings[order] = np.repeat(np.ceil(5 * share), length)
     return ratings
-
-
-class Codes(dict):
-    """Id -> int code in order of appearance; an id that is no id (blank, None, True, 1.5) -> -1,
-    and one of `absent`, which mean that there is none, -> -2. Spaces around it do not count."""
-
-    ABSENT = -2
-
-    def __init__(self, absent: Iterable = ()):
-        super().__init__(dict.fromkeys(absent, Codes.ABSENT))
-        self.ids: list[str] = []
-
-    def __missing__(self, key) -> int:
-        if isinstance(key, str):
-            name = key.strip()
-        elif isinstance(key, int) and not isinstance(key, bool):
-            name = str(key)
-        elif isinstance(key, float) and key.is_integer():
-            name = str(int(key))
-        else:
-            return -1
-        if name != key:
-            code = self[name]
-        elif not name or len(name) > 1000:
-            return -1
-        else:
-            code = len(self.ids)
-            self.ids.append(name.encode("utf-8", "replace").decode())
-        self[key] = code
-        return code
-
-    def encode(self, values: Sequence) -> np.ndarray:
-        return np.fromiter(map(self.__getitem__, values), np.int32, len(values))
-
-
-def parse_amounts(values: Sequence) -> np.ndarray:
-    return np.array(list(map(float, values)), np.float64).astype(np.float32)
-
-
-FIELDS = ("user", "item", "rating", "time")  # of a row, for messages
-
-
-def _convert(convert, missing, values: Sequence) -> np.ndarray:
-    """convert(values), with `missing` for each value that it refuses:
-    halves are tried until those stand alone."""
-    try:
-        return convert(values)
-    except (ValueError, TypeError, OverflowError, AttributeError, OSError):
-        if len(values) == 1:
-            return np.array([missing])
-        middle = len(values) // 2
-        return np.concatenate(
-            [_convert(convert, missing, part) for part in (values[:middle], values[middle:])]
-        )
-
-
-def shorten(text: str, length: int = 200) -> str:
-    """A text for a message."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-class LineCount:
-    """Counts the lines of a file, names the first bad ones,
-    and stops where they are more than chance."""
-
-    def __init__(self, source, expected: str):
-        self.source = str(source)
-        self.expected = expected  # what a line should be, for messages
-        self.lines, self.num_bad = 0, 0
-        self.first_bad: list[tuple[int, str]] = []
-
-    def bad(self, number: int, why: str) -> None:
-        """A line that cannot be understood. ValueError as soon as they are too many."""
-        self.lines += 1
-        self._bad(number, why)
-
-    def _bad(self, number: int, why: str) -> None:
-        self.num_bad += 1
-        self.first_bad = sorted([*self.first_bad, (number, shorten(why))])[:3]
-        # a bad beginning may yet be less than 1 % of the whole
-        if self.num_bad > 1000 and self.lines >= 100_000:
-            self.check()
-
-    def bad_lines(self) -> str:
-        return "; ".join(f"line {number}: {why!r}" for number, why in self.first_bad)
-
-    def check(self) -> None:
-        if self.num_bad > MAX_BAD_SHARE * max(1, self.lines):
-            raise ValueError(
-                f"{self.source}: {self.num_bad:,} of {self.lines:,} lines cannot be used (up to "
-                f"{MAX_BAD_SHARE:.0%} would be passed over): {self.bad_lines()}: {self.cause()}"
-            )
-
-    def cause(self) -> str:
-        """Why the lines are bad, and the way out, as far as it is known."""
-        return f"these are not {self.expected}; this looks like another file or format"
-
-
-class LogBuilder(LineCount):
-    """Rows of a log while its file streams by: checked, coded, merged.
-    `add`, `bad` and `skip` as they come, then `finish`."""
-
-    COMPACT = 1 << 22  # rows that pile up before repeated pairs are merged
-
-    def __init__(self, source, expected: str, repeats: str = "last", amounts: bool = False):
-        """`repeats` of a user-item pair: the "last" rating wins, or amounts "sum" up at the first
-        time. `amounts` may be any numbers >= 0; otherwise they are ratings, above 0 and up to 5."""
-        super().__init__(source, expected)
-        self.repeats, self.amounts = repeats, amounts
-        self.users, self.items = Codes(), Codes()
-        none, nan = np.int32(-1), np.float32("nan")
-        self.converters = (
-            (self.users.encode, none),
-            (self.items.encode, none),
-            (parse_amounts, nan),
-            (parse_times, np.nan),
-        )
-        self.chunks: list[tuple[np.ndarray, ...]] = []  # (user, item, amount, time) each
-        self.pending, self.kept, self.largest = 0, 0, 0.0
-        self.notes: Counter[str] = Counter()
-
-    def skip(self, why: str) -> None:
-        """A line that is understood but holds no usable interaction."""
-        self.lines += 1
-        self.notes[why] += 1
-
-    def add(
-        self,
-        numbers: Sequence[int],
-        users: Sequence,
-        items: Sequence,
-        amounts: Sequence,
-        times: Sequence,
-    ) -> np.ndarray:
-        """Add rows as read, line `numbers` beside them;
-        returns their item codes, -1 where the row is bad."""
-        self.lines += len(numbers)
-        raw = (users, items, amounts, times)
-        columns = tuple(
-            _convert(*converter, values)
-            for converter, values in zip(self.converters, raw, strict=True)
-        )
-        user, item, amount, time = columns
-        top = np.finfo(np.float32).max if self.amounts else 5
-        # NaN is none of it
-        fine = (user >= 0, item >= 0, (amount >= 0) & (amount <= top), time >= 0)
-        good = np.logical_and.reduce(fine)
-        none = self.none(columns, good)
-        for row in np.flatnonzero(~good & ~none):
-            wrong = [name for name, ok in zip(FIELDS, fine, strict=True) if not ok[row]]
-            self.bad_row(numbers[row], {n: raw[FIELDS.index(n)][row] for n in wrong})
-        self.largest = max(self.largest, float(amount[np.isfinite(amount)].max(initial=0)))
-        inside = good & ~none
-        if inside.all():
-            self.chunks.append(columns)
-        else:
-            self.chunks.append(tuple(column[inside] for column in columns))
-            item = np.where(inside, item, -1)
-        self.pending += int(inside.sum())
-        if self.pending > max(self.COMPACT, self.kept):
-            self.compact()
-        return item
-
-    def none(self, columns: tuple[np.ndarray, ...], good: np.ndarray) -> np.ndarray:
-        """(rows,) bool: rows that are understood but hold no interaction;
-        they are counted by reason."""
-        zero = good & (columns[2] == 0) & (not self.amounts)  # BeerAdvocate has some
-        self.notes["lines with rating 0, which means none"] += int(zero.sum())
-        return zero
-
-    def cause(self) -> str:
-        if self.amounts or self.largest <= 5:
-            return super().cause()
-        return (
-            f"ratings go up to {self.largest:g} instead of 5; --percentile item makes ratings of "
-            "hours, plays or scores"
-        )
-
-    def bad_row(self, number: int, values: dict) -> None:
-        """A row with values, by field, that are not what they should be."""
-        self._bad(number, ", ".join(f"{name} {value!r}" for name, value in values.items()))
-
-    def compact(self) -> None:
-        """Merge repeated pairs; the rows that stay keep their order."""
-        if not self.chunks:
-            return
-        user, item, amount, time = (
-            np.concatenate(parts) for parts in zip(*self.chunks, strict=True)
-        )
-        self.chunks = []
-        if self.repeats == "last":
-            keep = last_of_each_pair(user, item, time)
-        else:
-            keep = last_of_each_pair(user, item, -time)  # of the first time
-            key = user.astype(np.int64) << 32 | item.astype(np.int64)
-            pairs, which = np.unique(key, return_inverse=True)
-            sums = np.bincount(which, weights=amount, minlength=len(pairs))
-            amount = sums[which].astype(np.float32)
-        merged = "repeats, added up"
-        if self.repeats == "last":
-            merged = "repeated pairs of user and item, of which the last counts"
-        self.notes[merged] += int(len(keep) - keep.sum())
-        self.chunks = [tuple(column[keep] for column in (user, item, amount, time))]
-        self.kept, self.pending = int(keep.sum()), 0
-
-    def finish(
-        self, titles: Mapping[str, str] | None, name: str, percentile: str = ""
-    ) -> Interactions:
-        """The sorted log. `titles` by item id; None: ids are titles; items without one are dropped,
-        and counted. `percentile` item, user or all: amounts become ratings by rank inside such a
-        group."""
-        self.check()
-        self.compact()
-        if not self.kept:
-            reasons = [f"{count:,} {why}" for why, count in self.notes.items() if count]
-            left_out = f" ({'; '.join(reasons)})" if reasons else ""
-            raise ValueError(
-                f"{self.source}: no interaction found in {self.lines:,} lines{left_out}; expected "
-                f"{self.expected}"
-            )
-        (columns,) = self.chunks
-        user, item, amount, time = columns
-        self.chunks = []
-        if percentile:
-            group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
-            amount = percentile_ratings(amount, group)
-        if titles is None:
-            names = [clean_title(i) for i in self.items.ids]
-        else:
-            names = [clean_title(titles.get(i) or "") for i in self.items.ids]
-        have = np.array([bool(n) for n in names])
-        keep = have[item]
-        if not keep.all():
-            self.notes["interactions with an item that has no title"] = int(len(keep) - keep.sum())
-            if not keep.any():
-                raise ValueError(
-                    f"{self.source}: not one of its {len(names):,} items has a title; "
-                    f"first {self.items.ids[:3]}"
-                )
-            user, item, amount, time = (column[keep] for column in (user, item, amount, time))
-        if self.num_bad:
-            self.notes[f"lines that could not be read ({self.bad_lines()})"] = self.num_bad
-        # codes in the order of the ids: the order of the lines changes nothing
-        user, (user_ids,) = _recode(user, self.users.ids)
-        item, (item_ids, names) = _recode(item, self.items.ids, names)
-        interactions = _sorted(
-            user, item, amount, time, unique_titles(names), user_ids, item_ids, name
-        )
-        interactions.notes = {why: count for why, count in self.notes.items() if count}
-        return interactions
-
-
-def _recode(codes: np.ndarray, ids: list[str], *others: list) -> tuple[np.ndarray, list[list]]:
-    """Codes by sorted id, of the ids in use; `ids` and `others` of those, in that order."""
-    used = np.flatnonzero(np.bincount(codes, minlength=len(ids))).tolist()
-    order = sorted(used, key=ids.__getitem__)
-    new = np.full(len(ids), -1, np.int32)
-    new[order] = np.arange(len(order), dtype=np.int32)
-    return new[codes], [[values[i] for i in order] for values in (ids, *others)]

@@ -1,21 +1,20 @@
-"""What one value of a user's table means: numbers and times however they are written,
-marks of absence, scales.
+"""What the values of a column mean: ids, numbers however they are written, moments in time, scales.
 
-A value is a number or a time, ABSENT (left empty, NULL, ...: counted and said, never an error) or
-NaN (not understood: a bad line). Columns come CHUNK values at a time; the usual case goes through
-`float` alone."""
+A column is coded, and only its distinct values are converted, one by one. A value that is left
+empty (NULL, NA, ...) is ABSENT: its row is left out and counted. One that is not understood is BAD.
+Dates with the day or the month first are left out, because nobody can tell them apart."""
 
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from uuid import UUID
 
 import numpy as np
 
-ABSENT = -math.inf  # no value
-BAD = math.nan  # a value, but not what the column should hold
+ABSENT, BAD = -math.inf, math.nan  # of numbers
+NO_ID, BAD_ID = -1, -2  # of the codes of ids; of times, too
 
 ABSENT_TEXTS = frozenset(
     ("", "\\N", "NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NaT", "null", "Null", "NULL", "None")
@@ -23,76 +22,107 @@ ABSENT_TEXTS = frozenset(
 ABSENT_IDS = ABSENT_TEXTS | {"-1"}
 ABSENT_TITLES = ABSENT_IDS | {"0"}  # fillna(0)
 
-WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
 
-# the year 5138; larger times are in milliseconds (from 1973 on) or smaller units
-MAX_SECONDS = 1e11
+@dataclass
+class Column:
+    """A column of any type: the distinct values, and where each row's stands among them."""
+
+    codes: np.ndarray  # (n,) int32, -1 for null
+    values: list
+
+    @staticmethod
+    def of(values) -> "Column":
+        """The column of a list of Python values."""
+        places: dict = {}
+        known = (-1 if v is None else places.setdefault(v, len(places)) for v in values)
+        codes = np.fromiter(known, np.int32, len(values))
+        return Column(codes, list(places))
+
+    @staticmethod
+    def joined(columns: list["Column"]) -> "Column":
+        if len(columns) == 1:
+            return columns[0]
+        places: dict = {}
+        codes = []
+        for column in columns:
+            new = [places.setdefault(value, len(places)) for value in column.values]
+            codes.append(np.array([*new, -1], np.int32)[column.codes])
+        return Column(np.concatenate(codes), list(places))
+
+    def converted(self, convert, null) -> np.ndarray:
+        """(n,) convert(value) of each row, with `null` where there is none."""
+        return np.array([*map(convert, self.values), null])[self.codes]
+
+
+# ---------------------------------------------------------------------------------------------- ids
+def id_text(value) -> str | None:
+    """The text of an id; None where the value is none (True, 1.5, a list)."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, Decimal)):
+        whole = math.isfinite(value) and value == value // 1
+        return str(int(value)) if whole else "" if value != value else None
+    if isinstance(value, bytes):
+        try:
+            return str(UUID(bytes=value)) if len(value) == 16 else value.decode().strip()
+        except UnicodeDecodeError:
+            return None
+    return None
+
+
+def read_ids(column: Column, absent=ABSENT_IDS) -> tuple[np.ndarray, list[str]]:
+    """Code of each row's id (n,), NO_ID or BAD_ID; and the ids in order of appearance."""
+    places, new = {}, []
+    for value in column.values:
+        text = id_text(value)
+        if text is None or len(text) > 1000:
+            new.append(BAD_ID)
+        elif text in absent:
+            new.append(NO_ID)
+        else:
+            new.append(places.setdefault(text, len(places)))
+    ids = [text.encode("utf-8", "replace").decode() for text in places]
+    return np.array([*new, NO_ID], np.int32)[column.codes], ids
 
 
 # ------------------------------------------------------------------------------------------ numbers
+WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
 _SPACES = re.compile(r"(?<=\d)[\s\u00a0\u202f'’](?=\d{3}(?:\D|$))")  # 1 234, 1'234
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # 1,234.5
 _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+|[-+]?\d{1,3}(?:\.\d{3})+(?:,\d+)?")  # 3,5 and 1.234,5
 
 
-@dataclass
-class NumberStyle:
-    """How a column writes its numbers: "" with a point,
-    "thousands" as 1,234.5 or "decimal" as 1.234,5."""
-
-    delimiter: str = ","  # of the file: where it is a semicolon, a comma is decimal
-    comma: str = ""
-
-    def look(self, values: Sequence) -> None:
-        """Settle what a comma means, at the first values that have one;
-        it holds for the rest of the column."""
-        texts = [v.strip() for v in values if isinstance(v, str) and "," in v]
-        if self.comma or not texts:
-            return
-        in_thousands = all(_THOUSANDS.fullmatch(text) for text in texts)
-        self.comma = "thousands" if in_thousands and self.delimiter != ";" else "decimal"
-
-    def number(self, value) -> float:
-        """A number, ABSENT or BAD."""
-        if value is None:
+def read_number(value, comma: str = "") -> float:
+    """A number, ABSENT or BAD; `comma` says what it means in this column."""
+    if isinstance(value, str):
+        value = value.strip()
+        if value in ABSENT_TEXTS:
             return ABSENT
-        if not isinstance(value, str):
-            return _float(value)
-        text = value.strip()
-        if text in ABSENT_TEXTS:
-            return ABSENT
-        if text.lower() in WORDS:
-            return WORDS[text.lower()]
-        text = _SPACES.sub("", text)
-        if self.comma == "thousands" and _THOUSANDS.fullmatch(text):
-            text = text.replace(",", "")
-        elif self.comma == "decimal" and _DECIMAL_COMMA.fullmatch(text):
-            text = text.replace(".", "").replace(",", ".")
-        return _float(text)
-
-    def numbers(self, values: Sequence) -> np.ndarray:
-        """(n,) float64 of numbers, ABSENT and BAD."""
-        if not self.comma:
-            try:
-                found = np.array(list(map(float, values)), np.float64)
-            except (ValueError, TypeError, OverflowError):
-                self.look(values)
-            else:
-                absent = np.isnan(found)
-                found[np.isinf(found)] = BAD
-                found[absent] = ABSENT
-                return found
-        return np.array([self.number(value) for value in values], np.float64)
-
-
-def _float(value) -> float:
+        if value.lower() in WORDS:
+            return WORDS[value.lower()]
+        value = _SPACES.sub("", value)
+        if comma == "thousands" and _THOUSANDS.fullmatch(value):
+            value = value.replace(",", "")
+        elif comma == "decimal" and _DECIMAL_COMMA.fullmatch(value):
+            value = value.replace(".", "").replace(",", ".")
     try:
         number = float(value)
     except (ValueError, TypeError, OverflowError):
         return BAD
-    if math.isnan(number):
-        return ABSENT
-    return BAD if math.isinf(number) else number
+    return ABSENT if math.isnan(number) else BAD if math.isinf(number) else number
+
+
+def read_numbers(column: Column, delimiter: str = ",") -> np.ndarray:
+    """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them.
+
+    A comma is decimal, unless all values that have one have it between thousands. In a file whose
+    fields a semicolon divides it is decimal always."""
+    texts = [v.strip() for v in column.values if isinstance(v, str) and "," in v]
+    thousands = delimiter != ";" and all(_THOUSANDS.fullmatch(text) for text in texts)
+    comma = "thousands" if thousands else "decimal"
+    return np.array([*(read_number(value, comma) for value in column.values), ABSENT])
 
 
 # ------------------------------------------------------------------------------------------- scales
@@ -102,114 +132,41 @@ def parse_scale(text: str) -> tuple[float, float] | None:
         return None
     if text == "binary":
         return 0.0, 1.0
-    low, comma, high = text.partition(",")
-    ends = _float(low), _float(high)
-    if not comma or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
+    ends = [read_number(end) for end in text.split(",")]
+    if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
         raise ValueError(
             f"--scale {text!r}: expected the lowest and the highest rating, "
             "such as 0,100, or binary"
         )
-    return ends
+    return ends[0], ends[1]
 
 
-@dataclass
-class Span:
-    """Which values a column has."""
-
-    lowest: float = math.inf
-    least: float = math.inf  # of those above 0
-    highest: float = -math.inf
-    zeros: bool = False
-    fractions: bool = False
-
-    def add(self, x: np.ndarray) -> None:
-        self.lowest = min(self.lowest, float(x.min(initial=math.inf)))
-        self.highest = max(self.highest, float(x.max(initial=-math.inf)))
-        self.zeros = self.zeros or not x.all()
-        self.fractions = self.fractions or bool((x != np.floor(x)).any())
-        self.least = min(self.least, float(x[x > 0].min(initial=math.inf)))
-
-    def scale(self) -> str:
-        """The options that say what these ratings are; "" if they look like 1 to 5."""
-        low, high = self.lowest, self.highest
-        if high == -math.inf:
-            return ""
-        if low < 0 and (low != -1 or high <= 1):
-            end = round_up(max(-low, high))
-            return f"--scale {-end:g},{end:g}"
-        if high > 10:
-            return f"--scale 0,{round_up(high):g}; hours, plays or prices: --percentile item"
-        if high > 5:
-            zero = "--scale 0,10, or if 0 means none: " if self.zeros else ""
-            return f"{zero}--scale 1,10; hours, plays or prices: --percentile item"
-        if high <= 1:
-            return "--scale 0,1" if self.fractions else "--scale binary"
-        if high < 4 or (high == 4 and self.zeros and not self.fractions):
-            start = 0 if self.zeros or self.least < 1 else 1
-            end = max(start + 1, math.ceil(high))
-            return f"--scale {start},{end}; if they are 1 to 5 all the same: --scale 1,5"
+def fitting_scale(x: np.ndarray) -> str:
+    """The options that say what these ratings are; "" if they look like 1 to 5."""
+    if not len(x):
         return ""
-
-
-class Ratings:
-    """The rating column: what a scale maps linearly to 1 to 5, or amounts as they are;
-    remembers which values there were."""
-
-    def __init__(self, scale: str, amounts: bool, style: NumberStyle):
-        self.scale, self.binary, self.amounts = parse_scale(scale), scale == "binary", amounts
-        self.style = style
-        self.seen, self.kept = Span(), Span()
-        self.marks: Counter[str] = Counter()  # "0", "-1": values that mean none
-        self.mapped = 0
-        self.highest = self.scale[1] if self.scale else 5.0
-
-    def __call__(self, values: Sequence) -> np.ndarray:
-        """(n,) float32: ratings of 1 to 5 (without --scale, above 0 and up to 5) or amounts from 0
-        on, ABSENT or BAD."""
-        x = self.style.numbers(values)
-        number = np.isfinite(x)
-        low, high = self.scale or ((0.0, math.inf) if self.amounts else (1e-9, 5.0))
-        inside = number & (x >= low) & (x <= high)
-        if self.binary:
-            inside &= (x == 0) | (x == 1)
-        marks = {f"{mark:g}": x == mark for mark in (0.0, -1.0) if not low <= mark <= high}
-        self.seen.add(x[number])
-        none = np.zeros_like(number)
-        if marks:
-            none = np.any(list(marks.values()), axis=0)
-        self.marks.update({name: int(rows.sum()) for name, rows in marks.items()})
-        self.kept.add(x[inside | none])
-        x[number & ~inside] = BAD
-        x[none] = ABSENT
-        if self.scale:
-            self.mapped += int(inside.sum())
-            x = 1 + 4 * (x - low) / (high - low)
-        return x.astype(np.float32)
-
-    def doubt(self, span: Span) -> str:
-        """Why the ratings do not look like those of a scale from 1 to 5, and the way out;
-        "" if they do."""
-        found = f"ratings from {span.lowest:g} to {span.highest:g}"
-        if self.amounts:
-            return ""
-        if self.scale:
-            low, high = self.scale
-            outside = span.lowest < low or span.highest > high
-            what = "values other than 0 and 1" if self.binary else "ratings outside --scale"
-            return f"{what} {low:g},{high:g}: {found}" if outside or self.binary else ""
-        advice = span.scale()
-        return advice and (
-            f"{found} are not those of a scale from 1 to 5; "
-            f"say which scale it is, and they are mapped: {advice}"
-        )
+    low, high, zeros, fractions = x.min(), x.max(), (x == 0).any(), (x != np.floor(x)).any()
+    if low < 0 and (low != -1 or high <= 1):
+        end = round_up(max(-low, high))
+        return f"--scale {-end:g},{end:g}"
+    if high > 10:
+        return f"--scale 0,{round_up(high):g}; hours, plays or prices: --percentile item"
+    if high > 5:
+        zero = "--scale 0,10, or if 0 means none: " if zeros else ""
+        return f"{zero}--scale 1,10; hours, plays or prices: --percentile item"
+    if high <= 1:
+        return "--scale 0,1" if fractions else "--scale binary"
+    if high < 4 or (high == 4 and zeros and not fractions):
+        start = 0 if zeros or x[x > 0].min() < 1 else 1
+        end = max(start + 1, math.ceil(high))
+        return f"--scale {start},{end}; if they are 1 to 5 all the same: --scale 1,5"
+    return ""
 
 
 def round_up(high: float) -> float:
     """The end of the scale that a highest rating suggests: 9.4 -> 10, 87 -> 100."""
-    for end in (1, 2, 3, 4, 5, 10, 20, 100):
-        if high <= end:
-            return end
-    return 10.0 ** math.ceil(math.log10(high))
+    ends = (end for end in (1, 2, 3, 4, 5, 10, 20, 100) if high <= end)
+    return next(ends, 10.0 ** math.ceil(math.log10(high)))
 
 
 # -------------------------------------------------------------------------------------------- times
@@ -220,74 +177,81 @@ _TIME = re.compile(
     r"\s*(?:Z|UTC|GMT|([-+])(\d{2}):?(\d{2})?)?(?:\s*UTC)?",
     re.IGNORECASE,
 )
-
 TIME_ADVICE = "write times as 2024-12-31 or 2024-12-31 23:59:59, or in seconds since 1970"
+MICRO = 1_000_000
+DAY, SECOND = "%Y%m%d", "%Y%m%d%H%M%S"  # dates that look like numbers
 
 
-def parse_times(values: Sequence) -> np.ndarray:
-    """float64 seconds of times given as seconds (also milli-, micro- or nanoseconds) or as dates
-    with the year first, UTC where no zone is named.
-
-    ValueError where one is neither, or lies before 1970."""
-    try:
-        times = _seconds(np.array(list(map(float, values))))
-    except (ValueError, TypeError):
-        times = np.array([_one_time(value) for value in values])
-    if not ((times >= 0) & (times < np.inf)).all():
-        raise ValueError("a time that is not finite, or before 1970")
-    return times
-
-
-def read_times(values: Sequence) -> np.ndarray:
-    """As parse_times, but ABSENT or BAD where a value is no time."""
-    try:
-        return parse_times(values)
-    except (ValueError, TypeError, AttributeError, OverflowError):
-        return np.array([_time_or_mark(value) for value in values], np.float64)
-
-
-def _time_or_mark(value) -> float:
-    if value is None or (value.strip() in ABSENT_IDS if isinstance(value, str) else value == -1):
-        return ABSENT
-    try:
-        time = _one_time(value)
-    except (ValueError, TypeError, AttributeError, OverflowError):
-        return BAD
-    return time if 0 <= time < math.inf else BAD
-
-
-def _seconds(times: np.ndarray) -> np.ndarray:
-    if not (times < 1e20).all():
-        raise ValueError("a time beyond all units")
-    while (large := times >= MAX_SECONDS).any():
-        times[large] /= 1000
-    return times
-
-
-def _one_time(value) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(_seconds(np.array([float(value)]))[0])
+def microseconds(value) -> int:
+    """Microseconds since 1970 of a date with the year first, UTC where no zone is named;
+    NO_ID or BAD_ID."""
+    if not isinstance(value, str):
+        return BAD_ID
     text = value.strip()
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    try:
-        return float(_seconds(np.array([float(text)]))[0])
-    except ValueError:
-        pass
-    try:
-        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
-    except ValueError:
-        moment = _moment(text)
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-
-
-def _moment(text: str) -> datetime:
-    """A date with the year first that fromisoformat does not take; ValueError if it is none."""
+    if text in ABSENT_IDS:
+        return NO_ID
     match = _TIME.fullmatch(text)
     if not match:
-        raise ValueError(f"{text!r} is no time")
+        return BAD_ID
     *parts, fraction, sign, hours, minutes = match.groups()
-    moment = datetime(*(int(part or 0) for part in parts), tzinfo=timezone.utc)
+    try:
+        moment = datetime(*(int(part or 0) for part in parts), tzinfo=timezone.utc)
+    except ValueError:
+        return BAD_ID
     offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
-    second = timedelta(seconds=float(f"0.{fraction or 0}"))
-    return moment + second - (offset if sign == "+" else -offset)
+    moment -= offset if sign == "+" else -offset
+    since = moment - datetime(1970, 1, 1, tzinfo=timezone.utc)
+    total = since // timedelta(microseconds=1) + int(f"{fraction or 0:0<6}"[:6])
+    return total if total >= 0 else BAD_ID
+
+
+def compact_dates(ticks: np.ndarray, form: str) -> np.ndarray | None:
+    """Microseconds of numbers that are dates throughout (20200914); None if one is not."""
+    distinct, places = np.unique(ticks, return_inverse=True)
+    try:
+        dates = [datetime.strptime(str(n), form).replace(tzinfo=timezone.utc) for n in distinct]
+    except ValueError:
+        return None
+    return np.array([int(d.timestamp()) * MICRO for d in dates], np.int64)[places]
+
+
+def read_times(column: Column | np.ndarray) -> tuple[np.ndarray, int]:
+    """(n,) int64 ticks since 1970, NO_ID or BAD_ID; and the ticks of a second.
+
+    A column has one form and one unit: numbers, whose unit is that of their median, dates written
+    as numbers throughout, or dates."""
+    if isinstance(column, Column):
+        numbers = np.array([read_time_number(value) for value in column.values])
+        if np.isnan(numbers).sum() > len(numbers) / 2 or not len(numbers):
+            return column.converted(microseconds, NO_ID).astype(np.int64), MICRO
+        ticks = np.array([*numbers, ABSENT])[column.codes]
+    else:
+        ticks = column
+    absent = (ticks == ABSENT) | (ticks == -1)
+    fine = (ticks >= 0) & (ticks < 9e18)
+    good = ticks[fine]
+    middle, per_second = np.median(good) if len(good) else 0, 1
+    while middle >= 1e11 * per_second:  # 1e11 s is the year 5138, 1e11 ms is 1973
+        per_second *= 1000
+    if good.dtype.kind == "f" and (good != np.floor(good)).any():
+        good, per_second = np.rint(good * (MICRO / per_second)), MICRO
+    good = good.astype(np.int64)
+    for form, first, last in ((DAY, 19700101, 21001231), (SECOND, 197001 * 10**8, 2101 * 10**10)):
+        inside = len(good) and good.min() >= first and good.max() <= last
+        if inside and (dates := compact_dates(good, form)) is not None:
+            good, per_second = dates, MICRO
+            break
+    out = np.full(len(ticks), BAD_ID, np.int64)
+    out[absent] = NO_ID
+    out[fine] = good
+    return out, per_second
+
+
+def read_time_number(value) -> float:
+    """A time that is a number; ABSENT, or BAD for dates."""
+    if isinstance(value, str) and value.strip() in ABSENT_IDS:
+        return ABSENT
+    if isinstance(value, bool):
+        return BAD
+    number = read_number(value, "thousands")
+    return number if number >= 0 or number == ABSENT or number == -1 else BAD

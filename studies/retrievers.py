@@ -1,4 +1,4 @@
-"""A retriever by its name: the counting ones of loaders/retrieval.py, or SASRec, trained here.
+"""A retriever by its name: the counting ones of loaders/counting.py, or SASRec, trained here.
 
 SASRec trains by the defaults of studies/sequential.py and stops by validation; its weights are kept
 beside the prepared examples, so that another call or process reads them."""
@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from common import print0, writing
 from hub.files import save_tensors
+from loaders.counting import COUNTING_RETRIEVERS, Retriever, fit
 from loaders.frozen import DataConfig, Prepared
-from loaders.retrieval import COUNTING_RETRIEVERS, Retriever, fit
 from studies.sequential import BaselineConfig, SASRec, train
 
 

@@ -92,23 +92,6 @@ def test_item_knn_matches_a_dict_loop(random_examples):
     )
 
 
-def test_item_knn_does_not_depend_on_the_chunk(random_examples, monkeypatch):
-    """Chunks bound the memory and change nothing, down to one pair and 64 users at a time."""
-    interactions = log_of(
-        [np.random.default_rng(n).permutation(15)[:6].tolist() for n in range(150)], 15
-    )
-    for examples in (
-        random_examples,
-        examples_at(interactions, [400, 850], np.array([[1, 2, 7, 9], [3, 2, 11, 14]])),
-    ):
-        whole = item_knn(examples)
-        with monkeypatch.context() as patch:
-            patch.setattr("loaders.counting.CHUNK_WORDS", 1)
-            assert (item_knn(examples) == whole).all()
-            patch.setattr("loaders.counting.BITS_BYTES", 1)
-            assert (item_knn(examples) == whole).all()
-
-
 def test_markov_matches_a_dict_loop(random_examples):
     """Transitions are counted forwards, within a user,
     up to ten steps apart and weighted by 1 / distance."""

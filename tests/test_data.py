@@ -668,7 +668,7 @@ def test_loaders_prints_statistics_and_an_example(folders, tmp_path):
         for line in done.stdout.splitlines()
         if line.startswith("rejected: ")
     )
-    assert sum(kinds.values()) == 9 and kinds.keys() <= {"random", "follows"}
+    assert sum(kinds.values()) == 3 and kinds.keys() <= {"random", "follows"}
     boundary, *_ = [line for line in done.stdout.splitlines() if line.startswith("boundary: ")]
     left, right = boundary.split(" || ")
     assert left.endswith("':'") and right.split("   ")[0].endswith("'<|end_of_text|>'")

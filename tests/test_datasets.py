@@ -1,5 +1,5 @@
-"""Loaders of Amazon, Steam, BeerAdvocate, LastFM, own logs, RecBole and prepared JSON:
-files of ours, real samples, fuzz."""
+"""Loaders of Amazon, Steam, BeerAdvocate, LastFM, RecBole and prepared JSON:
+files of ours, real samples, fuzz of logs."""
 
 import ast
 import csv
@@ -10,8 +10,8 @@ import random
 import re
 import shutil
 import tarfile
-import time
 from collections import Counter
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +19,11 @@ import numpy as np
 import pytest
 from test_loaders import DATA, check_table
 
-from data import build_examples, encode_examples, render_prompt
-from demo.tiny import make_base_model
-from hub.tokenizer import Tokenizer
-from loaders.beeradvocate import beer_title, mend_encoding
-from loaders.files import MAX_LINE, literal_record, read_lines
+from data import build_examples, render_prompt
 from loaders.frozen import DataConfig, load_interactions, prepare
-from loaders.ownlog import load_own_log, parse_columns
-from loaders.table import LogBuilder, clean_title, parse_times, percentile_ratings
+from loaders.ownlog import parse_columns
+from loaders.published import beer_title, mend_encoding
+from loaders.table import clean_title, percentile_ratings
 
 
 def load(dataset: str, path, **options):
@@ -62,128 +59,6 @@ def rows_of(interactions) -> list[tuple]:
     return [(interactions.user_ids[u], interactions.item_ids[i], r, t) for u, i, r, t in columns]
 
 
-# ------------------------------------------------------------------------------- lines and literals
-def random_literal(rng: random.Random, depth: int = 0):
-    texts = [
-        "",
-        "it's",
-        'say "hi"',
-        "both ' and \"",
-        "back\\slash",
-        "tab\there",
-        "é ™ 坂",
-        "{'a': 1}",
-        "x, 'y': 2}",
-        "u'",
-    ]
-    kinds = [
-        lambda: rng.choice(texts),
-        lambda: rng.uniform(-5, 5),
-        lambda: rng.randrange(-99, 10**12),
-    ]
-    kinds += [lambda: rng.choice([True, False, None]), lambda: 1e-7 * rng.random()]
-    if depth < 2:
-        kinds += [lambda: [random_literal(rng, depth + 1) for _ in range(rng.randrange(3))]]
-        kinds += [
-            lambda: {
-                rng.choice("abc") * 2: random_literal(rng, depth + 1)
-                for _ in range(rng.randrange(3))
-            }
-        ]
-    return rng.choice(kinds)()
-
-
-def test_literal_lines_are_what_python_reads():
-    """On 3,000 random dicts the wanted keys equal those of ast.literal_eval,
-    with the u prefixes of Python 2 and without."""
-    rng = random.Random(0)
-    for _ in range(3000):
-        record = {
-            key: random_literal(rng)
-            for key in rng.sample(["a", "b/c", "hours", "it's", "u", "date"], 4)
-        }
-        line = repr(record)
-        if rng.random() < 0.3:
-            line = re.sub(r"(?<=[{ ])'(\w+)'", r"u'\1'", line)
-        expected = ast.literal_eval(line)
-        found = literal_record(line, ("a", "hours", "u"))
-        assert found == {key: expected[key] for key in ("a", "hours", "u") if key in expected}, line
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "__import__('os').system('true')",
-        "{'a': open('x')}",
-        "{'a': 1",
-        "[1, 2]",
-        "",
-        "{'a': 1} 2",
-        "{" * 500,
-    ],
-)
-def test_lines_that_are_no_literal_are_refused(line):
-    """Code, cut-off dicts and other things are a ValueError; nothing is ever evaluated."""
-    with pytest.raises(ValueError):
-        literal_record(line, ("a",))
-
-
-def test_lines_are_unpacked_and_decoded(tmp_path):
-    """Gzip, byte-order marks, UTF-16, stray latin-1 bytes, Windows line ends;
-    a line without end is cut, not swallowed."""
-    assert list(read_lines(put(tmp_path / "a.gz", "x\r\ny"))) == ["x", "y"]
-    assert list(read_lines(put(tmp_path / "b", b"\xef\xbb\xbfx\n\xc3\xa9 K\xf6lsch\n"))) == [
-        "x",
-        "é Kölsch",
-    ]
-    assert list(read_lines(put(tmp_path / "c", "x\né\n".encode("utf-16")))) == ["x", "é"]
-    long = list(read_lines(put(tmp_path / "d", b"x" * (3 * MAX_LINE) + b"\nlast")))
-    assert [len(line) for line in long] == [101, 4] and long[0][-1] == "\0"
-    blocks = [b"y" * 997] * 2200  # a block of bytes ends within a line
-    blocks[1100] = b"z" * (2 * MAX_LINE)
-    mixed = list(read_lines(put(tmp_path / "f", b"\r\n".join(blocks))))
-    assert [len(line) for line in mixed] == [997] * 1100 + [101] + [997] * 1099
-    whole = gzip.compress(random.Random(0).randbytes(10000))
-    (tmp_path / "e.gz").write_bytes(whole[:-3000])
-    with pytest.raises(ValueError, match="e.gz: the compressed file is damaged or cut off"):
-        list(read_lines(tmp_path / "e.gz"))
-
-
-def test_titles_are_one_line_of_a_prompt():
-    """Line breaks of every kind, control characters, entities, lone surrogates,
-    and titles as long as a page."""
-    title = clean_title(" A\nB\x0b\x85C\u2028D\x00E &lt;b&gt; \ud800 \ufeff")
-    assert title == "A B C D E <b> ?"
-    assert len(clean_title("x" * 1000)) == 200
-
-
-@pytest.mark.parametrize(
-    "value, seconds",
-    [
-        ("978300760", 978300760),
-        (978300760, 978300760),
-        ("1529193600000", 1529193600),
-        (1529193600123456789, 1529193600),
-        ("2009-05-04T23:08:57Z", 1241478537),
-        ("2009-05-04 23:08:57", 1241478537),
-        ("2009-05-05T01:08:57+02:00", 1241478537),
-        ("2017-12-17", 1513468800),
-        ("0", 0),
-    ],
-)
-def test_times_are_seconds_whatever_their_form(value, seconds):
-    """Seconds, milli- and nanoseconds, ISO dates with and without zone;
-    also beside others in one column."""
-    assert parse_times([value]).astype(int).tolist() == [seconds]
-    assert parse_times([value, "2000-01-01"]).astype(int).tolist() == [seconds, 946684800]
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon", "", None, "13/04/2015", "1e30"])
-def test_times_that_are_none_are_refused(value):
-    with pytest.raises((ValueError, TypeError, AttributeError)):
-        parse_times([value])
-
-
 # -------------------------------------------------------------------------------------- percentiles
 def test_percentile_ratings_are_mid_ranks_of_the_group():
     """ceil(5 * mid-rank / size): equal amounts tie, the top fifth gets 5, a group of one gets 3."""
@@ -202,49 +77,6 @@ def test_percentile_ratings_are_mid_ranks_of_the_group():
     assert percentile_ratings(np.array([7.0]), np.array([0])).tolist() == [3]
     ranks = np.bincount(percentile_ratings(np.arange(100.0), np.zeros(100)).astype(int))
     assert ranks.tolist() == [0, 20, 20, 20, 20, 20]
-
-
-# ---------------------------------------------------------------------------------------- streaming
-def test_repeated_pairs_merge_while_the_file_streams():
-    """Rows held stay near the number of distinct pairs, however long the file;
-    the last rating, or the sum, is right."""
-    rng = np.random.default_rng(1)
-    rows = [
-        (f"u{u}", f"i{i}", float(r), int(t))
-        for u, i, r, t in zip(*(rng.integers(1, m, 20000) for m in (9, 9, 6, 500)), strict=True)
-    ]
-    for repeats in ("last", "sum"):
-        builder = LogBuilder("x", "rows", repeats, amounts=repeats == "sum")
-        builder.COMPACT = 256
-        for at in range(0, len(rows), 50):
-            builder.add(range(at, at + 50), *zip(*rows[at : at + 50], strict=True))
-            assert sum(len(chunk[0]) for chunk in builder.chunks) <= 64 + 256 + 50
-        interactions = builder.finish({f"i{i}": f"T{i}" for i in range(9)}, "x")
-        expected: dict = {}
-        for u, i, r, t in sorted(rows, key=lambda row: row[3]):  # stable
-            if repeats == "last":
-                expected[u, i] = (r, t)
-            else:
-                total, first = expected.get((u, i), (0.0, t))
-                expected[u, i] = (total + r, first)
-        assert {(u, i): (r, t) for u, i, r, t in rows_of(interactions)} == expected
-        check_table(interactions)
-
-
-def test_a_few_bad_lines_are_counted_and_many_are_an_error(tmp_path):
-    """1 % is passed over with the first line numbers named;
-    more is an error that says what was expected."""
-    good = [f"u{n % 7},i{n % 50},{1 + n % 5},{n},T{n % 50}" for n in range(400)]
-    lines = ["user,item,rating,timestamp,title", *good]
-    lines[17], lines[30] = "u1,i2,stars,9,T2", "u1,i2"
-    interactions = load_own_log(put(tmp_path / "a.csv", "\n".join(lines)), "csv")
-    (note,) = [why for why in interactions.notes if "could not be read" in why]
-    assert interactions.notes[note] == 2 and "line 18" in note and "line 31" in note
-    lines[40:60] = ["nonsense"] * 20
-    with pytest.raises(
-        ValueError, match=r"b\.csv: 22 of 400 lines .*1%.*line 18.*not rows with user, item"
-    ):
-        load_own_log(put(tmp_path / "b.csv", "\n".join(lines)), "csv")
 
 
 # ------------------------------------------------------------------------------------ files of ours
@@ -440,7 +272,7 @@ def test_steam_hours_become_ratings_within_the_game(tmp_path):
     ]
     assert (
         interactions.titles == ["Sam & Max", "Portal™"]
-        and interactions.notes["reviews without hours of play"] == 1
+        and interactions.notes["rows without rating"] == 1
     )
     assert [r for *_, r, _ in rows_of(load_steam(tmp_path, percentile="all"))] == [3, 5, 1]
 
@@ -462,10 +294,7 @@ def test_beeradvocate_in_three_forms(form, content, tmp_path):
         "Sausa Weizen (5% ABV, Hefeweizen)",
         "Pale Ale",
     ]
-    assert interactions.notes == {
-        "lines with rating 0, which means none": 1,
-        "reviews without a user name": 1,
-    }
+    assert interactions.notes == {"rows without user": 1, "rows without rating (0 1 times)": 1}
 
 
 def test_twice_encoded_names_are_mended():
@@ -507,7 +336,7 @@ def test_lastfm_counts_plays_of_artists(form, tmp_path):
     ]
     assert (
         interactions.titles == ['Deep "Dish', "坂本龍一"]
-        and interactions.notes["plays of an artist without MusicBrainz id"] == 1
+        and interactions.notes["rows without item"] == 1
     )
 
 
@@ -515,7 +344,7 @@ def test_recbole_atomic_files(tmp_path):
     """Typed headers; quotes are characters; titles come from the .item file beside."""
     put(tmp_path / "ml.inter", INTER)
     put(tmp_path / "ml.item", ITEM)
-    interactions = load_own_log(tmp_path, "recbole")
+    interactions = load("recbole", tmp_path)
     assert rows_of(interactions) == [
         ("u1", "20", 2.5, 50),
         ("u1", "10", 4, 100),
@@ -580,48 +409,19 @@ def own_csv(
     return out.getvalue()
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 3, 1)])
-def test_own_csv_in_any_order_and_dialect(delimiter, order, tmp_path):
-    """The usual names are found; others are given; quoted fields may hold the delimiter."""
-    file = put(tmp_path / "log.csv", own_csv(order=order, delimiter=delimiter))
-    interactions = load_own_log(file, "csv")
-    assert rows_of(interactions) == OWN_ROWS and interactions.titles == ["Go", 'say "A, B"']
-    names = ("who", "what", "stars", "at", "called")
-    file = put(tmp_path / "named.csv", own_csv(names, order, delimiter))
-    interactions = load_own_log(
-        file, "csv", "user=who,item=what,rating=stars,timestamp=at,title=called"
-    )
-    assert rows_of(interactions) == OWN_ROWS and interactions.titles == ["Go", 'say "A, B"']
-    with pytest.raises(
-        ValueError,
-        match=r"named\.csv: which column is the user\? Say --columns user=NAME,item=NAME.*who",
-    ):
-        load_own_log(file, "csv")
-
-
-def test_own_csv_without_header_counts_columns(tmp_path):
-    file = put(tmp_path / "log.csv", own_csv().split("\n", 1)[1])
-    assert (
-        rows_of(load_own_log(file, "csv", "user=1,item=2,rating=3,timestamp=4,title=5")) == OWN_ROWS
-    )
-    with pytest.raises(ValueError, match="asks for column 6, the first line has 5"):
-        load_own_log(file, "csv", "user=1,item=6")
-
-
 def test_own_json_lines_and_item_file(tmp_path):
     """Numbers as ids and times; titles from a second file, CSV or JSON lines;
     ids where an item has none."""
     records = [{"user": u, "item": int(i), "rating": r, "timestamp": t} for u, i, r, t, _ in OWN]
     file = put(tmp_path / "log.jsonl.gz", json_lines(records))
     items = put(tmp_path / "items.csv", "item_id,name\n7,Go\n9,unseen\n")
-    interactions = load_own_log(file, "jsonl", item_file=str(items))
+    interactions = load("jsonl", file, item_file=str(items))
     assert rows_of(interactions) == OWN_ROWS and interactions.titles == ["Go", "8"]
     items = put(
         tmp_path / "items.jsonl",
         json_lines([{"item": 7, "title": "Go"}, {"item": "8", "title": "Stop"}]),
     )
-    assert load_own_log(file, "jsonl", item_file=str(items)).titles == ["Go", "Stop"]
+    assert load("jsonl", file, item_file=str(items)).titles == ["Go", "Stop"]
 
 
 def test_own_hours_and_missing_columns(tmp_path, capsys):
@@ -631,14 +431,14 @@ def test_own_hours_and_missing_columns(tmp_path, capsys):
     file = put(
         tmp_path / "scores.csv", own_csv(("user", "item", "score", "date", "title"), rows=scores)
     )
-    with pytest.raises(ValueError, match="ratings from 20 to 50 are not .*: --percentile item"):
-        load_own_log(file, "csv")
-    assert [r for *_, r, _ in rows_of(load_own_log(file, "csv", percentile="item"))] == [2, 3, 4]
+    with pytest.raises(ValueError, match="ratings from 20 to 50 are not .*--percentile item"):
+        load("csv", file)
+    assert [r for *_, r, _ in rows_of(load("csv", file, percentile="item"))] == [2, 3, 4]
     # below 5, but hours all the same
     file = put(tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title")))
-    assert [r for *_, r, _ in rows_of(load_own_log(file, "csv"))] == [2, 3, 4]
+    assert [r for *_, r, _ in rows_of(load("csv", file))] == [2, 3, 4]
     clicks = put(tmp_path / "clicks.csv", "user,item\nb,1\na,1\nb,2\nb,1\nb,1\n")
-    interactions = load_own_log(clicks, "csv")
+    interactions = load("csv", clicks)
     # times are line numbers
     assert rows_of(interactions) == [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]
     notes = capsys.readouterr().out
@@ -651,38 +451,13 @@ def test_columns_that_are_not_understood_are_named(text):
         parse_columns(text)
 
 
-@pytest.mark.parametrize("second", ["", 'T" oops'])
-def test_a_quote_that_is_not_closed_costs_its_own_line_only(second, tmp_path):
-    """The rows behind a stray quote are read,
-    whether the file ends or another stray quote closes it."""
-    rows = [f"u{n % 9},i{n},{1 + n % 5},{n},T{n}" for n in range(2000)]
-    rows[100] = 'u1,i100,3,100,"Unclosed'
-    if second:
-        rows[110] = f"u2,i110,3,110,{second}"
-    interactions = load_own_log(
-        put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *rows])), "csv"
-    )
-    assert len(interactions.user) == 1999 and sum(interactions.notes.values()) == 1
-
-
-def test_lists_of_texts_do_not_backtrack():
-    """A line of Steam's games that is cut off inside a list of 200 texts is refused at once."""
-    line = "{u'id': u'10', u'tags': [" + ", ".join(f"u'T{n}'" for n in range(200))
-    started = time.process_time()
-    for cut in (line, line + "}", line + "], [", line[:-3]):
-        with pytest.raises(ValueError):
-            literal_record(cut, ("id",))
-    assert literal_record(line + "], 'x': 1}", ("x",)) == {"x": 1}
-    assert time.process_time() - started < 2
-
-
 def test_columns_are_the_likely_ones(tmp_path):
     """Ids before names; a product's name is the title, not the user's;
     keys that the first JSON line lacks are found."""
     text = "user_id,name,product_id,product_name,user,rating\n" + "".join(
         f"{u},Bob {u},{i},Thing {i},x,4\n" for u in range(3) for i in range(3)
     )
-    interactions = load_own_log(put(tmp_path / "a.csv", text), "csv")
+    interactions = load("csv", put(tmp_path / "a.csv", text))
     assert interactions.user_ids == ["0", "1", "2"] and interactions.titles == [
         "Thing 0",
         "Thing 1",
@@ -691,39 +466,17 @@ def test_columns_are_the_likely_ones(tmp_path):
     lines = [{"user": "a", "item": "1"}] + [
         {"user": "a", "item": str(n), "rating": 4.5} for n in range(200)
     ]
-    interactions = load_own_log(put(tmp_path / "a.jsonl", json_lines(lines)), "jsonl")
+    interactions = load("jsonl", put(tmp_path / "a.jsonl", json_lines(lines)))
     assert set(interactions.rating.tolist()) == {4.5} and len(interactions.user) == 200
     with pytest.raises(ValueError, match="item is named twice"):
         parse_columns("user=item,item=item")
-
-
-def test_files_that_are_no_tables_say_so(tmp_path):
-    """Excel's own format, UTF-16 without mark, JSON lines that are none;
-    Excel's sep= line is understood."""
-    with pytest.raises(ValueError, match="save the table as CSV"):
-        load_own_log(put(tmp_path / "a.csv", b"PK\x03\x04\x14\x00"), "csv")
-    with pytest.raises(ValueError, match="not text in UTF-8"):
-        load_own_log(put(tmp_path / "b.csv", own_csv().encode("utf-16-le")), "csv")
-    with pytest.raises(ValueError, match="lines together are no JSON objects, first line 2"):
-        load_own_log(
-            put(tmp_path / "c.jsonl", json_lines([{"user": 1, "item": 2}]) + "u,i\n" * 20_000),
-            "jsonl",
-        )
-    assert (
-        rows_of(
-            load_own_log(
-                put(tmp_path / "d.csv", "\nsep=;\n".lstrip() + own_csv(delimiter=";")), "csv"
-            )
-        )
-        == OWN_ROWS
-    )
 
 
 def test_an_item_file_may_name_the_item_otherwise(tmp_path):
     """--columns item=sku is the log's; the item file's is found under its usual name."""
     log_file = put(tmp_path / "log.csv", own_csv(("user", "sku2", "rating", "timestamp", "x")))
     items = put(tmp_path / "items.csv", "product_id,label\n7,Go\n8,Stop\n")
-    assert load_own_log(log_file, "csv", "item=sku2,title=label", str(items)).titles == [
+    assert load("csv", log_file, columns="item=sku2,title=label", item_file=str(items)).titles == [
         "Go",
         "Stop",
     ]
@@ -736,29 +489,13 @@ def test_order_within_a_second_and_titles_that_change(tmp_path):
         f"u,{n},4,{1600000000000 + 100 * (9 - n)},{'New' if n else 'Old'}" for n in range(9)
     ] + ["v,0,4,1600000000000,New"]
     for lines in (rows, rows[::-1]):
-        interactions = load_own_log(
-            put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *lines])), "csv"
+        interactions = load(
+            "csv", put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *lines]))
         )
         assert [i for u, i, *_ in rows_of(interactions) if u == "u"] == [
             str(n) for n in range(8, -1, -1)
         ]
         assert interactions.titles[0] == "New"
-
-
-def test_a_renamed_or_rewritten_file_is_prepared_anew(tmp_path):
-    """Whatever its suffix: other content means other examples."""
-    config = DataConfig(
-        dataset="csv",
-        data_dir=str(tmp_path / "events.data"),
-        prepared_dir=str(tmp_path / "p"),
-        followers=2,
-        min_history=2,
-    )
-    rows = [(f"u{u}", f"i{(u * 7 + t) % 60}", 4 + t % 2, t, "") for u in range(9) for t in range(9)]
-    put(Path(config.data_dir), own_csv(rows=rows))
-    first = prepare(config).hash
-    put(Path(config.data_dir), own_csv(rows=rows[:-3]))
-    assert prepare(config).hash != first
 
 
 def test_logs_without_a_liked_item_say_so(tmp_path):
@@ -775,29 +512,6 @@ def test_logs_without_a_liked_item_say_so(tmp_path):
         match="no train example: in none of .* places is the chosen item liked.*--min_rating",
     ):
         prepare(config)
-
-
-def test_the_order_of_lines_changes_nothing(tmp_path):
-    """But for ties in time: shuffled lines give the same prepared examples, hash included."""
-    rng = np.random.default_rng(2)
-    rows = [
-        (f"u{u}", f"i{i}", 1 + int(rng.integers(5)), t, f"T{i}")
-        for t, (u, i) in enumerate(rng.integers(0, (12, 60), (700, 2)).tolist())
-    ]
-    hashes = []
-    for n in range(3):
-        file = put(
-            tmp_path / f"{n}.csv", own_csv(rows=[rows[i] for i in rng.permutation(len(rows))])
-        )
-        config = DataConfig(
-            dataset="csv",
-            data_dir=str(file),
-            prepared_dir=str(tmp_path / "p"),
-            followers=3,
-            min_history=2,
-        )
-        hashes.append(prepare(config).hash)
-    assert len(set(hashes)) == 1
 
 
 # ------------------------------------------------------------------------------------ prepared JSON
@@ -860,7 +574,7 @@ def test_prepared_json_that_does_not_fit_is_named(short, tmp_path):
     put(tmp_path / "train.json", json.dumps(entries))
     put(tmp_path / "test.json", json.dumps(entries[10:]))
     with pytest.raises(
-        ValueError, match=r"train\.json: 1 of 50 .*line 4.*20 different candidates.*itemList"
+        ValueError, match=r"train\.json: 1 of 50 .*entry 4.*20 different candidates"
     ):
         prepare(
             DataConfig(dataset="prepared", data_dir=str(tmp_path), prepared_dir=str(tmp_path / "p"))
@@ -903,7 +617,7 @@ def test_real_repeats_keep_the_last(tmp_path):
     last = {}
     for r in sorted(reviews, key=lambda r: r["unixReviewTime"]):
         last[r["reviewerID"], r["asin"]] = (r["overall"], r["unixReviewTime"])
-    interactions = load_own_log(file, "jsonl")  # its metadata is not at hand
+    interactions = load("jsonl", file)  # its metadata is not at hand
     assert (len(reviews), len(last), interactions.num_users, interactions.num_items) == (
         3176,
         len(interactions.user),
@@ -989,7 +703,7 @@ def test_real_lastfm_sample():
         and interactions.notes["repeats, added up"] == sum(plays.values()) - len(plays)
     )
     assert {(u, i): t for u, i, _, t in rows_of(interactions)} == {
-        pair: int(parse_times([time])[0]) for pair, time in first.items()
+        pair: int(datetime.fromisoformat(time).timestamp()) for pair, time in first.items()
     }
 
 
@@ -1123,12 +837,11 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return content
 
 
-def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
+def fuzz(seeds: range, tmp_path: Path) -> Counter:
     """Load mutated files of every kind: a log that keeps its promises, or one ValueError.
     Counts both."""
     outcomes: Counter = Counter()
     everything = list(sources().items())
-    eos = tokenizer.eos_id
     for seed in seeds:
         rng = random.Random(seed)
         name, (files, options) = everything[seed % len(everything)]
@@ -1158,9 +871,7 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
                 splits = build_examples(interactions, config)
             titles = list(interactions.titles)
             assert all(t and t == clean_title(t) and len(t) <= 250 for t in titles), (name, seed)
-            encoded = encode_examples(splits["test"].select(np.arange(1)), tokenizer, 100_000)
-            assert eos not in encoded.prompts[0].tolist(), (name, seed)
-            outcomes["encoded"] += 1
+            render_prompt(splits["test"][0])
         except ValueError as error:
             own = (
                 str(folder),
@@ -1180,27 +891,14 @@ def fuzz(seeds: range, tmp_path: Path, tokenizer: Tokenizer) -> Counter:
     return outcomes
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    examples = prepare(
-        DataConfig(planted_users=60, train_size=30, followers=3, prepared_dir=str(folder / "p"))
-    ).splits["train"]
-    make_base_model(folder, examples, hidden_size=64, num_layers=1, vocab_size=400, seed=0)
-    return Tokenizer(folder)
-
-
-def test_mutated_files_are_refused_or_counted(tmp_path, tokenizer, capsys):
-    """440 files: every loader refuses some and loads some;
-    no traceback, no control token in a prompt."""
-    outcomes = fuzz(range(440), tmp_path, tokenizer)
-    encoded = outcomes.pop("encoded")
+def test_mutated_logs_are_refused_or_counted(tmp_path, capsys):
+    """220 files: every loader refuses some and loads some, without a traceback."""
+    outcomes = fuzz(range(220), tmp_path)
     for how in ("loaded", "refused"):
         assert {name for name, outcome in outcomes if outcome == how} == sources().keys()
-    assert encoded > 50
 
 
 @pytest.mark.slow
-def test_many_mutated_files_are_refused_or_counted(tmp_path, tokenizer, capsys):
-    """20,000 more."""
-    fuzz(range(1000, 21000), tmp_path, tokenizer)
+def test_many_mutated_logs_are_refused_or_counted(tmp_path, capsys):
+    """5,000 more."""
+    fuzz(range(1000, 6000), tmp_path)

@@ -192,7 +192,6 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
     assert any("training does not see" in why for why in read.interactions.notes)
     usual = prepare(replace(config, split_by="last"))
     assert usual.interactions.train_end is None and usual.folder != made.folder
-    assert "split_by" not in usual.options
     assert usual.splits["test"].candidates.tolist() == (
         build_examples(usual.interactions, replace(config, split_by="last"))[
             "test"
@@ -217,10 +216,10 @@ def test_bad_dates_and_options_that_tell_of_later_are_refused():
         build_dated_examples(interactions, replace(CONFIG, history=90, min_history=80))
     for options, message in (
         ({"split_date": "tomorrow"}, "expected a date such as 2000-12-01"),
-        ({"core": 5}, "--core counts the whole log"),
+        ({"core": 5}, "--core counts what comes after the date"),
         ({"dataset": "lastfm", "data_dir": "x"}, "needs ratings"),
         ({"dataset": "csv", "data_dir": "x", "percentile": "all"}, "needs ratings"),
-        ({"dataset": "prepared", "data_dir": "x"}, "its splits are fixed"),
+        ({"dataset": "prepared", "data_dir": "x"}, "the splits are fixed"),
     ):
         with pytest.raises(ValueError, match=message):
             DataConfig(**{"split_by": "time"} | options)

@@ -161,7 +161,6 @@ OPTIONS_OF_OTHERS = {
 
 
 NOT_STARTED = {
-    ROOT / "bench" / "parquet.py",  # needs pyarrow; its options are harness.py's
     ROOT / "bench" / "kernels.py",  # imports Triton without its interpreter
 }
 

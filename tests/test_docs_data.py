@@ -9,6 +9,8 @@ import sqlite3
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_datasets import INTER, ITEM, json_lines, load, put, rows_of
 from test_finding import amazon_csv
@@ -84,8 +86,6 @@ def make_files(folder: Path) -> None:
 
 
 def make_parquet(folder: Path) -> None:
-    pa = pytest.importorskip("pyarrow", reason="the extra pyarrow is not installed")
-    pq = pytest.importorskip("pyarrow.parquet")
     user, item, rating, time = map(list, zip(*EVENTS, strict=True))
     moments = pa.array(time).cast(pa.timestamp("s", "UTC"))
     columns = {"user": user, "item": item, "rating": rating, "timestamp": moments}

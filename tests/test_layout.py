@@ -17,7 +17,7 @@ ROOMS = {
     "model": 440,
     "data": 657,
     "lora": 300,
-    "loaders": 4959,
+    "loaders": 3667,
     "runtime": 1693,
     "eval": 373,
     "demo": 741,
@@ -25,8 +25,8 @@ ROOMS = {
     "train": 864,
     "studies": 1960,
     "recommend": 261,
-    "bench": 1043,
-    "tests": 15661,
+    "bench": 828,
+    "tests": 15274,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")

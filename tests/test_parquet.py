@@ -3,18 +3,15 @@ the same log as a CSV of the same rows, whatever the types of the columns."""
 
 import datetime as dt
 import decimal
-import sys
 import uuid
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_datasets import load, own_csv, put, rows_of
 from test_loaders import check_table
 
-from loaders import parquet
 from loaders.frozen import DataConfig, prepare
-
-pa = pytest.importorskip("pyarrow", reason="the extra pyarrow is not installed")
-pq = pytest.importorskip("pyarrow.parquet")
 
 ROWS = [(f"{n % 7}", f"{100 + n % 11}", 1 + n % 5, 1600000000 + 3600 * n, f"T {100 + n % 11}") for n in range(70)]  # noqa: E501  # fmt: skip
 NAMES = ("user", "item", "rating", "timestamp", "title")
@@ -115,12 +112,12 @@ def test_nulls(tmp_path):
 @pytest.mark.parametrize(
     "name, values, culprit",
     [
-        ("user", pa.array([[1]] * 70), "column user: list<.*> is neither a text nor a whole number"),  # noqa: E501
+        ("user", pa.array([[1]] * 70), "column user: list<.*> is neither a text nor a number"),  # noqa: E501
         ("item", pa.array([{"id": 1}] * 70), "column item: struct<.*> is neither"),
-        ("rating", pa.array([dt.date(2020, 1, 1)] * 70), r"column rating: date32\[day\] is no number"),  # noqa: E501
+        ("rating", pa.array([dt.date(2020, 1, 1)] * 70), "column rating: 70 values are no numbers"),  # noqa: E501
         ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no moment"),
-        ("item", pa.array([b"\xff\xfe"] * 70), "column item: .*UTF8"),
-        ("item", pa.array([1.5] * 70), "item 1.5"),
+        ("item", pa.array([b"\xff\xfe"] * 70), "column item: 70 values are no item ids"),
+        ("item", pa.array([1.5] * 70), "column item: .* 1.5"),
     ],
 )  # fmt: skip
 def test_columns_that_cannot_be_meant_are_named(name, values, culprit, tmp_path):
@@ -178,23 +175,6 @@ def test_a_folder_without_parts_or_of_another_kind_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------ reading
-def test_only_the_named_columns_are_read_in_batches(tmp_path, monkeypatch):
-    """A column of long texts beside them is never touched, and no batch is longer than BATCH."""
-    monkeypatch.setattr(parquet, "BATCH", 16)
-    asked, batches = [], parquet._batches
-
-    def spy(part, names):
-        for batch in batches(part, names):
-            asked.append((set(batch.schema.names), len(batch)))
-            yield batch
-
-    monkeypatch.setattr(parquet, "_batches", spy)
-    file = write(tmp_path / "log.parquet", columns() | {"text": ["long " * 99] * len(ROWS)})
-    assert rows_of(load("parquet", file)) == expected(tmp_path)
-    assert all(names == set(NAMES) and rows <= 16 for names, rows in asked)
-    assert sum(rows for _, rows in asked) == len(ROWS)
-
-
 def test_titles_come_from_a_second_file(tmp_path):
     table = columns()
     del table["title"]
@@ -220,13 +200,6 @@ def test_titles_come_from_a_second_file(tmp_path):
 def test_what_is_no_parquet_is_refused_by_name(content, tmp_path):
     with pytest.raises(ValueError, match=r"log\.parquet: cannot be read as Parquet"):
         load("parquet", put(tmp_path / "log.parquet", content))
-
-
-def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
-    file = write(tmp_path / "log.parquet", columns())
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="pip install pyarrow"):
-        load("parquet", file)
 
 
 def test_parquet_and_csv_give_one_hash_but_for_the_name(tmp_path):

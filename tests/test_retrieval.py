@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 
-import loaders.retrieval as retrieval
 from data import Examples, build_examples
-from loaders.counting import item_knn, markov, popularity
+from loaders.counting import best_items, fit, item_knn, markov, popularity, training_rows
 from loaders.frozen import DataConfig
-from loaders.retrieval import best_items, fit, training_rows
 from loaders.table import make_interactions
 
 COUNTING = {"popularity": popularity, "item-knn": item_knn, "markov": markov}
@@ -54,23 +52,6 @@ def test_best_items_by_score_then_code():
     assert best_items(scores, np.array([1, 2]), 99).tolist() == [6, 3, 5, 0, 4]
     assert best_items(scores, np.arange(7), 3).tolist() == []
     assert scores.max() == 3.0  # the caller's array is left alone
-
-
-def test_item_knn_keeps_rows_within_its_bytes(monkeypatch):
-    """A small cache gives the same scores and never holds more than it may."""
-    interactions = random_log()
-    free = fit("item-knn", interactions)
-    whole = [
-        free.scores(interactions.item[a:b])
-        for a, b in zip(interactions.start, interactions.start[1:], strict=False)
-    ]
-    monkeypatch.setattr(retrieval, "CACHE_BYTES", 2000)
-    tight = fit("item-knn", interactions)
-    for wanted, a, b in zip(whole, interactions.start, interactions.start[1:], strict=False):
-        assert (tight.scores(interactions.item[a:b]) == wanted).all()
-        assert tight.cached_bytes <= 2000
-        assert tight.cached_bytes == sum(x.nbytes for row in tight.cache.values() for x in row)
-    assert 0 < len(tight.cache) < len(free.cache)
 
 
 def test_an_item_without_interactions_scores_nothing():

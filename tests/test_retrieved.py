@@ -8,7 +8,6 @@ import pytest
 
 from data import Interactions, build_examples
 from eval import ranking_metrics
-from loaders import counting
 from loaders.counting import DECAY, MAX_DISTANCE, markov, markov_top
 from loaders.frozen import DataConfig
 from loaders.planted import World, planted_world
@@ -42,11 +41,9 @@ def plain_scores(interactions: Interactions, row: int, history: int) -> dict[int
     return scores
 
 
-@pytest.mark.parametrize("cells", [1, 1 << 23])  # one row at a time, and all at once
-def test_retrieved_items_are_the_best_of_a_plain_loop(interactions, monkeypatch, cells):
+def test_retrieved_items_are_the_best_of_a_plain_loop(interactions):
     """Their scores are the highest of all never-touched items,
     and those that markov() gives them."""
-    monkeypatch.setattr(counting, "BLOCK_CELLS", cells)
     rows = interactions.start[1:4] - 1
     found = markov_top(interactions, rows, 20, 12)
     examples = build_examples(interactions, replace(CONFIG, negatives="uniform"))["test"].select(

@@ -14,10 +14,9 @@ from test_report import write_stage
 
 from data import build_examples
 from eval import ranking_metrics, summarise
-from loaders.counting import counting_baselines, markov
+from loaders.counting import counting_baselines, fit, markov, training_rows
 from loaders.frozen import DataConfig, prepare
 from loaders.planted import World, bayes_scores, planted_world
-from loaders.retrieval import fit, training_rows
 from runtime.stages import save_predictions
 from studies import two_stage
 from studies.methods import collect
