@@ -23,7 +23,7 @@ ROOMS = {
     "demo": 600,
     "objectives": 336,
     "train": 790,
-    "studies": 2257,
+    "studies": 2073,
     "recommend": 550,
     "bench": 3113,
     "tests": 16760,
