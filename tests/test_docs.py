@@ -159,8 +159,6 @@ OPTIONS_OF_OTHERS = {
 
 NOT_STARTED = {
     ROOT / "hub" / "render.py",  # a child process of its room
-    ROOT / "bench" / "parquet.py",  # needs pyarrow; its options are harness.py's
-    ROOT / "bench" / "kernels.py",  # imports Triton without its interpreter
 }
 
 
