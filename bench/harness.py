@@ -5,8 +5,6 @@ measures it and says it in a line. `run` prints them, and keeps them in --page.
 
 Weights and token ids are random, because speed does not depend on their values. A GPU takes
 Llama-3.1-8B's shape in bf16, a CPU a tiny one in fp32, unless --shape and --dtype say otherwise.
-
-Legend: B prompts, K negatives of a prompt, M scored rows, D hidden_size, V vocab_size.
 """
 
 import gc
@@ -21,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from common import arg
@@ -35,7 +32,6 @@ from train import TrainConfig, train_step
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
 MARGIN = 6.0  # λ φ_w / φ_l of every pair
-ROUNDS = 3  # in which the ways take turns
 
 SHAPES = {
     "tiny": ModelConfig("llama", 8000, 384, 1024, 6, 6, 2, 64),
@@ -124,16 +120,10 @@ class Step:
         for block in self.blocks * compiled:  # a CPU only traces: its C++ compiler takes minutes
             block.use_compiler("inductor" if CUDA else "aot_eager")
         self.compilers = [block.compiled if compiled else None for block in self.blocks]
-        self.set_switches()
-        self.reference_logps = self.reference_pass()
-
-    def set_switches(self) -> None:
-        for block, compiler in zip(self.blocks, self.compilers, strict=True):
-            block.checkpointing, block.compiled = self.checkpointing, compiler
-
-    @torch.no_grad()
-    def reference_pass(self) -> Tensor:
-        return self.tree.sum_logps(self.model(self.tree)[0])
+        for block in self.blocks:
+            block.checkpointing, block.compiled = checkpointing, None
+        with torch.no_grad():
+            self.reference_logps = self.tree.sum_logps(model(self.tree)[0])
 
     def compute(self, tree):
         """(loss, metrics) of the tree, as train_step asks for them."""
@@ -144,7 +134,8 @@ class Step:
         return loss, {"loss": (loss.detach(), 1.0)}
 
     def __call__(self) -> dict[str, float]:
-        self.set_switches()
+        for block, compiler in zip(self.blocks, self.compilers, strict=True):
+            block.checkpointing, block.compiled = self.checkpointing, compiler
         options, trees = TrainConfig(max_grad_norm=0.3), [self.tree]
         return train_step(
             self.model, self.optimizer, trees, self.compute, 1e-5, options, self.replicas
@@ -160,7 +151,7 @@ class Step:
 
 
 # ------------------------------------------------------------------------ measuring, printing
-def medians(ways: dict, seconds: float, rounds: int = ROUNDS) -> dict[str, float]:
+def medians(ways: dict, seconds: float, rounds: int = 3) -> dict[str, float]:
     """Median seconds of a call of each way. What slows the machine slows all: they take turns."""
     times = {name: [] for name in ways}
     for way in ways.values():

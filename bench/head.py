@@ -2,12 +2,10 @@
 
     python -m bench.head
 
-here            kernels/logps.py as training uses it: Triton slabs on a GPU, the same walk in
-                PyTorch on a CPU
+here            kernels/logps.py as training uses it: Triton slabs on a GPU, PyTorch's on a CPU
 here, fused     its single Triton kernel, which recomputes the logits in backward (GPU only)
 eager           inputs and logits of all rows in fp32, log_softmax, gather: exact and simple
-eager, rounded  logits in the dtype of the inputs, then in fp32: what most trainers do
-compiled        torch.compile of that
+eager, rounded  logits in the dtype of the inputs: what most trainers do; compiled: the same
 torch           F.linear_cross_entropy(reduction="none"), where this torch has it
 
 The head is frozen, as in LoRA training; rates count the two GEMMs that are needed. Errors are the

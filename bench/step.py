@@ -2,13 +2,11 @@
 
     python -m bench.step                      --help lists the sizes
 
-here     one PromptTree per prompt, log-probs of the scored rows, reference log-probs kept
-usual    one full sequence per completion (1 + K of a prompt) through the policy and through
-         a reference; logits of every position, log_softmax in fp32, gather; adapters as peft has
-         them. The blocks are transformers' where it is installed, else ours. Its micro-batch is
-         the fastest of those that fit.
-
-Both run forward, loss, backward, clipping and fused AdamW.
+Here: one PromptTree per prompt, log-probs of the scored rows, reference log-probs kept. The usual
+way: one full sequence per completion (1 + K of a prompt) through policy and reference; logits of
+every position, log_softmax in fp32, gather; adapters as peft has them. Its blocks are transformers'
+where it is installed, else ours; its micro-batch is the fastest of those that fit. Both run
+forward, loss, backward, clipping and fused AdamW.
 """
 
 import importlib.util
@@ -18,10 +16,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import (
-    CUDA,
     MARGIN,
     Sizes,
     Step,
@@ -64,7 +60,8 @@ def naive_model(ours: Transformer, peer: bool = False) -> nn.Module:
     else:
         with torch.device("meta"):
             model = Transformer(ours.config)
-        model.load_state_dict(base_weights(ours), assign=True)
+        missing, _ = model.load_state_dict(ours.state_dict(), strict=False, assign=True)
+        assert not missing, missing
         model.inv_freq = inverse_frequencies(ours.config).to(ours.inv_freq.device)
     model.requires_grad_(False)
     for name, layer in ours.named_modules():
@@ -72,10 +69,6 @@ def naive_model(ours: Transformer, peer: bool = False) -> nn.Module:
             parent, _, short = name.rpartition(".")
             setattr(model.get_submodule(parent), short, NaiveLoRA(layer))
     return model
-
-
-def base_weights(ours: Transformer) -> dict[str, Tensor]:
-    return {name: p for name, p in ours.state_dict().items() if ".lora_" not in name}
 
 
 def transformers_model(ours: Transformer) -> nn.Module:
@@ -87,7 +80,8 @@ def transformers_model(ours: Transformer) -> nn.Module:
     with torch.device(ours.inv_freq.device):
         dtype = ours.lm_head.weight.dtype
         theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    theirs.load_state_dict(base_weights(ours), assign=True)
+    missing, _ = theirs.load_state_dict(ours.state_dict(), strict=False, assign=True)
+    assert not missing, missing
     return theirs
 
 
@@ -150,7 +144,6 @@ class Usual:
                 tried[size] = medians({"step": self}, 0, rounds=1)["step"]
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
                 break
             size *= 2
         return min(tried, key=tried.get)
@@ -162,16 +155,6 @@ def alone(step: Step, sizes: Sizes) -> str:
     s = medians({"step": step}, sizes.seconds)["step"]
     share = f"{step.flops() / s / matrix_rate(sizes):.0%} of the matrix rate"
     return f"{1000 * s:.0f} ms, {step.tokens / s:,.0f} tokens/s, {share}, {peak_gb(step)}"
-
-
-def operations(step: Step) -> str:
-    """The ten operations that take the most time of a step, by PyTorch's profiler."""
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * CUDA]) as done:
-        step()
-    own = f"self_{'device' if CUDA else 'cpu'}_time_total"
-    times = {event.key: getattr(event, own) for event in done.key_averages()}
-    largest = sorted(times, key=times.get, reverse=True)[:10]
-    return ", ".join(f"{key} {times[key] / sum(times.values()):.0%}" for key in largest)
 
 
 def figures(sizes: Sizes) -> dict[str, Callable[[], str]]:
@@ -197,7 +180,6 @@ def figures(sizes: Sizes) -> dict[str, Callable[[], str]]:
         "RecPO step, checkpointing": lambda: alone(here(checkpointing=True), sizes),
         "RecPO step, adapters written naively": lambda: alone(here(naive=True), sizes),
         "RecPO step, compiled": lambda: alone(here(compiled=True), sizes),
-        "operations of a RecPO step": lambda: operations(here()),
     }
 
 

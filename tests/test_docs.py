@@ -160,9 +160,7 @@ OPTIONS_OF_OTHERS = {
 }
 
 
-NOT_STARTED = {
-    ROOT / "bench" / "kernels.py",  # imports Triton without its interpreter
-}
+NOT_STARTED = {}
 
 
 def test_every_option_in_prose_is_one_of_some_program():

@@ -25,8 +25,8 @@ ROOMS = {
     "train": 864,
     "studies": 1960,
     "recommend": 261,
-    "bench": 828,
-    "tests": 15274,
+    "bench": 800,
+    "tests": 15273,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
