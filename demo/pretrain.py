@@ -606,9 +606,41 @@ def stop_signals():
 
 
 # ------------------------------------------------------------------------ for a log
-# Up to 1,000 titles, with the log's histories; above. Measured: docs/results.md.
-SMALL_BASE = {"steps": 2000, "settle_steps": 0, "batch_tokens": 3000, "learning_rate": 3e-3}
+# Up to 1,000 titles, with the log's histories; above. Measured: NOTES.md.
+SMALL_BASE = {"steps": 1700, "settle_steps": 150, "batch_tokens": 3000, "learning_rate": 3e-3}
 LARGE_BASE = {"steps": 1600, "hidden_size": 256, "num_layers": 3, "num_heads": 4}
+
+
+def kinds_of(log: Interactions, num_kinds: int, rounds: int = 30) -> list[list[str]]:
+    """Titles that are chosen close together by the same users, before what training may not see.
+
+    k-means, by cosine, over the leading directions of the positive pointwise mutual information of
+    two items at most three interactions apart."""
+    rng, row, inside = np.random.default_rng(0), np.arange(len(log.user)), log.training_end()
+    together = np.zeros((log.num_items, log.num_items))
+    for distance in (1, 2, 3):
+        first, then = row[:-distance], row[distance:]
+        pair = (log.user[first] == log.user[then]) & (then < inside[log.user[then]])
+        np.add.at(together, (log.item[first[pair]], log.item[then[pair]]), 1 / distance)
+    together += together.T
+    share = together.sum(1) + 1e-9
+    information = np.log(together * share.sum() / np.outer(share, share) + 1e-9).clip(0)
+    directions, strengths, _ = np.linalg.svd(information)
+    points = (directions * strengths**0.5)[:, :32]
+    points /= np.linalg.norm(points, axis=1, keepdims=True) + 1e-9
+    found = []
+    for _ in range(10):  # starts
+        centres = points[rng.choice(len(points), num_kinds, replace=False)]
+        for _ in range(rounds):
+            kind = (points @ centres.T).argmax(1)
+            sums = np.stack([points[kind == k].sum(0) for k in range(num_kinds)])
+            centres = sums / (np.linalg.norm(sums, axis=1, keepdims=True) + 1e-9)
+        found.append((float((points * centres[kind]).sum()), kind))
+    best = max(found, key=lambda start: start[0])[1]
+    known = set(known_titles(log))
+    kinds = [[log.titles[i] for i in np.flatnonzero(best == k)] for k in range(num_kinds)]
+    kinds = [[title for title in kind if title in known] for kind in kinds]
+    return [kind for kind in kinds if kind]
 
 
 def titles_base(interactions: Interactions, folder: Path, dry_run: bool) -> Path:
@@ -616,7 +648,9 @@ def titles_base(interactions: Interactions, folder: Path, dry_run: bool) -> Path
 
     A dry run makes none: it writes tokenizer and config, and says what the base would take."""
     kinds, words = [sorted(set(known_titles(interactions)))], interactions.words
-    small = len(kinds[0]) <= 1000
+    small = 2 * NUM_CANDIDATES <= len(kinds[0]) <= 1000
+    if small:
+        kinds = kinds_of(interactions, len(interactions.titles) // 16)
     config = PretrainConfig(title_tokens=True, **(SMALL_BASE if small else LARGE_BASE))
     log = interactions if small else None
     path = folder / f"titles-{made_from(config, kinds, words, log)[:12]}"

@@ -22,6 +22,7 @@ from hub import chat
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare
 from loaders.movielens import WORDS as MOVIES
+from loaders.planted import DEFAULTS
 from model import load_pretrained
 
 # The shapes of published templates: where they trim, where control tokens and line breaks stand.
@@ -387,11 +388,8 @@ DATA = ["--dataset=planted", "--planted_users=150", "--train_size=20", "--test_s
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    config = DataConfig(
-        dataset="planted", planted_users=150, train_size=20, test_size=8,
-        prepared_dir=str(tmp_path_factory.mktemp("prepared")),
-    )  # fmt: skip
-    return prepare(config)
+    options = DEFAULTS | {"planted_users": 150, "train_size": 20, "test_size": 8}
+    return prepare(DataConfig(**options, prepared_dir=str(tmp_path_factory.mktemp("prepared"))))
 
 
 @pytest.fixture(scope="module")

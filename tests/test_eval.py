@@ -28,6 +28,7 @@ from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig, find_prepared, prepare
 from loaders.movielens import WORDS as MOVIES
+from loaders.planted import DEFAULTS
 from loaders.table import make_interactions
 from model import load_pretrained
 from runtime.sources import with_run_options
@@ -268,7 +269,7 @@ def baseline_rows(prepared, split: str) -> list[str]:
 
 def test_baselines_are_those_of_the_split(in_process, tmp_path, capsys):
     """eval.py prints validation's beside validation, and the test's beside the test."""
-    options = {"planted_users": 150, "test_size": 9, "prepared_dir": str(tmp_path / "p")}
+    options = DEFAULTS | {"planted_users": 150, "test_size": 9, "prepared_dir": str(tmp_path / "p")}
     flags = [f"--{name}={value}" for name, value in options.items()]
     prepared = prepare(DataConfig(**options))
     assert baseline_rows(prepared, "val") != baseline_rows(prepared, "test")

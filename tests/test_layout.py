@@ -20,13 +20,13 @@ ROOMS = {
     "loaders": 3667,
     "runtime": 1693,
     "eval": 373,
-    "demo": 741,
+    "demo": 775,
     "objectives": 218,
     "train": 864,
     "studies": 1960,
     "recommend": 261,
     "bench": 800,
-    "tests": 15266,
+    "tests": 15265,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
