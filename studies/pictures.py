@@ -50,7 +50,7 @@ def panel(axis, methods: list[Method], measures: dict, label: str, values=None, 
     labels: list[tuple[float, str]] = []
     for name, figure in sorted(lines, key=lambda line: line[1]):
         axis.axvline(figure, color="grey", linestyle=":")
-        if labels and figure - labels[-1][0] < 0.02 * axis.get_xlim()[1]:
+        if labels and figure - labels[-1][0] < 0.04 * axis.get_xlim()[1]:
             figure, name = labels[-1][0], f"{labels.pop()[1]}, {name}"  # too near for two names
         labels.append((figure, name))
     for figure, name in labels:
