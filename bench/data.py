@@ -1,7 +1,7 @@
 """Speed and memory of reading own logs, beside pandas on the same files.
 
-    python bench/data.py                     20 million rows, 1 million JSON lines
-    python bench/data.py --rows 1000000
+    python -m bench.data                     20 million rows, 1 million JSON lines
+    python -m bench.data --rows 1000000
 
 Rows hold user, item, rating, time and title, users and items drawn unevenly, as people choose.
 `prepared` is all that a run waits for: read, examples drawn, hashed, written, mapped. pandas reads
@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from loaders.frozen import DataConfig, prepare  # noqa: E402
+from loaders.frozen import DataConfig, prepare
 
+ROOT = Path(__file__).parents[1]
 PART = 1_000_000  # rows that are made together
 
 
@@ -76,8 +76,9 @@ def child(kind: str, file: Path, kept: str) -> None:
 
 def measure(kind: str, file: Path, folder: Path) -> None:
     """A row of the table."""
-    command = [sys.executable, __file__, "--child", kind, str(file), str(folder / f"p-{kind}")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.data", "--child", kind, str(file)]
+    command.append(str(folder / f"p-{kind}"))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     wall, cpu, peak, rows = json.loads(done.stdout.splitlines()[-1])

@@ -170,6 +170,8 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     flags = [f"--{name}={value}" for name, value in data.items()]
     flags += [
         "--stages=raw,sft,sdpo",
+        "--sft_epochs=5",
+        "--epochs=3",
         "--dry_run",
         f"--model={bare}",
         f"--output_dir={tmp_path / 'run'}",

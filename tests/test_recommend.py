@@ -387,7 +387,7 @@ def test_bad_jobs_are_refused(folder, tmp_path):
     cases = {
         "ids.txt:2: the log has no user 'nobody'": {"users": tmp_path / "ids.txt", "output": new},
         "empty.txt names nobody": {"users": tmp_path / "empty.txt", "output": new},
-        "--top_k must be <= 20": {"top_k": 30, "output": new},
+        "--top_k must be >= 1, <= 20": {"top_k": 30, "output": new},
         "needs --output": {},
         "exists already": {"output": existing},
         "gone.txt cannot be read": {"users": tmp_path / "gone.txt", "output": new},

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from common import Stopped
+from demo.pretrain import BASE
 from eval import main as evaluate_run
 from model import load_pretrained
 from runtime.checkpoint import checkpoints
@@ -341,7 +342,14 @@ def test_torchrun_ends_with_the_error_of_one_rank(tmp_path):
     """Found by both ranks, or by rank 0 while the other waits: said once, at the very end."""
     for flag, message in ("--beta=x", "invalid float value"), ("--data_dir=no", "no such file"):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc_per_node=2", str(TRAIN), "--dataset=csv", flag]
+        command = [
+            *launcher,
+            "--nproc_per_node=2",
+            str(TRAIN),
+            "--dataset=csv",
+            f"--model={BASE}",
+            flag,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
         printed = done.stdout + done.stderr
         assert done.returncode == 1 and printed.count(message) == 1
@@ -379,7 +387,14 @@ def write_log(file: Path, users: int) -> Path:
 def test_a_run_over_data_that_grew_is_refused(in_process, tmp_path):
     """Finished stages hold for their data: train.py and eval.py name both hashes, write nothing."""
     log = write_log(tmp_path / "log.csv", 40)
-    flags = (*TINY, "--dataset=csv", f"--data_dir={log}", "--max_steps=1", "--core=2")
+    flags = (
+        *TINY,
+        "--dataset=csv",
+        f"--model={BASE}",
+        f"--data_dir={log}",
+        "--max_steps=1",
+        "--core=2",
+    )
     flags = (*flags, f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
     in_process(train.main, *flags, "--stages=sft")
     evaluation = (f"--run={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
