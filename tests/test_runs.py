@@ -394,6 +394,8 @@ def test_a_run_over_data_that_grew_is_refused(in_process, tmp_path):
         f"--data_dir={log}",
         "--max_steps=1",
         "--core=2",
+        "--followers=3",
+        "--min_history=4",
     )
     flags = (*flags, f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
     in_process(train.main, *flags, "--stages=sft")
@@ -404,7 +406,7 @@ def test_a_run_over_data_that_grew_is_refused(in_process, tmp_path):
 
     write_log(log, 50)
     message = (
-        r"sft was finished on data [0-9a-f]{12}, now it is [0-9a-f]{12}: .*another --output_dir"
+        r"sft was finished on data [0-9a-f]{12}, now it is [0-9a-f]{12}, .*another --output_dir"
     )
     with pytest.raises(ValueError, match=message):
         in_process(train.main, *flags, "--stages=sft,recpo", "--resume=auto")
