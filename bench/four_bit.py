@@ -21,10 +21,10 @@ import torch
 from harness import ROOT, SHAPES, header, table
 from loading import anonymous
 
-from common import setup_distributed
 from data import build_tree
 from losses import recpo_loss
 from model import ModelConfig, Transformer, save_pretrained
+from runtime.processes import setup_distributed
 from train import TrainConfig, load_policy, train_step
 
 CONFIG = ModelConfig("llama", 32000, 2048, 5632, 23, 16, 8, 128)

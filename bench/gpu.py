@@ -29,7 +29,8 @@ import ranks  # noqa: E402
 import verdict  # noqa: E402
 from harness import ROOT, commit, one_process, parser  # noqa: E402
 
-from common import print0, run_cli, setup_distributed  # noqa: E402
+from common import print0, run_cli  # noqa: E402
+from runtime.processes import setup_distributed  # noqa: E402
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from harness import ROOT, SHAPES, header, table
 
-from common import setup_distributed
 from model import ModelConfig, Transformer, save_pretrained
+from runtime.processes import setup_distributed
 from runtime.sharding import local
 from train import TrainConfig, load_policy
 

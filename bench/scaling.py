@@ -32,8 +32,8 @@ from harness import (
     tree_of,
 )
 
-from common import setup_distributed
 from losses import recpo_loss
+from runtime.processes import setup_distributed
 from runtime.sharding import shard
 from train import TrainConfig, train_step
 

@@ -98,7 +98,8 @@ def starting_weights(base: Path, adapter: Path | None) -> str:
 
 def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
     """A finished stage stands in one table with those to come, so it must have begun as they do."""
-    before = read_json(folder / "base.json")["starting_weights"]
+    with reading(folder / "base.json"):
+        before = str(read_json(folder / "base.json")["starting_weights"])
     now = starting_weights(base, adapter)
     if before != now:
         raise ValueError(

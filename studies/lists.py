@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, parse_config, run_cli, setup_distributed
+from common import arg, parse_config, run_cli
 from eval import evaluate, ranking_metrics
 from loaders.counting import counting_baselines
 from loaders.frozen import prepare
 from loaders.lists import KINDS, other_lists
 from runtime.policy import free_memory
+from runtime.processes import setup_distributed
 from runtime.sources import (
     SourceConfig,
     check_run_data,

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from objectives import PREFERENCE_LOSSES
 from studies.results import (
     NOT_THE_METHOD,
     PREFERENCE_OPTIONS,
@@ -20,7 +19,7 @@ from studies.results import (
     defaults_of,
 )
 from studies.statistics import Difference, judge, resampled_means
-from train import TrainConfig
+from train import PREFERENCE_LOSSES, TrainConfig
 
 
 @dataclass

@@ -27,10 +27,10 @@ import numpy as np
 
 from loaders.counting import item_counts
 from loaders.frozen import Prepared, find_prepared
-from objectives import PREFERENCE_LOSSES
 from studies.methods import Method, base_method, same_seeds
 from studies.results import Result, read_records
 from studies.statistics import Difference, interval_of, judge
+from train import PREFERENCE_LOSSES
 
 RESAMPLES = 2000
 NUM_BINS = 10  # of probability

@@ -39,7 +39,6 @@ import numpy as np
 from common import run_cli
 from loaders.frozen import DataConfig, find_prepared
 from loaders.show import statistics
-from objectives import PREFERENCE_LOSSES
 from studies.measure import MEASURED, measure_missing, wanted_kinds
 from studies.methods import (
     Method,
@@ -59,6 +58,7 @@ from studies.probes import SPREAD_COLUMNS, spread_cells
 from studies.results import Result, check_candidates, collect
 from studies.sections import more_sections
 from studies.statistics import bootstrap, judge, mcnemar, spread_of_bins
+from train import PREFERENCE_LOSSES
 
 MEASURES = ("hit_ratio@1", "valid_ratio", "ranking/hit_ratio@1")
 

@@ -12,10 +12,9 @@ import numpy as np
 from common import read_json, reading
 from eval import ranking_metrics
 from loaders.frozen import DataConfig
-from objectives import PREFERENCE_LOSSES
 from runtime.runs import FREE_TO_CHANGE
 from studies.sequential import BaselineConfig
-from train import TrainConfig
+from train import PREFERENCE_LOSSES, TrainConfig
 
 
 @dataclass

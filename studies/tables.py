@@ -47,7 +47,7 @@ def command_of(
     training = table.get("training", {}) if script == "train.py" else {}
     options = table["common"] | training | own | extra | {"output_dir": str(folder / run["name"])}
     if script == "train.py":
-        options |= {"resume": "auto"}
+        options |= {"shared": True, "resume": "auto"}
         if run.get("after"):
             options |= start_options(folder, run["after"])
     launcher = [sys.executable]

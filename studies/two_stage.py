@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, check_options, parse_config, run_cli, setup_distributed, writing
+from common import arg, check_options, parse_config, run_cli, writing
 from data import NUM_CANDIDATES, Examples
 from eval import EvalConfig
 from loaders.frozen import Prepared, prepare
@@ -38,6 +38,7 @@ from loaders.planted import World, bayes_scores
 from loaders.retrieval import Retriever, best_items, training_rows
 from runtime.passes import progress
 from runtime.policy import free_memory
+from runtime.processes import setup_distributed
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from runtime.stages import write_whole
 from studies.ranking import ListRanker, ShownList, rank_long, shown_order

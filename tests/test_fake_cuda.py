@@ -18,9 +18,8 @@ from eval import predict
 from hub.tokenizer import Tokenizer
 from kernels.logps import label_logps
 from loaders.frozen import DataConfig, encode_split, prepare
-from objectives import Objective, Schedule
 from runtime.reference import reference_pass
-from train import TrainConfig, load_policy, train_step
+from train import Objective, Schedule, TrainConfig, load_policy, train_step
 
 CUDA = torch.device("cuda", 0)
 DATA = {"planted_users": 150, "train_size": 16, "test_size": 4, "followers": 3}

@@ -21,7 +21,6 @@ ROOMS = {
     "runtime": 1693,
     "eval": 373,
     "demo": 741,
-    "objectives": 218,
     "train": 862,
     "studies": 3734,
     "recommend": 261,
@@ -67,10 +66,9 @@ def edges() -> dict[str, set[str]]:
 
 
 def test_the_top_level_is_the_method():
-    """Six files that are the method, what every script shares, what a micro-batch contributes,
-    and recommendations."""
+    """Six files that are the method, what every script shares, and recommendations."""
     assert sorted(f.stem for f in ROOT.glob("*.py")) == sorted(
-        ("model", "lora", "data", "losses", "objectives", "train", "eval", "common", "recommend")
+        ("model", "lora", "data", "losses", "train", "eval", "common", "recommend")
     )
 
 

@@ -14,8 +14,7 @@ from conftest import tiny_model
 
 from data import Encoded, Examples
 from losses import LOSSES, preference_score
-from objectives import Objective, Schedule
-from train import TrainConfig, get_lr, reduce_metrics, train_step
+from train import Objective, Schedule, TrainConfig, get_lr, reduce_metrics, train_step
 
 # Two examples of five candidates. Ratings and steps until the interaction, by slot:
 RATINGS = np.array([[3.0, 5.0, 2.5, 4.0, 3.0], [4.0, 3.0, 3.0, 5.0, 1.0]])
@@ -302,14 +301,14 @@ def test_ktos_baseline_is_the_mean_of_the_step_before():
     assert objective("kto", negative_source="random").slots.tolist() == [[1, 0, 2], [0, 1, 3]]
     _, metrics = total(made, [[0, 1]])
     assert metrics["kl"] == pytest.approx((DELTA[0][2] + DELTA[1][1]) / 2)
-    made.after_step({"kl": torch.tensor(0.3, dtype=torch.double)}.__getitem__)
+    made.after_step({"kl": torch.tensor(0.3, dtype=torch.double)})
     resumed = objective("kto")
     resumed.load_state(made.state())
     assert made.kl.item() == resumed.kl.item() == pytest.approx(0.3)
-    made.after_step({"kl": torch.tensor(torch.nan)}.__getitem__)
+    made.after_step({"kl": torch.tensor(torch.nan)})
     assert made.kl.item() == 0
     other = objective("recpo")
-    other.after_step({}.__getitem__)
+    other.after_step({})
     assert other.state() == {}
 
 
