@@ -46,14 +46,14 @@ from lora import base_of
 from losses import LOSSES, MARGINS, Titles, sft_loss
 from model import ModelConfig, Transformer
 from runtime import policy, runs, stages
-from runtime.checkpoint import Best, checkpoints, save_checkpoint
+from runtime.checkpoint import checkpoints
 from runtime.estimate import dry_run, say_duration
 from runtime.passes import Schedule, any_rank, prefetch
 from runtime.policy import ModelOptions, load_policy
 from runtime.processes import rank_zero_first, say_processes, setup_distributed
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
-from runtime.runs import Logger, NotFinite, Run, StepMetrics
-from runtime.sharding import average_gradients, local, reshard
+from runtime.runs import Logger, Run, StepMetrics
+from runtime.sharding import average_gradients, local, reduce_metrics, reshard
 from runtime.validation import encode_sample, load_best, validate
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -138,30 +138,24 @@ class TrainConfig(ModelOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        stages = self.stage_list
-        order = [s for s in ("raw", "sft") if s in stages]
-        known = set(stages) <= {"raw", "sft", *PREFERENCE_LOSSES}
-        once = len(set(stages)) == len(stages)
-        if not (stages and known and once and stages[: len(order)] == order):
+        given = self.stage_list
+        losses = [stage for stage in given if stage in LOSSES]
+        first = [stage for stage in ("raw", "sft") if stage in given]
+        if not given or given != first + losses or len(set(losses)) < len(losses):
             raise ValueError(
                 "--stages: raw and sft first (or not at all), then any of "
-                f"{', '.join(PREFERENCE_LOSSES)}, each once; got {self.stages!r}"
+                f"{', '.join(LOSSES)}, each once; got {self.stages!r}"
             )
         if self.dataset != "planted" and not (self.model or self.adapter):
             raise ValueError(f"--dataset {self.dataset} needs a --model. {policy.THREE_WAYS}")
         if self.model == TITLES and self.adapter:
             raise ValueError(f"--model {TITLES} is a new base, which no --adapter fits: give one")
-        if self.load_in_4bit and (self.lora_r == 0 or self.sft_lora_r == 0):
-            raise ValueError(
-                "--load_in_4bit freezes the base: it needs adapters in every stage, "
-                "so neither --lora_r nor --sft_lora_r may be 0"
-            )
+        if self.load_in_4bit and 0 in (self.lora_r, self.sft_lora_r):
+            raise ValueError("--load_in_4bit needs adapters: no --lora_r 0, no --sft_lora_r 0")
         if self.resume and not self.output_dir:
             raise ValueError("--resume needs --output_dir, the run folder to go on with")
         if -1 < self.sft_weight < 0:
-            raise ValueError(
-                f"--sft_weight must be >= 0, or -1 for the loss's own, got {self.sft_weight}"
-            )
+            raise ValueError(f"--sft_weight must be >= 0, or -1: its own, got {self.sft_weight}")
         if self.keep == "best" and not (self.eval_steps and self.val_size):
             raise ValueError("--keep best needs --eval_steps and --val_size, by which it is found")
         if self.margin == "none" and "margin_lambda" in changed_options(self):
@@ -180,9 +174,8 @@ class TrainConfig(ModelOptions):
 # ------------------------------------------------------------------------ the model
 def find_base(model: str, adapter: str, weights: bool) -> Path:
     """The directory of the model: --model, or the one that --adapter names, or the demo's."""
-    if not model and not adapter:
-        return DEMO_BASE
-    return resolve_path(model or base_of(adapter), weights=weights)
+    name = model or (base_of(adapter) if adapter else "")
+    return resolve_path(name, weights=weights) if name else DEMO_BASE
 
 
 def defaults(given: dict) -> dict:
@@ -251,10 +244,8 @@ class Objective:
 
     With --history_weight W the history's tokens are targets of SFT, too, and each counts W times:
     every item tells what the user chose next. Reference log-probs are filled in before the first
-    step. KTO's baseline z, the mean log-ratio of completions that belong to other prompts, is that
-    of a listed title which is neither chosen nor rejected; the global mean of one step serves the
-    next (at the first it is 0, exactly), so that any division into micro-batches gives the same
-    update."""
+    step. KTO's baseline z is the mean log-ratio of a listed title that is neither chosen nor
+    rejected; the global mean of one step serves the next, whatever the micro-batches (first: 0)."""
 
     def __init__(self, config, loss: str, model, encoded: Encoded, device):
         self.config, self.loss, self.model, self.encoded = config, loss, model, encoded
@@ -285,21 +276,21 @@ class Objective:
 
     def prepare(self, batch: list[int], step_examples) -> MicroBatch:
         """The micro-batch of these examples, in a step of `step_examples` over all ranks."""
-        weight, batch = float(bool(batch)), batch or [int(step_examples[0])]
+        weight, batch, device = float(bool(batch)), batch or [int(step_examples[0])], self.device
         tree = self.encoded.tree(batch, self.slots)
         lengths = torch.bincount(tree.sequence_ids).view(len(batch), tree.num_completions)
         chosen = torch.nonzero(tree.sequence_ids % tree.num_completions == 0).squeeze(1)
         if self.history_weight:
             tree = tree.with_prompt_labels(self.encoded.histories[batch])
         return MicroBatch(
-            tree=tree.to(self.device),
+            tree=tree.to(device),
             weight=weight,
-            chosen=to_device(chosen, self.device),
+            chosen=to_device(chosen, device),
             num_examples=len(step_examples),
             num_tokens=self.num_tokens(step_examples),
-            reference_logps=to_device(self.reference_logps[batch], self.device),
-            phi=to_device(self.phi[batch], self.device),
-            lengths=to_device(lengths, self.device),
+            reference_logps=to_device(self.reference_logps[batch], device),
+            phi=to_device(self.phi[batch], device),
+            lengths=to_device(lengths, device),
         )
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, dict]:
@@ -316,10 +307,8 @@ class Objective:
         chosen_logps, count = token_logps[batch.chosen], len(batch.chosen)
         right = (greedy_ids == batch.tree.labels)[batch.chosen]
         loss = sft_loss(chosen_logps, batch.num_tokens)
-        sums = {
-            "nll_loss": (-chosen_logps.detach().sum(), count),
-            "mean_token_accuracy": (right.sum(), count),
-        }
+        sums = {"nll_loss": (-chosen_logps.detach().sum(), count)}
+        sums["mean_token_accuracy"] = (right.sum(), count)
         if self.history_weight:
             history_logps = token_logps[len(batch.tree.sequence_ids) :]
             loss = loss + self.history_weight * sft_loss(history_logps, batch.num_tokens)
@@ -373,58 +362,28 @@ class Objective:
 
 
 # ------------------------------------------------------------------------ one optimizer step
-def reduce_metrics(
-    sums: dict[str, Tensor],  # this rank's, on its device, float64
-    counts: dict[str, float],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Means over all ranks by name, and a flag per rank (R,): its own loss was not finite.
-
-    One all_reduce, and nothing is read."""
-    totals = torch.stack(list(sums.values()))
-    known = torch.tensor(list(counts.values()), dtype=torch.double)
-    own = torch.eye(dist.get_world_size(), dtype=torch.double)[dist.get_rank()]
-    flags = to_device(own, totals.device) * ~sums["loss"].isfinite()
-    reduced = torch.cat([totals, to_device(known, totals.device), flags])
-    dist.all_reduce(reduced)
-
-    totals, known, flags = reduced.split([len(sums), len(sums), len(own)])
-    return dict(zip(sums, totals / known, strict=True)), flags
-
-
 def train_step(
-    model,
-    optimizer,
-    batches: list,
-    compute: Callable,
-    lr: float,
-    config: TrainConfig,
-    replicas: int | None = None,
+    model, optimizer, batches: list, compute: Callable, lr: float, config, replicas: int = 0
 ) -> StepMetrics:
-    """Accumulate gradients over this rank's micro-batches, clip, step.
-
-    Returns the metrics of the whole global batch.
+    """Accumulate gradients over this rank's micro-batches, clip, step; metrics of the global batch.
 
     `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so
     micro-batches and ranks add up to one big batch; `sums` maps metric names to (sum, count).
     Every rank brings equally many batches. `replicas` ranks hold the same rows of a gradient;
-    None: all do. Nothing here waits for the GPU."""
+    0: all do. Nothing here waits for the GPU."""
     sums, counts = defaultdict(float), defaultdict(float)
     sharded, world_size = hasattr(model, "set_requires_gradient_sync"), dist.get_world_size()
     # Adapters are small: their gradients are reduced once per step. Those of all weights, whole in
     # fp32, are what sharding is there to avoid: each micro-batch reduces its own.
-    only_adapters = bool(getattr(model, "lora_config", None))
+    each_reduces = not getattr(model, "lora_config", None)
+    (group,) = optimizer.param_groups
     # ------------------------- training step begins -------------------------
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-    for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
+    group["lr"] = lr
+    for number, batch in enumerate(batches, 1):
         if sharded:  # until they are reduced, gradients are whole on every rank
-            model.set_requires_gradient_sync(last or not only_adapters)
+            model.set_requires_gradient_sync(each_reduces or number == len(batches))
         loss, metrics = compute(batch)
-        # Sharded gradients are averaged over ranks, but losses are divided by global counts
-        # already: undo the average.
-        (loss * world_size).backward()
+        (loss * world_size).backward()  # undoes FSDP's average: counts are global already
         for name, (total, count) in metrics.items():
             sums[name] += total.double()
             counts[name] += count
@@ -432,12 +391,11 @@ def train_step(
         average_gradients(optimizer)
 
     # Plain local tensors: DTensor's own clip_grad_norm_ costs more than a small model's whole step.
-    gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"]]
+    gradients = [local(p.grad) for p in group["params"]]
     sums["grad_norm"] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     counts["grad_norm"] = (replicas or world_size) / world_size  # so many ranks hold the same rows
     means, not_finite = reduce_metrics(sums, counts)
     means["grad_norm"] = grad_norm = means["grad_norm"].sqrt()
-
     if config.max_grad_norm:
         clip = (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, clip.float())
@@ -458,19 +416,17 @@ def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float
 
 
 # ------------------------------------------------------------------------ evaluation over ranks
-def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest: bool):
-    """Records of all examples on rank 0, in their order, and None on the others.
+def predict_on_all_ranks(run: Run, model, encoded: Encoded, decode_rest: bool) -> list[dict]:
+    """Records of all examples on rank 0, in their order, and none on the others.
 
     The model is left resharded, and in the mode it came in."""
     training = model.training
-    model.eval()
-    mine = range(run.rank, len(encoded.prompts), run.world_size)
     records = predict(
-        model,
+        model.eval(),
         run.tokenizer,
         encoded,
-        mine,
-        decode=decode,
+        range(run.rank, len(encoded.prompts), run.world_size),
+        decode="greedy",
         decode_rest=decode_rest,
         micro_batch_tokens=run.config.micro_batch_tokens,
         any_rank=any_rank,
@@ -479,86 +435,20 @@ def predict_on_all_ranks(run, model, encoded: Encoded, decode: str, decode_rest:
     reshard(model)
     gathered = [None] * run.world_size if is_main() else None
     dist.gather_object(records, gathered)
-    if not is_main():
-        return None
-    records = [record for part in gathered for record in part]
+    records = [record for part in gathered or [] for record in part]
     return sorted(records, key=lambda record: record["example"])
 
 
 def validation_metrics(run: Run, model: Transformer) -> dict | None:
-    """Of the validation users, on rank 0; one pass:
-    what no candidate verifies counts as invalid."""
-    records = predict_on_all_ranks(run, model, run.val, "greedy", False)
+    """Of the validation users, on rank 0; in one pass: what no candidate verifies is invalid."""
+    records = predict_on_all_ranks(run, model, run.val, False)
     return summarise(records) if is_main() else None
 
 
 # ------------------------------------------------------------------------ one stage
-@dataclass
-class Stage:
-    """A stage while it is trained: what a step, a line of the log and a checkpoint need."""
-
-    run: Run
-    name: str
-    folder: Path  # <stage>.unfinished, until all is done
-    model: Transformer
-    replicas: int  # ranks that hold the same rows
-    objective: Objective
-    schedule: Schedule
-    peak: float  # learning rate
-    optimizer: torch.optim.Optimizer
-    identity: dict  # what a checkpoint must have been made from
-    logger: Logger
-    best: Best | None = None  # with --keep best
-    pending: tuple[int, StepMetrics] | None = None  # the last step, not logged yet
-
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of a step, on its device."""
-        examples = self.schedule.examples(step)
-        batches = self.schedule.micro_batches(step, self.run.rank)
-        return [self.objective.prepare(batch, examples) for batch in batches]
-
-    def log(self, step: int, result: StepMetrics) -> None:
-        """Write the step before: this one's metrics are read while the GPU works on the next."""
-        self.flush()
-        self.pending = step, result
-
-    def flush(self) -> None:
-        """Wait for the last step's metrics and write them; what is not finite is an error."""
-        if self.pending is None:
-            return
-        (step, result), self.pending = self.pending, None
-        try:
-            metrics = result.read()
-        except NotFinite as error:
-            where = runs.where_not_finite(self.run, self.schedule, step, error.ranks)
-            last = next(iter(checkpoints(self.folder)), "none")
-            problem = f"{self.name}, step {step + 1}, {where}: {error}"
-            raise ValueError(f"{problem}. Last checkpoint: {last}") from None
-        metrics["epoch"] = (step + 1) / self.schedule.steps_per_epoch
-        self.logger(step, self.schedule.num_steps, metrics, self.name, result.ended)
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether what happens every so many steps, and at the end, is due after this many."""
-        return step == self.schedule.num_steps or bool(every) and step % every == 0
-
-    def save(self, step: int) -> None:
-        save_checkpoint(
-            self.folder,
-            step,
-            self.model,
-            self.optimizer,
-            state=self.identity | self.objective.state(),
-            replicas=self.replicas,
-            keep=self.run.config.save_total_limit,
-            best=self.best,
-        )
-
-
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
-    """Train and test one stage, starting from base and adapter;
-    its folder appears, whole, when it is done.
-
-    With --resume auto it goes on from the newest whole checkpoint that an earlier start left."""
+    """Train and test one stage; its folder appears, whole, when it is done. With --resume auto it
+    goes on from the newest whole checkpoint that an earlier start left."""
     config, folder = run.config, run.folder / f"{name}.unfinished"
     if is_main():
         if not config.resume:
@@ -583,13 +473,12 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     tokens = stages.tokens_key(run.train, objective.slots)
     identity = {"stage": name, "data": run.data_hash, "base or adapter to start from": weights}
     identity["tokenizer or prompt"] = tokens
-    source = f"{base} + {adapter}" if adapter else str(base)
-    runs.describe_stage(run, name, model, schedule, peak, source)
+    runs.describe_stage(run, name, model, schedule, peak, runs.source(base, adapter))
     if objective.has_reference:
         identity["reference"] = prepare_reference(run, weights, tokens, objective, schedule)
     if name != "sft":
         print_preference_notes(config, objective)
-    stage = Stage(
+    stage = stages.Stage(
         run=run,
         name=name,
         folder=folder,
@@ -600,16 +489,17 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
         peak=peak,
         optimizer=optimizer,
         identity=identity,
-        logger=Logger(folder / "metrics.jsonl", config.logging_steps),
     )
-    train(stage, stages.resume_stage(stage))
+    start = stages.resume_stage(stage)
+    stage.logger = Logger(folder / "metrics.jsonl", config.logging_steps)  # what is left of it
+    train(stage, start)
     load_best(stage)
     with writing(folder):
         stages.save_stage(run, model, base, folder, weights)
     finish_stage(run, name, model, folder)
 
 
-def train(stage: Stage, start: int) -> None:
+def train(stage: stages.Stage, start: int) -> None:
     """The loop, from step `start` on."""
     run, config, schedule, objective = stage.run, stage.run.config, stage.schedule, stage.objective
     num_steps = schedule.num_steps
@@ -651,7 +541,7 @@ def train(stage: Stage, start: int) -> None:
 def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
     """Test the model on the test split, divided over ranks; then its folder gets its name."""
     started, final = time.time(), run.folder / name
-    records = predict_on_all_ranks(run, model, run.test, "greedy", run.config.decode_rest)
+    records = predict_on_all_ranks(run, model, run.test, run.config.decode_rest)
     if is_main():
         metrics = summarise(records, run.baselines)
         metrics |= {"data_hash": run.data_hash, "seconds": round(time.time() - started, 1)}
@@ -668,8 +558,7 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
 def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
     """Test the model that training starts from as it is: the raw model of the paper's Table 1."""
     folder = run.folder / "raw.unfinished"
-    source = f"{base} + {adapter}" if adapter else f"{base}"
-    print0(f"\n== raw: nothing is trained, {source} is tested as it is")
+    print0(f"\n== raw: nothing is trained, {runs.source(base, adapter)} is tested as it is")
     model, _ = load_policy(run.config, "raw", base, adapter, run.device)
     if is_main():
         folder.mkdir(exist_ok=True)
@@ -780,8 +669,8 @@ def run_stages(run: Run) -> None:
 
 
 def results(run: Run, prepared) -> str:
-    """The run's table: chance and counting baselines, every finished stage, and the optimum where
-    it is known; then a warning for each trained stage that mostly wrote something else."""
+    """The run's table, with the optimum where it is known; then a warning for each trained stage
+    that mostly wrote something else than the listed titles."""
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
     bounds, optimum = {}, prepared.optimum("test")
     if optimum is not None:

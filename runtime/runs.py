@@ -308,6 +308,11 @@ def describe_data(run: Run) -> None:
     print0(f"chosen: {title!r}, tokens {ids}")
 
 
+def source(base: Path, adapter: Path | None) -> str:
+    """The weights that a stage starts from, in words."""
+    return f"{base} + {adapter}" if adapter else f"{base}"
+
+
 def describe_stage(run: Run, name: str, model, schedule, peak: float, source: str) -> None:
     """How much is trained on how much; `source`: the weights that it starts from."""
     parameters = list(model.parameters())

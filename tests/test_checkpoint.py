@@ -98,14 +98,14 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
 
-save_checkpoint = train.save_checkpoint
+save_checkpoint = train.stages.save_checkpoint
 
 def save_and_die(folder, step, *args, **facts):
     save_checkpoint(folder, step, *args, **facts)
     if folder.name == "recpo.unfinished" and step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-train.save_checkpoint = save_and_die
+train.stages.save_checkpoint = save_and_die
 train.run_cli(train.main)
 """
 
@@ -276,7 +276,7 @@ def test_another_tokenizer_is_refused_without_a_reference_too(in_process, tmp_pa
         save_checkpoint(folder, step, *args, **facts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(train.stages, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         in_process(train.main, *flags)
     tokenizer = json.loads((base / "tokenizer.json").read_text())

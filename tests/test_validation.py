@@ -127,7 +127,7 @@ def decreed(in_process, tmp_path, monkeypatch):
             return saved
 
         monkeypatch.setattr(train, "validation_metrics", summary)
-        monkeypatch.setattr(train, "save_checkpoint", save)
+        monkeypatch.setattr(train.stages, "save_checkpoint", save)
         folder = tmp_path / name
         options = (*TINY, *SHORT, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}")
         options += ("--save_steps=1", "--eval_steps=1", "--keep=best", *flags)
