@@ -14,9 +14,8 @@ From top to bottom: options; the model; the objective (what a micro-batch adds t
 are in losses.py); one step; one stage with its loop; the run. What surrounds training is in
 runtime/: checkpoints, `--resume auto`, validation, the reference's log-probs, `--dry_run`.
 
-Left out: training of quantised weights themselves; --load_in_4bit keeps a frozen base in 4 bits.
 Legend: E examples, B those of a micro-batch, K rejected titles, N completions (1 + K; KTO: one
-more), M scored tokens.
+more), M scored tokens. Left out: training of quantised weights (--load_in_4bit: a frozen base).
 """
 
 import math
@@ -61,7 +60,7 @@ SMALL = 50_000_000  # parameters; a model of fewer has other defaults
 PREFERENCE_LOSSES = tuple(LOSSES)
 
 # ------------------------------------------------------------------------ options
-SFT, ANY_LOSS = ("sft",), PREFERENCE_LOSSES  # who reads an option
+SFT, RECPO, ANY_LOSS = ("sft",), ("recpo",), tuple(LOSSES)  # who reads an option
 LISTWISE = tuple(name for name, loss in LOSSES.items() if not loss.pairwise)
 
 
@@ -75,32 +74,29 @@ class TrainConfig(ModelOptions):
     lora_r: int = arg(8, "LoRA rank; 0 = train all parameters", at_least=0)
     sft_lora_r: int = arg(-1, "LoRA rank in sft; -1 = lora_r", at_least=-1, read_by=SFT)
     lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r", above=0)
-    lora_dropout: float = arg(0.1, "in sft alone", at_least=0, below=1, read_by=SFT)
+    lora_dropout: float = arg(0.1, "in sft", at_least=0, below=1, read_by=SFT)
     stages: str = arg(
         "sft,recpo",
         f"raw (test the model as it is), sft, and any of {', '.join(LOSSES)}, from the sft result",
         group="objective",
     )
     beta: float = arg(1.0, "reward = beta * log-ratio", above=0, read_by=ANY_LOSS)
-    margin_lambda: float = arg(
-        2.0, "weight of the margin; 0: S-DPO", at_least=0, read_by=("recpo",)
-    )
-    margin: str = arg("ratio", ", ".join(MARGINS), choices=MARGINS, read_by=("recpo",))
+    margin_lambda: float = arg(2.0, "weight of its margins; 0: S-DPO", at_least=0, read_by=RECPO)
+    margin: str = arg("ratio", "its form", choices=MARGINS, read_by=RECPO)
     num_negatives: int = arg(
         3, "rejected titles a prompt", at_least=1, at_most=NUM_CANDIDATES - 1, read_by=LISTWISE
     )
     negative_source: str = arg(
-        "both",
-        "only follow(-ups), or random?",
-        choices=("both", "random", "follow"),
-        read_by=ANY_LOSS,
+        "both", "which titles are rejected", choices=("both", "random", "follow"), read_by=ANY_LOSS
     )
-    simpo_gamma: float = arg(2.0, "margin; advised: 0.25 to 1 beta", at_least=0, read_by=("simpo",))
+    simpo_gamma: float = arg(
+        2.0, "its margin; advised: beta / 4 to beta", at_least=0, read_by=("simpo",)
+    )
     history_weight: float = arg(0.0, "of a history's token as a target", at_least=0, read_by=SFT)
     sft_weight: float = arg(
         -1.0, "of the chosen title's mean NLL; -1: 1 for cpo, else 0", at_least=-1, read_by=ANY_LOSS
     )
-    sft_epochs: float = arg(5.0, "may be a fraction", group="optimisation", above=0, read_by=SFT)
+    sft_epochs: float = arg(5.0, "a fraction is fine", group="optimisation", above=0, read_by=SFT)
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
     batch_size: int = arg(128, "prompts per optimizer step, over all processes", at_least=1)
@@ -125,9 +121,7 @@ class TrainConfig(ModelOptions):
         True, "generate where no candidate verifies; off: invalid", group="evaluation and output"
     )
     val_size: int = arg(200, "validation users, answered in one pass; 0 = none", at_least=0)
-    eval_steps: int = arg(
-        0, "between validations; 0 = the end", at_least=0, read_by=("--val_size",)
-    )
+    eval_steps: int = arg(0, "0 = at the end alone", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
     dry_run: bool = arg(False, "train nothing: first losses, memory of a rank, hours; no weights")
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
@@ -343,10 +337,6 @@ class Objective:
         losses, _, margins = self.method(titles, self.config)
         return losses, margins
 
-    def first_loss(self) -> float:
-        """What the mean loss must be before the first step; NaN without a reference."""
-        return self.at_the_start()[0].mean().item() if self.has_reference else math.nan
-
     def after_step(self, metrics: dict[str, Tensor]) -> None:
         """What the next step must know of this one's metrics, which stay on their device."""
         if self.loss == "kto":
@@ -446,6 +436,19 @@ def validation_metrics(run: Run, model: Transformer) -> dict | None:
 
 
 # ------------------------------------------------------------------------ one stage
+def plan(run: Run, name: str, model: Transformer | None) -> tuple[Objective, Schedule]:
+    """What a stage learns, and its steps."""
+    objective = Objective(run.config, name, model, run.train, run.device)
+    epochs = run.config.sft_epochs if name == "sft" else run.config.epochs
+    widths = tree_widths(run.train, objective.slots)
+    return objective, Schedule(run.config, epochs, widths, run.world_size)
+
+
+def plans(run: Run) -> dict[str, tuple[Objective, Schedule]]:
+    """The same of every stage that is trained, without a model."""
+    return {name: plan(run, name, None) for name in run.config.stage_list if name != "raw"}
+
+
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     """Train and test one stage; its folder appears, whole, when it is done. With --resume auto it
     goes on from the newest whole checkpoint that an earlier start left."""
@@ -459,8 +462,7 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     model, replicas = load_policy(config, name, base, adapter, run.device)
     if base == run.base and config.model:
         model.name_or_path = config.model  # a hub name, if it is one, and not its folder
-    objective = Objective(config, name, model, run.train, run.device)
-    schedule = schedule_of(run, name, objective)
+    objective, schedule = plan(run, name, model)
     peak = config.sft_learning_rate if name == "sft" else config.learning_rate
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
@@ -601,8 +603,8 @@ def run_all(config: TrainConfig, rank: int, world_size: int, device, folder: Pat
         else:
             base = find_base(config.model, config.adapter, weights=not config.dry_run)
     tokenizer = Tokenizer(base, config.prompt_format)
-    histories = config.history_weight > 0
     with rank_zero_first():
+        histories = config.history_weight > 0
         train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
         test = encode_split(prepared, "test", tokenizer, config.max_length)
     run = Run(
@@ -632,19 +634,6 @@ def run_all(config: TrainConfig, rank: int, world_size: int, device, folder: Pat
         (folder / "results.md").write_text(f"{title}\n\n{table}\n")
         print0(f"\n{table}\n\nwritten to {folder / 'results.md'}")
     dist.barrier()
-
-
-def schedule_of(run: Run, name: str, objective: Objective) -> Schedule:
-    """The steps of a stage."""
-    epochs = run.config.sft_epochs if name == "sft" else run.config.epochs
-    return Schedule(run.config, epochs, tree_widths(run.train, objective.slots), run.world_size)
-
-
-def plans(run: Run) -> dict[str, tuple[Objective, Schedule]]:
-    """What each stage trains on, without a model, and its steps."""
-    trained = [stage for stage in run.config.stage_list if stage != "raw"]
-    objectives = {s: Objective(run.config, s, None, run.train, run.device) for s in trained}
-    return {s: (o, schedule_of(run, s, o)) for s, o in objectives.items()}
 
 
 def run_stages(run: Run) -> None:

@@ -239,7 +239,7 @@ def dry_run(run: Run, stages: dict) -> None:
     config, total = run.config, 0.0
     for stage, (objective, schedule) in stages.items():
         if objective.has_reference:
-            first = objective.first_loss()
+            first = objective.at_the_start()[0].mean()
             print0(f"\n{stage}: the first loss must be {first:.4f}: policy and reference are one")
         work = widest_step(run, stage, objective, schedule)
         B = max(1, config.micro_batch_tokens // work.width)
