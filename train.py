@@ -89,9 +89,7 @@ class TrainConfig(ModelOptions):
     negative_source: str = arg(
         "both", "which titles are rejected", choices=("both", "random", "follow"), read_by=ANY_LOSS
     )
-    simpo_gamma: float = arg(
-        2.0, "its margin; advised: beta / 4 to beta", at_least=0, read_by=("simpo",)
-    )
+    simpo_gamma: float = arg(2.0, "its margin; beta / 4 to beta", at_least=0, read_by=("simpo",))
     history_weight: float = arg(0.0, "of a history's token as a target", at_least=0, read_by=SFT)
     sft_weight: float = arg(
         -1.0, "of the chosen title's mean NLL; -1: 1 for cpo, else 0", at_least=-1, read_by=ANY_LOSS

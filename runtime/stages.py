@@ -167,8 +167,12 @@ def starting_weights(base: Path, adapter: Path | None) -> str:
 
 def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
     """A finished stage stands in one table with those to come, so it must have begun as they do."""
-    with reading(folder / "base.json"):
-        before = str(read_json(folder / "base.json")["starting_weights"])
+    before = read_json(folder / "base.json").get("starting_weights")
+    if before is None:
+        raise ValueError(
+            f"{folder / 'base.json'}: an older version wrote it, without starting_weights, so it "
+            "is not known what the stage began with: choose another --output_dir"
+        )
     now = starting_weights(base, adapter)
     if before != now:
         raise ValueError(

@@ -18,14 +18,14 @@ ROOMS = {
     "data": 657,
     "lora": 325,
     "loaders": 4987,
-    "runtime": 1952,
-    "eval": 373,
+    "runtime": 1956,
+    "eval": 374,
     "demo": 741,
-    "train": 678,
-    "studies": 3734,
-    "recommend": 261,
-    "bench": 3111,
-    "tests": 16322,
+    "train": 676,
+    "studies": 3735,
+    "recommend": 251,
+    "bench": 3112,
+    "tests": 16343,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
