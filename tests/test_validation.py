@@ -57,7 +57,7 @@ def test_validation_changes_no_step(validated):
     assert not val_lines(tmp_path / "never" / "sft")
     curve = val_lines(tmp_path / "often" / "sft")
     assert [m["step"] for m in curve] == [1, 2, 3, 4] and {m["val/n"] for m in curve} == {8}
-    assert output.count("| val n 8 | hit_ratio@1") == 4
+    assert output.count("| val n 8 | written") == 4
 
 
 def test_validation_on_two_sharded_ranks_is_that_of_one(validated):
@@ -94,10 +94,10 @@ def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypat
     answered = []
     inner = train.predict
 
-    def spy(model, tokenizer, encoded, *rest):
+    def spy(model, tokenizer, encoded, *rest, **options):
         interactions, position = encoded.examples.interactions, encoded.examples.position
         answered.append(set(interactions.start[interactions.user[position] + 1] - position))
-        return inner(model, tokenizer, encoded, *rest)
+        return inner(model, tokenizer, encoded, *rest, **options)
 
     monkeypatch.setattr(train, "predict", spy)
     flags = (*TINY, *SHORT, "--max_steps=2", f"--output_dir={tmp_path / 'run'}")
