@@ -1,4 +1,4 @@
-"""What every script shares: options from a dataclass, errors, printing, the process group."""
+"""What every script shares: options from a dataclass, errors, printing."""
 
 import argparse
 import contextlib
@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from dataclasses import MISSING, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import get_type_hints
 
@@ -20,24 +19,24 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-# name of a bound -> how it reads, whether a value keeps it
 BOUNDS = {"at_least": (">=", operator.ge), "above": (">", operator.gt)}
 BOUNDS |= {"at_most": ("<=", operator.le), "below": ("<", operator.lt)}
 
 
-def arg(default=MISSING, help="", group="", choices=(), **bounds):
+def arg(default=MISSING, help="", group="", choices=(), read_by=(), **bounds):
     """A dataclass field that is an option; `group` starts a new heading in --help.
 
-    check_options holds it to its choices, and to bounds: at_least, above, at_most, below."""
+    check_options holds it to its choices and bounds (BOUNDS). `read_by`: what must be part of a
+    run for the option to have an effect, stages or other options; () = always (parse_config)."""
     allowed = ", ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
     if choices:
         allowed = f"one of {', '.join(filter(None, choices))}"
-    metadata = {"group": group, "choices": choices, "bounds": bounds, "allowed": allowed}
     facts = [] if default in (MISSING, "") else [f"default: {default}"]
     if allowed and not (choices and all(choice in help for choice in choices)):
         facts.append(allowed)
-    metadata["help"] = (f"{help} ({', '.join(facts)})" if facts else help).replace("%", "%%")
-    return field(default=default, metadata=metadata)
+    help = (f"{help} ({', '.join(facts)})" if facts else help).replace("%", "%%")
+    known = {"group": group, "choices": choices, "bounds": bounds, "allowed": allowed}
+    return field(default=default, metadata=known | {"help": help, "read_by": read_by})
 
 
 def check_options(config) -> None:
@@ -49,6 +48,17 @@ def check_options(config) -> None:
             raise ValueError(f"--{f.name} must be a finite number, got {value}")
         if choices and value not in choices or not all(kept):
             raise ValueError(f"--{f.name} must be {f.metadata['allowed']}, got {value!r}")
+
+
+def refuse_unread(config, typed: set[str]) -> None:
+    """Raise for the first typed option that nothing in this run reads."""
+    for f in fields(config):
+        readers = f.metadata["read_by"]
+        if f.name in typed and readers and not set(readers) & config.present:
+            raise ValueError(
+                f"--{f.name} is read by {', '.join(readers)} alone, which this run has not: "
+                "leave it out"
+            )
 
 
 def changed_options(config) -> set[str]:
@@ -72,13 +82,15 @@ def read_json(file) -> dict:
 
 
 def parse_config(cls, argv=None, beneath=None):
-    """One --flag per dataclass field, behind those that a --config file.json stands for.
+    """One --flag per dataclass field, on top of those in --config file.json.
 
-    Without --config, `beneath(given)` may name other defaults than the dataclass's."""
+    Without --config, `beneath(given)` may name other defaults than the dataclass's. What is typed
+    must have an effect; the file, and flags behind --shared, may serve several runs."""
     usage = "%(prog)s [--option value ...]"
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False, usage=usage)
     parser.error = refuse
     parser.add_argument("--config", help="JSON file with any of these options; flags override it")
+    parser.add_argument("--shared", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(config="")
     section, types = parser, get_type_hints(cls)
     for f in fields(cls):
@@ -93,22 +105,24 @@ def parse_config(cls, argv=None, beneath=None):
             value |= {"dest": f.name, "help": f"the opposite of --{f.name}"}
             section.add_argument(f"--no_{f.name}", action="store_false", **value)
 
-    def parse(words: list[str] | None) -> dict:
+    def parse(words: list[str] | None) -> tuple[dict, str, bool]:
         given, unknown = parser.parse_known_args(words)
         for name in (word.split("=")[0] for word in unknown):
             near = difflib.get_close_matches(name, [f"--{option}" for option in types], n=1)
             refuse(f"unknown option {name}; {f'did you mean {near[0]}?' if near else 'see --help'}")
-        return vars(given)
+        given = vars(given)
+        return given, given.pop("config"), given.pop("shared")
 
-    given = parse(argv)
-    if file := given.pop("config"):
+    given, file, shared = parse(argv)
+    typed = set() if shared else set(given)
+    if file:
         flags = []
         for name, value in read_json(file).items():
             switch = f"--{name}" if value else f"--no_{name}"
             flags.append(switch if isinstance(value, bool) else f"--{name}={value}")
         try:
-            from_file = parse(flags)
-            if from_file.pop("config"):
+            from_file, another, _ = parse(flags)
+            if another:
                 refuse("a configuration names no other")
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -117,7 +131,9 @@ def parse_config(cls, argv=None, beneath=None):
         given = beneath(given) | given
     if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in given]:
         refuse(f"missing --{', --'.join(missing)}")
-    return cls(**given)
+    config = cls(**given)
+    refuse_unread(config, typed)
+    return config
 
 
 def refuse(message: str):
@@ -214,44 +230,3 @@ def hours(seconds: float) -> str:
     """h:mm:ss"""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.device_count() >= local_world:  # NCCL wants a GPU per process
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    elif torch.cuda.is_available():
-        print0(f"note: fewer GPUs than the {local_world} processes: running on the CPU")
-    if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        group = {} if "RANK" in os.environ else alone
-        dist.init_process_group(backend, timeout=timedelta(hours=2), **group)
-    cores, given = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
-    if local_world > 1 and given == "1":  # torchrun's default
-        torch.set_num_threads(max(1, cores // local_world))
-    elif device.type == "cpu" and not given:
-        # A thread on a core that another process keeps busy makes all the others wait for it.
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - busy_cores())))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def busy_cores() -> int:
-    """Cores that other processes keep busy now, and have over the last minute."""
-    running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
-    return round(min(int(running) - 1, os.getloadavg()[0]))
-
-
-@contextlib.contextmanager
-def rank_zero_first(rank_variable: str = "RANK"):
-    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who
-    find its work done. An error ends the first one's process, and torchrun then the others."""
-    leads = int(os.environ.get(rank_variable, 0)) == 0
-    if leads:
-        yield
-    dist.barrier()
-    if not leads:
-        yield

@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import arg, parse_config, run_cli, setup_distributed
+from common import arg, parse_config, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
 from loaders.frozen import Prepared, encode_split, prepare
 from model import Transformer, generate
 from runtime.passes import planned, prefetch, progress, rounds
 from runtime.policy import free_memory
+from runtime.processes import setup_distributed
 from runtime.sources import (
     SourceConfig,
     check_run_data,

@@ -29,22 +29,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (
-    arg,
-    changed_options,
-    is_main,
-    parse_config,
-    print0,
-    rank_zero_first,
-    read_json,
-    run_cli,
-    setup_distributed,
-    writing,
-)
+from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Example, Interactions, build_tree, micro_batches, render_prompt
 from loaders.frozen import find_prepared, prepare
 from loaders.users import Catalogue, User, listed_users, read_user, user_of_log
 from runtime.passes import prefetch, progress
+from runtime.processes import rank_zero_first, setup_distributed
 from runtime.sources import (
     SourceConfig,
     check_run_data,

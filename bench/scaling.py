@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from bench.harness import Sizes, Step, make_batch, make_model, medians, run
-from common import parse_config, print0, setup_distributed
+from common import parse_config, print0
+from runtime.processes import setup_distributed
 from runtime.sharding import shard
 
 

@@ -274,6 +274,9 @@ def history_tokens(prompts: list[Prompt], tokenizer: Tokenizer) -> np.ndarray:
     for prompt, encoding in zip(
         prompts, tokenizer.inner.encode_batch([p.text for p in prompts]), strict=True
     ):
+        if not prompt.history:
+            spans.append([1, 1])  # none of its tokens is a target
+            continue
         start = prompt.text.index(prompt.history)
         ends = np.array([end for _, end in encoding.offsets])
         first, behind = np.searchsorted(ends, [start + 1, start + len(prompt.history)])

@@ -29,10 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import print0
-from data import PromptTree, build_tree
+from common import hours, print0
+from data import NUM_CANDIDATES, Encoded, PromptTree, build_tree, tree_widths
 from hub.quantized import to_4bit
-from lora import apply_lora
+from lora import TARGET_MODULES, apply_lora
 from model import ModelConfig, Transformer
 from runtime.runs import Run
 from runtime.sharding import GB
@@ -225,7 +225,7 @@ def widest_step(run: Run, stage: str, objective, schedule) -> Workload:
         config=ModelConfig.from_pretrained(run.base),
         dtype=getattr(torch, config.dtype, torch.bfloat16),  # auto is bfloat16 on a GPU
         r=config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r,
-        targets=[t.strip() for t in config.lora_target_modules.split(",")],
+        targets=list(TARGET_MODULES),
         prompt=int(schedule.widths[:, 0].max()),
         completions=list(map(len, run.train.slots(longest, objective.slots[longest]))),
         history=int(np.diff(run.train.histories).max()) if objective.history_weight else 0,
@@ -239,7 +239,7 @@ def dry_run(run: Run, stages: dict) -> None:
     config, total = run.config, 0.0
     for stage, (objective, schedule) in stages.items():
         if objective.has_reference:
-            first = objective.first_loss()
+            first = objective.at_the_start()[0].mean()
             print0(f"\n{stage}: the first loss must be {first:.4f}: policy and reference are one")
         work = widest_step(run, stage, objective, schedule)
         B = max(1, config.micro_batch_tokens // work.width)
@@ -267,6 +267,31 @@ def dry_run(run: Run, stages: dict) -> None:
             f"{rate / 1e12:.3g} TFLOP/s a rank ({known}), times {schedule.num_steps} steps"
         )
     print0(
-        f"\nthe whole run: {total / 3600:.3g} h of training on {run.world_size} rank(s), less on "
-        "more GPUs; reference, validation and tests come on top. Nothing was trained"
+        f"\nthe whole run: {total / 3600:.3g} h ({hours(total)}) of training on {run.world_size} "
+        "rank(s), less on more GPUs; reference, validation and tests come on top. Nothing trained"
     )
+
+
+def say_duration(run: Run, pace: float, stages: dict, current: str, done: int) -> None:
+    """Print how long the run still takes, if a token costs what it did in its first steps, of
+    `pace` seconds; a reference, a validation or a test reads it forward alone, for half."""
+    config, names = run.config, list(stages)
+    pace /= stages[current][1].widths.sum(1).mean() * config.batch_size
+    tests, vals, seconds = answered_tokens(run.test), answered_tokens(run.val), 0.0
+    for name in names[names.index(current) :]:
+        objective, schedule = stages[name]
+        steps = schedule.num_steps - (done if name == current else 0)
+        passes = tests + vals * (1 + steps // (config.eval_steps or schedule.num_steps + 1))
+        if name != current and objective.has_reference:
+            passes += schedule.widths.sum()
+        trained = schedule.widths.sum(1).mean() * config.batch_size * steps
+        seconds += pace * (trained + passes / 2)
+    print0(f"about {hours(seconds)} to the end of the run, by the time of its first steps")
+
+
+def answered_tokens(encoded: Encoded | None) -> int:
+    """Tokens of the trees of all 20 candidates."""
+    if encoded is None:
+        return 0
+    slots = np.tile(np.arange(NUM_CANDIDATES), (len(encoded.prompts), 1))
+    return tree_widths(encoded, slots).sum()

@@ -1,5 +1,7 @@
-"""Forward passes over micro-batches: made ahead, equally many on every rank, with a bar."""
+"""Forward passes over micro-batches: divided over steps and ranks, made ahead, equally many on
+every rank, with a bar."""
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +14,31 @@ from tqdm import tqdm
 
 from common import is_main
 from data import micro_batches
+
+
+class Schedule:
+    """Which examples every step takes, and how ranks and micro-batches divide them:
+    a function of (seed, epoch, step)."""
+
+    def __init__(self, config, epochs: float, widths: np.ndarray, world_size: int):
+        self.config, self.widths, self.world_size = config, widths, world_size
+        self.steps_per_epoch = math.ceil(len(widths) / config.batch_size)
+        # 1.1 * 100 is 110.00000000000001
+        self.num_steps = math.ceil(round(epochs * self.steps_per_epoch, 6))
+        if config.max_steps:
+            self.num_steps = min(self.num_steps, config.max_steps)
+        self.epoch, self.order = -1, np.empty(0)
+
+    def examples(self, step: int) -> np.ndarray:
+        epoch, t = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.config.seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(len(self.widths))
+        return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        budget = self.config.micro_batch_tokens
+        return micro_batches(self.widths, self.examples(step), self.world_size, budget)[rank]
 
 
 def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:

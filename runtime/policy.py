@@ -1,17 +1,68 @@
-"""The weights that a stage starts from:
+"""The options that name a model, and the weights that a stage starts from:
 base, adapter or a fresh one, sharded, read, ready to train."""
 
 import gc
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from common import print0
+from common import arg, print0
 from hub.quantized import to_4bit
+from loaders.frozen import DataConfig
 from lora import adapter_products, apply_lora, read_adapter
 from model import Transformer, empty_model, materialize, read_weights
 from runtime.sharding import fill_adapter, init_adapter, own_parts, shard
+
+THREE_WAYS = """Three ways:
+  --model titles      a tiny base, made for the titles of this log and then trained: 2 CPU cores
+                      and 2 GB; about 10 minutes for up to 1,000 titles, 25 for 4,000, and again
+                      as long for the training
+  --model NAME        a pretrained model, a directory or a hub name. HuggingFaceTB/SmolLM2-135M or
+                      Qwen/Qwen3-0.6B: one GPU of 16 GB, minutes to an hour for 10,000 prompts
+                      (on 2 cores 2 s a prompt). meta-llama/Llama-3.1-8B, the paper's: GPUs of
+                      24 GB or more, hours; --dry_run says what it needs
+  --model demo/base   to try the plumbing only, in minutes: it cannot read other titles than
+                      the planted world's"""
+INVALID = (
+    "The figures of this stage say little about taste: the model does not read these lists. "
+    "Look at its eval/predictions.jsonl. Usual causes: a base that cannot read these titles "
+    "(demo/base reads the planted world's alone; --model titles makes one for yours), too few "
+    "steps, or too high a learning rate."
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions(DataConfig):
+    """Which model, and how it is loaded and asked."""
+
+    model: str = arg(
+        "",
+        "Hugging Face directory or hub name; train.py: also titles, a tiny base made for the "
+        "titles of this log; empty = the base of --adapter, or demo/base; "
+        "beside --run the new place of a base that moved",
+        group="model",
+    )
+    adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
+    dtype: str = arg(
+        "auto",
+        "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU (adapters are float32)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    prompt_format: str = arg(
+        "plain",
+        "plain text, or chat: the user's turn of the model's own chat template",
+        choices=("plain", "chat"),
+    )
+    load_in_4bit: bool = arg(
+        False, "frozen linear layers in 4 bits (NF4): a quarter of the memory, slower; LoRA only"
+    )
+    max_length: int = arg(
+        1024,
+        "tokens of prompt and longest candidate; longer prompts lose their oldest history",
+        at_least=1,
+    )
 
 
 def stored_dtype(config, device) -> torch.dtype:
@@ -65,8 +116,7 @@ def load_policy(
         else:
             products = adapter_products(settings, tensors)
     elif r > 0:
-        targets = [t.strip() for t in config.lora_target_modules.split(",")]
-        apply_lora(model, r, config.lora_alpha, dropout, targets, config.use_rslora)
+        apply_lora(model, r, config.lora_alpha, dropout)
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
         # the arithmetic only: checkpointing and sharding stay outside

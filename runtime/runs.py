@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -145,7 +147,7 @@ def line_step(line: str) -> int:
 # options that may differ when a run goes on
 FREE_TO_CHANGE = (
     "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit "
-    "max_skipped_steps dry_run micro_batch_tokens shard shard_group_size "
+    "dry_run micro_batch_tokens shard shard_group_size "
     "gradient_checkpointing compile"
 )
 
@@ -178,6 +180,18 @@ def run_folder(config) -> Iterator[Path]:
             if made and not holds_a_run(folder):
                 shutil.rmtree(folder)
             raise
+
+
+@contextlib.contextmanager
+def agreed_folder(config) -> Iterator[Path]:
+    """The run folder, which rank 0 opens; a dry run gets one that is thrown away."""
+    with contextlib.ExitStack() as open_folders:
+        shared = [None]
+        if is_main():
+            folder = tempfile.TemporaryDirectory() if config.dry_run else run_folder(config)
+            shared = [Path(open_folders.enter_context(folder))]
+        dist.broadcast_object_list(shared)
+        yield shared[0]
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -294,15 +308,19 @@ def describe_data(run: Run) -> None:
     print0(f"chosen: {title!r}, tokens {ids}")
 
 
-def describe_stage(stage) -> None:
-    run, schedule, (base, adapter) = stage.run, stage.schedule, stage.start
-    parameters = list(stage.model.parameters())
+def source(base: Path, adapter: Path | None) -> str:
+    """The weights that a stage starts from, in words."""
+    return f"{base} + {adapter}" if adapter else f"{base}"
+
+
+def describe_stage(run: Run, name: str, model, schedule, peak: float, source: str) -> None:
+    """How much is trained on how much; `source`: the weights that it starts from."""
+    parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    source = f"{base} + {adapter}" if adapter else f"{base}"
     print0(
-        f"\n== {stage.name}: {len(schedule.widths):,} prompts, {schedule.num_steps} steps of "
-        f"{run.config.batch_size}, peak learning rate {stage.peak:g}; "
+        f"\n== {name}: {len(schedule.widths):,} prompts, {schedule.num_steps} steps of "
+        f"{run.config.batch_size}, peak learning rate {peak:g}; "
         f"validated on {len(run.val.prompts) if run.val else 0} users; "
         f"{trainable:,} of {total:,} parameters trained, from {source}"
     )

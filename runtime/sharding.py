@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from data import to_device
 from lora import lora_layers
 from model import Transformer
 
@@ -216,3 +217,21 @@ def average_gradients(optimizer) -> None:
     parts = (flat / dist.get_world_size()).split([g.numel() for g in gradients])
     averaged = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
     torch._foreach_copy_(gradients, averaged)
+
+
+def reduce_metrics(
+    sums: dict[str, Tensor],  # this rank's, on its device, float64
+    counts: dict[str, float],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Means over all ranks by name, and a flag per rank (R,): its own loss was not finite.
+
+    One all_reduce, and nothing is read."""
+    totals = torch.stack(list(sums.values()))
+    known = torch.tensor(list(counts.values()), dtype=torch.double)
+    own = torch.eye(dist.get_world_size(), dtype=torch.double)[dist.get_rank()]
+    flags = to_device(own, totals.device) * ~sums["loss"].isfinite()
+    reduced = torch.cat([totals, to_device(known, totals.device), flags])
+    dist.all_reduce(reduced)
+
+    totals, known, flags = reduced.split([len(sums), len(sums), len(own)])
+    return dict(zip(sums, totals / known, strict=True)), flags

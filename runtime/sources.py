@@ -12,17 +12,17 @@ from data import TEMPLATES, Interactions, Words
 from hub.chat import add_end_of_turn
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, data_defaults, words_of
+from loaders.frozen import data_defaults, words_of
 from lora import base_of, load_adapter, merge_lora
 from model import Transformer, load_pretrained, save_pretrained
-from runtime.policy import say_what_4_bits_cost, stored_dtype
+from runtime.policy import ModelOptions, say_what_4_bits_cost, stored_dtype
 from runtime.stages import check_data, copy_tokenizer, load_stage
 
 Source = tuple[Path, Path | None]  # base, and the adapter on it
 
 
 @dataclass(frozen=True)
-class SourceConfig(DataConfig):
+class SourceConfig(ModelOptions):
     """A run folder, or a Hugging Face directory or PEFT adapter, and how it is loaded."""
 
     run: str = arg(
@@ -31,26 +31,6 @@ class SourceConfig(DataConfig):
         group="what is evaluated",
     )
     stage: str = arg("", "stage of the run; empty = all finished ones")
-    model: str = arg(
-        "", "Hugging Face directory or hub name; beside --run the new place of a base that moved"
-    )
-    adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
-    dtype: str = arg(
-        "auto",
-        "float32 or bfloat16; auto = bfloat16 on a GPU, float32 on CPU",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    prompt_format: str = arg(
-        "plain",
-        "plain text, or chat: the model's own chat template; a trained model's own choice holds",
-        choices=("plain", "chat"),
-    )
-    load_in_4bit: bool = arg(False, "linear layers in 4 bits (NF4); a run's own choice with --run")
-    max_length: int = arg(
-        1024,
-        "tokens of prompt and longest candidate; longer prompts lose their oldest history",
-        at_least=1,
-    )
 
     KEPT = ("prompt_format", "max_length")  # options that are read from prompt.json without --run
 

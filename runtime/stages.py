@@ -1,10 +1,12 @@
-"""The folder of a stage: what it started from, where it goes on, what it leaves behind."""
+"""A stage and its folder: what it started from, where it goes on, what it leaves behind."""
 
 import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +19,79 @@ from hub.chat import add_end_of_turn
 from hub.files import base_fingerprint, resolve_path
 from lora import base_of, read_adapter_config, save_adapter
 from model import ModelConfig, Transformer, save_pretrained
-from runtime.checkpoint import load_checkpoint, newest_checkpoint
-from runtime.runs import Run, line_step
+from runtime.checkpoint import (
+    Best,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from runtime.runs import Logger, NotFinite, Run, StepMetrics, line_step, where_not_finite
 from runtime.sharding import gathered
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
+
+
+@dataclass
+class Stage:
+    """A stage while it is trained: what a step, a line of the log and a checkpoint need."""
+
+    run: Run
+    name: str
+    folder: Path  # <stage>.unfinished, until all is done
+    model: Transformer
+    replicas: int  # ranks that hold the same rows
+    objective: Any  # train.Objective
+    schedule: Any  # runtime.passes.Schedule
+    peak: float  # learning rate
+    optimizer: torch.optim.Optimizer
+    identity: dict  # what a checkpoint must have been made from
+    logger: Logger | None = None
+    best: Best | None = None  # with --keep best
+    pending: tuple[int, StepMetrics] | None = None  # the last step, not logged yet
+
+    def micro_batches(self, step: int) -> list:
+        """This rank's part of a step, on its device."""
+        examples = self.schedule.examples(step)
+        batches = self.schedule.micro_batches(step, self.run.rank)
+        return [self.objective.prepare(batch, examples) for batch in batches]
+
+    def log(self, step: int, result: StepMetrics) -> None:
+        """Write the step before: this one's metrics are read while the GPU works on the next."""
+        self.flush()
+        self.pending = step, result
+
+    def flush(self) -> None:
+        """Wait for the last step's metrics and write them; what is not finite is an error."""
+        if self.pending is None:
+            return
+        (step, result), self.pending = self.pending, None
+        try:
+            metrics = result.read()
+        except NotFinite as error:
+            where = where_not_finite(self.run, self.schedule, step, error.ranks)
+            last = next(iter(checkpoints(self.folder)), "none")
+            problem = f"{self.name}, step {step + 1}, {where}: {error}"
+            raise ValueError(f"{problem}. Last checkpoint: {last}") from None
+        metrics["epoch"] = (step + 1) / self.schedule.steps_per_epoch
+        self.logger(step, self.schedule.num_steps, metrics, self.name, result.ended)
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens every so many steps, and at the end, is due after this many."""
+        return step == self.schedule.num_steps or bool(every) and step % every == 0
+
+    def save(self, step: int) -> None:
+        save_checkpoint(
+            self.folder,
+            step,
+            self.model,
+            self.optimizer,
+            state=self.identity | self.objective.state(),
+            replicas=self.replicas,
+            keep=self.run.config.save_total_limit,
+            best=self.best,
+        )
 
 
 def weights_key(base: Path, adapter: Path | None) -> str:
@@ -98,7 +167,12 @@ def starting_weights(base: Path, adapter: Path | None) -> str:
 
 def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
     """A finished stage stands in one table with those to come, so it must have begun as they do."""
-    before = read_json(folder / "base.json")["starting_weights"]
+    before = read_json(folder / "base.json").get("starting_weights")
+    if before is None:
+        raise ValueError(
+            f"{folder / 'base.json'}: an older version wrote it, without starting_weights, so it "
+            "is not known what the stage began with: choose another --output_dir"
+        )
     now = starting_weights(base, adapter)
     if before != now:
         raise ValueError(
@@ -107,7 +181,7 @@ def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
         )
 
 
-def resume_stage(stage) -> int:
+def resume_stage(stage: Stage) -> int:
     """Load the newest whole checkpoint, if there is one; returns the steps that are done."""
     metrics, checkpoint = stage.folder / "metrics.jsonl", newest_checkpoint(stage.folder)
     if checkpoint is None:

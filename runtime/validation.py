@@ -11,10 +11,12 @@ ones) are what is saved and tested. They are kept in memory, and in the stage's 
 
 import json
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from common import is_main, print0, writing
+from data import Encoded, Examples, encode_examples
 from runtime.checkpoint import Best
 from runtime.sharding import local, trained
 
@@ -25,6 +27,15 @@ SHOWN = {  # metric -> what the screen calls it
     "ranking/mrr": "mrr",
 }
 BEST_BY = "val/hit_ratio@1"
+
+
+def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
+    """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
+    size = min(config.val_size, len(val))
+    if size == 0:
+        return None
+    rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[:size]
+    return encode_examples(val.select(np.sort(rows)), tokenizer, config.max_length)
 
 
 def validate(stage, step: int, summary: dict | None) -> None:

@@ -29,13 +29,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, parse_config, run_cli, setup_distributed, table
+from common import arg, parse_config, run_cli, table
 from data import LOWEST, NUM_CANDIDATES, Examples, Interactions, draw_candidates, encode_examples
 from eval import EvalConfig, predict, wilson
 from loaders.counting import counting_baselines, markov_top
 from loaders.frozen import DataConfig, prepare
 from loaders.planted import bayes_scores, world_of
 from runtime.policy import free_memory
+from runtime.processes import setup_distributed
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from runtime.stages import save_predictions
 from studies.statistics import spread_of_bins

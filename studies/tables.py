@@ -55,7 +55,8 @@ def command_of(table: dict, run: dict, folder: Path, processes: int) -> list[str
         own = {k: v for k, v in run.items() if k not in ("name", "script")}
         return [sys.executable, "-m", run["script"], *flags_of(table["common"] | own | place)]
     own = {k: v for k, v in run.items() if k not in ("name", "method", "after")}
-    options = table["common"] | table["training"] | own | place | {"resume": "auto"}
+    options = table["common"] | table["training"] | own | place
+    options |= {"shared": True, "resume": "auto"}
     if "after" in run:
         base, adapter = load_stage(folder / run["after"])
         options |= {"model": base} | ({"adapter": adapter} if adapter else {})

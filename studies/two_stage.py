@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, parse_config, run_cli, setup_distributed, table, writing
+from common import arg, parse_config, run_cli, table, writing
 from data import NUM_CANDIDATES, Examples
 from eval import EvalConfig
 from loaders.counting import Retriever, training_rows
 from loaders.frozen import prepare
 from loaders.planted import bayes_scores, world_of
 from runtime.passes import progress
+from runtime.processes import setup_distributed
 from runtime.sources import check_run_data, sources_of, with_run_options
 from runtime.stages import write_whole
 from studies.probes import predictions

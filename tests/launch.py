@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "train.py"
 # a run of 6 + 6 steps on the demo's base, all weights in SFT
 TINY = [
+    "--shared",  # stages that a test leaves out do not read all of them
     "--planted_users=150", "--train_size=20", "--test_size=8", "--batch_size=8",
     "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
     "--stages=sft,recpo", "--sft_lora_r=0",

@@ -18,8 +18,8 @@ from data import tree_widths
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
-from objectives import Objective, Schedule
-from train import TrainConfig, load_policy, train_step
+from runtime.passes import Schedule
+from train import Objective, TrainConfig, load_policy, train_step
 
 META = torch.device("meta")
 KINDS = {"16 bits": {}, "checkpointing": {"gradient_checkpointing": True}}

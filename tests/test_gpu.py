@@ -23,13 +23,13 @@ from test_kernels import assert_no_worse_than, gradients
 from bench.harness import Sizes, Step, make_batch, make_model
 from bench.head import exact_logps, rounded
 from bench.step import Usual, naive_model, usual_logps
-from common import setup_distributed
 from data import build_tree
 from kernels.logps import HAS_TRITON, label_logps, mm_fp32
 from kernels.nf4 import dequantize_nf4, quantize_nf4
 from lora import TARGET_MODULES
 from model import generate
 from runtime.estimate import LiveBytes, Workload, fake_step
+from runtime.processes import setup_distributed
 from runtime.sharding import shard
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -5,15 +5,16 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from launch import TINY
 
 import train
-from common import parse_config, setup_distributed
-from train import READ_BY, TrainConfig
+from common import parse_config
+from runtime.processes import setup_distributed
+from studies.tables import command_of
+from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,15 +25,24 @@ def test_committed_configurations_are_accepted(file):
     parse_config(TrainConfig, ["--config", str(file)])
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/tables/*.json")), ids=lambda f: f.name)
-def test_every_training_run_of_a_committed_table_is_accepted(file):
-    """Shared options and a run's own make a TrainConfig together."""
+TABLES = [
+    (file, run)
+    for file in sorted(ROOT.glob("configs/tables/*.json"))
+    for run in json.loads(file.read_text())["runs"]
+    if "script" not in run
+]
+
+
+@pytest.mark.parametrize(("file", "run"), TABLES, ids=lambda x: getattr(x, "stem", x))
+def test_every_training_run_of_a_committed_table_is_accepted(file, run):
+    """What studies.tables hands to train.py, with data and model where the table leaves them
+    open."""
     table = json.loads(file.read_text())
-    known = {f.name for f in fields(TrainConfig)}
-    runs = [run for run in table["runs"] if run.get("script", "train.py") == "train.py"]
-    for run in runs:
-        options = table["common"] | table.get("training", {}) | run
-        TrainConfig(**{name: value for name, value in options.items() if name in known})
+    table["common"] = {"dataset": "planted"} | table["common"]
+    table["training"] = {"model": "demo/base"} | table["training"]
+    own = {name: value for name, value in run.items() if name != "after"}
+    command, _ = command_of(table, own, Path("runs"), {}, 1)
+    parse_config(TrainConfig, command[2:])
 
 
 @pytest.mark.parametrize(
@@ -83,9 +93,9 @@ def test_a_config_file_is_held_to_the_options(tmp_path, content, message):
 
 def test_flags_go_over_a_config_file(tmp_path):
     file = tmp_path / "c.json"
-    file.write_text('{"beta": 1e-05, "use_rslora": true, "decode_rest": true, "model": "-m"}')
+    file.write_text('{"beta": 1e-05, "compile": true, "decode_rest": true, "model": "-m"}')
     config = parse_config(TrainConfig, ["--config", str(file), "--no_decode_rest"])
-    assert (config.beta, config.use_rslora, config.decode_rest) == (1e-05, True, False)
+    assert (config.beta, config.compile, config.decode_rest) == (1e-05, True, False)
     assert config.model == "-m"
 
 
@@ -103,29 +113,36 @@ def test_a_flag_that_is_none_is_refused(flag, message):
         parse_config(TrainConfig, [flag])
 
 
-OTHER = {  # a value of each option of a loss that is not its default
-    "margin_lambda": 1.0,
-    "margin": "log_diff",
-    "num_negatives": 2,
-    "negative_source": "random",
-    "simpo_gamma": 1.0,
-}
-INERT = {
-    "margin_lambda": "sdpo",
-    "margin": "sdpo",
-    "num_negatives": "dpo",
-    "negative_source": "sft",
-    "simpo_gamma": "recpo",
-}
+INERT = [  # flags, and what must be added for them to have an effect
+    *((f"--stages=recpo --{flag}", "--stages=sft") for flag in (
+        "history_weight=0.1", "sft_epochs=2", "lora_dropout=0", "sft_lora_r=4",
+        "sft_learning_rate=1e-3",
+    )),
+    *((f"--stages=sft --{flag}", "--stages=sft,dpo") for flag in (
+        "beta=1.0", "sft_weight=1", "epochs=2", "learning_rate=1e-3", "negative_source=random",
+    )),
+    ("--stages=sft,sdpo --margin_lambda=1", "--stages=recpo"),
+    ("--stages=sft,sdpo --margin=log_diff", "--stages=recpo"),
+    ("--stages=sft,dpo --num_negatives=2", "--stages=sdpo"),
+    ("--stages=sft,recpo --simpo_gamma=1", "--stages=simpo"),
+    ("--shard_group_size=2", "--shard=hybrid"),
+    ("--val_size=0 --eval_steps=5", "--val_size=9"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", READ_BY)
-def test_an_option_that_no_stage_reads_is_refused(name):
-    """One message names the option, who reads it, and the stages; with a reader it is accepted."""
+@pytest.mark.parametrize(("flags", "more"), INERT)
+def test_a_typed_option_that_nothing_reads_is_refused(tmp_path, flags, more):
+    """By name, with its default's value too; in a configuration that several runs share, and
+    beside what reads it, it is accepted."""
+    *others, inert = flags.split()
+    name, value = inert.removeprefix("--").split("=")
     with pytest.raises(ValueError, match=f"--{name} is read by .* leave it out"):
-        TrainConfig(stages=INERT[name], **{name: OTHER[name]})
-    reader = sorted(READ_BY[name])[0]
-    assert getattr(TrainConfig(stages=reader, **{name: OTHER[name]}), name) == OTHER[name]
+        parse_config(TrainConfig, flags.split())
+    parse_config(TrainConfig, [*others, inert, more])
+    parse_config(TrainConfig, ["--shared", *others, inert])
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({name: value}))
+    parse_config(TrainConfig, [f"--config={file}", *others])
 
 
 def test_help_shows_choices_and_bounds(capsys):
@@ -204,12 +221,14 @@ def test_threads_leave_cores_to_other_processes(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("common.torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("common.torch.get_num_threads", lambda: 4)
-    monkeypatch.setattr("common.torch.set_num_threads", given.append)
-    monkeypatch.setattr("common.os.sched_getaffinity", lambda _: range(4))
-    monkeypatch.setattr("common.os.getloadavg", lambda: (load, load, load))
-    monkeypatch.setattr("common.Path.read_text", lambda _: f"{load} {load} {load} {running}/99 1")
+    monkeypatch.setattr("runtime.processes.torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("runtime.processes.torch.get_num_threads", lambda: 4)
+    monkeypatch.setattr("runtime.processes.torch.set_num_threads", given.append)
+    monkeypatch.setattr("runtime.processes.os.sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr("runtime.processes.os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(
+        "runtime.processes.Path.read_text", lambda _: f"{load} {load} {load} {running}/99 1"
+    )
     setup_distributed()
     assert (given or [4]) == [threads]
 

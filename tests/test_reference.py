@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import build_tree, tree_widths
 from lora import save_adapter
-from objectives import Schedule
 from runtime.checkpoint import save_checkpoint
 from runtime.reference import check_first_rewards, prepare_reference
 from runtime.stages import resume_stage, tokens_key, weights_key
+from train import Schedule
 
 CPU = torch.device("cpu")
 
@@ -255,7 +255,8 @@ import sys
 from types import SimpleNamespace
 sys.path.insert(0, {root!r})
 import torch
-from common import run_cli, setup_distributed
+from common import run_cli
+from runtime.processes import setup_distributed
 from runtime.reference import check_first_rewards
 
 def main():

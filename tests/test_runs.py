@@ -38,7 +38,7 @@ from eval import main as evaluate_run
 from model import load_pretrained
 from runtime.checkpoint import checkpoints
 from runtime.runs import Logger, StepMetrics, going_on, run_folder
-from runtime.stages import save_predictions
+from runtime.stages import check_start, save_predictions
 from runtime.validation import SHOWN
 from studies.probes import main as probe_run
 
@@ -427,6 +427,13 @@ def test_a_finished_stage_of_other_weights_is_refused(whole, in_process):
     flags = (*TINY, *SAVING, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}")
     with pytest.raises(ValueError, match=r"recpo was finished from weights \w+, now they are \w+"):
         in_process(train.main, *flags, "--resume=auto")
+
+
+def test_a_finished_stage_of_an_older_version_is_refused(tmp_path):
+    """Its base.json does not say what it started from: the file, and what to do."""
+    (tmp_path / "base.json").write_text('{"base": "somewhere"}')
+    with pytest.raises(ValueError, match="base.json: .*starting_weights.*another --output_dir"):
+        check_start(tmp_path, Path("somewhere"), None)
 
 
 def test_models_and_optimizers_go_with_their_stage(whole, in_process, monkeypatch):

@@ -37,7 +37,7 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from common import setup_distributed
+from runtime.processes import setup_distributed
 from data import build_tree
 from lora import load_adapter, merge_lora
 from model import generate, load_pretrained

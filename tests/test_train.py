@@ -19,10 +19,9 @@ from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, load_interactions, prepare
 from losses import target_margins
-from objectives import Objective, Schedule
 from runtime.runs import NotFinite
 from runtime.stages import load_stage
-from train import TrainConfig, get_lr, load_policy, train_step
+from train import Objective, Schedule, TrainConfig, get_lr, load_policy, train_step
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])

@@ -78,7 +78,7 @@ def test_validation_on_two_sharded_ranks_is_that_of_one(validated):
 def test_validation_users_are_a_sample_of_the_validation_split(tmp_path, monkeypatch):
     """Each example lies at its user's last interaction but one: no test answer is among them."""
     prepared = prepare(DataConfig(planted_users=60, followers=3, prepared_dir=str(tmp_path)))
-    monkeypatch.setattr(train, "encode_examples", lambda examples, *rest: examples)
+    monkeypatch.setattr("runtime.validation.encode_examples", lambda examples, *rest: examples)
     sample, again, none = (
         train.encode_sample(prepared.splits["val"], None, TrainConfig(val_size=n))
         for n in (20, 20, 0)
@@ -127,7 +127,7 @@ def decreed(in_process, tmp_path, monkeypatch):
             return saved
 
         monkeypatch.setattr(train, "validation_metrics", summary)
-        monkeypatch.setattr(train, "save_checkpoint", save)
+        monkeypatch.setattr(train.stages, "save_checkpoint", save)
         folder = tmp_path / name
         options = (*TINY, *SHORT, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}")
         options += ("--save_steps=1", "--eval_steps=1", "--keep=best", *flags)

@@ -1,0 +1,60 @@
+"""The processes of a run: joining torchrun's group, threads of each, rank 0 before the others."""
+
+import contextlib
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import print0
+
+
+def setup_distributed() -> tuple[int, int, torch.device]:
+    """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.device_count() >= local_world:  # NCCL wants a GPU per process
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    elif torch.cuda.is_available():
+        print0(f"note: fewer GPUs than the {local_world} processes: running on the CPU")
+    if not dist.is_initialized():
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        group = {} if "RANK" in os.environ else alone
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **group)
+    cores, given = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+    if local_world > 1 and given == "1":  # torchrun's default
+        torch.set_num_threads(max(1, cores // local_world))
+    elif device.type == "cpu" and not given:
+        # A thread on a core that another process keeps busy makes all the others wait for it.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - busy_cores())))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def say_processes(world_size: int, device: torch.device, dtype, folder: Path) -> None:
+    """The first line of a run: what it runs on, and where it writes."""
+    n = torch.get_num_threads()
+    threads = f"{n} thread{'s' * (n > 1)} each (OMP_NUM_THREADS sets another number)"
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    print0(f"{processes}, {threads}, {device.type}, {dtype}, run folder {folder}")
+
+
+def busy_cores() -> int:
+    """Cores that other processes keep busy now, and have over the last minute."""
+    running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
+    return round(min(int(running) - 1, os.getloadavg()[0]))
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank_variable: str = "RANK"):
+    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who
+    find its work done. An error ends the first one's process, and torchrun then the others."""
+    leads = int(os.environ.get(rank_variable, 0)) == 0
+    if leads:
+        yield
+    dist.barrier()
+    if not leads:
+        yield
