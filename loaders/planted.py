@@ -219,15 +219,13 @@ def write_csv(config: FileConfig) -> None:
             story = f"story-{log.item_ids[item]}"
             name = log.titles[item]
             rows.writerow([f"reader-{log.user_ids[user]}", story, int(rating), int(time), name])
-    named = ",".join(
-        f"{ours}={name}"
-        for ours, name in zip(("user", "item", "rating", "timestamp", "title"), COLUMNS)
-    )
+    ours = ("user", "item", "rating", "timestamp", "title")
+    named = ",".join(f"{our}={name}" for our, name in zip(ours, COLUMNS))
+    flags = " ".join(f"--{name} {value}" for name, value in DEFAULTS.items())
     print0(
         f"{config.file}: {len(log.user):,} interactions of {log.num_users:,} readers with "
-        f"{log.num_items} stories; read it with --dataset csv --data_dir {config.file} "
-        f"--columns {named} --followers {DEFAULTS['followers']} "
-        f"--min_history {DEFAULTS['min_history']}"
+        f"{log.num_items} stories; read it with\n--dataset csv --data_dir {config.file} "
+        f"--columns {named} {flags}"
     )
 
 

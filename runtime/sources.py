@@ -91,6 +91,8 @@ def with_run_options(config: SourceConfig) -> SourceConfig:
     ValueError if other values were given."""
     if config.run:
         file = Path(config.run) / "config.json"
+        if not file.exists():
+            raise ValueError(f"--run {config.run}: no folder of a run, config.json is missing")
         saved, names = read_json(file), {f.name for f in fields(SourceConfig)} - NOT_FROM_RUN
     else:
         file = folder_of(config, "") / "prompt.json"

@@ -17,8 +17,8 @@ ROOMS = {
     "model": 440,
     "data": 657,
     "lora": 300,
-    "loaders": 3667,
-    "runtime": 1957,
+    "loaders": 3665,
+    "runtime": 1959,
     "eval": 374,
     "demo": 778,
     "objectives": 218,
@@ -26,7 +26,7 @@ ROOMS = {
     "studies": 1963,
     "recommend": 260,
     "bench": 801,
-    "tests": 15308,
+    "tests": 15334,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")

@@ -284,3 +284,29 @@ def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
     assert f"made before: {first}" in capsys.readouterr().out
     renamed = replace(log, titles=[f"{title}!" for title in log.titles])
     assert pretrain.titles_base(renamed, tmp_path, dry_run=False) != first
+
+
+def test_kinds_of_a_log_are_titles_that_are_read_together():
+    """On the planted world they are its genres, nearly; every known title has one."""
+    world = World(num_users=1500)
+    log = planted_world(world)
+    kinds = pretrain.kinds_of(log, world.num_genres)
+    genre = {title: world.genre(story) for story, title in enumerate(world.titles())}
+    counts = [np.bincount([genre[title] for title in kind]).max() for kind in kinds]
+    assert sum(counts) >= 0.85 * log.num_items
+    assert sorted(title for kind in kinds for title in kind) == sorted(log.titles)
+
+
+def test_practice_learns_the_histories_of_a_log():
+    """Their tokens, and no others of a prompt, are targets; its list has none of their titles."""
+    config = PretrainConfig(title_tokens=True, batch_tokens=500)
+    log, tokenizer = planted_world(World(num_users=60)), Tokenizer(BASE)
+    practice = pretrain.Practice(config, [list(log.titles)], WORDS, tokenizer, log)
+    rng = np.random.default_rng(0)
+    prompts = practice.draw_lists(6, rng)
+    assert not any(set(prompt.answers) & set(prompt.history.split("\n")) for prompt in prompts)
+    bare = pretrain.Prompt("Which?\nAnswer:", list("ABCDEF"))  # without a history
+    tree = practice.tree([*prompts, bare], rng)
+    labels = tree.labels[len(tree.sequence_ids) :].tolist()
+    told = tokenizer.inner.decode(labels).replace("\n ", "\n").split()
+    assert told == " ".join(prompt.history for prompt in prompts).split()
