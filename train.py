@@ -74,34 +74,34 @@ class TrainConfig(ModelOptions):
     lora_r: int = arg(8, "LoRA rank; 0 = train all parameters", at_least=0)
     sft_lora_r: int = arg(-1, "LoRA rank in sft; -1 = lora_r", at_least=-1, read_by=SFT)
     lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r", above=0)
-    lora_dropout: float = arg(0.1, "in sft", at_least=0, below=1, read_by=SFT)
+    lora_dropout: float = arg(0.1, "of adapters, in sft", at_least=0, below=1, read_by=SFT)
     stages: str = arg(
         "sft,recpo",
         f"raw (test the model as it is), sft, and any of {', '.join(LOSSES)}, from the sft result",
         group="objective",
     )
     beta: float = arg(1.0, "reward = beta * log-ratio", above=0, read_by=ANY_LOSS)
-    margin_lambda: float = arg(2.0, "weight of its margins; 0: S-DPO", at_least=0, read_by=RECPO)
-    margin: str = arg("ratio", "its form", choices=MARGINS, read_by=RECPO)
+    margin_lambda: float = arg(2.0, "weight of recpo's margins", at_least=0, read_by=RECPO)
+    margin: str = arg("ratio", "form of recpo's margin", choices=MARGINS, read_by=RECPO)
     num_negatives: int = arg(
         3, "rejected titles a prompt", at_least=1, at_most=NUM_CANDIDATES - 1, read_by=LISTWISE
     )
     negative_source: str = arg(
         "both", "which titles are rejected", choices=("both", "random", "follow"), read_by=ANY_LOSS
     )
-    simpo_gamma: float = arg(2.0, "its margin; beta / 4 to beta", at_least=0, read_by=("simpo",))
-    history_weight: float = arg(0.0, "of a history's token as a target", at_least=0, read_by=SFT)
+    simpo_gamma: float = arg(2.0, "margin; beta / 4 to beta", at_least=0, read_by=("simpo",))
+    history_weight: float = arg(0.0, "sft: weight of a history's token", at_least=0, read_by=SFT)
     sft_weight: float = arg(
-        -1.0, "of the chosen title's mean NLL; -1: 1 for cpo, else 0", at_least=-1, read_by=ANY_LOSS
+        -1.0, "weight of the chosen title's NLL; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS
     )
-    sft_epochs: float = arg(5.0, "a fraction is fine", group="optimisation", above=0, read_by=SFT)
+    sft_epochs: float = arg(5.0, "may be a fraction", group="optimisation", above=0, read_by=SFT)
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
     batch_size: int = arg(128, "prompts per optimizer step, over all processes", at_least=1)
     micro_batch_tokens: int = arg(8192, "padded tokens of a process's forward pass", at_least=1)
     sft_learning_rate: float = arg(1e-5, "peak rate of sft", above=0, read_by=SFT)
     learning_rate: float = arg(1e-5, "peak of a preference stage", above=0, read_by=ANY_LOSS)
-    warmup_ratio: float = arg(0.05, "share of steps before the peak", at_least=0, at_most=1)
+    warmup_ratio: float = arg(0.05, "share of steps in which the rate rises", at_least=0, at_most=1)
     adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
     shard: str = arg(
@@ -112,21 +112,23 @@ class TrainConfig(ModelOptions):
     shard_group_size: int = arg(
         0, "processes that share a copy; 0 = a machine's", at_least=0, read_by=("--shard hybrid",)
     )
-    gradient_checkpointing: bool = arg(False, "less memory, about a third slower")
+    gradient_checkpointing: bool = arg(
+        False, "recompute blocks in backward: less memory, 1.4 times as long"
+    )
     compile: bool = arg(False, "torch.compile the blocks: seconds to minutes first, then faster")
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
     decode_rest: bool = arg(
         True, "generate where no candidate verifies; off: invalid", group="evaluation and output"
     )
     val_size: int = arg(200, "validation users, answered in one pass; 0 = none", at_least=0)
-    eval_steps: int = arg(0, "0 = at the end alone", at_least=0, read_by=("--val_size",))
+    eval_steps: int = arg(0, "between validations; 0: none", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
     dry_run: bool = arg(False, "train nothing: first losses, memory of a rank, hours; no weights")
     output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
-    save_steps: int = arg(100, "between checkpoints; 0 = when the run is stopped", at_least=0)
+    save_steps: int = arg(100, "steps between checkpoints; 0 = only when stopped", at_least=0)
     save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1)
     resume: str = arg("", "auto: go on from the newest whole checkpoint", choices=("", "auto"))
-    logging_steps: int = arg(10, "between printed lines; metrics.jsonl has every step", at_least=1)
+    logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has all", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -397,7 +399,7 @@ def train_step(
 
 def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float:
     """Linear warm-up, then a cosine to zero."""
-    warmup = math.ceil(warmup_ratio * num_steps)
+    warmup = math.ceil(round(warmup_ratio * num_steps, 6))  # .07 * 100 is 7.000000000000001
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
