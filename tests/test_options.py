@@ -41,7 +41,7 @@ def test_every_training_run_of_a_committed_table_is_accepted(file, run):
     table["common"] = {"dataset": "planted"} | table["common"]
     table["training"] = {"model": "demo/base"} | table["training"]
     own = {name: value for name, value in run.items() if name != "after"}
-    command, _ = command_of(table, own, Path("runs"), {}, 1)
+    command = command_of(table, own, Path("runs"), 1)
     parse_config(TrainConfig, command[2:])
 
 

@@ -206,7 +206,7 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
 
 def test_4_bits_need_adapters():
     """A frozen base that nothing is trained on is refused before anything is read."""
-    with pytest.raises(ValueError, match="--sft_lora_r may be 0"):
+    with pytest.raises(ValueError, match="no --sft_lora_r 0"):
         TrainConfig(load_in_4bit=True, sft_lora_r=0)
 
 
