@@ -1,12 +1,11 @@
 """Speed and memory of reading own logs, beside pandas on the same files.
 
-    python -m bench.data                     20 million rows, 1 million JSON lines
-    python -m bench.data --rows 1000000
+    python -m bench.data       20 million rows, 1 million JSON lines (--rows: another number)
 
 Rows hold user, item, rating, time and title, users and items drawn unevenly, as people choose.
 `prepared` is all that a run waits for: read, examples drawn, hashed, written, mapped. pandas reads
-the same file, sorts it by user and time and drops repeated pairs. Every figure comes from a process
-of its own, which may use two threads of Arrow. MovieLens-1M is read where --movielens names it."""
+the same file, sorts it by user and time and drops repeated pairs. Every figure is that of a process
+of its own, with two threads of Arrow. MovieLens-1M is read where --movielens names it."""
 
 import argparse
 import json
@@ -76,8 +75,8 @@ def child(kind: str, file: Path, kept: str) -> None:
 
 def measure(kind: str, file: Path, folder: Path) -> None:
     """A row of the table."""
-    command = [sys.executable, "-m", "bench.data", "--child", kind, str(file)]
-    command.append(str(folder / f"p-{kind}"))
+    module, place = [sys.executable, "-m", "bench.data"], str(folder / f"p-{kind}")
+    command = [*module, "--child", kind, str(file), place]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
