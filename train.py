@@ -460,8 +460,6 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     dist.barrier()
     torch.manual_seed(config.seed + run.rank)  # dropout; all else draws from its own generator
     model, replicas = load_policy(config, name, base, adapter, run.device)
-    if base == run.base and config.model:
-        model.name_or_path = config.model  # a hub name, if it is one, and not its folder
     objective, schedule = plan(run, name, model)
     peak = config.sft_learning_rate if name == "sft" else config.learning_rate
     optimizer = torch.optim.AdamW(

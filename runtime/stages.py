@@ -257,7 +257,7 @@ def base_name(run: Run, base: Path) -> str:
     given = run.config.model
     if not given and run.config.adapter:
         given = base_of(run.config.adapter)
-    is_hub_name = given and base == run.base and not Path(given).is_dir()
+    is_hub_name = "/" in given and base == run.base and not Path(given).is_dir()
     return given if is_hub_name else str(base.resolve())
 
 

@@ -21,11 +21,11 @@ ROOMS = {
     "runtime": 1959,
     "eval": 374,
     "demo": 778,
-    "train": 678,
+    "train": 676,
     "studies": 1963,
     "recommend": 260,
     "bench": 800,
-    "tests": 15332,
+    "tests": 15344,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")

@@ -310,3 +310,15 @@ def test_practice_learns_the_histories_of_a_log():
     labels = tree.labels[len(tree.sequence_ids) :].tolist()
     told = tokenizer.inner.decode(labels).replace("\n ", "\n").split()
     assert told == " ".join(prompt.history for prompt in prompts).split()
+
+
+def test_model_titles_goes_from_a_log_to_every_stage(tmp_path, in_process, monkeypatch):
+    """train.py makes the base, trains both stages on it, and finds it again for the second."""
+    monkeypatch.setattr(pretrain, "SMALL_BASE", SMALL)
+    data = ("--planted_users=60", "--train_size=64", f"--prepared_dir={tmp_path / 'prepared'}")
+    steps = ("--max_steps=2", "--batch_size=8", "--val_size=0", f"--output_dir={tmp_path / 'run'}")
+    in_process(train.main, "--model=titles", *data, *steps)
+    (base,) = (tmp_path / "prepared").glob("titles-*")
+    for stage in ("raw", "sft", "recpo"):
+        facts = json.loads((tmp_path / "run" / stage / "base.json").read_text())
+        assert facts["base"] == str(base.resolve())
