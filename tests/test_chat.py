@@ -346,7 +346,7 @@ def test_where_templates_and_their_variables_stand(tmp_path):
     ],
 )
 def test_a_template_that_will_not_do_is_refused(template, culprit, tmp_path):
-    """Absent, changing the text, ending no answer, failing, or reaching out of the sandbox."""
+    """Absent, changing the text, ending no answer, failing, or reaching for Python's internals."""
     path = write_base(tmp_path, "qwen2.5")
     write_json(path / "tokenizer_config.json", {"chat_template": template})
     with pytest.raises(ValueError, match=f"{culprit}.*--prompt_format plain"):
