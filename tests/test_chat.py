@@ -89,10 +89,8 @@ def their_ids(bases, monkeypatch):
     def ids(family: str, *texts: str, **options) -> list[int]:
         template, tokens = TEMPLATES[family], FAMILIES[family][2]
         plain = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t}
-        file = str(bases[family] / "tokenizer.json")
-        peer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=file, chat_template=template, **plain
-        )
+        plain |= {"tokenizer_file": str(bases[family] / "tokenizer.json")}
+        peer = transformers.PreTrainedTokenizerFast(chat_template=template, **plain)
         roles = ("user", "assistant")[: len(texts)]
         dialogue = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
         options |= {"enable_thinking": False, "return_dict": False}
@@ -130,9 +128,7 @@ def test_published_templates_have_the_ids_of_transformers(name, their_ids, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_and_answer_are_the_templates_own_dialogue(
-    family, tokenizers, bases, their_ids, capsys
-):
+def test_prompt_and_answer_are_the_templates_own_dialogue(family, bases, their_ids, capsys):
     """Ids of prompt and completion begin transformers' dialogue and end where its turn ends, in the
     token that is read off the template; a generation prompt of another kind is said."""
     tokenizer, end = Tokenizer(bases[family], "chat"), FAMILIES[family][1]
@@ -140,11 +136,8 @@ def test_prompt_and_answer_are_the_templates_own_dialogue(
     assert said == (family in OWN_PROMPTS)
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == end
     assert tokenizer.stop_ids == Tokenizer(bases[family]).stop_ids | {tokenizer.eos_id}
-    (prompt,), completions = (
-        tokenizer.encode_prompts(PROMPTS[:1]),
-        tokenizer.encode_completions(TITLES),
-    )
-    for title, ids in zip(TITLES, completions, strict=True):
+    (prompt,) = tokenizer.encode_prompts(PROMPTS[:1])
+    for title, ids in zip(TITLES, tokenizer.encode_completions(TITLES), strict=True):
         expected, ours = their_ids(family, PROMPTS[0], title), prompt + ids
         assert ours == expected[: len(ours)] and len(expected) - len(ours) <= 1  # a line break
         assert tokenizer.encode_answered(PROMPTS[:1], [title]) == [ours[:-1]]

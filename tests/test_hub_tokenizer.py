@@ -147,29 +147,22 @@ def plain(folder: Path) -> HFTokenizer:
     return HFTokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def test_ids_are_those_of_the_file(family, tokenizer, folders):
-    """Prompts begin as the tokenizer's default (Llama's BOS once, Qwen's none); prompt and
-    completion in a row are its joint encoding, for every title without a special token."""
+def test_prompt_and_completion_make_the_joint_encoding_of_the_file(family, tokenizer, folders):
+    """Prompts begin as the tokenizer's default (Llama's BOS once, Qwen's none); whatever the title,
+    ids in a row are those of the whole text, then EOS; and they read back as the title."""
     inner = plain(folders[family])
     bos = {"llama3": "<|begin_of_text|>", "qwen": None, "llama2": "<s>"}[family]
     assert tokenizer.bos_ids == ([inner.token_to_id(bos)] if bos else [])
-    prompt = "A user watched Alien 3 | Rating: 4\nAnswer:"
-    (ids,) = tokenizer.encode_prompts([prompt])
-    assert ids == inner.encode(prompt).ids
-    assert sum(ids.count(i) for i in range(3)) == (1 if bos else 0)  # the special tokens
-    for title in (title for title in NASTY if "<" not in title):
-        (completion,) = tokenizer.encode_completions([title])
-        assert ids + completion[:-1] == inner.encode(f"{prompt} {title}").ids, title
-
-
-def test_prompt_and_completion_make_the_joint_encoding(tokenizer):
-    """Whatever the title: ids of the whole text, then EOS; and the ids read back as the title."""
     for title, completion in zip(NASTY, tokenizer.encode_completions(NASTY), strict=True):
         prompt = prompt_of([title, "Alien 3"])
         prompt_ids, joint = tokenizer.encode_prompts([prompt, f"{prompt} {title}"])
-        assert prompt_ids + completion[:-1] == joint
-        assert completion[-1] == tokenizer.eos_id not in prompt_ids + completion[:-1]
+        assert prompt_ids + completion[:-1] == joint, title
+        assert completion[-1] == tokenizer.eos_id not in joint
         assert tokenizer.answer(completion) == title
+        assert sum(joint.count(i) for i in range(3)) == (1 if bos else 0)  # the special tokens
+        if "<" not in title:  # to the file itself a special token is one in a title, too
+            assert prompt_ids == inner.encode(prompt).ids
+            assert joint == inner.encode(f"{prompt} {title}").ids, title
 
 
 def test_special_tokens_in_titles_stay_text(family, tokenizer, folders):
