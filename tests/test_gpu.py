@@ -25,7 +25,6 @@ from bench.head import exact_logps, rounded
 from bench.step import Usual, naive_model, usual_logps
 from data import build_tree
 from kernels.logps import HAS_TRITON, label_logps, mm_fp32
-from kernels.nf4 import dequantize_nf4, quantize_nf4
 from lora import TARGET_MODULES
 from model import generate
 from runtime.estimate import LiveBytes, Workload, fake_step
@@ -76,16 +75,6 @@ def test_the_head_errs_no_more_than_plain_pytorch(device, dtype, impl):
         exact_grad = gradients(exact_logps, *wide, weight_grad=False)[0]
         # the weights of the second GEMM are rounded to the head's dtype
         assert_no_worse_than(*grads, exact_grad, 2.0 if dtype == torch.float32 else 4.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@DEVICES
-def test_values_of_4_bit_codes_are_the_plain_forms(device, dtype):
-    """Bit for bit, of a projection of an 8B model on a GPU."""
-    shape = (14336, 4096) if device == "cuda" else (48, 128)
-    codes, absmax = quantize_nf4(torch.randn(*shape, device=device))
-    plain = dequantize_nf4(codes, absmax, shape, dtype, impl="reference")
-    assert torch.equal(dequantize_nf4(codes, absmax, shape, dtype), plain)
 
 
 # ------------------------------------------------------------------------ a model
@@ -179,10 +168,8 @@ def train(device: str, folder, name: str, *flags) -> dict[str, list[dict]]:
         return run_train(folder, name, *flags)[1]
     done = subprocess.run(command(folder, name, *flags), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    files = {f.parent.name: f.read_text() for f in (folder / name).glob("*/metrics.jsonl")}
-    return {
-        stage: [json.loads(line) for line in text.splitlines()] for stage, text in files.items()
-    }
+    files = (folder / name).glob("*/metrics.jsonl")
+    return {f.parent.name: [json.loads(row) for row in f.read_text().splitlines()] for f in files}
 
 
 def command(folder, name: str, *flags) -> list[str]:

@@ -10,6 +10,7 @@ from kernels.nf4 import CODE, dequantize_nf4, linear_4bit, matrix, quantize_nf4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(128, 256), (1, 64), (7, 192), (2000, 640)]  # the last in several pieces
+OF_8B = pytest.param((14336, 4096), marks=CUDA.marks)  # a projection, on a GPU alone
 DEVICES = ["cpu"] if HAS_TRITON and not torch.cuda.is_available() else []  # the interpreter
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -67,7 +68,7 @@ def test_codes_absmax_and_values_equal_bitsandbytes(dtype, shape):
         assert values.dtype == out and torch.equal(values, peer.dequantize_4bit(expected, state))
 
 
-@ALL_SHAPES
+@pytest.mark.parametrize("shape", [*SHAPES, OF_8B], ids=str)
 @ALL_DTYPES
 @pytest.mark.parametrize("device", [*DEVICES, CUDA])
 def test_the_triton_kernel_equals_the_plain_form(device, dtype, shape):
