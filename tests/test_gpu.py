@@ -18,13 +18,13 @@ import pytest
 import torch
 from conftest import CUDA
 from launch import SAVING, TINY, TRAIN, places, run_train, start_train, wait_for
-from test_kernels import assert_no_worse_than, gradients
+from test_kernels import assert_no_worse_than, plain_logps, three_gradients
 
 from bench.harness import Sizes, Step, make_batch, make_model
 from bench.head import exact_logps, rounded
 from bench.step import Usual, naive_model, usual_logps
 from data import build_tree
-from kernels.logps import HAS_TRITON, label_logps, mm_fp32
+from kernels.logps import HAS_TRITON, label_logps
 from lora import TARGET_MODULES
 from model import generate
 from runtime.estimate import LiveBytes, Workload, fake_step
@@ -63,18 +63,14 @@ def test_the_head_errs_no_more_than_plain_pytorch(device, dtype, impl):
         weight = (torch.randn(V, D, device=device) * D**-0.5).to(dtype)
         labels, upstream = torch.randint(V, (M,), device=device), torch.randn(M, device=device)
         exact = exact_logps(hidden, weight, labels)
-        logits = mm_fp32(hidden, weight.T)  # the same products as everybody's, by the library
-        plain = logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
         actual = label_logps(hidden, weight, labels, impl)[0]
-        assert_no_worse_than(actual, plain, exact, atol=1e-5)
+        assert_no_worse_than(actual, plain_logps(hidden, weight, labels), exact, atol=1e-5)
         if dtype == torch.bfloat16:  # what fp32 logits are there for
             assert rms(rounded(hidden, weight, labels) - exact) > 20 * rms(actual - exact)
         batch = (hidden, weight, labels, upstream)
-        grads = [gradients(way, *batch, weight_grad=False)[0] for way in (impl, "reference")]
-        wide = (hidden.double(), weight.double(), labels, upstream)
-        exact_grad = gradients(exact_logps, *wide, weight_grad=False)[0]
+        (triple,) = three_gradients(impl, *batch, weight_grad=False)
         # the weights of the second GEMM are rounded to the head's dtype
-        assert_no_worse_than(*grads, exact_grad, 2.0 if dtype == torch.float32 else 4.0)
+        assert_no_worse_than(*triple, factor=2.0 if dtype == torch.float32 else 4.0)
 
 
 # ------------------------------------------------------------------------ a model
