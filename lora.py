@@ -271,12 +271,8 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
         elif (plain := key.replace(".default.weight", ".weight")) not in tensors:
             tensors[plain] = tensors.pop(key)  # a PEFT model in memory names its adapter so
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    way_out = (
-        "plain LoRA on linear layers is read; adapters of the head or of embeddings, embeddings "
-    )
-    way_out += (
-        "that were trained, DoRA, and models inside torch.compile, DDP or another PEFT are not"
-    )
+    way_out = "plain LoRA on linear layers is read; adapters of head or embeddings, embeddings that"
+    way_out += " were trained, DoRA, and models inside torch.compile, DDP or another PEFT are not"
     check_tensors(file, found, needed, way_out)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():

@@ -1,22 +1,21 @@
 """--prompt_format chat: the model's own chat template around every prompt.
 
-The template is rendered as transformers renders it, but once, when a tokenizer is opened: made-up
-texts show what it writes before and behind a user's text, and behind an answer. Prompt + title +
-end token are what it writes for the dialogue [user, assistant]. strftime_now tells a constant day,
-so that a run that goes on tomorrow keeps its prompts. A template that never ends is not stopped.
-"""
+It is rendered once, as transformers renders it: made-up texts show what it writes around a user's
+text and behind an answer. Prompt + title + end token are its own dialogue [user, assistant]. Its
+day is always the same, so that prompts stay. A template that never ends is not stopped."""
 
 import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
-import jinja2
+from jinja2 import Template
 from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
-from common import read_json, reading
+from common import read_json, reading, refuse
 from hub.files import note_once
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's own template says where no clock is at hand
@@ -36,50 +35,45 @@ class PromptFrame:
     tail: str = ""  # between title and end
     end_id: int | None = None  # None = the model's EOS
 
-    def prompt(self, text: str) -> str:
-        return self.before + text + self.after
-
-    def answered(self, text: str, title: str) -> str:
-        return self.prompt(text) + self.lead + title + self.tail
+    def around(self, text: str, *titles: str) -> str:
+        """A prompt, and a title that answers it."""
+        return self.before + text + self.after + "".join(self.lead + t + self.tail for t in titles)
 
 
 def chat_frame(path: Path, inner) -> PromptFrame:
     """The frame that the template of a model folder makes; `inner` is its tokenizer."""
     file, template, tokens = read_template(path)
-    way_out = "mend the template, or use --prompt_format plain"
-    if not template or not isinstance(template, str):
-        raise ValueError(f"{file}: no chat template in it (was it tuned to chat?): {way_out}")
 
-    def written(user: str, *answer: str) -> str:
-        messages = [{"role": "user", "content": user}]
-        messages += [{"role": "assistant", "content": text} for text in answer]
-        variables = {"messages": messages, "add_generation_prompt": not answer, **tokens}
+    def written(*texts: str) -> str:
+        messages = [{"role": r, "content": t} for r, t in zip(("user", "assistant"), texts)]
+        variables = {"messages": messages, "add_generation_prompt": len(texts) == 1, **tokens}
         variables |= {"enable_thinking": False, "tools": None, "documents": None}
         return compiled(template).render(variables)
 
     try:
-        prompt, other = written(PROBE), written(OTHER_PROBE)
-        dialogue = written(PROBE, ANSWER_PROBE)
+        if not template or not isinstance(template, str):
+            refuse("there is no chat template")
+        prompt, other, dialogue = written(PROBE), written(OTHER_PROBE), written(PROBE, ANSWER_PROBE)
+        before, _, after = prompt.partition(PROBE)
+        between, found, rest = dialogue.removeprefix(before + PROBE).rpartition(ANSWER_PROBE)
+        tail = rest[: len(rest) - len(rest.lstrip(" "))]
+        controls = inner.get_added_tokens_decoder().items()
+        ends = {t.content: i for i, t in controls if found and rest.startswith(tail + t.content)}
+        as_is = other == before + OTHER_PROBE + after and dialogue.startswith(before + PROBE)
+        if not as_is or not ends:
+            refuse(
+                "it does not write a user's text as it is, once, and a control token of "
+                f"tokenizer.json behind an answer, but {rest[:40]!r}"
+            )
     except Exception as error:  # whatever a stranger's program runs into
-        what = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{file}: its chat template fails ({what}): {way_out}") from None
-    before, _, after = prompt.partition(PROBE)
-    between, found, rest = dialogue.removeprefix(before + PROBE).rpartition(ANSWER_PROBE)
-    tail = rest[: len(rest) - len(rest.lstrip(" "))]
-    controls = inner.get_added_tokens_decoder().items()
-    ends = {t.content: i for i, t in controls if found and rest.startswith(tail + t.content)}
-    if other != before + OTHER_PROBE + after or not dialogue.startswith(before + PROBE) or not ends:
-        raise ValueError(
-            f"{file}: its chat template does not write a user's text as it is, once, and a control "
-            f"token of tokenizer.json behind an answer (it writes {rest[:40]!r} there): {way_out}"
-        )
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
+        what = f"its chat template cannot be used ({kind}{str(error)[:200]})"
+        raise ValueError(f"{file}: {what}; mend it, or use --prompt_format plain") from None
     # Llama 2's template writes a space before an answer that is not in its prompt
     lead = between.removeprefix(after)
     if not between.startswith(after) or lead.strip(" "):
-        note_once(
-            f"{file}: its generation prompt {after[-40:]!r} is not how its own dialogues go on; "
-            f"prompts end as those do, in {between[-40:]!r}"
-        )
+        said = f"generation prompt {after[-40:]!r} is not how its own dialogues go on"
+        note_once(f"{file}: its {said}; prompts end as those do, in {between[-40:]!r}")
         after, lead = between, ""
     return PromptFrame(before, after, lead, tail, ends[max(ends, key=len)])
 
@@ -101,6 +95,17 @@ def read_template(path: Path) -> tuple[Path, object, dict[str, str]]:
     return file, template, {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
+def compiled(template: str) -> Template:
+    """The template in jinja2's immutable sandbox, with the filters and globals of transformers."""
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    # jinja2's own tojson escapes <, >, & and ' for web pages
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    env.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
+    # {% generation %} marks what a model is to write: a scope that changes nothing in the text
+    scope = r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})"
+    return env.from_string(re.sub(scope, r"\1with", template))
+
+
 def add_end_of_turn(path: Path, end_id: int) -> None:
     """Name it in a saved model's generation_config.json, where other programs look for ends."""
     file = path / "generation_config.json"
@@ -109,26 +114,3 @@ def add_end_of_turn(path: Path, end_id: int) -> None:
     known = known if isinstance(known, list) else [known]
     ends = [end_id, *(i for i in known if i not in (None, end_id))]
     file.write_text(json.dumps(config | {"eos_token_id": ends}, indent=2) + "\n")
-
-
-# ------------------------------------------------------------------------ rendering
-def raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-def tojson(value, **options) -> str:
-    """Plain JSON: jinja2's own filter escapes <, >, & and ' for web pages."""
-    return json.dumps(value, **{"ensure_ascii": False} | options)
-
-
-def compiled(template: str) -> jinja2.Template:
-    """The template in jinja2's immutable sandbox, with the filters and globals of transformers."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
-    # {% generation %} marks what a model is to write: a scope that changes nothing in the text
-    return env.from_string(
-        re.sub(r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})", r"\1with", template)
-    )

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import print0, read_json
+from common import print0, read_json, reading
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"  # beside a weight that bitsandbytes has quantised
+HASHES: dict[tuple, str] = {}  # of checkpoints, by their files' sizes and times
 
 
 @functools.cache
@@ -41,15 +41,10 @@ def resolve_path(name, weights: bool = True) -> Path:
     patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except OSError as error:
-        why = "the hub cannot be reached from here: give a local directory"
-        if getattr(error, "response", None) is not None:  # it said 401, 403 or 404
-            why = "the hub refuses it: check the spelling, accept a gated model's licence on its "
-            why += "page, log in with `hf auth login` or set HF_TOKEN"
-        raise ValueError(f"{name}: no such directory, and {why} ({type(error).__name__})") from None
+    except OSError as error:  # the library says how to log in, or that the network is away
+        raise ValueError(f"{name}: no such directory, and none from the hub: {error}") from None
 
 
-# ------------------------------------------------------------------------ reading
 def open_safetensors(file: Path):
     """Open a file of tensors; ValueError names one that cannot be read."""
     try:
@@ -59,29 +54,19 @@ def open_safetensors(file: Path):
 
 
 class Weights:
-    """The tensors of a checkpoint directory, single or sharded: opened here, read when asked for.
-
-    As in transformers, a whole file goes before an index."""
+    """A checkpoint's tensors, read when asked for; as in transformers, a whole file goes first."""
 
     def __init__(self, path):
         whole, index = Path(path) / WHOLE, Path(path) / INDEX
-        if whole.exists():
-            self.handles = {whole: open_safetensors(whole)}
-            self.files = dict.fromkeys(self.handles[whole].keys(), whole)
-            return
-        if not index.exists():
+        files = {whole}
+        if not whole.exists() and not index.exists():
             raise ValueError(f"{path}: neither {WHOLE} nor {INDEX} in it; download it again, whole")
-        named = read_json(index).get("weight_map")
-        files = named.values() if isinstance(named, dict) else [None]
-        if not all(file and Path(str(file)).name == file for file in files):
-            raise ValueError(
-                f"{index}: no weight_map (tensor -> file beside it): {str(named)[:60]}"
-            )
-        self.files = {name: index.with_name(file) for name, file in named.items()}
-        self.handles = {file: open_safetensors(file) for file in sorted(set(self.files.values()))}
-        for name, file in self.files.items():
-            if name not in self.handles[file].keys():
-                raise ValueError(f"{file}: {name} is listed in the index but not in the file")
+        if not whole.exists():
+            with reading(index):
+                names = read_json(index)["weight_map"].values()
+                files = {index.parent / Path(str(name)).name for name in names}
+        self.handles = {file: open_safetensors(file) for file in sorted(files)}
+        self.files = {name: file for file, held in self.handles.items() for name in held.keys()}
 
     def rows(self, name: str):
         """A tensor that is read where it is sliced: rows(name)[start:stop]."""
@@ -100,50 +85,35 @@ def check_tensors(where, found: dict, needed: dict, way_out: str) -> None:
 
 
 def open_weights(path: Path, needed: dict, four_bit: bool = False) -> Weights:
-    """Open a checkpoint that holds the needed weights (name -> shape), and no other.
-
-    With `four_bit`, weights that bitsandbytes has quantised may stand among them."""
+    """Open a checkpoint of exactly the needed weights (name -> shape), some perhaps in 4 bits."""
     weights, found = Weights(path), {}
     quantised = {name for name in needed if name + NF4_STATE in weights.files}
     if quantised and not four_bit:
         raise ValueError(f"{path}: its weights are quantised to 4 bits; add --load_in_4bit")
     needed = needed | {n: (math.prod(needed[n]) // 2, 1) for n in quantised}  # two codes a byte
-    for name, file in weights.files.items():
+    for name in weights.files:
         unused = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")  # a tied head
         unused |= name.partition(".weight.")[0] + ".weight" in quantised
-        if unused and name not in needed:
-            continue
-        view = weights.rows(name)
-        found[name] = tuple(view.get_shape())
-        if view.get_dtype() not in FLOATS and name not in quantised:
-            raise ValueError(f"{file}: {name} is stored as {view.get_dtype()}, not as floats")
+        if name in needed or not unused:
+            shape, dtype = tuple(weights.rows(name).get_shape()), weights.rows(name).get_dtype()
+            found[name] = shape if dtype in FLOATS or name in quantised else f"stored as {dtype}"
     check_tensors(path, found, needed, "save the bare model (no torch.compile, DDP, PEFT), whole")
     return weights
 
 
 def stored_head_differs(path) -> bool:
-    """Whether a checkpoint holds an output matrix of its own, other than its embedding.
-
-    transformers 5 then uses it, though config.json says that the two are tied."""
+    """Whether an output matrix of its own is stored, which transformers 5 uses, tied or not."""
     weights, names = Weights(path), ("lm_head.weight", "model.embed_tokens.weight")
     if not all(name in weights.files for name in names):
         return False
     head, embedding = map(weights.tensor, names)
-    return head.shape != embedding.shape or not torch.equal(head, embedding.to(head.dtype))
+    return not torch.equal(head, embedding.to(head.dtype))
 
 
 def base_fingerprint(path) -> str:
-    """SHA-256 of a checkpoint: name, type, shape and every byte of each tensor.
-
-    How they are divided into files does not matter. Hashed once a process while no file changes."""
+    """SHA-256 of name, type, shape and bytes of each tensor, however divided into files."""
     weights = Weights(path)
-    stats = [(file, file.stat()) for file in weights.handles]
-    return _hash_weights(Path(path), tuple((f, s.st_size, s.st_mtime_ns) for f, s in stats))
-
-
-@functools.cache
-def _hash_weights(path: Path, versions: tuple) -> str:
-    weights = Weights(path)
+    version = tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in weights.handles)
 
     def digest(name: str) -> bytes:
         tensor = weights.tensor(name)
@@ -151,23 +121,20 @@ def _hash_weights(path: Path, versions: tuple) -> str:
         content.update(tensor.flatten().view(torch.uint8).numpy())
         return content.digest()
 
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(weights.files)))).hexdigest()
-
-
-# ------------------------------------------------------------------------ writing
-def usual_mode(path: Path) -> None:
-    """Give a file or folder ordinary permissions; safetensors and tempfile keep others out."""
-    mask = os.umask(0)
-    os.umask(mask)
-    with contextlib.suppress(OSError):  # a file system without permissions
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    if version not in HASHES:
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+            digests = b"".join(pool.map(digest, sorted(weights.files)))
+        HASHES[version] = hashlib.sha256(digests).hexdigest()
+    return HASHES[version]
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
     """Write a safetensors file that others may read as any other file."""
     save_file(tensors, path, metadata=metadata)
-    usual_mode(path)
+    mask = os.umask(0)
+    os.umask(mask)
+    with contextlib.suppress(OSError):  # a file system without permissions
+        path.chmod(0o666 & ~mask)
 
 
 def write_weights(
@@ -183,9 +150,10 @@ def write_weights(
     memory at a time, and all are gone through even without `write`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    path, held = Path(path), defaultdict(dict)
+    path = Path(path)
     meta = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in weights.items()}
     split = split_torch_state_dict_into_shards(meta, max_shard_size=shard_bytes)
+    held = {file: {} for file in split.filename_to_tensors}
     if write:
         path.mkdir(parents=True, exist_ok=True)
         for old in (*path.glob("model-*-of-*.safetensors"), path / WHOLE, path / INDEX):

@@ -1,8 +1,7 @@
 """tokenizer.json of a Hugging Face directory, and what is decided around it: BOS, EOS, boundary.
 
-Prompts end in "Answer:", completions begin with a space: ids("Answer: Toy Story") begin with
-ids("Answer:"), which is checked for every title. With prompt_format "chat" the model's template
-stands around both (hub/chat.py): its control tokens are parsed, and refused in a title."""
+ids("Answer: Toy Story") must begin with ids("Answer:"), which is checked for every title. With
+prompt_format "chat" the model's template stands around both (hub/chat.py)."""
 
 import contextlib
 import hashlib
@@ -40,29 +39,48 @@ class Tokenizer:
         self._check_range(self.bos_ids, "")
         self.frame, self.controls = PromptFrame(), None
         if prompt_format == "chat":
-            self._speak_chat(path)
+            self.frame = chat_frame(path, self.inner)
+            self._check_range([self.frame.end_id], "the chat template")
+            # the token that ends a turn is the EOS, and a template writes its own BOS
+            self.eos_id, self.bos_ids = self.frame.end_id, []
+            self.stop_ids |= {self.eos_id}
+            self.inner.encode_special_tokens = False
+            tokens = self.inner.get_added_tokens_decoder().items()
+            names = {t.content for i, t in tokens if t.special or i == self.eos_id}
+            self.controls = re.compile("|".join(map(re.escape, sorted(names))))
         decisions = f"{self.eos_id} {self.bos_ids}" + f" {self.frame}" * (prompt_format == "chat")
         self.fingerprint = hashlib.sha256(self.file.read_bytes() + decisions.encode()).hexdigest()
 
-    def _speak_chat(self, path: Path) -> None:
-        """Take on the folder's chat template: its frame, and the token that ends a turn as EOS."""
-        self.frame = chat_frame(path, self.inner)
-        self._check_range([self.frame.end_id], "the chat template")
-        self.eos_id, self.stop_ids = self.frame.end_id, self.stop_ids | {self.frame.end_id}
-        self.bos_ids = []  # a template writes its own
-        self.inner.encode_special_tokens = False
-        tokens = self.inner.get_added_tokens_decoder().items()
-        names = {t.content for i, t in tokens if t.special or i == self.eos_id}
-        self.controls = re.compile("|".join(map(re.escape, sorted(names))))
+    @contextlib.contextmanager
+    def _library(self, what: str):
+        """The library raises plain Exception, or panics, which is a BaseException of its own."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self.file}: {what} ({error})") from None
+
+    def _check_range(self, ids: list[int], text: str) -> None:
+        """ValueError if the model has no embedding for a token."""
+        size, last = self.num_embeddings, max(ids, default=0)
+        if size and last >= size:
+            token = f"token {last} {self.inner.id_to_token(last)!r} (in {text[:60]!r})"
+            raise ValueError(f"{self.file}: {token} is outside the model's vocab_size {size}")
 
     def _check_controls(self, texts: list[str]) -> None:
         """ValueError if a text would act as a control token of a chat: end the turn, say."""
         for text in texts if self.controls else ():
             if found := self.controls.search(text):
-                raise ValueError(
-                    f"{text[-200:]!r} holds {found[0]!r}, a control token of {self.file}: rename "
-                    "that title, or use --prompt_format plain"
-                )
+                token = f"{found[0]!r}, a control token of {self.file}"
+                way_out = "rename that title, or use --prompt_format plain"
+                raise ValueError(f"{text[-200:]!r} holds {token}: {way_out}")
+
+    def note_long(self, prompts: list) -> None:
+        """Print how many prompts are longer than the texts that the model was made for."""
+        if long := sum(len(ids) > (self.max_positions or math.inf) for ids in prompts):
+            limit = f"max_position_embeddings, {self.max_positions:,} tokens: lower --max_length"
+            note_once(f"{long:,} of {len(prompts):,} prompts are longer than the model's {limit}")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         encoded = []
@@ -74,66 +92,32 @@ class Tokenizer:
             self._check_range(ids, text)
         return encoded
 
-    @contextlib.contextmanager
-    def _library(self, what: str):
-        """The library raises plain Exception, or panics, which is a BaseException of its own."""
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise ValueError(f"{self.file}: {what} ({error})") from None
-
-    def _check_range(self, ids: list[int], text: str) -> None:
-        """ValueError if the model has no embedding for a token."""
-        if ids and self.num_embeddings and max(ids) >= self.num_embeddings:
-            token = self.inner.id_to_token(max(ids))
-            raise ValueError(
-                f"{self.file}: token {max(ids)} {token!r} (in {text[:60]!r}) is outside the model's"
-                f" vocab_size {self.num_embeddings}: it is another model's, or was extended alone"
-            )
-
-    def note_long(self, prompts: list) -> None:
-        """Print how many prompts are longer than the texts that the model was made for."""
-        if long := sum(len(ids) > (self.max_positions or math.inf) for ids in prompts):
-            note_once(
-                f"{long:,} of {len(prompts):,} prompts are longer than the model's "
-                f"max_position_embeddings, {self.max_positions:,} tokens: lower --max_length"
-            )
-
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         self._check_controls(texts)
-        prompts = [self.frame.prompt(text) for text in texts]
-        return [self.bos_ids + ids for ids in self.encode(prompts)]
+        return [self.bos_ids + ids for ids in self.encode([self.frame.around(t) for t in texts])]
 
     def encode_answered(self, texts: list[str], titles: list[str]) -> list[list[int]]:
         """Ids of each prompt and its title as one text, without what ends the answer."""
-        self._check_controls(texts)
-        self._check_controls(titles)
-        pairs = zip(texts, titles, strict=True)
-        answered = [self.frame.answered(text, title) for text, title in pairs]
+        self._check_controls([*texts, *titles])
+        answered = [self.frame.around(*pair) for pair in zip(texts, titles, strict=True)]
         return [self.bos_ids + ids for ids in self.encode(answered)]
 
     def encode_completions(self, titles: list[str]) -> list[list[int]]:
-        """Ids of a title and the end token as they follow a prompt, in plain " " + title + EOS.
-
-        ValueError names a title whose boundary would merge."""
-        (prefix,), out = self.encode_prompts(["Answer:"]), []
+        """Ids of a title and the end token as they follow a prompt, in plain " " + title + EOS."""
+        (prefix,), end = self.encode_prompts(["Answer:"]), self.frame.around("Answer:")[-30:]
         answered = self.encode_answered(["Answer:"] * len(titles), titles)
         for title, ids in zip(titles, answered, strict=True):
             if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
-                end = self.frame.prompt("Answer:")[-30:]
                 raise ValueError(f"title {title!r}: it merges with the prompt's final {end!r}")
-            out.append(ids[len(prefix) :] + [self.eos_id])
-        return out
+        return [ids[len(prefix) :] + [self.eos_id] for ids in answered]
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=True)
 
     def answer(self, ids: list[int]) -> str:
         """The answer that generated ids spell: up to the first stop id or line break, stripped."""
-        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return re.split(r"[\n\r]", self.decode(ids[:end]).lstrip(" "), maxsplit=1)[0].strip()
+        answer = self.decode(list(takewhile(lambda i: i not in self.stop_ids, ids)))
+        return re.split(r"[\n\r]", answer.lstrip(" "), maxsplit=1)[0].strip()
 
     def newline_ids(self) -> frozenset[int]:
         """Tokens whose text is optional spaces, then a line break: they end an answer, too."""
@@ -141,45 +125,36 @@ class Tokenizer:
         return frozenset(i for i in vocab if re.match(r" *[\n\r]", self.inner.decode([i]) or ""))
 
 
-# ------------------------------------------------------------------------ the end of a text
 def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozenset[int]]:
-    """(EOS to train on, every id that ends an answer), from all files that name one.
-
-    The EOS is the first that all of them hold, else the first; a note says who disagrees."""
-    names = ("generation_config.json", "tokenizer_config.json", "config.json")
-    found = {name: _eos_of(path / name, inner) for name in names}
-    found = {name: ids for name, ids in found.items() if ids}
+    """(EOS to train on: the first that all files hold, else the first; all that end an answer)."""
+    names, found = ("generation_config.json", "tokenizer_config.json", "config.json"), {}
+    for file in (path / name for name in names):
+        try:
+            content = read_json(file) if file.exists() else {}
+            eos = content.get("eos_token_id")
+            if file.name == "tokenizer_config.json":
+                token = content.get("eos_token")
+                token = token.get("content") if isinstance(token, dict) else token
+                eos = inner.token_to_id(token) if isinstance(token, str) else None
+                if token is not None and eos is None:
+                    note_once(f"{file}: its eos_token {token!r} is not in tokenizer.json: left out")
+        except ValueError as error:  # no JSON, as one that was published, or half a surrogate pair
+            note_once(f"{file}: {error}; its end token is not known")
+            continue
+        if eos not in (None, []):
+            found[file.name] = eos if isinstance(eos, list) else [eos]
     if not found:
         raise ValueError(f"{path}: no end token known to tokenizer.json in {', '.join(names)}")
-    size = num_embeddings or inner.get_vocab_size()
-    every = [(name, i) for name, ids in found.items() for i in ids]
-    for name, i in every:
-        if type(i) is not int or not 0 <= i < size or inner.id_to_token(i) is None:
-            raise ValueError(f"{path / name}: end token {i!r} is not one of the {size} tokens")
-    shared = [i for _, i in every if all(i in ids for ids in found.values())]
-    eos_id = (shared or [every[0][1]])[0]
-    agreeing = [name for name, ids in found.items() if eos_id in ids]
+    size, every = num_embeddings or inner.get_vocab_size(), sum(found.values(), [])
+    for name, ids in found.items():
+        for i in ids:
+            if type(i) is not int or not 0 <= i < size or inner.id_to_token(i) is None:
+                raise ValueError(f"{path / name}: end token {i!r} is not one of the {size} tokens")
+    eos_id = next((i for i in every if all(i in ids for ids in found.values())), every[0])
+    agreeing = [ids for ids in found.values() if eos_id in ids]
     if len(agreeing) < len(found):
-        said = "; ".join(f"{name} says {ids}" for name, ids in found.items())
         token = f"{eos_id} {inner.id_to_token(eos_id)!r}"
-        note_once(f"{path}: {token} ends a text, but {said}: mend the file that is wrong")
+        note_once(f"{path}: {token} ends a text, but of {found} one is wrong: mend that file")
     # What a disagreeing file names may be an ordinary token, which would cut answers.
     controls = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-    return eos_id, frozenset(i for name, i in every if name in agreeing or i in controls)
-
-
-def _eos_of(file: Path, inner) -> list:
-    """The end tokens that an optional file names; one has been published as invalid JSON."""
-    try:
-        content = read_json(file) if file.exists() else {}
-        eos = content.get("eos_token_id")
-        if file.name == "tokenizer_config.json":
-            token = content.get("eos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            eos = inner.token_to_id(token) if isinstance(token, str) else None
-            if token is not None and eos is None:
-                note_once(f"{file}: its eos_token {token!r} is not in tokenizer.json: left out")
-    except ValueError as error:  # no JSON, or half of a surrogate pair
-        note_once(f"{file}: {error}; its end token is not known")
-        return []
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return eos_id, frozenset(controls.intersection(every).union(*agreeing))

@@ -25,7 +25,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.logps import HAS_TRITON
 
@@ -130,3 +130,26 @@ class _Linear4bit(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         codes, absmax = ctx.saved_tensors
         return grad @ matrix(codes, absmax, grad.dtype), None, None, None
+
+
+class Linear4bit(nn.Linear):
+    """Frozen: `weight` is codes (out, in / 2) uint8, beside it `absmax` (out, in / 64) fp32.
+
+    Rows are whole blocks, so that they can be divided over ranks."""
+
+    def __init__(self, linear: nn.Linear, name: str):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if self.in_features % BLOCK:
+            width = f"{name} has {self.in_features} inputs, no multiple of {BLOCK}"
+            raise ValueError(f"--load_in_4bit: {width}")
+        device, out = linear.weight.device, self.out_features
+        codes = torch.empty(out, self.in_features // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(out, self.in_features // BLOCK, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.absmax = nn.Parameter(absmax, requires_grad=False)
+        self.bias = linear.bias
+        self.project_4bit = outside_graphs(linear_4bit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project_4bit(x, self.weight, self.absmax, self.bias)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import SAVING, run_train
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -23,6 +24,7 @@ if not torch.cuda.is_available():
 from families import END_OF_TEXT, byte_level, llama2_style
 
 from data import Examples, Interactions
+from hub.files import note_once
 from hub.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, save_pretrained
 
@@ -32,63 +34,44 @@ CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
 
 torch.set_num_threads(1)  # tensors this small cost more to divide than to compute
 
-EOS = 2
-COMMON = {
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 131072,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
-    "initializer_range": 0.02,
-}
-LLAMA = COMMON | {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "rms_norm_eps": 1e-5,
-}
-LLAMA |= {"attention_bias": False, "mlp_bias": False}
-LLAMA3 = LLAMA | {"rope_theta": 5e5}
-QWEN2 = COMMON | {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-}
-QWEN2 |= {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 2}
-QWEN3 = QWEN2 | {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
 # config.json as published (the layout of transformers 4), but small. Head size 8 gives rotary
 # wavelengths of 6 to 118,000 positions: kept, in between and slowed down by the llama3 scaling.
+EOS = 2
+COMMON = {
+    "vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+    "max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": EOS,
+    "initializer_range": 0.02,
+}  # fmt: skip
+LLAMA = COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+LLAMA |= {"rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False}
+QWEN2 = COMMON | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN2 |= {"rms_norm_eps": 1e-6, "rope_theta": 1e6}
+QWEN2 |= {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 2}
+QWEN3 = QWEN2 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+QWEN3 |= {"attention_bias": False, "head_dim": 16}  # 16, not 32 / 4
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+LLAMA3 = LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}
+LLAMA32_ROPE = LLAMA3_ROPE | {"factor": 32.0}
+UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 FAMILIES = {
-    "llama2": LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": False},
-    "llama3.1": LLAMA3 | {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": False},
-    "llama3.2": LLAMA3
-    | {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 8},
-    "qwen2.5": QWEN2 | {"tie_word_embeddings": False},
-    "qwen2.5-tied": QWEN2 | {"tie_word_embeddings": True},
-    "qwen3": QWEN3 | {"tie_word_embeddings": True, "head_dim": 16},  # 16, not 32 / 4
+    "llama2": LLAMA | UNTIED | {"num_key_value_heads": 4},
+    "llama3.1": LLAMA3 | UNTIED,
+    "llama3.2": LLAMA3 | TIED | {"rope_scaling": LLAMA32_ROPE, "head_dim": 8},
+    "qwen2.5": QWEN2 | UNTIED,
+    "qwen2.5-tied": QWEN2 | TIED,
+    "qwen3": QWEN3 | TIED,
 }
 
 
 @pytest.fixture(autouse=True)
 def seed():
+    """Every test starts from the same random state, and no note has been printed."""
     torch.manual_seed(0)
+    note_once.cache_clear()
 
 
 @pytest.fixture
@@ -99,8 +82,7 @@ def config() -> ModelConfig:
 # ------------------------------------------------------------------------ whole runs
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory):
-    """A finished SFT + RecPO run in one process that accumulates over single-prompt
-    micro-batches."""
+    """A finished SFT + RecPO run in one process, in micro-batches of one prompt."""
     tmp_path = tmp_path_factory.mktemp("runs")
     return tmp_path, *run_train(tmp_path, "one", "--micro_batch_tokens=500")
 
@@ -133,8 +115,7 @@ def group():
 @pytest.fixture
 def in_process(monkeypatch, tmp_path):
     """call(main, *flags): a script's main() in this process, in a process group that is its own."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.chdir(tmp_path)
 
     def call(main, *flags) -> None:
@@ -145,11 +126,11 @@ def in_process(monkeypatch, tmp_path):
             dist.destroy_process_group()
 
     yield call
-    for number, handler in zip(numbers, handlers, strict=True):
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------ examples
+# ------------------------------------------------------------------------ examples, tokenizers
 def examples_at(
     interactions: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20
 ) -> Examples:
@@ -168,18 +149,15 @@ def examples_at(
     )
 
 
-# ------------------------------------------------------------------------ tokenizers
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """A model folder per family, with tokenizer.json and the EOS in config.json."""
-    found = {}
-    for family in END_OF_TEXT:
-        found[family] = tmp_path_factory.mktemp(family)
+    found = {family: tmp_path_factory.mktemp(family) for family in END_OF_TEXT}
+    for family, folder in found.items():
         inner = llama2_style() if family == "llama2" else byte_level(family)
-        inner.save(str(found[family] / "tokenizer.json"))
-        write_json(
-            found[family] / "config.json", {"eos_token_id": inner.token_to_id(END_OF_TEXT[family])}
-        )
+        inner.save(str(folder / "tokenizer.json"))
+        eos_id = inner.token_to_id(END_OF_TEXT[family])
+        write_json(folder / "config.json", {"eos_token_id": eos_id})
     return found
 
 
@@ -202,17 +180,18 @@ def tiny_config(family: str) -> ModelConfig:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew: norms around 1, biases far from 0,
-    projections that keep the scale of their input."""
+    """Draw norms around 1, biases far from 0, projections that keep the scale of their input."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 2:
                 drawn *= 0.2 if "embed" in name else p.shape[1] ** -0.5
-            p.copy_(
-                drawn / 2 if name.endswith("bias") else 1 + 0.3 * drawn if p.ndim == 1 else drawn
-            )
+            elif name.endswith("bias"):
+                drawn /= 2
+            else:
+                drawn = 1 + 0.3 * drawn
+            p.copy_(drawn)
     return model
 
 
@@ -226,6 +205,13 @@ def write_checkpoint(path: Path, family: str = "llama3.1", seed: int = 0, **kwar
     return path
 
 
+def change_tensors(file: Path, change) -> None:
+    """Rewrite a safetensors file with change(tensors), in place."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def write_json(file: Path, content) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
@@ -233,13 +219,11 @@ def write_json(file: Path, content) -> Path:
 
 
 def transformers_model(family: str, path: Path, seed: int = 0):
-    """A random model made and saved at `path` by transformers,
-    which reads the published config.json first."""
+    """A random model of transformers, saved at `path`, which reads the published config.json."""
     transformers = pytest.importorskip("transformers")
     write_json(path / "config.json", FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.from_pretrained(path)
-    )
+    config = transformers.AutoConfig.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     randomize(model.float().eval(), seed).save_pretrained(path)
     return model
 

@@ -9,10 +9,11 @@ from data import Example, render_prompt
 from loaders.movielens import WORDS as MOVIES
 
 # of each family, the EOS
-END_OF_TEXT = {
-    "llama3": "<|end_of_text|>",
-    "qwen": "<|endoftext|>",
-    "llama2": "</s>",
+END_OF_TEXT = {"llama3": "<|end_of_text|>", "qwen": "<|endoftext|>", "llama2": "</s>"}
+SPECIAL = {
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+    "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "llama2": ["<unk>", "<s>", "</s>"],
 }
 
 NASTY = [
@@ -22,31 +23,19 @@ NASTY = [
     "日本", "<|end_of_text|>", "Say <|endoftext|> twice <|endoftext|>", "a </s> b", "<s>",
     "Answer: no", "| Rating: 5", "Ünïted 93 ½",
 ]  # fmt: skip
-
 WORDS = [
-    "the",
-    "of",
-    "and",
-    "Alien",
-    "Matrix",
-    "Space",
-    "Wars",
-    "Rating",
-    "Answer",
-    "movies",
-    "user",
-    "watched",
-    "these",
-    "next",
-    "following",
-    "oldest",
-    "first",
-]
+    "the", "of", "and", "Alien", "Matrix", "Space", "Wars", "Rating", "Answer", "movies", "user",
+    "watched", "these", "next", "following", "oldest", "first",
+]  # fmt: skip
 
-TEXTS = [
-    render_prompt(Example(MOVIES, "u", [(t, 4.0) for t in NASTY], NASTY, 0, [], n))
-    for n in range(5)
-]
+
+def prompt_of(titles: list[str], template: int = 0) -> str:
+    """A prompt whose history and candidates are these titles."""
+    rated = [(title, 4.0) for title in titles]
+    return render_prompt(Example(MOVIES, "u", rated, titles, 0, [], template))
+
+
+TEXTS = [prompt_of(NASTY, n) for n in range(5)]
 TEXTS += [f" {a} {b}: {a}\n\n{b} 19{n}\n  \n" for n, a in enumerate(WORDS) for b in WORDS]
 
 
@@ -61,51 +50,34 @@ def byte_level(family: str) -> HFTokenizer:
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    train(tokenizer, SPECIAL[family], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    steps = [processors.ByteLevel(trim_offsets=False)]
     if family == "llama3":
-        special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    if family == "llama3":
-        bos = processors.TemplateProcessing(
-            "<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
-        )
-        tokenizer.post_processor = processors.Sequence(
-            [processors.ByteLevel(trim_offsets=False), bos]
-        )
+        bos = ("<|begin_of_text|>", 0)
+        steps.append(processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos]))
+    tokenizer.post_processor = processors.Sequence(steps)
     return tokenizer
 
 
-def llama2_style() -> HFTokenizer:
-    """Llama-2's pipeline as published:
-    "▁" in front and for spaces, merges without pre-tokenizer, bytes for the rest."""
-    tokenizer = HFTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+def train(tokenizer: HFTokenizer, special: list[str], **options) -> None:
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, show_progress=False, **options
     )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+
+
+def llama2_style() -> HFTokenizer:
+    """Llama-2's pipeline: "▁" in front and for spaces, no pre-tokenizer, bytes for the rest."""
+    tokenizer = HFTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
     words = Regex("▁+|[:|.\n]")  # in training only
     tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "merged_with_next")
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
-    special = ["<unk>", "<s>", "</s>", *byte_tokens]
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=special, limit_alphabet=80, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    train(tokenizer, [*SPECIAL["llama2"], *byte_tokens], limit_alphabet=80)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     content = json.loads(tokenizer.to_str()) | {"pre_tokenizer": None}
-    content["added_tokens"] = [
-        token for token in content["added_tokens"] if token["content"] not in byte_tokens
-    ]
-    return HFTokenizer.from_str(json.dumps(content))
+    added = [token for token in content["added_tokens"] if token["content"] not in byte_tokens]
+    return HFTokenizer.from_str(json.dumps(content | {"added_tokens": added}))

@@ -9,172 +9,56 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_json
-from families import byte_level, llama2_style
-from launch import TINY, run_train
+from families import NASTY, byte_level, llama2_style, prompt_of
+from launch import ROOT, TINY, run_train
 from tokenizers import Tokenizer as HFTokenizer
 
 import eval as evaluation
 import recommend
 import train
-from data import Example, build_tree, encode_examples, render_prompt
+from data import build_tree, encode_examples, render_prompt
 from demo.tiny import make_base_model
 from hub import chat
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare
-from loaders.movielens import WORDS as MOVIES
 from loaders.planted import DEFAULTS
 from model import load_pretrained
 
 # The shapes of published templates: where they trim, where control tokens and line breaks stand.
-LLAMA3 = """\
-{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "none" %}
-{%- endif %}
-{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] | trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Knowledge ends in 2023\\nIt is " + date_string + "\\n\\n" + system_message + "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" }}
-    {{- message["content"] | trim + "<|eot_id|>" }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
-{%- endif %}
-"""
-QWEN25 = """\
-{%- if tools %}
-    {{- raise_exception("no tools here") }}
-{%- elif messages[0].role != "system" %}
-    {{- "<|im_start|>system\\nYou help.<|im_end|>\\n" }}
-{%- endif %}
-{%- for message in messages %}
-    {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>" + "\\n" }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|im_start|>assistant\\n" }}
-{%- endif %}
-"""
-QWEN3 = """\
-{%- set ns = namespace(last=messages | length - 1, found=false) %}
-{%- for message in messages[::-1] %}
-    {%- if not ns.found and message.role == "user" %}
-        {%- set ns.last = messages | length - 1 - loop.index0 %}
-        {%- set ns.found = true %}
-        {%- break %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == "assistant" %}
-        {%- set thought = message.content.split("</think>")[0] if "</think>" in message.content %}
-        {%- generation %}
-        {{- "<|im_start|>assistant\\n" }}
-        {%- if loop.index0 > ns.last %}
-            {{- "<think>\\n" + (thought or "") + "\\n</think>\\n\\n" }}
-        {%- endif %}
-        {{- message.content.split("</think>")[-1].lstrip("\\n") + "<|im_end|>\\n" }}
-        {%- endgeneration %}
-    {%- else %}
-        {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|im_start|>assistant\\n" }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- "<think>\\n\\n</think>\\n\\n" }}
-    {%- endif %}
-{%- endif %}
-"""
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are small.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA2 = (  # no generation prompt: the space before an answer belongs to the answer
-    "{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-ZEPHYR = """\
-{% for message in messages %}
-    {% if message["role"] == "user" %}
-{{ "<|user|>\n" + message["content"] + eos_token }}
-    {% elif message["role"] == "assistant" %}
-{{ "<|assistant|>\n" + message["content"] + eos_token }}
-    {% endif %}
-    {% if loop.last and add_generation_prompt %}
-{{ "<|assistant|>" }}
-    {% endif %}
-{% endfor %}
-"""
-R1 = (  # its generation prompt opens a block that its dialogues never have
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}"
-    "{% else %}{{ '<|im_end|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|><think>\n' }}{% endif %}"
-)
-THINKING = (  # its dialogues close the block that its generation prompt opens
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
-)
-NO_HEADER = (  # it knows no generation prompt at all
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{% endfor %}"
-)
+TEMPLATES = {f.stem: f.read_text() for f in (ROOT / "tests/recorded/templates").glob("*.jinja")}
+QWEN25, SMOLLM2 = TEMPLATES["qwen2.5"], TEMPLATES["smollm2"]
 IM_END = {"bos_token": None, "eos_token": "<|im_end|>"}
 END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 SENTENCE = {"bos_token": "<s>", "eos_token": "</s>"}
-HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 LLAMA3_TOKENS = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|eot_id|>"}
-FAMILIES = {  # template, tokenizer, the token that ends a turn, variables
-    "llama3": (LLAMA3, "llama3", "<|eot_id|>", LLAMA3_TOKENS),
-    "qwen2.5": (QWEN25, "qwen", "<|im_end|>", IM_END),
-    "qwen3": (QWEN3, "qwen", "<|im_end|>", IM_END),
-    "smollm2": (SMOLLM2, "qwen", "<|im_end|>", IM_END | {"bos_token": "<|im_start|>"}),
-    "zephyr": (ZEPHYR, "zephyr", "</s>", SENTENCE),
-    "llama2": (LLAMA2, "llama2", "</s>", SENTENCE),
-    "r1": (R1, "qwen", "<|endoftext|>", END_OF_TEXT),
-    "thinking": (THINKING, "qwen", "<|im_end|>", END_OF_TEXT),
-    "no header": (NO_HEADER, "qwen", "<|im_end|>", END_OF_TEXT),
+FAMILIES = {  # template -> tokenizer, the token that ends a turn, variables
+    "llama3": ("llama3", "<|eot_id|>", LLAMA3_TOKENS),
+    "qwen2.5": ("qwen", "<|im_end|>", IM_END),
+    "qwen3": ("qwen", "<|im_end|>", IM_END),
+    "smollm2": ("qwen", "<|im_end|>", IM_END | {"bos_token": "<|im_start|>"}),
+    "zephyr": ("zephyr", "</s>", SENTENCE),
+    "llama2": ("llama2", "</s>", SENTENCE),  # the space before an answer belongs to the answer
+    "r1": ("qwen", "<|endoftext|>", END_OF_TEXT),  # opens a block that its dialogues never have
+    "thinking": ("qwen", "<|im_end|>", END_OF_TEXT),  # its dialogues close the block
+    "no-header": ("qwen", "<|im_end|>", END_OF_TEXT),  # it knows no generation prompt at all
 }
-OWN_PROMPTS = ["r1", "thinking", "no header"]  # those that end as their dialogues go on
-TITLES = [
-    "...And Justice for All", "(500) Days of Summer", "Élite", "'burbs", "12 Monkeys",
-    "Alien", "Alien 3", "1984", "2001: A Space Odyssey", "Mr. & Mrs.", "E.T.", "What?",
-    "$9.99", "日本", "Answer: no", "| Rating: 5", "M*A*S*H", "M",
-    "{{ messages }}", "I'm \"here\" <b>",
-]  # fmt: skip
-PROMPTS = [
-    render_prompt(Example(MOVIES, "u", [(t, 4.0) for t in TITLES[n:]], TITLES, 0, [], n))
-    for n in range(5)
-]
-
-
-def family_tokenizer(kind: str) -> HFTokenizer:
-    """families' small tokenizers, with the control tokens of a chat."""
-    if kind == "llama2":
-        return llama2_style()
-    inner = byte_level("qwen" if kind == "zephyr" else kind)
-    inner.add_special_tokens({"llama3": HEADERS, "zephyr": ["<s>", "</s>"]}.get(kind, []))
-    return inner
+OWN_PROMPTS = ["r1", "thinking", "no-header"]  # those that end as their dialogues go on
+CONTROLS = {"llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]}
+CONTROLS |= {"zephyr": ["<s>", "</s>"]}
+TITLES = [title for title in NASTY if "<" not in title and "  " not in title]
+TITLES += ["M*A*S*H", "{{ messages }}", 'I\'m "here" <b>']
+PROMPTS = [prompt_of(TITLES[n:], n) for n in range(5)]
 
 
 def write_base(path: Path, family: str, template=None, **config) -> Path:
     """A tokenizer, its configuration with the template in it, and another EOS in config.json."""
-    path.mkdir(parents=True, exist_ok=True)
-    text, kind, _, tokens = FAMILIES[family]
-    family_tokenizer(kind).save(str(path / "tokenizer.json"))
-    write_json(
-        path / "tokenizer_config.json", tokens | {"chat_template": template or text} | config
-    )
+    kind, _, tokens = FAMILIES[family]
+    tokens = tokens | {"chat_template": template or TEMPLATES[family]} | config
+    write_json(path / "tokenizer_config.json", tokens)
     write_json(path / "config.json", {"eos_token_id": 1, "vocab_size": 2000})
+    inner = llama2_style() if kind == "llama2" else byte_level(kind.replace("zephyr", "qwen"))
+    inner.add_special_tokens(CONTROLS.get(kind, []))
+    inner.save(str(path / "tokenizer.json"))
     return path
 
 
@@ -200,22 +84,15 @@ class Clock(datetime):
 def their_ids(bases, monkeypatch):
     """transformers' ids of a dialogue, by family."""
     transformers = pytest.importorskip("transformers")
-    from transformers.utils import chat_template_utils
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
 
     def ids(family: str, *texts: str, **options) -> list[int]:
-        tokens = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in FAMILIES[family][3].items()
-        }
-        peer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(bases[family] / "tokenizer.json"),
-            chat_template=FAMILIES[family][0],
-            **{name: token for name, token in tokens.items() if token},
-        )
-        roles = ("user", "assistant")
-        dialogue = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+        template, tokens = TEMPLATES[family], FAMILIES[family][2]
+        plain = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t}
+        plain |= {"tokenizer_file": str(bases[family] / "tokenizer.json")}
+        peer = transformers.PreTrainedTokenizerFast(chat_template=template, **plain)
+        roles = ("user", "assistant")[: len(texts)]
+        dialogue = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
         options |= {"enable_thinking": False, "return_dict": False}
         options["add_generation_prompt"] = len(texts) == 1
         return peer.apply_chat_template(dialogue, **options)
@@ -242,7 +119,7 @@ def test_published_templates_have_the_ids_of_transformers(name, their_ids, tmp_p
         pytest.skip("needs a trl that has chat_templates/")
     family, template = "llama3" if "llama" in name else "qwen2.5", file.read_text()
     tokenizer = Tokenizer(write_base(tmp_path, family, template), "chat")
-    assert tokenizer.inner.id_to_token(tokenizer.eos_id) == FAMILIES[family][2]
+    assert tokenizer.inner.id_to_token(tokenizer.eos_id) == FAMILIES[family][1]
     (prompt,) = tokenizer.encode_prompts(PROMPTS[:1])
     assert prompt == their_ids(family, PROMPTS[0], chat_template=template)
     dialogue = their_ids(family, PROMPTS[0], "Alien", chat_template=template)
@@ -251,33 +128,19 @@ def test_published_templates_have_the_ids_of_transformers(name, their_ids, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_and_answer_are_the_templates_own_dialogue(family, tokenizers, their_ids):
-    """Prompt ids and completion ids in a row begin transformers' dialogue, and end where its turn
-    ends, be its generation prompt another one."""
-    (prompt,) = tokenizers[family].encode_prompts(PROMPTS[:1])
-    completions = tokenizers[family].encode_completions(TITLES)
-    for title, completion in zip(TITLES, completions, strict=True):
-        expected, ours = their_ids(family, PROMPTS[0], title), prompt + completion
-        assert ours == expected[: len(ours)] and len(expected) - len(ours) <= 1  # a line break
-        assert tokenizers[family].encode_answered(PROMPTS[:1], [title]) == [ours[:-1]]
-
-
-def test_a_generation_prompt_of_another_kind_is_said(bases, capsys):
-    """Once per folder, with what prompts end in instead."""
-    chat.note_once.cache_clear()
-    for family in ("qwen2.5", *OWN_PROMPTS):
-        Tokenizer(bases[family], "chat")
-        said = capsys.readouterr().out
-        assert ("is not how its own dialogues go on" in said) == (family in OWN_PROMPTS), family
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_token_that_ends_a_turn_ends_an_answer(family, tokenizers, bases):
-    """It is read off the template, whatever other files say; ids with it spell the title."""
-    tokenizer, end = tokenizers[family], FAMILIES[family][2]
+def test_prompt_and_answer_are_the_templates_own_dialogue(family, bases, their_ids, capsys):
+    """Ids of prompt and completion begin transformers' dialogue and end where its turn ends, in the
+    token that is read off the template; a generation prompt of another kind is said."""
+    tokenizer, end = Tokenizer(bases[family], "chat"), FAMILIES[family][1]
+    said = "is not how its own dialogues go on" in capsys.readouterr().out
+    assert said == (family in OWN_PROMPTS)
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == end
     assert tokenizer.stop_ids == Tokenizer(bases[family]).stop_ids | {tokenizer.eos_id}
+    (prompt,) = tokenizer.encode_prompts(PROMPTS[:1])
     for title, ids in zip(TITLES, tokenizer.encode_completions(TITLES), strict=True):
+        expected, ours = their_ids(family, PROMPTS[0], title), prompt + ids
+        assert ours == expected[: len(ours)] and len(expected) - len(ours) <= 1  # a line break
+        assert tokenizer.encode_answered(PROMPTS[:1], [title]) == [ours[:-1]]
         assert ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id
         assert tokenizer.answer(ids) == title and tokenizer.answer(ids[:-1]) == title
 
@@ -320,38 +183,39 @@ def test_where_templates_and_their_variables_stand(tmp_path):
     (path / "chat_template.jinja").write_text(SMOLLM2)
     assert "You are small." in Tokenizer(path, "chat").frame.before
     path = write_base(tmp_path / "older", "llama2")
-    write_json(path / "tokenizer_config.json", {"chat_template": LLAMA2})
+    write_json(path / "tokenizer_config.json", {"chat_template": TEMPLATES["llama2"]})
     write_json(path / "special_tokens_map.json", SENTENCE)
     assert Tokenizer(path, "chat").frame.before == "<s>[INST] "
 
 
-@pytest.mark.parametrize(
-    "template, culprit",
-    [
-        ("", "no chat template"),
-        ([{"name": "rag", "template": "x"}], "no chat template"),
-        ({"default": "x"}, "no chat template"),
-        ("{{ messages[0].content }}{{ messages[0].content }}<|im_end|>", "text as it is, once"),
-        ("Hello", "text as it is, once"),
-        ("{{ messages[0].content | escape }}<|im_end|>", "text as it is, once"),
-        ("{{ messages[0].content | length }} {{ messages[0].content }}", "text as it is"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "a control token"),
-        ("{{ messages[0].content }}<|im_end|>", "a control token"),
-        ("{% if %}", "TemplateSyntaxError"),
-        ("{{ nobody.content }}", "UndefinedError"),
-        ("{{ raise_exception('only systems may speak') }}", "only systems may speak"),
-        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{% include '/etc/passwd' %}", "TypeError"),
-    ],
-)
-def test_a_template_that_will_not_do_is_refused(template, culprit, tmp_path):
+REFUSED = [
+    ("", "no chat template"),
+    ([{"name": "rag", "template": "x"}], "no chat template"),
+    ({"default": "x"}, "no chat template"),
+    ("{{ messages[0].content }}{{ messages[0].content }}<|im_end|>", "text as it is, once"),
+    ("Hello", "text as it is, once"),
+    ("{{ messages[0].content | escape }}<|im_end|>", "text as it is, once"),
+    ("{{ messages[0].content | length }} {{ messages[0].content }}", "text as it is"),
+    ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "a control token"),
+    ("{{ messages[0].content }}<|im_end|>", "a control token"),
+    ("{% if %}", "TemplateSyntaxError"),
+    ("{{ nobody.content }}", "UndefinedError"),
+    ("{{ raise_exception('only systems may speak') }}", "only systems may speak"),
+    ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+    ("{{ messages.append(1) }}", "SecurityError"),
+    ("{% include '/etc/passwd' %}", "TypeError"),
+]
+
+
+@pytest.mark.parametrize("template, culprit", REFUSED)
+def test_a_template_that_will_not_do_is_refused(template, culprit, bases, tmp_path):
     """Absent, changing the text, ending no answer, failing, or reaching for Python's internals."""
-    path = write_base(tmp_path, "qwen2.5")
-    write_json(path / "tokenizer_config.json", {"chat_template": template})
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((bases["qwen2.5"] / name).read_bytes())
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
     with pytest.raises(ValueError, match=f"{culprit}.*--prompt_format plain"):
-        Tokenizer(path, "chat")
-    assert Tokenizer(path).encode_prompts(["Alien"])
+        Tokenizer(tmp_path, "chat")
+    assert Tokenizer(tmp_path).encode_prompts(["Alien"])
 
 
 def test_an_end_of_turn_without_an_embedding_is_refused(tmp_path):
@@ -363,16 +227,16 @@ def test_an_end_of_turn_without_an_embedding_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "before, after",
-    [(None, [2, 1]), ({"eos_token_id": 2}, [2]), ({"eos_token_id": [0, 2], "top_k": 5}, [2, 0])],
+    [({}, [2, 1]), ({"eos_token_id": 2}, [2]), ({"eos_token_id": [0, 2], "top_k": 5}, [2, 0])],
 )
 def test_a_saved_model_names_the_end_of_a_turn(before, after, tmp_path):
     """First among the ends that were known, those of config.json if there are no others."""
-    path = write_base(tmp_path, "qwen2.5")
+    write_json(tmp_path / "config.json", {"eos_token_id": 1})
+    file = tmp_path / "generation_config.json"
     if before:
-        write_json(path / "generation_config.json", before)
-    chat.add_end_of_turn(path, 2)
-    written = json.loads((path / "generation_config.json").read_text())
-    assert written == (before or {}) | {"eos_token_id": after}
+        write_json(file, before)
+    chat.add_end_of_turn(tmp_path, 2)
+    assert json.loads(file.read_text()) == before | {"eos_token_id": after}
 
 
 def test_tojson_escapes_nothing():
@@ -383,22 +247,21 @@ def test_tojson_escapes_nothing():
 
 
 # ---------------------------------------------------------------------- examples, training, answers
-DATA = ["--dataset=planted", "--planted_users=150", "--train_size=20", "--test_size=8"]
+DATA = {"planted_users": 150, "train_size": 20, "test_size": 8}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    options = DEFAULTS | {"planted_users": 150, "train_size": 20, "test_size": 8}
-    return prepare(DataConfig(**options, prepared_dir=str(tmp_path_factory.mktemp("prepared"))))
+    folder = str(tmp_path_factory.mktemp("prepared"))
+    return prepare(DataConfig(**DEFAULTS | DATA, prepared_dir=folder))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, prepared) -> Path:
     """A random model whose tokenizer has room for the control tokens of a chat."""
     path = tmp_path_factory.mktemp("talking") / "base"
-    make_base_model(
-        path, prepared.splits["train"], hidden_size=64, num_layers=2, vocab_size=500, seed=0
-    )
+    sizes = {"hidden_size": 64, "num_layers": 2, "vocab_size": 500}
+    make_base_model(path, prepared.splits["train"], **sizes, seed=0)
     inner = HFTokenizer.from_file(str(path / "tokenizer.json"))
     inner.normalizer = None  # a space behind every line break would merge with the answer
     inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -419,22 +282,17 @@ def test_prompts_that_are_too_long_lose_history(base, prepared):
     for e, ids in enumerate(short.prompts):
         room = limit - max(map(len, short.slots(e, range(20))))
         texts = [render_prompt(examples[e], skip) for skip in range(len(examples[e].history))]
-        fitting = [p for p in tokenizer.encode_prompts(texts) if len(p) <= room]
-        assert ids.tolist() == fitting[0]
+        assert ids.tolist() == next(p for p in tokenizer.encode_prompts(texts) if len(p) <= room)
 
 
 def test_one_pass_and_generation_write_the_same_answers(base, prepared):
     """Learnt by heart: every answer is the target, and ends with the token that ends a turn."""
     tokenizer, model = Tokenizer(base, "chat"), load_pretrained(base)
-    examples = prepared.splits["train"].select(np.arange(4))
-    encoded = encode_examples(examples, tokenizer, 1024)
+    encoded = encode_examples(prepared.splits["train"].select(np.arange(4)), tokenizer, 1024)
+    answers = [encoded.slots(e, [t]) for e, t in enumerate(encoded.examples.target)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
-        tree = build_tree(
-            [encoded.prompts[e] for e in range(4)],
-            [encoded.slots(e, [examples.target[e]]) for e in range(4)],
-        )
-        loss = -model(tree)[0].mean()
+        loss = -model(build_tree([*encoded.prompts], answers))[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -450,24 +308,23 @@ def predictions(folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, base, prepared):
-    """A finished chat run: SFT of all weights, RecPO with an adapter."""
+    """A finished chat run, SFT of all weights and RecPO with an adapter; and its data's flags."""
     tmp_path = tmp_path_factory.mktemp("run")
-    flags = (f"--model={base}", "--prompt_format=chat", "--val_size=0")
-    flags += (*DATA, f"--prepared_dir={prepared.folder.parent}", "--max_steps=2", "--sft_lora_r=0")
-    output, metrics = run_train(tmp_path, "talk", *flags)
+    data = [f"--prepared_dir={prepared.folder.parent}", "--dataset=planted"]
+    data += [f"--{name}={value}" for name, value in DATA.items()]
+    flags = [f"--model={base}", "--prompt_format=chat", "--val_size=0", "--max_steps=2"]
+    output, _ = run_train(tmp_path, "talk", *flags, "--sft_lora_r=0", *data)
     assert prepared.hash[:12] in output
-    return tmp_path / "talk", output, metrics
+    return tmp_path / "talk", output, data
 
 
 def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
-    """The printed example shows the template, the reference is exact,
-    the whole model takes it along."""
-    folder, output, metrics = run
+    """The example shows the template, the reference is exact, the whole model takes it along."""
+    folder, output, _ = run
     assert "<|im_start|>user\n" in output and "<|im_start|>assistant\n\nchosen: '" in output
     assert "before the first step: at most 0.0e+00 nats" in output
     assert json.loads((folder / "config.json").read_text())["prompt_format"] == "chat"
     assert (folder / "sft" / "chat_template.jinja").read_text() == QWEN25
-    assert metrics.keys() == {"sft", "recpo"}
     end, eos = Tokenizer(base, "chat").eos_id, Tokenizer(base).eos_id
     generation = json.loads((folder / "sft" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [end, eos] and end != eos  # other programs stop there
@@ -475,10 +332,9 @@ def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
 
 
 def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):
-    """eval.py --run, --model with --prompt_format chat,
-    and recommend.py give the run's log-probs."""
-    folder, data = run[0], [*DATA, f"--prepared_dir={prepared.folder.parent}"]
-    in_process(evaluation.main, f"--run={folder}", data[-1], "--output_dir=all")
+    """eval.py of the run and of its SFT model, and recommend.py, give the run's log-probs."""
+    folder, _, data = run
+    in_process(evaluation.main, f"--run={folder}", data[0], "--output_dir=all")
     for stage in ("sft", "recpo"):
         expected = predictions(folder / stage / "eval")
         np.testing.assert_allclose(predictions(Path("all") / stage), expected, atol=1e-4)
@@ -492,23 +348,20 @@ def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_proc
     Path("prompt.json").rename(folder / "sft" / "prompt.json")
     assert np.abs(predictions(Path("alone/sft")) - expected).max() > 1e-2  # plain is another prompt
 
-    templates = prepared.splits["test"].template.tolist()
-    e = templates.index(0)  # the words that recommend.py uses
+    e = prepared.splits["test"].template.tolist().index(0)  # the words that recommend.py uses
     example = prepared.splits["test"][e]
     history = [{"title": title, "rating": rating} for title, rating in example.history]
     write_json(Path("my.json"), {"history": history, "candidates": example.candidates})
     capsys.readouterr()
     in_process(recommend.main, f"--run={folder}", "--stage=sft", "--request=my.json")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "log-prob" in line]
-    shown = {line.split(maxsplit=4)[4]: float(line.split(maxsplit=4)[3]) for line in lines}
+    rows = [r.split(maxsplit=4) for r in capsys.readouterr().out.splitlines() if "log-prob" in r]
     expected = dict(zip(example.candidates, expected[e].tolist(), strict=True))
-    assert shown == pytest.approx(expected, abs=0.006)
+    assert {row[4]: float(row[3]) for row in rows} == pytest.approx(expected, abs=0.006)
 
 
 def test_a_run_keeps_its_prompt_format(run, base, in_process):
     """Going on with plain prompts is refused by name."""
     flags = [*TINY, "--max_steps=2", "--sft_lora_r=0", "--val_size=0", f"--model={base}"]
+    flags += ["--dataset=planted", "--resume=auto", f"--output_dir={run[0]}"]
     with pytest.raises(ValueError, match="other values of prompt_format"):
-        in_process(
-            train.main, "--dataset=planted", *flags, "--resume=auto", f"--output_dir={run[0]}"
-        )
+        in_process(train.main, *flags)

@@ -18,14 +18,13 @@ import pytest
 import torch
 from conftest import CUDA
 from launch import SAVING, TINY, TRAIN, places, run_train, start_train, wait_for
-from test_kernels import assert_no_worse_than, gradients
+from test_kernels import assert_no_worse_than, plain_logps, three_gradients
 
 from bench.harness import Sizes, Step, make_batch, make_model
 from bench.head import exact_logps, rounded
 from bench.step import Usual, naive_model, usual_logps
 from data import build_tree
-from kernels.logps import HAS_TRITON, label_logps, mm_fp32
-from kernels.nf4 import dequantize_nf4, quantize_nf4
+from kernels.logps import HAS_TRITON, label_logps
 from lora import TARGET_MODULES
 from model import generate
 from runtime.estimate import LiveBytes, Workload, fake_step
@@ -64,28 +63,14 @@ def test_the_head_errs_no_more_than_plain_pytorch(device, dtype, impl):
         weight = (torch.randn(V, D, device=device) * D**-0.5).to(dtype)
         labels, upstream = torch.randint(V, (M,), device=device), torch.randn(M, device=device)
         exact = exact_logps(hidden, weight, labels)
-        logits = mm_fp32(hidden, weight.T)  # the same products as everybody's, by the library
-        plain = logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
         actual = label_logps(hidden, weight, labels, impl)[0]
-        assert_no_worse_than(actual, plain, exact, atol=1e-5)
+        assert_no_worse_than(actual, plain_logps(hidden, weight, labels), exact, atol=1e-5)
         if dtype == torch.bfloat16:  # what fp32 logits are there for
             assert rms(rounded(hidden, weight, labels) - exact) > 20 * rms(actual - exact)
         batch = (hidden, weight, labels, upstream)
-        grads = [gradients(way, *batch, weight_grad=False)[0] for way in (impl, "reference")]
-        wide = (hidden.double(), weight.double(), labels, upstream)
-        exact_grad = gradients(exact_logps, *wide, weight_grad=False)[0]
+        (triple,) = three_gradients(impl, *batch, weight_grad=False)
         # the weights of the second GEMM are rounded to the head's dtype
-        assert_no_worse_than(*grads, exact_grad, 2.0 if dtype == torch.float32 else 4.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@DEVICES
-def test_values_of_4_bit_codes_are_the_plain_forms(device, dtype):
-    """Bit for bit, of a projection of an 8B model on a GPU."""
-    shape = (14336, 4096) if device == "cuda" else (48, 128)
-    codes, absmax = quantize_nf4(torch.randn(*shape, device=device))
-    plain = dequantize_nf4(codes, absmax, shape, dtype, impl="reference")
-    assert torch.equal(dequantize_nf4(codes, absmax, shape, dtype), plain)
+        assert_no_worse_than(*triple, factor=2.0 if dtype == torch.float32 else 4.0)
 
 
 # ------------------------------------------------------------------------ a model
@@ -179,10 +164,8 @@ def train(device: str, folder, name: str, *flags) -> dict[str, list[dict]]:
         return run_train(folder, name, *flags)[1]
     done = subprocess.run(command(folder, name, *flags), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    files = {f.parent.name: f.read_text() for f in (folder / name).glob("*/metrics.jsonl")}
-    return {
-        stage: [json.loads(line) for line in text.splitlines()] for stage, text in files.items()
-    }
+    files = (folder / name).glob("*/metrics.jsonl")
+    return {f.parent.name: [json.loads(row) for row in f.read_text().splitlines()] for f in files}
 
 
 def command(folder, name: str, *flags) -> list[str]:

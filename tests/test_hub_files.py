@@ -3,12 +3,11 @@
 import json
 import os
 import stat
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import max_diff, tiny_model, write_checkpoint, write_json
-from safetensors.torch import load_file, save_file
+from conftest import change_tensors, max_diff, tiny_model, write_checkpoint, write_json
+from safetensors.torch import save_file
 
 from demo.pretrain import BASE
 from hub.files import INDEX, base_fingerprint, resolve_path
@@ -22,9 +21,7 @@ EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 
 
 def change_weights(path, change) -> None:
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    change_tensors(path / "model.safetensors", change)
 
 
 def transformers_logits(path):
@@ -48,17 +45,17 @@ def wrapped(prefix):
     return lambda t: [t.update({prefix + name: t.pop(name)}) for name in list(t)]
 
 
-@pytest.mark.parametrize(
-    "change, culprit",
-    [
-        (lambda t: t.pop(UP), rf"{UP} \(there: None"),
-        (lambda t: t.update({UP + "s": torch.ones(1)}), rf"{UP}s \(there: \(1,\), needed: None"),
-        (lambda t: t.update({UP: torch.ones(47, 32)}), rf"{UP} \(there: \(47, 32\).*\(48, 32\)"),
-        (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP} is stored as I8"),
-        (wrapped("_orig_mod."), r"_orig_mod\.lm_head.*torch.compile"),
-        (wrapped("base_model.model."), r"base_model\.model\.lm_head.*PEFT"),
-    ],
-)
+REFUSED = [
+    (lambda t: t.pop(UP), rf"{UP} \(there: None"),
+    (lambda t: t.update({UP + "s": torch.ones(1)}), rf"{UP}s \(there: \(1,\), needed: None"),
+    (lambda t: t.update({UP: torch.ones(47, 32)}), rf"{UP} \(there: \(47, 32\).*\(48, 32\)"),
+    (lambda t: t.update({UP: t[UP].to(torch.int8)}), rf"{UP} \(there: stored as I8"),
+    (wrapped("_orig_mod."), r"_orig_mod\.lm_head.*torch.compile"),
+    (wrapped("base_model.model."), r"base_model\.model\.lm_head.*PEFT"),
+]
+
+
+@pytest.mark.parametrize("change, culprit", REFUSED)
 def test_tensors_that_do_not_fit_are_named(change, culprit, tmp_path):
     """Every key, shape and type must fit, both ways."""
     change_weights(write_checkpoint(tmp_path), change)
@@ -67,12 +64,12 @@ def test_tensors_that_do_not_fit_are_named(change, culprit, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 1}, {"a": "../x"}, {"a": ""}])
+@pytest.mark.parametrize("weight_map", [None, [], "x", {}, {"a": 1}, {"a": "../x"}, {"a": ""}])
 def test_an_index_without_a_sound_weight_map_is_named(weight_map, tmp_path):
-    """Not there, of another kind, or pointing out of the folder."""
+    """Not there, of another kind, or pointing to no file of the folder."""
     write_checkpoint(tmp_path, shard_bytes=20_000)
     write_json(tmp_path / INDEX, {} if weight_map is None else {"weight_map": weight_map})
-    with pytest.raises(ValueError, match=f"{INDEX}: no weight_map"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         load_pretrained(tmp_path)
 
 
@@ -81,7 +78,7 @@ def test_files_that_are_not_there_or_cut_off_are_named(tmp_path):
     path = write_checkpoint(tmp_path / "sharded", shard_bytes=20_000)
     shard = path / json.loads((path / INDEX).read_text())["weight_map"]["lm_head.weight"]
     save_file({"other": torch.ones(1)}, shard)
-    with pytest.raises(ValueError, match=rf"{shard.name}: lm_head.weight"):
+    with pytest.raises(ValueError, match=rf"{path}: .*lm_head.weight \(there: None"):
         load_pretrained(path)
     shard.unlink()
     with pytest.raises(ValueError, match=shard.name):
@@ -118,13 +115,8 @@ def test_the_fingerprint_is_of_every_byte_and_of_no_division(tmp_path):
     path = write_checkpoint(tmp_path / "one")
     first = base_fingerprint(path)
     assert base_fingerprint(write_checkpoint(tmp_path / "many", shard_bytes=20_000)) == first
-
-    def reverse_all_rows_but_the_first(tensors):
-        for name, tensor in tensors.items():
-            tensors[name] = torch.cat([tensor[:1], tensor[1:].flip(0)])
-
     changes = [
-        reverse_all_rows_but_the_first,
+        lambda t: t.update({n: torch.cat([p[:1], p[1:].flip(0)]) for n, p in t.items()}),
         lambda t: t[UP].view(-1)[700:701].add_(1),
         lambda t: t.update({UP: t[UP].to(torch.bfloat16)}),
         lambda t: t.update({UP + "x": t.pop(UP)}),
@@ -136,45 +128,33 @@ def test_the_fingerprint_is_of_every_byte_and_of_no_division(tmp_path):
     assert len(seen) == 1 + len(changes)
 
 
-# ------------------------------------------------------------------------ hub names
 def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
-    """Configuration, tokenizer, chat template; weights only where asked for; never a pickle."""
+    """Configuration, tokenizer, template; weights only where asked for; never a pickle."""
     asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda name, allow_patterns: asked.append((name, allow_patterns)) or tmp_path,
-    )
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
     texts = ["*.json", "*.jinja"]
     assert asked == [("org/model", [*texts, "*.safetensors"]), ("org/model", texts)]
 
 
-@pytest.mark.parametrize(
-    "kind, status, way_out",
-    [
-        ("GatedRepoError", 403, "hf auth login.*HF_TOKEN"),
-        ("RepositoryNotFoundError", 404, "hf auth login.*HF_TOKEN"),
-        ("HfHubHTTPError", 401, "hf auth login.*HF_TOKEN"),
-        ("LocalEntryNotFoundError", None, "cannot be reached from here: give a local directory"),
-        ("OfflineModeIsEnabled", None, "cannot be reached from here: give a local directory"),
-    ],
-)
-def test_a_hub_that_refuses_or_is_not_there_is_one_short_message(
-    kind, status, way_out, monkeypatch
-):
-    """Gated, unknown, an expired token, no network: what to do, without the client's traceback."""
+@pytest.mark.parametrize("kind", ["GatedRepoError", "HfHubHTTPError", "LocalEntryNotFoundError"])
+def test_a_hub_that_refuses_or_is_not_there_is_one_message(kind, monkeypatch):
+    """It names what was asked for, and hands on the library's sentence of what to do."""
     from huggingface_hub import errors
 
     def refuse(*args, **kwargs):
         error = getattr(errors, kind).__new__(getattr(errors, kind))
-        Exception.__init__(error, "no")
-        error.response = status and SimpleNamespace(status_code=status)
+        Exception.__init__(error, "ask on its page, log in")
         raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(ValueError, match=f"org/model: .*{way_out}") as error:
+    with pytest.raises(ValueError, match="org/model: no such directory.*log in"):
         resolve_path("org/model")
-    assert len(str(error.value)) < 250
     with pytest.raises(ValueError, match="no such directory"):
         resolve_path("./org/model")
 

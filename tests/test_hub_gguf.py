@@ -14,7 +14,7 @@ from launch import run_script
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
-from hub.gguf import NAMES, convert, halves, open_gguf, read_tensor
+from hub.gguf import NAMES, convert, open_gguf, read_tensor
 from hub.tokenizer import Tokenizer
 from model import Transformer, generate, inverse_frequencies, load_pretrained
 
@@ -41,18 +41,10 @@ def vocabulary() -> tuple[list[str], list[str]]:
     return tokens, merges
 
 
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """What llama.cpp's converter does to q and k of llama files."""
-    half = weight.shape[0] // heads // 2
-    return weight.view(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-
 def write_gguf(file: Path, model: Transformer, pre="gpt-2", kind="F32", fields=None) -> Path:
     """A model as llama.cpp's converter writes it; `fields`: calls of the writer, more or other."""
-    config = model.config
-    llama = config.model_type == "llama"
+    config, (tokens, merges) = model.config, vocabulary()
     writer = gguf.GGUFWriter(file, config.model_type)
-    tokens, merges = vocabulary()
     calls = {
         "add_block_count": config.num_hidden_layers,
         "add_context_length": 4096,
@@ -77,14 +69,14 @@ def write_gguf(file: Path, model: Transformer, pre="gpt-2", kind="F32", fields=N
             writer.add_key_value(*value)
         elif value is not None:
             getattr(writer, add)(value)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.named_parameters():
         module, _, part = name.rpartition(".")
         block = module.split(".")[2] if ".layers." in module else None
-        short = GGUF_NAMES[module.split(".", 3)[3] if block else module]
-        weight = weight.detach()
-        if llama and short in ("attn_q", "attn_k"):
-            heads = config.num_attention_heads if short == "attn_q" else config.num_key_value_heads
-            weight = interleaved(weight, heads)
+        short, weight = GGUF_NAMES[module.split(".", 3)[3] if block else module], weight.detach()
+        if config.model_type == "llama" and short in heads:  # the rows of a head are interleaved
+            pairs = weight.view(heads[short], 2, -1, *weight.shape[1:])
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
         blocks = weight.ndim == 2 and weight.shape[1] % 32 == 0
         stored = gguf.GGMLQuantizationType[kind if blocks else "F32"]
         values = gguf.quants.quantize(weight.numpy(), stored)
@@ -93,6 +85,10 @@ def write_gguf(file: Path, model: Transformer, pre="gpt-2", kind="F32", fields=N
     if config.rope_scaling:  # llama.cpp stores the divisors of the frequencies
         plain = inverse_frequencies(replace(config, rope_scaling=None))
         writer.add_tensor("rope_freqs.weight", (plain / inverse_frequencies(config)).numpy())
+    return finish(writer, file)
+
+
+def finish(writer, file: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -108,16 +104,8 @@ def test_a_converted_model_is_the_model(family, tmp_path):
     convert(write_gguf(tmp_path / "m.gguf", model), tmp_path / "hf", torch.float32)
     read = load_pretrained(tmp_path / "hf")
     assert torch.equal(read.logits(INPUT_IDS), model.logits(INPUT_IDS))
-    kept = ("rope_scaling", "rope_theta", "tie_word_embeddings", "head_dim", "rms_norm_eps")
-    for name in kept:
+    for name in ("rope_scaling", "rope_theta", "tie_word_embeddings", "head_dim", "rms_norm_eps"):
         assert getattr(read.config, name) == getattr(model.config, name), name
-
-
-def test_halves_undoes_the_interleaving():
-    """Row 2i of a head goes to i, row 2i + 1 to i + Dh/2; twice is not the same."""
-    weight = torch.arange(16.0)[:, None]
-    assert torch.equal(halves(interleaved(weight, 2), 2), weight)
-    assert halves(weight, 2)[:8, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 STEPS = {"Q4_0": 1 / 7, "Q4_1": 2 / 15, "Q5_0": 1 / 15, "Q5_1": 2 / 31, "Q8_0": 1 / 127}
@@ -139,14 +127,12 @@ def test_stored_types_come_back_within_their_own_error(kind, tmp_path):
 def expected_tokenizer(pre: str) -> HFTokenizer:
     """The published pipeline of a family around the same vocabulary."""
     tokens, merges = vocabulary()
-    ids = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
+    ids = {token: i for i, token in enumerate(tokens)}
     inner = HFTokenizer(models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe"))
     if pre in ("llama-bpe", "qwen2"):
         family = byte_level("llama3" if pre == "llama-bpe" else "qwen")
-        inner.pre_tokenizer = family.pre_tokenizer
-        if family.normalizer:
-            inner.normalizer = family.normalizer
+        inner.pre_tokenizer, inner.normalizer = family.pre_tokenizer, family.normalizer
     else:
         digits = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
         last = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,10 +143,8 @@ def expected_tokenizer(pre: str) -> HFTokenizer:
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_texts_become_the_ids_of_their_family_and_come_back(pre, tmp_path):
     """Digits, accents and emoji; BOS where it is the family's; template and every end written."""
-    file = write_gguf(
-        tmp_path / "m.gguf", padded_model("qwen3"), pre, fields={"add_eot_token_id": 5}
-    )
-    convert(file, tmp_path / "hf")
+    model, ends = padded_model("qwen3"), {"add_eot_token_id": 5}
+    convert(write_gguf(tmp_path / "m.gguf", model, pre, fields=ends), tmp_path / "hf")
     tokenizer = Tokenizer(tmp_path / "hf")
     assert tokenizer.bos_ids == ([0] if pre == "llama-bpe" else [])
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (1, {1, 5})
@@ -175,37 +159,32 @@ def test_texts_become_the_ids_of_their_family_and_come_back(pre, tmp_path):
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_the_files_own_bos_rule_holds(add_bos, tmp_path):
     """tokenizer.ggml.add_bos_token decides, whatever the family does by default."""
-    fields = {"add_add_bos_token": add_bos}
-    convert(
-        write_gguf(tmp_path / "m.gguf", padded_model("llama2"), "llama-bpe", fields=fields),
-        tmp_path / "hf",
-    )
+    model, fields = padded_model("llama2"), {"add_add_bos_token": add_bos}
+    convert(write_gguf(tmp_path / "m.gguf", model, "llama-bpe", fields=fields), tmp_path / "hf")
     assert Tokenizer(tmp_path / "hf").bos_ids == ([0] if add_bos else [])
 
 
 # ------------------------------------------------------------------------------ what is refused
-FLOAT32 = gguf.GGUFValueType.FLOAT32
+FLOAT32, UINT16 = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.UINT16
+REFUSED = [
+    ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, "rope.scaling.type yarn"),
+    ({"add_rope_scaling_type": gguf.RopeScalingType.LINEAR}, "rope.scaling.type linear"),
+    ({"add_rope_scaling_factor": 4.0}, "rope.scaling.factor 4.0"),
+    ({"own": ("llama.rope.scale_linear", 4.0, FLOAT32)}, "rope.scale_linear 4.0"),
+    ({"add_expert_count": 8}, "expert_count 8"),
+    ({"add_sliding_window": 512}, "sliding_window 512"),
+    ({"add_rope_dimension_count": 4}, "rope.dimension_count 4"),
+    ({"add_value_length": 4}, "value_length 4"),
+    ({"own": ("split.count", 2, UINT16)}, "split.count 2"),
+    ({"add_unk_token_id": 999}, "index out of range"),
+    ({"add_tokenizer_pre": "chatglm-bpe"}, "tokenizer.ggml.pre 'chatglm-bpe'"),
+    ({"add_tokenizer_pre": None}, "tokenizer.ggml.pre None"),
+    ({"add_tokenizer_model": "llama"}, "tokenizer.ggml.model 'llama'"),
+    ({"add_block_count": None}, "block_count"),
+]
 
 
-@pytest.mark.parametrize(
-    "fields, culprit",
-    [
-        ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, "rope.scaling.type yarn"),
-        ({"add_rope_scaling_type": gguf.RopeScalingType.LINEAR}, "rope.scaling.type linear"),
-        ({"add_rope_scaling_factor": 4.0}, "rope.scaling.factor 4.0"),
-        ({"own": ("llama.rope.scale_linear", 4.0, FLOAT32)}, "rope.scale_linear 4.0"),
-        ({"add_expert_count": 8}, "expert_count 8"),
-        ({"add_sliding_window": 512}, "sliding_window 512"),
-        ({"add_rope_dimension_count": 4}, "rope.dimension_count 4"),
-        ({"add_value_length": 4}, "value_length 4"),
-        ({"own": ("split.count", 2, gguf.GGUFValueType.UINT16)}, "split.count 2"),
-        ({"add_unk_token_id": 999}, "index out of range"),
-        ({"add_tokenizer_pre": "chatglm-bpe"}, "tokenizer.ggml.pre 'chatglm-bpe'"),
-        ({"add_tokenizer_pre": None}, "tokenizer.ggml.pre None"),
-        ({"add_tokenizer_model": "llama"}, "tokenizer.ggml.model 'llama'"),
-        ({"add_block_count": None}, "block_count"),
-    ],
-)
+@pytest.mark.parametrize("fields, culprit", REFUSED)
 def test_what_is_not_understood_is_refused_by_key(fields, culprit, tmp_path):
     """Before a file is written; a scaling's factor without its type means linear in llama.cpp."""
     file = write_gguf(tmp_path / "m.gguf", padded_model("llama2"), fields=fields)
@@ -214,25 +193,19 @@ def test_what_is_not_understood_is_refused_by_key(fields, culprit, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_other_places_are_left_alone(monkeypatch, tmp_path):
-    """A full folder is not written over; without the package the way out is said."""
-    file = write_gguf(tmp_path / "m.gguf", padded_model("llama2"))
+def test_other_places_and_files_are_left_alone(monkeypatch, tmp_path):
+    """A full folder; another architecture; a big-endian file; no package gguf."""
+    swapped = gguf.GGUFWriter(tmp_path / "b.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    other = gguf.GGUFWriter(tmp_path / "o.gguf", "gemma")
+    for writer, culprit in ((swapped, "b.gguf.*big-endian"), (other, "o.gguf.*'gemma'")):
+        file = finish(writer, writer.path)
+        with pytest.raises(ValueError, match=culprit):
+            convert(file, tmp_path / "hf")
     with pytest.raises(ValueError, match="not empty"):
         convert(file, tmp_path)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         convert(file, tmp_path / "hf")
-
-
-def test_a_big_endian_file_is_refused(tmp_path):
-    """The package would decode its blocks in the wrong order."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match="big-endian"):
-        convert(tmp_path / "m.gguf", tmp_path / "hf")
 
 
 def test_the_command_line_converts(tmp_path):
@@ -243,7 +216,6 @@ def test_the_command_line_converts(tmp_path):
     assert load_pretrained(tmp_path / "hf").config.num_hidden_layers == 2
 
 
-# ------------------------------------------------------------------------------ a real one
 @pytest.mark.slow
 def test_smollm2_equals_transformers_own_reading_and_answers(tmp_path):
     """Logits to 1e-3, ids alike, and the capital of France."""
@@ -262,7 +234,6 @@ def test_smollm2_equals_transformers_own_reading_and_answers(tmp_path):
     (prompt,) = tokenizer.encode_prompts(["The capital of France is"])
     (answer,) = generate(model, [prompt], 2, tokenizer.stop_ids)
     assert tokenizer.decode(answer) == " Paris."
-    auto = transformers.AutoModelForCausalLM
+    auto, ids = transformers.AutoModelForCausalLM, torch.tensor([prompt])
     peer = auto.from_pretrained(file.parent, dtype=torch.float32, **where)
-    ids = torch.tensor([prompt])
     assert max_diff(model.logits(ids), peer(ids).logits) < 1e-3

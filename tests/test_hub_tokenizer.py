@@ -6,21 +6,13 @@ from pathlib import Path
 
 import pytest
 from conftest import write_json
-from families import END_OF_TEXT, NASTY
+from families import END_OF_TEXT, NASTY, prompt_of
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from data import Example, render_prompt
-from hub.files import note_once
 from hub.tokenizer import Tokenizer
-from loaders.movielens import WORDS as MOVIES
 
 SPECIAL = ["<s>", "</s>", "<|turn|>"]  # ids 0, 1, 2
-
-
-@pytest.fixture(autouse=True)
-def forget_notes():
-    note_once.cache_clear()
 
 
 def write_tokenizer(path: Path, template: str | None = None, added: str | None = None) -> Path:
@@ -44,25 +36,19 @@ def write_tokenizer(path: Path, template: str | None = None, added: str | None =
 
 
 def write_ends(path: Path, config=None, generation=None, tokenizer=None, **sizes) -> Path:
-    facts = {"vocab_size": 400, "eos_token_id": config} | sizes
-    write_json(path / "config.json", facts)
+    write_json(path / "config.json", {"vocab_size": 400, "eos_token_id": config} | sizes)
     write_json(path / "generation_config.json", {"eos_token_id": generation})
     write_json(path / "tokenizer_config.json", {"eos_token": tokenizer})
     return path
 
 
-@pytest.mark.parametrize(
-    "template, bos_ids",
-    [
-        (None, []),
-        ("<s> $A", [0]),
-        ("$A </s>", []),
-        ("<s> $A </s>", [0]),
-        ("<s> <s> $A", [0]),
-        ("</s> $A", []),
-        ("</s> $A </s>", []),
-    ],
-)
+BEGINNINGS = [
+    (None, []), ("<s> $A", [0]), ("$A </s>", []), ("<s> $A </s>", [0]), ("<s> <s> $A", [0]),
+    ("</s> $A", []), ("</s> $A </s>", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template, bos_ids", BEGINNINGS)
 def test_bos_is_what_stands_first_and_ends_nothing(template, bos_ids, tmp_path):
     """A token that is appended is no BOS, nor is one that ends a text; two are one."""
     path = write_ends(write_tokenizer(tmp_path, template), config=1)
@@ -72,9 +58,9 @@ def test_bos_is_what_stands_first_and_ends_nothing(template, bos_ids, tmp_path):
 @pytest.mark.parametrize(
     "ends, eos_id, stop_ids, said",
     [
-        ({"config": 5, "generation": 1, "tokenizer": "</s>"}, 1, {1}, r"config.json says \[5\]"),
-        ({"config": 5, "tokenizer": "</s>"}, 1, {1}, r"config.json says \[5\]"),
-        ({"config": 2, "generation": 1}, 1, {1, 2}, r"config.json says \[2\]"),
+        ({"config": 5, "generation": 1, "tokenizer": "</s>"}, 1, {1}, r"'config.json': \[5\]"),
+        ({"config": 5, "tokenizer": "</s>"}, 1, {1}, r"'config.json': \[5\]"),
+        ({"config": 2, "generation": 1}, 1, {1, 2}, r"'config.json': \[2\]"),
         ({"config": 1, "generation": [2, 1], "tokenizer": "</s>"}, 1, {1, 2}, ""),
         ({"config": [1, 2], "generation": [1, 2], "tokenizer": "<|turn|>"}, 2, {1, 2}, ""),
         ({"config": 1, "generation": 1, "tokenizer": {"content": "</s>"}}, 1, {1}, ""),
@@ -137,8 +123,7 @@ def test_files_from_the_field_are_read(tmp_path, capsys):
     """A byte-order mark in front of JSON; a generation_config.json that is none, with a note."""
     path = write_ends(write_tokenizer(tmp_path), config=2)
     for name in ("config.json", "tokenizer_config.json"):
-        text = (path / name).read_text()
-        (path / name).write_text(text, encoding="utf-8-sig")
+        (path / name).write_text((path / name).read_text(), encoding="utf-8-sig")
     (path / "generation_config.json").write_text('{"eos_token_id": 1,}')
     assert Tokenizer(path).eos_id == 2
     assert "generation_config.json: not valid JSON" in capsys.readouterr().out
@@ -162,29 +147,22 @@ def plain(folder: Path) -> HFTokenizer:
     return HFTokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def test_ids_are_those_of_the_file(family, tokenizer, folders):
-    """Prompts begin as the tokenizer's default (Llama's BOS once, Qwen's none); prompt and
-    completion in a row are its joint encoding, for every title without a special token."""
+def test_prompt_and_completion_make_the_joint_encoding_of_the_file(family, tokenizer, folders):
+    """Prompts begin as the tokenizer's default (Llama's BOS once, Qwen's none); whatever the title,
+    ids in a row are those of the whole text, then EOS; and they read back as the title."""
     inner = plain(folders[family])
     bos = {"llama3": "<|begin_of_text|>", "qwen": None, "llama2": "<s>"}[family]
     assert tokenizer.bos_ids == ([inner.token_to_id(bos)] if bos else [])
-    prompt = "A user watched Alien 3 | Rating: 4\nAnswer:"
-    (ids,) = tokenizer.encode_prompts([prompt])
-    assert ids == inner.encode(prompt).ids
-    assert sum(ids.count(i) for i in range(3)) == (1 if bos else 0)  # the special tokens
-    for title in (title for title in NASTY if "<" not in title):
-        (completion,) = tokenizer.encode_completions([title])
-        assert ids + completion[:-1] == inner.encode(f"{prompt} {title}").ids, title
-
-
-def test_prompt_and_completion_make_the_joint_encoding(tokenizer):
-    """Whatever the title: ids of the whole text, then EOS; and the ids read back as the title."""
     for title, completion in zip(NASTY, tokenizer.encode_completions(NASTY), strict=True):
-        prompt = render_prompt(Example(MOVIES, "u", [(title, 4.0)], [title, "Alien 3"], 0, [], 0))
+        prompt = prompt_of([title, "Alien 3"])
         prompt_ids, joint = tokenizer.encode_prompts([prompt, f"{prompt} {title}"])
-        assert prompt_ids + completion[:-1] == joint
-        assert completion[-1] == tokenizer.eos_id not in prompt_ids + completion[:-1]
+        assert prompt_ids + completion[:-1] == joint, title
+        assert completion[-1] == tokenizer.eos_id not in joint
         assert tokenizer.answer(completion) == title
+        assert sum(joint.count(i) for i in range(3)) == (1 if bos else 0)  # the special tokens
+        if "<" not in title:  # to the file itself a special token is one in a title, too
+            assert prompt_ids == inner.encode(prompt).ids
+            assert joint == inner.encode(f"{prompt} {title}").ids, title
 
 
 def test_special_tokens_in_titles_stay_text(family, tokenizer, folders):
@@ -192,12 +170,10 @@ def test_special_tokens_in_titles_stay_text(family, tokenizer, folders):
     inner = plain(folders[family])
     specials = [token["content"] for token in json.loads(inner.to_str())["added_tokens"]]
     assert END_OF_TEXT[family] in specials
-    for special in specials:
-        title = f"Say {special} twice"
-        (completion,), (prompt,) = (
-            tokenizer.encode_completions([title]),
-            tokenizer.encode_prompts([title]),
-        )
+    for title in (f"Say {special} twice" for special in specials):
+        (completion,), (prompt,) = [
+            encode([title]) for encode in (tokenizer.encode_completions, tokenizer.encode_prompts)
+        ]
         ids = completion[:-1] + prompt[len(tokenizer.bos_ids) :]
         assert not {inner.token_to_id(s) for s in specials} & set(ids)
         assert tokenizer.answer(completion) == title
@@ -222,7 +198,7 @@ def test_an_answer_ends_at_the_first_stop_or_line_break(tokenizer):
     spelled = {i: tokenizer.inner.decode([*a, i])[1:] for i in range(900)}
     assert newlines == {i for i, t in spelled.items() if t.lstrip(" ")[:1] in ("\n", "\r")}
     assert newlines and not newlines & tokenizer.stop_ids
-    (ids,), (more,) = tokenizer.encode_completions(["Alien 3"]), tokenizer.encode_completions(["M"])
+    ids, more = tokenizer.encode_completions(["Alien 3", "M"])
     for end in sorted(tokenizer.stop_ids | newlines):
         assert tokenizer.answer(ids[:-1] + [end]) == "Alien 3", end
         assert tokenizer.answer(ids[:-1] + [end] + more) == "Alien 3", end

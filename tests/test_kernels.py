@@ -1,5 +1,4 @@
-"""The head's log-probs against float64, with plain PyTorch as the yardstick:
-no worse than twice its error.
+"""The head's log-probs against float64: at most twice the error of plain PyTorch.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on the CPU."""
 
@@ -7,13 +6,14 @@ import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CUDA
+from launch import ROOT
 
+from bench.head import exact_logps, rounded
 from kernels import logps
 from kernels.logps import HAS_TRITON, label_logps, mm_fp32
 
@@ -38,13 +38,12 @@ def interpreter_problem() -> str:
 
 
 INTERPRETED = pytest.mark.skipif(bool(interpreter_problem()), reason=interpreter_problem() or "-")
-# (impl, device); "slabs" and "triton" cut the vocabulary into slabs and form a frozen head's
-# gradient in the forward pass, "fused" does neither
-CPU = [("slabs", "cpu")] + [
-    pytest.param(impl, "cpu", marks=INTERPRETED) for impl in ("triton", "fused")
-]
-PATHS = CPU + [pytest.param(i, "cuda", marks=CUDA.marks) for i in ("slabs", "triton", "fused")]
-WALKS = [PATHS[0], PATHS[1], PATHS[3], PATHS[4]]
+# "slabs" and "triton" cut the vocabulary into slabs and form a frozen head's gradient in the
+# forward pass, "fused" does neither
+WALKS = [("slabs", "cpu"), pytest.param("triton", "cpu", marks=INTERPRETED)]
+WALKS += [pytest.param(impl, "cuda", marks=CUDA.marks) for impl in ("slabs", "triton")]
+PATHS = WALKS + [pytest.param("fused", "cpu", marks=INTERPRETED)]
+PATHS += [pytest.param("fused", "cuda", marks=CUDA.marks)]
 ON_PATHS = pytest.mark.parametrize("impl, device", PATHS)
 FROZEN = pytest.mark.parametrize("weight_grad", [False, True], ids=["frozen", "trained"])
 
@@ -54,12 +53,6 @@ def assert_no_worse_than(actual, naive, exact, factor=2.0, atol=1e-6):
     error = (actual.double() - exact).abs().max().item()
     budget = factor * (naive.double() - exact).abs().max().item() + atol
     assert error <= budget, f"max error {error:.2e} > {budget:.2e} ({factor}x naive + {atol:.0e})"
-
-
-def exact_logps(hidden, weight, labels):
-    """Log-probs in float64: the truth."""
-    logits = hidden.double() @ weight.double().T
-    return logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
 
 
 def plain_logps(hidden, weight, labels):
@@ -73,8 +66,7 @@ def reference(hidden, weight, labels):
 
 
 def inputs(M, D, V, dtype=torch.float32, device="cpu", scale=3.0):
-    """Hidden rows and head whose logits have a standard deviation of `scale` nats,
-    and labels among the likely ids."""
+    """Hidden rows and head whose logits deviate by `scale` nats, and labels among likely ids."""
     hidden = (torch.randn(M, D) * scale).to(device, dtype)
     weight = (torch.randn(V, D) * D**-0.5).to(device, dtype)
     labels = mm_fp32(hidden, weight.T).topk(20).indices[:, 7]
@@ -94,12 +86,23 @@ def gradients(function, hidden, weight, labels, upstream, hidden_grad=True, weig
     `function` may be an impl's name."""
     hidden = hidden.detach().requires_grad_(hidden_grad)
     weight = weight.detach().requires_grad_(weight_grad)
-    if isinstance(function, str):
-        function = partial(label_logps, impl=function)
-    result = function(hidden, weight, labels)
+    named = isinstance(function, str)
+    result = (partial(label_logps, impl=function) if named else function)(hidden, weight, labels)
     result = result[0] if isinstance(result, tuple) else result
     (result * upstream.to(result.dtype)).sum().backward()
     return hidden.grad, weight.grad
+
+
+def three_gradients(impl, hidden, weight, labels, upstream, **which):
+    """(ours, plain PyTorch's, the exact one) by hidden and by weight, where they are asked for."""
+    ours, naive = (
+        gradients(way, hidden, weight, labels, upstream, **which) for way in (impl, "reference")
+    )
+    wide = (hidden.double(), weight.double(), labels, upstream)
+    exact = gradients(exact_logps, *wide, **which)
+    asked = [g is not None for g in exact]
+    assert [g is not None for g in ours] == asked
+    return [triple for triple, is_asked in zip(zip(ours, naive, exact), asked) if is_asked]
 
 
 # ------------------------------------------------------------------------ against float64
@@ -109,8 +112,7 @@ def gradients(function, hidden, weight, labels, upstream, hidden_grad=True, weig
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @ON_PATHS
 def test_logps_and_argmax_equal_float64(impl, device, dtype, shape, slab, monkeypatch):
-    """Log-probs err at most twice as much as plain PyTorch on the same products;
-    the argmax is the full logits'."""
+    """No worse than plain PyTorch on the same products; the argmax is the full logits'."""
     hidden, weight, labels = inputs(*shape, dtype, device)
     slabs_of(monkeypatch, slab and max(slab, shape[2] // 5))
     actual, best = label_logps(hidden, weight, labels, impl=impl)
@@ -135,27 +137,20 @@ def test_logps_and_argmax_equal_float64(impl, device, dtype, shape, slab, monkey
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @ON_PATHS
 def test_gradients_equal_float64(impl, device, dtype, shape, trained, slab, monkeypatch):
-    """Gradients of a frozen head, of a trained one and of the head alone are as close to float64 as
-    autograd's."""
+    """Of a frozen head, of a trained one and of the head alone: as close as autograd's."""
     hidden, weight, labels = inputs(*shape, dtype, device)
     upstream = torch.randn(shape[0], device=device)
     upstream[::5] = 0
     slabs_of(monkeypatch, slab and max(slab, shape[2] // 5))
     which = {"hidden_grad": "hidden" in trained, "weight_grad": "weight" in trained}
-    exact = gradients(exact_logps, hidden.double(), weight.double(), labels, upstream, **which)
-    naive = gradients(reference, hidden, weight, labels, upstream, **which)
-    actual = gradients(impl, hidden, weight, labels, upstream, **which)
     # the interpreter cuts a bf16 number off instead of rounding it
     cut = dtype == torch.bfloat16 and impl == "triton" and device == "cpu" and trained == "hidden"
     # the yardstick multiplies upcast numbers;
     # a trained head's gradient takes GEMMs in the head's own dtype on a GPU
     rounded = "weight" in trained and dtype != torch.float32 and logps._gemm_dtype(hidden) == dtype
-    factors = (4.0 if cut or rounded else 2.0, 4.0 if rounded else 2.0)
-    for a, n, e, factor in zip(actual, naive, exact, factors, strict=True):
-        assert (a is None) == (e is None)
-        if e is not None:
-            assert a.dtype == dtype and a.shape == e.shape
-            assert_no_worse_than(a, n, e, factor)
+    for ours, naive, exact in three_gradients(impl, hidden, weight, labels, upstream, **which):
+        assert ours.dtype == dtype and ours.shape == exact.shape
+        assert_no_worse_than(ours, naive, exact, factor=4.0 if cut or rounded else 2.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -171,21 +166,18 @@ def test_bf16_inputs_cost_little_and_bf16_logits_1e_2(impl, device):
     """Per token, at |logit| <= 20: bf16 inputs err by 2e-6 nats on a CPU, whose bound is 5e-6; on a
     GPU by what its own sums of bf16 products err. Logits rounded to bf16 err by more than 1e-2."""
     hidden, weight, labels = inputs(48, 256, 32000, torch.bfloat16, device, scale=3.9)
-    logits = hidden.double() @ weight.double().T
-    assert 17 < logits.abs().max().item() <= 20
+    assert 17 < (hidden.double() @ weight.double().T).abs().max().item() <= 20
     exact = exact_logps(hidden, weight, labels)
     actual = label_logps(hidden, weight, labels, impl=impl)[0]
     if device == "cpu":
         assert (actual - exact).abs().max().item() <= 5e-6
     assert_no_worse_than(actual, plain_logps(hidden, weight, labels), exact)
-    rounded = logits.bfloat16().double().log_softmax(1).gather(1, labels[:, None]).squeeze(1)
-    assert (rounded - exact).abs().max().item() > 1e-2
+    assert (rounded(hidden, weight, labels) - exact).abs().max().item() > 1e-2
 
 
 # ------------------------------------------------------------------------ slabs and paths
 def test_the_slabs_cover_the_vocabulary_once(monkeypatch):
-    """Slabs follow one another without gap or overlap,
-    and keep logits and exponentials within their budget of bytes."""
+    """No gap, no overlap, and logits and exponentials within their budget of bytes."""
     assert len(logps._slabs(650, 128256, 2)) == 1  # a dozen prompts of an 8B model
     monkeypatch.setattr(logps, "SLAB_BYTES", 6 * 64 * 107)
     monkeypatch.setattr(logps, "MIN_SLAB", 10)
@@ -197,8 +189,7 @@ def test_the_slabs_cover_the_vocabulary_once(monkeypatch):
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=INTERPRETED), CUDA])
 def test_a_slab_leaves_labels_of_other_slabs_alone(device):
-    """Columns that pad a slab's last tile bear the next slab's ids;
-    a label among them is not theirs.
+    """Columns that pad a slab's last tile bear the next slab's ids; a label there is not theirs.
 
     So slabs may be walked in any order: here from the last one down."""
     from kernels import logps_triton
@@ -209,14 +200,13 @@ def test_a_slab_leaves_labels_of_other_slabs_alone(device):
     label_logits = torch.full((6,), torch.nan, device=device)
     running_max = torch.full((6,), -torch.inf, device=device)
     for start in (2048, 1024, 0):
-        slab = logits[:, start : start + 1024].contiguous()
-        before = label_logits.clone()
+        slab, before = logits[:, start : start + 1024].contiguous(), label_logits.clone()
         tiles, _, _ = logps_triton.slab_statistics(
             slab, labels, label_logits, start, running_max, None
         )
-        inside = (labels >= start) & (labels < start + slab.shape[1])
-        assert torch.equal(label_logits[~inside].nan_to_num(), before[~inside].nan_to_num())
         ids = torch.arange(start, start + slab.shape[1], device=device)
+        outside = ~torch.isin(labels, ids)
+        assert torch.equal(label_logits[outside].nan_to_num(), before[outside].nan_to_num())
         others = (slab - tiles[0]).exp() * (ids != labels[:, None])
         torch.testing.assert_close(tiles[1].sum(1), others.sum(1))
     assert torch.equal(label_logits, logits.gather(1, labels[:, None]).squeeze(1))
@@ -241,8 +231,7 @@ def test_impl_chooses_the_path(monkeypatch):
     """On a CPU `auto` is the slabs; any word but the five is refused, as are wrong shapes."""
     hidden, weight, labels = inputs(5, 8, 101)
     slabs_of(monkeypatch, 7)
-    called = []
-    real = logps._slab_statistics
+    called, real = [], logps._slab_statistics
     monkeypatch.setattr(logps, "_slab_statistics", lambda *args: called.append(1) or real(*args))
     for impl, slabs in (("auto", 15), ("slabs", 15), ("reference", 0)):
         called.clear()
@@ -257,18 +246,12 @@ def test_impl_chooses_the_path(monkeypatch):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_triton_on_a_cpu_says_what_to_do():
-    """Outside the interpreter and without a GPU,
-    asking for Triton is a ValueError that names the two ways out."""
+    """Outside the interpreter and without a GPU it names the two ways out."""
     code = "import torch; from kernels.logps import label_logps as f; "
     code += "f(torch.ones(2, 4), torch.ones(9, 4), torch.tensor([1, 2]), 'triton')"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=Path(__file__).parents[1],
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert "impl='slabs'" in done.stderr and "TRITON_INTERPRET=1" in done.stderr
 
 
@@ -285,8 +268,7 @@ def row_of_logits(*values: float, device="cpu"):
 @FROZEN
 @ON_PATHS
 def test_huge_logits_keep_logps_and_gradients(impl, device, weight_grad, slab, monkeypatch):
-    """Logits of 10,000 and -10,000 side by side neither overflow nor drown the difference of two
-    large ones."""
+    """10,000 and -10,000 neither overflow nor drown the difference of two large logits."""
     slabs_of(monkeypatch, slab)
     hidden, weight = row_of_logits(-1e4, 9999.0, 1e4, 0.0, 9998.0, device=device)
     for label in range(5):
@@ -296,37 +278,27 @@ def test_huge_logits_keep_logps_and_gradients(impl, device, weight_grad, slab, m
         assert actual.isfinite().all() and best.item() == 2
         assert_no_worse_than(actual, naive, exact)
         batch = (hidden, weight, labels, upstream)
-        wide = (hidden.double(), weight.double(), labels, upstream)
-        grads = gradients(impl, *batch, weight_grad=weight_grad)
-        naive_grads = gradients(reference, *batch, weight_grad=weight_grad)
-        exact_grads = gradients(exact_logps, *wide, weight_grad=weight_grad)
-        for a, n, e in zip(grads, naive_grads, exact_grads, strict=True):
-            if e is not None:
-                assert_no_worse_than(a, n, e)
+        for triple in three_gradients(impl, *batch, weight_grad=weight_grad):
+            assert_no_worse_than(*triple)
 
 
 @pytest.mark.parametrize("slab", [None, 2])
 @FROZEN
 @ON_PATHS
 def test_certain_labels_keep_precise_gradients(impl, device, weight_grad, slab, monkeypatch):
-    """Where the label's probability is 1 - 1e-4 to 1 - 1e-8,
-    what is left of the gradient is right to 1 %."""
+    """Where the label's probability is 1 - 1e-4 to 1 - 1e-8 the gradient is right to 1 %."""
     slabs_of(monkeypatch, slab)
     labels, upstream = torch.tensor([2], device=device), torch.ones(1, device=device)
     for offset, gap in ((0.0, 8.0), (0.0, 14.0), (0.0, 20.0), (1024.0, 14.0)):
         logits = (offset, offset - 1, offset + gap, offset - 3, offset)
-        hidden, weight = row_of_logits(*logits, device=device)
-        grads = gradients(impl, hidden, weight, labels, upstream, weight_grad=weight_grad)
-        wide = (hidden.double(), weight.double(), labels, upstream)
-        exact = gradients(exact_logps, *wide, weight_grad=weight_grad)
-        for a, e in zip(grads, exact, strict=True):
-            assert e is None or (a.double() - e).abs().max() <= 1e-2 * e.abs().max()
+        batch = (*row_of_logits(*logits, device=device), labels, upstream)
+        for ours, _, exact in three_gradients(impl, *batch, weight_grad=weight_grad):
+            assert (ours.double() - exact).abs().max() <= 1e-2 * exact.abs().max()
 
 
 @ON_PATHS
 def test_ties_go_to_the_lowest_id(impl, device, monkeypatch):
-    """Equal largest logits give the lowest id, within a slab, across slabs,
-    and in the reference."""
+    """Within a slab, across slabs, and in the reference."""
     hidden, weight = row_of_logits(1.0, 5.0, 5.0, 2.0, 5.0, 5.0, 0.0, device=device)
     labels = torch.tensor([0], device=device)
     assert reference(hidden, weight, labels)[1].item() == 1
@@ -353,22 +325,18 @@ def test_results_are_deterministic(impl, device, weight_grad, monkeypatch):
 @FROZEN
 @ON_PATHS
 def test_views_into_poisoned_buffers_are_read_right(impl, device, weight_grad, monkeypatch):
-    """Transposed, strided, expanded inputs, and inputs cut out of buffers full of NaN, give what
-    contiguous copies of their own memory give."""
+    """Transposed, strided, expanded inputs, amid NaN, give what contiguous copies give."""
     slabs_of(monkeypatch, 333)
     poisoned = torch.full((1010, 64), torch.nan, device=device)
     poisoned[3:-6, 8:-8:2] = torch.randn(1001, 24, device=device)
     hidden, weight = torch.randn(24, 37, device=device).T, poisoned[3:-6, 8:-8:2]
     labels = torch.randint(1001, (74,), device=device)[::2]
-    upstream = torch.ones(1, device=device).expand(37)
-    actual = gradients(impl, hidden, weight, labels, upstream, weight_grad=weight_grad)
-    copies = [t.contiguous() for t in (hidden, weight, labels, upstream)]
-    expected = gradients(impl, *copies, weight_grad=weight_grad)
-    torch.testing.assert_close(actual, expected)
-    for a, b in zip(
-        label_logps(hidden, weight, labels, impl), label_logps(*copies[:3], impl), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    views = [hidden, weight, labels, torch.ones(1, device=device).expand(37)]
+    results = []
+    for given in (views, [t.contiguous() for t in views]):
+        grads = gradients(impl, *given, weight_grad=weight_grad)
+        results.append((*grads, *label_logps(*given[:3], impl)))
+    torch.testing.assert_close(*results)
 
 
 def test_rows_without_upstream_gradient_get_none():
@@ -381,8 +349,7 @@ def test_rows_without_upstream_gradient_get_none():
 
 
 def test_nothing_is_differentiated_that_needs_no_gradient():
-    """The argmax carries no gradient; without a parameter that wants one there is no graph;
-    inputs are left alone."""
+    """Neither the argmax nor, without a parameter that wants one, anything; inputs stay alone."""
     hidden, weight, labels = inputs(5, 8, 101)
     before = hidden.clone(), weight.clone(), labels.clone()
     assert not label_logps(hidden, weight, labels)[0].requires_grad

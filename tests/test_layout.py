@@ -1,5 +1,4 @@
-"""The layout that DESIGN promises:
-few files at the top, small rooms, imports one way, process groups where they belong."""
+"""Few files at the top, small rooms, imports one way, process groups where they belong."""
 
 import ast
 from pathlib import Path
@@ -43,63 +42,44 @@ FILES = {module_of(f): f for f in ROOT.glob("*.py")}
 FILES |= {module_of(f): f for r in ORDER for f in (ROOT / r).glob("*.py") if f.stem != "__init__"}
 
 
-def imported(file: Path) -> list[str]:
-    """Modules of every import statement, those inside functions too."""
-    tree = ast.parse(file.read_text())
-    found = []
-    for node in ast.walk(tree):
-        names = []
+def imported(module: str) -> set[str]:
+    """What a file's import statements name, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module]
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-        found += names
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
-
-
-def edges() -> dict[str, set[str]]:
-    """Module -> the modules of this project that it imports."""
-    return {
-        module: {name for name in imported(file) if name in FILES} for module, file in FILES.items()
-    }
 
 
 def test_the_top_level_is_the_method():
     """Six files that are the method, what every script shares, and recommendations."""
-    assert sorted(f.stem for f in ROOT.glob("*.py")) == sorted(
-        ("model", "lora", "data", "losses", "train", "eval", "common", "recommend")
-    )
+    method = {"model", "lora", "data", "losses", "train", "eval"}
+    assert {f.stem for f in ROOT.glob("*.py")} == method | {"common", "recommend"}
 
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_no_room_outgrows_its_bound(name):
     """Lines of a file at the top, or of all Python files of a folder."""
     files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else (ROOT / name).rglob("*.py")
-    lines = sum(len(f.read_text().splitlines()) for f in files)
-    assert 0 < lines <= ROOMS[name]
+    assert 0 < sum(len(f.read_text().splitlines()) for f in files) <= ROOMS[name]
 
 
 @pytest.mark.parametrize("module", sorted(FILES))
-def test_imports_go_down_the_order_of_rooms(module):
-    """A room imports only rooms before it, inside functions as at the top."""
-    for name in imported(FILES[module]):
+def test_imports_go_down_and_the_maths_knows_no_process_group(module):
+    """A room imports only rooms before it; few of them import torch.distributed."""
+    for name in imported(module):
         if room(name) in ORDER and (name in FILES or name in ORDER):
             assert ORDER.index(room(name)) <= ORDER.index(room(module)), f"{module} imports {name}"
+        if room(module) not in WITH_PROCESS_GROUPS:
+            assert not name.startswith("torch.distributed"), f"{module} imports {name}"
 
 
 def test_no_file_imports_itself_by_a_circle():
     """Files are sorted by what they import until none is left."""
-    left = edges()
+    left = {module: imported(module) & FILES.keys() for module in FILES}
     while left:
         free = {module for module, names in left.items() if not names & left.keys()}
         assert free, f"a circle among {sorted(left)}"
         left = {module: names for module, names in left.items() if module not in free}
-
-
-@pytest.mark.parametrize("module", sorted(FILES))
-def test_the_maths_knows_no_process_group(module):
-    """torch.distributed stands only in common, runtime, train, recommend and bench."""
-    if room(module) not in WITH_PROCESS_GROUPS:
-        names = imported(FILES[module])
-        assert not [n for n in names if n.startswith("torch.distributed")], names

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CUDA, max_diff
 
 from kernels.logps import HAS_TRITON
-from kernels.nf4 import CODE, dequantize_nf4, linear_4bit, quantize_nf4
+from kernels.nf4 import CODE, dequantize_nf4, linear_4bit, matrix, quantize_nf4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(128, 256), (1, 64), (7, 192), (2000, 640)]  # the last in several pieces
+OF_8B = pytest.param((14336, 4096), marks=CUDA.marks)  # a projection, on a GPU alone
 DEVICES = ["cpu"] if HAS_TRITON and not torch.cuda.is_available() else []  # the interpreter
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 # what bitsandbytes 0.50.2 makes of `golden_weight`: checked without it
 GOLDEN_CODES = (
@@ -35,7 +39,7 @@ def weight_of(shape, dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@ALL_DTYPES
 def test_codes_and_absmax_equal_the_stored_ones(dtype):
     """Codes, absmax and zeros of a zero block are what bitsandbytes stores, in every dtype."""
     codes, absmax = quantize_nf4(golden_weight().to(dtype))
@@ -49,8 +53,8 @@ def test_codes_and_absmax_equal_the_stored_ones(dtype):
     torch.testing.assert_close((golden_weight() - values).abs(), distances.amin(0))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@ALL_SHAPES
+@ALL_DTYPES
 def test_codes_absmax_and_values_equal_bitsandbytes(dtype, shape):
     """Bit for bit, whatever the dtype of the weight and of the values."""
     peer = pytest.importorskip("bitsandbytes.functional")
@@ -64,8 +68,8 @@ def test_codes_absmax_and_values_equal_bitsandbytes(dtype, shape):
         assert values.dtype == out and torch.equal(values, peer.dequantize_4bit(expected, state))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, OF_8B], ids=str)
+@ALL_DTYPES
 @pytest.mark.parametrize("device", [*DEVICES, CUDA])
 def test_the_triton_kernel_equals_the_plain_form(device, dtype, shape):
     """Bit for bit, views into buffers included."""
@@ -97,30 +101,18 @@ def test_wrong_sizes_and_words_are_refused():
         quantize_nf4(torch.randn(3, 63))
 
 
-def test_a_projection_equals_autograd_through_the_values():
-    """Output and gradient of the input are those of a plain layer with the dequantised weight."""
+def test_a_projection_equals_autograd_and_keeps_nothing_but_its_codes():
+    """Output and gradient are those of a plain layer with the dequantised weight; until backward
+    the two stored tensors are held, not the values or the input."""
     codes, absmax = quantize_nf4(torch.randn(48, 128))
-    codes, absmax = codes.view(48, 64), absmax.view(48, 2)
-    weight = dequantize_nf4(codes, absmax, (48, 128), torch.float32)
-    x, bias, upstream = torch.randn(2, 5, 128), torch.randn(48), torch.randn(2, 5, 48)
-    grads = []
-    for function in (
-        lambda x: linear_4bit(x, codes, absmax, bias),
-        lambda x: torch.nn.functional.linear(x, weight, bias),
-    ):
-        leaf = x.clone().requires_grad_()
-        y = function(leaf)
-        y.backward(upstream)
-        grads.append((y.detach(), leaf.grad))
-    assert torch.equal(grads[0][0], grads[1][0])
-    assert max_diff(grads[0][1], grads[1][1]) < 1e-5
-
-
-def test_a_projection_keeps_nothing_but_its_codes():
-    """Autograd holds the two stored tensors until backward, not the values or the input."""
-    codes, absmax = quantize_nf4(torch.randn(48, 128))
-    codes, absmax = codes.view(48, 64), absmax.view(48, 2)
-    kept = []
+    codes, absmax, bias = codes.view(48, 64), absmax.view(48, 2), torch.randn(48)
+    ours, plain = (torch.randn(2, 5, 128).requires_grad_() for _ in range(2))
+    plain.data.copy_(ours.data)
+    expected, kept = F.linear(plain, matrix(codes, absmax, torch.float32), bias), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear_4bit(torch.randn(5, 128, requires_grad=True), codes, absmax)
+        y = linear_4bit(ours, codes, absmax, bias)
     assert [t.data_ptr() for t in kept] == [codes.data_ptr(), absmax.data_ptr()]
+    upstream = torch.randn(2, 5, 48)
+    for output in (y, expected):
+        output.backward(upstream)
+    assert torch.equal(y, expected) and max_diff(ours.grad, plain.grad) < 1e-5

@@ -1,19 +1,18 @@
 """A base in 4 bits: logits of transformers + bitsandbytes, autograd's gradients, any ranks."""
 
 import re
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, max_diff, tiny_model, transformers_model
+from conftest import FAMILIES, change_tensors, max_diff, tiny_model, transformers_model
 from launch import ROOT, lines, losses, run_script, run_train, start_train, wait_for
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from data import build_tree
 from demo.tiny import make_base_model
-from hub.quantized import Linear4bit, unquantized
-from kernels.nf4 import matrix, quantize_nf4
+from hub.quantized import unquantized
+from kernels.nf4 import Linear4bit, matrix, quantize_nf4
 from loaders.frozen import DataConfig, prepare
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_pretrained, save_pretrained
@@ -21,9 +20,13 @@ from runtime.policy import say_what_4_bits_cost
 from runtime.sharding import split
 from train import TrainConfig
 
-load_4bit = partial(load_pretrained, load_in_4bit=True)
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
-PUBLISHED = ("llama3.1", "qwen2.5", "qwen3")
+UP = "model.layers.0.mlp.up_proj.weight"
+INPUT_IDS = torch.arange(3, 37).view(2, 17)
+
+
+def load_4bit(path, dtype=torch.float32):
+    return load_pretrained(path, dtype, load_in_4bit=True)
 
 
 @pytest.fixture
@@ -38,6 +41,14 @@ def write_wide(path, dtype=torch.float32, family="llama3.1"):
     return path
 
 
+def adapted(model, **targets):
+    """An adapter whose B are not zero."""
+    for layer in lora_layers(apply_lora(model, 4, 8, **targets)).values():
+        generator = torch.Generator().manual_seed(layer.out_features)
+        layer.lora_B.weight.data.normal_(std=0.1, generator=generator)
+    return model
+
+
 def tree_of_two():
     return build_tree([[5, 6, 7, 9], [8, 4]], [[[8, 9, 2], [2]], [[7, 7, 2], [11, 2]]])
 
@@ -47,11 +58,9 @@ def peer_in_4bit(path, double: bool):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")  # transformers quantises by it
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
     quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_use_double_quant=double,
+        load_in_4bit=True, bnb_4bit_use_double_quant=double, **options
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
@@ -63,37 +72,34 @@ def peer_in_4bit(path, double: bool):
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
-@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3"])
 def test_logits_equal_transformers_and_bitsandbytes(family, double, wide, tmp_path):
     """From 16- or 32-bit weights, and from what bitsandbytes stored, plain and double quantised."""
     pytest.importorskip("bitsandbytes")
     transformers_model(family, tmp_path / "whole")
     peer = peer_in_4bit(tmp_path / "whole", double)
     peer.save_pretrained(tmp_path / "stored")
-    ids = torch.randint(3, 131, (2, 17))
     with torch.no_grad():
-        expected = peer(ids).logits
-        assert max_diff(load_4bit(tmp_path / "stored").logits(ids), expected) < 1e-4
-        if not double:
-            assert max_diff(load_4bit(tmp_path / "whole").logits(ids), expected) < 1e-4
+        expected = peer(INPUT_IDS).logits
+        for folder in ["stored"] + ["whole"] * (not double):
+            assert max_diff(load_4bit(tmp_path / folder).logits(INPUT_IDS), expected) < 1e-4
 
 
 def test_a_quantised_checkpoint_needs_the_option(wide, tmp_path):
     """Read as 16 bits it is refused with the option to add; other quantisations by name."""
-    write_wide(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    name = "model.layers.0.mlp.up_proj.weight"
-    codes, absmax = quantize_nf4(tensors[name])
-    tensors[name] = codes[:, None]
     state = b'{"quant_type": "nf4", "blocksize": 64}'
-    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(state), dtype=torch.uint8)
-    tensors |= {f"{name}.absmax": absmax, f"{name}.quant_map": torch.zeros(16)}
-    save_file(tensors, file, metadata={"format": "pt"})
+
+    def quantise(tensors):
+        codes, absmax = quantize_nf4(tensors[UP])
+        other_code = {f"{UP}.quant_map": torch.zeros(16), f"{UP}.absmax": absmax}
+        kind = torch.tensor(list(state), dtype=torch.uint8)
+        tensors |= {UP: codes[:, None], f"{UP}.quant_state.bitsandbytes__nf4": kind} | other_code
+
+    change_tensors(write_wide(tmp_path) / "model.safetensors", quantise)
     with pytest.raises(ValueError, match="--load_in_4bit"):
         load_pretrained(tmp_path)
     with pytest.raises(ValueError, match="up_proj.weight is quantised as"):
-        load_4bit(tmp_path)  # its code is another
+        load_4bit(tmp_path)
 
 
 def test_head_embedding_norms_and_biases_stay_as_they_are(wide, tmp_path):
@@ -112,29 +118,21 @@ def test_head_embedding_norms_and_biases_stay_as_they_are(wide, tmp_path):
     assert count == 7 * model.config.num_hidden_layers
 
 
-def _keep(kept: list, tensor):
-    kept.append(tensor)
-    return tensor
-
-
 @pytest.mark.slow
 def test_compiled_blocks_keep_codes_and_no_values(wide, tmp_path):
     """torch.compile changes neither log-probs nor what is held until backward."""
     model = apply_lora(load_4bit(write_wide(tmp_path)), 4, 8).train()
-    shapes, results = [], []
-    for compiled in (False, True):
-        for block in model.model.layers:
-            if compiled:
-                block.use_compiler()
-        kept = []
-        keep = partial(_keep, kept)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            results.append(model(tree_of_two())[0].detach())
-        shapes.append({(tuple(t.shape), t.dtype) for t in kept if t.ndim == 2})
-    assert max_diff(*results) < 1e-5
     values = {((m.out_features, m.in_features), torch.float32) for m in lora_layers(model).values()}
-    for held in shapes:
+    results, kept = [], []
+    for compiled in (False, True):
+        for block in model.model.layers if compiled else ():
+            block.use_compiler()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            results.append(model(tree_of_two())[0].detach())
+        held = {(tuple(t.shape), t.dtype) for t in kept if t.ndim == 2}
         assert any(dtype == torch.uint8 for _, dtype in held) and not held & values
+    assert max_diff(*results) < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -149,11 +147,7 @@ def test_adapter_gradients_equal_autograds_through_dequantised_weights(
             whole.get_submodule(name).weight.data = values
     grads = []
     for model in (four, whole):
-        apply_lora(model, 4, 8)
-        for layer in lora_layers(model).values():
-            generator = torch.Generator().manual_seed(layer.out_features)
-            layer.lora_B.weight.data.normal_(std=0.1, generator=generator)
-        for block in model.model.layers:
+        for block in adapted(model).model.layers:
             block.checkpointing = checkpointing
         model.train()(tree_of_two())[0].sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -165,9 +159,7 @@ def test_adapter_gradients_equal_autograds_through_dequantised_weights(
 def test_an_adapter_on_4_bits_merges_into_the_original_weights(wide, tmp_path):
     """What is saved is 16-bit base + adapter, not the rounded base, where the base is at hand."""
     base = write_wide(tmp_path / "base", torch.bfloat16)
-    model = apply_lora(load_4bit(base, torch.bfloat16), 4, 8, target_modules=["q_proj", "up_proj"])
-    for layer in lora_layers(model).values():
-        layer.lora_B.weight.data.normal_(std=0.1)
+    model = adapted(load_4bit(base, torch.bfloat16), target_modules=["q_proj", "up_proj"])
     save_adapter(model, tmp_path / "adapter")
     expected = merge_lora(load_adapter(load_pretrained(base, torch.bfloat16), tmp_path / "adapter"))
     save_pretrained(merge_lora(model), tmp_path / "merged")
@@ -179,10 +171,9 @@ def test_an_adapter_on_4_bits_merges_into_the_original_weights(wide, tmp_path):
 def test_without_the_original_weights_merging_dequantises(wide, tmp_path):
     """A model whose source is gone keeps the values that it computed with."""
     model = apply_lora(load_4bit(write_wide(tmp_path)), 4, 8)
-    ids = torch.randint(3, 131, (2, 9))
-    before = model.logits(ids)
+    before = model.logits(INPUT_IDS)
     model.source = None
-    assert max_diff(merge_lora(model).logits(ids), before) < 1e-5
+    assert max_diff(merge_lora(model).logits(INPUT_IDS), before) < 1e-5
 
 
 def test_what_is_saved_has_16_bits(wide, tmp_path):
@@ -197,54 +188,38 @@ def test_what_is_saved_has_16_bits(wide, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
-def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
-    """The layer, its width and the block size are named."""
+def test_what_cannot_be_quantised_is_refused_by_name(monkeypatch, tmp_path):
+    """Rows that are no whole blocks; weights that are not finite; a base that nothing trains."""
     save_pretrained(tiny_model(), tmp_path)
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj has 32 inputs.*64"):
         load_4bit(tmp_path)
-
-
-def test_4_bits_need_adapters():
-    """A frozen base that nothing is trained on is refused before anything is read."""
-    with pytest.raises(ValueError, match="no --sft_lora_r 0"):
-        TrainConfig(load_in_4bit=True, sft_lora_r=0)
-
-
-def test_weights_that_are_not_finite_are_refused_by_name(wide, tmp_path):
-    """The error names file and tensor."""
+    monkeypatch.setitem(FAMILIES, "llama3.1", FAMILIES["llama3.1"] | WIDE)
     model = tiny_model()
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
     save_pretrained(model, tmp_path)
     with pytest.raises(ValueError, match="model.safetensors.*layers.1.mlp.down_proj.weight"):
         load_4bit(tmp_path)
+    with pytest.raises(ValueError, match="no --sft_lora_r 0"):
+        TrainConfig(load_in_4bit=True, sft_lora_r=0)
 
 
-FOUR_BIT_RUN = [
-    "--load_in_4bit", "--sft_lora_r=4", "--lora_dropout=0",
-    "--sft_epochs=1", "--epochs=1",
-]  # fmt: skip
-
-
+# ------------------------------------------------------------------------ whole runs
 @pytest.fixture(scope="module")
 def in_4_bits(tmp_path_factory):
     """SFT + RecPO on a base in 4 bits, in one process: (folder, flags, metrics, output)."""
     tmp_path = tmp_path_factory.mktemp("runs")
     data = {"planted_users": 100, "train_size": 12, "followers": 3}
-    prepared = prepare(DataConfig(**data, prepared_dir=str(tmp_path / "titles")))
-    make_base_model(  # its rows are whole blocks of 64
-        tmp_path / "base", prepared.splits["train"],
-        hidden_size=64, num_layers=2, vocab_size=400, seed=0,
-    )  # fmt: skip
-    flags = (
-        *FOUR_BIT_RUN,
-        f"--model={tmp_path / 'base'}",
-    )
+    train = prepare(DataConfig(**data, prepared_dir=str(tmp_path / "titles"))).splits["train"]
+    sizes = {"hidden_size": 64, "num_layers": 2, "vocab_size": 400}  # rows of whole blocks
+    make_base_model(tmp_path / "base", train, **sizes, seed=0)
+    flags = ["--load_in_4bit", "--sft_lora_r=4", "--lora_dropout=0", "--sft_epochs=1"]
+    flags += ["--epochs=1", f"--model={tmp_path / 'base'}"]
     output, metrics = run_train(tmp_path, "one", *flags)
     return tmp_path, flags, metrics, output
 
 
-def test_training_and_evaluation_say_once_what_4_bits_cost_on_a_cpu(in_4_bits):
-    """With the figures that docs/kernel.md shows as measured."""
+def test_training_and_evaluation_say_once_what_4_bits_cost_on_a_cpu(in_4_bits, capsys):
+    """With the figures that docs/kernel.md shows as measured; on a GPU there is no such note."""
     tmp_path, _, _, output = in_4_bits
     flags = (f"--run={tmp_path / 'one'}", f"--prepared_dir={tmp_path / 'prepared'}")
     evaluated = run_script(ROOT / "eval.py", *flags, cwd=tmp_path)  # of two stages
@@ -257,9 +232,6 @@ def test_training_and_evaluation_say_once_what_4_bits_cost_on_a_cpu(in_4_bits):
         assert text.count("note: --load_in_4bit on a CPU") == 1
         assert f"{stored:.2f} of the memory of 16 bits" in text
         assert f"loading {loading:.1f} times and a training step {step:.1f} times" in text
-
-
-def test_a_gpu_has_no_note_of_what_a_cpu_pays(capsys):
     say_what_4_bits_cost.cache_clear()
     say_what_4_bits_cost("cuda")
     assert not capsys.readouterr().out
@@ -276,31 +248,29 @@ def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
         split(torch.nn.Linear(1, 1))
 
 
-DIVIDES_BYTES = torch.__version__.split(".")[:2] != ["2", "11"]
-needs_newer = pytest.mark.skipif(not DIVIDES_BYTES, reason="torch 2.11 cannot shard bytes")
+def assert_same_losses(a: dict, b: dict) -> None:
+    for stage in ("sft", "recpo"):
+        np.testing.assert_allclose(losses(a, stage), losses(b, stage), atol=1e-4)
+
+
+SLOW, OLD = pytest.mark.slow, torch.__version__.split(".")[:2] == ["2", "11"]
+needs_newer = pytest.mark.skipif(OLD, reason="torch 2.11 cannot shard bytes")
 
 
 @pytest.mark.parametrize(
-    "mode",
-    [pytest.param("full", marks=needs_newer), pytest.param("none", marks=pytest.mark.slow)],
+    "processes, mode",
+    [
+        pytest.param(2, ["--shard=full"], marks=needs_newer),
+        pytest.param(2, ["--shard=none"], marks=SLOW),
+        pytest.param(4, ["--shard=hybrid", "--shard_group_size=2"], marks=[needs_newer, SLOW]),
+    ],
 )
-def test_two_ranks_match_one_in_4_bits(in_4_bits, mode):
-    """Codes divided over 2 ranks, or replicated, give the losses of 1 process to 1e-4."""
+def test_several_ranks_match_one_in_4_bits(in_4_bits, processes, mode):
+    """Codes divided over 2 ranks, replicated, or divided and kept twice over 4."""
     tmp_path, flags, one, _ = in_4_bits
-    _, two = run_train(tmp_path, mode, *flags, f"--shard={mode}", processes=2)
-    for stage in ("sft", "recpo"):
-        np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
-
-
-@needs_newer
-@pytest.mark.slow
-def test_hybrid_over_four_ranks_matches_one_in_4_bits(in_4_bits):
-    """Codes divided over 2 ranks and kept twice give the losses of 1 process to 1e-4."""
-    tmp_path, flags, one, _ = in_4_bits
-    flags = [*flags, "--shard=hybrid", "--shard_group_size=2"]
-    _, four = run_train(tmp_path, "hybrid", *flags, processes=4)
-    for stage in ("sft", "recpo"):
-        np.testing.assert_allclose(losses(one, stage), losses(four, stage), atol=1e-4)
+    name = mode[0].removeprefix("--shard=")
+    _, several = run_train(tmp_path, name, *flags, *mode, processes=processes)
+    assert_same_losses(one, several)
 
 
 @needs_newer
@@ -316,5 +286,4 @@ def test_a_killed_4_bit_run_goes_on_as_if_nothing_had_happened(in_4_bits, proces
     wait_for(lambda: lines(file) >= 1, process)
     process.kill()
     _, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
-    for stage in ("sft", "recpo"):
-        np.testing.assert_allclose(losses(one, stage), losses(resumed, stage), atol=1e-4)
+    assert_same_losses(one, resumed)
