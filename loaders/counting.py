@@ -5,10 +5,6 @@
     markov       sum over the history of DECAY^age * C[i, c] / sqrt(n_c), where C adds 1/d for every
                  user in whose log c comes d <= MAX_DISTANCE interactions after i
 
-    counting_baselines(splits["test"])                  scores of the 20 candidates, by name
-    retriever = fit("markov", log, training_rows(log), shown=20)
-    retriever.top(history, exclude=history, n=20)       codes of the catalogue, best first
-
 They are fitted on all but each user's last two interactions (with a split in time: on what lies
 before the date and the validation item). On MovieLens-1M (1 + 19 uniform candidates, no filter)
 they put the target first in 33 %, 50 % and 59 % of the test cases. Left out: ratings; a low one
@@ -108,10 +104,9 @@ class ItemKNN(Retriever):
     def cosines(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """|users of both| / sqrt(|users of the item| * |users of the candidate|) above 0."""
         users = self.item_users[self.item_start[item] : self.item_start[item + 1]]
-        bounds = zip(self.user_start[users].tolist(), self.user_start[users + 1].tolist())
-        touched = [self.user_items[start:end] for start, end in bounds]
-        touched = np.concatenate([self.user_items[:0], *touched])
-        both = np.bincount(touched, minlength=self.num_items)
+        parts = map(slice, self.user_start[users].tolist(), self.user_start[users + 1].tolist())
+        touched = [self.user_items[part] for part in parts]
+        both = np.bincount(np.concatenate([users[:0], *touched]), minlength=self.num_items)
         candidates = np.flatnonzero(both)
         norms = np.sqrt(self.counts[item] * self.counts[candidates])
         return candidates, both[candidates] / norms

@@ -11,7 +11,9 @@ import shutil
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import isnan, nan
 from pathlib import Path
 
@@ -67,14 +69,11 @@ class DataConfig(ExampleConfig):
     scale: str = arg("", f"{OWN}: lowest and highest rating, or binary; mapped to 1 to 5")
     percentile: str = arg(
         "",
-        "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; "
-        "empty: steam, lastfm by item",
+        "rank amounts among those of one item, user, or all",
         choices=("", "item", "user", "all"),
     )
     repeats: str = arg(
-        "last",
-        f"{OWN}: of a repeated user-item pair the last counts, or the sum of its amounts",
-        choices=("last", "sum"),
+        "last", f"{OWN}: of a pair the last counts, or the sum of amounts", choices=("last", "sum")
     )
     download: bool = arg(False, "fetch MovieLens-1M to data_dir first, and check its checksum")
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
@@ -83,7 +82,7 @@ class DataConfig(ExampleConfig):
     )
     split_by: str = arg(
         "last",
-        "tests: each user's last interaction, or the first liked one after a date (time)",
+        "tests: the last one, or the first liked after a date (time)",
         choices=("last", "time"),
     )
     split_date: str = arg("", "--split_by time: the date, 2000-12-01; empty: before the last 10 %")
@@ -95,17 +94,17 @@ class DataConfig(ExampleConfig):
         inert = dict.fromkeys(of_own_logs, self.dataset not in OWN_LOGS)
         inert["percentile"] = self.dataset in ("planted", "movielens", "prepared")
         inert |= dict.fromkeys(("core", "split_by", "negatives"), self.dataset == "prepared")
-        changed = changed_options(self)
+        changed, dated = changed_options(self), self.split_by == "time"
+        ranks = self.percentile or self.dataset in ("steam", "lastfm")
         if wrong := [name for name in inert if inert[name] and name in changed]:
             raise ValueError(f"--{wrong[0]} has no effect with --dataset {self.dataset}")
         if self.item_columns and not self.item_file:
             raise ValueError("--item_columns names columns of --item_file: give it, too")
         if self.scale and self.percentile:
             raise ValueError("--scale maps ratings, --percentile ranks: give one")
-        if self.split_date and self.split_by != "time":
+        if self.split_date and not dated:
             raise ValueError("--split_date has no effect without --split_by time")
-        ranks = self.percentile or self.dataset in ("steam", "lastfm")
-        if self.split_by == "time" and (self.core or ranks):
+        if dated and (self.core or ranks):
             raise ValueError(
                 "--split_by time: --core and ranks (--percentile, steam, lastfm) count what comes "
                 "after the date, too; filter the file, and take data with ratings"
@@ -135,14 +134,9 @@ class Prepared:
 
     def baselines(self, split: str) -> dict[str, np.ndarray]:
         """Name -> scores (E, 20) of popularity, item-kNN and Markov; counted once, then read."""
-        folder = self.folder / f"baselines-{split}"
-        if folder.exists():
-            kept = read_arrays(folder)
-            return {name: kept[name] for name in BASELINES}
-        scores = counting_baselines(self.splits[split])
-        with contextlib.suppress(OSError):
-            write_folder(folder, scores)
-        return scores
+        count = partial(counting_baselines, self.splits[split])
+        scores = kept_arrays(self.folder / f"baselines-{split}", count)
+        return {name: scores[name] for name in BASELINES}
 
     def optimum(self, split: str) -> np.ndarray | None:
         """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown."""
@@ -246,6 +240,16 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{folder}: damaged ({error}); delete it, it is made again") from None
 
 
+def kept_arrays(folder: Path, make: Callable) -> dict[str, np.ndarray]:
+    """The arrays of a folder, made where it is missing; one that cannot be written is no error."""
+    if folder.exists():
+        return read_arrays(folder)
+    arrays = make()
+    with contextlib.suppress(OSError):
+        write_folder(folder, arrays)
+    return arrays
+
+
 def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
     parts = [
         f"{name} {a.dtype} {a.shape} {hashlib.sha256(np.ascontiguousarray(a)).hexdigest()}"
@@ -297,29 +301,26 @@ def encode_split(
     made_of += [ALL_TEMPLATES, histories]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = prepared.folder / f"tokens-{split}-{key}"
-    if folder.exists():
-        a = read_arrays(folder)
-        with reading(folder):
-            titles = Ragged(a["completions"], a["completion_lengths"])
-            completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles)}
-            prompts = Ragged(a["prompts"], a["prompt_lengths"])
-            counts = a["counts"].tolist()
-            encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
-    else:
+
+    def encode() -> dict[str, np.ndarray]:
         encoded = encode_examples(examples, tokenizer, max_length)
-        titles = list(encoded.completions.values())
+        titles, prompts = list(encoded.completions.values()), encoded.prompts
         arrays = {
             "items": np.array(list(encoded.completions), np.int32),
             "completions": np.concatenate(titles).astype(np.int32),
             "completion_lengths": np.array([len(ids) for ids in titles]),
-            "prompts": np.concatenate(encoded.prompts),
-            "prompt_lengths": np.array([len(ids) for ids in encoded.prompts]),
+            "prompts": np.concatenate(prompts),
+            "prompt_lengths": np.array([len(ids) for ids in prompts]),
             "counts": np.array([encoded.num_shortened, encoded.num_dropped]),
         }
-        if histories:
-            encoded.histories = arrays["histories"] = history_spans(encoded, tokenizer)
-        with contextlib.suppress(OSError):
-            write_folder(folder, arrays)
+        return arrays | ({"histories": history_spans(encoded, tokenizer)} if histories else {})
+
+    a = kept_arrays(folder, encode)
+    with reading(folder):
+        titles = Ragged(a["completions"], a["completion_lengths"])
+        completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles)}
+        prompts, counts = Ragged(a["prompts"], a["prompt_lengths"]), a["counts"].tolist()
+        encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
     tokenizer.note_long(encoded.prompts)
     return encoded
 
