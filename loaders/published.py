@@ -25,7 +25,15 @@ from pathlib import Path
 import numpy as np
 
 from data import Interactions, Words
-from loaders.files import SPLIT_NAMES, find_files, name_of, open_bytes, read_head, read_lines
+from loaders.files import (
+    SPLIT_NAMES,
+    find_files,
+    matching_files,
+    name_of,
+    open_bytes,
+    read_head,
+    read_lines,
+)
 from loaders.ownlog import FIELDS, Finder, parse_columns
 from loaders.table import clean_title, finish, usable_rows
 from loaders.tables import Table, check_bad, read_table
@@ -63,9 +71,12 @@ def find(data_dir, layout: Layout) -> tuple[Layout, list[Path], list[Path]]:
     patterns, what = layout.patterns, layout.what
     logs = find_files(data_dir, patterns, what, without="meta_*", joined=SPLIT_NAMES)
     layout = layout.detailed(layout, logs[0])
-    if not (patterns := layout.title_patterns):
-        return layout, logs, []
-    return layout, logs, find_files(logs[0].parent, patterns, f"{patterns[0]} with the titles")
+    folder, beside = logs[0].parent, layout.title_patterns
+    titled = next(filter(None, (matching_files(folder, pattern) for pattern in beside)), [])
+    if beside and len(titled) != 1:
+        found = [file.name for file in titled]
+        raise ValueError(f"{folder}: titles need {beside[0]} beside {logs[0].name}; found {found}")
+    return layout, logs, titled
 
 
 def files(config, layout: Layout) -> list[Path]:
@@ -118,20 +129,19 @@ def first_titles(item_ids: list[str], table: Table, title: Callable[..., str]) -
 
 
 # ------------------------------------------------------------------------------------------- Amazon
+AMAZON_2018 = "user=reviewerID,item=asin,rating=overall,timestamp=unixReviewTime"
+AMAZON_2023 = "user=user_id,item=parent_asin,rating=rating,timestamp=timestamp"
+
+
 def amazon_edition(layout: Layout, file: Path) -> Layout:
     """Columns and titles of the edition of this file of reviews or ratings.
 
     Ratings without a header: in 2018 the item comes first, whose id has 10 characters; in 2014 the
     user, whose id is longer."""
     head, kind = read_head(file), "csv" if ".csv" in file.name.lower() else "literal"
-    key, columns = "asin", "user=reviewerID,item=asin,rating=overall,timestamp=unixReviewTime"
-    lines = head.decode(errors="replace").split("\n")[:1000]
-    if b"parent_asin" in head:
-        key, columns = (
-            "parent_asin",
-            "user=user_id,item=parent_asin,rating=rating,timestamp=timestamp",
-        )
-    elif kind == "csv" and re.search(r"\d", lines[0]):
+    modern, lines = b"parent_asin" in head, head.decode(errors="replace").split("\n")[:1000]
+    key, columns = ("parent_asin", AMAZON_2023) if modern else ("asin", AMAZON_2018)
+    if kind == "csv" and not modern and re.search(r"\d", lines[0]):
         ids = [line.split(",")[:2] for line in lines if line.count(",") == 3]
         first, second = (sum(len(row[place]) == 10 for row in ids) for place in (0, 1))
         order = "user=2,item=1" if first >= second else "user=1,item=2"
