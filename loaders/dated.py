@@ -1,28 +1,23 @@
 """A split in time: training ends before a date, tests come after it.
 
-    python -m loaders --dataset movielens --data_dir ml-1m.zip \\
-        --split_by time --split_date 2000-12-01
+    python -m loaders --dataset movielens --data_dir ml-1m.zip --split_by time
 
 Of every user, in order of time:
 
     training | validation: last liked before the date | date | test: first liked after it
 
-Training examples have all their followers before the user's validation item (or the date), and the
-counting recommenders are fitted on the same rows. A test shows all that came before it, from after
-the date, too. Each needs --min_history interactions before it. Training and validation are built
-from a log that ends at the date, so that neither a random candidate nor what is left out tells of
-later; the candidates of a test come from the whole catalogue. Without --split_date the last 10 % of
-all interactions lie after the date.
-
-Left out: --core and ratings that are ranks of amounts, which read the whole log. What a loader
-does before is not divided: of a repeated pair the last one counts."""
+Training and validation are built from a log that ends at the date, so that neither a random
+candidate nor what is left out tells of later; followers end before the validation item. A test
+shows all that came before it, from after the date, too, and its candidates come from the whole
+catalogue. Left out: --core and ranks of amounts, which read the whole log; of a repeated pair the
+last one counts, whenever it was."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
 
-from data import ExampleConfig, Examples, Interactions, Retrieve, build_examples, select_rows
+from data import Examples, Interactions, Retrieve, build_examples, select_rows
 
 LAST_SHARE = 0.1  # of all interactions lie after the date, if none is given
 
@@ -55,28 +50,6 @@ def date_of(interactions: Interactions, split_date: str) -> int:
     return date
 
 
-def past_places(past: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
-    """Rows of training and validation of a log that ends at the date; sets its train_end."""
-    position = np.arange(len(past.user))
-    age = position - past.start[past.user]
-    val = np.full(past.num_users, -1)  # the last liked row of each user
-    liked = np.flatnonzero(past.rating >= config.min_rating)
-    np.maximum.at(val, past.user[liked], liked)
-    has_val = (val >= 0) & (age[val] >= config.min_history)
-    past.train_end = np.where(has_val, val, past.start[1:])
-    ends_before = position + config.followers <= past.train_end[past.user]
-    train = np.flatnonzero((age >= config.min_history) & ends_before)
-    return {"train": train, "val": val[has_val]}
-
-
-def test_places(interactions: Interactions, date: int, config: ExampleConfig) -> np.ndarray:
-    """(E,) each user's first liked row from the date on, if enough history lies before it."""
-    liked = (interactions.timestamp >= date) & (interactions.rating >= config.min_rating)
-    rows = np.flatnonzero(liked)
-    rows = rows[np.unique(interactions.user[rows], return_index=True)[1]]
-    return rows[rows - interactions.start[interactions.user[rows]] >= config.min_history]
-
-
 def build_dated_examples(
     interactions: Interactions, config, retrieve: Retrieve | None = None
 ) -> tuple[Interactions, dict[str, Examples]]:
@@ -84,31 +57,41 @@ def build_dated_examples(
     date = date_of(interactions, config.split_date)
     before = interactions.timestamp < date
     past = select_rows(interactions, before)
-    places = past_places(past, config)
+    row = np.arange(len(past.user))
+    age = row - past.start[past.user]
+    liked = np.flatnonzero(past.rating >= config.min_rating)
+    val = np.full(past.num_users, -1)  # the last liked row of each user
+    val[past.user[liked]] = liked
+    has_val = (val >= 0) & (age[val] >= config.min_history)
+    past.train_end = np.where(has_val, val, past.start[1:])
+    has_followers = row + config.followers <= past.train_end[past.user]
+    train = np.flatnonzero((age >= config.min_history) & has_followers)
+
+    liked = np.flatnonzero(~before & (interactions.rating >= config.min_rating))
+    test = liked[np.unique(interactions.user[liked], return_index=True)[1]]  # each user's first
+    age = test - interactions.start[interactions.user[test]]
+    places = {"train": train, "val": val[has_val], "test": test[age >= config.min_history]}
+    for split, rows in places.items():
+        if len(rows) == 0:
+            raise ValueError(
+                f"no {split} example: --split_by time divides at {date_text(date)}, and no user "
+                f"has a place for one; give another --split_date, or lower --min_history "
+                f"{config.min_history} or --followers {config.followers}"
+            )
 
     train_end = interactions.start[:-1].copy()
     train_end[np.unique(interactions.user[before])] += past.train_end - past.start[:-1]
     note = f"interactions from {date_text(date)} (UTC) on, which training does not see"
     notes = interactions.notes | {note: int((~before).sum())}
     interactions = replace(interactions, train_end=train_end, notes=notes)
-
-    test = test_places(interactions, date, config)
-    for split, found in (*places.items(), ("test", test)):
-        if len(found) == 0:
-            raise ValueError(
-                f"no {split} example: --split_by time divides at {date_text(date)}, and no user "
-                f"has a place for one; give another --split_date, or lower --min_history "
-                f"{config.min_history} or --followers {config.followers}"
-            )
-    splits = build_examples(past, config, retrieve, places)
+    tests = build_examples(interactions, config, retrieve, {"test": places.pop("test")})
     rows, items = np.flatnonzero(before), np.unique(interactions.item[before])
-    splits = {  # with the whole log's codes
-        split: replace(
-            ex,
+    splits = {}
+    for split, examples in build_examples(past, config, retrieve, places).items():
+        splits[split] = replace(  # with the codes of the whole log
+            examples,
             interactions=interactions,
-            position=rows[ex.position],
-            candidates=items[ex.candidates].astype(np.int32),
+            position=rows[examples.position],
+            candidates=items[examples.candidates].astype(np.int32),
         )
-        for split, ex in splits.items()
-    }
-    return interactions, splits | build_examples(interactions, config, retrieve, {"test": test})
+    return interactions, splits | tests

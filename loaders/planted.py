@@ -1,39 +1,35 @@
 """The planted world: a made-up reading log whose best possible recommender can be computed exactly.
 
-Stories belong to genres, and the two words of a title give the genre away. A user's taste is a
-hidden genre that drifts as a Markov chain: it stays, moves on to the genre's successor, or jumps
-anywhere. At each step the user reads a story of the tasted genre or, out of curiosity, of any other
-genre; a story within the taste is rated high, others mostly low. Nobody reads a story twice.
+Stories belong to genres, which the two words of a title give away. A user's taste is a hidden genre
+that stays, moves on to the genre's successor, or jumps anywhere. At each step the user reads a
+story of the tasted genre or, out of curiosity, of any other; a story within the taste is rated
+high, others mostly low. Nobody reads a story twice.
 
     taste z_1 ──► z_2 ──► z_3 ...        stay | successor | jump
            │       │       │
          story   story   story           genre = taste, or another one out of curiosity
          rating  rating  rating          depends on whether the genre is the taste
 
-Given the whole history (sequences are short enough to be shown whole), the forward algorithm yields
-the posterior of the taste, and from it P(next story = c and its rating >= 4), the quantity that the
-best policy maximises over the candidates. The Bayes-optimal figure is printed beside every model's
-on the same candidate sets.
+Given the whole history, the forward algorithm yields the posterior of the taste, and from it
+P(next story = c and its rating >= 4), which the best policy maximises over the candidates.
 
     python -m loaders.planted log.csv    the world as an ordinary CSV, to try an own log with
 
-Legend: U users, L steps, G genres, E examples.
-"""
+Legend: U users, L steps, G genres, E examples."""
 
-import csv
+import itertools
 import sys
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 
 from common import arg, parse_config, print0, run_cli, writing
 from data import Examples, Interactions, select_rows
 
-NAME = "planted"
-
-WORDS = ("stories", "read", "read")
-
-# What suits this data set, unless other values are given: its readers have 13 to 17 interactions.
+NAME, WORDS = "planted", ("stories", "read", "read")
+# what suits this data set, unless other values are given: its readers have 13 to 17 interactions
 DEFAULTS = {"followers": 3, "min_history": 4, "train_size": 18000, "test_size": 500}
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
@@ -79,17 +75,12 @@ class World:
         rng = np.random.default_rng(self.seed)
         count = 2 * self.num_genres * self.words_per_genre
         pairs = rng.permutation(len(SYLLABLES) ** 2)[:count]
-        words = []
-        for pair in pairs:
-            first, second = divmod(pair, len(SYLLABLES))
-            words.append((SYLLABLES[first] + SYLLABLES[second]).capitalize())
+        syllables = (divmod(pair, len(SYLLABLES)) for pair in pairs)
+        words = [(SYLLABLES[first] + SYLLABLES[second]).capitalize() for first, second in syllables]
         W = self.words_per_genre
         firsts, seconds = np.array(words).reshape(2, self.num_genres, W)
-        titles = []
-        for g in range(self.num_genres):
-            for j in range(self.stories_per_genre):
-                titles.append(f"{firsts[g, j % W]} {seconds[g, (j // W + j) % W]}")
-        return titles
+        stories = itertools.product(range(self.num_genres), range(self.stories_per_genre))
+        return [f"{firsts[g, j % W]} {seconds[g, (j // W + j) % W]}" for g, j in stories]
 
 
 def planted_world(world: World) -> Interactions:
@@ -147,9 +138,7 @@ def draw(rng, cumulated: np.ndarray) -> np.ndarray:
 
 
 def world_of(options: dict) -> World | None:
-    """The world of these data options, if its best recommender is known; None where it is not.
-
-    It is known in the planted world, if histories are shown whole."""
+    """The planted world of these data options, if they show histories whole; else None."""
     if options["dataset"] != "planted" or options["history"] < World.max_length - 1:
         return None
     return World(num_users=options["planted_users"], seed=options["data_seed"])
@@ -168,14 +157,11 @@ def bayes_scores(
     # P(a certain unread story of genre g, rated high | taste), but for 1 / unread stories
     high = genre_given_taste * (own_genre * liked).sum(-1)
     scores = np.zeros(examples.candidates.shape)
-    for e in range(len(examples)):
-        p = int(examples.position[e])
-        rows = slice(int(interactions.start[interactions.user[p]]), p)
-        if p - rows.start > examples.history:
-            raise ValueError(
-                f"a history of {p - rows.start} stories is not shown whole "
-                f"(--history {examples.history})"
-            )
+    starts = interactions.start[interactions.user[examples.position]]
+    if (longest := int((examples.position - starts).max())) > examples.history:
+        shown = f"--history {examples.history}"
+        raise ValueError(f"a history of {longest} stories is not shown whole ({shown})")
+    for e, rows in enumerate(map(slice, starts.tolist(), examples.position.tolist())):
         genres = world.genre(story[interactions.item[rows]])
         taste = forward(world, genres, interactions.rating[rows].astype(int))
         read = np.bincount(genres, minlength=world.num_genres)
@@ -198,9 +184,6 @@ def forward(world: World, genres: np.ndarray, ratings: np.ndarray) -> np.ndarray
 
 
 # ------------------------------------------------------------------------ as a file
-COLUMNS = ("reader", "story", "stars", "read_at", "name")  # unlike ours: an own log has its own
-
-
 @dataclass(frozen=True)
 class FileConfig:
     """Write the planted world as a CSV file."""
@@ -210,28 +193,27 @@ class FileConfig:
     data_seed: int = arg(0, "seed of the world")
 
 
-def write_csv(config: FileConfig) -> None:
-    log = planted_world(World(num_users=config.planted_users, seed=config.data_seed))
-    with writing(config.file), open(config.file, "w", newline="", encoding="utf-8") as f:
-        rows = csv.writer(f)
-        rows.writerow(COLUMNS)
-        for user, item, rating, time in zip(log.user, log.item, log.rating, log.timestamp):
-            story = f"story-{log.item_ids[item]}"
-            name = log.titles[item]
-            rows.writerow([f"reader-{log.user_ids[user]}", story, int(rating), int(time), name])
-    ours = ("user", "item", "rating", "timestamp", "title")
-    named = ",".join(f"{our}={name}" for our, name in zip(ours, COLUMNS))
+def main(argv: list[str]) -> None:
+    named = [f"--file={a}" if n == 0 and not a.startswith("-") else a for n, a in enumerate(argv)]
+    config = parse_config(FileConfig, named)
+    log = load(config)
+    columns = {  # an own log has other names than ours
+        "reader": [f"reader-{log.user_ids[user]}" for user in log.user],
+        "story": [f"story-{log.item_ids[item]}" for item in log.item],
+        "stars": log.rating.astype(int),
+        "read_at": log.timestamp,
+        "name": [log.titles[item] for item in log.item],
+    }
+    with writing(config.file):
+        pa.csv.write_csv(pa.table(columns), config.file)
+    fields = ("user", "item", "rating", "timestamp", "title")
+    names = ",".join(f"{field}={name}" for field, name in zip(fields, columns))
     flags = " ".join(f"--{name} {value}" for name, value in DEFAULTS.items())
     print0(
         f"{config.file}: {len(log.user):,} interactions of {log.num_users:,} readers with "
         f"{log.num_items} stories; read it with\n--dataset csv --data_dir {config.file} "
-        f"--columns {named} {flags}"
+        f"--columns {names} {flags}"
     )
-
-
-def main(argv: list[str]) -> None:
-    named = [f"--file={a}" if n == 0 and not a.startswith("-") else a for n, a in enumerate(argv)]
-    write_csv(parse_config(FileConfig, named))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Published data sets as layouts over one reader: Amazon, Steam, BeerAdvocate, LastFM-1K.
+"""Published data sets, each a Layout that shared code reads; MovieLens stands in movielens.py.
 
-    Amazon 2018    Books.json.gz, Books_5.json.gz, or Books.csv (item,user,rating,timestamp)
     Amazon 2014    reviews_Books.json.gz, or ratings_Books.csv (user,item,rating,timestamp)
-    Amazon 2023    Books.jsonl.gz, or Books.csv with a header, or the Books.train.csv,
-                   Books.valid.csv and Books.test.csv of its benchmark
+    Amazon 2018    Books.json.gz, Books_5.json.gz, or Books.csv (item,user,rating,timestamp)
+    Amazon 2023    Books.jsonl.gz, Books.csv with a header, or its train, valid and test parts
     Steam          steam_reviews.json.gz, steam_games.json.gz: Python literals; hours of play
     BeerAdvocate   beeradvocate.json (Python literals), beeradvocate.txt (blocks), beer_reviews.csv
     LastFM-1K      userid-timestamp-....tsv, or lastfm-dataset-1K.tar.gz: plays of artists
@@ -13,280 +12,259 @@ Amazon's titles come from meta_<category>.json or .jsonl beside the reviews. Ref
 (BeerAdvocate); Celma 2010 (LastFM)."""
 
 import html
+import itertools
 import json
 import re
 import tarfile
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from data import ITEMS, Interactions, Words
+import numpy as np
+
+from data import Interactions, Words
 from loaders.files import (
     SPLIT_NAMES,
-    decode,
     find_files,
     matching_files,
     name_of,
+    open_bytes,
     read_head,
     read_lines,
 )
-from loaders.ownlog import Finder
-from loaders.table import Rows, clean_title, finish, usable_rows
-from loaders.tables import check_bad, read_table
-from loaders.values import Column, read_ids
+from loaders.ownlog import FIELDS, Finder, parse_columns
+from loaders.table import clean_title, finish, usable_rows
+from loaders.tables import Table, check_bad, read_table
+from loaders.values import read_ids
 
-STEAM_WORDS = ("games", "played", "play")
-BEER_WORDS = ("beers", "drank", "drink")
-LASTFM_WORDS = ("artists", "listened to", "listen to")
-ROW = ("user", "item", "rating", "timestamp")
 NO_TEXT = frozenset([""])  # a user may be called NULL
 
 
-def finder(**given: str) -> Finder:
-    """Columns under these names, all of them needed."""
+def first_text(*values) -> str:
+    """The first of the values that is a text and not blank."""
+    return next((value for value in values if isinstance(value, str) and value.strip()), "")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a data set, and which columns hold what, as --columns says it."""
+
+    name: str
+    words: Words
+    patterns: tuple[str, ...]
+    what: str  # the files are
+    columns: str = ""
+    kind: str = "literal"  # of read_table
+    title_patterns: tuple[str, ...] = ()  # of a second file
+    title_columns: str = ""
+    title: Callable[..., str] = first_text  # of the values of all but the four columns of a row
+    detailed: Callable = lambda layout, file: layout  # what the first file says of the others
+    convert: Callable[[Path, Path], Path] = lambda file, folder: file  # into one that can be read
+    percentile: str = ""  # unless --percentile says otherwise
+    repeats: str = "last"
+
+
+def find(data_dir, layout: Layout) -> tuple[Layout, list[Path], list[Path]]:
+    """The layout that the first file has, the files of the log, and those of the titles."""
+    patterns, what = layout.patterns, layout.what
+    logs = find_files(data_dir, patterns, what, without="meta_*", joined=SPLIT_NAMES)
+    layout = layout.detailed(layout, logs[0])
+    folder, beside = logs[0].parent, layout.title_patterns
+    titled = next(filter(None, (matching_files(folder, pattern) for pattern in beside)), [])
+    if beside and len(titled) != 1:
+        found = [file.name for file in titled]
+        raise ValueError(f"{folder}: titles need {beside[0]} beside {logs[0].name}; found {found}")
+    return layout, logs, titled
+
+
+def files(config, layout: Layout) -> list[Path]:
+    """All that is read."""
+    _, logs, titled = find(config.data_dir, layout)
+    return logs + titled
+
+
+def words(data_dir, layout: Layout) -> Words:
+    """The words of the prompts; those of all products where the files are gone."""
+    try:
+        return find(data_dir, layout)[0].words
+    except ValueError:
+        return layout.words
+
+
+def load(config, layout: Layout) -> Interactions:
+    """The log; interactions with an item that has no title are dropped."""
+    layout, logs, titled = find(config.data_dir, layout)
+    percentile = config.percentile or layout.percentile
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [layout.convert(file, Path(folder)) for file in logs]
+        table = read_table(parts, layout.kind, finder(layout.columns))
+    rows = usable_rows(table, name_of(logs), bool(percentile), absent=NO_TEXT)
+    if titled:
+        table = read_table(titled, "literal", finder(layout.title_columns))
+        check_bad(table, name_of(titled))
+    titles = first_titles(rows.item_ids, table, layout.title)
+    return finish(rows, titles, layout.name, layout.words, percentile, layout.repeats)
+
+
+def finder(columns: str) -> Finder:
+    """Columns under these names or at these places, all of them needed."""
+    given = parse_columns(columns, "expected", (*FIELDS, "other", "abv", "style"))
     return Finder(given, tuple(given), tuple(given), option="expected", usual=False)
 
 
-def first_titles(rows: Rows, ids: Column, *titles: Column) -> list[str]:
-    """The first title of each item: of a row the first column that holds a text."""
-    codes, texts = read_ids(ids, NO_TEXT)
-    known = {text: code for code, text in enumerate(rows.item_ids)}
-    places = [known.get(text, -1) for text in texts] + [-1, -1]
-    out = [""] * len(rows.item_ids)
-    for column in titles:
-        column.values = [v if isinstance(v, str) and v.strip() else "" for v in column.values]
-        column.values.append("")  # of null
-    for row, code in enumerate(codes.tolist()):
-        if (place := places[code]) >= 0 and not out[place]:
-            found = (column.values[column.codes[row]] for column in titles)
-            out[place] = next((clean_title(title) for title in found if title), "")
-    return out
+def first_titles(item_ids: list[str], table: Table, title: Callable[..., str]) -> list[str]:
+    """The title of each item, from the first row of the table that has one."""
+    codes, ids = read_ids(table.columns["item"], NO_TEXT)
+    known = {text: code for code, text in enumerate(item_ids)}
+    items = np.array([*(known.get(text, -1) for text in ids), -1, -1])[codes]
+    columns = [column for name, column in table.columns.items() if name not in FIELDS[:4]]
+    titles = [""] * len(item_ids)
+    for row, item in enumerate(items.tolist()):
+        if item >= 0 and not titles[item]:
+            values = (c.values[c.codes[row]] if c.codes[row] >= 0 else "" for c in columns)
+            titles[item] = clean_title(title(*values))
+    return ["" if "<span" in title else title for title in titles]  # pieces of a page
 
 
 # ------------------------------------------------------------------------------------------- Amazon
-WORDS, BOOK_WORDS = ("products", "bought", "buy"), ("books", "read", "read")
-REVIEWS = {  # keys of a review by edition; the second is the key of the metadata, too
-    2018: ("reviewerID", "asin", "overall", "unixReviewTime"),
-    2023: ("user_id", "parent_asin", "rating", "timestamp"),
-}
+AMAZON_2018 = "user=reviewerID,item=asin,rating=overall,timestamp=unixReviewTime"
+AMAZON_2023 = "user=user_id,item=parent_asin,rating=rating,timestamp=timestamp"
 
 
-def amazon_columns(file: Path) -> Finder:
-    """The columns of either edition; without a header by the length of the ids: 2018 has the item
-    first, of 10 characters, 2014 the user, of more."""
-    head = decode(read_head(file), file, quiet=True).split("\n")[:1000]
-    if ".csv" in file.name.lower() and any(character.isdigit() for character in head[0]):
-        rows = [row for row in (line.split(",") for line in head) if len(row) == 4]
-        first, second = (sum(len(row[at]) == 10 for row in rows) for at in (0, 1))
-        user, item = ("2", "1") if first >= second else ("1", "2")
-        return finder(user=user, item=item, rating="3", timestamp="4")
-    modern = "parent_asin" in head[0] or sum("parent_asin" in row for row in head) > len(head) / 3
-    return finder(**dict(zip(ROW, REVIEWS[2023 if modern else 2018])))
+def amazon_edition(layout: Layout, file: Path) -> Layout:
+    """Columns and titles of the edition of this file of reviews or ratings.
+
+    Ratings without a header: in 2018 the item comes first, whose id has 10 characters; in 2014 the
+    user, whose id is longer."""
+    head, kind = read_head(file), "csv" if ".csv" in file.name.lower() else "literal"
+    modern, lines = b"parent_asin" in head, head.decode(errors="replace").split("\n")[:1000]
+    key, columns = ("parent_asin", AMAZON_2023) if modern else ("asin", AMAZON_2018)
+    if kind == "csv" and not modern and re.search(r"\d", lines[0]):
+        ids = [line.split(",")[:2] for line in lines if line.count(",") == 3]
+        first, second = (sum(len(row[place]) == 10 for row in ids) for place in (0, 1))
+        order = "user=2,item=1" if first >= second else "user=1,item=2"
+        columns = f"{order},rating=3,timestamp=4"
+    # Books_5.json.gz, ratings_Books.csv, reviews_Books_5.json.gz, Books.train.csv
+    category = re.sub(r"^(ratings|reviews)_|_5$", "", file.name.split(".")[0])
+    layout = replace(
+        layout,
+        kind=kind,
+        columns=columns,
+        title_patterns=(f"meta_{category}.json*", "meta_*.json*"),
+        title_columns=f"item={key},title=title",
+    )
+    if category.startswith("Books"):
+        return replace(layout, name="amazon_books", words=("books", "read", "read"))
+    return layout
 
 
-def amazon_reviews(data_dir) -> list[Path]:
-    what = "reviews (Books.json.gz, Books_5.json.gz, Books.jsonl.gz) or ratings (Books.csv)"
-    patterns = ("*_5.json*", "*.json*", "*.csv*")
-    return find_files(data_dir, patterns, what, without="meta_*", joined=SPLIT_NAMES)
-
-
-def category_of(file: Path) -> str:
-    """ "Books" of Books_5.json.gz, ratings_Books.csv, reviews_Books_5.json.gz, Books.train.csv."""
-    return re.sub(r"^(ratings|reviews)_|_5$", "", file.name.split(".")[0])
-
-
-def amazon_files(config) -> list[Path]:
-    """The reviews, and the metadata as the last."""
-    reviews = amazon_reviews(config.data_dir)
-    file, category = reviews[0], category_of(reviews[0])
-    found = matching_files(file.parent, "meta_*.json*")
-    same = [f for f in found if f.name.split(".")[0].lower() == f"meta_{category}".lower()]
-    found = same or found
-    if len(found) != 1:
-        ending = "jsonl" if ".jsonl" in file.name.lower() else "json"
-        raise ValueError(
-            f"{file.parent}: titles need meta_{category}.{ending}.gz beside "
-            f"{file.name}; found {[f.name for f in found]}"
-        )
-    return [*reviews, *found]
-
-
-def load_amazon(config) -> Interactions:
-    """Reviews, or ratings only, and the metadata file beside them for the titles."""
-    *reviews, meta = amazon_files(config)
-    kind = "csv" if ".csv" in reviews[0].name.lower() else "literal"
-    table = read_table(reviews, kind, amazon_columns(reviews[0]))
-    rows = usable_rows(table, name_of(reviews), bool(config.percentile), absent=NO_TEXT)
-    key = "parent_asin" if b'"parent_asin"' in read_head(meta).partition(b"\n")[0] else "asin"
-    names = read_table([meta], "literal", finder(item=key, title="title"))
-    titles = first_titles(rows, *check_bad(names, meta).columns.values())
-    titles = ["" if "<span" in title else title for title in titles]  # pieces of a page
-    books = category_of(reviews[0]).startswith("Books")
-    name, words = ("amazon_books", BOOK_WORDS) if books else ("amazon", WORDS)
-    return finish(rows, titles, name, words, config.percentile)
-
-
-def amazon_words(data_dir) -> Words:
-    """The words of the prompts, from the names of the files alone."""
-    try:
-        books = category_of(amazon_reviews(data_dir)[0]).startswith("Books")
-    except ValueError:  # the files are gone
-        return WORDS
-    return BOOK_WORDS if books else WORDS
+AMAZON = Layout(
+    name="amazon",
+    words=("products", "bought", "buy"),
+    patterns=("*_5.json*", "*.json*", "*.csv*"),
+    what="reviews (Books.json.gz, Books_5.json.gz, Books.jsonl.gz) or ratings (Books.csv)",
+    detailed=amazon_edition,
+)
 
 
 # -------------------------------------------------------------------------------------------- Steam
-def steam_files(config) -> list[Path]:
-    reviews = find_files(config.data_dir, ("steam_reviews*", "*reviews*"), "steam_reviews.json.gz")
-    what = "steam_games.json.gz, for the titles"
-    return reviews + find_files(reviews[0].parent, ("steam_games*", "*games*"), what)
-
-
-def load_steam(config) -> Interactions:
-    """The amount is hours of play; reviews without are left out."""
-    reviews, games = steam_files(config)
-    columns = finder(user="username", item="product_id", rating="hours", timestamp="date")
-    rows = usable_rows(read_table([reviews], "literal", columns), str(reviews), True, "", NO_TEXT)
-    names = read_table([games], "literal", finder(item="id", title="app_name", other="title"))
-    titles = first_titles(rows, *check_bad(names, games).columns.values())
-    return finish(rows, titles, "steam", STEAM_WORDS, config.percentile or "item")
+STEAM = Layout(  # reviews without hours of play are left out
+    name="steam",
+    words=("games", "played", "play"),
+    patterns=("steam_reviews*", "*reviews*"),
+    what="steam_reviews.json.gz",
+    columns="user=username,item=product_id,rating=hours,timestamp=date",
+    title_patterns=("steam_games*", "*games*"),
+    title_columns="item=id,title=app_name,other=title",
+    percentile="item",
+)
 
 
 # ------------------------------------------------------------------------------------- BeerAdvocate
-BEER = ("user", "item", "rating", "timestamp", "title", "style", "abv")
-BEER_CSV = "review_profilename beer_beerid review_overall review_time beer_name beer_style beer_abv"
-BEER_KEYS = (
-    "user/profileName beer/beerId review/overall review/timeUnix beer/name beer/style beer/ABV"
-)
-BLOCK_KEYS = {"review/profileName": "user/profileName", "review/time": "review/timeUnix"}
-
-
-def beer_files(config) -> list[Path]:
-    patterns = ("*beeradvocate*.json*", "*beeradvocate*.txt*", "*beer*.csv*", "*beer*")
-    what = "beeradvocate.json, beeradvocate.txt or beer_reviews.csv"
-    return find_files(config.data_dir, patterns, what)
-
-
-def load_beeradvocate(config) -> Interactions:
-    """Dict lines, text blocks or CSV; titles with strength and style, as the paper's."""
-    (file,) = beer_files(config)
+def beer_form(layout: Layout, file: Path) -> Layout:
+    """Dict lines, text blocks or CSV."""
     start = read_head(file, 1 << 12).lstrip(b"\xef\xbb\xbf \r\n")
     if start.startswith(b"{"):
-        table = read_table([file], "literal", finder(**dict(zip(BEER, BEER_KEYS.split()))))
-    elif start.startswith((b"beer/", b"review/")):
-        with tempfile.TemporaryDirectory() as folder:
-            lines = Path(folder) / "lines.json"
-            lines.write_text("".join(f"{json.dumps(block)}\n" for block in beer_blocks(file)))
-            table = read_table([lines], "jsonl", finder(**dict(zip(BEER, BEER_KEYS.split()))))
-    else:
-        table = read_table([file], "csv", finder(**dict(zip(BEER, BEER_CSV.split()))))
-    rows = usable_rows(table, str(file), bool(config.percentile), absent=NO_TEXT)
-    names = [table.columns[name] for name in ("title", "abv", "style")]
-    titles: dict[str, str] = {}
-    codes, ids = read_ids(table.columns["item"], NO_TEXT)
-    for row, code in enumerate(codes.tolist()):
-        if code >= 0 and ids[code] not in titles:
-            name, abv, style = (
-                str(c.values[c.codes[row]]) if c.codes[row] >= 0 else "" for c in names
-            )
-            if name := mend_encoding(name).strip():
-                titles[ids[code]] = beer_title(name, abv, mend_encoding(style))
-    titles = [clean_title(titles.get(i, "")) for i in rows.item_ids]
-    return finish(rows, titles, "beeradvocate", BEER_WORDS, config.percentile)
+        return layout
+    if start.startswith((b"beer/", b"review/")):
+        columns = layout.columns.replace("user/", "review/").replace("timeUnix", "time")
+        return replace(layout, columns=columns, convert=blocks_to_lines)
+    columns = "user=review_profilename,item=beer_beerid,rating=review_overall,timestamp=review_time"
+    columns += ",title=beer_name,abv=beer_abv,style=beer_style"
+    return replace(layout, columns=columns, kind="csv")
 
 
-def beer_blocks(file: Path) -> Iterator[dict]:
-    """`key: value` lines, a review's ended by an empty one."""
-    record = {}
-    for line in read_lines(file):
-        key, colon, value = line.partition(": ")
-        if colon:
-            record[BLOCK_KEYS.get(key, key)] = value
-        elif not line.strip() and record:
-            yield record
-            record = {}
-    if record:
-        yield record
+def blocks_to_lines(file: Path, folder: Path) -> Path:
+    """JSON lines of reviews whose lines are `key: value`, with empty lines between the reviews."""
+    with open(folder / "lines.json", "w") as out:
+        for filled, lines in itertools.groupby(read_lines(file), lambda line: line.strip() != ""):
+            if filled:
+                out.write(json.dumps(dict(line.partition(": ")[::2] for line in lines)) + "\n")
+    return folder / "lines.json"
 
 
 def mend_encoding(text: str) -> str:
-    """ "KÃ¶lsch" -> "Kölsch": UTF-8 that somebody has read as latin-1.
-    Other texts stay as they are."""
+    """ "KÃ¶lsch" -> "Kölsch": UTF-8 that somebody has read as latin-1; others stay as they are."""
     try:
         return text.encode("latin-1").decode("utf-8")
     except UnicodeError:
         return text
 
 
-def beer_title(name: str, abv: str, style: str) -> str:
-    """Name, strength and style, as the paper's prompts have them:
-    "Sausa Weizen (5% ABV, Hefeweizen)"."""
-    # some names repeat the strength
-    bare = re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name))
+def beer_title(name, abv, style) -> str:
+    """Name, strength and style, as in the paper: "Sausa Weizen (5% ABV, Hefeweizen)"."""
+    name, style = (mend_encoding(first_text(value)).strip() for value in (name, style))
+    bare = re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name))  # some names repeat the strength
     name = " ".join(bare.split()) or name
     try:
         strength = f"{float(abv):g}% ABV" if float(abv) > 0 else ""
     except ValueError:  # missing
         strength = ""
-    about = ", ".join(part for part in (strength, style.strip()) if part)
-    return f"{name} ({about})" if about else name
+    about = ", ".join(filter(None, (strength, style)))
+    return f"{name} ({about})" if name and about else name
+
+
+BEERADVOCATE = Layout(
+    name="beeradvocate",
+    words=("beers", "drank", "drink"),
+    patterns=("*beeradvocate*.json*", "*beeradvocate*.txt*", "*beer*.csv*", "*beer*"),
+    what="beeradvocate.json, beeradvocate.txt or beer_reviews.csv",
+    columns="user=user/profileName,item=beer/beerId,rating=review/overall,timestamp=review/timeUnix"
+    ",title=beer/name,abv=beer/ABV,style=beer/style",
+    title=beer_title,
+    detailed=beer_form,
+)
 
 
 # ------------------------------------------------------------------------------------------- LastFM
-EVENTS = "userid-timestamp-artid-artname-traid-traname.tsv"
-
-
-PLAYS = finder(user="1", item="3", timestamp="2", title="4")
-
-
-def lastfm_files(config) -> list[Path]:
-    what = f"{EVENTS}, or lastfm-dataset-1K.tar.gz"
-    return find_files(config.data_dir, ("userid-timestamp*", "lastfm-dataset-1K*"), what)
-
-
-def load_lastfm(config) -> Interactions:
-    """An interaction is a user's first play of an artist that has a MusicBrainz id;
-    its amount is the number of all plays."""
-    (file,) = lastfm_files(config)
-    with tempfile.TemporaryDirectory() as folder:
-        table = read_table([unpacked_events(file, Path(folder))], "plain", PLAYS)
-    rows = usable_rows(table, str(file), True, absent=NO_TEXT)
-    titles = first_titles(rows, table.columns["item"], table.columns["title"])
-    return finish(rows, titles, "lastfm", LASTFM_WORDS, config.percentile or "item", "sum")
-
-
 def unpacked_events(file: Path, folder: Path) -> Path:
     """The events, taken out of the published archive if it is one."""
-    try:
-        if not tarfile.is_tarfile(file):
-            return file
-        with tarfile.open(file) as archive:
-            member = next((m for m in archive if m.isfile() and "userid-timestamp" in m.name), None)
-            if member is None:
-                raise ValueError(f"{file}: holds no {EVENTS}")
-            member.name = EVENTS
-            archive.extract(member, folder, filter="data")
-            return folder / EVENTS
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(
-            f"{file}: the archive is damaged or cut off ({error}); fetch it again"
-        ) from None
+    if not tarfile.is_tarfile(file):
+        return file
+    with open_bytes(file) as f, tarfile.open(fileobj=f, mode="r|") as archive:
+        for member in archive:
+            if member.isfile() and "userid-timestamp" in member.name:
+                archive.extract(member, folder, filter="data")
+                return folder / member.name
+    raise ValueError(f"{file}: holds no file of events, {LASTFM.what}")
 
 
-@dataclass(frozen=True)
-class Loader:
-    """How a data set is read: its log, all files of it, and the words of its prompts."""
+LASTFM = Layout(  # a user's first play of an artist that has a MusicBrainz id; all plays are added
+    name="lastfm",
+    words=("artists", "listened to", "listen to"),
+    patterns=("userid-timestamp*", "lastfm-dataset-1K*"),
+    what="userid-timestamp-artid-artname-traid-traname.tsv, or lastfm-dataset-1K.tar.gz",
+    columns="user=1,item=3,timestamp=2,title=4",
+    kind="plain",
+    convert=unpacked_events,
+    percentile="item",
+    repeats="sum",
+)
 
-    load: Callable
-    files: Callable = lambda config: []
-    words: Words | Callable = ITEMS
-
-
+# name -> loader, all files that it reads, words of the prompts
 LOADERS = {
-    "amazon": Loader(load_amazon, amazon_files, amazon_words),
-    "steam": Loader(load_steam, steam_files, STEAM_WORDS),
-    "beeradvocate": Loader(load_beeradvocate, beer_files, BEER_WORDS),
-    "lastfm": Loader(load_lastfm, lastfm_files, LASTFM_WORDS),
+    layout.name: tuple(partial(function, layout=layout) for function in (load, files, words))
+    for layout in (AMAZON, STEAM, BEERADVOCATE, LASTFM)
 }

@@ -1,7 +1,6 @@
 """Show a data set: statistics, what was left out, one example with its margins and boundaries.
 
-python -m loaders --dataset movielens --data_dir ml-1m.zip
-"""
+python -m loaders --dataset movielens --data_dir ml-1m.zip"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +54,12 @@ def show() -> None:
 
 def statistics(config: DataConfig, prepared: Prepared) -> str:
     """Markdown: sizes before and after the filter and in the paper, then one line per property."""
-    log, raw = prepared.interactions, prepared.raw_counts
-    sizes = {"read": (raw["users"], raw["items"], raw["interactions"])}
+    log = prepared.interactions
+    sizes = {"read": tuple(prepared.raw_counts.values())}
     sizes[f"after --core {config.core}"] = log.num_users, log.num_items, len(log.user)
-    paper, reading = TABLE_3.get(log.name, (None, ""))
-    sizes |= {f"paper, Table 3: {reading}": paper} if paper else {}
+    if log.name in TABLE_3:
+        paper, reading = TABLE_3[log.name]
+        sizes[f"paper, Table 3: {reading}"] = paper
     out = ["|  | users | items | interactions |", "|---|---|---|---|"]
     out += [f"| {name} | {u:,} | {i:,} | {n:,} |" for name, (u, i, n) in sizes.items()]
     out += ["", "left out or changed while reading:"] if log.notes else []
@@ -72,11 +72,10 @@ def statistics(config: DataConfig, prepared: Prepared) -> str:
     for name, counts in (("user", np.diff(log.start)), ("item", np.bincount(log.item))):
         out.append(f"interactions per {name}: {percentiles(counts, (0, 25, 50, 75, 100))}")
     same = log.user[1:] == log.user[:-1]
-    tied = (log.timestamp[1:] == log.timestamp[:-1]) & same
+    tied = same & (log.timestamp[1:] == log.timestamp[:-1])
     share = tied.sum() / max(1, same.sum())
     out.append(f"neighbours in a user's log with the same time, in the file's order: {share:.1%}")
-    longest = max(map(len, log.titles))
-    out.append(f"titles: {log.num_items:,}, the longest of {longest} characters")
+    out.append(f"titles: {log.num_items:,}, the longest of {max(map(len, log.titles))} characters")
     for split, examples in prepared.splits.items():
         users = len(np.unique(log.user[examples.position]))
         few = split == "train" and len(examples) < config.train_size
@@ -91,16 +90,14 @@ def percentiles(counts, wanted: tuple[int, ...]) -> str:
 
 def example_text(encoded: Encoded, e: int, tokenizer: Tokenizer) -> str:
     """The prompt, the chosen and three rejected titles with scores and margins, the boundary."""
-    examples, example = encoded.examples, encoded.examples[e]
-    slots = examples.negatives(3)[e]
+    example, slots = encoded.examples[e], encoded.examples.negatives(3)[e].tolist()
     scores = torch.tensor(example.scores)
     margins = target_margins(scores[[example.target]], scores[slots][None], "ratio")[0].tolist()
     out = [f"\n---- training example {e}, user {example.user}:\n", render_prompt(example), ""]
-    out.append(
-        f"chosen:   {example.candidates[example.target]!r}, score {scores[example.target]:.3f}"
-    )
-    for slot, margin in zip(slots.tolist(), margins):
-        kind = "random" if examples.is_random[e, slot] else "follows"
+    title = example.candidates[example.target]
+    out.append(f"chosen:   {title!r}, score {example.scores[example.target]:.3f}")
+    for slot, margin in zip(slots, margins):
+        kind = "random" if encoded.examples.is_random[e, slot] else "follows"
         name, score = example.candidates[slot], example.scores[slot]
         out.append(f"rejected: {name!r}, score {score:.3f} ({kind}), target margin {margin:.2f}")
     (completion,) = encoded.slots(e, [example.target])
@@ -108,7 +105,5 @@ def example_text(encoded: Encoded, e: int, tokenizer: Tokenizer) -> str:
     for ids in (encoded.prompts[e].tolist()[-3:], completion):
         tokens = [tokenizer.inner.decode([i], skip_special_tokens=False) for i in ids]
         parts.append(" ".join(map(repr, tokens)))
-    out.append(
-        f"boundary: ... {' || '.join(parts)}   (|| ends the prompt; all behind it is scored)"
-    )
-    return "\n".join(out)
+    ends = "(|| ends the prompt; all behind it is scored)"
+    return "\n".join([*out, f"boundary: ... {' || '.join(parts)}   {ends}"])

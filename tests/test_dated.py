@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_loaders import log_of
 
-from data import Interactions, build_examples, render_prompt
+from data import build_examples, render_prompt
 from demo.tiny import known_titles, make_base_model
-from loaders.counting import BASELINES, markov_top
+from loaders.counting import counting_baselines, markov_top
 from loaders.dated import build_dated_examples, date_of, parse_date
 from loaders.frozen import DataConfig, prepare
-from loaders.table import make_interactions
 from studies.probes import ProbeConfig
 from studies.sequential import BaselineConfig, training_windows
 from studies.sequential import train as train_sequential
@@ -22,7 +22,7 @@ CONFIG = DataConfig(
 )
 
 
-def columns(seed: int = 0, users: int = 40, items: int = 60) -> list[tuple]:
+def rows_around_the_date(seed: int = 0, users: int = 40, items: int = 60) -> list[tuple]:
     """(user, item, rating, time) of users whose times lie around the date, some wholly after it."""
     rng, rows = np.random.default_rng(seed), []
     for user in range(users):
@@ -31,11 +31,6 @@ def columns(seed: int = 0, users: int = 40, items: int = 60) -> list[tuple]:
         for step, item in enumerate(rng.permutation(items)[:length].tolist()):
             rows.append((user, item, int(rng.integers(1, 6)), begin + 10 * step))
     return rows
-
-
-def log_of(rows: list[tuple]) -> Interactions:
-    titles = {row[1]: f"title {row[1]}" for row in rows}
-    return make_interactions(*zip(*rows, strict=True), titles)
 
 
 def poisoned(rows: list[tuple]) -> list[tuple]:
@@ -49,18 +44,16 @@ def poisoned(rows: list[tuple]) -> list[tuple]:
     return [row for row in rows if row[3] < DATE] + later + new
 
 
+ROWS = rows_around_the_date()
+LOGS = log_of(ROWS), log_of(poisoned(ROWS))
+
+
 def facts(examples, e: int) -> tuple:
     """What an example is made of, without codes, which other logs number differently."""
-    example = examples[e]
-    shown = [
-        examples.interactions.item_ids[examples.interactions.item[r]]
-        for r in examples.history_rows(e)
-    ]
-    return (
-        *(example.user, tuple(shown), tuple(example.candidates), example.target),
-        *(tuple(example.scores), render_prompt(example)),
-        tuple(examples.negative_order[e].tolist()),
-    )
+    example, interactions = examples[e], examples.interactions
+    shown = [interactions.item_ids[i] for i in interactions.item[list(examples.history_rows(e))]]
+    order = examples.negative_order[e].tolist()
+    return example.user, shown, order, *vars(example).values(), render_prompt(example)
 
 
 @pytest.mark.parametrize("negatives", ["uniform", "popularity", "retrieved"])
@@ -68,57 +61,48 @@ def facts(examples, e: int) -> tuple:
 def test_what_comes_after_the_date_reaches_no_training_example(negatives, exclude):
     """Everything from the date on is another: prompts, lists, targets, templates stay the same."""
     config = replace(CONFIG, negatives=negatives, exclude=exclude)
-    rows = columns()
-    logs = log_of(rows), log_of(poisoned(rows))
-    (_, one), (_, other) = (
-        build_dated_examples(interactions, config, markov_top) for interactions in logs
-    )
+    one, other = (build_dated_examples(log, config, markov_top)[1] for log in LOGS)
     for split in ("train", "val"):
         assert len(one[split]) == len(other[split]) > 5
         for e in range(len(one[split])):
             assert facts(one[split], e) == facts(other[split], e)
-    assert (
-        one["test"].candidates.shape != other["test"].candidates.shape
-        or (one["test"].candidates != other["test"].candidates).any()
-    )
+    assert not np.array_equal(one["test"].candidates, other["test"].candidates)
 
 
 def test_counting_scores_see_nothing_from_after_the_date():
     """Scores of training and validation lists are equal to the last bit under other later data."""
-    rows = columns()
-    one = build_dated_examples(log_of(rows), CONFIG)[1]
-    other = build_dated_examples(log_of(poisoned(rows)), CONFIG)[1]
+    one, other = (build_dated_examples(log, CONFIG)[1] for log in LOGS)
     for split in ("train", "val"):
-        for name, scores in BASELINES.items():
-            assert (scores(one[split]) == scores(other[split])).all(), (split, name)
+        expected = counting_baselines(one[split])
+        for name, scores in counting_baselines(other[split]).items():
+            assert (scores == expected[name]).all(), (split, name)
     test = other["test"]
     new = np.array([int(i) >= 1000 for i in test.interactions.item_ids])
-    for name, scores in BASELINES.items():
-        assert (scores(test)[new[test.candidates]] == 0).all(), name
+    for name, scores in counting_baselines(test).items():
+        assert (scores[new[test.candidates]] == 0).all(), name
 
 
 def test_validation_items_are_not_fitted():
     """Another validation item leaves every counting score of the training lists as it was."""
-    interactions, splits = build_dated_examples(log_of(columns()), CONFIG)
+    interactions, splits = build_dated_examples(LOGS[0], CONFIG)
     swapped = interactions.item.copy()
     swapped[splits["val"].position] = 0
-    train = splits["train"]
-    for name, scores in BASELINES.items():
-        other = replace(train, interactions=replace(interactions, item=swapped))
-        assert (scores(train) == scores(other)).all(), name
+    other = replace(splits["train"], interactions=replace(interactions, item=swapped))
+    expected = counting_baselines(splits["train"])
+    for name, scores in counting_baselines(other).items():
+        assert (scores == expected[name]).all(), name
 
 
 def test_who_is_tested_on_what():
     """By plain loops: first liked from the date on, last liked before it, followers before that."""
-    interactions, splits = build_dated_examples(log_of(columns()), CONFIG)
+    interactions, splits = build_dated_examples(LOGS[0], CONFIG)
+    time, rating, ends = interactions.timestamp, interactions.rating, interactions.training_end()
     expected = {"val": set(), "test": set(), "train": set()}
     for user in range(interactions.num_users):
         rows = list(range(interactions.start[user], interactions.start[user + 1]))
-        past = [r for r in rows if interactions.timestamp[r] < DATE]
-        after = [
-            r for r in rows if interactions.timestamp[r] >= DATE and interactions.rating[r] >= 4
-        ]
-        liked = [r for r in past if interactions.rating[r] >= 4]
+        past = [r for r in rows if time[r] < DATE]
+        after = [r for r in rows if time[r] >= DATE and rating[r] >= 4]
+        liked = [r for r in past if rating[r] >= 4]
         end = past[-1] + 1 if past else rows[0]
         if liked and liked[-1] - rows[0] >= 4:
             expected["val"].add(liked[-1])
@@ -126,34 +110,26 @@ def test_who_is_tested_on_what():
         if after and after[0] - rows[0] >= 4:
             expected["test"].add(after[0])
         expected["train"] |= {r for r in range(rows[0] + 4, end) if r + 3 <= end}
-        assert interactions.training_end()[user] == end
-    assert set(splits["val"].position.tolist()) == expected["val"]
-    assert set(splits["test"].position.tolist()) == expected["test"]
-    train = set(splits["train"].position.tolist())
-    assert train and train <= expected["train"]
-    assert any(
-        interactions.start[u] == interactions.training_end()[u]
-        for u in range(interactions.num_users)
-    )  # new users
-    for examples in splits.values():
-        users = interactions.user[examples.position]
+        assert ends[user] == end
+    found = {split: set(examples.position.tolist()) for split, examples in splits.items()}
+    assert found["val"] == expected["val"] and found["test"] == expected["test"]
+    assert found["train"] and found["train"] <= expected["train"]
+    assert (interactions.start[:-1] == ends).any()  # new users
+    for split in ("val", "test"):
+        examples = splits[split]
         target = examples.candidates[np.arange(len(examples)), examples.target]
-        if examples.split != "train":
-            assert (target == interactions.item[examples.position]).all()
-        for e, user in enumerate(users.tolist()):
-            touched = set(
-                interactions.item[interactions.start[user] : interactions.start[user + 1]].tolist()
-            )
-            random = set(examples.candidates[e][examples.is_random[e]].tolist())
-            assert examples.split != "test" or not touched & random
+        assert (target == interactions.item[examples.position]).all()
+    for e, user in enumerate(interactions.user[splits["test"].position].tolist()):
+        touched = interactions.item[interactions.start[user] : interactions.start[user + 1]]
+        random = splits["test"].candidates[e][splits["test"].is_random[e]]
+        assert not set(touched.tolist()) & set(random.tolist())
 
 
 def test_the_tiny_tokenizer_reads_no_later_title(tmp_path):
     """Its titles are those of training; the whole file is the same under other later data."""
-    rows = columns()
     files = []
-    for number, table in enumerate((rows, poisoned(rows))):
-        interactions, splits = build_dated_examples(log_of(table), CONFIG)
+    for number, log in enumerate(LOGS):
+        interactions, splits = build_dated_examples(log, CONFIG)
         assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
         options = {"hidden_size": 32, "num_layers": 1, "vocab_size": 400, "seed": 0}
         make_base_model(tmp_path / str(number), splits["train"], **options)
@@ -163,67 +139,59 @@ def test_the_tiny_tokenizer_reads_no_later_title(tmp_path):
 
 def test_sequential_models_train_before_the_date():
     """Windows end where training ends, and sampled items are items that were known by then."""
-    rows = columns()
-    interactions, splits = build_dated_examples(log_of(poisoned(rows)), CONFIG)
+    interactions, splits = build_dated_examples(LOGS[1], CONFIG)
     windows, users = training_windows(interactions, 8)
     for user in range(interactions.num_users):
         known = interactions.item[interactions.start[user] : interactions.training_end()[user]] + 1
         assert set(windows[users == user].ravel().tolist()) <= {0, *known.tolist()}
-    options = {"hidden_size": 8, "num_layers": 1, "epochs": 2, "num_sampled": 0}
-    config = BaselineConfig(**options, split_by="time")
-    model, _ = train_sequential(config, interactions, splits["val"], report=lambda text: None)
+    options = {"hidden_size": 8, "num_layers": 1, "num_sampled": 0, "split_by": "time"}
+    models = [
+        train_sequential(BaselineConfig(**options, **more), interactions, splits["val"], report=len)
+        for more in ({"epochs": 2}, {"epochs": 1, "learning_rate": 1e-12})
+    ]
+    trained, start = (model.items.weight[1:].detach().numpy() for model, _ in models)
     new = np.array([int(i) >= 1000 for i in interactions.item_ids])
-    frozen = BaselineConfig(**options | {"epochs": 1, "learning_rate": 1e-12}, split_by="time")
-    start, _ = train_sequential(frozen, interactions, splits["val"], report=lambda text: None)
-    moved = (model.items.weight - start.items.weight).abs().amax(1)[1:].detach().numpy()
+    moved = np.abs(trained - start).max(1)
     assert moved[new].max() < 1e-6 < moved[~new].max()
 
 
 def test_prepared_examples_remember_where_training_ends(tmp_path):
-    """Read back from disk; another date is another folder;
-    the usual split's folder is as before."""
+    """Read back from disk; the usual split has another folder, and no such end."""
     config = DataConfig(
         planted_users=120, followers=3, min_history=4, split_by="time", prepared_dir=str(tmp_path)
     )
     made, read = prepare(config), prepare(config)
     assert (read.interactions.training_end() == made.interactions.training_end()).all()
-    late = read.interactions.timestamp[read.splits["test"].position]
-    assert late.min() > read.interactions.timestamp[read.splits["val"].position].max()
+    times = [read.interactions.timestamp[read.splits[s].position] for s in ("val", "test")]
+    assert times[1].min() > times[0].max()
     assert any("training does not see" in why for why in read.interactions.notes)
     usual = prepare(replace(config, split_by="last"))
     assert usual.interactions.train_end is None and usual.folder != made.folder
-    assert usual.splits["test"].candidates.tolist() == (
-        build_examples(usual.interactions, replace(config, split_by="last"))[
-            "test"
-        ].candidates.tolist()
-    )
+    built = build_examples(usual.interactions, replace(config, split_by="last"))["test"]
+    assert (usual.splits["test"].candidates == built.candidates).all()
 
 
 def test_the_date_that_is_not_given_leaves_the_last_tenth():
-    interactions = log_of(columns())
-    share = (interactions.timestamp >= date_of(interactions, "")).mean()
+    share = (LOGS[0].timestamp >= date_of(LOGS[0], "")).mean()
     assert 0.1 <= share < 0.13
-    assert parse_date("2000-12-01") == 975628800
-    assert parse_date("2000-12-01T01:00+01:00") == 975628800
+    assert parse_date("2000-12-01") == parse_date("2000-12-01T01:00+01:00") == 975628800
 
 
 def test_bad_dates_and_options_that_tell_of_later_are_refused():
-    interactions = log_of(columns())
     for date in ("1960-01-01", "2040-01-01"):
-        with pytest.raises(ValueError, match="does not divide the log, whose times go from"):
-            date_of(interactions, date)
-    with pytest.raises(ValueError, match="no train example: --split_by time divides at"):
-        build_dated_examples(interactions, replace(CONFIG, history=90, min_history=80))
-    for options, message in (
-        ({"split_date": "tomorrow"}, "expected a date such as 2000-12-01"),
-        ({"core": 5}, "--core counts what comes after the date"),
-        ({"dataset": "lastfm", "data_dir": "x"}, "needs ratings"),
-        ({"dataset": "csv", "data_dir": "x", "percentile": "all"}, "needs ratings"),
-        ({"dataset": "prepared", "data_dir": "x"}, "the splits are fixed"),
+        with pytest.raises(ValueError, match="whose times go from .*--split_date"):
+            date_of(LOGS[0], date)
+    with pytest.raises(ValueError, match="no train example.*--split_date.*--min_history"):
+        build_dated_examples(LOGS[0], replace(CONFIG, history=90, min_history=80))
+    for options, culprit in (
+        ({"split_date": "tomorrow"}, "2000-12-01"),
+        ({"core": 5}, "--core"),
+        ({"dataset": "lastfm", "data_dir": "x"}, "lastfm"),
+        ({"dataset": "csv", "data_dir": "x", "percentile": "all"}, "--percentile"),
+        ({"dataset": "prepared", "data_dir": "x"}, "--split_by has no effect"),
+        ({"split_by": "last", "split_date": "2000-01-01"}, "--split_date has no effect"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=culprit):
             DataConfig(**{"split_by": "time"} | options)
-    with pytest.raises(ValueError, match="no effect without --split_by time"):
-        DataConfig(split_date="2000-01-01")
     with pytest.raises(ValueError, match="only length fits it"):
         ProbeConfig(run="x", probe="adherence", split_by="time")

@@ -239,13 +239,13 @@ def test_two_editions_in_one_folder_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "edition, file, old, new, culprit",
     [
-        ("csv", "ratings.csv", b"7,20,1,", b"7,20,x,", "line 3 is not userId,movieId,rating"),
-        ("csv", "ratings.csv", b"7,20,1,", b"7,20,7,", "line 3: expected ids"),
+        ("csv", "ratings.csv", b"7,20,1,", b"7,20,x,", "expected user,movie.*Row #3"),
+        ("csv", "ratings.csv", b"7,20,1,", b"7,20,7,", "7,20,7.0,"),
         ("csv", "ratings.csv", b"userId,movieId,rating,timestamp\n", b"", None),
-        ("csv", "movies.csv", b"20,", b"x,", "line 3 is not movieId,title,genres"),
-        ("csv", "movies.csv", b'""A, B"" (1999)"', b'""A, B"" (1999)', "unexpected end|not movieId"),  # noqa: E501
-        ("100k", "u.data", b"7\t20\t1\t", b"7\t20\t", "line 2 is not UserID\tMovieID"),
-        ("100k", "u.item", b"20|", b"20;", r"line 2 is not MovieID\|Title"),
+        ("csv", "movies.csv", b"20,", b"x,", "expected movie,title.*Row #3"),
+        ("csv", "movies.csv", b'""A, B"" (1999)"', b'""A, B"" (1999)', "expected movie,title"),
+        ("100k", "u.data", b"7\t20\t1\t", b"7\t20\t", "expected user\tmovie.*Row #2"),
+        ("100k", "u.item", b"20|", b"20;", r"expected movie\|title.*Row #2"),
         ("csv", "movies.csv", b"20,", b"21,", "1 items of the log have no title"),
     ],
 )  # fmt: skip

@@ -6,22 +6,18 @@ import numpy as np
 import pytest
 from test_data import SPLITS, all_equal, nasty_examples, own_rows
 
-import data
 from data import build_examples, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, history_spans, prepare
+from loaders.frozen import DataConfig, Prepared, encode_split, history_spans, prepare
 
 
 def small_config(tmp_path: Path, **options) -> DataConfig:
-    return DataConfig(
-        **{
-            "planted_users": 60,
-            "train_size": 30,
-            "followers": 4,
-            "prepared_dir": str(tmp_path / "prepared"),
-        }
-        | options
-    )
+    usual = {"planted_users": 60, "train_size": 30, "followers": 4}
+    return DataConfig(**usual | {"prepared_dir": str(tmp_path / "prepared")} | options)
+
+
+def small_examples(tmp_path: Path, **options) -> Prepared:
+    return prepare(small_config(tmp_path, planted_users=80, followers=3, **options))
 
 
 def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch):
@@ -31,42 +27,25 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
     monkeypatch.setattr("loaders.frozen.load_interactions", None)
     again = prepare(small_config(tmp_path))
     assert (first.hash, first.raw_counts, first.folder) == (
-        again.hash,
-        again.raw_counts,
-        again.folder,
-    )
-    assert all_equal(first.splits, again.splits)
-    built = build_examples(again.interactions, small_config(tmp_path))
-    assert all_equal(built, again.splits)
+        again.hash, again.raw_counts, again.folder,
+    )  # fmt: skip
+    log, built = again.interactions, build_examples(again.interactions, small_config(tmp_path))
+    assert all_equal(first.splits, again.splits) and all_equal(built, again.splits)
     for split in SPLITS:
-        for e in range(len(built[split])):
-            assert built[split][e] == again.splits[split][e]
-    assert first.raw_counts == {
-        "users": 60,
-        "items": again.interactions.num_items,
-        "interactions": len(again.interactions.user),
-    }
+        assert all(built[split][e] == again.splits[split][e] for e in range(len(built[split])))
+    sizes = {"users": 60, "items": log.num_items, "interactions": len(log.user)}
+    assert first.raw_counts == sizes
     assert list((tmp_path / "prepared").iterdir()) == [first.folder]
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
     """Equal examples have equal hashes wherever they lie;
-    whatever changes a prompt or a list changes the hash."""
-    prepared = prepare(small_config(tmp_path))
-    assert (
-        prepare(small_config(tmp_path, prepared_dir=str(tmp_path / "elsewhere"))).hash
-        == prepared.hash
-    )
-    changes = (
-        {"data_seed": 1},
-        {"train_size": 31},
-        {"decay": 0.4},
-        {"history": 6},
-        {"followers": 9},
-    )
-    prepared_others = [prepare(small_config(tmp_path, **change)) for change in changes]
-    assert len({prepared.hash, *(other.hash for other in prepared_others)}) == 1 + len(changes)
-    assert len({prepared.folder, *(other.folder for other in prepared_others)}) == 1 + len(changes)
+    whatever changes a prompt or a list changes the hash and the folder."""
+    changes = [{"data_seed": 1}, {"train_size": 31}, {"decay": 0.4}, {"history": 6}, {"followers": 9}]  # noqa: E501  # fmt: skip
+    found = [prepare(small_config(tmp_path, **change)) for change in ({}, *changes)]
+    elsewhere = prepare(small_config(tmp_path, prepared_dir=str(tmp_path / "elsewhere")))
+    assert elsewhere.hash == found[0].hash
+    assert len({p.hash for p in found}) == len({p.folder for p in found}) == len(found)
 
 
 def flip(file: Path) -> None:
@@ -75,17 +54,18 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def rewrite(old: str, new: str):
+    return lambda file: file.write_text(file.read_text().replace(old, new, 1))
+
+
 @pytest.mark.parametrize(
     "name, damage",
     [
         ("log.item.npy", lambda file: file.write_bytes(file.read_bytes()[:-50])),
         ("log.item.npy", flip),
         ("train.scores.npy", Path.unlink),
-        ("texts.json", lambda file: file.write_text(file.read_text().replace("a", "b", 1))),
-        (
-            "meta.json",
-            lambda file: file.write_text(file.read_text().replace('ory": 20}', 'ory": 21}')),
-        ),
+        ("texts.json", rewrite("a", "b")),
+        ("meta.json", rewrite('ory": 20}', 'ory": 21}')),
     ],
     ids=["cut", "flipped", "missing", "other title", "other history"],
 )
@@ -95,25 +75,22 @@ def test_damaged_prepared_examples_are_refused(name, damage, tmp_path):
     config = small_config(tmp_path, history=20)
     folder = prepare(config).folder
     damage(folder / name)
-    with pytest.raises(ValueError, match=f"{folder.name}"):
+    with pytest.raises(ValueError, match=folder.name):
         prepare(config)
 
 
 def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
     """If writing fails, no temporary folder is left over and a later call starts afresh."""
-    config = small_config(tmp_path)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(ValueError, match="prepared/planted.*no space left"),
-    ):
 
-        def full(*_):
-            raise OSError("no space left on device")
+    def full(*_):
+        raise OSError("no space left on device")
 
+    with monkeypatch.context() as patch:
         patch.setattr("loaders.frozen.np.save", full)
-        prepare(config)
+        with pytest.raises(ValueError, match="prepared/planted.*no space left"):
+            prepare(small_config(tmp_path))
     assert list((tmp_path / "prepared").iterdir()) == []
-    assert len(prepare(config).splits["train"]) == 30
+    assert len(prepare(small_config(tmp_path)).splits["train"]) == 30
 
 
 def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
@@ -126,63 +103,43 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
     ]
     prepared = [prepare(small_config(tmp_path, **options)) for options in inputs]
     assert len({p.hash for p in prepared}) == 4
-    interactions = prepared[0].interactions
+    log, first = prepared[0].interactions, prepared[0].splits["test"]
     for options, p in zip(inputs, prepared, strict=True):
-        test = p.splits["test"]
+        test, liked = p.splits["test"], options["history_items"] == "positive"
         for name in ("position", "candidates", "target", "negative_order"):
-            assert (getattr(test, name) == getattr(prepared[0].splits["test"], name)).all()
-        for e in range(len(test)):
-            at = int(test.position[e])
-            rows = [
-                r
-                for r in own_rows(interactions, at)
-                if r < at and (options["history_items"] == "all" or interactions.rating[r] >= 4)
-            ][-20:]
-            lines = render_prompt(test[e]).split("\n")
-            form = "{} | Rating: {:g}" if options["ratings"] else "{}"
-            shown = [
-                form.format(interactions.titles[interactions.item[r]], interactions.rating[r])
-                for r in rows
-            ]
-            assert any(lines[i : i + len(shown)] == shown for i in range(len(lines))), (
-                options,
-                lines,
-            )
+            assert (getattr(test, name) == getattr(first, name)).all()
+        form = "{} | Rating: {:g}" if options["ratings"] else "{}"
+        for e, at in enumerate(test.position.tolist()):
+            rows = [r for r in own_rows(log, at) if r < at and (not liked or log.rating[r] >= 4)]
+            shown = [form.format(log.titles[log.item[r]], log.rating[r]) for r in rows[-20:]]
+            prompt = render_prompt(test[e])
+            assert "\n".join(["", *shown, ""]) in prompt
             if rows and not options["ratings"]:
-                assert not any(word in "\n".join(lines) for word in ("rated", "ratings", "Rating"))
+                assert not any(word in prompt for word in ("rated", "ratings", "Rating"))
 
 
 # ------------------------------------------------------------------------ cached tokens
 def same_encoding(a, b) -> bool:
-    prompts = all(
-        np.array_equal(p, q) and p.dtype == q.dtype
-        for p, q in zip(a.prompts, b.prompts, strict=True)
-    )
-    return (
-        prompts
-        and a.completions == b.completions
-        and (a.num_shortened, a.num_dropped) == (b.num_shortened, b.num_dropped)
-    )
+    pairs = zip(a.prompts, b.prompts, strict=True)
+    prompts = all(np.array_equal(p, q) and p.dtype == q.dtype for p, q in pairs)
+    counts = (a.num_shortened, a.num_dropped) == (b.num_shortened, b.num_dropped)
+    return prompts and counts and a.completions == b.completions
 
 
 def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkeypatch):
     """The second time nothing is tokenised; another tokenizer, length or split has its own file."""
-    prepared = prepare(
-        DataConfig(planted_users=80, followers=3, train_size=40, prepared_dir=str(tmp_path))
-    )
+    prepared = small_examples(tmp_path)
     whole = encode_split(prepared, "train", tokenizer, 10_000)
     limit = max(map(len, whole.prompts))
     first = encode_split(prepared, "train", tokenizer, limit)
     assert first.num_shortened > 0  # a length that bites
     with monkeypatch.context() as patched:
-        patched.setattr(data, "encode_examples", None)
-        again = encode_split(prepared, "train", tokenizer, limit)
-    assert same_encoding(first, again)
+        patched.setattr("loaders.frozen.encode_examples", None)
+        assert same_encoding(first, encode_split(prepared, "train", tokenizer, limit))
     assert same_encoding(first, encode_examples(prepared.splits["train"], tokenizer, limit))
     encode_split(prepared, "test", tokenizer, 10_000)
-    other = next(
-        Tokenizer(f) for f in folders.values() if Tokenizer(f).fingerprint != tokenizer.fingerprint
-    )
+    others = (Tokenizer(folder) for folder in folders.values())
+    other = next(t for t in others if t.fingerprint != tokenizer.fingerprint)
     encode_split(prepared, "train", other, 10_000)
     assert len(list(prepared.folder.glob("tokens-*"))) == 4
 
@@ -194,52 +151,43 @@ def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
     longest = max(len(ids) for ids in encode_examples(examples, tokenizer, 100_000).prompts)
     for limit in (100_000, longest - 4):
         encoded = encode_examples(examples, tokenizer, limit)
-        spans = history_spans(encoded, tokenizer)
-        for e, (first, end) in enumerate(spans.tolist()):
+        for e, (first, end) in enumerate(history_spans(encoded, tokenizer).tolist()):
             found = tokenizer.decode(encoded.prompts[e][first:end].tolist())
-            example, kept = examples[e], found.strip("\n ").split("\n")
-            shown = example.history[-len(kept) :]
+            history, kept = examples[e].history, found.strip("\n ").split("\n")
             assert [line.strip() for line in kept] == [
                 title if np.isnan(rating) else f"{title} | Rating: {rating:g}"
-                for title, rating in shown
+                for title, rating in history[-len(kept) :]
             ]
-            assert limit < 100_000 or len(shown) == len(example.history)
+            assert limit < 100_000 or len(kept) == len(history)
 
 
-def test_an_empty_history_has_an_empty_span(tokenizer, tmp_path):
-    """Where no item before an example was liked; what is kept is read back."""
-    options = {"planted_users": 200, "followers": 3, "train_size": 300, "min_history": 1}
-    config = DataConfig(**options, history_items="positive", prepared_dir=str(tmp_path))
+def test_where_histories_stand_is_kept_with_the_tokens(tokenizer, tmp_path):
+    """Asked for, it has a folder of its own; where no item before an example was liked, the span is
+    empty."""
+    config = DataConfig(
+        planted_users=200, followers=3, train_size=300, min_history=1, history_items="positive",
+        prepared_dir=str(tmp_path),
+    )  # fmt: skip
     prepared = prepare(config)
+    assert encode_split(prepared, "train", tokenizer, 1024).histories is None
     made = encode_split(prepared, "train", tokenizer, 1024, histories=True)
     read = encode_split(prepared, "train", tokenizer, 1024, histories=True)
     examples = prepared.splits["train"]
     empty = np.array([len(examples.history_rows(e)) == 0 for e in range(len(examples))])
     assert empty.any() and np.array_equal(np.diff(read.histories)[:, 0] == 0, empty)
-    assert np.array_equal(made.histories, read.histories) and read.histories.min() >= 1
-
-
-def test_where_histories_stand_is_kept_with_the_tokens(tokenizer, tmp_path):
-    """Asked for, it has a folder of its own."""
-    options = {"planted_users": 80, "followers": 3, "train_size": 20}
-    prepared = prepare(DataConfig(**options, prepared_dir=str(tmp_path)))
-    assert encode_split(prepared, "train", tokenizer, 1024).histories is None
-    made = encode_split(prepared, "train", tokenizer, 1024, histories=True)
-    read = encode_split(prepared, "train", tokenizer, 1024, histories=True)
     assert same_encoding(made, read) and np.array_equal(made.histories, read.histories)
+    assert read.histories.min() >= 1
 
 
 def test_damaged_tokens_are_named(tokenizer, tmp_path):
     """A cut-off file is an error that names it and says what to do;
-    a read-only folder only costs the cache."""
-    prepared = prepare(
-        DataConfig(planted_users=80, followers=3, train_size=20, prepared_dir=str(tmp_path))
-    )
+    a folder that cannot be written only costs the cache."""
+    prepared = small_examples(tmp_path)
     encode_split(prepared, "train", tokenizer, 1024)
     (folder,) = prepared.folder.glob("tokens-*")
     file = folder / "prompts.npy"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"{folder}.*delete"):
         encode_split(prepared, "train", tokenizer, 1024)
-    prepared.folder = tmp_path / "gone"
-    assert len(encode_split(prepared, "train", tokenizer, 1024).prompts) == 20
+    prepared.folder = Path("/dev/null")
+    assert len(encode_split(prepared, "train", tokenizer, 1024).prompts) == 30

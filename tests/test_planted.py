@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 from conftest import examples_at
 
-from data import Interactions, build_examples, k_core
+from data import build_examples, k_core
 from eval import ranking_metrics
 from loaders.counting import counting_baselines
-from loaders.frozen import DataConfig
-from loaders.planted import World, bayes_scores, planted_world, world_of
+from loaders.frozen import DataConfig, load_interactions
+from loaders.planted import World, bayes_scores, main, planted_world, world_of
 from loaders.table import make_interactions
-
-
-def last_positions(interactions: Interactions) -> list[int]:
-    return (interactions.start[1:] - 1).tolist()
 
 
 # ------------------------------------------------------------------------ the log
@@ -26,15 +22,13 @@ def test_nobody_reads_a_story_twice(seed):
     """Every user has one interaction a day from the first to the last,
     with as many different stories."""
     world = World(num_users=20000, seed=seed)
-    interactions = planted_world(world)
-    lengths = np.diff(interactions.start)
-    assert len(
-        np.unique(interactions.user.astype(np.int64) * interactions.num_items + interactions.item)
-    ) == len(interactions.user)
+    log = planted_world(world)
+    lengths = np.diff(log.start)
+    assert len(np.unique(log.user.astype(np.int64) * log.num_items + log.item)) == len(log.user)
     assert world.min_length <= lengths.min() and lengths.max() <= world.max_length
-    day = (interactions.timestamp - interactions.timestamp.min()) // 86_400
+    day = (log.timestamp - log.timestamp.min()) // 86_400
     # a dropped repetition would leave a gap
-    assert (day == np.arange(len(day)) - interactions.start[interactions.user]).all()
+    assert (day == np.arange(len(day)) - log.start[log.user]).all()
 
 
 def test_the_world_is_a_function_of_its_seed():
@@ -46,20 +40,14 @@ def test_the_world_is_a_function_of_its_seed():
 
 
 def test_k_core_keeps_the_whole_world():
-    """A 2-core of the default world is the world itself:
-    every user and every story comes often enough."""
-    interactions = planted_world(World())
-    core = k_core(interactions, 2)
-    assert len(core.user) == len(interactions.user) and (core.num_users, core.num_items) == (
-        4000,
-        20 * 16,
-    )
-    assert np.bincount(interactions.item).min() >= 20
+    """Every user and every story of the default world comes often enough."""
+    log = planted_world(World())
+    core = k_core(log, 2)
+    assert (len(core.user), core.num_users, core.num_items) == (len(log.user), 4000, 320)
+    assert np.bincount(log.item).min() >= 20
 
 
-@pytest.mark.parametrize(
-    "world", [World(), World(seed=5), World(num_genres=40, stories_per_genre=36)]
-)
+@pytest.mark.parametrize("world", [World(seed=5), World(num_genres=40, stories_per_genre=36)])
 def test_titles_are_unique_and_give_the_genre_away(world):
     """No title repeats, and each of its two words belongs to one genre and one place."""
     titles = world.titles()
@@ -73,35 +61,35 @@ def test_titles_are_unique_and_give_the_genre_away(world):
 
 
 def test_probabilities_sum_to_one():
-    """Transitions, genres and ratings are distributions;
-    a taste stays, moves to its successor or jumps anywhere."""
+    """A taste stays, moves to its successor or jumps anywhere; a pick is of the taste, or not."""
     world = World(num_genres=5)
-    for rows in (
-        world.transition(),
-        world.genre_given_taste(),
-        world.rating_given(np.array([True, False])),
-    ):
+    moves, picks = world.transition(), world.genre_given_taste()
+    for rows in (moves, picks, world.rating_given(np.array([True, False]))):
         assert (rows >= 0).all() and np.allclose(rows.sum(1), 1)
-    jump = (1 - world.stay - world.successor) / 5
-    assert np.allclose(
-        world.transition()[4], [world.successor + jump, jump, jump, jump, world.stay + jump]
-    )
-    assert np.allclose(
-        world.genre_given_taste()[1],
-        [world.curiosity / 4, 1 - world.curiosity] + 3 * [world.curiosity / 4],
-    )
+    jump, other = (1 - world.stay - world.successor) / 5, world.curiosity / 4
+    assert np.allclose(moves[4], [world.successor + jump, jump, jump, jump, world.stay + jump])
+    assert np.allclose(picks[1], [other, 1 - world.curiosity, other, other, other])
+
+
+def test_the_world_as_a_file_is_read_as_an_own_log(tmp_path, capsys):
+    """By the options that are printed with it."""
+    file = tmp_path / "log.csv"
+    main([str(file), "--planted_users", "50"])
+    printed = capsys.readouterr().out.split()
+    columns = printed[printed.index("--columns") + 1]
+    read = load_interactions(DataConfig(dataset="csv", data_dir=str(file), columns=columns))
+    log, order = planted_world(World(num_users=50)), {u: n for n, u in enumerate(read.user_ids)}
+    rows = sorted(range(len(log.user)), key=lambda r: (order[f"reader-{log.user[r]}"], r))
+    assert [read.titles[i] for i in read.item] == [log.titles[i] for i in log.item[rows]]
+    assert (read.rating == log.rating[rows]).all()
+    assert (read.timestamp == log.timestamp[rows]).all()
 
 
 # ------------------------------------------------------------------------ the optimal policy
 TINY = World(
-    num_users=300,
-    num_genres=2,
-    stories_per_genre=6,
-    words_per_genre=3,
-    min_length=4,
-    max_length=5,
+    num_users=300, num_genres=2, stories_per_genre=6, words_per_genre=3, min_length=4, max_length=5,
     curiosity=0.25,
-)
+)  # fmt: skip
 
 
 def brute_force(
@@ -110,6 +98,10 @@ def brute_force(
     """P(next story = unread and rating >= min_rating | history),
     as a sum over every hidden path of tastes."""
     G, after = world.num_genres, len(stories)
+
+    def p_move(a: int, b: int) -> float:
+        jump = (1 - world.stay - world.successor) / G
+        return world.stay * (a == b) + world.successor * (b == (a + 1) % G) + jump
 
     def p_step(taste: int, chosen: int, before: list[int]) -> float:
         genre = chosen // world.stories_per_genre
@@ -122,21 +114,12 @@ def brute_force(
 
     history, joint = 0.0, 0.0
     for path in product(range(G), repeat=after + 1):
-        p = 1 / G
-        for a, b in zip(path, path[1:], strict=False):
-            p *= (
-                world.stay * (a == b)
-                + world.successor * (b == (a + 1) % G)
-                + (1 - world.stay - world.successor) / G
-            )
+        p = np.prod([1 / G, *(p_move(a, b) for a, b in zip(path[:-1], path[1:], strict=True))])
         for t in range(after):
-            p *= p_step(path[t], stories[t], stories[:t]) * p_rating(
-                path[t], stories[t], ratings[t]
-            )
+            p *= p_step(path[t], stories[t], stories[:t])
+            p *= p_rating(path[t], stories[t], ratings[t])
         history += p
-        liked = sum(
-            p_rating(path[-1], unread, rating) for rating in range(1, 6) if rating >= min_rating
-        )
+        liked = sum(p_rating(path[-1], unread, r) for r in range(1, 6) if r >= min_rating)
         joint += p * p_step(path[-1], unread, stories) * liked
     return joint / history
 
@@ -148,28 +131,20 @@ def brute_force(
 def test_bayes_scores_equal_the_sum_over_all_paths(world, min_rating):
     """The forward algorithm gives the log-probability that brute force gives,
     for every unread story and any history."""
-    interactions = planted_world(world)
-    titles = {title: story for story, title in enumerate(world.titles())}
-    story = np.array([titles[title] for title in interactions.titles])
+    log, titles = planted_world(world), world.titles()
+    story = np.array([titles.index(title) for title in log.titles])
     positions, candidates = [], []
     for user in range(40):
-        length = int(interactions.start[user + 1] - interactions.start[user])
-        p = int(interactions.start[user]) + user % length  # histories of 0, 1, 2, ...
-        read = interactions.item[interactions.start[user] : p].tolist()
-        positions.append(p)
-        candidates.append([item for item in range(interactions.num_items) if item not in read][:6])
-    found = bayes_scores(
-        world, examples_at(interactions, positions, np.array(candidates)), min_rating
-    )
+        start, end = log.start[user : user + 2].tolist()
+        positions.append(start + user % (end - start))  # histories of 0, 1, 2, ...
+        read = log.item[start : positions[-1]]
+        candidates.append(np.setdiff1d(np.arange(log.num_items), read)[:6])
+    found = bayes_scores(world, examples_at(log, positions, np.array(candidates)), min_rating)
     for e, p in enumerate(positions):
-        rows = slice(int(interactions.start[interactions.user[p]]), p)
-        stories, ratings = (
-            story[interactions.item[rows]].tolist(),
-            interactions.rating[rows].astype(int).tolist(),
-        )
-        expected = [
-            brute_force(world, stories, ratings, int(story[c]), min_rating) for c in candidates[e]
-        ]
+        rows = slice(log.start[log.user[p]], p)
+        stories, ratings = story[log.item[rows]].tolist(), log.rating[rows].astype(int).tolist()
+        unread = story[candidates[e]].tolist()
+        expected = [brute_force(world, stories, ratings, s, min_rating) for s in unread]
         np.testing.assert_allclose(np.exp(found[e]), expected, rtol=1e-9)
 
 
@@ -177,83 +152,56 @@ def test_bayes_scores_are_calibrated_on_the_log():
     """What the log does next agrees with the scores:
     the generator and the forward algorithm describe one world."""
     world = World(num_users=3000)
-    interactions = planted_world(world)
-    positions = last_positions(interactions)
-    everything = np.tile(np.arange(interactions.num_items), (len(positions), 1))
-    p = np.exp(bayes_scores(world, examples_at(interactions, positions, everything)))
-    for row, position in zip(p, positions, strict=True):
-        row[interactions.item[interactions.start[interactions.user[position]] : position]] = (
-            0  # read before
-        )
-    liked, item = interactions.rating[positions] >= 4, interactions.item[positions]
-    titles = world.titles()
-    genre_of = np.array([world.genre(titles.index(title)) for title in interactions.titles])
+    log = planted_world(world)
+    last = log.start[1:] - 1
+    everything = np.tile(np.arange(log.num_items), (len(last), 1))
+    p = np.exp(bayes_scores(world, examples_at(log, last.tolist(), everything)))
+    for row, start, end in zip(p, log.start, last, strict=False):
+        row[log.item[start:end]] = 0  # read before
+    liked, titles = log.rating[last] >= 4, world.titles()
+    genre_of = np.array([world.genre(titles.index(title)) for title in log.titles])
     genre_p = np.stack([p[:, genre_of == g].sum(1) for g in range(world.num_genres)], 1)
     events = {"liked": (p.sum(1), liked)}  # probability and outcome per user
     for rank, best in enumerate(np.argsort(-genre_p, axis=1)[:, :3].T):
-        events[f"liked, of genre {rank}"] = (
-            genre_p[np.arange(len(p)), best],
-            liked & (genre_of[item] == best),
-        )
+        outcome = liked & (genre_of[log.item[last]] == best)
+        events[f"liked, of genre {rank}"] = genre_p[np.arange(len(p)), best], outcome
     for name, (probability, outcome) in events.items():
-        error = (
-            (outcome - probability).mean()
-            / np.sqrt((probability * (1 - probability)).sum())
-            * len(p)
-        )
-        assert abs(error) < 4, (name, probability.mean(), outcome.mean())
+        deviation = np.sqrt((probability * (1 - probability)).sum())
+        assert abs((outcome - probability).sum() / deviation) < 4, name
 
 
 def test_bayes_scores_use_the_ratings():
     """A disliked story of a genre speaks against that genre, a liked one for it."""
-    world = replace(TINY, num_genres=4)
+    world, scores = replace(TINY, num_genres=4), []
     titles = dict(enumerate(world.titles()))
-    stories = list(range(len(titles)))
-    scores = []
     for rating in (1, 5):
-        rows = [("a", 0, rating, 0), ("a", 23, 5, 1)] + [
-            ("b", story, 5, story) for story in stories
-        ]
-        interactions = make_interactions(*zip(*rows, strict=True), titles, "planted")
-        scores.append(
-            bayes_scores(world, examples_at(interactions, [1], np.array([[1, 7, 13]])))[0]
-        )
+        rows = [("a", 0, rating, 0), ("a", 23, 5, 1), *(("b", s, 5, s) for s in titles)]
+        log = make_interactions(*zip(*rows, strict=True), titles, "planted")
+        scores.append(bayes_scores(world, examples_at(log, [1], np.array([[1, 7, 13]])))[0])
     assert scores[0][0] < scores[0][2] and scores[1][0] > scores[1][2]
 
 
 def test_a_history_not_shown_whole_is_refused():
     """Bayes-optimal is a bound only if the prompt shows what the forward algorithm reads."""
-    interactions = planted_world(World(num_users=300))
-    config = DataConfig(planted_users=300, followers=4, min_history=3)
-    longest = int(np.diff(interactions.start).max()) - 1
-    bayes_scores(
-        World(num_users=300), build_examples(interactions, replace(config, history=longest))["test"]
-    )
-    with pytest.raises(
-        ValueError,
-        match=f"history of {longest} stories is not shown whole .--history {longest - 1}",
-    ):
-        bayes_scores(
-            World(num_users=300),
-            build_examples(interactions, replace(config, history=longest - 1))["test"],
-        )
+    world, config = World(num_users=300), DataConfig(followers=4, min_history=3)
+    log = planted_world(world)
+    longest = int(np.diff(log.start).max()) - 1
+    bayes_scores(world, build_examples(log, replace(config, history=longest))["test"])
+    short = build_examples(log, replace(config, history=longest - 1))["test"]
+    with pytest.raises(ValueError, match=f"{longest} stories .*--history {longest - 1}"):
+        bayes_scores(world, short)
 
 
 def test_bayes_policy_beats_counting():
     """On the test candidates of the default world the optimum is far above popularity and Markov
     counts, and below 1."""
     world = World(num_users=1500)
-    examples = build_examples(planted_world(world), DataConfig(planted_users=1500, followers=4))[
-        "test"
-    ]
+    examples = build_examples(planted_world(world), DataConfig(followers=4))["test"]
+    scores = counting_baselines(examples) | {"Bayes": bayes_scores(world, examples)}
     hits = {
-        "Bayes": ranking_metrics(bayes_scores(world, examples), examples.target)[
-            "hit_ratio@1"
-        ].mean()
+        name: ranking_metrics(found, examples.target)["hit_ratio@1"].mean()
+        for name, found in scores.items()
     }
-    for name, scores in counting_baselines(examples).items():
-        hits[name] = ranking_metrics(scores, examples.target)["hit_ratio@1"].mean()
-    print(f"{len(examples)} users: " + ", ".join(f"{name} {hit:.3f}" for name, hit in hits.items()))
     assert hits["Bayes"] > hits["popularity"] + 0.4 and hits["Bayes"] > hits["Markov"] + 0.1
     assert hits["Bayes"] == max(hits.values()) < 0.95
 
