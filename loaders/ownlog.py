@@ -24,7 +24,7 @@ from common import print0
 from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
 from loaders.table import Rows, clean_title, finish, rating_doubt, usable_rows
-from loaders.tables import Table, brief, check_bad, read_table, shorten
+from loaders.tables import brief, check_bad, read_table, shorten
 from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, read_ids
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
@@ -82,16 +82,14 @@ class Finder:
 
     def by_name(self, names: list[str], source) -> dict[str, str]:
         """Field -> name; ValueError lists what there is."""
-        found = {}
+        found, there = {}, f"there are {brief(names)}"
         for field in self.only:
-            if field in self.given and (self.strict or self.given[field] in names):
-                if self.given[field] not in names:
-                    raise ValueError(
-                        f"{source}: {self.option} {field}={self.given[field]}: no such column; "
-                        f"there are {brief(names)}"
-                    )
-                found[field] = self.given[field]
-            elif self.usual and (name := self.usual_name(field, names, source)):
+            name = self.given.get(field)
+            if name is not None and name not in names and self.strict:
+                raise ValueError(f"{source}: {self.option} {field}={name}: no such column; {there}")
+            if name not in names:
+                name = self.usual_name(field, names, source) if self.usual else ""
+            if name:
                 found[field] = name
         self.check_required(found, names, source)
         for field, name in found.items():
@@ -104,26 +102,28 @@ class Finder:
         return found
 
     def usual_name(self, field: str, names: list[str], source) -> str:
+        """The name of the column that is likely to hold a field; "" if there is none."""
         free = {plain_name(n): n for n in reversed(names) if n not in self.given.values()}
-        if field == "timestamp":
-            for pattern in TIMES:
-                fits = [n for n in free.values() if re.fullmatch(pattern, n.lower())]
-                fits += [n for p, n in free.items() if re.fullmatch(pattern, p) and n not in fits]
-                if len(fits) > 1:
-                    raise ValueError(
-                        f"{source}: which column is the time? Say {self.option} timestamp=NAME; "
-                        f"it could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
-                    )
-                if fits:
-                    return fits[0]
-            return ""
-        usual = USUAL[field].split() + (["id"] if "user" not in self.only else [])
-        found = next((free[name] for name in usual if name in free), "")
-        if field == "title" and not found:
-            return next((name for name in names if "title" in name.lower()), "")
-        return found
+        for pattern in TIMES if field == "timestamp" else ():
+            fits = [
+                n
+                for p, n in free.items()
+                if re.fullmatch(pattern, n.lower()) or re.fullmatch(pattern, p)
+            ]
+            if len(fits) > 1:
+                raise ValueError(
+                    f"{source}: which column is the time? Say {self.option} timestamp=NAME; it "
+                    f"could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
+                )
+            if fits:
+                return fits[0]
+        usual = USUAL.get(field, "").split() + ["id"] * ("user" not in self.only)
+        found = [free[name] for name in usual if name in free and field != "timestamp"]
+        found += [name for name in names if field == "title" and "title" in name.lower()]
+        return next(iter(found), "")
 
     def check_required(self, found: dict, names: list[str], source) -> None:
+        """ValueError where a field is missing, with options that say which column it is."""
         missing = [field for field in self.required if field not in found]
         if not missing:
             return
@@ -133,8 +133,8 @@ class Finder:
                 "of it: awk -F: '/:$/ {m = $1; next} {print m \",\" $0}' FILE > log.csv, and give "
                 "--columns item=1,user=2,rating=3,timestamp=4"
             )
-        there = f"; there are {brief(names)}" if names else ""
         ways = ",".join(f"{field}=NAME" for field in missing)
+        there = f"; there are {brief(names)}" if names else ""
         count = min(len(names), 4) if "user" in self.only else len(self.only)
         example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
         raise ValueError(
@@ -143,100 +143,78 @@ class Finder:
         )
 
     def in_rows(self, rows: list[list[str]], source) -> tuple[dict[str, str], dict[str, int], bool]:
-        """Of a table's first rows: field -> name, field -> place, whether the first names them."""
-        first = rows[0]
-        if not (self.given and all(name.isdigit() for name in self.given.values())):
+        """Of a table's first rows: field -> name, field -> place, whether the first names them: it
+        holds a usual name, or text above numbers."""
+        first, *below = rows
+        if not self.given or not all(name.isdigit() for name in self.given.values()):
             labels = self.by_name(first, source)
             return labels, {field: first.index(name) for field, name in labels.items()}, True
-        places = {field: int(name) - 1 for field, name in self.given.items()}
-        if outside := [place for place in places.values() if not 0 <= place < len(first)]:
-            raise ValueError(
-                f"{source}: {self.option} asks for column {outside[0] + 1}, the first line has "
-                f"{len(first)}, counted from 1"
-            )
         self.check_required(self.given, [], source)
-        named = is_header(first, rows[1:], places)
-        labels = {f: first[place] if named else self.given[f] for f, place in places.items()}
+        places, named = {field: int(name) - 1 for field, name in self.given.items()}, False
+        for field, place in places.items():
+            if not 0 <= place < len(first):
+                raise ValueError(
+                    f"{source}: {self.option} asks for column {place + 1}, the first line has "
+                    f"{len(first)}, counted from 1"
+                )
+            name, values = first[place], [row[place] for row in below if len(row) > place]
+            text = not NUMBER.fullmatch(name) and name not in ABSENT_TEXTS
+            numbers = sum(bool(NUMBER.fullmatch(value)) for value in values)
+            usual = plain_name(name) in USUAL.get(field, "").split()
+            named = named or usual or (text and numbers > len(values) / 2)
+        labels = {f: first[place] for f, place in places.items()} if named else self.given
         return labels, places, named
-
-    def place(self, name: str, names: list[str], source) -> int:
-        """The place of a column in another part of the file."""
-        if name not in names:
-            raise ValueError(f"{source}: no column {name}; there are {brief(names)}")
-        return names.index(name)
-
-
-def is_header(first: list[str], below: list[list[str]], places: dict[str, int]) -> bool:
-    """Whether a first row names the columns: it holds a usual name, or text above numbers."""
-    for field, place in places.items():
-        if plain_name(first[place]) in USUAL.get(field, "").split():
-            return True
-        values = [row[place] for row in below if len(row) > place]
-        text = not NUMBER.fullmatch(first[place]) and first[place] not in ABSENT_TEXTS
-        if text and values and sum(map(bool, map(NUMBER.fullmatch, values))) > len(values) / 2:
-            return True
-    return False
 
 
 NUMBER = re.compile(r"[-+]?\d[\d.,:/TZ\s-]*")  # or a time
 
 
-def number_in(name: str) -> str:
-    """The digits of an id that is a whole number, without leading zeros and ".0";
-    "" if it is none."""
-    match = re.fullmatch(r"0*(\d+)(?:\.0*)?", name)
-    return match[1] if match else ""
-
-
 # ------------------------------------------------------------------------------------------- titles
-SEVERAL_SHARE = 0.2  # of the items with more than one title: then a column holds something else
-
-
 def titles_of(codes: np.ndarray, num_items: int, column: Column) -> tuple[list[str], dict]:
     """The title of each item, "" for none, of several the first in the alphabet;
-    and two titles of those that have several. Codes (n,) below 0 are no items."""
+    and two titles of those that have several. Codes (n,) of -1 are no items."""
     texts = [value if isinstance(value, str) else id_text(value) or "" for value in column.values]
-    texts = ["" if text.strip() in ABSENT_TITLES else text for text in texts]
-    order = sorted(set(texts) - {""})
-    rank = {text: n for n, text in enumerate(order)}
-    place = np.array([*(rank.get(text, -1) for text in texts), -1])[column.codes]
-    used = (codes >= 0) & (place >= 0)
-    low, high = np.full(num_items, len(order)), np.full(num_items, -1)
-    np.minimum.at(low, codes[used], place[used])
-    np.maximum.at(high, codes[used], place[used])
+    order = sorted({text for text in texts if text.strip() not in ABSENT_TITLES})
+    rank, none = {text: n for n, text in enumerate(order)}, len(order)
+    place = np.array([*(rank.get(text, none) for text in texts), none])[column.codes]
+    low = np.full(num_items + 1, none)
+    low[codes] = place
+    differ = np.flatnonzero(low[codes] != place)
+    high = np.where(low < none, low, -1)
+    np.minimum.at(low, codes[differ], place[differ])
+    differ = differ[place[differ] < none]
+    np.maximum.at(high, codes[differ], place[differ])
     several = {i: (order[low[i]], order[high[i]]) for i in np.flatnonzero(low < high).tolist()}
-    return [*map([*order, ""].__getitem__, low.tolist())], several
+    several.pop(num_items, None)
+    return [*map([*order, ""].__getitem__, low[:-1].tolist())], several
 
 
-def judge_titles(titles: list[str], several: dict, find: Finder, table: Table, source: str) -> None:
-    """Say where the titles are hardly the items'; ValueError if nobody named the column and it
-    looks like another thing."""
-    option, column = find.option, table.labels["title"]
-    known = [title for title in titles if title]
+def judge_titles(titles: list[str], several: dict, find: Finder, label: str, source: str) -> None:
+    """Say where the titles are hardly the items'; ValueError if nobody named the column and a
+    fifth of the items has several."""
+    known = Counter(filter(None, titles))
+    total = known.total()
     if several:
         pairs = "; ".join(f"{a!r} and {b!r}" for a, b in list(several.values())[:2])
         what = (
-            f"{len(several):,} of {len(known):,} items have more than one title in column "
-            f"{column}, such as {pairs}"
+            f"{len(several):,} of {total:,} items have more than one title in column {label}, such "
+            f"as {pairs}"
         )
-        many = len(several) >= 5 and len(several) > SEVERAL_SHARE * len(known)
-        if many and "title" not in find.given:
+        if len(several) >= max(5, total / 5) and "title" not in find.given:
             raise ValueError(
                 f"{source}: {what}: reviews' or customers' names? Name the items' titles with "
-                f"{option} title=NAME, or a second file with --item_file; to use the column "
-                f"all the same: {option} title={column}"
+                f"{find.option} title=NAME, or a second file with --item_file; to use the column "
+                f"all the same: {find.option} title={label}"
             )
         print0(f"note: {what}; the first in the alphabet is shown")
-    different = len(set(known))
-    if len(known) >= 10 and different <= len(known) / 2:
-        shared, times = Counter(known).most_common(1)[0]
+    if total >= 10 and len(known) <= total / 2:
+        ((shared, times),) = known.most_common(1)
         print0(
-            f"note: {len(known):,} items have only {different:,} different titles in column "
-            f"{column}; {times:,} are called {shorten(shared)!r}"
+            f"note: {total:,} items have only {len(known):,} different titles in column {label}; "
+            f"{times:,} are called {shorten(shared)!r}"
         )
 
 
-# ---------------------------------------------------------------------------------------- item file
 def titles_beside(config, rows: Rows) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
     files, kind, root = item_files(config)
@@ -246,8 +224,7 @@ def titles_beside(config, rows: Rows) -> list[str]:
         given = {f: names[f] for f in ("item", "title") if f in names and not names[f].isdigit()}
     find = Finder(given, ("item", "title"), ("item", "title"), "--item_columns")
     find.strict = bool(config.item_columns)
-    table = read_table(files, kind, find, root)
-    check_bad(table, source)
+    table = check_bad(read_table(files, kind, find, root), source)
     codes, ids = read_ids(table.columns["item"])
     known = {text: code for code, text in enumerate(rows.item_ids)}
     counts = Counter(filter(None, map(number_in, rows.item_ids)))
@@ -255,17 +232,17 @@ def titles_beside(config, rows: Rows) -> list[str]:
     near = {t: by_number[number_in(t)] for t in ids if t not in known and number_in(t) in by_number}
     places = np.array([*(known.get(t, near.get(t, -1)) for t in ids), -1, -1])[codes]
     titles, several = titles_of(places, len(rows.item_ids), table.columns["title"])
-    judge_titles(titles, several, find, table, source)
+    judge_titles(titles, several, find, table.labels["title"], source)
 
     have = sum(map(bool, titles))
     ours = " and ".join([repr(i) for i, title in zip(rows.item_ids, titles) if not title][:2])
     others = [repr(t) for t in ids if t not in known and t not in near][:2]
-    theirs = " and ".join(others) or "none but those"
+    theirs = f"the log has {ours}, the file has {' and '.join(others) or 'none but those'}"
     if not have:
         raise ValueError(
-            f"{source}: none of the {len(titles):,} items of {rows.source} has a title in it; the "
-            f"log has {ours}, the file has {theirs}: write the ids alike, or name the right "
-            "columns with --columns item=NAME and --item_columns item=NAME,title=NAME"
+            f"{source}: none of the {len(titles):,} items of {rows.source} has a title in it; "
+            f"{theirs}: write the ids alike, or name the right columns with --columns item=NAME "
+            "and --item_columns item=NAME,title=NAME"
         )
     if rewritten := [(text, code) for text, code in near.items() if titles[code]]:
         text, code = rewritten[0]
@@ -274,11 +251,14 @@ def titles_beside(config, rows: Rows) -> list[str]:
             f"the log has {rows.item_ids[code]}, the file has {text}"
         )
     if have < len(titles) / 2:
-        print0(
-            f"note: only {have:,} of {len(titles):,} items are in {Path(source).name}: the log has "
-            f"{ours}, the file has {theirs}"
-        )
+        print0(f"note: only {have:,} of {len(titles):,} items are in {Path(source).name}: {theirs}")
     return titles
+
+
+def number_in(name: str) -> str:
+    """The digits of an id that is a whole number, without leading zeros and ".0"; else ""."""
+    match = re.fullmatch(r"0*(\d+)(?:\.0*)?", name)
+    return match[1] if match else ""
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -342,42 +322,29 @@ def load(config) -> Interactions:
     parts, items = log_files(config), item_files(config)[0]
     source = name_of(parts) if config.dataset != "parquet" else config.data_dir
     only = tuple(field for field in FIELDS if field != "title" or not items)
-    given = parse_columns(config.columns)
-    given = {field: name for field, name in given.items() if field in only}
+    given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
     find = Finder(given, ("user", "item"), only)
     table = read_table(parts, config.dataset, find, Path(config.data_dir))
-    labels = table.labels
+    labels, titles = table.labels, table.columns.get("title")
     print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
     percentile, repeats = choose_rating(config, source, labels)
     rows = usable_rows(table, source, bool(percentile), config.scale)
-    check_time(rows, source, find, labels)
-    doubt = "" if config.scale else rating_doubt(rows.values, "", bool(percentile))
-    if doubt and "rating" in labels:
+    del table  # a log of 20 million rows takes 500 MB
+    say_what_was_read(rows, source, find, labels, config.scale)
+    if (
+        "rating" in labels
+        and not config.scale
+        and (doubt := rating_doubt(rows.values, "", bool(percentile)))
+    ):
         raise ValueError(f"{source}: column {labels['rating']}: {doubt}")
-    say_what_was_read(rows, labels, config.scale)
     if items:
         titles = titles_beside(config, rows)
-    elif "title" in labels:
-        column = table.columns["title"]
-        column = Column(column.codes[rows.kept], column.values)
-        titles, several = titles_of(rows.item, len(rows.item_ids), column)
-        judge_titles(titles, several, find, table, source)
+    elif titles:
+        titles = Column(titles.codes[rows.kept], titles.values)
+        titles, several = titles_of(rows.item, len(rows.item_ids), titles)
+        judge_titles(titles, several, find, labels["title"], source)
     else:
         titles = [""] * len(rows.item_ids)
-    del table  # a log of 20 million rows takes 500 MB
-    pairs = zip(shown(titles, rows), rows.item_ids)
-    titles = [clean_title(title) or clean_title(i) for title, i in pairs]
-    interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
-    if "rating" not in labels and len(np.unique(interactions.rating)) == 1:
-        print0(
-            "note: nobody chose an item twice, so all ratings are 3 and none is liked: "
-            "--min_rating 3"
-        )
-    return interactions
-
-
-def shown(titles: list[str], rows: Rows) -> list[str]:
-    """The titles; a note where ids are shown instead."""
     untitled = [i for i, title in zip(rows.item_ids, titles) if not title.strip()]
     if len(untitled) == len(titles):
         print0(
@@ -389,65 +356,69 @@ def shown(titles: list[str], rows: Rows) -> list[str]:
             f"note: {len(untitled):,} of {len(titles):,} items have no title; their ids are shown, "
             f"first {clean_title(untitled[0])}"
         )
-    return titles
+    titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
+    interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
+    if "rating" not in labels and len(np.unique(interactions.rating)) == 1:
+        print0(
+            "note: nobody chose an item twice, so all ratings are 3 and none is liked: "
+            "--min_rating 3"
+        )
+    return interactions
 
 
 def choose_rating(config, source: str, labels: dict[str, str]) -> tuple[str, str]:
     """--percentile and --repeats as the columns ask for them:
     without ratings, and with amounts instead, ranks are ratings."""
     percentile, repeats, scale = config.percentile, config.repeats, config.scale
+    if "rating" not in labels and scale:
+        raise ValueError(
+            f"{source}: --scale {scale}, but there is no rating column; "
+            "name it with --columns rating=NAME"
+        )
     if "rating" not in labels:
-        if scale:
-            raise ValueError(
-                f"{source}: --scale {scale}, but there is no rating column; "
-                "name it with --columns rating=NAME"
-            )
         print0(
             "note: no rating column; how often a user chose an item became its rating, "
             "by rank (--percentile)"
         )
-        percentile, repeats = percentile or "item", "sum"
-    elif plain_name(labels["rating"]) in AMOUNTS and not percentile and not scale:
-        percentile = "item"
+        return percentile or "item", "sum"
+    if plain_name(labels["rating"]) in AMOUNTS and not percentile and not scale:
         print0(
             f"note: {labels['rating']} are amounts: ranked among those of the same item "
             "they become ratings (--percentile)"
         )
-    elif repeats == "sum" and not percentile:
+        return "item", repeats
+    if repeats == "sum" and not percentile:
         raise ValueError(
             f"{source}: --repeats sum adds amounts up, and {labels['rating']} are ratings; "
             "leave it out, or rank the sums with --percentile item"
         )
+    return percentile, repeats
+
+
+def say_what_was_read(rows: Rows, source: str, find: Finder, labels: dict, scale: str) -> None:
+    """What a user should know about a log that was read; ValueError where a column that nobody
+    named holds hours of a day instead of times."""
+    for why, count in rows.notes.items():
+        print0(f"note: {count:,} {why}")
+    for mark, count in rows.marks.items():
+        highest = max(rows.values, default=5)
+        zero = f"; if 0 is a rating: --scale 0,{highest:g}" if mark == "0" and not scale else ""
+        print0(f"note: {count:,} ratings of {mark} count as none{zero}")
     if "timestamp" not in labels:
         print0(
             "note: no timestamp column (--columns timestamp=NAME); the order of the file is taken "
             "as the order in time"
         )
-    return percentile, repeats
-
-
-def check_time(rows: Rows, source: str, find: Finder, labels: dict[str, str]) -> None:
-    """ValueError where a column that nobody named holds hours of a day instead of times."""
-    name = labels.get("timestamp", "")
-    hours = len(rows.time) > 100 and rows.time.max() <= 24 and plain_name(name) != "timestamp"
-    if name and "timestamp" not in find.given and hours:
+        return
+    name, first, last = labels["timestamp"], rows.time.min(), rows.time.max()
+    known = "timestamp" in find.given or plain_name(name) == "timestamp"
+    if len(rows.time) > 100 and last <= 24 and not known:
         raise ValueError(
-            f"{source}: column {name} holds numbers from {rows.time.min()} to {rows.time.max()}: "
-            f"hours of a day? Say {find.option} timestamp=NAME; to use it all the same: "
-            f"{find.option} timestamp={name}"
+            f"{source}: column {name} holds numbers from {first} to {last}: hours of a day? Say "
+            f"{find.option} timestamp=NAME; to use it all the same: {find.option} timestamp={name}"
         )
-
-
-def say_what_was_read(rows: Rows, labels: dict[str, str], scale: str) -> None:
-    """What a user should know about a log that was read."""
-    for why, count in rows.notes.items():
-        print0(f"note: {count:,} {why}")
-    highest = 5 if not len(rows.values) else rows.values.max()
-    for mark, count in rows.marks.items():
-        zero = f"; if 0 is a rating: --scale 0,{highest:g}" if mark == "0" and not scale else ""
-        print0(f"note: {count:,} ratings of {mark} count as none{zero}")
-    if "timestamp" in labels and len(rows.time) > 1 and np.ptp(rows.time) == 0:
+    if len(rows.time) > 1 and first == last:
         print0(
-            f"note: all times are {rows.time[0] // rows.per_second}: were they rounded by a "
-            "spreadsheet (1.5E+12)? The order of the file is taken as the order in time"
+            f"note: all times are {first // rows.per_second}: were they rounded by a spreadsheet "
+            "(1.5E+12)? The order of the file is taken as the order in time"
         )
