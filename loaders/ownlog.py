@@ -23,9 +23,9 @@ import numpy as np
 from common import print0
 from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
-from loaders.table import Rows, clean_title, finish, rating_doubt, usable_rows
+from loaders.table import Rows, clean_title, finish, usable_rows
 from loaders.tables import brief, check_bad, read_table, shorten
-from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, read_ids
+from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, rating_doubt, read_ids
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
 USUAL = {  # names without case, blanks, dashes and underscores; the surer ones first
@@ -106,15 +106,14 @@ class Finder:
         free = {plain_name(n): n for n in reversed(names) if n not in self.given.values()}
         for pattern in TIMES if field == "timestamp" else ():
             fits = [
-                n
-                for p, n in free.items()
-                if re.fullmatch(pattern, n.lower()) or re.fullmatch(pattern, p)
+                n for p, n in free.items() for text in (n.lower(), p) if re.fullmatch(pattern, text)
             ]
-            if len(fits) > 1:
-                raise ValueError(
-                    f"{source}: which column is the time? Say {self.option} timestamp=NAME; it "
-                    f"could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
+            if len({*fits}) > 1:
+                could = (
+                    f"it could be {' or '.join(brief(sorted({*fits})))}; there are {brief(names)}"
                 )
+                way_out = f"Say {self.option} timestamp=NAME"
+                raise ValueError(f"{source}: which column is the time? {way_out}; {could}")
             if fits:
                 return fits[0]
         usual = USUAL.get(field, "").split() + ["id"] * ("user" not in self.only)
@@ -133,13 +132,12 @@ class Finder:
                 "of it: awk -F: '/:$/ {m = $1; next} {print m \",\" $0}' FILE > log.csv, and give "
                 "--columns item=1,user=2,rating=3,timestamp=4"
             )
-        ways = ",".join(f"{field}=NAME" for field in missing)
         there = f"; there are {brief(names)}" if names else ""
         count = min(len(names), 4) if "user" in self.only else len(self.only)
         example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
         raise ValueError(
-            f"{source}: which column is the {missing[0]}? Say {self.option} {ways}{there}. "
-            f"If the file has no header line, count its columns: {self.option} {example}"
+            f"{source}: which column is the {missing[0]}? Say {self.option} {missing[0]}=NAME"
+            f"{there}. If the file has no header line, count its columns: {self.option} {example}"
         )
 
     def in_rows(self, rows: list[list[str]], source) -> tuple[dict[str, str], dict[str, int], bool]:
@@ -184,9 +182,9 @@ def titles_of(codes: np.ndarray, num_items: int, column: Column) -> tuple[list[s
     np.minimum.at(low, codes[differ], place[differ])
     differ = differ[place[differ] < none]
     np.maximum.at(high, codes[differ], place[differ])
-    several = {i: (order[low[i]], order[high[i]]) for i in np.flatnonzero(low < high).tolist()}
-    several.pop(num_items, None)
-    return [*map([*order, ""].__getitem__, low[:-1].tolist())], several
+    several = np.flatnonzero(low[:-1] < high[:-1]).tolist()
+    titles = [*map([*order, ""].__getitem__, low[:-1].tolist())]
+    return titles, {i: (titles[i], order[high[i]]) for i in several}
 
 
 def judge_titles(titles: list[str], several: dict, find: Finder, label: str, source: str) -> None:
@@ -195,24 +193,19 @@ def judge_titles(titles: list[str], several: dict, find: Finder, label: str, sou
     known = Counter(filter(None, titles))
     total = known.total()
     if several:
-        pairs = "; ".join(f"{a!r} and {b!r}" for a, b in list(several.values())[:2])
-        what = (
-            f"{len(several):,} of {total:,} items have more than one title in column {label}, such "
-            f"as {pairs}"
-        )
-        if len(several) >= max(5, total / 5) and "title" not in find.given:
+        such = "; ".join(f"{a!r} and {b!r}" for a, b in list(several.values())[:2])
+        many = f"{len(several):,} of {total:,} items have more than one title in column {label}"
+        if len(several) >= 5 and len(several) > total / 5 and "title" not in find.given:
             raise ValueError(
-                f"{source}: {what}: reviews' or customers' names? Name the items' titles with "
-                f"{find.option} title=NAME, or a second file with --item_file; to use the column "
-                f"all the same: {find.option} title={label}"
+                f"{source}: {many}, such as {such}: reviews' or customers' names? Name another "
+                f"with {find.option} title=NAME, or a second file with --item_file; to use it all "
+                f"the same: {find.option} title={label}"
             )
-        print0(f"note: {what}; the first in the alphabet is shown")
+        print0(f"note: {many}, such as {such}; the first in the alphabet is shown")
     if total >= 10 and len(known) <= total / 2:
         ((shared, times),) = known.most_common(1)
-        print0(
-            f"note: {total:,} items have only {len(known):,} different titles in column {label}; "
-            f"{times:,} are called {shorten(shared)!r}"
-        )
+        few = f"{total:,} items have only {len(known):,} different titles in column {label}"
+        print0(f"note: {few}; {times:,} are called {shorten(shared)!r}")
 
 
 def titles_beside(config, rows: Rows) -> list[str]:
@@ -227,38 +220,35 @@ def titles_beside(config, rows: Rows) -> list[str]:
     table = check_bad(read_table(files, kind, find, root), source)
     codes, ids = read_ids(table.columns["item"])
     known = {text: code for code, text in enumerate(rows.item_ids)}
-    counts = Counter(filter(None, map(number_in, rows.item_ids)))
-    by_number = {n: code for t, code in known.items() if counts[n := number_in(t)] == 1}
-    near = {t: by_number[number_in(t)] for t in ids if t not in known and number_in(t) in by_number}
-    places = np.array([*(known.get(t, near.get(t, -1)) for t in ids), -1, -1])[codes]
+    numbers = [number_in(text) for text in rows.item_ids]
+    counts, by_number = Counter(numbers), dict(zip(numbers, range(len(numbers))))
+    by_number = {number: code for number, code in by_number.items() if counts[number] == 1}
+    near = {t: by_number.get(number_in(t) or None, -1) for t in ids if t not in known}
+    places = np.array([*((known | near)[text] for text in ids), -1, -1])[codes]
     titles, several = titles_of(places, len(rows.item_ids), table.columns["title"])
     judge_titles(titles, several, find, table.labels["title"], source)
 
-    have = sum(map(bool, titles))
+    have, file = sum(map(bool, titles)), Path(source).name
     ours = " and ".join([repr(i) for i, title in zip(rows.item_ids, titles) if not title][:2])
-    others = [repr(t) for t in ids if t not in known and t not in near][:2]
-    theirs = f"the log has {ours}, the file has {' and '.join(others) or 'none but those'}"
+    theirs = " and ".join([repr(text) for text, code in near.items() if code < 0][:2])
+    what = f"the log has {ours}, the file has {theirs or 'none but those'}"
     if not have:
         raise ValueError(
             f"{source}: none of the {len(titles):,} items of {rows.source} has a title in it; "
-            f"{theirs}: write the ids alike, or name the right columns with --columns item=NAME "
+            f"{what}: write the ids alike, or name the right columns with --columns item=NAME "
             "and --item_columns item=NAME,title=NAME"
         )
-    if rewritten := [(text, code) for text, code in near.items() if titles[code]]:
-        text, code = rewritten[0]
-        print0(
-            f"note: {len(rewritten):,} item ids of {Path(source).name} were matched as numbers: "
-            f"the log has {rows.item_ids[code]}, the file has {text}"
-        )
+    if rewritten := [(rows.item_ids[c], text) for text, c in near.items() if c >= 0 and titles[c]]:
+        how = "the log has {}, the file has {}".format(*rewritten[0])
+        print0(f"note: {len(rewritten):,} item ids of {file} were matched as numbers: {how}")
     if have < len(titles) / 2:
-        print0(f"note: only {have:,} of {len(titles):,} items are in {Path(source).name}: {theirs}")
+        print0(f"note: only {have:,} of {len(titles):,} items are in {file}: {what}")
     return titles
 
 
 def number_in(name: str) -> str:
     """The digits of an id that is a whole number, without leading zeros and ".0"; else ""."""
-    match = re.fullmatch(r"0*(\d+)(?:\.0*)?", name)
-    return match[1] if match else ""
+    return re.sub(r"^0+(?=\d)|\.0*$", "", name) if re.fullmatch(r"\d+(\.0*)?", name) else ""
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -301,7 +291,7 @@ def item_files(config) -> tuple[list[Path], str, Path]:
         found = matching_files(log.parent, "*.item*") if log else []
         if len(found) > 1:  # the one of the same name
             found = [f for f in found if f.name.split(".")[0] == log.name.split(".")[0]]
-        return found[:1] if len(found) == 1 else [], kind, path
+        return found if len(found) == 1 else [], kind, path
     if not path.exists():
         raise ValueError(f"--item_file {path}: no such file")
     inside = visible_files(path, below=True) if path.is_dir() else [path]
@@ -325,100 +315,75 @@ def load(config) -> Interactions:
     given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
     find = Finder(given, ("user", "item"), only)
     table = read_table(parts, config.dataset, find, Path(config.data_dir))
-    labels, titles = table.labels, table.columns.get("title")
+    labels, column = table.labels, table.columns.get("title")
     print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
     percentile, repeats = choose_rating(config, source, labels)
     rows = usable_rows(table, source, bool(percentile), config.scale)
     del table  # a log of 20 million rows takes 500 MB
-    say_what_was_read(rows, source, find, labels, config.scale)
-    if (
-        "rating" in labels
-        and not config.scale
-        and (doubt := rating_doubt(rows.values, "", bool(percentile)))
-    ):
+    for why, count in rows.notes.items():
+        zeros = why.startswith("rows without rating (0 ") and not config.scale
+        way_out = f"; if 0 is a rating: --scale 0,{max(rows.values, default=5):g}" * zeros
+        print0(f"note: {count:,} {why}{way_out}")
+    check_times(rows, source, find, labels.get("timestamp", ""))
+    doubt = "" if config.scale else rating_doubt(rows.values, "", bool(percentile))
+    if doubt and "rating" in labels:
         raise ValueError(f"{source}: column {labels['rating']}: {doubt}")
+    titles = [""] * len(rows.item_ids)
     if items:
         titles = titles_beside(config, rows)
-    elif titles:
-        titles = Column(titles.codes[rows.kept], titles.values)
-        titles, several = titles_of(rows.item, len(rows.item_ids), titles)
+    elif column:
+        codes = column.codes if rows.kept.all() else column.codes[rows.kept]
+        titles, several = titles_of(rows.item, len(titles), Column(codes, column.values))
         judge_titles(titles, several, find, labels["title"], source)
-    else:
-        titles = [""] * len(rows.item_ids)
     untitled = [i for i, title in zip(rows.item_ids, titles) if not title.strip()]
     if len(untitled) == len(titles):
-        print0(
-            "note: no titles; a language model sees item ids instead, which tell it nothing "
-            "(--columns title=..., --item_file)"
-        )
+        print0("note: no titles: ids tell a model nothing (--columns title=NAME, --item_file)")
     elif untitled:
-        print0(
-            f"note: {len(untitled):,} of {len(titles):,} items have no title; their ids are shown, "
-            f"first {clean_title(untitled[0])}"
-        )
+        few, first = f"{len(untitled):,} of {len(titles):,} items", clean_title(untitled[0])
+        print0(f"note: {few} have no title; their ids are shown, first {first}")
     titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
     interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
-    if "rating" not in labels and len(np.unique(interactions.rating)) == 1:
-        print0(
-            "note: nobody chose an item twice, so all ratings are 3 and none is liked: "
-            "--min_rating 3"
-        )
+    if "rating" not in labels and np.ptp(interactions.rating) == 0:
+        print0("note: nobody chose an item twice: all ratings are 3, none is liked: --min_rating 3")
     return interactions
 
 
 def choose_rating(config, source: str, labels: dict[str, str]) -> tuple[str, str]:
-    """--percentile and --repeats as the columns ask for them:
-    without ratings, and with amounts instead, ranks are ratings."""
+    """--percentile and --repeats as the columns ask for them: without ratings, and with amounts
+    instead, ranks are ratings."""
     percentile, repeats, scale = config.percentile, config.repeats, config.scale
     if "rating" not in labels and scale:
-        raise ValueError(
-            f"{source}: --scale {scale}, but there is no rating column; "
-            "name it with --columns rating=NAME"
-        )
+        what = "there is no rating column; name it with --columns rating=NAME"
+        raise ValueError(f"{source}: --scale {scale}, but {what}")
     if "rating" not in labels:
-        print0(
-            "note: no rating column; how often a user chose an item became its rating, "
-            "by rank (--percentile)"
-        )
+        print0("note: no rating column: repeats are counted, and ranked as ratings (--percentile)")
         return percentile or "item", "sum"
-    if plain_name(labels["rating"]) in AMOUNTS and not percentile and not scale:
-        print0(
-            f"note: {labels['rating']} are amounts: ranked among those of the same item "
-            "they become ratings (--percentile)"
-        )
+    name = labels["rating"]
+    if plain_name(name) in AMOUNTS and not percentile and not scale:
+        print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
         return "item", repeats
     if repeats == "sum" and not percentile:
-        raise ValueError(
-            f"{source}: --repeats sum adds amounts up, and {labels['rating']} are ratings; "
-            "leave it out, or rank the sums with --percentile item"
-        )
+        way_out = "leave it out, or rank the sums with --percentile item"
+        raise ValueError(f"{source}: --repeats sum adds amounts, and {name} are ratings; {way_out}")
     return percentile, repeats
 
 
-def say_what_was_read(rows: Rows, source: str, find: Finder, labels: dict, scale: str) -> None:
-    """What a user should know about a log that was read; ValueError where a column that nobody
-    named holds hours of a day instead of times."""
-    for why, count in rows.notes.items():
-        print0(f"note: {count:,} {why}")
-    for mark, count in rows.marks.items():
-        highest = max(rows.values, default=5)
-        zero = f"; if 0 is a rating: --scale 0,{highest:g}" if mark == "0" and not scale else ""
-        print0(f"note: {count:,} ratings of {mark} count as none{zero}")
-    if "timestamp" not in labels:
-        print0(
-            "note: no timestamp column (--columns timestamp=NAME); the order of the file is taken "
-            "as the order in time"
-        )
-        return
-    name, first, last = labels["timestamp"], rows.time.min(), rows.time.max()
-    known = "timestamp" in find.given or plain_name(name) == "timestamp"
+def check_times(rows: Rows, source: str, find: Finder, label: str) -> None:
+    """Say where the order in time is that of the file; ValueError where a column that nobody named
+    holds hours of a day instead of times."""
+    first, last, order = (
+        rows.time.min(),
+        rows.time.max(),
+        "the order of the file is the one in time",
+    )
+    known = not label or "timestamp" in find.given or plain_name(label) == "timestamp"
     if len(rows.time) > 100 and last <= 24 and not known:
         raise ValueError(
-            f"{source}: column {name} holds numbers from {first} to {last}: hours of a day? Say "
-            f"{find.option} timestamp=NAME; to use it all the same: {find.option} timestamp={name}"
+            f"{source}: column {label} holds numbers from {first} to {last}: hours of a day? Say "
+            f"{find.option} timestamp=NAME; to use it all the same: {find.option} timestamp={label}"
         )
-    if len(rows.time) > 1 and first == last:
-        print0(
-            f"note: all times are {first // rows.per_second}: were they rounded by a spreadsheet "
-            "(1.5E+12)? The order of the file is taken as the order in time"
-        )
+    if not label:
+        print0(f"note: no timestamp column (--columns timestamp=NAME); {order}")
+    elif first == last and len(rows.time) > 1:
+        rounded = "were they rounded by a spreadsheet (1.5E+12)?"
+        print0(f"note: all times are {first // rows.per_second}: {rounded} Now {order}")

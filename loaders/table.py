@@ -21,8 +21,8 @@ from loaders.values import (
     NO_ID,
     TIME_ADVICE,
     Column,
-    fitting_scale,
     parse_scale,
+    rating_doubt,
     read_ids,
     read_numbers,
     read_times,
@@ -74,7 +74,6 @@ class Rows:
     item_ids: list[str]
     kept: np.ndarray | None = None  # (rows of the table,) bool
     notes: dict[str, int] = field(default_factory=dict)
-    marks: dict[str, int] = field(default_factory=dict)  # "0", "-1" -> how often it means none
     values: np.ndarray | None = None  # distinct ratings as read
 
 
@@ -86,7 +85,7 @@ def usable_rows(
     absent: frozenset = ABSENT_IDS,  # texts that are no id
 ) -> Rows:
     """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
-    n, notes, marks = table.num_rows, {}, {}
+    n, notes, such = table.num_rows, {}, []
     user, user_ids = read_ids(table.columns["user"], absent)
     item, item_ids = read_ids(table.columns["item"], absent)
     rating = table.columns.get("rating") or Column(np.zeros(n, np.int32), [1.0])
@@ -99,13 +98,12 @@ def usable_rows(
         inside &= (numbers == 0) | (numbers == 1)
     for mark in (0.0, -1.0):  # outside of the scale they mean none
         if not low <= mark <= high and (times := int(counts[numbers == mark].sum())):
-            marks[f"{mark:g}"] = times
+            such.append(f"{mark:g} {times:,} times")
             numbers[numbers == mark] = ABSENT
     state = np.where(numbers == ABSENT, NO_ID, np.where(inside, 0, BAD_ID)).astype(np.int8)
+    time, per_second = table.first_row + np.arange(n), 1
     if "timestamp" in table.columns:
         time, per_second = read_times(table.columns["timestamp"])
-    else:
-        time, per_second = table.first_row + np.arange(n), 1
 
     states = {"user": user, "item": item, "rating": state[rating.codes], "timestamp": time}
     states = {name: codes for name, codes in states.items() if n and codes.min() < 0}
@@ -113,82 +111,59 @@ def usable_rows(
     for name, codes in states.items():
         rows = kept & (codes == NO_ID)
         if count := int(rows.sum()):
-            such = ", ".join(f"{mark} {times:,} times" for mark, times in marks.items())
-            notes[f"rows without {name}" + f" ({such})" * (name == "rating" and such != "")] = count
+            marks = f" ({', '.join(such)})" * (name == "rating" and bool(such))
+            notes[f"rows without {name}{marks}"] = count
             kept &= ~rows
     wrong = {}
     for name, codes in states.items():
-        wrong[name] = np.flatnonzero(kept & (codes <= BAD_ID)).tolist()
+        wrong[name] = np.flatnonzero(kept & (codes <= BAD_ID))
         kept[wrong[name]] = False
-    check_share(table, source, wrong, rating_doubt(values, scale, amounts))
     if count := table.num_bad + sum(map(len, wrong.values())):
+        check_share(table, source, wrong, count, rating_doubt(values, scale, amounts))
         first = [
             f"row {rows[0] + table.first_row}, {table.labels[name]} {shown(table, name, rows[0])}"
             for name, rows in wrong.items()
-            if rows
+            if len(rows)
         ]
-        lines = [*table.first_bad, *first][:3]
-        notes[f"rows that could not be read ({'; '.join(lines)})"] = count
+        lines = "; ".join([*table.first_bad, *first][:3])
+        notes[f"rows that could not be read ({lines})"] = count
     if scale:
-        notes[f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"] = int(
-            counts[inside].sum()
-        )
+        mapped = f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"
+        notes[mapped] = int(counts[inside].sum())
         numbers = 1 + 4 * (numbers - low) / (high - low)
     if not kept.any():
         reasons = "; ".join(f"{count:,} {why}" for why, count in notes.items())
         raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
     columns = user, item, numbers.astype(np.float32)[rating.codes], time
     columns = columns if kept.all() else (column[kept] for column in columns)
-    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, marks, values)
+    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, values)
 
 
 def shown(table: Table, name: str, row: int) -> str:
     """A value, for a message."""
     column = table.columns[name]
-    value = (
-        column[row].item() if isinstance(column, np.ndarray) else column.values[column.codes[row]]
-    )
-    return shorten(repr(value))
+    texts = isinstance(column, Column)
+    return shorten(repr(column.values[column.codes[row]] if texts else column[row].item()))
 
 
-def check_share(table: Table, source: str, wrong: dict[str, list[int]], doubt: str) -> None:
+def check_share(table: Table, source, wrong: dict[str, np.ndarray], bad: int, doubt: str) -> None:
     """ValueError where more than 1 % of the rows are bad: column, count, examples, the way out."""
-    bad = table.num_bad + sum(map(len, wrong.values()))
     total = table.num_rows + table.num_bad
     if bad <= MAX_BAD_SHARE * total:
         return
     name = max(wrong, key=lambda name: len(wrong[name]), default="")
     if not name or table.num_bad > len(wrong[name]):
         check_bad(table, source)
-    what, way_out = f"no {name} ids", "name another column, or write texts"
-    if name == "timestamp":
-        what, way_out = "no times whose order is known", TIME_ADVICE
-    elif name == "rating":
-        what, way_out = "no numbers", "write the number alone, such as 3.5"
-        what, way_out = ("no ratings", doubt) if doubt else (what, way_out)
+    what, way_out = {
+        "timestamp": ("no times whose order is known", TIME_ADVICE),
+        "rating": ("no ratings", doubt) if doubt else ("no numbers", "write it alone, such as 3.5"),
+    }.get(name, (f"no {name} ids", "name another column, or write texts"))
     rows = wrong[name]
-    examples = [*dict.fromkeys(shown(table, name, row) for row in rows[:1000])][:2]
+    examples = [*dict.fromkeys(shown(table, name, row) for row in rows[:1000].tolist())][:2]
     raise ValueError(
         f"{source}: {bad:,} of {total:,} rows cannot be used (1% may be): column "
         f"{table.labels[name]}: {len(rows):,} values are {what}, such as {' and '.join(examples)} "
         f"(row {rows[0] + table.first_row}): {way_out}"
-    )
-
-
-def rating_doubt(values: np.ndarray, scale: str, amounts: bool = False) -> str:
-    """Why these do not look like ratings of a scale from 1 to 5, and the way out; "" if they do."""
-    if amounts or not len(values):
-        return ""
-    found = f"ratings from {values.min():g} to {values.max():g}"
-    if scale:
-        low, high = parse_scale(scale)
-        what = "values other than 0 and 1 of" if scale == "binary" else "ratings outside"
-        outside = scale == "binary" or values.min() < low or values.max() > high
-        return f"{what} --scale {low:g},{high:g}: {found}" if outside else ""
-    advice = fitting_scale(values)
-    return advice and (
-        f"{found} are not those of a scale from 1 to 5; say which scale it is, and they are "
-        f"mapped: {advice}"
     )
 
 

@@ -4,6 +4,7 @@ Arrow reads them, on all cores. What it cannot read is read by Python, a line at
 bad line, arrays, columns of several types, literals, and tables with stray quotes."""
 
 import ast
+import codecs
 import contextlib
 import csv
 import io
@@ -74,59 +75,53 @@ def read_table(files: list[Path], kind: str, find, root: Path | None = None) -> 
     """The parts of one export (csv, plain, recbole, jsonl, literal, parquet) as one table.
 
     `find` (ownlog.Finder) says which column holds which field; quotes of `plain` are characters."""
-    table, parts = Table(), []
-    reader = {"parquet": parquet_parts, "jsonl": json_parts, "literal": json_parts}
-    for columns in reader.get(kind, csv_parts)(files, kind, find, root, table):
-        if rows := max((len(getattr(c, "codes", c)) for c in columns.values()), default=0):
-            table.num_rows += rows
-            parts.append(columns)
+    table, reader = Table(), {"parquet": parquet_parts, "jsonl": json_parts, "literal": json_parts}
+    parts = [*reader.get(kind, csv_parts)(files, kind, find, root, table)]
     if not table.labels:
         raise ValueError(f"{name_of(files)}: the file is empty")
+    parts = [part for part in parts if any(map(len, part.values()))]
     for name, label in table.labels.items():
         columns = [part[name] for part in parts]
         kinds = {c.dtype.kind if isinstance(c, np.ndarray) else "text" for c in columns}
         if len(kinds) > 1 and not kinds <= {"i", "f"}:
-            raise ValueError(
-                f"{name_of(files)}: column {label} holds times of another kind in another part; "
-                "write them alike"
-            )
+            what = f"column {label} holds times of another kind in another part; write them alike"
+            raise ValueError(f"{name_of(files)}: {what}")
         texts = not kinds or "text" in kinds
         table.columns[name] = Column.joined(columns) if texts else np.concatenate(columns)
+        table.num_rows = len(table.columns[name])
     return table
 
 
 # ---------------------------------------------------------------------------------- Arrow's columns
-def coded(found: pa.Table, labels: dict[str, str], names: dict[str, str]) -> dict:
-    """The columns of Arrow's table by field, whose names there `names` has."""
-    out = {}
-    for field_, name in names.items():
-        column, label = found[name], labels[field_]
-        kind, types = column.type, pa.types
+def coded(found: pa.Table, labels: dict[str, str]) -> dict[str, Column | np.ndarray]:
+    """The columns of Arrow's table, whose names are the fields."""
+    out, types = {}, pa.types
+    for name, column in zip(found.column_names, found.columns):
+        kind, label = column.type, labels[name]
         if isinstance(kind, pa.BaseExtensionType):
             column = pa.chunked_array([c.storage for c in column.chunks], kind.storage_type)
-            kind = column.type
-        if types.is_nested(kind):
+        elif types.is_nested(kind):
             raise ValueError(f"column {label}: {kind} is neither a text nor a number; cast it")
-        if types.is_float16(kind) or types.is_string_view(kind):
+        elif types.is_float16(kind) or types.is_string_view(kind):
             column = column.cast(pa.float32() if types.is_float16(kind) else pa.string())
-        if field_ == "timestamp":
+        if name == "timestamp":
+            moments = types.is_date(kind) or types.is_timestamp(kind)
             if types.is_time(kind) or types.is_duration(kind):
                 raise ValueError(f"column {label}: {kind} is no moment in time; cast it")
-            moments = types.is_date(kind) or types.is_timestamp(kind)
             if moments:
                 zone = kind.tz if types.is_timestamp(kind) else None
                 column = column.cast(pa.timestamp("us", zone), safe=False).cast(pa.int64())
-            if types.is_decimal(kind) or types.is_integer(kind):
+            elif types.is_decimal(kind) or types.is_integer(kind):
                 column = column.cast(pa.float64() if types.is_decimal(kind) else pa.int64())
             if types.is_integer(column.type) or types.is_floating(column.type):
                 ticks = column.fill_null(-1).to_numpy()
-                out[field_] = ticks.view("M8[us]") if moments else ticks
+                out[name] = ticks.view("M8[us]") if moments else ticks
                 continue
         if not types.is_dictionary(column.type):
             column = column.dictionary_encode()
         whole = column.unify_dictionaries().combine_chunks()
         codes = whole.indices.fill_null(-1).cast(pa.int32()).to_numpy()
-        out[field_] = Column(codes, whole.dictionary.to_pylist())
+        out[name] = Column(codes, whole.dictionary.to_pylist())
     return out
 
 
@@ -209,8 +204,9 @@ def read_csv(
         table.bad(f"{row.actual_columns} fields, not {row.expected_columns}: {shown}")
         return "skip"
 
-    names, texts = {f: str(n) for f, n in places.items()}, pa.dictionary(pa.int32(), pa.string())
+    texts = pa.dictionary(pa.int32(), pa.string())
     kinds = [pa.int64(), pa.float64(), pa.timestamp("us"), texts]  # of times, whichever fits
+    names = {at: name for name, at in places.items()}
     parse = pa.csv.ParseOptions(
         delimiter=mark,
         quote_char='"' if quotes else False,
@@ -218,18 +214,21 @@ def read_csv(
         newlines_in_values=bool(quotes),
         invalid_row_handler=skipped,
     )
-    columns = [str(n) for n in range(width)]
-    read = pa.csv.ReadOptions(column_names=columns, skip_rows=skip, block_size=BLOCK)
+    read = pa.csv.ReadOptions(
+        column_names=[names.get(at, str(at)) for at in range(width)],
+        skip_rows=skip,
+        block_size=BLOCK,
+    )
     known_bad = table.num_bad, table.first_bad
     while True:
         convert = pa.csv.ConvertOptions(
-            column_types={n: kinds[0] if f == "timestamp" else texts for f, n in names.items()},
-            include_columns=[*names.values()],
+            column_types=dict.fromkeys(places, texts) | {"timestamp": kinds[0]},
+            include_columns=[*places],
             null_values=sorted(ABSENT_TEXTS),
         )
         try:
             with open_bytes(file) if text is None else io.BytesIO(text.encode()) as f:
-                return coded(pa.csv.read_csv(f, read, parse, convert), table.labels, names)
+                return coded(pa.csv.read_csv(f, read, parse, convert), table.labels)
         except pa.ArrowInvalid as error:
             message = " ".join(str(error).split())
             table.num_bad, table.first_bad = known_bad
@@ -249,7 +248,7 @@ def quoting(stream, mark: str) -> str:
     edges = np.isin(np.arange(256), [*b'\r\n"', ord(mark)])
     sound, inside, seen, before = [True, True], [0, 0], False, b"\n\n"
     while before:
-        block = stream.read(BLOCK)
+        block = stream.read(BLOCK).removeprefix(codecs.BOM_UTF8)
         chunk = before + (block or b"\n")
         before = block and chunk[-3:]
         if b'"' not in chunk:
@@ -264,10 +263,11 @@ def quoting(stream, mark: str) -> str:
             opens = (inside[escaped] + np.arange(len(quotes))) % 2 == 0
             sound[escaped] &= bool(edges[data[np.where(opens, quotes - 1, quotes + 1)]].all())
             inside[escaped] += len(quotes)
-    styles = [
-        name for n, name in enumerate(("doubled", "escaped")) if sound[n] and not inside[n] % 2
-    ]
-    return next(iter(styles), "stray") if seen else ""
+    styles = {
+        "doubled": sound[0] and inside[0] % 2 == 0,
+        "escaped": sound[1] and inside[1] % 2 == 0,
+    }
+    return next((name for name in styles if styles[name]), "stray") if seen else ""
 
 
 def mended(lines: Iterable[str], mark: str, width: int, table: Table) -> Iterator[str]:
@@ -322,10 +322,10 @@ def json_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterat
     for file, head in heads.items():
         found = None if file in arrays else arrow_json(file, head, labels)
         if found is not None:
-            yield coded(found, labels, labels)
+            yield coded(found.rename_columns([*labels]), labels)
             continue
         rows = []
-        for record in arrays.pop(file, None) or read_records(file, table):
+        for record in arrays.pop(file) if file in arrays else read_records(file, table):
             values = map(record.get, labels.values())
             rows.append([None if isinstance(v, (list, dict)) else v for v in values])
         yield dict(zip(labels, map(Column.of, zip(*rows))))
@@ -389,7 +389,8 @@ def parquet_parts(files: list[Path], kind: str, find, root: Path, table: Table) 
         texts = [n for n in stored.values() if schemas[file].field(n).type in TEXTS]
         with reading(file):
             found = open_parquet(file, read_dictionary=texts).read([*stored.values()])
-            columns = coded(found, table.labels, stored)
+            found = found.select([*stored.values()]).rename_columns([*stored])
+            columns = coded(found, table.labels)
         for name in table.labels.keys() - stored.keys():
             columns[name] = Column.of([fixed[table.labels[name]]] * found.num_rows)
         yield columns

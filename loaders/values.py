@@ -30,24 +30,26 @@ class Column:
     codes: np.ndarray  # (n,) int32, -1 for null
     values: list
 
+    def __len__(self) -> int:
+        return len(self.codes)
+
     @staticmethod
     def of(values) -> "Column":
         """The column of a list of Python values."""
         places: dict = {}
         known = (-1 if v is None else places.setdefault(v, len(places)) for v in values)
-        codes = np.fromiter(known, np.int32, len(values))
-        return Column(codes, list(places))
+        return Column(np.fromiter(known, np.int32, len(values)), list(places))
 
     @staticmethod
     def joined(columns: list["Column"]) -> "Column":
         """The rows of several columns, one after the other."""
         if len(columns) == 1:
             return columns[0]
-        whole = Column.of([value for column in columns for value in column.values])
-        ends = np.cumsum([len(column.values) for column in columns])
-        new = np.split(whole.codes, ends[:-1])
-        codes = [np.append(n, np.int32(-1))[c.codes] for n, c in zip(new, columns)]
-        return Column(np.concatenate(codes), whole.values)
+        places, codes = {}, [np.zeros(0, np.int32)]
+        for column in columns:
+            new = [places.setdefault(value, len(places)) for value in column.values]
+            codes.append(np.array([*new, -1], np.int32)[column.codes])
+        return Column(np.concatenate(codes), list(places))
 
 
 # ---------------------------------------------------------------------------------------------- ids
@@ -69,13 +71,11 @@ def id_text(value) -> str | None:
 
 def read_ids(column: Column, absent=ABSENT_IDS) -> tuple[np.ndarray, list[str]]:
     """Code of each row's id (n,), NO_ID or BAD_ID; and the ids in order of appearance."""
-    places, new = {}, []
+    places, new = dict.fromkeys(absent, NO_ID), []
     for text in map(id_text, column.values):
-        if text is None or len(text) > 1000:
-            new.append(BAD_ID)
-        else:
-            new.append(NO_ID if text in absent else places.setdefault(text, len(places)))
-    ids = [text.encode("utf-8", "replace").decode() for text in places]
+        long = text is None or len(text) > 1000
+        new.append(BAD_ID if long else places.setdefault(text, len(places) - len(absent)))
+    ids = [text.encode("utf-8", "replace").decode() for text in [*places][len(absent) :]]
     return np.array([*new, NO_ID], np.int32)[column.codes], ids
 
 
@@ -86,19 +86,16 @@ THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # 1,234.5
 DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+|[-+]?\d{1,3}(?:\.\d{3})+(?:,\d+)?")  # 3,5 and 1.234,5
 
 
-def read_number(value, comma: str = "") -> float:
-    """A number, ABSENT or BAD; `comma` says what it means in this column."""
+def read_number(value, decimal_comma: bool = False) -> float:
+    """A number, ABSENT or BAD; a comma stands between thousands, or is decimal."""
     if isinstance(value, str):
-        value = value.strip()
+        value = SPACES.sub("", value.strip())
         if value in ABSENT_TEXTS:
             return ABSENT
-        if value.lower() in WORDS:
-            return WORDS[value.lower()]
-        value = SPACES.sub("", value)
-        if comma == "thousands" and THOUSANDS.fullmatch(value):
-            value = value.replace(",", "")
-        elif comma == "decimal" and DECIMAL_COMMA.fullmatch(value):
-            value = value.replace(".", "").replace(",", ".")
+        if (DECIMAL_COMMA if decimal_comma else THOUSANDS).fullmatch(value):
+            drop = "." if decimal_comma else ","
+            value = value.replace(drop, "").replace(",", ".")
+        value = WORDS.get(value.lower(), value)
     try:
         number = float(value)
     except (ValueError, TypeError, OverflowError):
@@ -112,9 +109,8 @@ def read_numbers(column: Column, delimiter: str = ",") -> np.ndarray:
     A comma is decimal, unless all values that have one have it between thousands. In a file whose
     fields a semicolon divides it is decimal always."""
     texts = [v.strip() for v in column.values if isinstance(v, str) and "," in v]
-    thousands = delimiter != ";" and all(map(THOUSANDS.fullmatch, texts))
-    comma = "thousands" if thousands else "decimal"
-    return np.array([*(read_number(value, comma) for value in column.values), ABSENT])
+    decimal_comma = delimiter == ";" or not all(map(THOUSANDS.fullmatch, texts))
+    return np.array([*(read_number(value, decimal_comma) for value in column.values), ABSENT])
 
 
 # ------------------------------------------------------------------------------------------- scales
@@ -124,44 +120,48 @@ def parse_scale(text: str) -> tuple[float, float] | None:
         return None
     ends = [read_number(end) for end in ("0,1" if text == "binary" else text).split(",")]
     if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
-        raise ValueError(
-            f"--scale {text!r}: expected the lowest and the highest rating, "
-            "such as 0,100, or binary"
-        )
+        what = "the lowest and the highest rating, such as 0,100, or binary"
+        raise ValueError(f"--scale {text!r}: expected {what}")
     return ends[0], ends[1]
 
 
-def fitting_scale(x: np.ndarray) -> str:
-    """The options that say what these ratings are; "" if they look like 1 to 5."""
-    low, high, zeros, fractions = x.min(), x.max(), (x == 0).any(), (x != np.floor(x)).any()
-    signed, amounts = (
-        low < 0 and (low != -1 or high <= 1),
-        "; hours, plays or prices: --percentile item",
-    )
+def rating_doubt(values: np.ndarray, scale: str, amounts: bool = False) -> str:
+    """Why these do not look like ratings of a scale from 1 to 5, and the options that say what
+    they are; "" if they do."""
+    if amounts or not len(values):
+        return ""
+    low, high, fractions = values.min(), values.max(), (values != np.floor(values)).any()
+    found, zeros, ranks = f"ratings from {low:g} to {high:g}", bool((values == 0).any()), ""
+    if scale:
+        first, last = parse_scale(scale)
+        what = "values other than 0 and 1 of" if scale == "binary" else "ratings outside"
+        outside = scale == "binary" or low < first or high > last
+        return f"{what} --scale {first:g},{last:g}: {found}" if outside else ""
+    signed = low < 0 and (low != -1 or high <= 1)
     most = max(high, -low) if signed else high
-    end = next(
-        (e for e in (1, 2, 3, 4, 5, 10, 20, 100) if most <= e),
-        10.0 ** math.ceil(math.log10(max(most, 1))),
-    )
+    end = next((e for e in (1, 2, 3, 4, 5, 10, 20, 100) if most <= e), 0)
+    end = end or 10.0 ** math.ceil(math.log10(most))
     if signed:
-        return f"--scale {-end:g},{end:g}"
-    if high > 10:
-        return f"--scale 0,{end:g}{amounts}"
-    if high > 5:
-        return f"{'--scale 0,10, or if 0 means none: ' * bool(zeros)}--scale 1,10{amounts}"
-    if high <= 1:
-        return "--scale 0,1" if fractions else "--scale binary"
-    if high < 4 or (high == 4 and zeros and not fractions):
-        start = 0 if zeros or x[x > 0].min() < 1 else 1
-        return f"--scale {start},{math.ceil(high)}; if they are 1 to 5 all the same: --scale 1,5"
-    return ""
+        advice = f"--scale {-end:g},{end:g}"
+    elif high > 5:
+        advice, ranks = f"--scale 0,{end:g}", "; hours, plays or prices: --percentile item"
+        advice = advice if high > 10 else f"{advice}, or if 0 means none: " * zeros + "--scale 1,10"
+    elif high <= 1:
+        advice = "--scale 0,1" if fractions else "--scale binary"
+    elif high < 4 or (high == 4 and zeros and not fractions):
+        start = 0 if zeros or values[values > 0].min() < 1 else 1
+        advice = f"--scale {start},{math.ceil(high)}"
+        ranks = "; if they are 1 to 5 all the same: --scale 1,5"
+    else:
+        return ""
+    what = "not those of a scale from 1 to 5; say which scale it is, and they are mapped"
+    return f"{found} are {what}: {advice}{ranks}"
 
 
 # -------------------------------------------------------------------------------------------- times
-# 2017/07/14 20:09, 2017-07-14 20:09:44.5 UTC, 2017-07-14 20:09:44 +0000
-DATE = re.compile(
+DATE = re.compile(  # 2017/07/14 20:09, 2017-07-14 20:09:44.5 UTC, 2017-07-14 20:09:44 +0000
     r"(\d{4})[-/.](\d\d?)[-/.](\d\d?)(?:[T\s]+(\d\d?):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?)?"
-    r"\s*(?:Z|UTC|GMT|([-+])(\d\d):?(\d\d)?)?(?:\s*UTC)?",
+    r"\s*(?:Z|UTC|GMT|([-+]\d\d):?(\d\d)?)?(?:\s*UTC)?",
     re.IGNORECASE,
 )
 TIME_ADVICE = "write times as 2024-12-31 or 2024-12-31 23:59:59, or in seconds since 1970"
@@ -177,15 +177,13 @@ def microseconds(value) -> int:
         return NO_ID
     if not (match := DATE.fullmatch(text)):
         return BAD_ID
-    *parts, fraction, sign, hours, minutes = match.groups()
-    offset = timedelta(hours=int(hours or 0), minutes=int(minutes or 0))
-    try:
-        moment = datetime(*(int(part or 0) for part in parts), int(f"{fraction or 0:0<6}"[:6]))
-        since = moment - datetime(1970, 1, 1) - (offset if sign == "+" else -offset)
-        total = since // timedelta(microseconds=1)
-    except (ValueError, OverflowError):
-        return BAD_ID
-    return total if total >= 0 else BAD_ID
+    *parts, fraction, hours, minutes = match.groups(default="00")
+    zone = timedelta(hours=int(hours), minutes=int(hours[0] + minutes))
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime(*map(int, parts), int(f"{fraction:0<6}"[:6])) - zone
+        since = (moment - datetime(1970, 1, 1)) // timedelta(microseconds=1)
+        return since if since >= 0 else BAD_ID
+    return BAD_ID
 
 
 def read_times(column: Column | np.ndarray) -> tuple[np.ndarray, int]:
@@ -195,7 +193,7 @@ def read_times(column: Column | np.ndarray) -> tuple[np.ndarray, int]:
     written as numbers throughout, or dates."""
     ticks = column
     if isinstance(column, Column):
-        numbers = np.array([*(read_number(value, "thousands") for value in column.values), ABSENT])
+        numbers = np.array([*map(read_number, column.values), ABSENT])
         if np.isnan(numbers).sum() > (len(numbers) - 1) / 2 or len(numbers) == 1:
             moments = np.array([*map(microseconds, column.values), NO_ID], np.int64)
             return moments[column.codes], MICRO
