@@ -25,18 +25,18 @@ SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark
 NUMBERED = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")  # a UUID, or a number
 
 
-def natural_key(name: str) -> list:
-    """A key by which part 10 comes after part 9."""
-    return [int(text) if text.isdecimal() else text for text in re.split(r"(\d+)", name)]
-
-
 def visible_files(folder: Path, below: bool = False) -> list[Path]:
     """The files of a folder, part 10 after part 9; `below` in its folders, too."""
     found = [f for f in (folder.rglob("*") if below else folder.iterdir()) if f.is_file()]
     names = {f: f.relative_to(folder) for f in found}
     hidden = (".", "_") if below else "."
     found = [f for f in found if not any(part.startswith(hidden) for part in names[f].parts)]
-    return sorted(found, key=lambda f: natural_key(str(names[f])))
+
+    def by_number(file: Path) -> list:
+        texts = re.split(r"(\d+)", str(names[file]))
+        return [int(text) if text.isdecimal() else text for text in texts]
+
+    return sorted(found, key=by_number)
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
@@ -100,38 +100,32 @@ PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # fi
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError, RuntimeError)
 
 
-def unpacked(file: Path):
-    """The stream of a file's bytes."""
-    with open(file, "rb") as f:
-        start = f.read(6)
-    if start.startswith(b"\xfd7zXZ"):
-        return lzma.open(file)
-    if start.startswith(b"PK\x03\x04"):
-        archive = zipfile.ZipFile(file)
-        names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
-        if len(names) != 1:
-            raise ValueError(
-                f"{file}: a zip or Excel file of {len(names)} parts, {names[:3]}; unpack it, and "
-                "give the table as CSV"
-            )
-        return archive.open(names[0])
-    codec = next((codec for first, codec in PACKED.items() if start.startswith(first)), None)
-    stream = pa.OSFile(str(file))
-    return pa.CompressedInputStream(stream, codec) if codec else stream
-
-
 @contextlib.contextmanager
 def open_bytes(file: Path) -> Iterator:
     """A file's bytes, unpacked; ValueError names the file where they are damaged."""
     try:
-        with unpacked(file) as stream:
+        with open(file, "rb") as f:
+            start = f.read(6)
+        if start.startswith(b"\xfd7zXZ"):
+            stream = lzma.open(file)
+        elif start.startswith(b"PK\x03\x04"):
+            archive = zipfile.ZipFile(file)
+            names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
+            if len(names) != 1:
+                what = f"a zip or Excel file of {len(names)} parts, {names[:3]}"
+                raise ValueError(f"{file}: {what}; unpack it, and give the table as CSV")
+            stream = archive.open(names[0])
+        else:
+            known = [codec for first, codec in PACKED.items() if start.startswith(first)]
+            stream = pa.OSFile(str(file))
+            stream = pa.CompressedInputStream(stream, known[0]) if known else stream
+        with stream:
             yield stream
     except DAMAGE as error:
         if isinstance(error, OSError) and error.strerror:
             raise ValueError(f"{file}: cannot be opened ({error.strerror})") from None
-        raise ValueError(
-            f"{file}: the compressed file is damaged or cut off ({error}); fetch it again"
-        ) from None
+        what = f"the compressed file is damaged or cut off ({error}); fetch it again"
+        raise ValueError(f"{file}: {what}") from None
 
 
 def read_head(file: Path, size: int = 1 << 20) -> bytes:
@@ -165,10 +159,8 @@ def decode(content: bytes, file: Path, quiet: bool = False) -> str:
             "as by iconv -f GB18030 -t UTF-8, or by open(..., encoding=...) in Python"
         )
     if not quiet:
-        print0(
-            f"note: {file}: {count:,} bytes are not UTF-8; read as Windows-1252, such as "
-            f"{example!r}. If that is wrong, save the file as UTF-8"
-        )
+        what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
+        print0(f"note: {file}: {what}. If that is wrong, save the file as UTF-8")
     return text
 
 

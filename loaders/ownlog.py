@@ -15,7 +15,7 @@ name are looked up under their usual names; numbers are positions, counted from 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +28,17 @@ from loaders.tables import brief, check_bad, read_table, shorten
 from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, rating_doubt, read_ids
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
-USUAL = {  # names without case, blanks, dashes and underscores; the surer ones first
+USUAL = {  # patterns of names without case, blanks, dashes and underscores; the surer ones first
     "user": "userid uid username reviewerid customerid visitorid user customer",
     "item": "itemid iid movieid productid parentasin asin sku bookid trackid artistid item product",
     "rating": "rating stars score overall hours plays playcount count amount",
-    "title": "title itemtitle movietitle booktitle producttitle itemname productname moviename "
-    "name",
-}
-TIMES = (  # patterns of plain names; of the first that fits, one column must
-    r"timestamp\w*|ts|(unix\w*|event|utc)?time(_?stamp)?(s|ms|us|ns)|unix\w*time|epoch\w*|datetime",
-    r"\w*time|\w+(?<=_)at|\w*(played|ordered|created|rated|clicked|watched|bought|viewed)at",
+    "timestamp": r"timestamp\w*|ts|(unix\w*|event|utc)?time(_?stamp)?(s|ms|us|ns)|unix\w*time"
+    r"|epoch\w*|datetime "
+    r"\w*time|\w+(?<=_)at|\w*(played|ordered|created|rated|clicked|watched|bought|viewed)at "
     r"date|\w+date|day",
-)
+    "title": "title itemtitle movietitle booktitle producttitle itemname productname moviename name"
+    " .*title.*",
+}
 AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
 
@@ -103,23 +102,21 @@ class Finder:
 
     def usual_name(self, field: str, names: list[str], source) -> str:
         """The name of the column that is likely to hold a field; "" if there is none."""
-        free = {plain_name(n): n for n in reversed(names) if n not in self.given.values()}
-        for pattern in TIMES if field == "timestamp" else ():
-            fits = [
-                n for p, n in free.items() for text in (n.lower(), p) if re.fullmatch(pattern, text)
-            ]
-            if len({*fits}) > 1:
-                could = (
-                    f"it could be {' or '.join(brief(sorted({*fits})))}; there are {brief(names)}"
+        free = [(name, (name.lower(), plain_name(name))) for name in dict.fromkeys(names)]
+        usual = USUAL.get(field, "").split() + ["id"] * (
+            field == "item" and "user" not in self.only
+        )
+        for pattern in usual:
+            fits = [n for n, texts in free if any(re.fullmatch(pattern, text) for text in texts)]
+            fits = [name for name in fits if name not in self.given.values()]
+            if len(fits) > 1 and field == "timestamp":
+                raise ValueError(
+                    f"{source}: which column is the time? Say {self.option} timestamp=NAME; it "
+                    f"could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
                 )
-                way_out = f"Say {self.option} timestamp=NAME"
-                raise ValueError(f"{source}: which column is the time? {way_out}; {could}")
             if fits:
                 return fits[0]
-        usual = USUAL.get(field, "").split() + ["id"] * ("user" not in self.only)
-        found = [free[name] for name in usual if name in free and field != "timestamp"]
-        found += [name for name in names if field == "title" and "title" in name.lower()]
-        return next(iter(found), "")
+        return ""
 
     def check_required(self, found: dict, names: list[str], source) -> None:
         """ValueError where a field is missing, with options that say which column it is."""
@@ -147,20 +144,15 @@ class Finder:
         if not self.given or not all(name.isdigit() for name in self.given.values()):
             labels = self.by_name(first, source)
             return labels, {field: first.index(name) for field, name in labels.items()}, True
-        self.check_required(self.given, [], source)
-        places, named = {field: int(name) - 1 for field, name in self.given.items()}, False
+        numbers, named = [str(n) for n in range(1, len(first) + 1)], False
+        labels = replace(self, usual=False).by_name(numbers, source)
+        places = {field: numbers.index(number) for field, number in labels.items()}
         for field, place in places.items():
-            if not 0 <= place < len(first):
-                raise ValueError(
-                    f"{source}: {self.option} asks for column {place + 1}, the first line has "
-                    f"{len(first)}, counted from 1"
-                )
             name, values = first[place], [row[place] for row in below if len(row) > place]
             text = not NUMBER.fullmatch(name) and name not in ABSENT_TEXTS
-            numbers = sum(bool(NUMBER.fullmatch(value)) for value in values)
-            usual = plain_name(name) in USUAL.get(field, "").split()
-            named = named or usual or (text and numbers > len(values) / 2)
-        labels = {f: first[place] for f, place in places.items()} if named else self.given
+            above = sum(bool(NUMBER.fullmatch(value)) for value in values) > len(values) / 2
+            named = named or (text and above) or plain_name(name) in USUAL[field].split()
+        labels = {f: first[place] for f, place in places.items()} if named else labels
         return labels, places, named
 
 

@@ -140,7 +140,11 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
         delimiter = find_delimiter(lines[skip], kind)
         if re.fullmatch(r"sep=.", lines[skip], re.IGNORECASE):  # Excel's way to name the delimiter
             delimiter, skip = lines[skip][-1], skip + 1
-        rows = [split(line, delimiter) for line in lines[skip : skip + 100] if line.strip()]
+        rows = [line for line in lines[skip : skip + 100] if line.strip()]
+        if delimiter in ("::", " "):
+            rows = [line.split(delimiter.strip() or None) for line in rows]
+        else:
+            rows = [next(csv.reader([line], delimiter=delimiter), [""]) for line in rows]
         first = [name.strip() for name in rows[0]]
         if kind == "recbole":
             first = [name.partition(":")[0] for name in first]
@@ -161,22 +165,12 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
 def find_delimiter(line: str, kind: str) -> str:
     """What divides the fields of a table's first line."""
     if kind == "recbole":  # what stands between the typed names
-        typed = re.compile(r"[^\s,;|:]+:(token|float)(_seq)?")
-        for mark in "\t,;| ":
-            names = line.split(mark)
-            if len(names) > 1 and all(typed.fullmatch(name.strip()) for name in names):
-                return mark
-        return "\t"
+        typed = re.match(r"\s*[^\s,;|:]+:(?:token|float)(?:_seq)?(\s*[,;|]\s*|\s+)", line)
+        between = typed[1] if typed else "\t"
+        return between.strip() or ("\t" if "\t" in between else " ")
     bare = re.sub(r'"[^"]*"', "", line)
     best = max((",", ";", "\t", "|", "\x01"), key=bare.count)  # \x01: Hive
     return best if best in bare else next((d for d in ("::", " ") if d in bare.strip()), ",")
-
-
-def split(line: str, delimiter: str) -> list[str]:
-    """The fields of one line."""
-    if delimiter in ("::", " "):
-        return line.split(None if delimiter == " " else delimiter)
-    return next(csv.reader([line], delimiter=delimiter), [])
 
 
 def read_csv(
@@ -371,12 +365,15 @@ def read_records(file: Path, table: Table) -> Iterator[dict]:
 
 
 # ------------------------------------------------------------------------------------------ Parquet
+PARQUET = {"pre_buffer": False, "coerce_int96_timestamp_unit": "us"}
+
+
 def parquet_parts(files: list[Path], kind: str, find, root: Path, table: Table) -> Iterator[dict]:
     """Files of Parquet; `key=value` in the names of their folders are columns, too (Hive)."""
     schemas, constants = {}, {}
     for file in files:
         with reading(file):
-            schemas[file] = open_parquet(file).schema_arrow
+            schemas[file] = pq.ParquetFile(file, **PARQUET).schema_arrow
         folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
         pairs = [folder.partition("=") for folder in folders if "=" in folder]
         null = "__HIVE_DEFAULT_PARTITION__"
@@ -386,21 +383,16 @@ def parquet_parts(files: list[Path], kind: str, find, root: Path, table: Table) 
     table.labels = find.by_name([name for name in names[0] if name in common], root)
     for file, fixed in constants.items():
         stored = {f: name for f, name in table.labels.items() if name not in fixed}
-        texts = [n for n in stored.values() if schemas[file].field(n).type in TEXTS]
+        texts = [
+            n for n in stored.values() if schemas[file].field(n).type in (pa.string(), pa.binary())
+        ]
         with reading(file):
-            found = open_parquet(file, read_dictionary=texts).read([*stored.values()])
+            found = pq.ParquetFile(file, read_dictionary=texts, **PARQUET).read([*stored.values()])
             found = found.select([*stored.values()]).rename_columns([*stored])
             columns = coded(found, table.labels)
         for name in table.labels.keys() - stored.keys():
             columns[name] = Column.of([fixed[table.labels[name]]] * found.num_rows)
         yield columns
-
-
-TEXTS = (pa.string(), pa.binary())
-
-
-def open_parquet(file: Path, **options) -> pq.ParquetFile:
-    return pq.ParquetFile(file, pre_buffer=False, coerce_int96_timestamp_unit="us", **options)
 
 
 @contextlib.contextmanager

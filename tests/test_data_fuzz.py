@@ -79,7 +79,8 @@ def read(kind: str, folder) -> None:
     )
     path = folder / "log.csv" if kind == "items" else folder
     options = {"item_file": str(folder / "items.csv")} if kind == "items" else {}
-    config = DataConfig(dataset, str(path), followers=2, min_history=1, min_rating=1, **options)
+    options |= {"dataset": dataset, "data_dir": str(path), "followers": 2, "min_rating": 1}
+    config = DataConfig(**options, min_history=1)
     if kind == "request":
         read_user(
             read_json(folder / "my.json"), str(folder / "my.json"), Catalogue(None), config, 2
