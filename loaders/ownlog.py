@@ -129,11 +129,11 @@ class Finder:
                 "of it: awk -F: '/:$/ {m = $1; next} {print m \",\" $0}' FILE > log.csv, and give "
                 "--columns item=1,user=2,rating=3,timestamp=4"
             )
-        there = f"; there are {brief(names)}" if names else ""
+        ways, there = ",".join(f"{field}=NAME" for field in missing), brief(names)
         count = min(len(names), 4) if "user" in self.only else len(self.only)
         example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
         raise ValueError(
-            f"{source}: which column is the {missing[0]}? Say {self.option} {missing[0]}=NAME"
+            f"{source}: which column is the {missing[0]}? Say {self.option} {ways}; there are "
             f"{there}. If the file has no header line, count its columns: {self.option} {example}"
         )
 
