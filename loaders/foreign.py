@@ -28,82 +28,6 @@ def files(config) -> list[Path]:
     return list(split_files(Path(config.data_dir)).values())
 
 
-def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
-    """(log, splits) of a folder of prepared JSON; config: a DataConfig.
-    Validation falls back to the last tenth of the training entries."""
-    path = Path(config.data_dir)
-    entries = {split: read_entries(file) for split, file in split_files(path).items()}
-    if "val" not in entries:
-        cut = max(1, len(entries["train"]) // 10)
-        entries["val"], entries["train"] = entries["train"][-cut:], entries["train"][:-cut]
-        print0(f"note: no *val*.json in {path}; the last {cut} training entries are its split")
-    everything = [entry for part in entries.values() for entry in part]
-    if not any(entry["scores"] for entry in everything):
-        print0(
-            "note: no itemScoreList: all preference scores are 1, and RecPO's margins say nothing"
-        )
-    titles = sorted({t for e in everything for t in (*e["history"], *e["candidates"])})
-    code = {title: i for i, title in enumerate(titles)}
-
-    arrays, named, rows = {}, [], 0
-    for number, split in enumerate(("train", "val", "test")):
-        part = entries[split]
-        if not part:
-            raise ValueError(f"{path}: no {split} example")
-        rng = np.random.default_rng([config.data_seed, number])
-        size = config.train_size if split == "train" else config.test_size
-        order = rng.permutation(len(part))
-        part = [part[i] for i in (order[:size] if size else order)]
-        arrays[split] = example_arrays(part, code, rng)
-        arrays[split]["position"] += rows
-        named += [(f"{split} {entry['number']}", entry) for entry in part]
-        rows += sum(len(entry["history"]) + 1 for entry in part)
-    log = log_of(named, titles, code)
-    return log, {split: Examples(log, split, config.history, **arrays[split]) for split in arrays}
-
-
-def example_arrays(part: list[dict], code: dict[str, int], rng) -> dict[str, np.ndarray]:
-    """The arrays of a split; positions as if its entries were the first of the log."""
-    lengths = [len(entry["history"]) + 1 for entry in part]
-    target = np.array([entry["target"] for entry in part], np.int32)
-    slots = np.tile(np.arange(NUM_CANDIDATES), (len(part), 1))
-    others = slots[slots != target[:, None]].reshape(len(part), -1)
-    others = rng.permuted(others, axis=1)
-    template = rng.integers(len(TEMPLATES), size=len(part))
-    return {
-        "position": np.cumsum(lengths, dtype=np.int64) - 1,
-        "candidates": np.array([[code[t] for t in e["candidates"]] for e in part], np.int32),
-        "target": target,
-        "scores": np.array([e["scores"] or [1.0] * NUM_CANDIDATES for e in part], np.float32),
-        "is_random": np.array([entry["is_random"] for entry in part]),
-        "negative_order": others.astype(np.int32),
-        "template": template.astype(np.int32),
-    }
-
-
-def log_of(named: list[tuple[str, dict]], titles: list[str], code: dict[str, int]) -> Interactions:
-    """One user per entry: its history, then its target; ratings are NaN where there are none."""
-    item, rating, lengths = [], [], []
-    for _, entry in named:
-        history = entry["history"]
-        item += [code[title] for title in (*history, entry["candidates"][entry["target"]])]
-        rating += [*(entry["ratings"] or [np.nan] * len(history)), np.nan]
-        lengths.append(len(history) + 1)
-    start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    user = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    return Interactions(
-        user,
-        np.array(item, np.int32),
-        np.array(rating, np.float32),
-        (np.arange(len(user)) - start[user]).astype(np.int64),  # only the order is known
-        start,
-        titles,
-        [name for name, _ in named],
-        titles,
-        "prepared",
-    )
-
-
 def split_files(folder: Path) -> dict[str, Path]:
     """Split -> its file; "val" may be missing. Its name is a word of the file's ("latest" is no
     test file), or, where no file has it as a word, stands inside one (traindata.json)."""
@@ -111,38 +35,38 @@ def split_files(folder: Path) -> dict[str, Path]:
         raise ValueError(
             f"--data_dir {folder}: a folder with *train*.json and *test*.json is needed"
         )
-    files, out = matching_files(folder, "*.json*"), {}
-    words = {f: set(re.split("[^a-z]+", f.name.lower())) for f in files}
-    taken = {f for f in files if words[f] & set.union(*WORDS.values())}
+    words, out = (
+        {f: re.split("[^a-z]+", f.name.lower()) for f in matching_files(folder, "*.json*")},
+        {},
+    )
+    plain = {f for f in words if not set.union(*WORDS.values()) & {*words[f]}}
     for split, names in WORDS.items():
-        found = [f for f in files if words[f] & names]
-        if not found:
-            plain = {f: f.name.lower().replace("latest", "") for f in files if f not in taken}
-            found = [f for f, name in plain.items() if split in name]
+        found = [f for f in words if names & {*words[f]}]
+        found = found or [
+            f for f in words if f in plain and split in f.name.lower().replace("latest", "")
+        ]
         if len(found) > 1 or (not found and split != "val"):
+            there = [f.name for f in found or sorted(folder.iterdir())][:8]
             raise ValueError(
-                f"{folder}: one {split} file is needed (*{split}*.json*); there are "
-                f"{[f.name for f in found or sorted(folder.iterdir())][:8]}"
+                f"{folder}: one {split} file is needed (*{split}*.json*); there are {there}"
             )
-        out |= {split: found[0]} if found else {}
+        if found:
+            out[split] = found[0]
     return out
 
 
 def read_entries(file: Path) -> list[dict]:
     """Checked entries of a JSON list, or of JSON lines;
     ValueError names the first bad one if they are more than 1 %."""
-    text = read_text(file)
+    text, entries, bad = read_text(file), [], []
     try:
-        if text.lstrip().startswith("["):
-            raw = json.loads(text)
-        else:
-            raw = [json.loads(line) for line in text.split("\n") if line.strip()]
+        lines = text.split("\n") if not text.lstrip().startswith("[") else []
+        raw = [json.loads(line) for line in lines if line.strip()] if lines else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON list of examples ({error})") from None
-    entries, bad = [], []
     for number, entry in enumerate(raw, 1):
         try:
-            entries.append(read_entry(number, entry))
+            entries.append(read_entry(entry) | {"number": number})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             bad.append(f"entry {number}: {error}: {shorten(json.dumps(entry))}")
     if len(bad) > MAX_BAD_SHARE * len(raw) or not entries:
@@ -153,17 +77,16 @@ def read_entries(file: Path) -> list[dict]:
     return entries
 
 
-def read_entry(number: int, entry: dict) -> dict:
-    history = entry["historyList"]
-    history = history.split("::") if isinstance(history, str) else history
-    history = [clean_title(t) for t in history]
-    candidates = [clean_title(t) for t in entry["itemList"]]
-    target = clean_title(entry["trueSelection"])
-    ratings = [float(r) for r in entry.get("historyRatingList") or []]
-    scores = [float(s) for s in entry.get("itemScoreList") or []]
-    random = {clean_title(t) for t in entry.get("randomNegative") or []}
-    different = len(candidates) == len(set(candidates)) == NUM_CANDIDATES
-    if not history or not all(history) or not all(candidates) or not different:
+def read_entry(entry: dict) -> dict:
+    """An entry's cleaned titles and checked numbers."""
+    history, target = entry["historyList"], clean_title(entry["trueSelection"])
+    history = [*map(clean_title, history.split("::") if isinstance(history, str) else history)]
+    candidates = [*map(clean_title, entry["itemList"])]
+    ratings = [float(rating) for rating in entry.get("historyRatingList") or []]
+    scores = [float(score) for score in entry.get("itemScoreList") or []]
+    random = {clean_title(title) for title in entry.get("randomNegative") or []}
+    different = len({*candidates}) == len(candidates) == NUM_CANDIDATES
+    if not history or not all(history + candidates) or not different:
         raise ValueError(f"needs a history and {NUM_CANDIDATES} different candidates")
     if target not in candidates:
         raise ValueError("trueSelection is not in itemList")
@@ -172,12 +95,69 @@ def read_entry(number: int, entry: dict) -> dict:
     if scores and (len(scores) != NUM_CANDIDATES or not all(0 < s < np.inf for s in scores)):
         raise ValueError("itemScoreList does not fit")
     return {
-        "number": number,
         "history": history,
         "candidates": candidates,
         "target": candidates.index(target),
-        "ratings": ratings,
+        "ratings": ratings or [np.nan] * len(history),
         "scores": scores,
         # without randomNegative all others count as random, as S-DPO draws them
         "is_random": [t in random if random else t != target for t in candidates],
     }
+
+
+def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
+    """(log, splits) of a folder of prepared JSON; config: a DataConfig.
+    Validation falls back to the last tenth of the training entries."""
+    path = Path(config.data_dir)
+    parts = {split: read_entries(file) for split, file in split_files(path).items()}
+    if "val" not in parts:
+        cut = max(1, len(parts["train"]) // 10)
+        parts["val"], parts["train"] = parts["train"][-cut:], parts["train"][:-cut]
+        print0(f"note: no *val*.json in {path}; the last {cut} training entries are its split")
+    everything = [entry for part in parts.values() for entry in part]
+    if not any(entry["scores"] for entry in everything):
+        print0(
+            "note: no itemScoreList: all preference scores are 1, and RecPO's margins say nothing"
+        )
+    titles = sorted({t for e in everything for t in e["history"] + e["candidates"]})
+    code = {title: i for i, title in enumerate(titles)}
+
+    arrays, users, item, rating, start = {}, [], [], [], [0]
+    for number, split in enumerate(("train", "val", "test")):
+        if not parts[split]:
+            raise ValueError(f"{path}: no {split} example")
+        rng = np.random.default_rng([config.data_seed, number])
+        size = config.train_size if split == "train" else config.test_size
+        order = rng.permutation(len(parts[split]))
+        part = [parts[split][i] for i in (order[:size] if size else order)]
+        for entry in part:  # a user: its history, then its target
+            users.append(f"{split} {entry['number']}")
+            shown = [*entry["history"], entry["candidates"][entry["target"]]]
+            item += map(code.__getitem__, shown)
+            rating += [*entry["ratings"], np.nan]
+            start.append(len(item))
+        target = np.array([entry["target"] for entry in part], np.int32)
+        slots = np.tile(np.arange(NUM_CANDIDATES), (len(part), 1))
+        others = slots[slots != target[:, None]].reshape(len(part), -1)
+        arrays[split] = {
+            "position": np.array(start[-len(part) :]) - 1,
+            "candidates": np.array([[code[t] for t in e["candidates"]] for e in part], np.int32),
+            "target": target,
+            "scores": np.array([e["scores"] or [1.0] * NUM_CANDIDATES for e in part], np.float32),
+            "is_random": np.array([entry["is_random"] for entry in part]),
+            "negative_order": rng.permuted(others, axis=1).astype(np.int32),
+            "template": rng.integers(len(TEMPLATES), size=len(part)).astype(np.int32),
+        }
+    user = np.repeat(np.arange(len(users), dtype=np.int32), np.diff(start))
+    log = Interactions(
+        user=user,
+        item=np.array(item, np.int32),
+        rating=np.array(rating, np.float32),
+        timestamp=np.arange(len(user)) - np.array(start)[user],  # only the order is known
+        start=np.array(start),
+        titles=titles,
+        user_ids=users,
+        item_ids=titles,
+        name="prepared",
+    )
+    return log, {split: Examples(log, split, config.history, **a) for split, a in arrays.items()}

@@ -15,7 +15,7 @@ name are looked up under their usual names; numbers are positions, counted from 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +23,22 @@ import numpy as np
 from common import print0
 from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
-from loaders.table import Rows, clean_title, finish, rating_doubt, usable_rows
-from loaders.tables import Table, brief, check_bad, read_table, shorten
-from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, read_ids
+from loaders.table import Rows, clean_title, finish, usable_rows
+from loaders.tables import brief, check_bad, read_table, shorten
+from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, rating_doubt, read_ids
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
-USUAL = {  # names without case, blanks, dashes and underscores; the surer ones first
+USUAL = {  # patterns of names without case, blanks, dashes and underscores; the surer ones first
     "user": "userid uid username reviewerid customerid visitorid user customer",
     "item": "itemid iid movieid productid parentasin asin sku bookid trackid artistid item product",
     "rating": "rating stars score overall hours plays playcount count amount",
-    "title": "title itemtitle movietitle booktitle producttitle itemname productname moviename "
-    "name",
-}
-TIMES = (  # patterns of plain names; of the first that fits, one column must
-    r"timestamp\w*|ts|(unix\w*|event|utc)?time(_?stamp)?(s|ms|us|ns)|unix\w*time|epoch\w*|datetime",
-    r"\w*time|\w+(?<=_)at|\w*(played|ordered|created|rated|clicked|watched|bought|viewed)at",
+    "timestamp": r"timestamp\w*|ts|(unix\w*|event|utc)?time(_?stamp)?(s|ms|us|ns)|unix\w*time"
+    r"|epoch\w*|datetime "
+    r"\w*time|\w+(?<=_)at|\w*(played|ordered|created|rated|clicked|watched|bought|viewed)at "
     r"date|\w+date|day",
-)
+    "title": "title itemtitle movietitle booktitle producttitle itemname productname moviename name"
+    " .*title.*",
+}
 AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
 
@@ -82,16 +81,14 @@ class Finder:
 
     def by_name(self, names: list[str], source) -> dict[str, str]:
         """Field -> name; ValueError lists what there is."""
-        found = {}
+        found, there = {}, f"there are {brief(names)}"
         for field in self.only:
-            if field in self.given and (self.strict or self.given[field] in names):
-                if self.given[field] not in names:
-                    raise ValueError(
-                        f"{source}: {self.option} {field}={self.given[field]}: no such column; "
-                        f"there are {brief(names)}"
-                    )
-                found[field] = self.given[field]
-            elif self.usual and (name := self.usual_name(field, names, source)):
+            name = self.given.get(field)
+            if name is not None and name not in names and self.strict:
+                raise ValueError(f"{source}: {self.option} {field}={name}: no such column; {there}")
+            if name not in names:
+                name = self.usual_name(field, names, source) if self.usual else ""
+            if name:
                 found[field] = name
         self.check_required(found, names, source)
         for field, name in found.items():
@@ -104,26 +101,25 @@ class Finder:
         return found
 
     def usual_name(self, field: str, names: list[str], source) -> str:
-        free = {plain_name(n): n for n in reversed(names) if n not in self.given.values()}
-        if field == "timestamp":
-            for pattern in TIMES:
-                fits = [n for n in free.values() if re.fullmatch(pattern, n.lower())]
-                fits += [n for p, n in free.items() if re.fullmatch(pattern, p) and n not in fits]
-                if len(fits) > 1:
-                    raise ValueError(
-                        f"{source}: which column is the time? Say {self.option} timestamp=NAME; "
-                        f"it could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
-                    )
-                if fits:
-                    return fits[0]
-            return ""
-        usual = USUAL[field].split() + (["id"] if "user" not in self.only else [])
-        found = next((free[name] for name in usual if name in free), "")
-        if field == "title" and not found:
-            return next((name for name in names if "title" in name.lower()), "")
-        return found
+        """The name of the column that is likely to hold a field; "" if there is none."""
+        free = [(name, (name.lower(), plain_name(name))) for name in dict.fromkeys(names)]
+        usual = USUAL.get(field, "").split() + ["id"] * (
+            field == "item" and "user" not in self.only
+        )
+        for pattern in usual:
+            fits = [n for n, texts in free if any(re.fullmatch(pattern, text) for text in texts)]
+            fits = [name for name in fits if name not in self.given.values()]
+            if len(fits) > 1 and field == "timestamp":
+                raise ValueError(
+                    f"{source}: which column is the time? Say {self.option} timestamp=NAME; it "
+                    f"could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
+                )
+            if fits:
+                return fits[0]
+        return ""
 
     def check_required(self, found: dict, names: list[str], source) -> None:
+        """ValueError where a field is missing, with options that say which column it is."""
         missing = [field for field in self.required if field not in found]
         if not missing:
             return
@@ -133,110 +129,77 @@ class Finder:
                 "of it: awk -F: '/:$/ {m = $1; next} {print m \",\" $0}' FILE > log.csv, and give "
                 "--columns item=1,user=2,rating=3,timestamp=4"
             )
-        there = f"; there are {brief(names)}" if names else ""
-        ways = ",".join(f"{field}=NAME" for field in missing)
+        ways, there = ",".join(f"{field}=NAME" for field in missing), brief(names)
         count = min(len(names), 4) if "user" in self.only else len(self.only)
         example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
         raise ValueError(
-            f"{source}: which column is the {missing[0]}? Say {self.option} {ways}{there}. "
-            f"If the file has no header line, count its columns: {self.option} {example}"
+            f"{source}: which column is the {missing[0]}? Say {self.option} {ways}; there are "
+            f"{there}. If the file has no header line, count its columns: {self.option} {example}"
         )
 
     def in_rows(self, rows: list[list[str]], source) -> tuple[dict[str, str], dict[str, int], bool]:
-        """Of a table's first rows: field -> name, field -> place, whether the first names them."""
-        first = rows[0]
-        if not (self.given and all(name.isdigit() for name in self.given.values())):
+        """Of a table's first rows: field -> name, field -> place, whether the first names them: it
+        holds a usual name, or text above numbers."""
+        first, *below = rows
+        if not self.given or not all(name.isdigit() for name in self.given.values()):
             labels = self.by_name(first, source)
             return labels, {field: first.index(name) for field, name in labels.items()}, True
-        places = {field: int(name) - 1 for field, name in self.given.items()}
-        if outside := [place for place in places.values() if not 0 <= place < len(first)]:
-            raise ValueError(
-                f"{source}: {self.option} asks for column {outside[0] + 1}, the first line has "
-                f"{len(first)}, counted from 1"
-            )
-        self.check_required(self.given, [], source)
-        named = is_header(first, rows[1:], places)
-        labels = {f: first[place] if named else self.given[f] for f, place in places.items()}
+        numbers, named = [str(n) for n in range(1, len(first) + 1)], False
+        labels = replace(self, usual=False).by_name(numbers, source)
+        places = {field: numbers.index(number) for field, number in labels.items()}
+        for field, place in places.items():
+            name, values = first[place], [row[place] for row in below if len(row) > place]
+            text = not NUMBER.fullmatch(name) and name not in ABSENT_TEXTS
+            above = sum(bool(NUMBER.fullmatch(value)) for value in values) > len(values) / 2
+            named = named or (text and above) or plain_name(name) in USUAL[field].split()
+        labels = {f: first[place] for f, place in places.items()} if named else labels
         return labels, places, named
-
-    def place(self, name: str, names: list[str], source) -> int:
-        """The place of a column in another part of the file."""
-        if name not in names:
-            raise ValueError(f"{source}: no column {name}; there are {brief(names)}")
-        return names.index(name)
-
-
-def is_header(first: list[str], below: list[list[str]], places: dict[str, int]) -> bool:
-    """Whether a first row names the columns: it holds a usual name, or text above numbers."""
-    for field, place in places.items():
-        if plain_name(first[place]) in USUAL.get(field, "").split():
-            return True
-        values = [row[place] for row in below if len(row) > place]
-        text = not NUMBER.fullmatch(first[place]) and first[place] not in ABSENT_TEXTS
-        if text and values and sum(map(bool, map(NUMBER.fullmatch, values))) > len(values) / 2:
-            return True
-    return False
 
 
 NUMBER = re.compile(r"[-+]?\d[\d.,:/TZ\s-]*")  # or a time
 
 
-def number_in(name: str) -> str:
-    """The digits of an id that is a whole number, without leading zeros and ".0";
-    "" if it is none."""
-    match = re.fullmatch(r"0*(\d+)(?:\.0*)?", name)
-    return match[1] if match else ""
-
-
 # ------------------------------------------------------------------------------------------- titles
-SEVERAL_SHARE = 0.2  # of the items with more than one title: then a column holds something else
-
-
 def titles_of(codes: np.ndarray, num_items: int, column: Column) -> tuple[list[str], dict]:
     """The title of each item, "" for none, of several the first in the alphabet;
-    and two titles of those that have several. Codes (n,) below 0 are no items."""
+    and two titles of those that have several. Codes (n,) of -1 are no items."""
     texts = [value if isinstance(value, str) else id_text(value) or "" for value in column.values]
-    texts = ["" if text.strip() in ABSENT_TITLES else text for text in texts]
-    order = sorted(set(texts) - {""})
-    rank = {text: n for n, text in enumerate(order)}
-    place = np.array([*(rank.get(text, -1) for text in texts), -1])[column.codes]
-    used = (codes >= 0) & (place >= 0)
-    low, high = np.full(num_items, len(order)), np.full(num_items, -1)
-    np.minimum.at(low, codes[used], place[used])
-    np.maximum.at(high, codes[used], place[used])
-    several = {i: (order[low[i]], order[high[i]]) for i in np.flatnonzero(low < high).tolist()}
-    return [*map([*order, ""].__getitem__, low.tolist())], several
+    order = sorted({text for text in texts if text.strip() not in ABSENT_TITLES})
+    rank, none = {text: n for n, text in enumerate(order)}, len(order)
+    place = np.array([*(rank.get(text, none) for text in texts), none])[column.codes]
+    low = np.full(num_items + 1, none)
+    low[codes] = place
+    differ = np.flatnonzero(low[codes] != place)
+    high = np.where(low < none, low, -1)
+    np.minimum.at(low, codes[differ], place[differ])
+    differ = differ[place[differ] < none]
+    np.maximum.at(high, codes[differ], place[differ])
+    several = np.flatnonzero(low[:-1] < high[:-1]).tolist()
+    titles = [*map([*order, ""].__getitem__, low[:-1].tolist())]
+    return titles, {i: (titles[i], order[high[i]]) for i in several}
 
 
-def judge_titles(titles: list[str], several: dict, find: Finder, table: Table, source: str) -> None:
-    """Say where the titles are hardly the items'; ValueError if nobody named the column and it
-    looks like another thing."""
-    option, column = find.option, table.labels["title"]
-    known = [title for title in titles if title]
+def judge_titles(titles: list[str], several: dict, find: Finder, label: str, source: str) -> None:
+    """Say where the titles are hardly the items'; ValueError if nobody named the column and a
+    fifth of the items has several."""
+    known = Counter(filter(None, titles))
+    total = known.total()
     if several:
-        pairs = "; ".join(f"{a!r} and {b!r}" for a, b in list(several.values())[:2])
-        what = (
-            f"{len(several):,} of {len(known):,} items have more than one title in column "
-            f"{column}, such as {pairs}"
-        )
-        many = len(several) >= 5 and len(several) > SEVERAL_SHARE * len(known)
-        if many and "title" not in find.given:
+        such = "; ".join(f"{a!r} and {b!r}" for a, b in list(several.values())[:2])
+        many = f"{len(several):,} of {total:,} items have more than one title in column {label}"
+        if len(several) >= 5 and len(several) > total / 5 and "title" not in find.given:
             raise ValueError(
-                f"{source}: {what}: reviews' or customers' names? Name the items' titles with "
-                f"{option} title=NAME, or a second file with --item_file; to use the column "
-                f"all the same: {option} title={column}"
+                f"{source}: {many}, such as {such}: reviews' or customers' names? Name another "
+                f"with {find.option} title=NAME, or a second file with --item_file; to use it all "
+                f"the same: {find.option} title={label}"
             )
-        print0(f"note: {what}; the first in the alphabet is shown")
-    different = len(set(known))
-    if len(known) >= 10 and different <= len(known) / 2:
-        shared, times = Counter(known).most_common(1)[0]
-        print0(
-            f"note: {len(known):,} items have only {different:,} different titles in column "
-            f"{column}; {times:,} are called {shorten(shared)!r}"
-        )
+        print0(f"note: {many}, such as {such}; the first in the alphabet is shown")
+    if total >= 10 and len(known) <= total / 2:
+        ((shared, times),) = known.most_common(1)
+        few = f"{total:,} items have only {len(known):,} different titles in column {label}"
+        print0(f"note: {few}; {times:,} are called {shorten(shared)!r}")
 
 
-# ---------------------------------------------------------------------------------------- item file
 def titles_beside(config, rows: Rows) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
     files, kind, root = item_files(config)
@@ -246,39 +209,38 @@ def titles_beside(config, rows: Rows) -> list[str]:
         given = {f: names[f] for f in ("item", "title") if f in names and not names[f].isdigit()}
     find = Finder(given, ("item", "title"), ("item", "title"), "--item_columns")
     find.strict = bool(config.item_columns)
-    table = read_table(files, kind, find, root)
-    check_bad(table, source)
+    table = check_bad(read_table(files, kind, find, root), source)
     codes, ids = read_ids(table.columns["item"])
     known = {text: code for code, text in enumerate(rows.item_ids)}
-    counts = Counter(filter(None, map(number_in, rows.item_ids)))
-    by_number = {n: code for t, code in known.items() if counts[n := number_in(t)] == 1}
-    near = {t: by_number[number_in(t)] for t in ids if t not in known and number_in(t) in by_number}
-    places = np.array([*(known.get(t, near.get(t, -1)) for t in ids), -1, -1])[codes]
+    numbers = [number_in(text) for text in rows.item_ids]
+    counts, by_number = Counter(numbers), dict(zip(numbers, range(len(numbers))))
+    by_number = {number: code for number, code in by_number.items() if counts[number] == 1}
+    near = {t: by_number.get(number_in(t) or None, -1) for t in ids if t not in known}
+    places = np.array([*((known | near)[text] for text in ids), -1, -1])[codes]
     titles, several = titles_of(places, len(rows.item_ids), table.columns["title"])
-    judge_titles(titles, several, find, table, source)
+    judge_titles(titles, several, find, table.labels["title"], source)
 
-    have = sum(map(bool, titles))
+    have, file = sum(map(bool, titles)), Path(source).name
     ours = " and ".join([repr(i) for i, title in zip(rows.item_ids, titles) if not title][:2])
-    others = [repr(t) for t in ids if t not in known and t not in near][:2]
-    theirs = " and ".join(others) or "none but those"
+    theirs = " and ".join([repr(text) for text, code in near.items() if code < 0][:2])
+    what = f"the log has {ours}, the file has {theirs or 'none but those'}"
     if not have:
         raise ValueError(
-            f"{source}: none of the {len(titles):,} items of {rows.source} has a title in it; the "
-            f"log has {ours}, the file has {theirs}: write the ids alike, or name the right "
-            "columns with --columns item=NAME and --item_columns item=NAME,title=NAME"
+            f"{source}: none of the {len(titles):,} items of {rows.source} has a title in it; "
+            f"{what}: write the ids alike, or name the right columns with --columns item=NAME "
+            "and --item_columns item=NAME,title=NAME"
         )
-    if rewritten := [(text, code) for text, code in near.items() if titles[code]]:
-        text, code = rewritten[0]
-        print0(
-            f"note: {len(rewritten):,} item ids of {Path(source).name} were matched as numbers: "
-            f"the log has {rows.item_ids[code]}, the file has {text}"
-        )
+    if rewritten := [(rows.item_ids[c], text) for text, c in near.items() if c >= 0 and titles[c]]:
+        how = "the log has {}, the file has {}".format(*rewritten[0])
+        print0(f"note: {len(rewritten):,} item ids of {file} were matched as numbers: {how}")
     if have < len(titles) / 2:
-        print0(
-            f"note: only {have:,} of {len(titles):,} items are in {Path(source).name}: the log has "
-            f"{ours}, the file has {theirs}"
-        )
+        print0(f"note: only {have:,} of {len(titles):,} items are in {file}: {what}")
     return titles
+
+
+def number_in(name: str) -> str:
+    """The digits of an id that is a whole number, without leading zeros and ".0"; else ""."""
+    return re.sub(r"^0+(?=\d)|\.0*$", "", name) if re.fullmatch(r"\d+(\.0*)?", name) else ""
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -321,7 +283,7 @@ def item_files(config) -> tuple[list[Path], str, Path]:
         found = matching_files(log.parent, "*.item*") if log else []
         if len(found) > 1:  # the one of the same name
             found = [f for f in found if f.name.split(".")[0] == log.name.split(".")[0]]
-        return found[:1] if len(found) == 1 else [], kind, path
+        return found if len(found) == 1 else [], kind, path
     if not path.exists():
         raise ValueError(f"--item_file {path}: no such file")
     inside = visible_files(path, below=True) if path.is_dir() else [path]
@@ -342,112 +304,78 @@ def load(config) -> Interactions:
     parts, items = log_files(config), item_files(config)[0]
     source = name_of(parts) if config.dataset != "parquet" else config.data_dir
     only = tuple(field for field in FIELDS if field != "title" or not items)
-    given = parse_columns(config.columns)
-    given = {field: name for field, name in given.items() if field in only}
+    given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
     find = Finder(given, ("user", "item"), only)
     table = read_table(parts, config.dataset, find, Path(config.data_dir))
-    labels = table.labels
+    labels, column = table.labels, table.columns.get("title")
     print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
     percentile, repeats = choose_rating(config, source, labels)
     rows = usable_rows(table, source, bool(percentile), config.scale)
-    check_time(rows, source, find, labels)
+    del table  # a log of 20 million rows takes 500 MB
+    for why, count in rows.notes.items():
+        zeros = why.startswith("rows without rating (0 ") and not config.scale
+        way_out = f"; if 0 is a rating: --scale 0,{max(rows.values, default=5):g}" * zeros
+        print0(f"note: {count:,} {why}{way_out}")
+    check_times(rows, source, find, labels.get("timestamp", ""))
     doubt = "" if config.scale else rating_doubt(rows.values, "", bool(percentile))
     if doubt and "rating" in labels:
         raise ValueError(f"{source}: column {labels['rating']}: {doubt}")
-    say_what_was_read(rows, labels, config.scale)
+    titles = [""] * len(rows.item_ids)
     if items:
         titles = titles_beside(config, rows)
-    elif "title" in labels:
-        column = table.columns["title"]
-        column = Column(column.codes[rows.kept], column.values)
-        titles, several = titles_of(rows.item, len(rows.item_ids), column)
-        judge_titles(titles, several, find, table, source)
-    else:
-        titles = [""] * len(rows.item_ids)
-    del table  # a log of 20 million rows takes 500 MB
-    pairs = zip(shown(titles, rows), rows.item_ids)
-    titles = [clean_title(title) or clean_title(i) for title, i in pairs]
+    elif column:
+        codes = column.codes if rows.kept.all() else column.codes[rows.kept]
+        titles, several = titles_of(rows.item, len(titles), Column(codes, column.values))
+        judge_titles(titles, several, find, labels["title"], source)
+    untitled = [i for i, title in zip(rows.item_ids, titles) if not title.strip()]
+    if len(untitled) == len(titles):
+        print0("note: no titles: ids tell a model nothing (--columns title=NAME, --item_file)")
+    elif untitled:
+        few, first = f"{len(untitled):,} of {len(titles):,} items", clean_title(untitled[0])
+        print0(f"note: {few} have no title; their ids are shown, first {first}")
+    titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
     interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
-    if "rating" not in labels and len(np.unique(interactions.rating)) == 1:
-        print0(
-            "note: nobody chose an item twice, so all ratings are 3 and none is liked: "
-            "--min_rating 3"
-        )
+    if "rating" not in labels and np.ptp(interactions.rating) == 0:
+        print0("note: nobody chose an item twice: all ratings are 3, none is liked: --min_rating 3")
     return interactions
 
 
-def shown(titles: list[str], rows: Rows) -> list[str]:
-    """The titles; a note where ids are shown instead."""
-    untitled = [i for i, title in zip(rows.item_ids, titles) if not title.strip()]
-    if len(untitled) == len(titles):
-        print0(
-            "note: no titles; a language model sees item ids instead, which tell it nothing "
-            "(--columns title=..., --item_file)"
-        )
-    elif untitled:
-        print0(
-            f"note: {len(untitled):,} of {len(titles):,} items have no title; their ids are shown, "
-            f"first {clean_title(untitled[0])}"
-        )
-    return titles
-
-
 def choose_rating(config, source: str, labels: dict[str, str]) -> tuple[str, str]:
-    """--percentile and --repeats as the columns ask for them:
-    without ratings, and with amounts instead, ranks are ratings."""
+    """--percentile and --repeats as the columns ask for them: without ratings, and with amounts
+    instead, ranks are ratings."""
     percentile, repeats, scale = config.percentile, config.repeats, config.scale
+    if "rating" not in labels and scale:
+        what = "there is no rating column; name it with --columns rating=NAME"
+        raise ValueError(f"{source}: --scale {scale}, but {what}")
     if "rating" not in labels:
-        if scale:
-            raise ValueError(
-                f"{source}: --scale {scale}, but there is no rating column; "
-                "name it with --columns rating=NAME"
-            )
-        print0(
-            "note: no rating column; how often a user chose an item became its rating, "
-            "by rank (--percentile)"
-        )
-        percentile, repeats = percentile or "item", "sum"
-    elif plain_name(labels["rating"]) in AMOUNTS and not percentile and not scale:
-        percentile = "item"
-        print0(
-            f"note: {labels['rating']} are amounts: ranked among those of the same item "
-            "they become ratings (--percentile)"
-        )
-    elif repeats == "sum" and not percentile:
-        raise ValueError(
-            f"{source}: --repeats sum adds amounts up, and {labels['rating']} are ratings; "
-            "leave it out, or rank the sums with --percentile item"
-        )
-    if "timestamp" not in labels:
-        print0(
-            "note: no timestamp column (--columns timestamp=NAME); the order of the file is taken "
-            "as the order in time"
-        )
+        print0("note: no rating column: repeats are counted, and ranked as ratings (--percentile)")
+        return percentile or "item", "sum"
+    name = labels["rating"]
+    if plain_name(name) in AMOUNTS and not percentile and not scale:
+        print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
+        return "item", repeats
+    if repeats == "sum" and not percentile:
+        way_out = "leave it out, or rank the sums with --percentile item"
+        raise ValueError(f"{source}: --repeats sum adds amounts, and {name} are ratings; {way_out}")
     return percentile, repeats
 
 
-def check_time(rows: Rows, source: str, find: Finder, labels: dict[str, str]) -> None:
-    """ValueError where a column that nobody named holds hours of a day instead of times."""
-    name = labels.get("timestamp", "")
-    hours = len(rows.time) > 100 and rows.time.max() <= 24 and plain_name(name) != "timestamp"
-    if name and "timestamp" not in find.given and hours:
+def check_times(rows: Rows, source: str, find: Finder, label: str) -> None:
+    """Say where the order in time is that of the file; ValueError where a column that nobody named
+    holds hours of a day instead of times."""
+    first, last, order = (
+        rows.time.min(),
+        rows.time.max(),
+        "the order of the file is the one in time",
+    )
+    known = not label or "timestamp" in find.given or plain_name(label) == "timestamp"
+    if len(rows.time) > 100 and last <= 24 and not known:
         raise ValueError(
-            f"{source}: column {name} holds numbers from {rows.time.min()} to {rows.time.max()}: "
-            f"hours of a day? Say {find.option} timestamp=NAME; to use it all the same: "
-            f"{find.option} timestamp={name}"
+            f"{source}: column {label} holds numbers from {first} to {last}: hours of a day? Say "
+            f"{find.option} timestamp=NAME; to use it all the same: {find.option} timestamp={label}"
         )
-
-
-def say_what_was_read(rows: Rows, labels: dict[str, str], scale: str) -> None:
-    """What a user should know about a log that was read."""
-    for why, count in rows.notes.items():
-        print0(f"note: {count:,} {why}")
-    highest = 5 if not len(rows.values) else rows.values.max()
-    for mark, count in rows.marks.items():
-        zero = f"; if 0 is a rating: --scale 0,{highest:g}" if mark == "0" and not scale else ""
-        print0(f"note: {count:,} ratings of {mark} count as none{zero}")
-    if "timestamp" in labels and len(rows.time) > 1 and np.ptp(rows.time) == 0:
-        print0(
-            f"note: all times are {rows.time[0] // rows.per_second}: were they rounded by a "
-            "spreadsheet (1.5E+12)? The order of the file is taken as the order in time"
-        )
+    if not label:
+        print0(f"note: no timestamp column (--columns timestamp=NAME); {order}")
+    elif first == last and len(rows.time) > 1:
+        rounded = "were they rounded by a spreadsheet (1.5E+12)?"
+        print0(f"note: all times are {first // rows.per_second}: {rounded} Now {order}")

@@ -8,7 +8,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,8 +20,9 @@ from loaders.values import (
     BAD_ID,
     NO_ID,
     TIME_ADVICE,
-    fitting_scale,
+    Column,
     parse_scale,
+    rating_doubt,
     read_ids,
     read_numbers,
     read_times,
@@ -29,15 +30,15 @@ from loaders.values import (
 
 # ------------------------------------------------------------------------------------------- titles
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
-_CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
-_ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|\w+);")  # "Q&notation" holds none
+CONTROL = dict.fromkeys([*range(32), *range(127, 160), 0xFEFF], " ")
+ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|\w+);")  # "Q&notation" holds none
 
 
 def clean_title(title: str) -> str:
     """HTML entities become text, white space and control characters single blanks:
     a title is one line of a prompt."""
-    text = _ENTITY.sub(lambda match: html.unescape(match[0]), title) if "&" in title else title
-    title = " ".join(unicodedata.normalize("NFC", text).translate(_CONTROL).split())
+    text = ENTITY.sub(lambda match: html.unescape(match[0]), title) if "&" in title else title
+    title = " ".join(unicodedata.normalize("NFC", text).translate(CONTROL).split())
     if len(title) > MAX_TITLE:
         title = title[: MAX_TITLE - 1].rstrip() + "…"
     return title.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
@@ -71,10 +72,9 @@ class Rows:
     per_second: int  # of time
     user_ids: list[str]
     item_ids: list[str]
-    kept: np.ndarray  # (rows of the table,) bool
-    notes: dict[str, int]
-    marks: dict[str, int]  # "0", "-1" -> how often it stood for no rating
-    values: np.ndarray  # distinct ratings as read
+    kept: np.ndarray | None = None  # (rows of the table,) bool
+    notes: dict[str, int] = field(default_factory=dict)
+    values: np.ndarray | None = None  # distinct ratings as read
 
 
 def usable_rows(
@@ -85,130 +85,106 @@ def usable_rows(
     absent: frozenset = ABSENT_IDS,  # texts that are no id
 ) -> Rows:
     """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
-    n, columns, notes = table.num_rows, table.columns, {}
-    user, user_ids = read_ids(columns["user"], absent)
-    item, item_ids = read_ids(columns["item"], absent)
-    codes, distinct = np.zeros(n, np.int32), np.array([1.0, ABSENT])  # of ratings
-    if "rating" in columns:
-        codes = columns["rating"].codes
-        distinct = read_numbers(columns["rating"], table.delimiter)
-    counts = np.bincount(codes + 1, minlength=len(distinct))
-    counts = np.append(counts[1:], counts[0])  # null stands behind the others
+    n, notes, such = table.num_rows, {}, []
+    user, user_ids = read_ids(table.columns["user"], absent)
+    item, item_ids = read_ids(table.columns["item"], absent)
+    rating = table.columns.get("rating") or Column(np.zeros(n, np.int32), [1.0])
+    numbers = read_numbers(rating, table.delimiter)
+    counts = np.roll(np.bincount(rating.codes + 1, minlength=len(numbers)), -1)  # null is the last
     low, high = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
-    values = np.unique(distinct[np.isfinite(distinct) & (counts > 0)])
-    inside = (distinct >= low) & (distinct <= high)
+    values = np.unique(numbers[np.isfinite(numbers) & (counts > 0)])
+    inside = (numbers >= low) & (numbers <= high)
     if scale == "binary":
-        inside &= (distinct == 0) | (distinct == 1)
-    marks = {}
+        inside &= (numbers == 0) | (numbers == 1)
     for mark in (0.0, -1.0):  # outside of the scale they mean none
-        if not low <= mark <= high and (times := int(counts[distinct == mark].sum())):
-            marks[f"{mark:g}"] = times
-            distinct[distinct == mark] = ABSENT
-    if "timestamp" in columns and table.moments:
-        time, per_second = columns["timestamp"], 1_000_000
-    elif "timestamp" in columns:
-        time, per_second = read_times(columns["timestamp"])
-    else:
-        time, per_second = table.first_row + np.arange(n), 1
+        if not low <= mark <= high and (times := int(counts[numbers == mark].sum())):
+            such.append(f"{mark:g} {times:,} times")
+            numbers[numbers == mark] = ABSENT
+    state = np.where(numbers == ABSENT, NO_ID, np.where(inside, 0, BAD_ID)).astype(np.int8)
+    time, per_second = table.first_row + np.arange(n), 1
+    if "timestamp" in table.columns:
+        time, per_second = read_times(table.columns["timestamp"])
 
-    none = {"user": user == NO_ID, "item": item == NO_ID, "rating": (distinct == ABSENT)[codes]}
-    none["timestamp"] = time == NO_ID
-    left_out = np.zeros(n, bool)
-    for name, rows in none.items():
-        if count := int((rows & ~left_out).sum()):
-            shown = ", ".join(f"{mark} {times:,} times" for mark, times in marks.items())
-            why = f" ({shown})" if name == "rating" and marks else ""
-            notes[f"rows without {name}{why}"] = count
-            left_out |= rows
-    wrong = {"user": user == BAD_ID, "item": item == BAD_ID, "timestamp": time <= BAD_ID}
-    wrong["rating"] = (~inside & (distinct != ABSENT))[codes]
-    wrong = {name: rows & ~left_out for name, rows in wrong.items()}
-    bad = np.logical_or.reduce([*wrong.values()])
-    check_share(table, source, wrong, int(bad.sum()), (values, scale, amounts))
-    if count := int(bad.sum()) + table.num_bad:
-        lines = [*table.first_bad, *first_of(table, wrong)][:3]
-        notes[f"rows that could not be read ({'; '.join(lines)})"] = count
+    states = {"user": user, "item": item, "rating": state[rating.codes], "timestamp": time}
+    states = {name: codes for name, codes in states.items() if n and codes.min() < 0}
+    kept = np.ones(n, bool)
+    for name, codes in states.items():
+        rows = kept & (codes == NO_ID)
+        if count := int(rows.sum()):
+            marks = f" ({', '.join(such)})" * (name == "rating" and bool(such))
+            notes[f"rows without {name}{marks}"] = count
+            kept &= ~rows
+    wrong = {}
+    for name, codes in states.items():
+        wrong[name] = np.flatnonzero(kept & (codes <= BAD_ID))
+        kept[wrong[name]] = False
+    if count := table.num_bad + sum(map(len, wrong.values())):
+        check_share(table, source, wrong, count, rating_doubt(values, scale, amounts))
+        first = [
+            f"row {rows[0] + table.first_row}, {table.labels[name]} {shown(table, name, rows[0])}"
+            for name, rows in wrong.items()
+            if len(rows)
+        ]
+        lines = "; ".join([*table.first_bad, *first][:3])
+        notes[f"rows that could not be read ({lines})"] = count
     if scale:
-        why = f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"
-        notes[why] = int(counts[inside].sum())
-        distinct = 1 + 4 * (distinct - low) / (high - low)
-    kept = ~(left_out | bad)
+        mapped = f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"
+        notes[mapped] = int(counts[inside].sum())
+        numbers = 1 + 4 * (numbers - low) / (high - low)
     if not kept.any():
         reasons = "; ".join(f"{count:,} {why}" for why, count in notes.items())
         raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
-    amount = distinct.astype(np.float32)[codes]
-    columns = [c if kept.all() else c[kept] for c in (user, item, amount, time)]
-    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, marks, values)
-
-
-def first_of(table: Table, wrong: dict[str, np.ndarray]) -> list[str]:
-    """The first wrong value of each column, with its row."""
-    out = []
-    for name, rows in wrong.items():
-        for row in np.flatnonzero(rows)[:1].tolist():
-            out.append(
-                f"row {row + table.first_row}, {table.labels[name]} {shown(table, name, row)}"
-            )
-    return out
+    columns = user, item, numbers.astype(np.float32)[rating.codes], time
+    columns = columns if kept.all() else (column[kept] for column in columns)
+    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, values)
 
 
 def shown(table: Table, name: str, row: int) -> str:
+    """A value, for a message."""
     column = table.columns[name]
-    value = column[row] if isinstance(column, np.ndarray) else column.values[column.codes[row]]
-    return shorten(repr(value.item() if isinstance(value, np.generic) else value))
+    texts = isinstance(column, Column)
+    return shorten(repr(column.values[column.codes[row]] if texts else column[row].item()))
 
 
-def check_share(table: Table, source: str, wrong: dict, num_bad: int, ratings: tuple) -> None:
+def check_share(table: Table, source, wrong: dict[str, np.ndarray], bad: int, doubt: str) -> None:
     """ValueError where more than 1 % of the rows are bad: column, count, examples, the way out."""
-    total, num_bad = table.num_rows + table.num_bad, num_bad + table.num_bad
-    if num_bad <= MAX_BAD_SHARE * total:
+    total = table.num_rows + table.num_bad
+    if bad <= MAX_BAD_SHARE * total:
         return
-    name = max(wrong, key=lambda name: int(wrong[name].sum()))
-    rows = np.flatnonzero(wrong[name])
-    if table.num_bad > len(rows):
+    name = max(wrong, key=lambda name: len(wrong[name]), default="")
+    if not name or table.num_bad > len(wrong[name]):
         check_bad(table, source)
-    start = f"{source}: {num_bad:,} of {total:,} rows cannot be used (1% may be)"
-    examples = list(dict.fromkeys(shown(table, name, row) for row in rows[:1000].tolist()))[:2]
-    where = f"{start}: column {table.labels[name]}: {len(rows):,} values"
-    such = f", such as {' and '.join(examples)} (row {rows[0] + table.first_row})"
-    if name == "timestamp":
-        raise ValueError(f"{where} are no times whose order is known{such}; {TIME_ADVICE}")
-    if name != "rating":
-        raise ValueError(f"{where} are no {name} ids{such}; name another column, or write texts")
-    if doubt := rating_doubt(*ratings):
-        raise ValueError(f"{where} cannot be ratings{such}: {doubt}")
-    raise ValueError(f"{where} are no numbers{such}; write the number alone, such as 3.5")
-
-
-def rating_doubt(values: np.ndarray, scale: str, amounts: bool) -> str:
-    """Why these do not look like ratings of a scale from 1 to 5, and the way out; "" if they do."""
-    if amounts or not len(values):
-        return ""
-    found = f"ratings from {values.min():g} to {values.max():g}"
-    if scale:
-        low, high = parse_scale(scale)
-        outside = values.min() < low or values.max() > high
-        what = "values other than 0 and 1 of" if scale == "binary" else "ratings outside"
-        return f"{what} --scale {low:g},{high:g}: {found}" if outside or scale == "binary" else ""
-    advice = fitting_scale(values)
-    return advice and (
-        f"{found} are not those of a scale from 1 to 5; "
-        f"say which scale it is, and they are mapped: {advice}"
+    what, way_out = {
+        "timestamp": ("no times whose order is known", TIME_ADVICE),
+        "rating": ("no ratings", doubt) if doubt else ("no numbers", "write it alone, such as 3.5"),
+    }.get(name, (f"no {name} ids", "name another column, or write texts"))
+    rows = wrong[name]
+    examples = [*dict.fromkeys(shown(table, name, row) for row in rows[:1000].tolist())][:2]
+    raise ValueError(
+        f"{source}: {bad:,} of {total:,} rows cannot be used (1% may be): column "
+        f"{table.labels[name]}: {len(rows):,} values are {what}, such as {' and '.join(examples)} "
+        f"(row {rows[0] + table.first_row}): {way_out}"
     )
 
 
 # --------------------------------------------------------------------------------------- the table
-def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
-    """(n,) the order by `first` (>= 0), of equal ones by `then`, of equal ones as they stand; ints.
+def stable_order(key: np.ndarray) -> np.ndarray:
+    """np.argsort(key, kind="stable") of integers >= 0 (n,), in a fifth of its time where key and
+    row fit into one number."""
+    bits = len(key).bit_length()
+    if len(key) and int(key.max()) >= 1 << 63 - bits:
+        return np.argsort(key, kind="stable")
+    packed = (key.astype(np.int64) << bits) | np.arange(len(key))
+    packed.sort()
+    return packed & ((1 << bits) - 1)
 
-    np.lexsort((then, first)), in a third of the time where both fit into one key."""
-    if not len(first):
-        return np.zeros(0, np.int64)
-    low = int(then.min())
-    span = int(then.max()) - low + 1
-    if (int(first.max()) + 1) * span >= 1 << 63:
+
+def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
+    """np.lexsort((then, first)) of integers (n,), `first` >= 0."""
+    if not len(then) or int(then.max()) - int(then.min()) >= 1 << 63:
         return np.lexsort((then, first))
-    return np.argsort(first.astype(np.int64) * span + (then.astype(np.int64) - low), kind="stable")
+    order = stable_order(then - then.min())
+    return order[stable_order(first[order])]
 
 
 def finish(
@@ -225,12 +201,24 @@ def finish(
     item, item_ids, titles = recoded(rows.item, by_text, rows.item_ids, titles)
     order = sort_order(user, rows.time)
     user, item, amount, time = (c[order] for c in (user, item, rows.amount, rows.time))
-    keep, amount, merged = merged_pairs(user, item, amount, time, len(item_ids), repeats)
-    if merged:
-        sums = "repeats, added up"
-        last = "repeated pairs of user and item, of which the last counts"
-        rows.notes[last if repeats == "last" else sums] = merged
+    del order
+
+    order = stable_order(user.astype(np.int64) * len(item_ids) + item)  # of a pair by time
+    pair_ends = np.append((np.diff(user[order]) != 0) | (np.diff(item[order]) != 0), True)
+    if merged := int((~pair_ends).sum()):
+        chosen = pair_ends
+        if repeats == "sum":  # the first time; of equal times the row further down
+            pair = np.append(0, np.cumsum(pair_ends)[:-1])
+            begin = np.append(0, np.flatnonzero(pair_ends)[:-1] + 1)
+            first = time[order] == time[order][begin][pair]
+            chosen = first & (pair_ends | ~np.append(first[1:], False))
+            sums = np.bincount(pair, amount[order])[pair].astype(np.float32)
+            amount[order] = sums
+        keep = np.zeros(len(user), bool)
+        keep[order[chosen]] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
+        last = "repeated pairs of user and item, of which the last counts"
+        rows.notes[last if repeats == "last" else "repeats, added up"] = merged
     if percentile:
         group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
         amount = percentile_ratings(amount, group)
@@ -239,16 +227,15 @@ def finish(
     log = Interactions(
         user, item, amount, seconds, start, titles, user_ids, item_ids, name, words=words
     )
-    titled = np.array([bool(title) for title in titles])[item]
+    titled = np.array([bool(title) for title in titles])
+    if not titled.any():
+        raise ValueError(
+            f"{rows.source}: not one of its {len(titles):,} items has a title; first {item_ids[:3]}"
+        )
     if not titled.all():
-        why = "interactions with an item that has no title"
-        rows.notes[why] = int(len(titled) - titled.sum())
-        if not titled.any():
-            first = item_ids[:3]
-            raise ValueError(
-                f"{rows.source}: not one of its {len(titles):,} items has a title; first {first}"
-            )
-        log = select_rows(log, titled)
+        kept = titled[item]
+        rows.notes["interactions with an item that has no title"] = int((~kept).sum())
+        log = select_rows(log, kept)
     return replace(log, titles=unique_titles(log.titles), notes=rows.notes)
 
 
@@ -256,33 +243,10 @@ def recoded(codes: np.ndarray, by_text: bool, ids: list[str], *others: list) -> 
     """Codes in the order of the ids, of those in use; `ids` and `others` in that order."""
     order = np.flatnonzero(np.bincount(codes, minlength=len(ids))).tolist()
     if by_text:
-        order = sorted(order, key=ids.__getitem__)
+        order.sort(key=ids.__getitem__)
     new = np.full(len(ids), -1, np.int32)
     new[order] = np.arange(len(order), dtype=np.int32)
     return new[codes], *([values[i] for i in order] for values in (ids, *others))
-
-
-def merged_pairs(user, item, amount, time, num_items: int, repeats: str) -> tuple:
-    """Of rows by user and time: (n,) bool those that stay, amounts, how many go."""
-    key = user.astype(np.int64) * num_items + item
-    order = np.argsort(key, kind="stable")  # of a pair in the order of time
-    key = key[order]
-    ends = np.append(key[1:] != key[:-1], True)
-    merged = len(key) - int(ends.sum())
-    if not merged:
-        return ends, amount, 0
-    chosen = ends
-    if repeats == "sum":  # the first time; of equal times the row further down
-        pair = np.append(0, np.cumsum(ends)[:-1])
-        begin = np.append(0, np.flatnonzero(ends)[:-1] + 1)
-        first = time[order] == time[order][begin][pair]
-        chosen = first & (ends | ~np.append(first[1:], False))
-        sums = np.bincount(pair, amount[order])[pair].astype(np.float32)
-        amount = np.empty_like(sums)
-        amount[order] = sums
-    keep = np.zeros(len(key), bool)
-    keep[order[chosen]] = True
-    return keep, amount, merged
 
 
 def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -> Interactions:
@@ -294,32 +258,34 @@ def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -
     missing = [i for i in item_ids.tolist() if i not in titles]
     if missing:
         raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
-    rating, time = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
-    ids = [str(u) for u in user_ids.tolist()], [str(i) for i in item_ids.tolist()]
-    codes = user.astype(np.int32), item.astype(np.int32)
-    rows = Rows("", *codes, rating, time, 1, *ids, None, {}, {}, None)
-    names = [titles[i] for i in item_ids.tolist()]
-    return finish(rows, names, name, by_text=False)
+    rows = Rows(
+        source="",
+        user=user.astype(np.int32),
+        item=item.astype(np.int32),
+        amount=np.asarray(rating, np.float32),
+        time=np.asarray(timestamp, np.int64),
+        per_second=1,
+        user_ids=[*map(str, user_ids.tolist())],
+        item_ids=[*map(str, item_ids.tolist())],
+    )
+    return finish(rows, [titles[i] for i in item_ids.tolist()], name, by_text=False)
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Ratings 1 to 5 (float32) by rank inside each group:
-    ceil(5 * mid-rank / size), so that the top fifth gets 5.
+    """Ratings 1 to 5 (float32) by rank inside each group: ceil(5 * mid-rank / size), so that the
+    top fifth gets 5.
 
-    amount (n,) float, group (n,) int codes. Equal amounts get equal ratings,
-    a group of one gets 3 (appendix E.1)."""
+    amount (n,) float, group (n,) int codes. Equal amounts get equal ratings, a group of one gets 3
+    (appendix E.1)."""
     order = np.lexsort((amount, group))
     g, a = group[order], amount[order]
-    n = len(g)
-    first = np.flatnonzero(np.append(True, g[1:] != g[:-1]))  # of each group
-    size = np.diff(np.append(first, n))
-    # first row of each set of equal ones
-    tie = np.flatnonzero(np.append(True, (g[1:] != g[:-1]) | (a[1:] != a[:-1])))
-    length = np.diff(np.append(tie, n))
-    start = np.repeat(first, size)[tie]
-    # rows before it in its group, and half of its own:
-    # (r - 1/2) / n is the share of the group that lies below
-    share = (tie - start + length / 2) / np.repeat(size, size)[tie]
-    ratings = np.empty(n, np.float32)
+    new_group = np.append(True, g[1:] != g[:-1])
+    new_tie = new_group | np.append(True, a[1:] != a[:-1])
+    first, tie = np.flatnonzero(new_group), np.flatnonzero(new_tie)  # rows where they begin
+    size, length = np.diff(np.append(first, len(g))), np.diff(np.append(tie, len(g)))
+    of = np.cumsum(new_group)[tie] - 1  # the group of each tie
+    # (r - 1/2) / n is the share of the group that lies below: rows before it, and half of its own
+    share = (tie - first[of] + length / 2) / size[of]
+    ratings = np.empty(len(g), np.float32)
     ratings[order] = np.repeat(np.ceil(5 * share), length)
     return ratings

@@ -4,8 +4,7 @@
      "candidates": ["title or item id", {"title": "A new item"}]}
 
 Titles are cleaned and ratings mapped as training does it. An item id needs the log; a title that
-the log does not hold is kept, and a note says which of its titles is nearest.
-"""
+the log does not hold is kept, and a note says which of its titles is nearest."""
 
 import difflib
 import json
@@ -56,19 +55,15 @@ class Catalogue:
         if not title:
             known = "of the log" if self.titles else "(which needs the log, and none is at hand)"
             raise ValueError(f"{where} is {entry!r:.80}: expected a title, or an item id {known}")
-        if self.titles and title not in self.unknown:
+        if self.titles and title not in self.unknown and len(self.unknown) <= NOTED:
             self.unknown.add(title)
-            self.note(title, where)
-        return None, item, title
-
-    def note(self, title: str, where: str) -> None:
-        """Say of the first unknown titles which one may be meant."""
-        if len(self.unknown) <= NOTED:
             near = difflib.get_close_matches(title, self.titles, 1, cutoff=0.7)
             meant = f'; did you mean "{near[0]}"?' if near else ""
-            print0(f'note: {where}: the log has no "{title}", which is ranked all the same{meant}')
-        elif len(self.unknown) == NOTED + 1:
-            print0("note: more titles are not in the log")
+            named = f'{where}: the log has no "{title}", which is ranked all the same{meant}'
+            print0(
+                f"note: {named if len(self.unknown) <= NOTED else 'more titles are not in the log'}"
+            )
+        return None, item, title
 
 
 def read_user(
@@ -85,7 +80,6 @@ def read_user(
     name = entry.get("user", None if one_of_many else "")
     if type(name) not in (str, int) or type(history) is not list or type(given) is not list:
         raise ValueError(f"{where}: expected {SHAPE}" + ', and a "user"' * one_of_many)
-    name = str(name).encode("utf-8", "replace").decode()  # half a surrogate pair
     rows, items, candidates = [], [], {}
     for number, rated in enumerate(history, 1):
         place, rated = f"{where}: history entry {number}", rated if type(rated) is dict else {}
@@ -105,6 +99,7 @@ def read_user(
         raise ValueError(f"{where}: {len(given)} candidates, at least {fewest} are expected")
     if not given and not items:
         raise ValueError(f"{where}: the log holds nothing of the history; give candidates, too")
+    name = str(name).encode("utf-8", "replace").decode()  # half a surrogate pair
     pairs = [(item, title) for title, item in candidates.items()]
     return User(name, shown, np.array(items, np.int64), pairs)
 
@@ -116,9 +111,11 @@ def read_rating(rating, where: str, config: DataConfig) -> float:
         return nan
     low, high = parse_scale(config.scale) or (0.0, 5.0)
     fits = type(rating) in (int, float) and low <= rating <= high
-    if config.scale == "binary":
-        fits = fits and rating in (0, 1)
-    if not fits or (rating == 0 and not config.scale):
+    if (
+        not fits
+        or (config.scale == "binary" and rating not in (0, 1))
+        or not (rating or config.scale)
+    ):
         scale = f"of --scale {config.scale}" if config.scale else "above 0 and up to 5"
         raise ValueError(f"{where} has rating {rating!r}; expected a number {scale}, as in the log")
     return float(np.float32(1 + 4 * (rating - low) / (high - low) if config.scale else rating))
@@ -129,11 +126,11 @@ def shown_history(rows: list[tuple[str, float]], config: DataConfig) -> list[tup
     if config.history_items == "positive":
         least = float(np.float32(config.min_rating))  # the log's precision
         rows = [(title, rating) for title, rating in rows if rating >= least]
-    rows = rows[-config.history :]
-    return rows if config.ratings else [(title, nan) for title, _ in rows]
+    return [(title, rating if config.ratings else nan) for title, rating in rows[-config.history :]]
 
 
 def user_of_log(log: Interactions, code: int, config: DataConfig) -> User:
+    """A user of the log, for whom candidates are retrieved."""
     rows = slice(int(log.start[code]), int(log.start[code + 1]))
     items, ratings = log.item[rows].astype(np.int64), log.rating[rows].tolist()
     history = [(log.titles[c], rating) for c, rating in zip(items, ratings, strict=True)]
@@ -159,8 +156,7 @@ def listed_users(file: Path, log: Interactions, config: DataConfig, fewest: int)
             if found.setdefault(user.name, user) is not user:
                 raise ValueError(f"{where}: user {user.name!r} stands in another line already")
         elif line and line not in codes:
-            some = ", ".join(log.user_ids[i] for i in range(min(3, log.num_users)))
-            raise ValueError(f"{where}: the log has no user {line!r}; its ids look like {some}")
+            raise ValueError(f"{where}: the log has no user {line!r}; it has {log.user_ids[:3]}")
         elif line:
             found[line] = codes[line]
     if not found:
