@@ -23,7 +23,6 @@ from data import (
     ExampleConfig,
     Examples,
     Interactions,
-    Ragged,
     Words,
     build_examples,
     encode_examples,
@@ -324,9 +323,11 @@ def encode_split(
     if folder.exists():
         a = read_arrays(folder)
         with reading(folder):
-            spelt = Ragged(a["completions"], a["completion_lengths"])
+            prompts, spelt = (
+                np.split(a[f"{name}s"], np.cumsum(a[f"{name}_lengths"])[:-1])
+                for name in ("prompt", "completion")
+            )
             completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), spelt)}
-            prompts = Ragged(a["prompts"], a["prompt_lengths"])
             counts = a["counts"].tolist()
             encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
         tokenizer.note_long(encoded.prompts)
