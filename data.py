@@ -41,6 +41,9 @@ BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded a
 
 Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
 ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
+# (log, rows, interactions shown, count, items left out or None: all of the user) -> (E, count)
+# item codes, the best first; -1 where none is left
+Retrieve = Callable[..., np.ndarray]
 
 
 # ------------------------------------------------------------------------------------- interactions
@@ -90,20 +93,15 @@ def k_core(interactions: Interactions, k: int) -> Interactions:
 
 def select_rows(interactions: Interactions, keep: np.ndarray) -> Interactions:
     """Only these rows, and the users and items that still occur in them."""
-    users, user = np.unique(interactions.user[keep], return_inverse=True)
-    items, item = np.unique(interactions.item[keep], return_inverse=True)
-    return replace(
-        interactions,
-        user=user.astype(np.int32),
-        item=item.astype(np.int32),
-        rating=interactions.rating[keep],
-        timestamp=interactions.timestamp[keep],
-        start=np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
-        titles=[interactions.titles[i] for i in items],
-        user_ids=[interactions.user_ids[u] for u in users],
-        item_ids=[interactions.item_ids[i] for i in items],
-        train_end=None,
-    )
+    log = interactions
+    users, user = np.unique(log.user[keep], return_inverse=True)
+    items, item = np.unique(log.item[keep], return_inverse=True)
+    start = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
+    titles, item_ids = ([texts[i] for i in items] for texts in (log.titles, log.item_ids))
+    arrays = {"user": user.astype(np.int32), "item": item.astype(np.int32), "start": start}
+    arrays |= {"rating": log.rating[keep], "timestamp": log.timestamp[keep], "train_end": None}
+    user_ids = [log.user_ids[u] for u in users]
+    return replace(log, **arrays, titles=titles, user_ids=user_ids, item_ids=item_ids)
 
 
 # ----------------------------------------------------------------------------------------- examples
@@ -114,10 +112,10 @@ class ExampleConfig:
     train_size: int = arg(10000, "training examples; 0 = all", group="examples", at_least=0)
     test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all", at_least=0)
     history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
-    history_items: str = arg("all", "which items it has", choices=("all", "positive"))
+    history_items: str = arg("all", "its items: all, or liked ones", choices=("all", "positive"))
     ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
     min_history: int = arg(5, "interactions that must lie before an example", at_least=1)
-    followers: int = arg(10, "items that come next", at_least=1, at_most=NUM_CANDIDATES - 1)
+    followers: int = arg(10, "later items among candidates", at_least=1, at_most=NUM_CANDIDATES - 1)
     positive: str = arg("argmax", "chosen: best score, or first liked", choices=("argmax", "first"))
     min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
@@ -125,7 +123,7 @@ class ExampleConfig:
         "all", "random candidates are new to the user, or to the prompt", choices=("all", "seen")
     )
     negatives: str = arg(
-        "uniform", "how they are drawn", choices=("uniform", "popularity", "retrieved")
+        "uniform", "how random candidates are drawn", choices=("uniform", "popularity", "retrieved")
     )
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
 
@@ -206,11 +204,6 @@ class Examples:
             raise ValueError(f"--num_negatives {K}: an example has only {fewest} ({source})")
         first = np.argsort(~allowed, axis=1, kind="stable")[:, :K]
         return np.take_along_axis(self.negative_order, first, 1)
-
-
-# (log, rows, interactions shown, count, items left out or None: all of the user) -> (E, count)
-# item codes, the best first; -1 where none is left
-Retrieve = Callable[[Interactions, np.ndarray, int, int, np.ndarray | None], np.ndarray]
 
 
 def build_examples(
@@ -377,8 +370,8 @@ TEMPLATES = (
     "{history}\nPredict the next one the user will {do} and enjoy, given these candidates:",
 )
 LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
-LIKES, HATES = "will the user {do} next and like?", "would the user rate lowest?"
-ALL_TEMPLATES = (*TEMPLATES, TEMPLATES[0].replace(LIKES, HATES))
+LIKED, LEAST = "will the user {do} next and like?", "would the user rate lowest?"
+ALL_TEMPLATES = (*TEMPLATES, TEMPLATES[0].replace(LIKED, LEAST))
 
 
 def history_text(shown: list[tuple[str, float]]) -> str:
@@ -554,9 +547,9 @@ def to_device(tensor: Tensor, device) -> Tensor:
 def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Divide one global batch: per rank a list of micro-batches of examples with similar widths.
 
-    `widths` as tree_widths. Sorted by width and dealt out in turn, so that ranks carry equal loads.
-    A micro-batch holds one example, or as many as stay within `budget` tokens, padding included.
-    All ranks get the same number of micro-batches; the missing ones are empty lists."""
+    They are sorted by tree_widths and dealt out in turn, for equal loads. A micro-batch holds one
+    example, or as many as stay within `budget` tokens, padding included; ranks that have fewer
+    micro-batches get empty ones."""
     ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
     ranks: list[list[list[int]]] = []
     for rank in range(num_ranks):

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, to_device, tree_widths
-from demo.pretrain import BASE as DEMO_BASE
-from demo.pretrain import TITLES, titles_base
+from demo.pretrain import BASE, TITLES, titles_base
 from eval import predict, ranking_metrics, results_table, summarise
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
@@ -78,7 +77,7 @@ class TrainConfig(ModelOptions):
         group="objective",
     )
     beta: float = arg(1.0, "reward = beta * log-ratio", above=0, read_by=ANY_LOSS)
-    margin_lambda: float = arg(2.0, "weight of recpo's margins", at_least=0, read_by=RECPO)
+    margin_lambda: float = arg(2.0, "recpo's λ; simpo's γ", at_least=0, read_by=("recpo", "simpo"))
     margin: str = arg("ratio", "form of recpo's margin", choices=MARGINS, read_by=RECPO)
     num_negatives: int = arg(
         3, "rejected titles a prompt", at_least=1, at_most=NUM_CANDIDATES - 1, read_by=LISTWISE
@@ -86,11 +85,8 @@ class TrainConfig(ModelOptions):
     negative_source: str = arg(
         "both", "which titles are rejected", choices=("both", "random", "follow"), read_by=ANY_LOSS
     )
-    simpo_gamma: float = arg(2.0, "margin; beta / 4 to beta", at_least=0, read_by=("simpo",))
     history_weight: float = arg(0.0, "sft: weight of a history's token", at_least=0, read_by=SFT)
-    sft_weight: float = arg(
-        -1.0, "weight of the chosen title's NLL; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS
-    )
+    sft_weight: float = arg(-1.0, "chosen's NLL; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS)
     sft_epochs: float = arg(5.0, "may be a fraction", group="optimisation", above=0, read_by=SFT)
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
@@ -101,11 +97,7 @@ class TrainConfig(ModelOptions):
     warmup_ratio: float = arg(0.05, "share of steps in which the rate rises", at_least=0, at_most=1)
     adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
-    shard: str = arg(
-        "full",
-        "weights are split over processes, replicated, both",
-        choices=("full", "none", "hybrid"),
-    )
+    shard: str = arg("full", "split weights, replicate, both", choices=("full", "none", "hybrid"))
     shard_group_size: int = arg(
         0, "processes that share a copy; 0 = a machine's", at_least=0, read_by=("--shard hybrid",)
     )
@@ -160,7 +152,7 @@ class TrainConfig(ModelOptions):
 def find_base(model: str, adapter: str, weights: bool) -> Path:
     """The directory of the model: --model, or the one that --adapter names, or the demo's."""
     name = model or (base_of(adapter) if adapter else "")
-    return resolve_path(name, weights=weights) if name else DEMO_BASE
+    return resolve_path(name, weights=weights) if name else BASE
 
 
 def defaults(given: dict) -> dict:
@@ -407,7 +399,6 @@ def predict_on_all_ranks(run: Run, model, encoded: Encoded, decode_rest: bool) -
         run.tokenizer,
         encoded,
         range(run.rank, len(encoded.prompts), run.world_size),
-        decode="greedy",
         decode_rest=decode_rest,
         micro_batch_tokens=run.config.micro_batch_tokens,
         any_rank=any_rank,
@@ -441,9 +432,7 @@ def plans(run: Run) -> dict[str, tuple[Objective, Schedule]]:
 
 
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
-    """Train and test one stage, from its newest whole checkpoint on if --resume finds one.
-
-    Its folder gets its name when all is done."""
+    """Train and test one stage; with --resume it goes on from its newest whole checkpoint."""
     config, folder = run.config, unfinished_folder(run, name)
     torch.manual_seed(config.seed + run.rank)  # dropout; all else draws from its own generator
     model, replicas = load_policy(config, name, base, adapter, run.device)
@@ -485,7 +474,7 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
         objective.after_step(result.on_device)
         if step == 0 and objective.has_reference:
             check_first_rewards(objective, policy.stored_dtype(config, run.device) == torch.float32)
-        stage.log(step, result)  # writes the step before: this one's metrics are still on their way
+        stage.log(step, result)  # writes the step before: this one's metrics are on their way
         if step == start + 10 and not run.timed:
             run.timed = True
             say_duration(run, stage.logger.seconds, plans(run), name, step)

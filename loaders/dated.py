@@ -1,7 +1,7 @@
 """A split in time: training ends before a date, tests come after it.
 
     python -m loaders --dataset movielens --data_dir ml-1m.zip \\
-        --split_by time --split_date 2000-12-01
+        --split_date 2000-12-01
 
 Of every user, in order of time:
 
@@ -11,8 +11,8 @@ Training examples have all their followers before the user's validation item (or
 counting recommenders are fitted on the same rows. A test shows all that came before it, from after
 the date, too. Each needs --min_history interactions before it. Training and validation are built
 from a log that ends at the date, so that neither a random candidate nor what is left out tells of
-later; the candidates of a test come from the whole catalogue. Without --split_date the last 10 % of
-all interactions lie after the date.
+later; the candidates of a test come from the whole catalogue. `--split_date 10%` is the date that
+the last tenth of all interactions lie after.
 
 Left out: --core and ratings that are ranks of amounts, which read the whole log. What a loader
 does before is not divided: of a repeated pair the last one counts."""
@@ -24,7 +24,7 @@ import numpy as np
 
 from data import ExampleConfig, Examples, Interactions, Retrieve, build_examples, select_rows
 
-LAST_SHARE = 0.1  # of all interactions lie after the date, if none is given
+LAST_TENTH = "10%"  # for --split_date: of all interactions lie after the date
 
 
 def parse_date(text: str) -> int:
@@ -33,7 +33,7 @@ def parse_date(text: str) -> int:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(
-            f"--split_date {text}: expected a date such as 2000-12-01 or 2000-12-01T18:00"
+            f"--split_date {text}: expected a date such as 2000-12-01 or 2000-12-01T18:00, or 10%"
         ) from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
@@ -45,11 +45,13 @@ def date_text(seconds: int) -> str:
 def date_of(interactions: Interactions, split_date: str) -> int:
     """Seconds of the date; ValueError if no interaction lies before it, or none after it."""
     first, last = int(interactions.timestamp.min()), int(interactions.timestamp.max())
-    place = int((1 - LAST_SHARE) * len(interactions.timestamp))
-    date = parse_date(split_date) if split_date else int(np.sort(interactions.timestamp)[place])
+    if split_date == LAST_TENTH:
+        date = int(np.sort(interactions.timestamp)[int(0.9 * len(interactions.timestamp))])
+    else:
+        date = parse_date(split_date)
     if not first < date <= last:
         raise ValueError(
-            f"--split_by time: {date_text(date)} does not divide the log, whose times go from "
+            f"--split_date: {date_text(date)} does not divide the log, whose times go from "
             f"{date_text(first)} to {date_text(last)}; give another --split_date"
         )
     return date
@@ -96,7 +98,7 @@ def build_dated_examples(
     for split, found in (*places.items(), ("test", test)):
         if len(found) == 0:
             raise ValueError(
-                f"no {split} example: --split_by time divides at {date_text(date)}, and no user "
+                f"no {split} example: --split_date divides at {date_text(date)}, and no user "
                 f"has a place for one; give another --split_date, or lower --min_history "
                 f"{config.min_history} or --followers {config.followers}"
             )

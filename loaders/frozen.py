@@ -32,7 +32,7 @@ from data import (
 from hub.tokenizer import Tokenizer
 from loaders import foreign, movielens, ownlog, planted, published
 from loaders.counting import BASELINES, counting_baselines, markov_top
-from loaders.dated import build_dated_examples, parse_date
+from loaders.dated import LAST_TENTH, build_dated_examples, parse_date
 from loaders.files import facts
 from loaders.foreign import read_foreign_examples
 from loaders.ownlog import parse_columns, parse_item_columns
@@ -72,40 +72,30 @@ class DataConfig(ExampleConfig):
     )
     percentile: str = arg(
         "",
-        "ratings are ranks of amounts (hours, plays) among those of the same item, user, or all; "
+        "ratings are ranks of summed amounts (plays) among those of an item, a user, or all; "
         "empty: steam, lastfm by item",
         choices=("", "item", "user", "all"),
     )
-    repeats: str = arg(
-        "last",
-        f"{OWN}: of a repeated user-item pair the last counts, or the sum of its amounts",
-        choices=("last", "sum"),
-    )
-    download: bool = arg(False, "fetch MovieLens-1M to data_dir first, and check its checksum")
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
     core: int = arg(
         0, "keep users and items with at least so many interactions (k-core); 0 = all", at_least=0
     )
-    split_by: str = arg(
-        "last",
-        "tests: each user's last interaction, or the first liked one after a date (time)",
-        choices=("last", "time"),
-    )
     split_date: str = arg(
-        "", "--split_by time: the date, such as 2000-12-01; empty: 10 % of all lies after it"
+        "",
+        "test each user's first liked item from this date on (10%: the last tenth), or the last",
     )
     prepared_dir: str = arg("prepared", "where prepared examples are kept")
 
     def __post_init__(self):
         super().__post_init__()
         changed, with_data = changed_options(self), f"with --dataset {self.dataset}"
-        fixed, dated = self.dataset == "prepared", self.split_by == "time"
+        fixed, dated = self.dataset == "prepared", bool(self.split_date)
         whole = "counts what comes after the date, too"
         ranks = self.percentile or self.dataset in ("steam", "lastfm")
         rated = self.dataset in ("planted", "movielens", "prepared")
         wrong = [
             (f"--{name} has no effect {with_data}", name in changed)
-            for name in ("columns", "item_file", "item_columns", "scale", "repeats")
+            for name in ("columns", "item_file", "item_columns", "scale")
             if self.dataset not in OWN_LOGS
         ]
         wrong += [
@@ -114,21 +104,20 @@ class DataConfig(ExampleConfig):
                 self.percentile and rated,
             ),
             ("--core has no effect: the candidates are fixed", fixed and self.core),
-            ("--split_by has no effect: the splits are fixed", fixed and dated),
+            ("--split_date has no effect: the splits are fixed", fixed and dated),
             ("--negatives: its candidates are fixed", fixed and self.negatives == "retrieved"),
             (
                 "--item_columns names columns of --item_file",
                 self.item_columns and not self.item_file,
             ),
             ("--scale maps ratings, --percentile ranks: give one", self.scale and self.percentile),
-            ("--split_date has no effect without --split_by time", self.split_date and not dated),
-            (f"--core {whole}: with --split_by time filter the file", dated and self.core),
-            (f"--split_by time needs ratings: a rank (--percentile) {whole}", dated and ranks),
+            (f"--core {whole}: with --split_date filter the file", dated and self.core),
+            (f"--split_date needs ratings: a rank (--percentile) {whole}", dated and ranks),
         ]
         for message, holds in wrong:
             if holds:
                 raise ValueError(message)
-        if self.split_date:
+        if self.split_date not in ("", LAST_TENTH):
             parse_date(self.split_date)
         parse_columns(self.columns)
         parse_item_columns(self.item_columns)
@@ -190,10 +179,10 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
         raise ValueError(
             f"--dataset {config.dataset} needs --data_dir, the folder or zip with its raw files"
         )
-    if config.download and config.dataset == "movielens":
-        movielens.download_movielens(Path(config.data_dir))
-    apart = ("prepared_dir", "download")
-    options = {f.name: getattr(config, f.name) for f in fields(DataConfig) if f.name not in apart}
+    if config.dataset == "movielens" and Path(config.data_dir).name == "ml-1m.zip":
+        movielens.download_movielens(Path(config.data_dir))  # unless it is there
+    options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
+    del options["prepared_dir"]
     options |= {"format": PREPARED_FORMAT, "source": facts(LOADERS[config.dataset].files(config))}
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(config.prepared_dir) / f"{config.dataset}-{key}"
@@ -203,7 +192,7 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
         else:
             interactions = load_interactions(config)
         sizes = interactions.num_users, interactions.num_items, len(interactions.user)
-        if config.split_by == "time":
+        if config.split_date:
             interactions, splits = build_dated_examples(interactions, config, markov_top)
         elif config.dataset != "prepared":
             interactions = k_core(interactions, config.core)

@@ -168,7 +168,7 @@ def find(path: Path) -> tuple[Layout, Path | zipfile.Path]:
         wanted = ", ".join(layout.ratings for layout in LAYOUTS)
         raise ValueError(
             f"{path}: no {wanted} and no ml-1m.zip there; give the folder or zip of MovieLens, "
-            "or --download for 1M"
+            "or --data_dir ml-1m.zip, which is fetched if it is missing"
         )
     return found[0]
 

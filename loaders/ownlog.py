@@ -348,7 +348,7 @@ def load(config) -> Interactions:
     table = read_table(parts, config.dataset, find, Path(config.data_dir))
     labels = table.labels
     print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
-    percentile, repeats = choose_rating(config, source, labels)
+    percentile = choose_rating(config, source, labels)
     rows = usable_rows(table, source, bool(percentile), config.scale)
     check_time(rows, source, find, labels)
     doubt = "" if config.scale else rating_doubt(rows.values, "", bool(percentile))
@@ -367,6 +367,7 @@ def load(config) -> Interactions:
     del table  # a log of 20 million rows takes 500 MB
     pairs = zip(shown(titles, rows), rows.item_ids)
     titles = [clean_title(title) or clean_title(i) for title, i in pairs]
+    repeats = "sum" if percentile else "last"  # amounts add up
     interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
     if "rating" not in labels and len(np.unique(interactions.rating)) == 1:
         print0(
@@ -392,10 +393,10 @@ def shown(titles: list[str], rows: Rows) -> list[str]:
     return titles
 
 
-def choose_rating(config, source: str, labels: dict[str, str]) -> tuple[str, str]:
-    """--percentile and --repeats as the columns ask for them:
+def choose_rating(config, source: str, labels: dict[str, str]) -> str:
+    """--percentile as the columns ask for it:
     without ratings, and with amounts instead, ranks are ratings."""
-    percentile, repeats, scale = config.percentile, config.repeats, config.scale
+    percentile, scale = config.percentile, config.scale
     if "rating" not in labels:
         if scale:
             raise ValueError(
@@ -406,24 +407,19 @@ def choose_rating(config, source: str, labels: dict[str, str]) -> tuple[str, str
             "note: no rating column; how often a user chose an item became its rating, "
             "by rank (--percentile)"
         )
-        percentile, repeats = percentile or "item", "sum"
+        percentile = percentile or "item"
     elif plain_name(labels["rating"]) in AMOUNTS and not percentile and not scale:
         percentile = "item"
         print0(
             f"note: {labels['rating']} are amounts: ranked among those of the same item "
             "they become ratings (--percentile)"
         )
-    elif repeats == "sum" and not percentile:
-        raise ValueError(
-            f"{source}: --repeats sum adds amounts up, and {labels['rating']} are ratings; "
-            "leave it out, or rank the sums with --percentile item"
-        )
     if "timestamp" not in labels:
         print0(
             "note: no timestamp column (--columns timestamp=NAME); the order of the file is taken "
             "as the order in time"
         )
-    return percentile, repeats
+    return percentile
 
 
 def check_time(rows: Rows, source: str, find: Finder, labels: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from data import Interactions, build_examples, render_prompt
 from demo.tiny import known_titles, make_base_model
 from loaders.counting import BASELINES, markov_top
-from loaders.dated import build_dated_examples, date_of, parse_date
+from loaders.dated import LAST_TENTH, build_dated_examples, date_of, parse_date
 from loaders.frozen import DataConfig, prepare
 from loaders.table import make_interactions
 from studies.probes import ProbeConfig
@@ -17,9 +17,7 @@ from studies.sequential import BaselineConfig, training_windows
 from studies.sequential import train as train_sequential
 
 DATE = 1_000_000
-CONFIG = DataConfig(
-    followers=3, min_history=4, train_size=0, split_by="time", split_date="1970-01-12T13:46:40"
-)
+CONFIG = DataConfig(followers=3, min_history=4, train_size=0, split_date="1970-01-12T13:46:40")
 
 
 def columns(seed: int = 0, users: int = 40, items: int = 60) -> list[tuple]:
@@ -170,10 +168,12 @@ def test_sequential_models_train_before_the_date():
         known = interactions.item[interactions.start[user] : interactions.training_end()[user]] + 1
         assert set(windows[users == user].ravel().tolist()) <= {0, *known.tolist()}
     options = {"hidden_size": 8, "num_layers": 1, "epochs": 2, "num_sampled": 0}
-    config = BaselineConfig(**options, split_by="time")
+    config = BaselineConfig(**options, split_date=LAST_TENTH)
     model, _ = train_sequential(config, interactions, splits["val"], report=lambda text: None)
     new = np.array([int(i) >= 1000 for i in interactions.item_ids])
-    frozen = BaselineConfig(**options | {"epochs": 1, "learning_rate": 1e-12}, split_by="time")
+    frozen = BaselineConfig(
+        **options | {"epochs": 1, "learning_rate": 1e-12}, split_date=LAST_TENTH
+    )
     start, _ = train_sequential(frozen, interactions, splits["val"], report=lambda text: None)
     moved = (model.items.weight - start.items.weight).abs().amax(1)[1:].detach().numpy()
     assert moved[new].max() < 1e-6 < moved[~new].max()
@@ -183,17 +183,21 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
     """Read back from disk; another date is another folder;
     the usual split's folder is as before."""
     config = DataConfig(
-        planted_users=120, followers=3, min_history=4, split_by="time", prepared_dir=str(tmp_path)
+        planted_users=120,
+        followers=3,
+        min_history=4,
+        split_date=LAST_TENTH,
+        prepared_dir=str(tmp_path),
     )
     made, read = prepare(config), prepare(config)
     assert (read.interactions.training_end() == made.interactions.training_end()).all()
     late = read.interactions.timestamp[read.splits["test"].position]
     assert late.min() > read.interactions.timestamp[read.splits["val"].position].max()
     assert any("training does not see" in why for why in read.interactions.notes)
-    usual = prepare(replace(config, split_by="last"))
+    usual = prepare(replace(config, split_date=""))
     assert usual.interactions.train_end is None and usual.folder != made.folder
     assert usual.splits["test"].candidates.tolist() == (
-        build_examples(usual.interactions, replace(config, split_by="last"))[
+        build_examples(usual.interactions, replace(config, split_date=""))[
             "test"
         ].candidates.tolist()
     )
@@ -201,7 +205,7 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
 
 def test_the_date_that_is_not_given_leaves_the_last_tenth():
     interactions = log_of(columns())
-    share = (interactions.timestamp >= date_of(interactions, "")).mean()
+    share = (interactions.timestamp >= date_of(interactions, LAST_TENTH)).mean()
     assert 0.1 <= share < 0.13
     assert parse_date("2000-12-01") == 975628800
     assert parse_date("2000-12-01T01:00+01:00") == 975628800
@@ -212,7 +216,7 @@ def test_bad_dates_and_options_that_tell_of_later_are_refused():
     for date in ("1960-01-01", "2040-01-01"):
         with pytest.raises(ValueError, match="does not divide the log, whose times go from"):
             date_of(interactions, date)
-    with pytest.raises(ValueError, match="no train example: --split_by time divides at"):
+    with pytest.raises(ValueError, match="no train example: --split_date divides at"):
         build_dated_examples(interactions, replace(CONFIG, history=90, min_history=80))
     for options, message in (
         ({"split_date": "tomorrow"}, "expected a date such as 2000-12-01"),
@@ -222,8 +226,6 @@ def test_bad_dates_and_options_that_tell_of_later_are_refused():
         ({"dataset": "prepared", "data_dir": "x"}, "the splits are fixed"),
     ):
         with pytest.raises(ValueError, match=message):
-            DataConfig(**{"split_by": "time"} | options)
-    with pytest.raises(ValueError, match="no effect without --split_by time"):
-        DataConfig(split_date="2000-01-01")
+            DataConfig(**{"split_date": LAST_TENTH} | options)
     with pytest.raises(ValueError, match="only length fits it"):
-        ProbeConfig(run="x", probe="adherence", split_by="time")
+        ProbeConfig(run="x", probe="adherence", split_date=LAST_TENTH)

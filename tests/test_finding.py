@@ -71,7 +71,7 @@ def test_parts_of_json_lines_keep_equal_first_lines(tmp_path):
     ]
     for n in range(2):
         put(tmp_path / f"part-{n}.jsonl", json_lines(records))
-    interactions = load("jsonl", tmp_path, repeats="sum", percentile="all")
+    interactions = load("jsonl", tmp_path, percentile="all")
     assert interactions.notes["repeats, added up"] == 3
 
 

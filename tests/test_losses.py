@@ -33,7 +33,7 @@ DELTA = POLICY - REFERENCE
 
 def call(loss: str, K: int = 1, policy=POLICY, reference=REFERENCE, kl=KL, **options):
     """Losses, rewards and target margins of the loss with this name, against K negatives."""
-    usual = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0, "simpo_gamma": 2.0}
+    usual = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0}
     columns = [values[:, : 1 + K] for values in (policy, reference, PHI, LENGTHS)]
     return LOSSES[loss](Titles(*columns, kl), SimpleNamespace(**usual | options))
 
@@ -51,8 +51,8 @@ STORED = [
     ("recpo", {"margin": "log_ratio", "margin_lambda": 1.0}, [1.2840408507, 2.3381528509]),
     ("odpo", {}, [1.0765633941, 2.0219678129]),
     ("ipo", {"beta": 0.1}, [24.01, 28.890625]),
-    ("simpo", {"beta": 2.0, "simpo_gamma": 1.0}, [1.3873353251, 0.8259394199]),
-    ("simpo", {"beta": 1.0, "simpo_gamma": 2.0}, [2.1710974512, 1.8047446354]),
+    ("simpo", {"beta": 2.0, "margin_lambda": 1.0}, [1.3873353251, 0.8259394199]),
+    ("simpo", {"beta": 1.0, "margin_lambda": 2.0}, [2.1710974512, 1.8047446354]),
     ("cpo", {"beta": 0.1}, [0.5650706677, 0.6563501408]),
     ("kto", {"beta": 0.1}, [(0.5312093734 + 0.4501660027) / 2, (0.4937503255 + 0.5249791875) / 2]),
 ]
@@ -159,7 +159,7 @@ def test_losses_stay_finite_far_apart(loss, gap):
     policy = torch.tensor([[gap, 0.0, 0.0, 0.0]], requires_grad=True)
     ones = torch.ones(1, 1 + K)
     titles = Titles(policy[:, : 1 + K], 0 * ones, ones * (1 + torch.arange(K, -1, -1)), ones, KL)
-    options = SimpleNamespace(beta=1.0, margin="ratio", margin_lambda=2.0, simpo_gamma=2.0)
+    options = SimpleNamespace(beta=1.0, margin="ratio", margin_lambda=2.0)
     losses, rewards, _ = LOSSES[loss](titles, options)
     (gradient,) = torch.autograd.grad(losses.sum(), policy)
     assert losses.isfinite().all() and gradient.isfinite().all() and rewards.isfinite().all()
@@ -221,7 +221,7 @@ def trl_loss(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "cpo", "kto"])
 def test_trl_agrees_on_the_same_log_probs(name):
     """trl's own loss code, called on our log-probs, gives the losses that training takes."""
-    losses, *_ = call(name, beta=0.7, simpo_gamma=0.9, kl=torch.tensor(0.375))
+    losses, *_ = call(name, beta=0.7, margin_lambda=0.9, kl=torch.tensor(0.375))
     assert losses.mean().item() == pytest.approx(trl_loss(name).item(), abs=1e-6)
 
 

@@ -89,7 +89,7 @@ CASES = [  # loss, options, rejected slots of each example
     ("odpo", {"beta": 0.5}, FIRST),
     ("ipo", {"beta": 0.2}, FIRST),
     ("cpo", {"beta": 0.5, "sft_weight": 0.0}, FIRST),
-    ("simpo", {"beta": 2.0, "simpo_gamma": 0.7}, FIRST),
+    ("simpo", {"beta": 2.0, "margin_lambda": 0.7}, FIRST),
     ("kto", {"beta": 0.5}, FIRST),
 ]
 
@@ -100,7 +100,7 @@ def test_a_loss_is_given_the_numbers_of_its_titles(loss, options, rejected, e):
     """Log-probs, reference, φ, lengths and options of the chosen title and of the rejected ones."""
     slots = [CHOSEN[e], *rejected[e]]
     numbers = [torch.tensor(a[e, slots])[None] for a in (POLICY, REFERENCE, PHI, LENGTHS)]
-    given = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0, "simpo_gamma": 2.0} | options
+    given = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0} | options
     by_hand = LOSSES[loss](Titles(*numbers, torch.tensor(KL)), SimpleNamespace(**given))
     found, metrics, taken = of_example(e, loss, **options)
     assert taken == list(rejected[e])
@@ -135,7 +135,7 @@ def test_metrics_by_hand(e):
 def test_simpos_margin_is_gamma():
     """Its rewards are per token, and a gap of them is enough only above γ; logps stay sums."""
     for gamma, satisfied in ((0.1, 1.0), (2.0, 0.0)):
-        _, metrics, _ = of_example(0, "simpo", simpo_gamma=gamma, beta=1.0)
+        _, metrics, _ = of_example(0, "simpo", margin_lambda=gamma, beta=1.0)
         assert metrics["rewards/margins"] == pytest.approx(-4 / 2 + 9 / 3)
         assert metrics["margins/satisfied"] == satisfied and metrics["logps/chosen"] == -4.0
 

@@ -98,7 +98,6 @@ INERT = [  # flags, and what must be added for them to have an effect
     ("--stages=sft,sdpo --margin_lambda=1", "--stages=recpo"),
     ("--stages=sft,sdpo --margin=log_diff", "--stages=recpo"),
     ("--stages=sft,dpo --num_negatives=2", "--stages=sdpo"),
-    ("--stages=sft,recpo --simpo_gamma=1", "--stages=simpo"),
     ("--shard_group_size=2", "--shard=hybrid"),
     ("--val_size=0 --eval_steps=5", "--val_size=9"),
 ]  # fmt: skip

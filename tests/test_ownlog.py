@@ -254,7 +254,6 @@ def test_another_scale_is_refused_with_the_option_that_maps_it(change, ends, fir
 @pytest.mark.parametrize("options, culprit", [
     ({"scale": "0,1"}, "ratings outside --scale 0,1: ratings from 1 to 5"),
     ({"scale": "binary"}, "values other than 0 and 1"),
-    ({"repeats": "sum"}, "--repeats sum"),
 ])  # fmt: skip
 def test_scales_that_do_not_fit_are_refused(options, culprit, tmp_path):
     assert culprit in refusal(put(tmp_path / "a.csv", table()), **options)

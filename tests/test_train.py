@@ -18,6 +18,7 @@ from data import build_examples
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, load_interactions, prepare
+from lora import lora_layers
 from losses import target_margins
 from runtime.runs import NotFinite
 from runtime.stages import load_stage
@@ -207,6 +208,14 @@ def objective_and_optimizer(small_world, stage):
     objective = Objective(config, stage, model, encoded, torch.device("cpu"))
     parameters = [p for p in model.parameters() if p.requires_grad]
     return objective, torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+
+
+def test_adapters_drop_out_in_sft_alone(small_world):
+    """A preference stage compares with its reference, which nothing may shake."""
+    config, _, base = small_world
+    for stage, dropout in (("sft", 0.1), ("recpo", 0.0)):
+        model, _ = load_policy(config, stage, base, None, torch.device("cpu"))
+        assert {layer.dropout for layer in lora_layers(model).values()} == {dropout}
 
 
 @pytest.mark.parametrize("stage", ["sft", "recpo"])
