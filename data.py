@@ -235,15 +235,11 @@ def build_examples(
 
 def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
     """Split -> rows (n,) that may be predicted: each user's last, the one before, all earlier."""
-    position = np.arange(len(interactions.user))
-    enough = position - interactions.start[interactions.user] >= config.min_history
-    room = interactions.start[interactions.user + 1] - position  # interactions from this one on
-    return {
-        # followers end before the user's last two interactions, which are validation and test
-        "train": np.flatnonzero(enough & (room >= config.followers + 2)),
-        "val": np.flatnonzero(enough & (room == 2)),
-        "test": np.flatnonzero(enough & (room == 1)),
-    }
+    user, row, end = interactions.user, np.arange(len(interactions.user)), interactions.start[1:]
+    first = interactions.start[:-1] + config.min_history  # (users,)
+    last = end - 2 - config.followers  # followers end before the last two: validation and test
+    train = np.flatnonzero((row >= first[user]) & (row <= last[user]))
+    return {"train": train, "val": end[first <= end - 2] - 2, "test": end[first <= end - 1] - 1}
 
 
 def chosen_follower(

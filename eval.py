@@ -40,7 +40,6 @@ ALL = range(NUM_CANDIDATES)  # slots
 NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
 
 
-# ------------------------------------------------------------------------ options
 @dataclass(frozen=True)
 class EvalConfig(sources.SourceConfig):
     """Evaluate a run folder, a Hugging Face directory or a PEFT adapter."""
@@ -130,15 +129,10 @@ def predict(
             written = [trie_walk(encoded.slots(e, ALL), per_token) for e in batch]
         for b, e in enumerate(batch):
             example = encoded.examples[e]
-            records[e] = {
-                "example": e,
-                "user": example.user,
-                "target": example.candidates[example.target],
-                **answered(example, written[b], how if written[b] >= 0 else "none"),
-                "logps": logps[b],
-                "candidates": example.candidates,
-                "target_slot": example.target,
-            }
+            title, found = example.candidates[example.target], how if written[b] >= 0 else "none"
+            records[e] = {"example": e, "user": example.user, "target": title}
+            records[e] |= answered(example, written[b], found) | {"logps": logps[b]}
+            records[e] |= {"candidates": example.candidates, "target_slot": example.target}
 
     rest = sorted(records)
     if decode != "generate":
@@ -158,13 +152,10 @@ def predict(
 
 
 @torch.no_grad()
-def compare_with_one_pass(
-    model: Transformer, tokenizer: Tokenizer, encoded: Encoded, records: list[dict]
-) -> dict:
+def compare_with_one_pass(model, tokenizer, encoded: Encoded, records: list[dict]) -> dict:
     """How often generation writes another candidate, token for token, than the one pass verified,
     and how many of those are near-ties: two best logits closer than NEAR_TIE on the way."""
-    differing = near_ties = 0
-    stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
+    differing, near_ties, stop_ids = 0, 0, tokenizer.stop_ids | tokenizer.newline_ids()
     for record in records:
         *ids, last = record["ids"]
         spelt = [title[:-1] for title in encoded.slots(record["example"], ALL)]

@@ -128,51 +128,29 @@ def test_help_shows_choices_and_bounds(capsys):
 
 
 # ------------------------------------------------------------------------ from options to steps
-SHORT = ("--val_size=0", "--test_size=2", "--no_decode_rest")
-
-
-@pytest.fixture
-def steps(in_process, tmp_path, monkeypatch):
-    """call(*flags): what run_stage hands to each step of a whole run, and the KL it brought."""
-    taken, inner = [], train.train_step
-
-    def spy(model, optimizer, batches, objective, lr, config, replicas):
-        (group,) = optimizer.param_groups
-        step = {"objective": objective, "lr": lr, "kl": getattr(objective, "kl", None)}
-        step |= {name: group[name] for name in ("betas",)}
-        result = inner(model, optimizer, batches, objective, lr, config, replicas)
-        taken.append(step | {"new_kl": result.on_device.get("kl")})
-        return result
-
-    def call(*flags) -> list[dict]:
-        monkeypatch.setattr(train, "train_step", spy)
-        folders = (f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}")
-        in_process(train.main, *TINY, *SHORT, *folders, *flags)
-        return taken
-
-    return call
-
-
-def test_options_of_the_step_reach_every_step_of_their_stage(steps):
+def test_options_of_the_step_reach_every_step_of_their_stage(in_process, tmp_path, monkeypatch):
     """20 prompts in steps of 8: 2 epochs of SFT are 6 steps, one of KTO is 3, each with its peak.
 
     Warm-up takes half of them, rounded up, then a half cosine; KTO's baseline is the last KL."""
-    taken = steps(
-        *("--stages=sft,kto", "--beta=0.1", "--sft_epochs=2", "--epochs=1", "--warmup_ratio=0.5"),
-        *("--sft_learning_rate=3e-3", "--learning_rate=1e-3"),
-        "--adam_beta2=0.9",
-    )
-    kto = [step for step in taken if step["new_kl"] is not None]
-    sft = [step for step in taken if step["new_kl"] is None]
-    assert taken == sft + kto
-    assert [step["lr"] for step in sft] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 2.25e-3, 0.75e-3])
-    assert [step["lr"] for step in kto] == pytest.approx([5e-4, 1e-3, 1e-3])
-    assert {step["betas"] for step in taken} == {(0.9, 0.9)}
+    taken, inner = [], train.train_step
 
-    assert kto[0]["kl"] == 0 and kto[0]["new_kl"] == 0  # the policy is its reference
-    assert kto[2]["kl"] != 0
-    for before, after in zip(kto, kto[1:], strict=False):
-        assert after["kl"] == before["new_kl"].float()
+    def spy(model, optimizer, batches, objective, lr, config, replicas):
+        betas, kl = optimizer.param_groups[0]["betas"], getattr(objective, "kl", None)
+        result = inner(model, optimizer, batches, objective, lr, config, replicas)
+        taken.append((lr, betas, kl, result.on_device.get("kl")))
+        return result
+
+    monkeypatch.setattr(train, "train_step", spy)
+    flags = ["--stages=sft,kto", "--beta=0.1", "--sft_epochs=2", "--epochs=1", "--warmup_ratio=0.5"]
+    flags += ["--sft_learning_rate=3e-3", "--learning_rate=1e-3", "--adam_beta2=0.9"]
+    flags += ["--val_size=0", "--test_size=2", "--no_decode_rest"]
+    flags += [f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}"]
+    in_process(train.main, *TINY, *flags)
+    rates, betas, used, brought = zip(*taken, strict=True)
+    assert rates[:6] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 2.25e-3, 0.75e-3])
+    assert rates[6:] == pytest.approx([5e-4, 1e-3, 1e-3]) and set(betas) == {(0.9, 0.9)}
+    assert brought[:6] == (None,) * 6 and used[6] == brought[6] == 0  # the policy is its reference
+    assert used[7] == brought[6].float() and used[8] == brought[7].float() != 0
 
 
 @pytest.mark.parametrize(

@@ -221,13 +221,20 @@ def test_two_ranks_write_what_one_does(folder, whole):
 
 
 # ----------------------------------------------------------------------------------- kinds of users
+def recommended(folder: Path, users: str | list[dict], **changes) -> list[dict]:
+    """The lines for these users, ids or records."""
+    file = folder / ("asked.txt" if isinstance(users, str) else "asked.jsonl")
+    file.write_text(users if isinstance(users, str) else "\n".join(map(json.dumps, users)))
+    output = folder / "recommended.jsonl"
+    output.unlink(missing_ok=True)
+    recommend_users(options(folder, users=file, output=output, **changes))
+    return read(output)
+
+
 def test_named_users(folder, whole):
     """A file of ids: these users, in its order."""
-    (folder / "some.txt").write_text("u7\n\nu3\n")
-    config = options(folder, users=folder / "some.txt", output=folder / "some.jsonl", top_k=20)
-    recommend_users(config)
     by_user = {r["user"]: r for r in whole}
-    same(read(folder / "some.jsonl"), [by_user["u7"], by_user["u3"]])
+    same(recommended(folder, "u7\n\nu3\n", top_k=20), [by_user["u7"], by_user["u3"]])
 
 
 def test_new_users(folder, whole):
@@ -243,10 +250,7 @@ def test_new_users(folder, whole):
         {"user": "visitor", "history": titled},
         {"user": "cold", "history": titled[:1], "candidates": given},
     ]
-    (folder / "new.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    config = options(folder, users=folder / "new.jsonl", output=folder / "n.jsonl", top_k=4)
-    recommend_users(config)
-    copy, visitor, cold = read(folder / "n.jsonl")
+    copy, visitor, cold = recommended(folder, entries, top_k=4)
     first = next(r for r in whole if r["user"] == interactions.user_ids[0])
     same([copy], [first | {"items": first["items"][:4]}])
     assert len(visitor["items"]) == 4 and "s3" not in {i["item"] for i in visitor["items"]}
@@ -262,10 +266,8 @@ def test_what_a_user_has_seen_by_title_is_not_recommended(folder, whole):
     history = [known, elsewhere | {"title": seen}]
     spelt = [known, elsewhere | {"title": f" {seen} ".replace(" ", "  ")}]
     lines = [{"user": n, "history": h} for n, h in enumerate((history[:1], history, spelt))]
-    (folder / "seen.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = options(folder, users=folder / "seen.jsonl", output=folder / "s.jsonl", top_k=20)
-    recommend_users(config)
-    without, *both = [{i["title"] for i in r["items"]} for r in read(folder / "s.jsonl")]
+    records = recommended(folder, lines, top_k=20)
+    without, *both = [{i["title"] for i in r["items"]} for r in records]
     assert len(without) == 20 and all(seen not in titles and len(titles) == 20 for titles in both)
 
 
@@ -279,14 +281,10 @@ def test_ratings_of_new_users_are_mapped_as_the_logs(folder, tmp_path, history_i
         out.writerows(row | {"rating": int(row["rating"]) - 4} for row in rows)
     own = [r for r in rows if r["user"] == "u3"]
     history = [{"item": r["item"], "rating": int(r["rating"]) - 4} for r in own]
-    (tmp_path / "new.jsonl").write_text(json.dumps({"user": "u3", "history": history}))
-    (tmp_path / "ids.txt").write_text("u3")
     data = {"data_dir": tmp_path / "likes.csv", "prepared_dir": tmp_path / "prepared"}
     data |= {"scale": "binary", "history_items": history_items, "min_history": 1}
-    for kind in ("new.jsonl", "ids.txt"):
-        output = tmp_path / f"out-{kind}l"
-        recommend_users(options(folder, users=tmp_path / kind, output=output, **data))
-    same(read(tmp_path / "out-new.jsonll"), read(tmp_path / "out-ids.txtl"))
+    records = recommended(folder, [{"user": "u3", "history": history}], **data)
+    same(records, recommended(folder, "u3", **data))
 
 
 def test_sasrec_retrieves_with_its_own_scores(folder, tmp_path, monkeypatch):
