@@ -28,7 +28,7 @@ from torch import Tensor
 from common import arg, parse_config, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
-from loaders.frozen import Prepared, encode_split, prepare
+from loaders.frozen import encode_split, prepare
 from model import Transformer, generate
 from runtime import sources
 from runtime.passes import planned, prefetch, progress, rounds
@@ -44,12 +44,9 @@ NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of co
 class EvalConfig(sources.SourceConfig):
     """Evaluate a run folder, a Hugging Face directory or a PEFT adapter."""
 
-    split: str = arg("test", "val or test", choices=("val", "test"))
+    split: str = arg("test", "which examples", group="how", choices=("val", "test"))
     decode: str = arg(
-        "greedy",
-        "greedy (one pass), generate (the long way, compared with it), trie (only listed titles)",
-        group="how",
-        choices=("greedy", "generate", "trie"),
+        "greedy", "one pass, the long way, listed titles", choices=("greedy", "generate", "trie")
     )
     decode_rest: bool = arg(True, "generate where no candidate verifies; off: count it invalid")
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
@@ -57,7 +54,6 @@ class EvalConfig(sources.SourceConfig):
     output_dir: str = arg("", "for metrics.json and predictions.jsonl; empty = only print")
 
 
-# ------------------------------------------------------------------------ one example's answer
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
     """(B,) the completion of which all tokens are argmaxes, and then the answer ends; or -1."""
     is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
@@ -82,15 +78,11 @@ def trie_walk(completions: list[list[int]], token_logps: Iterator[float]) -> int
 def match_title(answer: str, titles: list[str]) -> int:
     """Index of the title that equals the answer; if none does, the answer without one final ".";
     else -1. Letters are composed (NFC), spaces are single."""
-
-    def canonical(text: str) -> str:
-        return unicodedata.normalize("NFC", " ".join(text.split()))
-
-    titles = [canonical(title) for title in titles]
-    for text in (canonical(answer), canonical(answer.removesuffix("."))):
-        if text in titles:
-            return titles.index(text)
-    return -1
+    titles, answers = (
+        [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
+        for texts in (titles, (answer, answer.removesuffix(".")))
+    )
+    return next((titles.index(text) for text in answers if text in titles), -1)
 
 
 def answered(example, slot: int, how: str, text: str | None = None) -> dict:
@@ -284,24 +276,20 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
 
 
 # ------------------------------------------------------------------------ the command
-def show_prompts(config: EvalConfig, prepared: Prepared, base: Path) -> None:
-    """Print the first prompts and answers of the split, as text of the ids that the model reads."""
-    tokenizer = Tokenizer(base, config.prompt_format)
-    examples = prepared.splits[config.split].select(slice(config.show_prompts))
-    encoded = encode_examples(examples, tokenizer, config.max_length)
-    for e, prompt in enumerate(encoded.prompts):
-        ids = (prompt, encoded.slots(e, [examples.target[e]])[0])
-        text, title = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
-        print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}\n--- answer\n{title}\n")
-
-
 def main() -> None:
     config = sources.with_run_options(parse_config(EvalConfig, beneath=sources.data_of_a_model))
     _, _, device = setup_distributed()
     asked, prepared = sources.sources_of(config), prepare(config)
     sources.check_run_data(config, asked, prepared.hash)
-    if config.show_prompts:
-        show_prompts(config, prepared, list(asked.values())[-1][0])
+    if config.show_prompts:  # as text of the ids that the model reads
+        tokenizer = Tokenizer(list(asked.values())[-1][0], config.prompt_format)
+        examples = prepared.splits[config.split].select(slice(config.show_prompts))
+        encoded = encode_examples(examples, tokenizer, config.max_length)
+        for e, prompt in enumerate(encoded.prompts):
+            ids = (prompt, encoded.slots(e, [examples.target[e]])[0])
+            text, title = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
+            user = f"user {examples[e].user}, {len(prompt)} tokens"
+            print(f"--- {user}\n{text}\n--- answer\n{title}\n")
         return
     rows = {}
     for name, source in asked.items():
