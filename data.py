@@ -13,9 +13,7 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
 Of the next 10 items the user's best is the chosen one (`chosen_follower`); the other 19 candidates
 are the rest of those 10 and random items (`draw_candidates`); the rejected titles are the first K
 of them in a random order (`Examples.negatives`). A prompt that is too long loses its oldest
-history items, never tokens.
-
-    python -m loaders --dataset movielens --data_dir ml-1m.zip     statistics, examples, boundaries
+history items, never tokens. `python -m loaders` shows all this for a data set.
 
 Left out: rating prediction, side features. Legend: E examples, F followers among the candidates,
 B examples of a batch, N completions per example, P prompt width, C completion width, T = P + C,
@@ -24,7 +22,7 @@ M scored tokens.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import isnan, nan
 
 import numpy as np
@@ -38,13 +36,17 @@ from losses import preference_score
 NUM_CANDIDATES = 20
 # of random candidates, as in the released code: rating 3, 10 steps from now
 RANDOM_RATING, RANDOM_STEPS = 3.0, 10
+SPLITS = ("train", "val", "test")
+BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded as one text
+
+Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
+ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
+# (log, rows, interactions shown, count, items left out or None: all of the user) -> (E, count)
+# item codes, the best first; -1 where none is left
+Retrieve = Callable[..., np.ndarray]
 
 
 # ------------------------------------------------------------------------------------- interactions
-Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
-ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
-
-
 @dataclass
 class Interactions:
     """A log as flat arrays, sorted by user, then time, then original order."""
@@ -58,17 +60,14 @@ class Interactions:
     user_ids: list[str]
     item_ids: list[str]
     name: str = ""  # of the data set
-    # what the loader left out or changed -> how often
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)  # what was left out or changed -> how often
     words: Words = ITEMS
-    # (users,) int64: the row behind those that may be trained on; None: all but the last two
-    train_end: np.ndarray | None = None
+    train_end: np.ndarray | None = None  # (users,) int64, training_end where it is another
 
     def training_end(self) -> np.ndarray:
-        """(users,) the row behind the last interaction of each user that training may see."""
-        if self.train_end is not None:
-            return self.train_end
-        return np.maximum(self.start[1:] - 2, self.start[:-1])
+        """(users,) the row behind a user's last that may be trained on; usually two are left."""
+        last_two = np.maximum(self.start[1:] - 2, self.start[:-1])
+        return last_two if self.train_end is None else self.train_end
 
     @property
     def num_users(self) -> int:
@@ -81,37 +80,28 @@ class Interactions:
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
     """Drop users and items with fewer than k interactions, until none is left; 0 keeps all."""
-    keep = np.ones(len(interactions.user), bool)
-    while k > 0:
-        users = np.bincount(interactions.user[keep], minlength=interactions.num_users)
-        items = np.bincount(interactions.item[keep], minlength=interactions.num_items)
-        smaller = keep & (users[interactions.user] >= k) & (items[interactions.item] >= k)
-        if smaller.sum() == keep.sum():
-            break
-        keep = smaller
+    user, item = interactions.user, interactions.item
+    keep, before = np.ones(len(user), bool), -1
+    while k > 0 and keep.sum() != before:
+        before = keep.sum()
+        enough = np.bincount(user[keep], minlength=interactions.num_users)[user] >= k
+        keep &= enough & (np.bincount(item[keep], minlength=interactions.num_items)[item] >= k)
     if not keep.any():
-        raise ValueError(
-            f"no interaction is left after --core {k}; use a smaller core, or 0 to keep all"
-        )
+        raise ValueError(f"no interaction is left after --core {k}; use a smaller one, or 0")
     return interactions if keep.all() else select_rows(interactions, keep)
 
 
 def select_rows(interactions: Interactions, keep: np.ndarray) -> Interactions:
     """Only these rows, and the users and items that still occur in them."""
-    users, user = np.unique(interactions.user[keep], return_inverse=True)
-    items, item = np.unique(interactions.item[keep], return_inverse=True)
-    return replace(
-        interactions,
-        user=user.astype(np.int32),
-        item=item.astype(np.int32),
-        rating=interactions.rating[keep],
-        timestamp=interactions.timestamp[keep],
-        start=np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64),
-        titles=[interactions.titles[i] for i in items],
-        user_ids=[interactions.user_ids[u] for u in users],
-        item_ids=[interactions.item_ids[i] for i in items],
-        train_end=None,
-    )
+    log = interactions
+    users, user = np.unique(log.user[keep], return_inverse=True)
+    items, item = np.unique(log.item[keep], return_inverse=True)
+    start = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
+    titles, item_ids = ([texts[i] for i in items] for texts in (log.titles, log.item_ids))
+    arrays = {"user": user.astype(np.int32), "item": item.astype(np.int32), "start": start}
+    arrays |= {"rating": log.rating[keep], "timestamp": log.timestamp[keep], "train_end": None}
+    user_ids = [log.user_ids[u] for u in users]
+    return replace(log, **arrays, titles=titles, user_ids=user_ids, item_ids=item_ids)
 
 
 # ----------------------------------------------------------------------------------------- examples
@@ -122,34 +112,25 @@ class ExampleConfig:
     train_size: int = arg(10000, "training examples; 0 = all", group="examples", at_least=0)
     test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all", at_least=0)
     history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
-    history_items: str = arg(
-        "all", "items of a history: all, or positive (only liked ones)", choices=("all", "positive")
-    )
+    history_items: str = arg("all", "its items: all, or liked ones", choices=("all", "positive"))
     ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
     min_history: int = arg(5, "interactions that must lie before an example", at_least=1)
-    followers: int = arg(
-        10, "later interactions among training candidates", at_least=1, at_most=NUM_CANDIDATES - 1
-    )
-    positive: str = arg(
-        "argmax", "chosen item: best preference score, or first liked", choices=("argmax", "first")
-    )
+    followers: int = arg(10, "later items among candidates", at_least=1, at_most=NUM_CANDIDATES - 1)
+    positive: str = arg("argmax", "chosen: best score, or first liked", choices=("argmax", "first"))
     min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
     exclude: str = arg(
         "all", "random candidates are new to the user, or to the prompt", choices=("all", "seen")
     )
     negatives: str = arg(
-        "uniform",
-        "other candidates: uniform, by popularity, or retrieved (Markov's best for the history)",
-        choices=("uniform", "popularity", "retrieved"),
+        "uniform", "how random candidates are drawn", choices=("uniform", "popularity", "retrieved")
     )
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
 
     def __post_init__(self):
         check_options(self)
-        if not 1 <= self.min_history <= self.history:
-            wrong = f"must be between 1 and --history {self.history}, got {self.min_history}"
-            raise ValueError(f"--min_history {wrong}")
+        if self.min_history > self.history:
+            raise ValueError(f"--min_history {self.min_history} is above --history {self.history}")
 
 
 @dataclass
@@ -158,7 +139,7 @@ class Example:
 
     words: Words
     user: str
-    history: list[tuple[str, float]]  # (title, rating), oldest first
+    history: list[tuple[str, float]]  # (title, rating or NaN), oldest first
     candidates: list[str]
     target: int  # index of the chosen candidate
     scores: list[float]  # preference score of each candidate
@@ -184,20 +165,19 @@ class Examples:
 
     # field -> its name in prepared files, which is part of their hash
     ARRAYS = {f: f for f in ("position", "candidates", "target", "scores", "is_random", "template")}
-    ARRAYS["negative_order"] = "others"
+    ARRAYS |= {"negative_order": "others"}
 
     def __len__(self) -> int:
         return len(self.position)
 
     def __getitem__(self, e: int) -> Example:
-        interactions, titles = self.interactions, self.interactions.titles
-        rows = self.history_rows(e)
-        ratings = [float(interactions.rating[row]) if self.ratings else nan for row in rows]
+        log = self.interactions
+        shown = [(log.titles[log.item[r]], float(log.rating[r])) for r in self.history_rows(e)]
         return Example(
-            words=interactions.words,
-            user=interactions.user_ids[interactions.user[self.position[e]]],
-            history=[(titles[interactions.item[r]], x) for r, x in zip(rows, ratings, strict=True)],
-            candidates=[titles[c] for c in self.candidates[e]],
+            words=log.words,
+            user=log.user_ids[log.user[self.position[e]]],
+            history=shown if self.ratings else [(title, nan) for title, _ in shown],
+            candidates=[log.titles[c] for c in self.candidates[e]],
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
             template=int(self.template[e]),
@@ -213,28 +193,17 @@ class Examples:
         return range(max(start, p - self.history), p)
 
     def select(self, indices) -> "Examples":
-        arrays = {name: getattr(self, name)[indices] for name in self.ARRAYS}
-        return replace(self, **arrays)
+        return replace(self, **{name: getattr(self, name)[indices] for name in self.ARRAYS})
 
-    def negatives(self, num_negatives: int, source: str = "both") -> np.ndarray:
-        """(E, K) slots of the rejected: the first K of negative_order, or of those in it that are
-        random items, or that follow."""
-        allowed = np.ones_like(self.negative_order, bool)
-        if source != "both":
-            is_random = np.take_along_axis(self.is_random, self.negative_order, 1)
-            allowed = is_random == {"random": True, "follow": False}[source]
-        fewest = allowed.sum(1).min(initial=num_negatives)
-        if fewest < num_negatives:
-            raise ValueError(
-                f"--num_negatives {num_negatives}: an example has only {fewest} ({source})"
-            )
-        first = np.argsort(~allowed, axis=1, kind="stable")[:, :num_negatives]
+    def negatives(self, K: int, source: str = "both") -> np.ndarray:
+        """(E, K) slots of the rejected titles: the first K of negative_order, of all, or only of
+        random items or of those that follow."""
+        is_random = np.take_along_axis(self.is_random, self.negative_order, 1)
+        allowed = {"both": is_random | True, "random": is_random, "follow": ~is_random}[source]
+        if (fewest := allowed.sum(1).min(initial=K)) < K:
+            raise ValueError(f"--num_negatives {K}: an example has only {fewest} ({source})")
+        first = np.argsort(~allowed, axis=1, kind="stable")[:, :K]
         return np.take_along_axis(self.negative_order, first, 1)
-
-
-# (log, rows, interactions shown, count, items left out or None: all of the user) -> (E, count)
-# item codes, the best first; -1 where none is left
-Retrieve = Callable[[Interactions, np.ndarray, int, int, np.ndarray | None], np.ndarray]
 
 
 def build_examples(
@@ -243,20 +212,12 @@ def build_examples(
     retrieve: Retrieve | None = None,  # what --negatives retrieved asks
     places: dict[str, np.ndarray] | None = None,  # split -> rows that may be predicted
 ) -> dict[str, Examples]:
-    """All three splits, {"train", "val", "test"} -> Examples, from one seeded generator per split.
-
-    With `places`, only the splits that it names. ValueError if a split is empty or a user has
-    touched so much that random candidates run out."""
-    config = config or ExampleConfig()
-    places = places or last_two_places(interactions, config)
-    splits = {}
-    for split, rows in places.items():
+    """The splits by name, each from its own seeded generator; ValueError if one is empty."""
+    config, splits = config or ExampleConfig(), {}
+    for split, rows in (places or last_two_places(interactions, config)).items():
+        liked = interactions.rating[rows] >= config.min_rating
         if split == "train":
-            parts = np.array_split(rows, len(rows) // 2**20 + 1)  # all at once take 200 bytes each
-            parts = [chosen_follower(interactions, part, config)[1] for part in parts]
-            liked = np.concatenate(parts)
-        else:
-            liked = interactions.rating[rows] >= config.min_rating
+            liked = chosen_follower(interactions, rows, config)[1]
         if not liked.any():
             low, high = interactions.rating.min(), interactions.rating.max()
             raise ValueError(
@@ -265,28 +226,20 @@ def build_examples(
                 f"--min_rating {config.min_rating:g} (ratings go from {low:g} to {high:g})"
             )
         rng = np.random.default_rng([config.data_seed, SPLITS.index(split)])
-        rows = rng.permutation(rows[liked])
         size = config.train_size if split == "train" else config.test_size
-        rows = rows[:size] if size else rows
+        rows = rng.permutation(rows[liked])[: size or None]
         steps = np.arange(config.followers if split == "train" else 1)
         splits[split] = draw_candidates(interactions, split, rows, steps, config, rng, retrieve)
     return splits
 
 
-SPLITS = ("train", "val", "test")
-
-
 def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
     """Split -> rows (n,) that may be predicted: each user's last, the one before, all earlier."""
-    position = np.arange(len(interactions.user))
-    enough = position - interactions.start[interactions.user] >= config.min_history
-    room = interactions.start[interactions.user + 1] - position  # interactions from this one on
-    return {
-        # followers end before the user's last two interactions, which are validation and test
-        "train": np.flatnonzero(enough & (room >= config.followers + 2)),
-        "val": np.flatnonzero(enough & (room == 2)),
-        "test": np.flatnonzero(enough & (room == 1)),
-    }
+    user, row, end = interactions.user, np.arange(len(interactions.user)), interactions.start[1:]
+    first = interactions.start[:-1] + config.min_history  # (users,)
+    last = end - 2 - config.followers  # followers end before the last two: validation and test
+    train = np.flatnonzero((row >= first[user]) & (row <= last[user]))
+    return {"train": train, "val": end[first <= end - 2] - 2, "test": end[first <= end - 1] - 1}
 
 
 def chosen_follower(
@@ -296,15 +249,16 @@ def chosen_follower(
 
     It is the one with the highest preference score, of equal ones the sooner; a random candidate
     must score less. Or, with --positive first, it is the first liked one."""
-    ratings = interactions.rating[rows[:, None] + np.arange(config.followers)]
-    if config.positive == "first":
-        liked = ratings >= config.min_rating
-        return liked.argmax(1), liked.any(1)
-    scores = preference_score(ratings, np.arange(config.followers), config.decay)
-    chosen = scores.argmax(1)
-    beats_random = scores.max(1) > preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay)
-    liked = np.take_along_axis(ratings, chosen[:, None], 1)[:, 0] >= config.min_rating
-    return chosen, beats_random & liked
+    chosen, best = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf)
+    for step in range(config.followers):
+        ratings = interactions.rating[rows + step].astype(float)
+        scores = preference_score(ratings, step, config.decay)
+        if config.positive == "first":
+            scores = np.where(ratings >= config.min_rating, np.inf, 0.0)
+        chosen[scores > best] = step
+        np.maximum(best, scores, out=best)
+    liked = interactions.rating[rows + chosen] >= config.min_rating
+    return chosen, liked & (best > preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay))
 
 
 def draw_candidates(
@@ -317,36 +271,32 @@ def draw_candidates(
     retrieve: Retrieve | None = None,
 ) -> Examples:
     """Draw the random candidates, score and shuffle all 20, order the negatives, draw templates."""
-    E, F = len(rows), len(steps)
+    log, E, F = interactions, len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
-    users, count = interactions.user[rows], NUM_CANDIDATES - F
+    users, count = log.user[rows], NUM_CANDIDATES - F
     seen = None  # (E, S) items that random candidates must not be; None: all that the user touched
     if config.exclude == "seen":
         before = rows[:, None] - 1 - np.arange(config.history)
-        before = np.maximum(before, interactions.start[users][:, None])
-        seen = interactions.item[np.concatenate([before, follow], 1)]
+        before = np.maximum(before, log.start[users][:, None])
+        seen = log.item[np.concatenate([before, follow], 1)]
     if config.negatives != "retrieved":
-        randoms = _draw_unseen(interactions, users, count, seen, config.negatives, rng)
+        randoms = _draw_unseen(log, users, count, seen, config.negatives, rng)
     elif retrieve:
-        randoms = retrieve(interactions, rows, config.history, count, seen)
+        randoms = retrieve(log, rows, config.history, count, seen)
     else:
         raise ValueError("--negatives retrieved needs a recommender that retrieves them")
-    short = np.flatnonzero((randoms < 0).any(1))
-    if len(short):
-        what = "this user never touched" if seen is None else "are not in the prompt"
+    if len(short := np.flatnonzero((randoms < 0).any(1))):
+        what = "are not in the prompt" if seen is not None else "this user never touched"
         raise ValueError(
-            f"user {interactions.user_ids[users[short[0]]]}: fewer than {count} items left that "
-            f"{what} ({interactions.num_items} in all); lower --core, or raise --followers"
+            f"user {log.user_ids[users[short[0]]]}: fewer than {count} items left that {what} "
+            f"({log.num_items} in all); lower --core, raise --followers, or take --exclude seen"
         )
 
-    items = np.concatenate([interactions.item[follow], randoms], 1).astype(np.int32)
-    ratings = [interactions.rating[follow], np.full(randoms.shape, RANDOM_RATING)]
-    delays = [np.tile(steps, (E, 1)), np.full(randoms.shape, RANDOM_STEPS)]
-    scores = preference_score(np.concatenate(ratings, 1), np.concatenate(delays, 1), config.decay)
-    chosen = np.zeros(E, np.int64)  # of tests: the next item
-    if split == "train":
-        chosen, _ = chosen_follower(interactions, rows, config)
-
+    items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
+    scores = preference_score(log.rating[follow], steps, config.decay)
+    random_score = preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay)
+    scores = np.concatenate([scores, np.full(randoms.shape, random_score)], 1).astype(np.float32)
+    chosen = chosen_follower(log, rows, config)[0] if split == "train" else np.zeros(E, int)
     slots = np.tile(np.arange(NUM_CANDIDATES), (E, 1))
     order = rng.permuted(slots, axis=1)  # shown slot -> drawn slot
     target = (order == chosen[:, None]).argmax(1)
@@ -359,7 +309,7 @@ def draw_candidates(
         position=rows.astype(np.int64),
         candidates=np.take_along_axis(items, order, 1),
         target=target.astype(np.int32),
-        scores=np.take_along_axis(scores.astype(np.float32), order, 1),
+        scores=np.take_along_axis(scores, order, 1),
         is_random=order >= F,
         negative_order=negative_order.astype(np.int32),
         template=template.astype(np.int32),
@@ -368,45 +318,36 @@ def draw_candidates(
     )
 
 
-def _draw_unseen(interactions: Interactions, users, count: int, seen, kind: str, rng) -> np.ndarray:
+def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> np.ndarray:
     """(E, count) distinct items per row, new to the user, or not among `seen` (E, S) if given.
 
     What is taken or repeated is drawn again. Chance finds the last few of a full user too slowly:
     after 50 rounds they are drawn from what is left, or a row is -1 where that is too little."""
-    n, uniform = interactions.num_items, kind == "uniform"
-    touched = np.sort(interactions.user.astype(np.int64) * n + interactions.item)
+    n, uniform, owners, items = log.num_items, kind == "uniform", log.user, log.item
+    if seen is not None:
+        users, owners, items = np.arange(len(seen)), np.arange(len(seen))[:, None], seen
+    taken = np.sort((owners.astype(np.int64) * n + items).ravel())  # pairs of owner and item
     drawn = np.full((len(users), count), -1, np.int64)
-    missing = np.ones(drawn.shape, bool)
+    left, missing = np.arange(len(users)), np.ones(drawn.shape, bool)  # rows, and what they miss
     for _ in range(50):
-        size = int(missing.sum())
-        new = rng.integers(n, size=size) if uniform else rng.choice(interactions.item, size=size)
-        drawn[missing] = new
-        row = np.nonzero(missing)[0]
-        if seen is None:
-            pairs = users[row].astype(np.int64) * n + new
-            at = np.minimum(np.searchsorted(touched, pairs), len(touched) - 1)
-            taken = touched[at] == pairs
-        else:
-            taken = (seen[row] == new[:, None]).any(1)
-        # of equal items in a row the first stays
-        by_item = np.argsort(drawn, axis=1, kind="stable")
-        ordered = np.take_along_axis(drawn, by_item, 1)
-        again = np.zeros(drawn.shape, bool)
-        np.put_along_axis(again, by_item[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
-        again[missing] |= taken
-        missing = again
-        if not missing.any():
+        own, size = drawn[left], int(missing.sum())
+        new = rng.integers(n, size=size) if uniform else rng.choice(log.item, size=size)
+        own[missing], pairs = new, users[left[np.nonzero(missing)[0]]].astype(np.int64) * n + new
+        missing[missing] = taken[np.searchsorted(taken, pairs) % len(taken)] == pairs
+        for k in range(count):  # of equal items the first stays
+            missing[:, k] |= (own[:, :k] == own[:, k, None]).any(1)
+        drawn[left] = own
+        left, missing = left[missing.any(1)], missing[missing.any(1)]
+        if len(left) == 0:
             return drawn
 
-    weights = np.ones(n) if uniform else np.bincount(interactions.item, minlength=n).astype(float)
-    for e in np.flatnonzero(missing.any(1)):
-        own = slice(interactions.start[users[e]], interactions.start[users[e] + 1])
-        excluded = interactions.item[own] if seen is None else seen[e]
-        left = np.setdiff1d(np.arange(n), excluded)
+    weights = np.ones(n) if uniform else np.bincount(log.item, minlength=n).astype(float)
+    for e in left:
+        free = np.setdiff1d(np.arange(n), taken[taken // n == users[e]] % n)
         drawn[e] = -1
-        if len(left) >= count:
-            shares = weights[left] / weights[left].sum()
-            drawn[e] = rng.choice(left, size=count, replace=False, p=shares)
+        if len(free) >= count:
+            shares = weights[free] / weights[free].sum()
+            drawn[e] = rng.choice(free, size=count, replace=False, p=shares)
     return drawn
 
 
@@ -425,27 +366,23 @@ TEMPLATES = (
     "{history}\nPredict the next one the user will {do} and enjoy, given these candidates:",
 )
 LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
-ALL_TEMPLATES = (
-    *TEMPLATES,
-    "A user {did} these {things}, oldest first[, and rated each from 1 to 5|]:\n{history}\n"
-    "Which of the following {things} would the user rate lowest?",
-)
+LIKED, LEAST = "will the user {do} next and like?", "would the user rate lowest?"
+ALL_TEMPLATES = (*TEMPLATES, TEMPLATES[0].replace(LIKED, LEAST))
 
 
 def history_text(shown: list[tuple[str, float]]) -> str:
     """A line for each (title, rating), without the rating where it is NaN."""
-    return "\n".join(
-        title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown
-    )
+    lines = (title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown)
+    return "\n".join(lines)
 
 
 def render_prompt(example: Example, skip: int = 0) -> str:
     """The prompt text, up to "Answer:", without its `skip` oldest history items."""
     things, did, do = example.words
-    history = history_text(example.history[skip:])
     unrated = example.history and all(isnan(rating) for _, rating in example.history)
     template = ALL_TEMPLATES[example.template]
     template = re.sub(r"\[(.*?)\|(.*?)\]", r"\2" if unrated else r"\1", template)
+    history = history_text(example.history[skip:])
     question = template.format(things=things, did=did, do=do, history=history)
     return "\n".join([question, *example.candidates, "Answer:"])
 
@@ -469,36 +406,16 @@ class Encoded:
 
     def tree(self, batch: list[int], slots) -> "PromptTree":
         """One PromptTree of the examples in `batch`, each with its row of `slots` (E, N)."""
-        prompts = [self.prompts[e] for e in batch]
-        return build_tree(prompts, [self.slots(e, slots[e]) for e in batch])
-
-
-class Ragged(Sequence):
-    """Rows of different lengths in one array, cut when they are asked for."""
-
-    def __init__(self, values: np.ndarray, lengths: np.ndarray):
-        self.values, self.lengths, self.ends = values, lengths, np.cumsum(lengths)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        end = int(self.ends[i])
-        return self.values[end - int(self.lengths[i]) : end]
+        completions = [self.slots(e, slots[e]) for e in batch]
+        return build_tree([self.prompts[e] for e in batch], completions)
 
 
 def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
     """(E, 2) tokens of each example's prompt, and of its completions at `slots` (E, N) together."""
-    # tokens that a title takes on the tree: EOS is no input
-    inner = np.zeros(encoded.examples.interactions.num_items, np.int64)
+    inner = np.zeros(encoded.examples.interactions.num_items, np.int64)  # EOS is no input
     inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
     items = np.take_along_axis(encoded.examples.candidates, np.asarray(slots), 1)
-    prompts = encoded.prompts
-    lengths = prompts.lengths if isinstance(prompts, Ragged) else [len(p) for p in prompts]
-    return np.stack([lengths, inner[items].sum(1)], 1)
-
-
-BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded as one text
+    return np.stack([list(map(len, encoded.prompts)), inner[items].sum(1)], 1)
 
 
 def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -> Encoded:
@@ -509,9 +426,8 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
     differently together."""
     items = np.unique(examples.candidates).tolist()
     titles = tokenizer.encode_completions([examples.interactions.titles[i] for i in items])
-    completions = dict(zip(items, titles, strict=True))
     prompts = tokenizer.encode_prompts([render_prompt(examples[e]) for e in range(len(examples))])
-    encoded = Encoded(examples, prompts, completions)
+    encoded = Encoded(examples, prompts, dict(zip(items, titles, strict=True)))
     for e, prompt in enumerate(prompts):
         candidates = encoded.slots(e, range(NUM_CANDIDATES))
         if len(set(map(tuple, candidates))) < NUM_CANDIDATES:
@@ -532,14 +448,12 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
         encoded.num_dropped += skip
         if e < BOUNDARY_CHECKS:
             text, target = render_prompt(examples[e], skip), examples.target[e]
-            (whole,) = tokenizer.encode_answered([text], [examples[e].candidates[target]])
+            title = examples[e].candidates[target]
+            (whole,) = tokenizer.encode_answered([text], [title])
             if prompt + candidates[target][:-1] != whole:
-                raise ValueError(
-                    "prompt and completion tokenise differently together: "
-                    f"...{f'{text} {examples[e].candidates[target]}'[-80:]!r}"
-                )
-        # lists of Python integers take ten times the memory
-        prompts[e] = np.array(prompt, np.int32)
+                end = f"{text} {title}"[-80:]
+                raise ValueError(f"prompt and completion tokenise differently together: ...{end!r}")
+        prompts[e] = np.array(prompt, np.int32)  # a list of integers takes ten times the memory
     return encoded
 
 
@@ -558,20 +472,18 @@ class PromptTree:
     num_completions: int
 
     def to(self, device) -> "PromptTree":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: to_device(v, device) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{name: to_device(t, device) for name, t in tensors.items()})
 
     def with_prompt_labels(self, spans: np.ndarray) -> "PromptTree":
         """Score these tokens of the prompts, too: spans (B, 2) of a first >= 1 and an end.
 
         Their rows and labels come behind the M of completions; sum_logps takes the first M."""
         width = self.input_ids.shape[1]
-        places = [b * width + torch.arange(*span) for b, span in enumerate(spans.tolist())]
-        tokens = torch.cat(places)  # flat
-        rows = torch.cat([self.rows, tokens - 1])
+        tokens = [b * width + torch.arange(*span) for b, span in enumerate(spans.tolist())]
+        tokens = torch.cat(tokens)  # flat
         labels = torch.cat([self.labels, self.input_ids.flatten()[tokens]])
-        return replace(self, rows=rows, labels=labels)
+        return replace(self, rows=torch.cat([self.rows, tokens - 1]), labels=labels)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
         """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run:
@@ -581,49 +493,43 @@ class PromptTree:
         sequences = torch.arange(B * N, device=self.sequence_ids.device)
         starts = torch.searchsorted(self.sequence_ids, sequences)  # sequence_ids ascend
         tokens = torch.arange(len(self.sequence_ids), device=self.sequence_ids.device)
-        places = tokens - starts[self.sequence_ids]  # (M,) of a token within its title
-        rows = token_logps.new_zeros(B * N * width)
-        rows = rows.scatter(0, self.sequence_ids * width + places, token_logps[: len(tokens)])
+        cells = self.sequence_ids * width + tokens - starts[self.sequence_ids]  # (M,)
+        rows = token_logps.new_zeros(B * N * width).scatter(0, cells, token_logps[: len(tokens)])
         return rows.view(B, N, width).sum(2)
 
 
 def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     """B prompts (lists or arrays of ids) and, per prompt, N completions that each end in EOS.
 
-    ValueError if N differs or anything is empty.
-    All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The
-    last prompt token predicts the first token of every completion."""
+    ValueError if N differs or anything is empty. All of a completion is scored, but its EOS is a
+    label only: n ids occupy n - 1 positions. The last prompt token predicts the first token of
+    every completion."""
     counts = [len(group) for group in completions]
     sequences = [*prompts, *(ids for group in completions for ids in group)]
     same = len(prompts) == len(counts) and 0 < min(counts, default=0) == max(counts)
     if not same or min(map(len, sequences)) == 0:
         raise ValueError(
-            "expected no empty prompt or completion, and the same number of completions, at least "
-            f"1, for every prompt; got {len(counts)} for {len(prompts)} prompts: {counts}"
+            "expected no empty prompt or completion, and the same number, at least 1, for every "
+            f"prompt; got {len(counts)} for {len(prompts)} prompts: {counts}"
         )
-    B, P, N = len(prompts), max(map(len, prompts)), len(completions[0])
-    C = max(sum(len(c) - 1 for c in group) for group in completions)
-    input_ids = np.zeros((B, P + C), np.int64)
-    position_ids = np.zeros((B, P + C), np.int64)
+    B, P, N = len(prompts), max(map(len, prompts)), counts[0]
+    C = max(sum(len(ids) - 1 for ids in group) for group in completions)
+    input_ids, position_ids = np.zeros((2, B, P + C), np.int64)
     branch_ids = np.full((B, P + C), -1, np.int64)
     rows, labels, sequence_ids = [], [], []
     for b, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        length, first = len(prompt), b * (P + C)  # flat index of the row's first token
-        input_ids[b, :length] = prompt
+        length, first, at = len(prompt), b * (P + C), P  # first: flat index of the row
+        input_ids[b, :length], branch_ids[b, :length] = prompt, 0
         position_ids[b, :length] = np.arange(length)
-        branch_ids[b, :length] = 0
-        at = P
-        for n, completion in enumerate(group):
-            inner = len(completion) - 1
-            input_ids[b, at : at + inner] = completion[:-1]
-            position_ids[b, at : at + inner] = np.arange(length, length + inner)
-            branch_ids[b, at : at + inner] = n + 1
-            rows += [first + length - 1, *range(first + at, first + at + inner)]
-            labels += completion
-            sequence_ids += [b * N + n] * len(completion)
-            at += inner
-    scored = [np.array(ids) for ids in (rows, labels, sequence_ids)]
-    arrays = (input_ids, position_ids, branch_ids, *scored)
+        for n, ids in enumerate(group):
+            end = at + len(ids) - 1
+            input_ids[b, at:end], branch_ids[b, at:end] = ids[:-1], n + 1
+            position_ids[b, at:end] = np.arange(length, length + end - at)
+            rows += [first + length - 1, *range(first + at, first + end)]
+            labels += ids
+            sequence_ids += [b * N + n] * len(ids)
+            at = end
+    arrays = (input_ids, position_ids, branch_ids, *map(np.array, (rows, labels, sequence_ids)))
     return PromptTree(*map(torch.from_numpy, arrays), prompt_width=P, num_completions=N)
 
 
@@ -637,14 +543,13 @@ def to_device(tensor: Tensor, device) -> Tensor:
 def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Divide one global batch: per rank a list of micro-batches of examples with similar widths.
 
-    `widths` as tree_widths. Sorted by width and dealt out in turn, so that ranks carry equal loads.
-    A micro-batch holds one example, or as many as stay within `budget` tokens, padding included.
-    All ranks get the same number of micro-batches; the missing ones are empty lists."""
+    They are sorted by tree_widths and dealt out in turn, for equal loads. A micro-batch holds one
+    example, or as many as stay within `budget` tokens, padding included; ranks that have fewer
+    micro-batches get empty ones."""
     ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
-    ranks = []
+    ranks: list[list[list[int]]] = []
     for rank in range(num_ranks):
-        batches: list[list[int]] = []
-        P = C = 0  # widths of the last batch's widest prompt and completions
+        batches, P, C = [], 0, 0  # widths of the last batch's widest prompt and completions
         for i in ordered[rank::num_ranks]:
             p, c = widths[i]
             if not batches or (max(P, p) + max(C, c)) * (len(batches[-1]) + 1) > budget:

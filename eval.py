@@ -11,14 +11,12 @@ another spelling of a title is possible and the text is wanted.
 
 Two figures stand side by side. Written: hit_ratio@1 counts answers that are exactly the target's
 title, over *all* cases, valid_ratio those that are a listed title. Ranked first: ranking/* are
-computed from the log-probabilities of the 20 candidates, and ties share their ranks.
-
-Left out: tables over several runs. Legend: E examples, N = 20 candidates, M scored tokens.
+computed from the log-probabilities of the 20 candidates. Legend: E examples, N = 20 candidates.
 """
 
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,27 +28,168 @@ from torch import Tensor
 from common import arg, parse_config, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
-from loaders.frozen import Prepared, encode_split, prepare
+from loaders.frozen import encode_split, prepare
 from model import Transformer, generate
+from runtime import sources
 from runtime.passes import planned, prefetch, progress, rounds
 from runtime.policy import free_memory
 from runtime.processes import setup_distributed
-from runtime.sources import (
-    SourceConfig,
-    check_run_data,
-    data_of_a_model,
-    load_source,
-    sources_of,
-    with_run_options,
-)
 from runtime.stages import save_predictions
 
+ALL = range(NUM_CANDIDATES)  # slots
+NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
 
-def ranking_metrics(
-    scores: np.ndarray,  # (E, n), higher is better
-    target: np.ndarray,  # (E,) slot of the chosen item
-) -> dict[str, np.ndarray]:
-    """hit_ratio@k, ndcg@5 and mrr, (E,) float64 each, of the target's rank among n candidates.
+
+@dataclass(frozen=True)
+class EvalConfig(sources.SourceConfig):
+    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter."""
+
+    split: str = arg("test", "which examples", group="how", choices=("val", "test"))
+    decode: str = arg(
+        "greedy", "one pass, the long way, listed titles", choices=("greedy", "generate", "trie")
+    )
+    decode_rest: bool = arg(True, "generate where no candidate verifies; off: count it invalid")
+    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
+    show_prompts: int = arg(0, "only print so many prompts and their answers", at_least=0)
+    output_dir: str = arg("", "for metrics.json and predictions.jsonl; empty = only print")
+
+
+def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
+    """(B,) the completion of which all tokens are argmaxes, and then the answer ends; or -1."""
+    is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
+    is_last[:-1] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
+    agrees = torch.where(is_last, torch.isin(greedy_ids, end_ids), greedy_ids == tree.labels)
+    misses = tree.sum_logps((~agrees).float())  # (B, N)
+    return torch.where((misses == 0).any(1), (misses == 0).float().argmax(1), -1)
+
+
+def trie_walk(completions: list[list[int]], token_logps: Iterator[float]) -> int:
+    """Greedy decoding among the candidates, whose tokens' log-probs follow one another: at each
+    node the likeliest token; the first of equals."""
+    logps = [list(islice(token_logps, len(ids))) for ids in completions]
+    alive, depth = list(range(len(completions))), 0
+    while len(alive) > 1:
+        best = max(alive, key=lambda n: (logps[n][depth], -n))
+        alive = [n for n in alive if completions[n][depth] == completions[best][depth]]
+        depth += 1
+    return alive[0]
+
+
+def match_title(answer: str, titles: list[str]) -> int:
+    """Index of the title that equals the answer; if none does, the answer without one final ".";
+    else -1. Letters are composed (NFC), spaces are single."""
+    titles, answers = (
+        [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
+        for texts in (titles, (answer, answer.removesuffix(".")))
+    )
+    return next((titles.index(text) for text in answers if text in titles), -1)
+
+
+def answered(example, slot: int, how: str, text: str | None = None) -> dict:
+    """What a record says of the answer: the title of this slot, or, for -1, the text."""
+    answer = example.candidates[slot] if slot >= 0 else text
+    return {"answer": answer, "valid": slot >= 0, "hit": slot == example.target, "how": how}
+
+
+# ------------------------------------------------------------------------ all examples
+@torch.no_grad()
+def predict(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    encoded: Encoded,
+    indices,  # the examples of this rank
+    decode: str = "greedy",
+    decode_rest: bool = True,
+    micro_batch_tokens: int = 8192,
+    any_rank: Callable[[bool], bool] = bool,
+) -> list[dict]:
+    """One record per example: answer, hit, valid, how it was found, every candidate's log-prob."""
+    device, records, nobody = model.inv_freq.device, {}, [0]  # a rank without work runs example 0
+    slots = np.tile(ALL, (len(encoded.prompts), 1))
+    widths = tree_widths(encoded, slots)
+    stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
+    end_ids = torch.tensor(sorted(stop_ids), device=device)
+    batches = planned(widths, indices, micro_batch_tokens)
+    trees = prefetch(lambda batch: encoded.tree(batch, slots).to(device), batches)
+    for batch in progress(rounds(batches, any_rank), "evaluation", len(batches)):
+        tree = next(trees) if batch else encoded.tree(nobody, slots).to(device)
+        token_logps, greedy_ids = model(tree)
+        logps = tree.sum_logps(token_logps).tolist()
+        written, how = verified_branch(tree, greedy_ids, end_ids).tolist(), "verified"
+        if decode == "trie":
+            per_token, how = iter(token_logps.tolist()), "trie"
+            written = [trie_walk(encoded.slots(e, ALL), per_token) for e in batch]
+        for b, e in enumerate(batch):
+            example = encoded.examples[e]
+            title, found = example.candidates[example.target], how if written[b] >= 0 else "none"
+            records[e] = {"example": e, "user": example.user, "target": title}
+            records[e] |= answered(example, written[b], found) | {"logps": logps[b]}
+            records[e] |= {"candidates": example.candidates, "target_slot": example.target}
+
+    rest = sorted(records)
+    if decode != "generate":
+        rest = [e for e in rest if decode_rest and records[e]["answer"] is None]
+    longest = max(map(len, encoded.completions.values()))
+    batches = planned(widths, rest, micro_batch_tokens)
+    for batch in progress(rounds(batches, any_rank), "answers written out", len(batches)):
+        prompts = [encoded.prompts[e].tolist() for e in batch or nobody]
+        # twice the longest title: another spelling takes more tokens than the usual one
+        outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
+        for e, ids in zip(batch, outputs, strict=False):
+            example, text = encoded.examples[e], tokenizer.answer(ids)
+            records[e] |= {"one_pass": records[e]["answer"], "ids": ids}
+            slot = match_title(text, example.candidates)
+            records[e] |= answered(example, slot, "generated", text)
+    return [records[e] for e in sorted(records)]
+
+
+@torch.no_grad()
+def compare_with_one_pass(model, tokenizer, encoded: Encoded, records: list[dict]) -> dict:
+    """How often generation writes another candidate, token for token, than the one pass verified,
+    and how many of those are near-ties: two best logits closer than NEAR_TIE on the way."""
+    differing, near_ties, stop_ids = 0, 0, tokenizer.stop_ids | tokenizer.newline_ids()
+    for record in records:
+        *ids, last = record["ids"]
+        spelt = [title[:-1] for title in encoded.slots(record["example"], ALL)]
+        listed = last in stop_ids and ids in spelt
+        if record["one_pass"] == (record["candidates"][spelt.index(ids)] if listed else None):
+            continue
+        differing += 1
+        prompt = encoded.prompts[record["example"]].tolist()
+        sequence = torch.tensor([prompt + ids], device=model.inv_freq.device)
+        best = model.logits(sequence)[0, len(prompt) - 1 :].topk(2, dim=-1).values
+        near_ties += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
+    return {"one_pass_differs": differing, "one_pass_near_ties": near_ties}
+
+
+def evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: Examples | Encoded,
+    decode: str = "greedy",
+    decode_rest: bool = True,
+    max_length: int = 1024,
+    micro_batch_tokens: int = 8192,
+    baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N), to stand beside
+) -> tuple[dict, list[dict]]:
+    """Score the given examples in this process: (metrics, predictions); train.py divides them."""
+    encoded, training = examples, model.training
+    if not isinstance(examples, Encoded):
+        encoded = encode_examples(examples, tokenizer, max_length)
+    indices = range(len(encoded.prompts))
+    records = predict(
+        model.eval(), tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens
+    )
+    model.train(training)
+    metrics = summarise(records, baselines)
+    if decode == "generate":
+        metrics |= compare_with_one_pass(model, tokenizer, encoded, records)
+    return metrics, records
+
+
+# ------------------------------------------------------------------------ metrics
+def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+    """hit_ratio@k, ndcg@5 and mrr, (E,) float64 each, by scores (E, n) of target slots (E,).
 
     Ties are shared: the target's rank is uniform over the candidates of equal score, and each
     metric is the mean over these ranks. So a recommender whose scores are all equal gets exactly
@@ -70,141 +209,6 @@ def ranking_metrics(
     return {name: (possible * gain).sum(1) / tied[:, 0] for name, gain in gains.items()}
 
 
-HIT_RATIOS = ("hit_ratio@1", "ranking/hit_ratio@1")  # written, ranked first
-NEAR_TIE = 1e-3  # logits closer than this may swap between two exact ways of computing them
-
-
-@dataclass(frozen=True)
-class EvalConfig(SourceConfig):
-    """Evaluate a run folder, a Hugging Face directory or a PEFT adapter."""
-
-    split: str = arg("test", "val or test", choices=("val", "test"))
-    decode: str = arg(
-        "greedy",
-        "greedy (one pass), generate (the long way, compared with it), "
-        "trie (always a listed title)",
-        group="how",
-        choices=("greedy", "generate", "trie"),
-    )
-    decode_rest: bool = arg(
-        True, "generate an answer where no candidate verifies; off: count it invalid"
-    )
-    micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
-    show_prompts: int = arg(
-        0, "print so many prompts as the model reads them, with their answers, and stop", at_least=0
-    )
-    output_dir: str = arg(
-        "", "where metrics.json and predictions.jsonl of each stage go; empty = only print"
-    )
-
-
-def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
-    """(B,) the completion that greedy decoding would write, or -1:
-    all its tokens are argmaxes, and then it ends."""
-    is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
-    is_last[:-1] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
-    agrees = torch.where(is_last, torch.isin(greedy_ids, end_ids), greedy_ids == tree.labels)
-    misses = tree.sum_logps((~agrees).float())  # (B, N)
-    return torch.where((misses == 0).any(1), (misses == 0).float().argmax(1), -1)
-
-
-def trie_walk(completions: list[list[int]], token_logps: list[list[float]]) -> int:
-    """Greedy decoding restricted to the candidates: at each node the likeliest listed token;
-    the first of equals."""
-    alive, depth = list(range(len(completions))), 0
-    while len(alive) > 1:
-        best = max(alive, key=lambda n: (token_logps[n][depth], -n))
-        alive = [n for n in alive if completions[n][depth] == completions[best][depth]]
-        depth += 1
-    return alive[0]
-
-
-def canonical(title: str) -> str:
-    """Composed letters (NFC) and single spaces."""
-    return unicodedata.normalize("NFC", " ".join(title.split()))
-
-
-def match_title(answer: str, titles: list[str]) -> int:
-    """Index of the title that equals the answer; if none does, the answer without one final ".";
-    else -1."""
-    titles = [canonical(t) for t in titles]
-    for text in (canonical(answer), canonical(answer.removesuffix("."))):
-        if text in titles:
-            return titles.index(text)
-    return -1
-
-
-DUMMY = [0]  # the example that a rank without work runs; nothing is recorded of it
-
-
-@torch.no_grad()
-def predict(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    encoded: Encoded,
-    indices,  # the examples of this rank
-    decode: str = "greedy",
-    decode_rest: bool = True,
-    micro_batch_tokens: int = 8192,
-    any_rank: Callable[[bool], bool] = bool,
-) -> list[dict]:
-    """One record per example: answer, hit, valid, how it was found, every candidate's log-prob."""
-    device = model.inv_freq.device
-    all_slots = np.tile(np.arange(NUM_CANDIDATES), (len(encoded.prompts), 1))
-    widths = tree_widths(encoded, all_slots)
-    stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
-    end_ids = torch.tensor(sorted(stop_ids), device=device)
-    records: dict[int, dict] = {}
-    batches = planned(widths, indices, micro_batch_tokens)
-    trees = prefetch(lambda batch: encoded.tree(batch, all_slots).to(device), batches)
-    for batch in progress(rounds(batches, any_rank), "evaluation", len(batches)):
-        tree = next(trees) if batch else encoded.tree(DUMMY, all_slots).to(device)
-        token_logps, greedy_ids = model(tree)
-        logps = tree.sum_logps(token_logps).tolist()
-        slots, how = verified_branch(tree, greedy_ids, end_ids).tolist(), "verified"
-        if decode == "trie":
-            per_token, how = iter(token_logps.tolist()), "trie"
-            groups = [encoded.slots(e, all_slots[e]) for e in batch]
-            slots = [trie_walk(g, [list(islice(per_token, len(ids))) for ids in g]) for g in groups]
-        for b, e in enumerate(batch):
-            example = encoded.examples[e]
-            records[e] = {
-                "example": e,
-                "user": example.user,
-                "target": example.candidates[example.target],
-                **answered(example, slots[b], how if slots[b] >= 0 else "none"),
-                "logps": logps[b],
-                "candidates": example.candidates,
-                "target_slot": example.target,
-            }
-
-    rest = sorted(records)
-    if decode != "generate":
-        rest = [e for e in rest if decode_rest and records[e]["answer"] is None]
-    longest = max(map(len, encoded.completions.values()))
-    batches = planned(widths, rest, micro_batch_tokens)
-    for batch in progress(rounds(batches, any_rank), "answers written out", len(batches)):
-        prompts = [encoded.prompts[e].tolist() for e in batch or DUMMY]
-        # twice the longest title: another spelling takes more tokens than the usual one
-        outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
-        for e, ids in zip(batch, outputs, strict=False):  # a dummy's output belongs to nobody
-            example, text = encoded.examples[e], tokenizer.answer(ids)
-            slot = match_title(text, example.candidates)
-            records[e] |= {"one_pass": records[e]["answer"], "ids": ids}
-            records[e] |= answered(example, slot, "generated", text)
-    return [records[e] for e in sorted(records)]
-
-
-def answered(example, slot: int, how: str, text: str | None = None) -> dict:
-    """What a record says of the answer: the title of this slot, or, for -1, the text."""
-    return {
-        "answer": example.candidates[slot] if slot >= 0 else text,
-        "valid": slot >= 0,
-        "hit": slot == example.target,
-        "how": how,
-    }
-
-
 def wilson(mean: float, n: int) -> list[float]:
     """95 % interval of a share of n cases (Wilson's score interval)."""
     z = 1.96
@@ -216,23 +220,20 @@ def wilson(mean: float, n: int) -> list[float]:
 def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = None) -> dict:
     """Metrics over all records, each with its 95 % interval under `<name>_ci95`;
     baselines: name -> scores (E, N)."""
-    n = len(records)
-    metrics: dict = {"n": n}
+    metrics: dict = {"n": (n := len(records))}
 
     def put(name: str, values) -> None:
         values = np.asarray(values, float)
-        metrics[name] = float(values.mean())
+        mean, half = values.mean(), 1.96 * values.std() / math.sqrt(n)
         is_share = ((values == 0) | (values == 1)).all()
-        half = 1.96 * values.std() / math.sqrt(n)
-        interval = [values.mean() - half, values.mean() + half]
-        metrics[f"{name}_ci95"] = wilson(values.mean(), n) if is_share else interval
+        metrics[name] = float(mean)
+        metrics[f"{name}_ci95"] = wilson(mean, n) if is_share else [mean - half, mean + half]
 
     put("hit_ratio@1", [r["hit"] for r in records])
     put("valid_ratio", [r["valid"] for r in records])
     valid = [r["hit"] for r in records if r["valid"]]
     metrics["hit_ratio@1|valid"] = float(np.mean(valid)) if valid else 0.0
-    targets = np.array([r["target_slot"] for r in records])
-    logps = np.array([r["logps"] for r in records])
+    logps, targets = (np.array([r[name] for r in records]) for name in ("logps", "target_slot"))
     for name, values in ranking_metrics(logps, targets).items():
         put(f"ranking/{name}", values)
     written = [r["how"] == "generated" and r.get("one_pass") is None for r in records]
@@ -243,67 +244,15 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
     return metrics
 
 
-def evaluate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    examples: Examples | Encoded,
-    decode: str = "greedy",
-    decode_rest: bool = True,
-    max_length: int = 1024,
-    micro_batch_tokens: int = 8192,
-    baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N), to stand beside
-) -> tuple[dict, list[dict]]:
-    """Score the given examples in this process: (metrics, predictions).
-
-    train.py splits them over ranks instead."""
-    encoded = examples
-    if not isinstance(examples, Encoded):
-        encoded = encode_examples(examples, tokenizer, max_length)
-    training = model.training
-    model.eval()
-    indices = range(len(encoded.prompts))
-    records = predict(model, tokenizer, encoded, indices, decode, decode_rest, micro_batch_tokens)
-    model.train(training)
-    metrics = summarise(records, baselines)
-    if decode == "generate":
-        metrics |= compare_with_one_pass(model, tokenizer, encoded, records)
-    return metrics, records
-
-
-@torch.no_grad()
-def compare_with_one_pass(
-    model: Transformer, tokenizer: Tokenizer, encoded: Encoded, records: list[dict]
-) -> dict:
-    """How often generation writes another candidate, token for token, than the one pass verified,
-    and how many of those are near-ties: two best logits closer than NEAR_TIE on the way."""
-    differing = near_ties = 0
-    stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
-    for record in records:
-        *ids, last = record["ids"]
-        spelt = [title[:-1] for title in encoded.slots(record["example"], range(NUM_CANDIDATES))]
-        listed = last in stop_ids and ids in spelt
-        if record["one_pass"] == (record["candidates"][spelt.index(ids)] if listed else None):
-            continue
-        differing += 1
-        prompt = encoded.prompts[record["example"]].tolist()
-        sequence = torch.tensor([prompt + ids], device=model.inv_freq.device)
-        best = model.logits(sequence)[0, len(prompt) - 1 :].topk(2, dim=-1).values
-        near_ties += bool((best[:, 0] - best[:, 1]).min() < NEAR_TIE)
-    return {"one_pass_differs": differing, "one_pass_near_ties": near_ties}
-
-
 def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None) -> str:
     """Markdown: chance and counting baselines, the given rows (name -> metrics), upper bounds."""
     some = next(iter(rows.values()))
-    written = "trie" if some.get("decode") == "trie" else "written"
-    meaning = {
-        "trie": "decoded along the listed titles",
-        "written": "the answer is the exact title",
-    }
+    written, meaning = "written", "the answer is the exact title"
+    if some.get("decode") == "trie":
+        written, meaning = "trie", "decoded along the listed titles"
     lines = [
-        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; {written} = "
-        f"{meaning[written]}, ranked first = best log-probability of the 20; [95 % interval]",
-        "",
+        f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; {written} = {meaning}, "
+        "ranked first = best log-probability of the 20; [95 % interval]\n",
         f"| method | HR@1 {written} | ValidRatio | HR@1 ranked first | NDCG@5 | MRR |",
         "|---|---|---|---|---|---|",
     ]
@@ -315,39 +264,36 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
         ranked = f"{value:.4f}" if name == "chance" else share(value, wilson(value, some["n"]))
         lines.append(f"| {name} | | | {ranked} | | |")
     for name, m in rows.items():
-        first, ranked = (share(m[key], m[f"{key}_ci95"]) for key in HIT_RATIOS)
+        first, ranked = (
+            share(m[key], m[f"{key}_ci95"]) for key in ("hit_ratio@1", "ranking/hit_ratio@1")
+        )
         rest = f"{m['ranking/ndcg@5']:.4f} | {m['ranking/mrr']:.4f}"
         lines.append(f"| {name} | {first} | {m['valid_ratio']:.4f} | {ranked} | {rest} |")
     lines += [f"| {name} | | | {value:.4f} | | |" for name, value in (bounds or {}).items()]
     counts = ", ".join(f"{name} {m['answers_generated']}" for name, m in rows.items())
-    lines += ["", f"answers written out, because no candidate verified in the one pass: {counts}"]
+    lines += [f"\nanswers written out, because no candidate verified in the one pass: {counts}"]
     return "\n".join(lines)
 
 
-def show_prompts(config: EvalConfig, prepared: Prepared, base: Path) -> None:
-    """The first prompts of the split and their answers, as text of the ids that the model reads."""
-    tokenizer = Tokenizer(base, config.prompt_format)
-    examples = prepared.splits[config.split].select(slice(config.show_prompts))
-    encoded = encode_examples(examples, tokenizer, config.max_length)
-    for e, prompt in enumerate(encoded.prompts):
-        (answer,) = encoded.slots(e, [examples.target[e]])
-        text, title = (
-            tokenizer.inner.decode(i, skip_special_tokens=False) for i in (prompt, answer)
-        )
-        print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}\n--- answer\n{title}\n")
-
-
+# ------------------------------------------------------------------------ the command
 def main() -> None:
-    config = with_run_options(parse_config(EvalConfig, beneath=data_of_a_model))
+    config = sources.with_run_options(parse_config(EvalConfig, beneath=sources.data_of_a_model))
     _, _, device = setup_distributed()
-    sources, prepared = sources_of(config), prepare(config)
-    check_run_data(config, sources, prepared.hash)
-    if config.show_prompts:
-        show_prompts(config, prepared, list(sources.values())[-1][0])
+    asked, prepared = sources.sources_of(config), prepare(config)
+    sources.check_run_data(config, asked, prepared.hash)
+    if config.show_prompts:  # as text of the ids that the model reads
+        tokenizer = Tokenizer(list(asked.values())[-1][0], config.prompt_format)
+        examples = prepared.splits[config.split].select(slice(config.show_prompts))
+        encoded = encode_examples(examples, tokenizer, config.max_length)
+        for e, prompt in enumerate(encoded.prompts):
+            ids = (prompt, encoded.slots(e, [examples.target[e]])[0])
+            text, title = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
+            user = f"user {examples[e].user}, {len(prompt)} tokens"
+            print(f"--- {user}\n{text}\n--- answer\n{title}\n")
         return
     rows = {}
-    for name, source in sources.items():
-        model, tokenizer = load_source(config, source, device)
+    for name, source in asked.items():
+        model, tokenizer = sources.load_source(config, source, device)
         metrics, records = evaluate(
             model,
             tokenizer,

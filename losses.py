@@ -166,8 +166,8 @@ def cpo(t: Titles, options):
 
 
 def simpo(t: Titles, options):
-    """Its rewards are per token, and γ is the gap of them to exceed; γ is not divided by β."""
-    means, gamma = t.policy_logps / t.lengths, options.simpo_gamma
+    """Its rewards are per token, and γ, here λ, is the gap of them to exceed, not divided by β."""
+    means, gamma = t.policy_logps / t.lengths, options.margin_lambda
     return *recpo_loss(means, torch.zeros_like(means), gamma, options.beta), gamma
 
 

@@ -11,11 +11,9 @@ computed once and kept in a file. Every rank draws the same global batch from (s
 and takes its share, so any number of processes and micro-batches gives the same update.
 
 From top to bottom: options; the model; the objective (what a micro-batch adds to a step; the losses
-are in losses.py); one step; one stage with its loop; the run. What surrounds training is in
-runtime/: checkpoints, `--resume auto`, validation, the reference's log-probs, `--dry_run`.
-
-Legend: E examples, B those of a micro-batch, K rejected titles, N completions (1 + K; KTO: one
-more), M scored tokens. Left out: training of quantised weights (--load_in_4bit: a frozen base).
+are in losses.py); one step; one stage with its loop; the run. Checkpoints, validation, the
+reference's log-probs and `--dry_run` are in runtime/. Legend: E examples, B those of a micro-batch,
+K rejected titles, N completions (1 + K; KTO: one more), M scored tokens.
 """
 
 import math
@@ -35,8 +33,7 @@ from torch import Tensor
 
 from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, to_device, tree_widths
-from demo.pretrain import BASE as DEMO_BASE
-from demo.pretrain import TITLES, titles_base
+from demo.pretrain import BASE, TITLES, titles_base
 from eval import predict, ranking_metrics, results_table, summarise
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
@@ -57,7 +54,6 @@ from runtime.validation import encode_sample, load_best, validate
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = 50_000_000  # parameters; a model of fewer has other defaults
-PREFERENCE_LOSSES = tuple(LOSSES)
 
 # ------------------------------------------------------------------------ options
 SFT, RECPO, ANY_LOSS = ("sft",), ("recpo",), tuple(LOSSES)  # who reads an option
@@ -81,7 +77,7 @@ class TrainConfig(ModelOptions):
         group="objective",
     )
     beta: float = arg(1.0, "reward = beta * log-ratio", above=0, read_by=ANY_LOSS)
-    margin_lambda: float = arg(2.0, "weight of recpo's margins", at_least=0, read_by=RECPO)
+    margin_lambda: float = arg(2.0, "recpo's λ; simpo's γ", at_least=0, read_by=("recpo", "simpo"))
     margin: str = arg("ratio", "form of recpo's margin", choices=MARGINS, read_by=RECPO)
     num_negatives: int = arg(
         3, "rejected titles a prompt", at_least=1, at_most=NUM_CANDIDATES - 1, read_by=LISTWISE
@@ -89,11 +85,8 @@ class TrainConfig(ModelOptions):
     negative_source: str = arg(
         "both", "which titles are rejected", choices=("both", "random", "follow"), read_by=ANY_LOSS
     )
-    simpo_gamma: float = arg(2.0, "margin; beta / 4 to beta", at_least=0, read_by=("simpo",))
     history_weight: float = arg(0.0, "sft: weight of a history's token", at_least=0, read_by=SFT)
-    sft_weight: float = arg(
-        -1.0, "weight of the chosen title's NLL; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS
-    )
+    sft_weight: float = arg(-1.0, "chosen's NLL; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS)
     sft_epochs: float = arg(5.0, "may be a fraction", group="optimisation", above=0, read_by=SFT)
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
@@ -104,22 +97,14 @@ class TrainConfig(ModelOptions):
     warmup_ratio: float = arg(0.05, "share of steps in which the rate rises", at_least=0, at_most=1)
     adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
-    shard: str = arg(
-        "full",
-        "full: weights split over processes; none: replicas, faster where they fit; hybrid: next",
-        choices=("full", "none", "hybrid"),
-    )
+    shard: str = arg("full", "split weights, replicate, both", choices=("full", "none", "hybrid"))
     shard_group_size: int = arg(
         0, "processes that share a copy; 0 = a machine's", at_least=0, read_by=("--shard hybrid",)
     )
-    gradient_checkpointing: bool = arg(
-        False, "recompute blocks in backward: less memory, 1.4 times as long"
-    )
+    gradient_checkpointing: bool = arg(False, "recompute blocks in backward: less memory, slower")
     compile: bool = arg(False, "torch.compile the blocks: seconds to minutes first, then faster")
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
-    decode_rest: bool = arg(
-        True, "generate where no candidate verifies; off: invalid", group="evaluation and output"
-    )
+    decode_rest: bool = arg(True, "decode where no branch verifies; off: invalid", group="output")
     val_size: int = arg(200, "validation users, answered in one pass; 0 = none", at_least=0)
     eval_steps: int = arg(0, "between validations; 0: none", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
@@ -136,10 +121,8 @@ class TrainConfig(ModelOptions):
         losses = [stage for stage in given if stage in LOSSES]
         first = [stage for stage in ("raw", "sft") if stage in given]
         if not given or given != first + losses or len(set(losses)) < len(losses):
-            raise ValueError(
-                "--stages: raw and sft first (or not at all), then any of "
-                f"{', '.join(LOSSES)}, each once; got {self.stages!r}"
-            )
+            names = f"raw and sft first (or not at all), then any of {', '.join(LOSSES)}, each once"
+            raise ValueError(f"--stages: {names}; got {self.stages!r}")
         if self.dataset != "planted" and not (self.model or self.adapter):
             raise ValueError(f"--dataset {self.dataset} needs a --model. {policy.THREE_WAYS}")
         if self.model == TITLES and self.adapter:
@@ -169,7 +152,7 @@ class TrainConfig(ModelOptions):
 def find_base(model: str, adapter: str, weights: bool) -> Path:
     """The directory of the model: --model, or the one that --adapter names, or the demo's."""
     name = model or (base_of(adapter) if adapter else "")
-    return resolve_path(name, weights=weights) if name else DEMO_BASE
+    return resolve_path(name, weights=weights) if name else BASE
 
 
 def defaults(given: dict) -> dict:
@@ -353,14 +336,14 @@ class Objective:
 
 # ------------------------------------------------------------------------ one optimizer step
 def train_step(
-    model, optimizer, batches: list, compute: Callable, lr: float, config, replicas: int = 0
+    model, optimizer, batches: list, objective: Callable, lr: float, config, replicas: int = 0
 ) -> StepMetrics:
     """Accumulate gradients over this rank's micro-batches, clip, step; metrics of the global batch.
 
-    `compute(batch) -> (loss, sums)`: the loss is already divided by global counts, so
+    `objective(batch) -> (loss, sums)`: the loss is already divided by global counts, so
     micro-batches and ranks add up to one big batch; `sums` maps metric names to (sum, count).
-    Every rank brings equally many batches. `replicas` ranks hold the same rows of a gradient;
-    0: all do. Nothing here waits for the GPU."""
+    All ranks must bring the same number of batches. `replicas` ranks hold the same rows of a
+    gradient; 0: all do. Nothing here waits for the GPU."""
     sums, counts = defaultdict(float), defaultdict(float)
     sharded, world_size = hasattr(model, "set_requires_gradient_sync"), dist.get_world_size()
     # Adapters are small: their gradients are reduced once per step. Those of all weights, whole in
@@ -372,7 +355,7 @@ def train_step(
     for number, batch in enumerate(batches, 1):
         if sharded:  # until they are reduced, gradients are whole on every rank
             model.set_requires_gradient_sync(each_reduces or number == len(batches))
-        loss, metrics = compute(batch)
+        loss, metrics = objective(batch)
         (loss * world_size).backward()  # undoes FSDP's average: counts are global already
         for name, (total, count) in metrics.items():
             sums[name] += total.double()
@@ -416,7 +399,6 @@ def predict_on_all_ranks(run: Run, model, encoded: Encoded, decode_rest: bool) -
         run.tokenizer,
         encoded,
         range(run.rank, len(encoded.prompts), run.world_size),
-        decode="greedy",
         decode_rest=decode_rest,
         micro_batch_tokens=run.config.micro_batch_tokens,
         any_rank=any_rank,
@@ -450,24 +432,16 @@ def plans(run: Run) -> dict[str, tuple[Objective, Schedule]]:
 
 
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
-    """Train and test one stage; its folder appears, whole, when it is done. With --resume auto it
-    goes on from the newest whole checkpoint that an earlier start left."""
-    config, folder = run.config, run.folder / f"{name}.unfinished"
-    if is_main():
-        if not config.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-    dist.barrier()
+    """Train and test one stage; with --resume it goes on from its newest whole checkpoint."""
+    config, folder = run.config, unfinished_folder(run, name)
     torch.manual_seed(config.seed + run.rank)  # dropout; all else draws from its own generator
     model, replicas = load_policy(config, name, base, adapter, run.device)
     objective, schedule = plan(run, name, model)
+    num_steps = schedule.num_steps
     peak = config.sft_learning_rate if name == "sft" else config.learning_rate
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=peak,
-        betas=(0.9, config.adam_beta2),
-        weight_decay=0.0,
-        fused=True,
+        trained, lr=peak, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
     )
     weights = stages.starting_weights(base, adapter)
     tokens = stages.tokens_key(run.train, objective.slots)
@@ -492,36 +466,23 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     )
     start = stages.resume_stage(stage)
     stage.logger = Logger(folder / "metrics.jsonl", config.logging_steps)  # what is left of it
-    train(stage, start)
-    load_best(stage)
-    with writing(folder):
-        stages.save_stage(run, model, base, folder, weights)
-    finish_stage(run, name, model, folder)
 
-
-def train(stage: stages.Stage, start: int) -> None:
-    """The loop, from step `start` on."""
-    run, config, schedule, objective = stage.run, stage.run.config, stage.schedule, stage.objective
-    num_steps = schedule.num_steps
     run.stop.in_loop = True
-    batches_ahead = prefetch(stage.micro_batches, range(start, num_steps))
-    for step, batches in enumerate(batches_ahead, start):
-        lr = get_lr(step, num_steps, stage.peak, config.warmup_ratio)
-        result = train_step(
-            stage.model, stage.optimizer, batches, objective, lr, config, stage.replicas
-        )
+    for step, batches in enumerate(prefetch(stage.micro_batches, range(start, num_steps)), start):
+        lr = get_lr(step, num_steps, peak, config.warmup_ratio)
+        result = train_step(model, optimizer, batches, objective, lr, config, replicas)
         objective.after_step(result.on_device)
         if step == 0 and objective.has_reference:
             check_first_rewards(objective, policy.stored_dtype(config, run.device) == torch.float32)
-        stage.log(step, result)
+        stage.log(step, result)  # writes the step before: this one's metrics are on their way
         if step == start + 10 and not run.timed:
             run.timed = True
-            say_duration(run, stage.logger.seconds, plans(run), stage.name, step)
+            say_duration(run, stage.logger.seconds, plans(run), name, step)
 
         done = step + 1
         if run.val is not None and stage.due(config.eval_steps, done):
             stage.flush()
-            validate(stage, done, validation_metrics(run, stage.model))
+            validate(stage, done, validation_metrics(run, model))
         stopping = any_rank(bool(run.stop.asked))  # a checkpoint holds the validation of its step
         if stopping or config.save_steps and stage.due(config.save_steps, done):
             stage.flush()
@@ -536,6 +497,32 @@ def train(stage: stages.Stage, start: int) -> None:
             stage.save(num_steps)
         run.stop.stop("after the last step, which is saved")
     run.stop.in_loop = False
+
+    load_best(stage)
+    with writing(folder):
+        stages.save_stage(run, model, base, folder, weights)
+    finish_stage(run, name, model, folder)
+
+
+def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
+    """Test the model that training starts from as it is: the raw model of the paper's Table 1."""
+    folder = unfinished_folder(run, "raw")
+    print0(f"\n== raw: nothing is trained, {runs.source(base, adapter)} is tested as it is")
+    model, _ = load_policy(run.config, "raw", base, adapter, run.device)
+    if is_main():
+        stages.write_base(run, base, folder, stages.weights_key(base, adapter), adapter)
+    finish_stage(run, "raw", model, folder)
+
+
+def unfinished_folder(run: Run, name: str) -> Path:
+    """The folder of a stage until it is done; without --resume an empty one."""
+    folder = run.folder / f"{name}.unfinished"
+    if is_main():
+        if not run.config.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+    dist.barrier()
+    return folder
 
 
 def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
@@ -555,83 +542,59 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
     dist.barrier()
 
 
-def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
-    """Test the model that training starts from as it is: the raw model of the paper's Table 1."""
-    folder = run.folder / "raw.unfinished"
-    print0(f"\n== raw: nothing is trained, {runs.source(base, adapter)} is tested as it is")
-    model, _ = load_policy(run.config, "raw", base, adapter, run.device)
-    if is_main():
-        folder.mkdir(exist_ok=True)
-        stages.write_base(run, base, folder, stages.weights_key(base, adapter), adapter)
-    finish_stage(run, "raw", model, folder)
-
-
 # ------------------------------------------------------------------------ the run
+def read_options(argv: list[str]) -> TrainConfig:
+    """The options; without --config those that suit data set and model are the defaults."""
+    config = parse_config(TrainConfig, argv, beneath=defaults)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.output_dir:
+        raise ValueError("torchrun --max-restarts needs --output_dir, to go on in the same folder")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return replace(config, resume="auto") if restarted else config
+
+
 def main() -> None:
     config = read_options(sys.argv[1:])
     rank, world_size, device = setup_distributed()
     with runs.agreed_folder(config) as folder:
-        run_all(config, rank, world_size, device, folder)
-
-
-def read_options(argv: list[str]) -> TrainConfig:
-    """The options; without --config those that suit data set and model are the defaults."""
-    config = parse_config(TrainConfig, argv, beneath=defaults)
-    restarts, restarted = (
-        int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT")
-    )
-    if restarts and not config.output_dir:
-        raise ValueError("torchrun --max-restarts needs --output_dir, to go on in the same folder")
-    return replace(config, resume="auto") if restarted else config
-
-
-def run_all(config: TrainConfig, rank: int, world_size: int, device, folder: Path) -> None:
-    """Data, base, and every stage; or the dry run."""
-    stop = runs.StopRequest(folder)
-    say_processes(world_size, device, policy.stored_dtype(config, device), folder)
-    if config.load_in_4bit:
-        policy.say_what_4_bits_cost(device.type)
-
-    with rank_zero_first():
-        prepared = prepare(config, check=is_main())
-    with rank_zero_first("LOCAL_RANK"):
-        if config.model == TITLES:
-            bases = Path(config.prepared_dir)
-            base = titles_base(prepared.interactions, bases, config.dry_run)
+        stop = runs.StopRequest(folder)
+        say_processes(world_size, device, policy.stored_dtype(config, device), folder)
+        if config.load_in_4bit:
+            policy.say_what_4_bits_cost(device.type)
+        with rank_zero_first():
+            prepared = prepare(config, check=is_main())
+        with rank_zero_first("LOCAL_RANK"):
+            if config.model == TITLES:
+                base = titles_base(prepared.interactions, Path(config.prepared_dir), config.dry_run)
+            else:
+                base = find_base(config.model, config.adapter, weights=not config.dry_run)
+        tokenizer = Tokenizer(base, config.prompt_format)
+        with rank_zero_first():
+            histories = config.history_weight > 0
+            train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
+            test = encode_split(prepared, "test", tokenizer, config.max_length)
+        run = Run(
+            config=config,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            folder=folder,
+            base=base,
+            tokenizer=tokenizer,
+            data_hash=prepared.hash,
+            train=train,
+            val=encode_sample(prepared.splits["val"], tokenizer, config),
+            test=test,
+            baselines=prepared.baselines("test") if is_main() else {},
+            stop=stop,
+        )
+        runs.describe_data(run)
+        if config.dry_run:
+            dry_run(run, plans(run))
         else:
-            base = find_base(config.model, config.adapter, weights=not config.dry_run)
-    tokenizer = Tokenizer(base, config.prompt_format)
-    with rank_zero_first():
-        histories = config.history_weight > 0
-        train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
-        test = encode_split(prepared, "test", tokenizer, config.max_length)
-    run = Run(
-        config=config,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        folder=folder,
-        base=base,
-        tokenizer=tokenizer,
-        data_hash=prepared.hash,
-        train=train,
-        val=encode_sample(prepared.splits["val"], tokenizer, config),
-        test=test,
-        baselines=prepared.baselines("test") if is_main() else {},
-        stop=stop,
-    )
-    runs.describe_data(run)
-    if config.dry_run:
-        dry_run(run, plans(run))
-        return
-
-    run_stages(run)
-    if is_main():
-        table = results(run, prepared)
-        title = f"# {config.dataset}, {config.model or base.name}, data {prepared.hash[:12]}"
-        (folder / "results.md").write_text(f"{title}\n\n{table}\n")
-        print0(f"\n{table}\n\nwritten to {folder / 'results.md'}")
-    dist.barrier()
+            run_stages(run)
+            if is_main():
+                write_results(run, prepared)
+            dist.barrier()
 
 
 def run_stages(run: Run) -> None:
@@ -640,8 +603,7 @@ def run_stages(run: Run) -> None:
     start = (run.base, Path(config.adapter) if config.adapter else None)
     finished = [s for s in config.stage_list if (folder / s / "eval" / "metrics.json").exists()]
     for stage in finished:
-        way_out = "choose another --output_dir for the new data"
-        stages.check_data(folder / stage, run.data_hash, way_out)
+        stages.check_data(folder / stage, run.data_hash, "choose another --output_dir")
     for stage in config.stage_list:
         if stage in finished:
             stages.check_start(folder / stage, *start)
@@ -655,21 +617,23 @@ def run_stages(run: Run) -> None:
             start = stages.load_stage(folder / "sft")
 
 
-def results(run: Run, prepared) -> str:
-    """The run's table, with the optimum where it is known; then a warning for each trained stage
-    that mostly wrote something else than the listed titles."""
-    rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in run.config.stage_list}
+def write_results(run: Run, prepared) -> None:
+    """Write and print the run's table, with the optimum where it is known; then a warning for each
+    trained stage that mostly wrote something else than the listed titles."""
+    config, file = run.config, run.folder / "results.md"
+    rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in config.stage_list}
     bounds, optimum = {}, prepared.optimum("test")
     if optimum is not None:
         hits = ranking_metrics(optimum, prepared.splits["test"].target)["hit_ratio@1"]
         bounds["Bayes-optimal"] = float(hits.mean())
-    warnings = [
-        f"\n\nWARNING: {stage}: only {row['valid_ratio']:.1%} of the answers are one of "
-        f"the 20 titles. {policy.INVALID}"
-        for stage, row in rows.items()
-        if stage != "raw" and row["valid_ratio"] < 0.5
-    ]
-    return results_table(rows, bounds) + "".join(warnings)
+    table = results_table(rows, bounds)
+    for stage, row in rows.items():
+        if stage != "raw" and row["valid_ratio"] < 0.5:
+            valid = f"only {row['valid_ratio']:.1%} of the answers are one of the 20 titles"
+            table += f"\n\nWARNING: {stage}: {valid}. {policy.INVALID}"
+    title = f"# {config.dataset}, {config.model or run.base.name}, data {run.data_hash[:12]}"
+    file.write_text(f"{title}\n\n{table}\n")
+    print0(f"\n{table}\n\nwritten to {file}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jinja2 import Template
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
-from common import read_json, reading, refuse
+from common import read_json, reading
 from hub.files import note_once
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's own template says where no clock is at hand
@@ -52,7 +52,7 @@ def chat_frame(path: Path, inner) -> PromptFrame:
 
     try:
         if not template or not isinstance(template, str):
-            refuse("there is no chat template")
+            raise ValueError("there is no chat template")
         prompt, other, dialogue = written(PROBE), written(OTHER_PROBE), written(PROBE, ANSWER_PROBE)
         before, _, after = prompt.partition(PROBE)
         between, found, rest = dialogue.removeprefix(before + PROBE).rpartition(ANSWER_PROBE)
@@ -61,7 +61,7 @@ def chat_frame(path: Path, inner) -> PromptFrame:
         ends = {t.content: i for i, t in controls if found and rest.startswith(tail + t.content)}
         as_is = other == before + OTHER_PROBE + after and dialogue.startswith(before + PROBE)
         if not as_is or not ends:
-            refuse(
+            raise ValueError(
                 "it does not write a user's text as it is, once, and a control token of "
                 f"tokenizer.json behind an answer, but {rest[:40]!r}"
             )
@@ -97,10 +97,14 @@ def read_template(path: Path) -> tuple[Path, object, dict[str, str]]:
 
 def compiled(template: str) -> Template:
     """The template in jinja2's immutable sandbox, with the filters and globals of transformers."""
+
+    def raise_exception(message: str):
+        raise ValueError(message)
+
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     # jinja2's own tojson escapes <, >, & and ' for web pages
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    env.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": TODAY.strftime}
     # {% generation %} marks what a model is to write: a scope that changes nothing in the text
     scope = r"({%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%})"
     return env.from_string(re.sub(scope, r"\1with", template))

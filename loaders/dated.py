@@ -1,6 +1,6 @@
 """A split in time: training ends before a date, tests come after it.
 
-    python -m loaders --dataset movielens --data_dir ml-1m.zip --split_by time
+    python -m loaders --dataset movielens --data_dir ml-1m.zip --split_date 10%
 
 Of every user, in order of time:
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from data import Examples, Interactions, Retrieve, build_examples, select_rows
 
-LAST_SHARE = 0.1  # of all interactions lie after the date, if none is given
+LAST_TENTH = "10%"  # for --split_date: of all interactions lie after the date
 
 
 def parse_date(text: str) -> int:
@@ -28,7 +28,7 @@ def parse_date(text: str) -> int:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(
-            f"--split_date {text}: expected a date such as 2000-12-01 or 2000-12-01T18:00"
+            f"--split_date {text}: expected a date such as 2000-12-01 or 2000-12-01T18:00, or 10%"
         ) from None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
@@ -40,11 +40,13 @@ def date_text(seconds: int) -> str:
 def date_of(interactions: Interactions, split_date: str) -> int:
     """Seconds of the date; ValueError if no interaction lies before it, or none after it."""
     first, last = int(interactions.timestamp.min()), int(interactions.timestamp.max())
-    place = int((1 - LAST_SHARE) * len(interactions.timestamp))
-    date = parse_date(split_date) if split_date else int(np.sort(interactions.timestamp)[place])
+    if split_date == LAST_TENTH:
+        date = int(np.sort(interactions.timestamp)[int(0.9 * len(interactions.timestamp))])
+    else:
+        date = parse_date(split_date)
     if not first < date <= last:
         raise ValueError(
-            f"--split_by time: {date_text(date)} does not divide the log, whose times go from "
+            f"--split_date: {date_text(date)} does not divide the log, whose times go from "
             f"{date_text(first)} to {date_text(last)}; give another --split_date"
         )
     return date
@@ -74,7 +76,7 @@ def build_dated_examples(
     for split, rows in places.items():
         if len(rows) == 0:
             raise ValueError(
-                f"no {split} example: --split_by time divides at {date_text(date)}, and no user "
+                f"no {split} example: --split_date divides at {date_text(date)}, and no user "
                 f"has a place for one; give another --split_date, or lower --min_history "
                 f"{config.min_history} or --followers {config.followers}"
             )

@@ -27,7 +27,6 @@ from data import (
     ExampleConfig,
     Examples,
     Interactions,
-    Ragged,
     Words,
     build_examples,
     encode_examples,
@@ -37,7 +36,7 @@ from data import (
 from hub.tokenizer import Tokenizer
 from loaders import foreign, movielens, ownlog, planted, published
 from loaders.counting import BASELINES, counting_baselines, markov_top
-from loaders.dated import build_dated_examples, parse_date
+from loaders.dated import LAST_TENTH, build_dated_examples, parse_date
 from loaders.files import facts
 from loaders.values import parse_scale
 
@@ -72,29 +71,22 @@ class DataConfig(ExampleConfig):
         "rank amounts among those of one item, user, or all",
         choices=("", "item", "user", "all"),
     )
-    repeats: str = arg(
-        "last", f"{OWN}: of a pair the last counts, or the sum of amounts", choices=("last", "sum")
-    )
-    download: bool = arg(False, "fetch MovieLens-1M to data_dir first, and check its checksum")
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
     core: int = arg(
         0, "drop users and items with fewer interactions (k-core); 0 = none", at_least=0
     )
-    split_by: str = arg(
-        "last",
-        "tests: the last one, or the first liked after a date (time)",
-        choices=("last", "time"),
+    split_date: str = arg(
+        "", "test the first liked item from this date on (10%: the last tenth), not the last one"
     )
-    split_date: str = arg("", "--split_by time: the date, 2000-12-01; empty: before the last 10 %")
     prepared_dir: str = arg("prepared", "where prepared examples are kept")
 
     def __post_init__(self):
         super().__post_init__()
-        of_own_logs = ("columns", "item_file", "item_columns", "scale", "repeats")
+        of_own_logs = ("columns", "item_file", "item_columns", "scale")
         inert = dict.fromkeys(of_own_logs, self.dataset not in OWN_LOGS)
         inert["percentile"] = self.dataset in ("planted", "movielens", "prepared")
-        inert |= dict.fromkeys(("core", "split_by", "negatives"), self.dataset == "prepared")
-        changed, dated = changed_options(self), self.split_by == "time"
+        inert |= dict.fromkeys(("core", "split_date", "negatives"), self.dataset == "prepared")
+        changed, dated = changed_options(self), bool(self.split_date)
         ranks = self.percentile or self.dataset in ("steam", "lastfm")
         if wrong := [name for name in inert if inert[name] and name in changed]:
             raise ValueError(f"--{wrong[0]} has no effect with --dataset {self.dataset}")
@@ -102,14 +94,12 @@ class DataConfig(ExampleConfig):
             raise ValueError("--item_columns names columns of --item_file: give it, too")
         if self.scale and self.percentile:
             raise ValueError("--scale maps ratings, --percentile ranks: give one")
-        if self.split_date and not dated:
-            raise ValueError("--split_date has no effect without --split_by time")
         if dated and (self.core or ranks):
             raise ValueError(
-                "--split_by time: --core and ranks (--percentile, steam, lastfm) count what comes "
+                "--split_date: --core and ranks (--percentile, steam, lastfm) count what comes "
                 "after the date, too; filter the file, and take data with ratings"
             )
-        if self.split_date:
+        if self.split_date not in ("", LAST_TENTH):
             parse_date(self.split_date)
         ownlog.parse_columns(self.columns)
         ownlog.parse_item_columns(self.item_columns)
@@ -174,10 +164,10 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     `check` compares them with their hash, which reads them all."""
     if config.dataset != "planted" and not config.data_dir:
         raise ValueError(f"--dataset {config.dataset} needs --data_dir, where its raw files are")
-    if config.download and config.dataset == "movielens":
-        movielens.download_movielens(Path(config.data_dir))
+    if config.dataset == "movielens" and Path(config.data_dir).name == "ml-1m.zip":
+        movielens.download_movielens(Path(config.data_dir))  # unless it is there
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
-    del options["prepared_dir"], options["download"]
+    del options["prepared_dir"]
     _, files, _ = LOADERS[config.dataset]
     with undamaged(config.data_dir):
         options |= {"format": PREPARED_FORMAT, "source": facts(files(config))}
@@ -189,7 +179,7 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
         else:
             interactions = load_interactions(config)
         sizes = interactions.num_users, interactions.num_items, len(interactions.user)
-        if config.split_by == "time":
+        if config.split_date:
             interactions, splits = build_dated_examples(interactions, config, markov_top)
         elif config.dataset != "prepared":
             interactions = k_core(interactions, config.core)
@@ -317,9 +307,12 @@ def encode_split(
 
     a = kept_arrays(folder, encode)
     with reading(folder):
-        titles = Ragged(a["completions"], a["completion_lengths"])
+        prompts, titles = (
+            np.split(a[f"{name}s"], np.cumsum(a[f"{name}_lengths"])[:-1])
+            for name in ("prompt", "completion")
+        )
         completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles)}
-        prompts, counts = Ragged(a["prompts"], a["prompt_lengths"]), a["counts"].tolist()
+        counts = a["counts"].tolist()
         encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
     tokenizer.note_long(encoded.prompts)
     return encoded

@@ -110,7 +110,7 @@ def find(path: Path) -> tuple[Folder, str]:
     if not found:
         raise ValueError(
             f"{path}: no {', '.join(LAYOUTS)} and no ml-1m.zip there; give the folder or zip of "
-            "MovieLens, or --download for 1M"
+            "MovieLens, or --data_dir ml-1m.zip, which is fetched if it is missing"
         )
     return found[0]
 

@@ -309,7 +309,8 @@ def load(config) -> Interactions:
     table = read_table(parts, config.dataset, find, Path(config.data_dir))
     labels, column = table.labels, table.columns.get("title")
     print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
-    percentile, repeats = choose_rating(config, source, labels)
+    percentile = choose_rating(config, source, labels)
+    repeats = "sum" if percentile else "last"  # amounts add up
     rows = usable_rows(table, source, bool(percentile), config.scale)
     del table  # a log of 20 million rows takes 500 MB
     for why, count in rows.notes.items():
@@ -340,24 +341,21 @@ def load(config) -> Interactions:
     return interactions
 
 
-def choose_rating(config, source: str, labels: dict[str, str]) -> tuple[str, str]:
-    """--percentile and --repeats as the columns ask for them: without ratings, and with amounts
+def choose_rating(config, source: str, labels: dict[str, str]) -> str:
+    """--percentile as the columns ask for it: without ratings, and with amounts
     instead, ranks are ratings."""
-    percentile, repeats, scale = config.percentile, config.repeats, config.scale
+    percentile, scale = config.percentile, config.scale
     if "rating" not in labels and scale:
         what = "there is no rating column; name it with --columns rating=NAME"
         raise ValueError(f"{source}: --scale {scale}, but {what}")
     if "rating" not in labels:
         print0("note: no rating column: repeats are counted, and ranked as ratings (--percentile)")
-        return percentile or "item", "sum"
+        return percentile or "item"
     name = labels["rating"]
     if plain_name(name) in AMOUNTS and not percentile and not scale:
         print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
-        return "item", repeats
-    if repeats == "sum" and not percentile:
-        way_out = "leave it out, or rank the sums with --percentile item"
-        raise ValueError(f"{source}: --repeats sum adds amounts, and {name} are ratings; {way_out}")
-    return percentile, repeats
+        return "item"
+    return percentile
 
 
 def check_times(rows: Rows, source: str, find: Finder, label: str) -> None:

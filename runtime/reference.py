@@ -114,7 +114,7 @@ def print_preference_notes(config, objective) -> None:
     )
     if objective.loss in ("ipo", "simpo"):
         print0(f"rewards/* and margins/* of {objective.loss} are per token, logps/* are sums")
-    ratio = config.simpo_gamma / config.beta
+    ratio = config.margin_lambda / config.beta
     if objective.loss == "simpo" and not 0.25 <= ratio <= 1:
         print0(f"note: SimPO's gamma / beta is {ratio:g}; its authors advise 0.25 to 1")
     if objective.loss in ("ipo", "kto", "cpo") and config.beta > 0.5:

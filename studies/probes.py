@@ -65,10 +65,10 @@ class ProbeConfig(EvalConfig):
         super().__post_init__()
         if self.probe != "length" and self.dataset == "prepared":
             raise ValueError("--probe needs a log; prepared examples have their candidates already")
-        if self.probe in LAST_TWO and self.split_by == "time":
+        if self.probe in LAST_TWO and self.split_date:
             raise ValueError(
                 f"--probe {self.probe} asks for each user's last two interactions, which a run "
-                "with --split_by time may have trained on; only length fits it, and other lists"
+                "with --split_date may have trained on; only length fits it, and other lists"
             )
         if self.split != "test":
             raise ValueError("--split belongs to eval.py; a probe has its own examples")

@@ -90,7 +90,7 @@ def measure(run: Path, wanted: list[str]) -> None:
     other data than the run; ValueError if one fails."""
     config, missing = read_json(run / "config.json"), []
     tested = {f.parents[1].name: read_json(f) for f in sorted(run.glob("*/eval/metrics.json"))}
-    has_log, in_time = config["dataset"] != "prepared", config.get("split_by", "last") == "time"
+    has_log, in_time = config["dataset"] != "prepared", bool(config.get("split_date"))
     left_out = {config.get("negatives", "uniform"), *(LAST_TWO if in_time else ())}
     for name in [n for n in wanted if n not in left_out and (has_log or n == "length")]:
         options = {"run": run, "prepared_dir": config.get("prepared_dir", "prepared")}

@@ -10,16 +10,14 @@ from test_loaders import log_of
 from data import build_examples, render_prompt
 from demo.tiny import known_titles, make_base_model
 from loaders.counting import counting_baselines, markov_top
-from loaders.dated import build_dated_examples, date_of, parse_date
+from loaders.dated import LAST_TENTH, build_dated_examples, date_of, parse_date
 from loaders.frozen import DataConfig, prepare
 from studies.probes import ProbeConfig
 from studies.sequential import BaselineConfig, training_windows
 from studies.sequential import train as train_sequential
 
 DATE = 1_000_000
-CONFIG = DataConfig(
-    followers=3, min_history=4, train_size=0, split_by="time", split_date="1970-01-12T13:46:40"
-)
+CONFIG = DataConfig(followers=3, min_history=4, train_size=0, split_date="1970-01-12T13:46:40")
 
 
 def rows_around_the_date(seed: int = 0, users: int = 40, items: int = 60) -> list[tuple]:
@@ -144,7 +142,7 @@ def test_sequential_models_train_before_the_date():
     for user in range(interactions.num_users):
         known = interactions.item[interactions.start[user] : interactions.training_end()[user]] + 1
         assert set(windows[users == user].ravel().tolist()) <= {0, *known.tolist()}
-    options = {"hidden_size": 8, "num_layers": 1, "num_sampled": 0, "split_by": "time"}
+    options = {"hidden_size": 8, "num_layers": 1, "num_sampled": 0, "split_date": LAST_TENTH}
     models = [
         train_sequential(BaselineConfig(**options, **more), interactions, splits["val"], report=len)
         for more in ({"epochs": 2}, {"epochs": 1, "learning_rate": 1e-12})
@@ -158,21 +156,25 @@ def test_sequential_models_train_before_the_date():
 def test_prepared_examples_remember_where_training_ends(tmp_path):
     """Read back from disk; the usual split has another folder, and no such end."""
     config = DataConfig(
-        planted_users=120, followers=3, min_history=4, split_by="time", prepared_dir=str(tmp_path)
+        planted_users=120,
+        followers=3,
+        min_history=4,
+        split_date=LAST_TENTH,
+        prepared_dir=str(tmp_path),
     )
     made, read = prepare(config), prepare(config)
     assert (read.interactions.training_end() == made.interactions.training_end()).all()
     times = [read.interactions.timestamp[read.splits[s].position] for s in ("val", "test")]
     assert times[1].min() > times[0].max()
     assert any("training does not see" in why for why in read.interactions.notes)
-    usual = prepare(replace(config, split_by="last"))
+    usual = prepare(replace(config, split_date=""))
     assert usual.interactions.train_end is None and usual.folder != made.folder
-    built = build_examples(usual.interactions, replace(config, split_by="last"))["test"]
+    built = build_examples(usual.interactions, replace(config, split_date=""))["test"]
     assert (usual.splits["test"].candidates == built.candidates).all()
 
 
 def test_the_date_that_is_not_given_leaves_the_last_tenth():
-    share = (LOGS[0].timestamp >= date_of(LOGS[0], "")).mean()
+    share = (LOGS[0].timestamp >= date_of(LOGS[0], LAST_TENTH)).mean()
     assert 0.1 <= share < 0.13
     assert parse_date("2000-12-01") == parse_date("2000-12-01T01:00+01:00") == 975628800
 
@@ -188,10 +190,9 @@ def test_bad_dates_and_options_that_tell_of_later_are_refused():
         ({"core": 5}, "--core"),
         ({"dataset": "lastfm", "data_dir": "x"}, "lastfm"),
         ({"dataset": "csv", "data_dir": "x", "percentile": "all"}, "--percentile"),
-        ({"dataset": "prepared", "data_dir": "x"}, "--split_by has no effect"),
-        ({"split_by": "last", "split_date": "2000-01-01"}, "--split_date has no effect"),
+        ({"dataset": "prepared", "data_dir": "x"}, "--split_date has no effect"),
     ):
         with pytest.raises(ValueError, match=culprit):
-            DataConfig(**{"split_by": "time"} | options)
+            DataConfig(**{"split_date": LAST_TENTH} | options)
     with pytest.raises(ValueError, match="only length fits it"):
-        ProbeConfig(run="x", probe="adherence", split_by="time")
+        ProbeConfig(run="x", probe="adherence", split_date=LAST_TENTH)

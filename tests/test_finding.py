@@ -77,7 +77,7 @@ def test_parts_of_json_keep_equal_first_rows(form, tmp_path):
     for n in range(2):
         text = json_lines(records) if form == "lines" else json.dumps(records)
         put(tmp_path / f"part-{n}.json", text)
-    found = load("jsonl", tmp_path, repeats="sum", percentile="all")
+    found = load("jsonl", tmp_path, percentile="all")
     assert found.notes["repeats, added up"] == 3
 
 

@@ -28,11 +28,12 @@ REFERENCE = torch.tensor([[-11, -13, -10, -12.5], [-4, -5.5, -3, -6]], dtype=tor
 PHI = torch.tensor([[5, 0.9045, 2.8868, 0.7071], [4, 0.9045, 1.5811, 2]], dtype=torch.float64)
 LENGTHS = torch.tensor([[4, 5, 3, 6], [2, 2, 4, 1]])
 KL = torch.tensor(0.25, dtype=torch.float64)
+DELTA = POLICY - REFERENCE
 
 
 def call(loss: str, K: int = 1, policy=POLICY, reference=REFERENCE, kl=KL, **options):
     """Losses, rewards and target margins of the loss with this name, against K negatives."""
-    usual = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0, "simpo_gamma": 2.0}
+    usual = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0}
     columns = [values[:, : 1 + K] for values in (policy, reference, PHI, LENGTHS)]
     return LOSSES[loss](Titles(*columns, kl), SimpleNamespace(**usual | options))
 
@@ -50,26 +51,11 @@ STORED = [
     ("recpo", {"margin": "log_ratio", "margin_lambda": 1.0}, [1.2840408507, 2.3381528509]),
     ("odpo", {}, [1.0765633941, 2.0219678129]),
     ("ipo", {"beta": 0.1}, [24.01, 28.890625]),
-    ("simpo", {"beta": 2.0, "simpo_gamma": 1.0}, [1.3873353251, 0.8259394199]),
-    ("simpo", {"beta": 1.0, "simpo_gamma": 2.0}, [2.1710974512, 1.8047446354]),
+    ("simpo", {"beta": 2.0, "margin_lambda": 1.0}, [1.3873353251, 0.8259394199]),
+    ("simpo", {"beta": 1.0, "margin_lambda": 2.0}, [2.1710974512, 1.8047446354]),
     ("cpo", {"beta": 0.1}, [0.5650706677, 0.6563501408]),
     ("kto", {"beta": 0.1}, [(0.5312093734 + 0.4501660027) / 2, (0.4937503255 + 0.5249791875) / 2]),
 ]
-
-
-@pytest.mark.parametrize("loss, options, stored", STORED)
-def test_losses_equal_stored_numbers(loss, options, stored):
-    losses, rewards, margins = call(loss, **options)
-    assert losses.tolist() == pytest.approx(stored, abs=1e-6)
-    K = options.get("K", 1)
-    assert rewards.shape == (2, 1 + K) and margins.shape == (2, K)
-
-
-def test_every_loss_has_stored_numbers():
-    assert {loss for loss, *_ in STORED} == set(LOSSES)
-
-
-DELTA = POLICY - REFERENCE
 REWARDS = {  # at beta 0.5; IPO's and SimPO's are per token
     **dict.fromkeys(("recpo", "sdpo", "dpo", "odpo", "kto"), 0.5 * DELTA[:, :2]),
     "ipo": 0.5 * DELTA[:, :2] / LENGTHS[:, :2],
@@ -83,31 +69,34 @@ DEMANDS = {  # gaps of rewards that a loss asks for
 }
 
 
+@pytest.mark.parametrize("loss, options, stored", STORED)
+def test_losses_equal_stored_numbers(loss, options, stored):
+    """Every loss of the table, at its usual strength and others."""
+    losses, rewards, margins = call(loss, **options)
+    K = options.get("K", 1)
+    assert losses.tolist() == pytest.approx(stored, abs=1e-6)
+    assert rewards.shape == (2, 1 + K) and margins.shape == (2, K)
+    assert {name for name, *_ in STORED} == set(LOSSES)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rewards_and_target_margins(loss):
-    """Rewards are β times what the loss compares, and carry no gradient."""
+    """Rewards are β times what the loss compares, and carry no gradient; the loss's own gradient
+    equals finite differences."""
     policy, reference = (t.clone().requires_grad_() for t in (POLICY, REFERENCE))
     _, rewards, margins = call(loss, policy=policy, reference=reference, beta=0.5)
     assert not rewards.requires_grad and not margins.requires_grad
     assert rewards.tolist() == pytest.approx(REWARDS[loss], abs=1e-12)
     assert margins[:, 0].tolist() == pytest.approx(DEMANDS.get(loss, [0, 0]))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_gradients_equal_finite_differences(loss):
     policy = POLICY[:, :2].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda p: call(loss, policy=p, beta=0.5)[0], policy)
 
 
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.pairwise])
 def test_pairwise_losses_refuse_more_than_two(loss):
-    with pytest.raises(ValueError, match="compares two completions, got 4.*num_negatives.*sdpo"):
-        call(loss, K=3)
-
-
-def test_dpo_refuses_several_negatives():
-    with pytest.raises(ValueError, match="got 4.*num_negatives.*sdpo"):
-        dpo_loss(POLICY, REFERENCE, 1.0)
+    for compare in (lambda: call(loss, K=3), lambda: dpo_loss(POLICY, REFERENCE, 1.0)):
+        with pytest.raises(ValueError, match="got 4.*num_negatives.*sdpo"):
+            compare()
 
 
 def test_ktos_baseline_is_clamped_and_has_no_gradient():
@@ -128,9 +117,9 @@ def test_recpo_without_margin_is_sdpo_and_with_one_negative_dpo(beta):
         losses, rewards, _ = call("recpo", K=3, beta=beta, **options)
         assert torch.equal(losses, expected) and torch.equal(rewards, expected_rewards)
     policy = POLICY[:, :2].clone().requires_grad_()
-    ours, dpo = (loss(policy, REFERENCE[:, :2], beta)[0] for loss in (sdpo_loss, dpo_loss))
-    torch.testing.assert_close(ours, dpo, rtol=0, atol=1e-12)
-    gradients = [torch.autograd.grad(loss.sum(), policy)[0] for loss in (ours, dpo)]
+    pair = [loss(policy, REFERENCE[:, :2], beta)[0] for loss in (sdpo_loss, dpo_loss)]
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(loss.sum(), policy)[0] for loss in pair]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
@@ -155,14 +144,12 @@ def test_recpo_equals_the_published_form():
 
 def test_label_smoothing_mixes_both_directions():
     """A share of the labels is taken to be the other way round."""
-    policy, reference = POLICY[:, :2], REFERENCE[:, :2]
-    straight, swapped = dpo_loss(policy, reference, 1.0), dpo_loss(policy.flip(1), reference.flip(1), 1.0)  # noqa: E501  # fmt: skip
-    smoothed = dpo_loss(policy, reference, 1.0, label_smoothing=0.2)[0]
-    mixed = 0.8 * straight[0] + 0.2 * swapped[0]
-    assert smoothed.tolist() == pytest.approx(mixed.tolist(), abs=1e-12)
+    pairs = POLICY[:, :2], REFERENCE[:, :2]
+    straight, swapped = dpo_loss(*pairs, 1.0)[0], dpo_loss(*(p.flip(1) for p in pairs), 1.0)[0]
+    smoothed = dpo_loss(*pairs, 1.0, label_smoothing=0.2)[0]
+    assert smoothed.tolist() == pytest.approx((0.8 * straight + 0.2 * swapped).tolist(), abs=1e-12)
 
 
-# ------------------------------------------------------------------------ far apart, in fp32
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_stay_finite_far_apart(loss, gap):
@@ -172,7 +159,7 @@ def test_losses_stay_finite_far_apart(loss, gap):
     policy = torch.tensor([[gap, 0.0, 0.0, 0.0]], requires_grad=True)
     ones = torch.ones(1, 1 + K)
     titles = Titles(policy[:, : 1 + K], 0 * ones, ones * (1 + torch.arange(K, -1, -1)), ones, KL)
-    options = SimpleNamespace(beta=1.0, margin="ratio", margin_lambda=2.0, simpo_gamma=2.0)
+    options = SimpleNamespace(beta=1.0, margin="ratio", margin_lambda=2.0)
     losses, rewards, _ = LOSSES[loss](titles, options)
     (gradient,) = torch.autograd.grad(losses.sum(), policy)
     assert losses.isfinite().all() and gradient.isfinite().all() and rewards.isfinite().all()
@@ -189,12 +176,13 @@ def trl_loss(name: str) -> torch.Tensor:
     pytest.importorskip("trl", reason="the extra `peers` has trl")
     (chosen, rejected), (ref_chosen, ref_rejected) = POLICY[:, :2].T, REFERENCE[:, :2].T
     trainer = MagicMock(
-        beta=0.7,
-        label_smoothing=0.0,
-        alpha=0.0,
-        simpo_gamma=0.9,
-        loss_type="sigmoid" if name == "cpo" else name,
-    )
+        beta=0.7, label_smoothing=0.0, alpha=0.0, simpo_gamma=0.9, ld_alpha=None,
+        loss_type="sigmoid" if name == "cpo" else name, loss_weights=[1.0],
+        loss_types=["sigmoid" if name == "dpo" else "ipo"], f_divergence_type="reverse_kl",
+        precompute_ref_logps=True, aux_loss_enabled=False, use_weighting=False, calculate_KL=True,
+        desirable_weight=1.0, undesirable_weight=1.0,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )  # fmt: skip
     trainer.accelerator.device = "cpu"
     trainer.accelerator.gather_for_metrics = trainer.accelerator.gather = lambda x: x
     if name in ("cpo", "simpo"):
@@ -204,28 +192,16 @@ def trl_loss(name: str) -> torch.Tensor:
         return CPOTrainer.cpo_loss(trainer, *of_lengths[:, :2].T)[0].mean()
     # log-probs of a sequence stand at its first scored token; masks count its tokens;
     # chosen ones come first
-    lengths = LENGTHS[:, :2].T.flatten()
-    mask = torch.cat([torch.zeros(4, 1), (torch.arange(5) < lengths[:, None]).double()], 1)
+    mask = torch.arange(5) < LENGTHS[:, :2].T.flatten()[:, None]
     log_probs = torch.zeros(4, 5, dtype=torch.float64)
     log_probs[:, 0] = torch.cat([chosen, rejected])
-    rest = {
-        "entropy": torch.zeros(4, 5),
-        "mean_logits": torch.zeros(4, 5),
-        "is_top1": torch.zeros(4, 5).bool(),
-    }
-    outputs = MagicMock(log_probs=log_probs, aux_loss=None, **rest)
+    rest = {name: torch.zeros(4, 5) for name in ("entropy", "mean_logits")}
+    outputs = MagicMock(log_probs=log_probs, aux_loss=None, is_top1=log_probs > 1, **rest)
     inputs = {
         "input_ids": torch.zeros(4, 6).long(),
         "attention_mask": torch.ones(4, 6),
-        "completion_mask": mask,
+        "completion_mask": torch.cat([torch.zeros(4, 1), mask.double()], 1),
     }
-    trainer.configure_mock(
-        ld_alpha=None, precompute_ref_logps=True, aux_loss_enabled=False,
-        f_divergence_type="reverse_kl", use_weighting=False,
-        loss_types=["sigmoid" if name == "dpo" else "ipo"], loss_weights=[1.0],
-        desirable_weight=1.0, undesirable_weight=1.0,
-        calculate_KL=True, _metrics=defaultdict(lambda: defaultdict(list)),
-    )  # fmt: skip
     if name == "kto":
         from trl import KTOTrainer
 
@@ -245,39 +221,35 @@ def trl_loss(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "cpo", "kto"])
 def test_trl_agrees_on_the_same_log_probs(name):
     """trl's own loss code, called on our log-probs, gives the losses that training takes."""
-    losses, *_ = call(name, beta=0.7, simpo_gamma=0.9, kl=torch.tensor(0.375))
+    losses, *_ = call(name, beta=0.7, margin_lambda=0.9, kl=torch.tensor(0.375))
     assert losses.mean().item() == pytest.approx(trl_loss(name).item(), abs=1e-6)
 
 
 # ------------------------------------------------------------------------ φ, margins, SFT
-@pytest.mark.parametrize(
-    "kind, expected",
-    [
-        ("ratio", [4, 2, 1, 0.5]),
-        ("log_diff", [math.log(4), math.log(3), 0, math.log(1e-3)]),
-        ("log_ratio", [math.log(4), math.log(2), 0, math.log(0.5)]),
-        ("log_gap", [math.log(3), math.log(2), math.log(1e-3), math.log(1e-3)]),
-        ("none", [0, 0, 0, 0]),
-    ],
-)
-def test_target_margins_by_hand(kind, expected):
-    """Finite, too, where the rejected item scores as high or higher."""
-    margins = target_margins(torch.tensor([4.0]), torch.tensor([[1.0, 2.0, 4.0, 8.0]]), kind)
-    assert margins[0].tolist() == pytest.approx(expected)
+BY_HAND = {
+    "ratio": [4, 2, 1, 0.5],
+    "log_diff": [math.log(4), math.log(3), 0, math.log(1e-3)],
+    "log_ratio": [math.log(4), math.log(2), 0, math.log(0.5)],
+    "log_gap": [math.log(3), math.log(2), math.log(1e-3), math.log(1e-3)],
+    "none": [0, 0, 0, 0],
+}
 
 
-def test_ratio_is_the_default_and_unknown_margins_are_refused():
-    assert torch.equal(target_margins(PHI[:, 0], PHI[:, 1:]), PHI[:, :1] / PHI[:, 1:])
+def test_target_margins_by_hand():
+    """Finite, too, where the rejected item scores as high or higher; `ratio` is the default."""
+    scores = torch.tensor([4.0]), torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    for kind, expected in BY_HAND.items():
+        assert target_margins(*scores, kind)[0].tolist() == pytest.approx(expected), kind
+    assert torch.equal(target_margins(*scores), target_margins(*scores, "ratio"))
     with pytest.raises(ValueError, match="'logratio'.*ratio, log_diff, log_ratio, none"):
-        target_margins(PHI[:, 0], PHI[:, 1:], "logratio")
+        target_margins(*scores, "logratio")
 
 
 def test_preference_score_by_hand():
     """rating / (1 + steps)^decay: the next item keeps its rating."""
     assert preference_score(5, 0) == 5
     assert preference_score(3, 10) == pytest.approx(3 / math.sqrt(11))
-    assert preference_score(4.0, 3, decay=1.0) == 1
-    assert preference_score(4.0, 7, decay=0.0) == 4
+    assert (preference_score(4.0, 3, decay=1.0), preference_score(4.0, 7, decay=0.0)) == (1, 4)
     ratings, steps = torch.tensor([5.0, 4.0]), torch.tensor([0, 3])
     assert preference_score(ratings, steps).tolist() == [5, 2]
 

@@ -3,6 +3,7 @@ full sequences instead of a tree."""
 
 import dataclasses
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from model import (
     RMSNorm,
     SwiGLU,
     Transformer,
+    attend,
     generate,
     init_weights,
     inverse_frequencies,
@@ -38,23 +40,23 @@ GOLDEN_IDS = torch.tensor([[1, 17, 90, 4, 55, 120, 33]])
 
 
 # ------------------------------------------------------------------------ parity
+@torch.no_grad()
+def assert_same_logits(theirs, ours, input_ids, position_ids) -> None:
+    """With an explicit attention_mask, or transformers takes a jump in the positions for the start
+    of a new sequence."""
+    mask, position_ids = torch.ones_like(input_ids), position_ids.expand(2, 7)
+    expected = theirs(input_ids, position_ids=position_ids, attention_mask=mask).logits
+    actual = ours.logits(input_ids, position_ids)
+    assert actual.dtype == torch.float32 and max_diff(actual, expected) < 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family, tmp_path):
     """A checkpoint written by transformers gives its logits here, also past position 8,192."""
     theirs = transformers_model(family, tmp_path)
     ours = load_pretrained(tmp_path)
-    input_ids = torch.randint(131, (2, 7))
     for position_ids in (torch.arange(7)[None], torch.arange(9000, 9007)[None], LATE_POSITIONS):
-        position_ids = position_ids.expand(2, 7)
-        with torch.no_grad():
-            # an explicit attention_mask, or transformers takes a jump in the positions for the
-            # start of a new sequence
-            expected = theirs(
-                input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)
-            ).logits
-            actual = ours.logits(input_ids, position_ids)
-        assert actual.dtype == torch.float32
-        assert max_diff(actual, expected) < 1e-4
+        assert_same_logits(theirs, ours, torch.randint(131, (2, 7)), position_ids)
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
@@ -68,12 +70,7 @@ def test_saved_checkpoint_loads_in_transformers(family, shard_bytes, tmp_path):
     auto = transformers.AutoModelForCausalLM
     theirs, info = auto.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
-    input_ids, position_ids = torch.randint(131, (2, 7)), LATE_POSITIONS.expand(2, 7)
-    with torch.no_grad():
-        expected = theirs(
-            input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)
-        ).logits
-        assert max_diff(ours.logits(input_ids, position_ids), expected) < 1e-4
+    assert_same_logits(theirs, ours, torch.randint(131, (2, 7)), LATE_POSITIONS)
 
 
 # Logits of ids 0, 7, 64, 130 behind the last of GOLDEN_IDS at LATE_POSITIONS,
@@ -94,9 +91,8 @@ def test_logits_equal_stored_ones(family):
     model = Transformer(tiny_config(family))
     with torch.no_grad():
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
-            wave = torch.sin(
-                torch.arange(p.numel(), dtype=torch.float64) * (0.37 + 0.01 * i) + i
-            ).view(p.shape)
+            numbers = torch.arange(p.numel(), dtype=torch.float64)
+            wave = torch.sin(numbers * (0.37 + 0.01 * i) + i).view(p.shape)
             p.copy_(1 + 0.3 * wave if name.endswith("norm.weight") else 0.3 * wave)
         logits = model.logits(GOLDEN_IDS, LATE_POSITIONS)[0, -1, [0, 7, 64, 130]]
     assert max_diff(logits, torch.tensor(GOLDEN_LOGITS[family])) < 1e-4
@@ -106,17 +102,10 @@ def test_llama3_inverse_frequencies_equal_stored_ones(config):
     """Llama-3.1-8B's rotary frequencies: theta 500,000, head size 128, factor 8."""
     inv_freq = inverse_frequencies(dataclasses.replace(config, head_dim=128)).double()
     golden = {
-        0: 1.0,
-        1: 0.814617217,
-        16: 0.0376060307,
-        28: 0.00321144611,
-        29: 0.00216657063,
-        32: 5.24846022e-4,
-        35: 9.55621217e-5,
-        36: 7.78465546e-5,
-        40: 3.42810235e-5,
+        0: 1.0, 1: 0.814617217, 16: 0.0376060307, 28: 0.00321144611, 29: 0.00216657063,
+        32: 5.24846022e-4, 35: 9.55621217e-5, 36: 7.78465546e-5, 40: 3.42810235e-5,
         63: 3.06892588e-7,
-    }
+    }  # fmt: skip
     assert inv_freq[list(golden)].tolist() == pytest.approx(list(golden.values()), rel=1e-6)
     assert inv_freq.sum().item() == pytest.approx(5.386058263449144, rel=1e-7)
 
@@ -145,15 +134,9 @@ def test_sharded_checkpoint_loads_back(family, tmp_path):
     write_checkpoint(tmp_path / "many", family, shard_bytes=20_000)
     assert (tmp_path / "one" / "model.safetensors").exists()
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
-    one, many, saved = (
-        load_pretrained(tmp_path / "one"),
-        load_pretrained(tmp_path / "many"),
-        tiny_model(family),
-    )
-    for name, p in saved.state_dict().items():
-        assert torch.equal(one.state_dict()[name], p) and torch.equal(many.state_dict()[name], p), (
-            name
-        )
+    one, many = (load_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    for name, p in tiny_model(family).state_dict().items():
+        assert torch.equal(one[name], p) and torch.equal(many[name], p), name
 
 
 @pytest.mark.parametrize(
@@ -166,9 +149,8 @@ def test_saving_again_replaces_the_old_weights(first, second, tmp_path):
     write_checkpoint(tmp_path, seed=1, shard_bytes=second)
     assert torch.equal(load_pretrained(tmp_path).lm_head.weight, tiny_model(seed=1).lm_head.weight)
     # transformers prefers model.safetensors to an index
-    assert (tmp_path / "model.safetensors").exists() != (
-        tmp_path / "model.safetensors.index.json"
-    ).exists()
+    files = [tmp_path / f"model.safetensors{end}" for end in ("", ".index.json")]
+    assert files[0].exists() != files[1].exists()
 
 
 def test_tied_head_is_not_stored_and_tied_again(tmp_path):
@@ -179,10 +161,8 @@ def test_tied_head_is_not_stored_and_tied_again(tmp_path):
     weights = load_file(file)
     assert "lm_head.weight" not in weights
     embedding = weights["model.embed_tokens.weight"]
-    extra = {
-        "lm_head.weight": embedding.clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-    }
+    extra = {"lm_head.weight": embedding.clone()}
+    extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(weights | extra, file, metadata={"format": "pt"})
     model = load_pretrained(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -256,10 +236,8 @@ def test_tree_equals_separate_sequences(family, num_completions, longest):
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
-    names, parameters = zip(
-        *((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True
-    )
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -281,9 +259,8 @@ def test_tree_gradients_equal_separate_sequences(family, frozen_head, checkpoint
         runs.clear()
         actual = gradients(model, (weights * logps).sum())
         assert len(runs) == 2 * checkpointing  # both blocks are run again in backward, or none
-        expected = gradients(
-            model, (weights * full_sequence_logps(model, prompts, groups)[0]).sum()
-        )
+        expected, _ = full_sequence_logps(model, prompts, groups)
+        expected = gradients(model, (weights * expected).sum())
         assert actual.keys() == expected.keys()
         for name, gradient in expected.items():
             # one-token prompts of one completion leave queries and keys without gradient
@@ -299,10 +276,11 @@ def test_padding_changes_nothing():
     tree = build_tree(prompts, groups)
     padding = tree.branch_ids == -1
     assert padding[:, : tree.prompt_width].any() and padding[:, tree.prompt_width :].any()
+    ids, places = (torch.randint(high, padding.shape) for high in (131, 10_000))
     poisoned = dataclasses.replace(
         tree,
-        input_ids=torch.where(padding, torch.randint(131, padding.shape), tree.input_ids),
-        position_ids=torch.where(padding, torch.randint(10_000, padding.shape), tree.position_ids),
+        input_ids=torch.where(padding, ids, tree.input_ids),
+        position_ids=torch.where(padding, places, tree.position_ids),
     )
     logps, best = model(tree)
     poisoned_logps, poisoned_best = model(poisoned)
@@ -327,17 +305,17 @@ def test_tree_of_one_prompt_spelled_out():
     assert tree.sum_logps(torch.arange(8.0)).tolist() == [[3, 3], [9, 13]]
 
 
-@pytest.mark.parametrize(
-    "prompts, completions, message",
-    [
-        ([], [], "prompt"),
-        ([[5]], [], "0 for 1 prompts"),
-        ([[5], [6]], [[[EOS], [EOS]], [[EOS]]], "same number"),
-        ([[5]], [[]], "at least 1"),
-        ([[]], [[[EOS]]], "empty prompt"),
-        ([[5]], [[[EOS], []]], "empty"),
-    ],
-)
+NO_TREES = [
+    ([], [], "prompt"),
+    ([[5]], [], "0 for 1 prompts"),
+    ([[5], [6]], [[[EOS], [EOS]], [[EOS]]], "same number"),
+    ([[5]], [[]], "at least 1"),
+    ([[]], [[[EOS]]], "empty prompt"),
+    ([[5]], [[[EOS], []]], "empty"),
+]
+
+
+@pytest.mark.parametrize("prompts, completions, message", NO_TREES)
 def test_build_tree_refuses_what_is_no_tree(prompts, completions, message):
     """Empty or uneven input is a ValueError that says what was expected."""
     with pytest.raises(ValueError, match=message):
@@ -360,9 +338,8 @@ def test_swiglu_equals_its_formula_and_keeps_two_tensors(dtype):
     exact = torch.nn.functional.silu(exact_inputs[0]) * exact_inputs[1]
     truth = torch.autograd.grad(exact, exact_inputs, upstream.double())
     naive = torch.autograd.grad(expected, (gate, up), upstream)
-    for a, n, e in zip(
-        torch.autograd.grad(actual, (gate, up), upstream), naive, truth, strict=True
-    ):
+    ours = torch.autograd.grad(actual, (gate, up), upstream)
+    for a, n, e in zip(ours, naive, truth, strict=True):
         assert max_diff(a, e) <= 2 * max_diff(n, e) + 1e-6
 
 
@@ -372,10 +349,20 @@ def test_rms_norm_rounds_where_the_published_models_do(dtype):
     norm = randomize(RMSNorm(48, 1e-5)).to(dtype)
     x = (5 * torch.randn(7, 48)).to(dtype)
     wide = x.float()
-    expected = norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(
-        dtype
-    )
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    expected = norm.weight * scaled.to(dtype)
     assert torch.equal(norm(x), expected)
+
+
+@pytest.mark.parametrize(
+    "how", [{"is_causal": True}, {"attn_mask": torch.ones(5, 5).bool().tril()}]
+)
+def test_repeated_heads_are_grouped_heads(how):
+    """On CUDA, with a mask or in fp32, K and V are repeated for their query heads."""
+    q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8)
+    grouped = attend(q, k, v, **how)
+    with patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)):
+        assert max_diff(attend(q, k, v, **how), grouped) < 1e-6
 
 
 # ------------------------------------------------------------------------ generation
@@ -419,12 +406,8 @@ def test_generate_makes_no_more_passes_than_needed(monkeypatch):
     """Once every prompt has stopped, no further forward pass is made."""
     model = tiny_model()
     prompts = [random_ids(5), random_ids(2)]
-    everything = range(131)
-    steps = []
-    decode_step = Transformer.decode_step
-    monkeypatch.setattr(
-        Transformer, "decode_step", lambda *args: steps.append(1) or decode_step(*args)
-    )
+    everything, steps, inner = range(131), [], Transformer.decode_step
+    monkeypatch.setattr(Transformer, "decode_step", lambda *a: steps.append(1) or inner(*a))
     assert [len(ids) for ids in generate(model, prompts, 12, everything)] == [1, 1]
     assert len(steps) == 1
 

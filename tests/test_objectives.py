@@ -1,7 +1,6 @@
 """What a micro-batch adds to a step: which titles, margins and numbers it is made of.
 
-Expected numbers are written out here with math.log and math.exp, apart from losses.py.
-"""
+The losses themselves are tested in test_losses.py; here each must be given the right numbers."""
 
 import math
 from types import SimpleNamespace
@@ -13,21 +12,20 @@ import torch.distributed as dist
 from conftest import tiny_model
 
 from data import Encoded, Examples
-from losses import LOSSES, preference_score
+from losses import LOSSES, Titles, preference_score
 from train import Objective, Schedule, TrainConfig, get_lr, reduce_metrics, train_step
 
 # Two examples of five candidates. Ratings and steps until the interaction, by slot:
 RATINGS = np.array([[3.0, 5.0, 2.5, 4.0, 3.0], [4.0, 3.0, 3.0, 5.0, 1.0]])
 STEPS = np.array([[10, 0, 3, 1, 10], [0, 10, 10, 2, 4]])
-ORDER = np.array([[0, 2, 3, 4], [3, 1, 4, 2]])  # in which negatives are taken
-PHI = [[r / math.sqrt(1 + s) for r, s in zip(*rows)] for rows in zip(RATINGS, STEPS)]
+PHI = np.array([[r / math.sqrt(1 + s) for r, s in zip(*rows)] for rows in zip(RATINGS, STEPS)])
 POLICY = np.array([[-9.0, -4.0, -6.0, -7.5, -5.0], [-3.0, -2.5, -8.0, -6.0, -4.5]])  # by slot
 REFERENCE = np.array([[-8.0, -5.0, -6.5, -7.0, -6.0], [-4.0, -3.0, -7.0, -5.0, -5.5]])
 LENGTHS = np.array([[3, 2, 4, 5, 2], [1, 2, 3, 4, 5]])
 DELTA = POLICY - REFERENCE
 CHOSEN, THREE = (1, 0), ((0, 2, 3), (3, 1, 4))
-ONES = np.ones_like(LENGTHS)
 ITEMS = np.arange(10).reshape(2, 5)  # every slot its own
+KL = 0.25
 
 EXAMPLES = Examples(
     interactions=None,
@@ -38,7 +36,7 @@ EXAMPLES = Examples(
     target=np.array(CHOSEN),
     scores=preference_score(RATINGS, STEPS, 0.5).astype(np.float32),
     is_random=np.array([[True, False, False, False, True], [False, True, True, False, False]]),
-    negative_order=ORDER,
+    negative_order=np.array([[0, 2, 3, 4], [3, 1, 4, 2]]),  # in which negatives are taken
     template=np.zeros(2, int),
 )
 # a title is its item's own token, as often as it is long
@@ -62,7 +60,7 @@ def objective(loss, **options):
     made = Objective(TrainConfig(stages=loss, **options), loss, Model(), ENCODED, "cpu")
     if made.has_reference:
         made.reference_logps = torch.tensor(np.take_along_axis(REFERENCE, made.slots, 1))
-    made.kl = torch.tensor(0.25)
+    made.kl = torch.tensor(KL)
     return made
 
 
@@ -75,145 +73,61 @@ def of_example(e, loss, **options):
     return 2 * total.item(), metrics, made.slots[e, 1 : 1 + made.K].tolist()
 
 
-# ------------------------------------------------------------------------ losses by hand
-def listwise(e, rejected, margins, beta=1.0):
-    """-log σ(-log Σ exp(β (Δ_l - Δ_w) + margin)) of example e, as published."""
-    gaps = [DELTA[e][n] - DELTA[e][CHOSEN[e]] for n in rejected]
-    return -math.log(1 / (1 + sum(math.exp(beta * g + m) for g, m in zip(gaps, margins))))
-
-
-def ratios(e, rejected, weight=2.0):
-    return [weight * PHI[e][CHOSEN[e]] / PHI[e][n] for n in rejected]
-
-
-def recpo(K=3, beta=1.0, kind=lambda w, n: w / n, weight=2.0, rejected=ORDER):
-    """(e) -> loss, target margins, rejected slots of RecPO."""
-
-    def of(e):
-        slots = [int(n) for n in rejected[e][:K]]
-        margins = [weight * kind(PHI[e][CHOSEN[e]], PHI[e][n]) for n in slots]
-        return listwise(e, slots, margins, beta), margins, slots
-
-    return of
-
-
-def pair(loss, margin=0.0):
-    """(e) -> the same of a loss (e, chosen slot, rejected slot) against the first other title."""
-
-    def of(e):
-        n = int(ORDER[e][0])
-        demanded = margin(e, n) if callable(margin) else margin
-        return loss(e, CHOSEN[e], n), [demanded], [n]
-
-    return of
-
-
-def softplus(x):
-    return math.log(1 + math.exp(x))
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def gap(e, w, n, of=DELTA, by=ONES):
-    return of[e][w] / by[e][w] - of[e][n] / by[e][n]
-
-
-def log_gap(e, n):
-    return math.log(max(PHI[e][CHOSEN[e]] - PHI[e][n], 1e-3))
-
-
-def kto(e, w, n):
-    return (sigmoid(-0.5 * (DELTA[e][w] - 0.25)) + sigmoid(-0.5 * (0.25 - DELTA[e][n]))) / 2
-
-
-CASES = {
-    "recpo": ("recpo", {}, recpo()),
-    "recpo, λ 0": ("recpo", {"margin_lambda": 0.0}, recpo(weight=0.0)),
-    "recpo, λ 0.5": ("recpo", {"margin_lambda": 0.5}, recpo(weight=0.5)),
-    "recpo, β 0.1": ("recpo", {"beta": 0.1}, recpo(beta=0.1)),
-    "recpo, K 1": ("recpo", {"num_negatives": 1}, recpo(K=1)),
-    "recpo, K 4": ("recpo", {"num_negatives": 4}, recpo(K=4)),
-    "log_ratio": ("recpo", {"margin": "log_ratio"}, recpo(kind=lambda w, n: math.log(w / n))),
-    "log_diff": (
-        "recpo",
-        {"margin": "log_diff"},
-        recpo(kind=lambda w, n: math.log(max(1 + w - n, 1e-3))),
-    ),
-    "no margin": ("recpo", {"margin": "none"}, recpo(kind=lambda w, n: 0.0)),
-    "random": (
-        "recpo",
-        {"negative_source": "random", "num_negatives": 2},
-        recpo(K=2, rejected=[[0, 4], [1, 2]]),
-    ),
-    "follow": (
-        "recpo",
-        {"negative_source": "follow", "num_negatives": 2},
-        recpo(K=2, rejected=[[2, 3], [3, 4]]),
-    ),
-    "sdpo": ("sdpo", {}, recpo(weight=0.0)),
-    "dpo": ("dpo", {"beta": 0.5}, pair(lambda e, w, n: softplus(-0.5 * gap(e, w, n)))),
-    "odpo": (
-        "odpo",
-        {"beta": 0.5},
-        pair(lambda e, w, n: softplus(log_gap(e, n) - 0.5 * gap(e, w, n)), log_gap),
-    ),
-    "ipo": (
-        "ipo",
-        {"beta": 0.2},
-        pair(lambda e, w, n: (gap(e, w, n, by=LENGTHS) - 2.5) ** 2),
-    ),
-    "cpo": (
-        "cpo",
-        {"beta": 0.5, "sft_weight": 0.0},
-        pair(lambda e, w, n: softplus(-0.5 * gap(e, w, n, of=POLICY))),
-    ),
-    "simpo": (
-        "simpo",
-        {"beta": 2.0, "simpo_gamma": 0.7},
-        pair(lambda e, w, n: softplus(0.7 - 2.0 * gap(e, w, n, of=POLICY, by=LENGTHS)), 0.7),
-    ),
-    "kto": ("kto", {"beta": 0.5}, pair(kto)),
-}
+FIRST, ALL_FOUR = ((0,), (3,)), ((0, 2, 3, 4), (3, 1, 4, 2))
+CASES = [  # loss, options, rejected slots of each example
+    ("recpo", {}, THREE),
+    ("recpo", {"margin_lambda": 0.5}, THREE),
+    ("recpo", {"beta": 0.1}, THREE),
+    ("recpo", {"num_negatives": 1}, FIRST),
+    ("recpo", {"num_negatives": 4}, ALL_FOUR),
+    ("recpo", {"margin": "log_ratio"}, THREE),
+    ("recpo", {"margin": "log_diff"}, THREE),
+    ("recpo", {"negative_source": "random", "num_negatives": 2}, ((0, 4), (1, 2))),
+    ("recpo", {"negative_source": "follow", "num_negatives": 2}, ((2, 3), (3, 4))),
+    ("sdpo", {}, THREE),
+    ("dpo", {"beta": 0.5}, FIRST),
+    ("odpo", {"beta": 0.5}, FIRST),
+    ("ipo", {"beta": 0.2}, FIRST),
+    ("cpo", {"beta": 0.5, "sft_weight": 0.0}, FIRST),
+    ("simpo", {"beta": 2.0, "margin_lambda": 0.7}, FIRST),
+    ("kto", {"beta": 0.5}, FIRST),
+]
 
 
 @pytest.mark.parametrize("e", [0, 1])
-@pytest.mark.parametrize("case", CASES)
-def test_losses_of_an_example_by_hand(case, e):
-    """Its rejected titles, their target margins, and the loss, with each option that is read."""
-    loss, options, by_hand = CASES[case]
-    expected, margins, slots = by_hand(e)
-    found, metrics, rejected = of_example(e, loss, **options)
-    assert rejected == slots
-    assert metrics["margins/target"] == pytest.approx(np.mean(margins), rel=1e-5)
-    assert found == pytest.approx(expected, rel=1e-5)
-
-
-def test_every_loss_is_tested_by_hand():
-    assert {loss for loss, *_ in CASES.values()} == set(LOSSES)
+@pytest.mark.parametrize(("loss", "options", "rejected"), CASES)
+def test_a_loss_is_given_the_numbers_of_its_titles(loss, options, rejected, e):
+    """Log-probs, reference, φ, lengths and options of the chosen title and of the rejected ones."""
+    slots = [CHOSEN[e], *rejected[e]]
+    numbers = [torch.tensor(a[e, slots])[None] for a in (POLICY, REFERENCE, PHI, LENGTHS)]
+    given = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0} | options
+    by_hand = LOSSES[loss](Titles(*numbers, torch.tensor(KL)), SimpleNamespace(**given))
+    found, metrics, taken = of_example(e, loss, **options)
+    assert taken == list(rejected[e])
+    assert found == pytest.approx(by_hand[0].item(), rel=1e-5)
+    assert metrics["margins/target"] == pytest.approx(by_hand[2].mean().item(), rel=1e-5)
+    assert {name for name, *_ in CASES} == set(LOSSES)
 
 
 @pytest.mark.parametrize("e", [0, 1])
 def test_metrics_by_hand(e):
     """TRL's names, on the log-ratios above, at λ = 0.5, where one margin of example 1 is met."""
     loss, metrics, _ = of_example(e, "recpo", margin_lambda=0.5, beta=2.0)
-    w, three = CHOSEN[e], THREE[e]
-    gaps = [2 * gap(e, w, n) for n in three]
-    margins = ratios(e, three, 0.5)
+    w, three = CHOSEN[e], list(THREE[e])
+    gaps, margins = 2 * (DELTA[e, w] - DELTA[e, three]), 0.5 * PHI[e, w] / PHI[e, three]
     expected = {
-        "preference_loss": loss,
+        "preference_loss": math.log(1 + np.exp(margins - gaps).sum()),
         "loss": loss,
-        "rewards/chosen": 2 * DELTA[e][w],
-        "rewards/rejected": np.mean([2 * DELTA[e][n] for n in three]),
-        "rewards/margins": np.mean(gaps),
-        "rewards/accuracies": float(all(g > 0 for g in gaps)),
-        "rewards/pair_accuracies": np.mean([g > 0 for g in gaps]),
-        "margins/target": np.mean(margins),
-        "margins/satisfied": np.mean([g > m for g, m in zip(gaps, margins)]),
-        "logps/chosen": POLICY[e][w],
-        "logps/rejected": np.mean([POLICY[e][n] for n in three]),
-        "nll_loss": -POLICY[e][w] / LENGTHS[e][w],
+        "rewards/chosen": 2 * DELTA[e, w],
+        "rewards/rejected": 2 * DELTA[e, three].mean(),
+        "rewards/margins": gaps.mean(),
+        "rewards/accuracies": float((gaps > 0).all()),
+        "rewards/pair_accuracies": (gaps > 0).mean(),
+        "margins/target": margins.mean(),
+        "margins/satisfied": (gaps > margins).mean(),
+        "logps/chosen": POLICY[e, w],
+        "logps/rejected": POLICY[e, three].mean(),
+        "nll_loss": -POLICY[e, w] / LENGTHS[e, w],
     }
     assert metrics == pytest.approx(expected, rel=1e-5)
 
@@ -221,7 +135,7 @@ def test_metrics_by_hand(e):
 def test_simpos_margin_is_gamma():
     """Its rewards are per token, and a gap of them is enough only above γ; logps stay sums."""
     for gamma, satisfied in ((0.1, 1.0), (2.0, 0.0)):
-        _, metrics, _ = of_example(0, "simpo", simpo_gamma=gamma, beta=1.0)
+        _, metrics, _ = of_example(0, "simpo", margin_lambda=gamma, beta=1.0)
         assert metrics["rewards/margins"] == pytest.approx(-4 / 2 + 9 / 3)
         assert metrics["margins/satisfied"] == satisfied and metrics["logps/chosen"] == -4.0
 
@@ -239,9 +153,9 @@ def total(made, division):
 def test_a_batch_may_be_divided_anyhow(loss):
     """Micro-batches add up to the whole batch, gradients too; an empty one, which only evens out
     ranks, adds nothing. Each example meets its own reference, φ and lengths."""
-    results = []
+    options, results = {} if loss == "sft" else {"sft_weight": 0.3}, []
     for division in ([[0, 1]], [[1, 0]], [[0], [1]], [[0], [], [1]]):
-        made = objective(loss, sft_weight=0.3) if loss != "sft" else objective(loss)
+        made = objective(loss, **options)
         value, metrics = total(made, division)
         value.backward()
         results.append((value.item(), metrics, made.model.policy.grad))
@@ -276,22 +190,16 @@ def test_who_has_a_reference(loss):
     assert made.first_rewards is None
 
 
-def test_first_rewards_are_kept():
-    made = objective("recpo")
+def test_the_first_step_is_that_of_margins_alone():
+    """Its losses, RecPO's and KTO's, whose baseline may live on a GPU; its rewards are kept."""
+    of = [math.log(1 + sum(np.exp(2 * PHI[e, CHOSEN[e]] / PHI[e, list(THREE[e])]))) for e in (0, 1)]
+    assert objective("recpo").at_the_start()[0].tolist() == pytest.approx(of, rel=1e-5)
+    kto, made = objective("kto"), objective("recpo")
+    kto.kl = torch.zeros((), device="meta")
+    assert kto.at_the_start()[0].tolist() == pytest.approx([0.5, 0.5])
     made(made.prepare([1, 0], [0, 1]))
     expected = np.take_along_axis(DELTA, made.slots, 1)[::-1]
     assert made.first_rewards[0].tolist() == pytest.approx(expected)
-
-
-def test_the_first_loss_is_that_of_margins_alone():
-    """RecPO's and KTO's; KTO's baseline may live on a GPU, it is computed beside it."""
-    expected = [math.log(1 + sum(map(math.exp, ratios(e, THREE[e])))) for e in range(2)]
-    assert objective("recpo").at_the_start()[0].mean().item() == pytest.approx(
-        np.mean(expected), rel=1e-5
-    )
-    kto = objective("kto")
-    kto.kl = torch.zeros((), device="meta")
-    assert kto.at_the_start()[0].mean().item() == pytest.approx(0.5)
 
 
 def test_ktos_baseline_is_the_mean_of_the_step_before():
@@ -301,7 +209,7 @@ def test_ktos_baseline_is_the_mean_of_the_step_before():
     assert made.slots.tolist() == [[1, 0, 2], [0, 3, 1]]
     assert objective("kto", negative_source="random").slots.tolist() == [[1, 0, 2], [0, 1, 3]]
     _, metrics = total(made, [[0, 1]])
-    assert metrics["kl"] == pytest.approx((DELTA[0][2] + DELTA[1][1]) / 2)
+    assert metrics["kl"] == pytest.approx((DELTA[0, 2] + DELTA[1, 1]) / 2)
     made.after_step({"kl": torch.tensor(0.3, dtype=torch.double)})
     resumed = objective("kto")
     resumed.load_state(made.state())
@@ -341,38 +249,22 @@ def test_histories_count_by_their_weight_however_a_batch_is_divided():
 
     options = TrainConfig(history_weight=0.5, stages="sft,recpo")
     made = Objective(options, "sft", model, encoded, "cpu")
-    expected = (answer_nll + 0.5 * history_nll) / (5 + 0.5 * 4)
+    expected = {"loss": (answer_nll + 0.5 * history_nll) / (5 + 0.5 * 4)}
+    expected |= {"nll_loss": answer_nll / 5, "history_nll": history_nll / 4}
     for division in ([[0, 1]], [[0], [1]], [[0, 1], []]):
         value, metrics = total(made, division)
-        assert value.item() == pytest.approx(expected, rel=1e-5)
-        for name, wanted in (
-            ("loss", expected),
-            ("nll_loss", answer_nll / 5),
-            ("history_nll", history_nll / 4),
-        ):
-            assert metrics[name] == pytest.approx(wanted, rel=1e-5), name
+        assert value.item() == pytest.approx(expected["loss"], rel=1e-5)
+        assert {n: metrics[n] for n in expected} == pytest.approx(expected, rel=1e-5)
     assert objective("recpo", history_weight=0.5).history_weight == 0
 
 
 # ------------------------------------------------------------------------ the step
-@pytest.fixture(scope="module")
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def one_step(gradient, **options):
     """One AdamW step of one weight from 1.0 with this gradient; (new weight, metrics, moments)."""
     config = TrainConfig(**options)
     weight = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = torch.optim.AdamW(
-        [weight],
-        lr=0.1,
-        betas=(0.9, config.adam_beta2),
-        weight_decay=0.0,
-        fused=True,
-    )
+    betas = (0.9, config.adam_beta2)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, betas=betas, weight_decay=0.0, fused=True)
 
     def compute(batch):
         loss = (weight * gradient).sum()
@@ -382,88 +274,70 @@ def one_step(gradient, **options):
     return weight.item(), result.read(), optimizer.state[weight]
 
 
-def reduced(rank_sums, rank_counts, monkeypatch):
-    """What each rank gets of reduce_metrics, their vectors added here as all_reduce does it."""
-    ranks, vectors = range(len(rank_sums)), []
-    monkeypatch.setattr(dist, "get_world_size", lambda: len(ranks))
-
-    def call(rank, all_reduce):
-        monkeypatch.setattr(dist, "get_rank", lambda: rank)
-        monkeypatch.setattr(dist, "all_reduce", all_reduce)
-        sums = {name: torch.tensor(v, dtype=torch.double) for name, v in rank_sums[rank].items()}
-        return reduce_metrics(sums, rank_counts[rank])
-
-    for rank in ranks:
-        call(rank, lambda vector: vectors.append(vector.clone()))
-    assert len(vectors) == len(ranks)  # one all_reduce each
-    return [call(rank, lambda vector: vector.copy_(sum(vectors))) for rank in ranks]
-
-
-def test_metrics_are_means_over_all_ranks_by_name(monkeypatch):
-    """Sums over sums of counts, not means of means; the same on every rank."""
-    sums = [{"loss": 2.0, "acc": 0.0}, {"loss": 7.0, "acc": 3.0}]
-    counts = [{"loss": 1.0, "acc": 4.0}, {"loss": 2.0, "acc": 1.0}]
-    for means, flags in reduced(sums, counts, monkeypatch):
-        assert {name: mean.item() for name, mean in means.items()} == {"loss": 3.0, "acc": 0.6}
-        assert flags.tolist() == [0, 0]
-
-
-def test_a_rank_whose_loss_is_not_finite_is_flagged(monkeypatch):
-    """The mean tells that there is one, its flag which."""
-    sums = [{"loss": 2.0, "acc": 0.0}, {"loss": math.nan, "acc": 3.0}]
-    counts = [{"loss": 1.0, "acc": 1.0}] * 2
-    for means, flags in reduced(sums, counts, monkeypatch):
-        assert math.isnan(means["loss"].item()) and means["acc"].item() == 1.5
-        assert flags.tolist() == [0, 1]
-
-
-def test_clipping_scales_what_is_above_and_only_that(alone):
-    """A gradient of 4 becomes max_grad_norm; one below it stays as it is, to the bit."""
+def test_clipping_scales_what_is_above_and_only_that(group):
+    """A gradient of 4 becomes max_grad_norm; one below it stays as it is, to the bit. beta2 shapes
+    the second moment, lr the step."""
     for limit, gradient, kept in ((1.0, 4.0, 1.0), (5.0, 4.0, 4.0), (0.0, 4.0, 4.0)):
         _, metrics, moments = one_step(gradient, max_grad_norm=limit)
         assert metrics["grad_norm"] == gradient  # as it was before clipping
         assert moments["exp_avg"].item() == pytest.approx(0.1 * kept, rel=1e-5)
-    assert (
-        one_step(4.0, max_grad_norm=5.0)[2]["exp_avg"]
-        == one_step(4.0, max_grad_norm=0.0)[2]["exp_avg"]
-    )
-
-
-def test_adams_beta2_reaches_it(alone):
-    """beta2 shapes the second moment."""
-    assert one_step(0.2, adam_beta2=0.95)[2]["exp_avg_sq"].item() == pytest.approx(0.05 * 0.04)
-    assert one_step(0.2, adam_beta2=0.999)[2]["exp_avg_sq"].item() == pytest.approx(0.001 * 0.04)
+    below, off = (one_step(4.0, max_grad_norm=limit)[2]["exp_avg"] for limit in (5.0, 0.0))
+    assert below == off
+    for beta2 in (0.95, 0.999):
+        second = one_step(0.2, adam_beta2=beta2)[2]["exp_avg_sq"].item()
+        assert second == pytest.approx((1 - beta2) * 0.04)
     assert one_step(0.2)[0] == pytest.approx(0.9, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_metrics_are_means_over_all_ranks_by_name(monkeypatch, bad):
+    """Sums over sums of counts, not means of means; one all_reduce, the same on every rank. The
+    mean tells that a loss is not finite, a flag which rank's."""
+    sums = [{"loss": 2.0, "acc": 0.0}, {"loss": math.nan if bad else 7.0, "acc": 3.0}]
+    counts, vectors = [{"loss": 1.0, "acc": 4.0}, {"loss": 2.0, "acc": 1.0}], []
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def call(rank, all_reduce):
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        own = {name: torch.tensor(v, dtype=torch.double) for name, v in sums[rank].items()}
+        return reduce_metrics(own, counts[rank])
+
+    for rank in (0, 1):
+        call(rank, lambda vector: vectors.append(vector.clone()))
+    assert len(vectors) == 2
+    for rank in (0, 1):
+        means, flags = call(rank, lambda vector: vector.copy_(sum(vectors)))
+        assert means["acc"].item() == 0.6 and flags.tolist() == [0, int(bad)]
+        assert math.isnan(means["loss"].item()) if bad else means["loss"].item() == 3.0
 
 
 @pytest.mark.parametrize(
     ("ratio", "expected"), [(0.0, [1.0]), (0.5, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]), (0.15, [0.5, 1.0])]
 )
 def test_warm_up_is_a_share_of_the_steps(ratio, expected):
-    """Of 10 steps; rounded up, it rises linearly and reaches the peak with its last step."""
-    rates = [get_lr(step, 10, 1.0, ratio) for step in range(len(expected))]
-    assert rates == pytest.approx(expected)
+    """Of 10 steps; rounded up, it rises linearly and reaches the peak with its last step; then a
+    cosine falls to zero."""
+    rates = [get_lr(step, 10, 1.0, ratio) for step in range(11)]
+    assert rates[: len(expected)] == pytest.approx(expected)
+    rest = rates[math.ceil(10 * ratio) :]
+    cosine = [(1 + math.cos(math.pi * i / (len(rest) - 1))) / 2 for i in range(len(rest))]
+    assert rest == pytest.approx(cosine)
 
 
 @pytest.mark.parametrize(
-    ("options", "epochs", "steps"),
+    ("options", "epochs", "examples", "steps"),
     [
-        ({"batch_size": 4}, 1.0, 3),
-        ({"batch_size": 4}, 2.5, 8),
-        ({"batch_size": 10}, 3.0, 3),
-        ({"batch_size": 4, "max_steps": 2}, 2.5, 2),
+        ({"batch_size": 4}, 1.0, 10, 3),
+        ({"batch_size": 4}, 2.5, 10, 8),
+        ({"batch_size": 10}, 3.0, 10, 3),
+        ({"batch_size": 4, "max_steps": 2}, 2.5, 10, 2),
+        ({"batch_size": 1}, 1.1, 100, 110),  # 1.1 * 100 is 110.00000000000001
     ],
 )
-def test_epochs_and_batch_size_give_the_steps(options, epochs, steps):
-    """10 examples: ceil(10 / batch_size) steps an epoch, ceil(epochs * that) in all."""
-    schedule = Schedule(TrainConfig(**options), epochs, np.ones((10, 2), int), world_size=1)
+def test_epochs_and_batch_size_give_the_steps(options, epochs, examples, steps):
+    """ceil(examples / batch_size) steps an epoch, ceil(epochs * that) in all."""
+    schedule = Schedule(TrainConfig(**options), epochs, np.ones((examples, 2), int), world_size=1)
     assert schedule.num_steps == steps
-    size = options["batch_size"]
     taken = [len(schedule.examples(step)) for step in range(schedule.steps_per_epoch)]
-    assert sum(taken) == 10 and taken[0] == min(size, 10)
-
-
-def test_a_part_of_an_epoch_is_not_rounded_up_by_a_float():
-    """1.1 * 100 is 110.00000000000001."""
-    schedule = Schedule(TrainConfig(batch_size=1), 1.1, np.ones((100, 2), int), world_size=1)
-    assert schedule.num_steps == 110
+    assert sum(taken) == examples and taken[0] == min(options["batch_size"], examples)

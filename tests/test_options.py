@@ -1,5 +1,4 @@
-"""Options: every committed configuration is accepted;
-what breaks or does nothing is refused by name."""
+"""Options: every committed configuration is accepted; what breaks or does nothing is refused."""
 
 import json
 import re
@@ -21,74 +20,63 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.json")), ids=lambda f: f.name)
 def test_committed_configurations_are_accepted(file):
-    """Each file of configs/ makes a TrainConfig."""
     parse_config(TrainConfig, ["--config", str(file)])
 
 
-TABLES = [
-    (file, run)
-    for file in sorted(ROOT.glob("configs/tables/*.json"))
-    for run in json.loads(file.read_text())["runs"]
-    if "script" not in run
-]
-
-
-@pytest.mark.parametrize(("file", "run"), TABLES, ids=lambda x: getattr(x, "stem", x))
-def test_every_training_run_of_a_committed_table_is_accepted(file, run):
-    """What studies.tables hands to train.py, with data and model where the table leaves them
-    open."""
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/tables/*.json")), ids=lambda f: f.name)
+def test_every_training_run_of_a_committed_table_is_accepted(file):
+    """What studies.tables hands to train.py; data and model where the table leaves them open."""
     table = json.loads(file.read_text())
     table["common"] = {"dataset": "planted"} | table["common"]
     table["training"] = {"model": "demo/base"} | table["training"]
-    own = {name: value for name, value in run.items() if name != "after"}
-    command = command_of(table, own, Path("runs"), 1)
-    parse_config(TrainConfig, command[2:])
+    for run in (run for run in table["runs"] if "script" not in run):
+        own = {name: value for name, value in run.items() if name != "after"}
+        parse_config(TrainConfig, command_of(table, own, Path("runs"), 1)[2:])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lora_dropout": 1.0}, "--lora_dropout must be >= 0, < 1, got 1.0"),
-        ({"warmup_ratio": -1.0}, "--warmup_ratio must be >= 0, <= 1, got -1.0"),
-        ({"warmup_ratio": float("nan")}, "--warmup_ratio must be a finite number, got nan"),
-        ({"beta": float("inf")}, "--beta must be a finite number, got inf"),
-        ({"adam_beta2": 1.0}, "--adam_beta2 must be >= 0, < 1, got 1.0"),
-        ({"num_negatives": 20}, "--num_negatives must be >= 1, <= 19, got 20"),
-        ({"lora_alpha": 0.0}, "--lora_alpha must be > 0"),
-        ({"sft_weight": -0.5}, "--sft_weight must be >= 0, or -1"),
-        ({"followers": 20}, "--followers must be .*<= 19, got 20"),
-        ({"margin": "square"}, "--margin must be one of ratio, log_diff, log_ratio, none"),
-        (
-            {"margin": "none", "margin_lambda": 1.0},
-            "--margin_lambda has no effect with --margin none",
-        ),
-        ({"shard": "half"}, "--shard must be one of full, none, hybrid"),
-    ],
-)
-def test_values_out_of_bounds_are_refused_by_name(options, message):
+REFUSED = [  # options, what the message says
+    ({"lora_dropout": 1.0}, "--lora_dropout must be >= 0, < 1, got 1.0"),
+    ({"warmup_ratio": float("nan")}, "--warmup_ratio must be a finite number, got nan"),
+    ({"beta": float("inf")}, "--beta must be a finite number, got inf"),
+    ({"num_negatives": 20}, "--num_negatives must be >= 1, <= 19, got 20"),
+    ({"lora_alpha": 0.0}, "--lora_alpha must be > 0"),
+    ({"sft_weight": -0.5}, "--sft_weight must be >= 0, or -1"),
+    ({"margin": "square"}, "--margin must be one of ratio, log_diff, log_ratio, none"),
+    ({"margin": "none", "margin_lambda": 1.0}, "--margin_lambda has no effect"),
+    ({"dataset": "movies"}, "--dataset .*'movies'"),
+    ({"negatives": "hard"}, "--negatives"),
+    ({"history": 4}, "--min_history 5 .*--history 4"),
+    ({"core": -1}, "--core"),
+]
+FILES = [  # content of a --config file, what the message says
+    ('{"learning_rte": 1e-3}', "c.json: unknown option --learning_rte; .*--learning_rate"),
+    ('{"batch_size": 1.5}', "c.json: argument --batch_size: invalid int value"),
+    ('{"dry_run": 1}', "c.json: argument --dry_run"),
+    ('{"beta": true}', "c.json: argument --beta: expected one argument"),
+    ('{"config": "c.json"}', "c.json: unknown option --config"),
+    ('["beta"]', "c.json: expected a JSON object, got list"),
+    ("", "c.json: not valid JSON"),
+]
+FLAGS = [
+    ("--learning_rte=1", "unknown option --learning_rte; did you mean --learning_rate?"),
+    ("--nothing-like-it", "unknown option --nothing-like-it; see --help"),
+    ("--beta=x", "argument --beta: invalid float value: 'x'"),
+]
+
+
+def test_bad_options_are_refused_by_name(tmp_path):
     """Bounds stand beside the option; flags and --config files meet the same ones."""
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**options)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"lora_dropout": 1.0}', "--lora_dropout must be >= 0, < 1"),
-        ('{"learning_rte": 1e-3}', "c.json: unknown option --learning_rte; .*--learning_rate"),
-        ('{"batch_size": 1.5}', "c.json: argument --batch_size: invalid int value"),
-        ('{"dry_run": 1}', "c.json: argument --dry_run"),
-        ('{"beta": true}', "c.json: argument --beta: expected one argument"),
-        ('{"config": "c.json"}', "c.json: a configuration names no other"),
-        ("", "c.json: expected a JSON object, got an empty file"),
-    ],
-)
-def test_a_config_file_is_held_to_the_options(tmp_path, content, message):
-    """Unknown names, other types and values out of bounds; its own name stands in the message."""
     file = tmp_path / "c.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        parse_config(TrainConfig, ["--config", str(file)])
+    for options, message in REFUSED:
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**options)
+    for content, message in (*FILES, *((json.dumps(o), m) for o, m in REFUSED[4:])):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            parse_config(TrainConfig, ["--config", str(file)])
+    for flag, message in FLAGS:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            parse_config(TrainConfig, [flag])
 
 
 def test_flags_go_over_a_config_file(tmp_path):
@@ -97,20 +85,6 @@ def test_flags_go_over_a_config_file(tmp_path):
     config = parse_config(TrainConfig, ["--config", str(file), "--no_decode_rest"])
     assert (config.beta, config.compile, config.decode_rest) == (1e-05, True, False)
     assert config.model == "-m"
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--learning_rte=1", "unknown option --learning_rte; did you mean --learning_rate?"),
-        ("--nothing-like-it", "unknown option --nothing-like-it; see --help"),
-        ("--beta=x", "argument --beta: invalid float value: 'x'"),
-    ],
-)
-def test_a_flag_that_is_none_is_refused(flag, message):
-    """One message, with the option that may have been meant."""
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse_config(TrainConfig, [flag])
 
 
 INERT = [  # flags, and what must be added for them to have an effect
@@ -124,7 +98,6 @@ INERT = [  # flags, and what must be added for them to have an effect
     ("--stages=sft,sdpo --margin_lambda=1", "--stages=recpo"),
     ("--stages=sft,sdpo --margin=log_diff", "--stages=recpo"),
     ("--stages=sft,dpo --num_negatives=2", "--stages=sdpo"),
-    ("--stages=sft,recpo --simpo_gamma=1", "--stages=simpo"),
     ("--shard_group_size=2", "--shard=hybrid"),
     ("--val_size=0 --eval_steps=5", "--val_size=9"),
 ]  # fmt: skip
@@ -155,51 +128,29 @@ def test_help_shows_choices_and_bounds(capsys):
 
 
 # ------------------------------------------------------------------------ from options to steps
-SHORT = ("--val_size=0", "--test_size=2", "--no_decode_rest")
-
-
-@pytest.fixture
-def steps(in_process, tmp_path, monkeypatch):
-    """call(*flags): what run_stage hands to each step of a whole run, and the KL it brought."""
-    taken, inner = [], train.train_step
-
-    def spy(model, optimizer, batches, objective, lr, config, replicas):
-        (group,) = optimizer.param_groups
-        step = {"objective": objective, "lr": lr, "kl": getattr(objective, "kl", None)}
-        step |= {name: group[name] for name in ("betas",)}
-        result = inner(model, optimizer, batches, objective, lr, config, replicas)
-        taken.append(step | {"new_kl": result.on_device.get("kl")})
-        return result
-
-    def call(*flags) -> list[dict]:
-        monkeypatch.setattr(train, "train_step", spy)
-        folders = (f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}")
-        in_process(train.main, *TINY, *SHORT, *folders, *flags)
-        return taken
-
-    return call
-
-
-def test_options_of_the_step_reach_every_step_of_their_stage(steps):
+def test_options_of_the_step_reach_every_step_of_their_stage(in_process, tmp_path, monkeypatch):
     """20 prompts in steps of 8: 2 epochs of SFT are 6 steps, one of KTO is 3, each with its peak.
 
     Warm-up takes half of them, rounded up, then a half cosine; KTO's baseline is the last KL."""
-    taken = steps(
-        *("--stages=sft,kto", "--beta=0.1", "--sft_epochs=2", "--epochs=1", "--warmup_ratio=0.5"),
-        *("--sft_learning_rate=3e-3", "--learning_rate=1e-3"),
-        "--adam_beta2=0.9",
-    )
-    kto = [step for step in taken if step["new_kl"] is not None]
-    sft = [step for step in taken if step["new_kl"] is None]
-    assert taken == sft + kto
-    assert [step["lr"] for step in sft] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 2.25e-3, 0.75e-3])
-    assert [step["lr"] for step in kto] == pytest.approx([5e-4, 1e-3, 1e-3])
-    assert {step["betas"] for step in taken} == {(0.9, 0.9)}
+    taken, inner = [], train.train_step
 
-    assert kto[0]["kl"] == 0 and kto[0]["new_kl"] == 0  # the policy is its reference
-    assert kto[2]["kl"] != 0
-    for before, after in zip(kto, kto[1:], strict=False):
-        assert after["kl"] == before["new_kl"].float()
+    def spy(model, optimizer, batches, objective, lr, config, replicas):
+        betas, kl = optimizer.param_groups[0]["betas"], getattr(objective, "kl", None)
+        result = inner(model, optimizer, batches, objective, lr, config, replicas)
+        taken.append((lr, betas, kl, result.on_device.get("kl")))
+        return result
+
+    monkeypatch.setattr(train, "train_step", spy)
+    flags = ["--stages=sft,kto", "--beta=0.1", "--sft_epochs=2", "--epochs=1", "--warmup_ratio=0.5"]
+    flags += ["--sft_learning_rate=3e-3", "--learning_rate=1e-3", "--adam_beta2=0.9"]
+    flags += ["--val_size=0", "--test_size=2", "--no_decode_rest"]
+    flags += [f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}"]
+    in_process(train.main, *TINY, *flags)
+    rates, betas, used, brought = zip(*taken, strict=True)
+    assert rates[:6] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3, 2.25e-3, 0.75e-3])
+    assert rates[6:] == pytest.approx([5e-4, 1e-3, 1e-3]) and set(betas) == {(0.9, 0.9)}
+    assert brought[:6] == (None,) * 6 and used[6] == brought[6] == 0  # the policy is its reference
+    assert used[7] == brought[6].float() and used[8] == brought[7].float() != 0
 
 
 @pytest.mark.parametrize(
@@ -213,28 +164,24 @@ def test_options_of_the_step_reach_every_step_of_their_stage(steps):
         ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 3.2, 5, 2),  # as torchrun sets it
     ],
 )
-def test_threads_leave_cores_to_other_processes(
-    group, monkeypatch, environ, load, running, threads
-):
+def test_threads_leave_cores_to_others(group, monkeypatch, environ, load, running, threads):
     """Four cores: the threads of a process, unless OMP_NUM_THREADS gives their number."""
-    given = []
+    given, processes = [], "runtime.processes"
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("runtime.processes.torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("runtime.processes.torch.get_num_threads", lambda: 4)
-    monkeypatch.setattr("runtime.processes.torch.set_num_threads", given.append)
-    monkeypatch.setattr("runtime.processes.os.sched_getaffinity", lambda _: range(4))
-    monkeypatch.setattr("runtime.processes.os.getloadavg", lambda: (load, load, load))
-    monkeypatch.setattr(
-        "runtime.processes.Path.read_text", lambda _: f"{load} {load} {load} {running}/99 1"
-    )
+    monkeypatch.setattr(f"{processes}.torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(f"{processes}.torch.get_num_threads", lambda: 4)
+    monkeypatch.setattr(f"{processes}.torch.set_num_threads", given.append)
+    monkeypatch.setattr(f"{processes}.os.sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(f"{processes}.os.getloadavg", lambda: (load, load, load))
+    line = f"{load} {load} {load} {running}/99 1"
+    monkeypatch.setattr(f"{processes}.Path.read_text", lambda _: line)
     setup_distributed()
     assert (given or [4]) == [threads]
 
 
 def test_the_start_of_a_run_does_not_load_the_compiler():
-    """torch.compile's machinery costs a second a process;
-    only --compile and 4-bit layers load it."""
+    """It costs a second a process; only --compile and 4-bit layers load it."""
     code = "import sys, train; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

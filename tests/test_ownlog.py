@@ -204,7 +204,6 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["none of the 40 items", "'B0' and 'B1'", "--item_columns"]),  # noqa: E501
     "outside the scale": (table(), {"scale": "0,1"}, ["ratings outside --scale 0,1: ratings from 1 to 5"]),  # noqa: E501
     "not binary": (table(), {"scale": "binary"}, ["values other than 0 and 1"]),
-    "sums of ratings": (table(), {"repeats": "sum"}, ["--repeats sum"]),
     "no user": (table(changed(0, lambda _: "NULL")), {}, [f"({len(ROWS)} rows without user)"]),
     **{t: (table(changed(3, lambda _, t=t: t)), {}, [f"column timestamp: {len(ROWS)} values are no times", repr(t), "write times as 2024-12-31"]) for t in UNKNOWN},  # noqa: E501
     "json title lists": (lines(r | {"title": [r["title"]]} for r in RECORDS), {"dataset": "jsonl"}, ["column title holds lists"]),  # noqa: E501

@@ -61,16 +61,10 @@ OPTIONS = {"dataset": "csv", "followers": 3, "history": 6, "exclude": "seen"}
 
 
 def options(folder: Path, **changes) -> RecommendConfig:
-    given = OPTIONS | {
-        "adapter": str(folder / "adapter"),
-        "data_dir": str(folder / "log.csv"),
-        "prepared_dir": str(folder / "prepared"),
-        "users": "all",
-        "micro_batch_tokens": 3000,
-    }
-    return RecommendConfig(
-        **given | {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
-    )
+    given = {name: str(folder / name) for name in ("adapter", "prepared_dir")}
+    given |= {"data_dir": str(folder / "log.csv"), "users": "all", "micro_batch_tokens": 3000}
+    changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
+    return RecommendConfig(**OPTIONS | given | changes)
 
 
 def read(file: Path) -> list[dict]:
@@ -87,7 +81,6 @@ def same(one: list[dict], other: list[dict]) -> None:
     """Equal lists; probabilities as near as two ways of dividing the batches make them."""
     assert [r["user"] for r in one] == [r["user"] for r in other]
     for a, b in zip(one, other, strict=True):
-        assert [i["item"] for i in a["items"]] == [i["item"] for i in b["items"]]
         for i, j in zip(a["items"], b["items"], strict=True):
             assert i | {"probability": 0} == j | {"probability": 0}
             assert abs(i["probability"] - j["probability"]) < 2e-5
@@ -102,11 +95,10 @@ def markov_by_loops(rows: list[list[str]], history: list[str], shown: int) -> di
             for d in range(1, min(MAX_DISTANCE, len(items) - 1 - a) + 1):
                 key = first, items[a + d]
                 pairs[key] = pairs.get(key, 0) + 1 / d
-    newest = list(reversed(history))[:shown]
-    return {
-        c: sum(DECAY**age * pairs.get((i, c), 0) for age, i in enumerate(newest)) / n**0.5
-        for c, n in counts.items()
-    }
+    newest, scores = list(reversed(history))[:shown], {}
+    for c, n in counts.items():
+        scores[c] = sum(DECAY**age * pairs.get((i, c), 0) for age, i in enumerate(newest)) / n**0.5
+    return scores
 
 
 def test_every_user_gets_what_the_retriever_finds_untouched(folder, whole):
@@ -132,13 +124,10 @@ def test_order_is_that_of_plain_full_sequences(folder, whole):
     tokenizer, model = Tokenizer(BASE), load_pretrained(BASE)
     load_adapter(model, folder / "adapter")
     for record in whole[:4]:
-        u = list(interactions.user_ids).index(record["user"])
-        rows = range(
-            interactions.start[u + 1] - 6, interactions.start[u + 1]
-        )  # the newest six, the last two too
-        history = [
-            (interactions.titles[interactions.item[r]], float(interactions.rating[r])) for r in rows
-        ]
+        end = interactions.start[list(interactions.user_ids).index(record["user"]) + 1]
+        rows = range(end - 6, end)  # the newest six, the last two too
+        titles = [interactions.titles[interactions.item[r]] for r in rows]
+        history = list(zip(titles, interactions.rating[rows].tolist(), strict=True))
         by_rank = sorted(record["items"], key=lambda i: i["retrieved"])
         titles = [by_rank[i]["title"] for i in shown_order(record["user"], 20)]
         text = render_prompt(Example(interactions.words, record["user"], history, titles, 0, [], 0))
@@ -197,21 +186,13 @@ def test_a_job_of_other_options_data_or_weights_is_another(folder, tmp_path):
     source = (BASE, folder / "adapter")
     config = options(folder, users=users, output="a")
     key = recommend.job_key(config, source, "data")
-    changes = {"retriever": "item-knn", "top_k": 3, "history": 7, "ratings": False}
-    changes |= {
-        "prompt_format": "chat",
-        "max_length": 99,
-        "dtype": "bfloat16",
-        "load_in_4bit": True,
-    }
-    changes |= {"min_rating": 3.0, "history_items": "positive", "scale": "0,5", "stage": "sft"}
-    keys = [
-        recommend.job_key(replace(config, **{k: v}), source, "data") for k, v in changes.items()
-    ]
-    keys += [
-        recommend.job_key(config, source, "other"),
-        recommend.job_key(config, (BASE, None), ""),
-    ]
+    changes = {"retriever": "item-knn", "top_k": 3, "history": 7, "ratings": False, "stage": "sft"}
+    changes |= {"prompt_format": "chat", "max_length": 99, "dtype": "bfloat16", "min_rating": 3.0}
+    changes |= {"load_in_4bit": True, "history_items": "positive", "scale": "0,5"}
+    configs = [replace(config, **{name: value}) for name, value in changes.items()]
+    keys = [recommend.job_key(changed, source, "data") for changed in configs]
+    keys.append(recommend.job_key(config, source, "other"))
+    keys.append(recommend.job_key(config, (BASE, None), ""))
     users.write_text("u2")
     keys.append(recommend.job_key(config, source, "data"))
     assert len({key, *keys}) == len(changes) + 4
@@ -229,12 +210,9 @@ def test_two_ranks_write_what_one_does(folder, whole):
     names = [*OPTIONS, "adapter", "data_dir", "prepared_dir", "users", "output", "top_k"]
     flags = [f"--{name}={getattr(config, name)}" for name in names]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command, env = [*launcher, str(ROOT / "recommend.py"), *flags], {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, str(ROOT / "recommend.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        command, capture_output=True, text=True, timeout=600, env=os.environ | env
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"two.jsonl: {USERS} users") == 1
@@ -243,26 +221,28 @@ def test_two_ranks_write_what_one_does(folder, whole):
 
 
 # ----------------------------------------------------------------------------------- kinds of users
+def recommended(folder: Path, users: str | list[dict], **changes) -> list[dict]:
+    """The lines for these users, ids or records."""
+    file = folder / ("asked.txt" if isinstance(users, str) else "asked.jsonl")
+    file.write_text(users if isinstance(users, str) else "\n".join(map(json.dumps, users)))
+    output = folder / "recommended.jsonl"
+    output.unlink(missing_ok=True)
+    recommend_users(options(folder, users=file, output=output, **changes))
+    return read(output)
+
+
 def test_named_users(folder, whole):
     """A file of ids: these users, in its order."""
-    (folder / "some.txt").write_text("u7\n\nu3\n")
-    config = options(folder, users=folder / "some.txt", output=folder / "some.jsonl", top_k=20)
-    recommend_users(config)
     by_user = {r["user"]: r for r in whole}
-    same(read(folder / "some.jsonl"), [by_user["u7"], by_user["u3"]])
+    same(recommended(folder, "u7\n\nu3\n", top_k=20), [by_user["u7"], by_user["u3"]])
 
 
 def test_new_users(folder, whole):
     """A copy of a user of the log gets that user's list; given candidates may be new items."""
     interactions = prepare(options(folder, output="x")).interactions
-    rows = range(interactions.start[0], interactions.start[1])
-    copied = [
-        {
-            "item": interactions.item_ids[interactions.item[r]],
-            "rating": float(interactions.rating[r]),
-        }
-        for r in rows
-    ]
+    ids = [interactions.item_ids[i] for i in interactions.item[: interactions.start[1]]]
+    ratings = interactions.rating[: interactions.start[1]].tolist()
+    copied = [{"item": i, "rating": rating} for i, rating in zip(ids, ratings, strict=True)]
     titled = [{"title": "A story never seen", "rating": 5}, {"title": "Story of 3", "rating": 4}]
     given = ["Story of 4", "s5", {"title": "Fresh"}, {"item": "new-1", "title": "Fresher"}]
     entries = [
@@ -270,35 +250,24 @@ def test_new_users(folder, whole):
         {"user": "visitor", "history": titled},
         {"user": "cold", "history": titled[:1], "candidates": given},
     ]
-    (folder / "new.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-    config = options(folder, users=folder / "new.jsonl", output=folder / "n.jsonl", top_k=4)
-    recommend_users(config)
-    copy, visitor, cold = read(folder / "n.jsonl")
+    copy, visitor, cold = recommended(folder, entries, top_k=4)
     first = next(r for r in whole if r["user"] == interactions.user_ids[0])
     same([copy], [first | {"items": first["items"][:4]}])
     assert len(visitor["items"]) == 4 and "s3" not in {i["item"] for i in visitor["items"]}
-    assert {(i["item"], i["title"]) for i in cold["items"]} == {
-        ("s4", "Story of 4"),
-        ("s5", "Story of 5"),
-        (None, "Fresh"),
-        ("new-1", "Fresher"),
-    }
+    listed = {("s4", "Story of 4"), ("s5", "Story of 5"), (None, "Fresh"), ("new-1", "Fresher")}
+    assert {(i["item"], i["title"]) for i in cold["items"]} == listed
     assert all(i["retrieved"] is None for i in cold["items"])
 
 
 def test_what_a_user_has_seen_by_title_is_not_recommended(folder, whole):
     """Also where its id is unknown; its spelling is cleaned first."""
     seen = whole[0]["items"][0]["title"]
-    history = [{"item": "s1", "rating": 4}, {"item": "elsewhere-9", "title": seen, "rating": 5}]
-    spelt = [
-        history[0],
-        {"item": "elsewhere-9", "title": f" {seen} ".replace(" ", "  "), "rating": 5},
-    ]
+    known, elsewhere = {"item": "s1", "rating": 4}, {"item": "elsewhere-9", "rating": 5}
+    history = [known, elsewhere | {"title": seen}]
+    spelt = [known, elsewhere | {"title": f" {seen} ".replace(" ", "  ")}]
     lines = [{"user": n, "history": h} for n, h in enumerate((history[:1], history, spelt))]
-    (folder / "seen.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    config = options(folder, users=folder / "seen.jsonl", output=folder / "s.jsonl", top_k=20)
-    recommend_users(config)
-    without, *both = [{i["title"] for i in r["items"]} for r in read(folder / "s.jsonl")]
+    records = recommended(folder, lines, top_k=20)
+    without, *both = [{i["title"] for i in r["items"]} for r in records]
     assert len(without) == 20 and all(seen not in titles and len(titles) == 20 for titles in both)
 
 
@@ -312,14 +281,10 @@ def test_ratings_of_new_users_are_mapped_as_the_logs(folder, tmp_path, history_i
         out.writerows(row | {"rating": int(row["rating"]) - 4} for row in rows)
     own = [r for r in rows if r["user"] == "u3"]
     history = [{"item": r["item"], "rating": int(r["rating"]) - 4} for r in own]
-    (tmp_path / "new.jsonl").write_text(json.dumps({"user": "u3", "history": history}))
-    (tmp_path / "ids.txt").write_text("u3")
     data = {"data_dir": tmp_path / "likes.csv", "prepared_dir": tmp_path / "prepared"}
     data |= {"scale": "binary", "history_items": history_items, "min_history": 1}
-    for kind in ("new.jsonl", "ids.txt"):
-        output = tmp_path / f"out-{kind}l"
-        recommend_users(options(folder, users=tmp_path / kind, output=output, **data))
-    same(read(tmp_path / "out-new.jsonll"), read(tmp_path / "out-ids.txtl"))
+    records = recommended(folder, [{"user": "u3", "history": history}], **data)
+    same(records, recommended(folder, "u3", **data))
 
 
 def test_sasrec_retrieves_with_its_own_scores(folder, tmp_path, monkeypatch):
@@ -335,9 +300,8 @@ def test_sasrec_retrieves_with_its_own_scores(folder, tmp_path, monkeypatch):
         scores = retriever.scores(interactions.item[interactions.start[interactions.user[p]] : p])
         np.testing.assert_allclose(scores[test.candidates[e]], wanted[e], rtol=1e-4, atol=1e-5)
     for u, record in enumerate(read(tmp_path / "r.jsonl")):
-        items = interactions.item[interactions.start[u] : interactions.start[u + 1]].astype(
-            np.int64
-        )
+        items = interactions.item[interactions.start[u] : interactions.start[u + 1]]
+        items = items.astype(np.int64)
         best = [interactions.item_ids[c] for c in retriever.top(items, items, 20)]
         assert [i["item"] for i in sorted(record["items"], key=lambda i: i["retrieved"])] == best
 

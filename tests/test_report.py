@@ -489,7 +489,7 @@ def test_what_is_missing_or_of_other_data_is_measured(tmp_path, monkeypatch, cap
     assert probes == ["temptation", "avoidance", "aversion", "length", "popularity", "retrieved"]
     assert calls[-1] == ("studies.two_stage", "sft-0.log", [])
     assert "sft-0, length: not measured: no such thing" in capsys.readouterr().out
-    for options, expected in (({"split_by": "time"}, 4), ({"dataset": "prepared"}, 1)):
+    for options, expected in (({"split_date": "10%"}, 4), ({"dataset": "prepared"}, 1)):
         calls.clear()
         other = write_stage(tmp_path / "o", "sft", [1], name=str(expected), **options)
         monkeypatch.setattr("studies.tables.execute", lambda *call: calls.append(call))

@@ -59,7 +59,7 @@ def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
     first, _, line = printed_lines(tmp_path, capsys, [5.0, 7.0, 9.0], 100)
     assert "left" not in first and first.endswith("learning_rate 1.0e-01")
     assert "3/100 | loss  1.0000" in line
-    assert line.endswith("2000 ms/step | left 0:03:14")
+    assert line.endswith("2000 ms/step | left 03:14")
 
 
 def test_a_step_ends_when_it_did_and_not_when_its_metrics_are_read(monkeypatch):

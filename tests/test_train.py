@@ -18,10 +18,16 @@ from data import build_examples
 from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, load_interactions, prepare
+from lora import lora_layers
 from losses import target_margins
 from runtime.runs import NotFinite
 from runtime.stages import load_stage
-from train import Objective, Schedule, TrainConfig, get_lr, load_policy, train_step
+from train import Objective, Schedule, TrainConfig, load_policy, train_step
+
+
+def assert_same_losses(one: dict, other: dict, stages=("sft", "recpo"), atol: float = 1e-4) -> None:
+    for stage in stages:
+        np.testing.assert_allclose(losses(one, stage), losses(other, stage), atol=atol)
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])
@@ -31,9 +37,8 @@ def test_two_ranks_match_one(one_process, mode):
     tmp_path, _, one = one_process
     flags = ("--micro_batch_tokens=500", f"--shard={mode}")
     _, two = run_train(tmp_path, f"two-{mode}", *flags, processes=2)
+    assert_same_losses(one, two)
     for stage in ("sft", "recpo"):
-        assert len(one[stage]) == len(two[stage])
-        np.testing.assert_allclose(losses(one, stage), losses(two, stage), atol=1e-4)
         norms = [[m["grad_norm"] for m in run[stage]] for run in (one, two)]
         np.testing.assert_allclose(*norms, rtol=1e-3)
 
@@ -53,8 +58,7 @@ def test_compiled_blocks_give_the_same_run(one_process, processes, flags):
         tmp_path, name, "--micro_batch_tokens=1500", "--compile", *flags, processes=processes
     )
     assert "recompile_limit" not in output and "Traceback" not in output
-    for stage in ("sft", "recpo"):
-        np.testing.assert_allclose(losses(compiled, stage), losses(eager, stage), atol=1e-4)
+    assert_same_losses(compiled, eager)
 
 
 @pytest.mark.slow
@@ -63,11 +67,9 @@ def test_compiled_checkpointing_draws_the_same_dropout(tmp_path):
     """What checkpointing runs again in a compiled block drops the same elements as the first
     time."""
     flags = ("--compile", "--sft_lora_r=4", "--lora_dropout=0.3", "--stages=sft")
-    runs = [
-        run_train(tmp_path, n, *flags, *more)[1]
-        for n, more in (("kept", ()), ("again", ("--gradient_checkpointing",)))
-    ]
-    np.testing.assert_allclose(*(losses(metrics, "sft") for metrics in runs), atol=1e-5)
+    kept = run_train(tmp_path, "kept", *flags)[1]
+    again = run_train(tmp_path, "again", *flags, "--gradient_checkpointing")[1]
+    assert_same_losses(kept, again, ["sft"], atol=1e-5)
 
 
 MORE = ("ipo", "simpo", "cpo", "odpo", "kto")
@@ -82,13 +84,11 @@ def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
     )
     assert "SimPO's gamma / beta is 10" in output
     _, big = run_train(tmp_path, "big", *flags)
+    assert_same_losses(small, big, MORE)
     for stage in MORE:
         assert len(big[stage]) == 5 and np.isfinite(losses(big, stage)).all()
-        np.testing.assert_allclose(losses(small, stage), losses(big, stage), atol=1e-4)
-    first = {stage: big[stage][0]["preference_loss"] for stage in MORE}
-    assert first["ipo"] == pytest.approx((1 / 0.4) ** 2, abs=1e-5) and first[
-        "kto"
-    ] == pytest.approx(0.5, abs=1e-5)
+    first = {stage: big[stage][0]["preference_loss"] for stage in ("ipo", "kto")}
+    assert first == pytest.approx({"ipo": (1 / 0.4) ** 2, "kto": 0.5}, abs=1e-5)
     assert big["kto"][0]["kl"] == 0 and any(m["kl"] != 0 for m in big["kto"][1:])
     assert not list((tmp_path / "big").glob("simpo/reference*"))
 
@@ -97,8 +97,7 @@ def test_one_big_batch_matches_accumulation(one_process):
     """Micro-batches only cost memory: one forward pass per step gives the losses of four."""
     tmp_path, _, accumulated = one_process
     _, big = run_train(tmp_path, "big", "--micro_batch_tokens=100000")
-    for stage in ("sft", "recpo"):
-        np.testing.assert_allclose(losses(big, stage), losses(accumulated, stage), atol=1e-4)
+    assert_same_losses(big, accumulated)
 
 
 def test_rewards_before_the_first_step_are_exactly_zero(one_process):
@@ -115,8 +114,7 @@ def test_five_examples_on_four_ranks(tmp_path):
     flags = ("--train_size=5", "--batch_size=5", "--test_size=5", "--epochs=1", "--sft_epochs=1")
     _, four = run_train(tmp_path, "four", *flags, processes=4)
     _, one = run_train(tmp_path, "one", *flags)
-    for stage in ("sft", "recpo"):
-        np.testing.assert_allclose(losses(four, stage), losses(one, stage), atol=1e-4)
+    assert_same_losses(four, one)
 
 
 def test_preference_stage_starts_from_a_given_adapter(one_process, tmp_path):
@@ -142,37 +140,33 @@ def test_raw_tests_what_training_starts_from(one_process, tmp_path):
         tmp_path, "raw", f"--adapter={run / 'recpo'}", "--stages=raw,dpo", "--max_steps=1"
     )
     assert "nothing is trained" in output and "\n| raw |" in output and not metrics.get("raw")
-    before, after = (
-        (f / "eval/predictions.jsonl").read_text() for f in (run / "recpo", tmp_path / "raw/raw")
-    )
-    for a, b in zip(
-        *([json.loads(line) for line in text.splitlines()] for text in (before, after)), strict=True
-    ):
+    files = [f / "eval/predictions.jsonl" for f in (run / "recpo", tmp_path / "raw/raw")]
+    before, after = ([json.loads(line) for line in f.read_text().splitlines()] for f in files)
+    for a, b in zip(before, after, strict=True):
         assert a["answer"] == b["answer"] and np.allclose(a["logps"], b["logps"], atol=1e-4)
     assert load_stage(tmp_path / "raw/raw") == (run / "sft", run / "recpo")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num_negatives=0"], "--num_negatives must be >= 1"),
-        (["--no_such_flag=1"], "unknown option --no_such_flag"),
-        (["--stages=recpo,sft"], "--stages"),
-        (["--stages=sft,raw"], "--stages: raw and sft first"),
-        (["--model=/no/such/model"], "no such directory"),
-        (["--dataset=movielens", "--data_dir=ml-1m.zip"], "--dataset movielens needs a --model"),
-        (["--dataset=movielens", "--model=demo/base"], "needs --data_dir"),
-        (["--dataset=movielens", "--model=titles", "--data_dir=/no/folder"], "ratings.dat"),
-        (["--model=titles", "--adapter=a"], "a new base, which no --adapter fits"),
-        (["--output_dir=/proc/recpo"], "cannot be written"),
-        (["--margin=square"], "--margin must be one of"),
-        (["--config=/no/such.json"], "no such file"),
-    ],
-)
+BAD = [
+    ("--num_negatives=0", "--num_negatives must be >= 1"),
+    ("--no_such_flag=1", "unknown option --no_such_flag"),
+    ("--stages=recpo,sft", "--stages"),
+    ("--stages=sft,raw", "--stages: raw and sft first"),
+    ("--model=/no/such/model", "no such directory"),
+    ("--dataset=movielens --data_dir=ml-1m.zip", "--dataset movielens needs a --model"),
+    ("--dataset=movielens --model=demo/base", "needs --data_dir"),
+    ("--dataset=movielens --model=titles --data_dir=/no/folder", "ratings.dat"),
+    ("--model=titles --adapter=a", "a new base, which no --adapter fits"),
+    ("--output_dir=/proc/recpo", "cannot be written"),
+    ("--config=/no/such.json", "no such file"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD)
 def test_bad_input_is_one_clear_message(tmp_path, flags, message):
     """What a user can get wrong ends in one line that names it, and a non-zero exit."""
     places = (f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'p'}")
-    done = run_script(TRAIN, *places, *flags)
+    done = run_script(TRAIN, *places, *flags.split())
     assert done.returncode != 0
     assert message in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
 
@@ -181,17 +175,13 @@ class Reads(TorchDispatchMode):
     """Raises at what makes the host wait for a GPU:
     reading a value, or a result whose size depends on values."""
 
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+    INDEXING = ("aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default")
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        indexed = str(function) in (
-            "aten.index.Tensor",
-            "aten.index_put.default",
-            "aten.index_put_.default",
-        )
+        indexed = str(function) in self.INDEXING
         by_mask = indexed and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if by_mask or any(
-            name in str(function)
-            for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
-        ):
+        if by_mask or any(name in str(function) for name in self.NAMES):
             raise AssertionError(f"{function} waits for the GPU")
         return function(*args, **(kwargs or {}))
 
@@ -201,21 +191,11 @@ def small_world(tmp_path_factory):
     """Options, encoded training examples and a base model of the planted world,
     in a process group of one."""
     folder = tmp_path_factory.mktemp("world")
-    config = TrainConfig(
-        planted_users=100,
-        followers=3,
-        train_size=12,
-        prepared_dir=str(folder / "p"),
-    )
+    data = {"planted_users": 100, "followers": 3, "train_size": 12}
+    config = TrainConfig(**data, prepared_dir=str(folder / "p"))
     prepared = prepare(config)
-    make_base_model(
-        folder / "base",
-        prepared.splits["train"],
-        hidden_size=64,
-        num_layers=2,
-        vocab_size=400,
-        seed=0,
-    )
+    sizes = {"hidden_size": 64, "num_layers": 2, "vocab_size": 400}
+    make_base_model(folder / "base", prepared.splits["train"], **sizes, seed=0)
     encoded = encode_split(prepared, "train", Tokenizer(folder / "base"), 1024)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield config, encoded, folder / "base"
@@ -230,16 +210,20 @@ def objective_and_optimizer(small_world, stage):
     return objective, torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
 
+def test_adapters_drop_out_in_sft_alone(small_world):
+    """A preference stage compares with its reference, which nothing may shake."""
+    config, _, base = small_world
+    for stage, dropout in (("sft", 0.1), ("recpo", 0.0)):
+        model, _ = load_policy(config, stage, base, None, torch.device("cpu"))
+        assert {layer.dropout for layer in lora_layers(model).values()} == {dropout}
+
+
 @pytest.mark.parametrize("stage", ["sft", "recpo"])
 def test_a_step_never_waits_for_the_gpu(small_world, stage):
     """Between its first forward and its update a step reads no value;
     its metrics are read afterwards."""
     objective, optimizer = objective_and_optimizer(small_world, stage)
-    batches = [
-        objective.prepare([0, 1], range(4)),
-        objective.prepare([2, 3], range(4)),
-        objective.prepare([], range(4)),
-    ]
+    batches = [objective.prepare(batch, range(4)) for batch in ([0, 1], [2, 3], [])]
     # gloo copies on the host, and the CPU's fused AdamW reads its flag there;
     # on a GPU both stay on the device
     with (
@@ -254,16 +238,8 @@ def test_a_step_never_waits_for_the_gpu(small_world, stage):
     assert np.isfinite(list(metrics.values())).all() and metrics["learning_rate"] == 1e-3
 
 
-READING_METHODS = (
-    "item",
-    "tolist",
-    "cpu",
-    "numpy",
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__index__",
-)
+READING_METHODS = ("item", "tolist", "cpu", "numpy")
+READING_METHODS += ("__bool__", "__int__", "__float__", "__index__")
 
 
 @contextlib.contextmanager
@@ -279,18 +255,10 @@ def no_reading_methods():
         yield
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        "x.sum().item()",
-        "x.tolist()",
-        "x.cpu()",
-        "bool(x[0] > 0)",
-        "x[x > 0]",
-        "torch.nonzero(x)",
-        "float(x[0])",
-    ],
-)
+READS = ("x.sum().item()", "x.tolist()", "x.cpu()", "bool(x[0] > 0)", "x[x > 0]", "float(x[0])")
+
+
+@pytest.mark.parametrize("read", (*READS, "torch.nonzero(x)"))
 def test_the_guard_against_waiting_works(read):
     """Each way of reading a value is caught."""
     x = torch.ones(3)
@@ -306,9 +274,8 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
     model, config = objective.model, small_world[0]
 
     def step(compute):
-        return train_step(
-            model, optimizer, [objective.prepare([0, 1], [0, 1])], compute, 1e-3, config
-        )
+        batches = [objective.prepare([0, 1], [0, 1])]
+        return train_step(model, optimizer, batches, compute, 1e-3, config)
 
     def poisoned(batch):
         loss, sums = objective(batch)
@@ -316,22 +283,19 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
             return loss, sums | {"loss": (sums["loss"][0] * torch.nan, 2.0)}
         return loss * torch.inf, sums
 
+    def state():
+        moments = [v for state in optimizer.state.values() for v in state.values()]
+        return [t.clone() for t in (*model.parameters(), *moments)]
+
     step(objective).read()
-    before = [p.clone() for p in model.parameters()]
-    moments = [v.clone() for state in optimizer.state.values() for v in state.values()]
+    before = state()
     result = step(poisoned)
-    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
-    assert all(
-        torch.equal(v, w)
-        for v, w in zip(
-            moments, (v for s in optimizer.state.values() for v in s.values()), strict=True
-        )
-    )
+    assert all(map(torch.equal, before, state()))
     with pytest.raises(NotFinite, match="not finite; this update was left out") as error:
         result.read()
     assert error.value.ranks == ([0] if culprit == "loss" else [])
     step(objective).read()  # and the next one is whole again
-    assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert not all(map(torch.equal, before, state()))
 
 
 def test_every_step_covers_each_example_once_per_epoch():
@@ -350,15 +314,6 @@ def test_every_step_covers_each_example_once_per_epoch():
             )
             assert taken == sorted(one.examples(s))
     assert list(one.examples(0)) != list(one.examples(5))
-
-
-def test_learning_rate_warms_up_and_ends_at_zero():
-    """5 % of the steps rise linearly to the peak, a cosine goes to zero."""
-    rates = [get_lr(step, 100, 1.0, 0.05) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[4] == rates[5] == 1.0
-    assert rates[100] == pytest.approx(0.0) and all(
-        a >= b for a, b in zip(rates[5:], rates[6:], strict=False)
-    )
 
 
 def test_first_movielens_losses_are_the_derived_ones():
