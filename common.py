@@ -23,11 +23,11 @@ BOUNDS = {"at_least": (">=", operator.ge), "above": (">", operator.gt)}
 BOUNDS |= {"at_most": ("<=", operator.le), "below": ("<", operator.lt)}
 
 
-def arg(default=MISSING, help="", group="", choices=(), read_by=(), **bounds):
+def arg(default=MISSING, help="", group="", choices=(), read_by=(), free=False, **bounds):
     """A dataclass field that is an option; `group` starts a new heading in --help.
 
-    check_options holds it to its choices and bounds (BOUNDS). `read_by`: what must be part of a
-    run for the option to have an effect, stages or other options; () = always (parse_config)."""
+    check_options holds it to its choices and bounds (BOUNDS). `read_by`: stages or options of which
+    a run must have one for it to have an effect; `free`: it may change when a run goes on."""
     allowed = ", ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
     if choices:
         allowed = f"one of {', '.join(filter(None, choices))}"
@@ -36,7 +36,7 @@ def arg(default=MISSING, help="", group="", choices=(), read_by=(), **bounds):
         facts.append(allowed)
     help = (f"{help} ({', '.join(facts)})" if facts else help).replace("%", "%%")
     known = {"group": group, "choices": choices, "bounds": bounds, "allowed": allowed}
-    return field(default=default, metadata=known | {"help": help, "read_by": read_by})
+    return field(default=default, metadata=known | {"help": help, "read_by": read_by, "free": free})
 
 
 def check_options(config) -> None:

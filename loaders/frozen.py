@@ -95,7 +95,7 @@ class DataConfig(ExampleConfig):
     split_date: str = arg(
         "", "--split_by time: the date, such as 2000-12-01; empty: 10 % of all lies after it"
     )
-    prepared_dir: str = arg("prepared", "where prepared examples are kept")
+    prepared_dir: str = arg("prepared", "where prepared examples are kept", free=True)
 
     def __post_init__(self):
         super().__post_init__()

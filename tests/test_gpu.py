@@ -26,7 +26,6 @@ from bench.step import Usual, naive_model, usual_logps
 from data import build_tree
 from kernels.logps import HAS_TRITON, label_logps, mm_fp32
 from kernels.nf4 import dequantize_nf4, quantize_nf4
-from lora import TARGET_MODULES
 from model import generate
 from runtime.estimate import LiveBytes, Workload, fake_step
 from runtime.processes import setup_distributed
@@ -151,7 +150,6 @@ def test_the_memory_of_a_step_is_its_estimate(device, four_bit):
         config=sizes.config,
         dtype=sizes.torch_dtype,
         r=8,
-        targets=list(TARGET_MODULES),
         prompt=sizes.prompt,
         completions=[sizes.completion] * (1 + sizes.negatives),
         load_in_4bit=four_bit,

@@ -18,7 +18,7 @@ from loaders.frozen import DataConfig, prepare
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_pretrained, save_pretrained
 from runtime.policy import say_what_4_bits_cost
-from runtime.sharding import split
+from runtime.sharding import shard
 from train import TrainConfig
 
 load_4bit = partial(load_pretrained, load_in_4bit=True)
@@ -265,7 +265,7 @@ def test_a_gpu_has_no_note_of_what_a_cpu_pays(capsys):
     assert not capsys.readouterr().out
 
 
-def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
+def test_bytes_that_cannot_be_divided_are_one_clear_error(group, monkeypatch):
     """torch 2.11's fully_shard gives every parameter a gradient, for a moment."""
 
     def fully_shard(module, **options):
@@ -273,7 +273,7 @@ def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
 
     monkeypatch.setattr("runtime.sharding.fully_shard", fully_shard)
     with pytest.raises(ValueError, match="--shard none"):
-        split(torch.nn.Linear(1, 1))
+        shard(tiny_model(), "full", 0, "cpu", torch.float32)
 
 
 DIVIDES_BYTES = torch.__version__.split(".")[:2] != ["2", "11"]
