@@ -23,16 +23,17 @@ BOUNDS |= {"at_most": ("<=", operator.le), "below": ("<", operator.lt)}
 hours = tqdm.format_interval  # 1:02:03, or 02:03
 
 
-def arg(default, help="", group="", choices=(), read_by=(), **bounds):
+def arg(default, help="", group="", choices=(), read_by=(), free=False, **bounds):
     """A dataclass field that is an option; `group` starts a new heading in --help.
 
-    `read_by`: the stages or options of which a run must have one for this option to be typed."""
+    `read_by`: stages or options of which a run must have one for this one to be typed; `free`: it
+    may change when a run goes on."""
     rules = [f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
     rules = [f"one of {', '.join(filter(None, choices))}"] if choices else rules
     facts = [f"default: {default}"] * (default != "") + rules
     help = (f"{help} ({', '.join(facts)})" if facts else help).replace("%", "%%")
     known = {"group": group, "choices": choices, "bounds": bounds, "allowed": ", ".join(rules)}
-    return field(default=default, metadata=known | {"help": help, "read_by": read_by})
+    return field(default=default, metadata=known | {"help": help, "read_by": read_by, "free": free})
 
 
 def check_options(config) -> None:

@@ -42,7 +42,7 @@ from lora import base_of
 from losses import LOSSES, MARGINS, Titles, sft_loss
 from model import ModelConfig, Transformer
 from runtime import policy, runs, stages
-from runtime.checkpoint import checkpoints
+from runtime.checkpoint import save_checkpoint
 from runtime.estimate import dry_run, say_duration
 from runtime.passes import Schedule, any_rank, prefetch
 from runtime.policy import ModelOptions, load_policy
@@ -50,7 +50,6 @@ from runtime.processes import rank_zero_first, say_processes, setup_distributed
 from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
 from runtime.runs import Logger, Run, StepMetrics
 from runtime.sharding import average_gradients, local, reduce_metrics, reshard
-from runtime.validation import encode_sample, load_best, validate
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = 50_000_000  # parameters; a model of fewer has other defaults
@@ -91,29 +90,51 @@ class TrainConfig(ModelOptions):
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
     batch_size: int = arg(128, "prompts per optimizer step, over all processes", at_least=1)
-    micro_batch_tokens: int = arg(8192, "padded tokens of a process's forward pass", at_least=1)
+    micro_batch_tokens: int = arg(
+        8192, "padded tokens of a process's forward pass", at_least=1, free=True
+    )
     sft_learning_rate: float = arg(1e-5, "peak rate of sft", above=0, read_by=SFT)
     learning_rate: float = arg(1e-5, "peak of a preference stage", above=0, read_by=ANY_LOSS)
     warmup_ratio: float = arg(0.05, "share of steps in which the rate rises", at_least=0, at_most=1)
     adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
-    shard: str = arg("full", "split weights, replicate, both", choices=("full", "none", "hybrid"))
-    shard_group_size: int = arg(
-        0, "processes that share a copy; 0 = a machine's", at_least=0, read_by=("--shard hybrid",)
+    shard: str = arg(
+        "full", "split weights, replicate, both", choices=("full", "none", "hybrid"), free=True
     )
-    gradient_checkpointing: bool = arg(False, "recompute blocks in backward: less memory, slower")
-    compile: bool = arg(False, "torch.compile the blocks: seconds to minutes first, then faster")
+    shard_group_size: int = arg(
+        0,
+        "processes that share a copy; 0 = a machine's",
+        at_least=0,
+        read_by=("--shard hybrid",),
+        free=True,
+    )
+    gradient_checkpointing: bool = arg(
+        False, "recompute blocks in backward: less memory, slower", free=True
+    )
+    compile: bool = arg(
+        False, "torch.compile the blocks: seconds to minutes first, then faster", free=True
+    )
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
     decode_rest: bool = arg(True, "decode where no branch verifies; off: invalid", group="output")
     val_size: int = arg(200, "validation users, answered in one pass; 0 = none", at_least=0)
     eval_steps: int = arg(0, "between validations; 0: none", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
-    dry_run: bool = arg(False, "train nothing: first losses, memory of a rank, hours; no weights")
-    output_dir: str = arg("", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...")
-    save_steps: int = arg(100, "steps between checkpoints; 0 = only when stopped", at_least=0)
-    save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1)
-    resume: str = arg("", "auto: go on from the newest whole checkpoint", choices=("", "auto"))
-    logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has all", at_least=1)
+    dry_run: bool = arg(
+        False, "train nothing: first losses, memory of a rank, hours; no weights", free=True
+    )
+    output_dir: str = arg(
+        "", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...", free=True
+    )
+    save_steps: int = arg(
+        100, "steps between checkpoints; 0 = only when stopped", at_least=0, free=True
+    )
+    save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1, free=True)
+    resume: str = arg(
+        "", "auto: go on from the newest whole checkpoint", choices=("", "auto"), free=True
+    )
+    logging_steps: int = arg(
+        10, "steps between printed lines; metrics.jsonl has all", at_least=1, free=True
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -432,97 +453,75 @@ def plans(run: Run) -> dict[str, tuple[Objective, Schedule]]:
 
 
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
-    """Train and test one stage; with --resume it goes on from its newest whole checkpoint."""
-    config, folder = run.config, unfinished_folder(run, name)
+    """Train and test one stage; its folder appears, whole, when it is done.
+
+    It goes on from the newest whole checkpoint that an earlier start left."""
+    config, folder, stop = run.config, run.folder / f"{name}.unfinished", run.stop
     torch.manual_seed(config.seed + run.rank)  # dropout; all else draws from its own generator
     model, replicas = load_policy(config, name, base, adapter, run.device)
     objective, schedule = plan(run, name, model)
-    num_steps = schedule.num_steps
     peak = config.sft_learning_rate if name == "sft" else config.learning_rate
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=peak, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True
+        [p for p in model.parameters() if p.requires_grad],
+        lr=peak,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=0.0,
+        fused=True,
     )
-    weights = stages.starting_weights(base, adapter)
-    tokens = stages.tokens_key(run.train, objective.slots)
-    identity = {"stage": name, "data": run.data_hash, "base or adapter to start from": weights}
-    identity["tokenizer or prompt"] = tokens
     runs.describe_stage(run, name, model, schedule, peak, runs.source(base, adapter))
+    weights = stages.starting_weights(base, adapter)
+    made_from = {"data": run.data_hash, "weights": weights}
+    made_from["token ids"] = stages.tokens_key(run.train, objective.slots)
     if objective.has_reference:
-        identity["reference"] = prepare_reference(run, weights, tokens, objective, schedule)
+        made_from["reference"] = prepare_reference(run, made_from, objective, schedule)
     if name != "sft":
         print_preference_notes(config, objective)
-    stage = stages.Stage(
-        run=run,
-        name=name,
-        folder=folder,
-        model=model.train(),
-        replicas=replicas,
-        objective=objective,
-        schedule=schedule,
-        peak=peak,
-        optimizer=optimizer,
-        identity=identity,
-    )
-    start = stages.resume_stage(stage)
-    stage.logger = Logger(folder / "metrics.jsonl", config.logging_steps)  # what is left of it
+    model.train()
+    start = stages.resume_stage(run, folder, model, optimizer, objective, made_from)
+    log = Logger(run, name, folder, schedule)
 
-    run.stop.in_loop = True
-    for step, batches in enumerate(prefetch(stage.micro_batches, range(start, num_steps)), start):
-        lr = get_lr(step, num_steps, peak, config.warmup_ratio)
+    def micro_batches(step: int) -> list[MicroBatch]:
+        """This rank's part of a step, on its device."""
+        examples, batches = schedule.examples(step), schedule.micro_batches(step, run.rank)
+        return [objective.prepare(batch, examples) for batch in batches]
+
+    def save(done: int) -> None:
+        log.flush()
+        state = made_from | objective.state() | {"logged": log.size()}
+        save_checkpoint(folder, done, model, optimizer, state, config.save_total_limit)
+
+    stop.in_loop = True
+    ahead = prefetch(micro_batches, range(start, schedule.num_steps))
+    for step, batches in enumerate(ahead, start):
+        lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
         result = train_step(model, optimizer, batches, objective, lr, config, replicas)
         objective.after_step(result.on_device)
         if step == 0 and objective.has_reference:
             check_first_rewards(objective, policy.stored_dtype(config, run.device) == torch.float32)
-        stage.log(step, result)  # writes the step before: this one's metrics are on their way
+        log(step, result)
         if step == start + 10 and not run.timed:
             run.timed = True
-            say_duration(run, stage.logger.seconds, plans(run), name, step)
+            say_duration(run, log.seconds, plans(run), name, step)
 
         done = step + 1
-        if run.val is not None and stage.due(config.eval_steps, done):
-            stage.flush()
-            validate(stage, done, validation_metrics(run, model))
-        stopping = any_rank(bool(run.stop.asked))  # a checkpoint holds the validation of its step
-        if stopping or config.save_steps and stage.due(config.save_steps, done):
-            stage.flush()
-            stage.save(done)
-        if stopping:
-            stage.logger.close()
-            run.stop.stop(f"after step {done}, which is saved")
-    stage.flush()
-    stage.logger.close()
-    if any_rank(bool(run.stop.asked)):  # while the last step was saved or read
-        if not config.save_steps:
-            stage.save(num_steps)
-        run.stop.stop("after the last step, which is saved")
-    run.stop.in_loop = False
-
-    load_best(stage)
+        if run.val is not None and schedule.due(config.eval_steps, done):
+            log.flush()
+            stages.validate(log, done, validation_metrics(run, model), model)
+        saved = bool(config.save_steps) and schedule.due(config.save_steps, done)
+        if saved:  # with the validation of its step
+            save(done)
+        if any_rank(bool(stop.asked)):
+            if not saved:
+                save(done)
+            log.close()
+            stop.stop(f"after step {done}, which is saved")
+    stop.in_loop = False
+    log.close()
+    if config.keep == "best" and run.val is not None:
+        stages.load_best(log, model)
     with writing(folder):
         stages.save_stage(run, model, base, folder, weights)
     finish_stage(run, name, model, folder)
-
-
-def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
-    """Test the model that training starts from as it is: the raw model of the paper's Table 1."""
-    folder = unfinished_folder(run, "raw")
-    print0(f"\n== raw: nothing is trained, {runs.source(base, adapter)} is tested as it is")
-    model, _ = load_policy(run.config, "raw", base, adapter, run.device)
-    if is_main():
-        stages.write_base(run, base, folder, stages.weights_key(base, adapter), adapter)
-    finish_stage(run, "raw", model, folder)
-
-
-def unfinished_folder(run: Run, name: str) -> Path:
-    """The folder of a stage until it is done; without --resume an empty one."""
-    folder = run.folder / f"{name}.unfinished"
-    if is_main():
-        if not run.config.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-    dist.barrier()
-    return folder
 
 
 def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
@@ -535,11 +534,22 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
         with writing(folder / "eval"):
             stages.save_predictions(folder / "eval", metrics, records)
         with writing(final):
-            for done in checkpoints(folder):
-                shutil.rmtree(done)
+            for kept in (*folder.glob("checkpoint-*"), *folder.glob("best-*")):
+                shutil.rmtree(kept)
             folder.rename(final)
         print0(results_table({name: metrics}))
     dist.barrier()
+
+
+def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
+    """Test the model that training starts from as it is: the raw model of the paper's Table 1."""
+    folder = run.folder / "raw.unfinished"
+    print0(f"\n== raw: nothing is trained, {runs.source(base, adapter)} is tested as it is")
+    model, _ = load_policy(run.config, "raw", base, adapter, run.device)
+    if is_main():
+        folder.mkdir(exist_ok=True)
+        stages.write_base(run, base, folder, stages.weights_key(base, adapter), adapter)
+    finish_stage(run, "raw", model, folder)
 
 
 # ------------------------------------------------------------------------ the run
@@ -555,7 +565,7 @@ def read_options(argv: list[str]) -> TrainConfig:
 def main() -> None:
     config = read_options(sys.argv[1:])
     rank, world_size, device = setup_distributed()
-    with runs.agreed_folder(config) as folder:
+    with runs.open_run_folder(config) as folder:
         stop = runs.StopRequest(folder)
         say_processes(world_size, device, policy.stored_dtype(config, device), folder)
         if config.load_in_4bit:
@@ -582,7 +592,7 @@ def main() -> None:
             tokenizer=tokenizer,
             data_hash=prepared.hash,
             train=train,
-            val=encode_sample(prepared.splits["val"], tokenizer, config),
+            val=stages.encode_sample(prepared.splits["val"], tokenizer, config),
             test=test,
             baselines=prepared.baselines("test") if is_main() else {},
             stop=stop,
@@ -603,10 +613,10 @@ def run_stages(run: Run) -> None:
     start = (run.base, Path(config.adapter) if config.adapter else None)
     finished = [s for s in config.stage_list if (folder / s / "eval" / "metrics.json").exists()]
     for stage in finished:
-        stages.check_data(folder / stage, run.data_hash, "choose another --output_dir")
+        stages.check_finished(folder / stage, "data", run.data_hash)
     for stage in config.stage_list:
         if stage in finished:
-            stages.check_start(folder / stage, *start)
+            stages.check_finished(folder / stage, "weights", stages.starting_weights(*start))
             print0(f"\n== {stage}: finished before, in {folder / stage}")
         elif stage == "raw":
             test_raw(run, *start)

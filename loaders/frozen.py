@@ -78,7 +78,7 @@ class DataConfig(ExampleConfig):
     split_date: str = arg(
         "", "test the first liked item from this date on (10%: the last tenth), not the last one"
     )
-    prepared_dir: str = arg("prepared", "where prepared examples are kept")
+    prepared_dir: str = arg("prepared", "where prepared examples are kept", free=True)
 
     def __post_init__(self):
         super().__post_init__()

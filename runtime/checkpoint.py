@@ -1,46 +1,36 @@
-"""Checkpoints inside a stage, which any number of processes can read, without pickle.
+"""Folders of whole tensors that any number of processes can write and read, without pickle.
 
-    <stage>.unfinished/checkpoint-40/
-        rank-00000.safetensors   this rank's rows of every trained tensor, of its two AdamW moments
-                                 and, with --keep best, of the best weights; its random state
-        state.json               step, process count, best step, hashes of what it was made from
-        *.sha256                 the hash of the file beside it, as `sha256sum -c` reads it
+    <stage>.unfinished/checkpoint-40/    trained tensors, AdamW's two moments of each, random states
+    <stage>.unfinished/best-30/          with --keep best: the trained tensors of that step
+        model.safetensors                or several such files with an index, as the hub has them
+        state.json                       step, process count, hashes of what it was made from
+        *.sha256                         the hash of the file beside it, as `sha256sum -c` reads it
 
-A checkpoint is written as `.part`, renamed and flushed to disk; older ones go only afterwards.
-Before one is read its hashes are compared: a damaged one is named and passed over.
+A folder is written as `.part`, renamed and flushed to disk; older ones go only afterwards. Before
+one is read its hashes are compared: a damaged checkpoint is named, renamed and passed over.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common import print0, read_json, writing
-from hub.files import open_safetensors, save_tensors
-from runtime.sharding import fill, local, trained
+from common import is_main, print0, read_json, writing
+from hub.files import Weights, write_weights
+from runtime.sharding import fill, gathered, local, trained
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass
-class Best:
-    """The best step so far, and its trained weights: this rank's rows, on the CPU."""
-
-    step: int
-    value: float
-    weights: dict[str, Tensor]
-
-
 def hash_of(file: Path) -> str:
     """A line of `sha256sum`."""
-    return f"{hashlib.sha256(np.memmap(file, mode='r')).hexdigest()}  {file.name}\n"
+    with open(file, "rb") as content:
+        return f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n"
 
 
 def add_hash(file: Path) -> None:
@@ -56,141 +46,99 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model,
-    optimizer,
-    state: dict,
-    replicas: int,
-    keep: int,
-    best: Best | None = None,
-) -> Path:
-    """Write checkpoint-<step> under `folder` and keep the `keep` newest; all ranks must call it.
+def damaged_files(folder: Path) -> list[str]:
+    """Names of the files in it that are missing or not as they were written."""
+    state = folder / "state.json"
+    names = read_json(state)["files"] if is_whole(state) else []
+    return [name for name in (state.name, *names) if not is_whole(folder / name)]
 
-    `replicas` ranks hold the same rows."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    final, beside = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.part"
-    if rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        with writing(beside):
-            beside.mkdir()
-    dist.barrier()
 
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    shards = world_size // replicas
-    for name, p in trained(model).items() if rank < shards else ():
-        tensors[name] = local(p.detach())
-        for moment in MOMENTS if p in optimizer.state else ():  # none before the first step
-            tensors[f"{name}.{moment}"] = local(optimizer.state[p][moment])
-        if best:
-            tensors[f"{name}.best"] = best.weights[name]
-    file = beside / f"rank-{rank:05d}.safetensors"
-    with writing(file):
-        save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}, file)
-        add_hash(file)
-    dist.barrier()
+def newest(folder: Path, kind: str) -> list[Path]:
+    """The finished folders of a kind, newest first; none that is known as damaged."""
+    found = [f for f in folder.glob(f"{kind}-*") if not f.suffix]
+    return sorted(found, key=lambda f: int(f.name.split("-")[1]), reverse=True)
 
-    if rank == 0:
-        taken = next((int(moments.get("step", 0)) for moments in optimizer.state.values()), 0)
-        state = state | {"step": step, "optimizer_steps": taken}
-        state |= {"world_size": world_size, "shards": shards}
-        if best:
-            state["best"] = {"step": best.step, "value": best.value}
-        with writing(beside):
-            (beside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            add_hash(beside / "state.json")
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-            beside.rename(final)
+
+def write_tensors(final: Path, tensors: dict[str, Tensor], state: dict, keep: int) -> None:
+    """Write <kind>-<step> with whole tensors, keep the `keep` newest of its kind; on all ranks."""
+    part, folder, kind = Path(f"{final}.part"), final.parent, final.name.split("-")[0]
+    with writing(part):
+        if is_main():
+            shutil.rmtree(part, ignore_errors=True)
+        write_weights(part, tensors, gathered(tensors), write=is_main())
+        if is_main():
+            state = state | {"files": [f.name for f in part.iterdir()]}
+            (part / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            for file in list(part.iterdir()):
+                add_hash(file)
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier start
+            part.rename(final)
             for path in (*final.iterdir(), final, folder):
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
-        older = [f for f in checkpoints(folder) if step_of(f) < step]
-        for other in checkpoints(folder):  # one of a later step is damaged: it was passed over
-            if other not in (final, *older[: keep - 1]):
-                shutil.rmtree(other)
+            kept = newest(folder, kind)[:keep]
+            for other in folder.glob(f"{kind}-*"):
+                if other not in kept:
+                    shutil.rmtree(other)
     dist.barrier()
-    return final
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def trained_state(model, optimizer) -> dict[str, Tensor]:
+    """What training changes, by name: weights, and the optimizer's two moments of each."""
+    tensors = {}
+    for name, p in trained(model).items():
+        tensors[name] = p.detach()
+        tensors |= {f"{name}.{moment}": optimizer.state[p][moment] for moment in MOMENTS}
+    return tensors
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints in a folder, newest first."""
-    found = [f for f in folder.glob("checkpoint-*") if f.suffix != ".part"]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, if it is not whole; all ranks must call it."""
-    state = checkpoint / "state.json"
-    ranks = read_json(state)["world_size"] if is_whole(state) else 0
-    files = [state, *(checkpoint / f"rank-{r:05d}.safetensors" for r in range(ranks))]
-    mine = files[dist.get_rank() :: dist.get_world_size()]  # each rank reads a part of the files
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, [f.name for f in mine if not is_whole(f)])
-    names = ", ".join(sum(found, []))
-    return f"{names}: missing, or of another SHA-256" if names else ""
+def save_checkpoint(folder: Path, step: int, model, optimizer, state: dict, keep: int) -> None:
+    """Write checkpoint-<step> with `state` and keep the `keep` newest; all ranks must call it."""
+    random, ranks = {"cpu": torch.get_rng_state()}, [None] * dist.get_world_size()
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    dist.all_gather_object(ranks, random)
+    tensors = trained_state(model, optimizer)
+    tensors |= {f"random.{rank}.{k}": t for rank, of in enumerate(ranks) for k, t in of.items()}
+    taken = int(next(iter(optimizer.state.values()))["step"])  # less those that were left out
+    state = state | {"step": step, "optimizer_steps": taken, "world_size": len(ranks)}
+    write_tensors(folder / f"checkpoint-{step}", tensors, state, keep)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; all ranks must call it."""
-    shared = [checkpoints(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared)
-    for checkpoint in shared[0]:
-        problem = damage(checkpoint)
-        if not problem:
+    """The newest whole checkpoint; damaged ones are named and put out of its way."""
+    for checkpoint in newest(folder, "checkpoint"):
+        damaged = damaged_files(checkpoint)
+        if not damaged:
             return checkpoint
-        print0(f"note: {checkpoint} is damaged ({problem}); trying the one before")
+        names = f"{', '.join(damaged)}: missing, or of another SHA-256"
+        print0(f"note: {checkpoint} is damaged ({names}); trying the one before")
+        checkpoint.rename(f"{checkpoint}.damaged")  # removed as soon as the next one is saved
     return None
 
 
-def load_checkpoint(checkpoint: Path, model, optimizer, expected: dict) -> dict:
-    """Fill in trained weights, moments and random state; returns its state, with `best` in it.
+def load_checkpoint(checkpoint: Path, model, optimizer, made_from: dict) -> dict:
+    """Fill in weights, moments and random state; ValueError if it was made from something else.
 
-    ValueError unless the state agrees with `expected`."""
+    Returns its state."""
     state = read_json(checkpoint / "state.json")
-    for key, value in expected.items():
-        if state.get(key) != value:
+    for what, now in made_from.items():
+        if state.get(what) != now:
             raise ValueError(
-                f"{checkpoint}: made with another {key} ({str(state.get(key))[:40]} instead of "
-                f"{str(value)[:40]}); put the old one back, or choose another --output_dir"
+                f"{checkpoint}: made from other {what} ({str(state.get(what))[:40]}, now "
+                f"{str(now)[:40]}); put the old ones back, or choose another --output_dir"
             )
-    parameters = trained(model)
+    parameters = trained(model).values()
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
-    assert stepped == set(parameters.values()), "moments would go where no step reads them"
-    files = [open_safetensors(f) for f in sorted(checkpoint.glob("rank-*.safetensors"))]
-
-    def read(tensor: Tensor, key: str) -> Tensor:
-        """Fill in this rank's rows; those of the whole stand in the files in the order of ranks."""
-
-        def rows(start: int, stop: int) -> Tensor:
-            parts, before = [], 0
-            for view in [file.get_slice(key) for file in files[: state["shards"]]]:
-                parts.append(view[max(0, start - before) : max(0, stop - before)])
-                before += view.get_shape()[0]
-            return torch.cat(parts)
-
-        fill(tensor, rows)
-        return tensor
-
-    best = Best(**state["best"], weights={}) if "best" in state else None
-    for name, p in parameters.items():
-        read(p, name)
-        if state["optimizer_steps"]:
-            moments = {moment: read(torch.zeros_like(p), f"{name}.{moment}") for moment in MOMENTS}
-            moments["step"] = torch.tensor(float(state["optimizer_steps"]), device=local(p).device)
-            optimizer.state[p] = moments
-        if best:
-            best.weights[name] = local(read(torch.zeros_like(p), f"{name}.best")).cpu()
+    assert stepped == set(parameters), "moments would go where no step reads them"
+    for p in parameters:
+        taken = torch.tensor(float(state["optimizer_steps"]), device=local(p).device)
+        optimizer.state[p] = {m: torch.zeros_like(p) for m in MOMENTS} | {"step": taken}
+    weights, rank = Weights(checkpoint), dist.get_rank()
+    fill(trained_state(model, optimizer), weights.rows)
     if state["world_size"] == dist.get_world_size():
-        random = files[dist.get_rank()]
-        torch.set_rng_state(random.get_tensor("random.cpu"))
-        if torch.cuda.is_available() and "random.cuda" in random.keys():
-            torch.cuda.set_rng_state(random.get_tensor("random.cuda"))
-    return state | {"best": best}
+        torch.set_rng_state(weights.tensor(f"random.{rank}.cpu"))
+        if torch.cuda.is_available() and f"random.{rank}.cuda" in weights.files:
+            torch.cuda.set_rng_state(weights.tensor(f"random.{rank}.cuda"))
+    return state

@@ -1,16 +1,12 @@
 """What a run needs, before anything is paid for: memory of a rank, and hours of training.
 
-    python train.py --dry_run --config configs/paper.json --model DIR ...
-
-needs config.json and tokenizer.json, no weights. The very step that training runs, forward, loss,
-backward and AdamW, is run on fake tensors (shapes and dtypes without memory), while a dispatch hook
-adds up the bytes of all tensors alive: the figure follows the code, not a formula about it. With
-sharding a rank keeps 1 / G of what is persistent, and beside it whole copies of what is being
-computed with: embedding and head, and two blocks (one in use, one prefetched).
-
-The table is of GPUs. Not counted: the allocator's rounding and fragmentation (some per cent),
-CUDA's context (about 0.5 GB), NCCL's buffers. Hours are floating-point operations by a rate: that
-of a real step, if the CPU can run it in some seconds, else GPU_FLOPS.
+`train.py --dry_run` needs config.json and tokenizer.json, no weights. A step as training takes it
+is run on fake tensors (shapes and dtypes without memory), while a dispatch hook adds up the bytes
+of all tensors alive. With sharding a rank keeps 1 / G of what is persistent, and beside it whole
+copies of what is being computed with: embedding and head, and two blocks (one in use, one
+prefetched). Not counted: the allocator's fragmentation (some per cent), CUDA's context (about
+0.5 GB), NCCL's buffers. Hours are floating-point operations by a rate: that of a real step, if the
+CPU can run it in some seconds, else GPU_FLOPS.
 
 Legend: B prompts of a micro-batch, G ranks that share a copy.
 """
@@ -29,14 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import hours, print0
-from data import NUM_CANDIDATES, Encoded, PromptTree, build_tree, tree_widths
+from common import hours, print0, table
+from data import NUM_CANDIDATES, PromptTree, build_tree, tree_widths
 from hub.quantized import to_4bit
-from lora import TARGET_MODULES, apply_lora
+from lora import apply_lora
 from model import ModelConfig, Transformer
+from runtime.policy import adapter_rank
 from runtime.runs import Run
-from runtime.sharding import GB
 
+GB = 10**9  # bytes
 GPUS = (24, 48, 80, 141)  # GB of memory
 GPU_FLOPS = 395e12  # a second and rank: half of an H200's dense bf16 rate
 CPU_LIMIT = 3e11  # floating-point operations of a step that a CPU is asked to run
@@ -72,7 +69,6 @@ class Workload:
     config: ModelConfig
     dtype: torch.dtype  # of the computation
     r: int  # LoRA rank; 0: full training, with fp32 weights
-    targets: list[str]
     prompt: int  # tokens
     completions: list[int]  # tokens of each completion, EOS included
     history: int = 0  # prompt tokens that are targets, too
@@ -89,7 +85,7 @@ class Workload:
         return tree.with_prompt_labels(np.array([[1, 1 + self.history]] * B))
 
     def learner(self, checkpointing: bool) -> tuple[Transformer, torch.optim.Optimizer]:
-        """Model and optimizer; an adapter's numbers are whatever the memory held."""
+        """Model and optimizer, of whatever numbers."""
         torch.set_default_dtype(self.dtype)
         try:
             model = Transformer(self.config)
@@ -98,8 +94,7 @@ class Workload:
         if self.load_in_4bit:
             to_4bit(model)
         if self.r:
-            with patch("lora.LoRALinear.reset_parameters"):
-                apply_lora(model, self.r, 2 * self.r, self.dropout, self.targets)
+            apply_lora(model, self.r, 2 * self.r, self.dropout)
         for block in model.model.layers:
             block.checkpointing = checkpointing
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -137,13 +132,14 @@ def fake_step(work: Workload, B: int, checkpointing: bool = False, gpu: bool = T
             peak = alive.peak  # training's fused AdamW works in place, this one does not
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    trained = optimizer.param_groups[0]["params"]
-    moving = sum(p.numel() * p.element_size() for p in trained)
-    numbers, held = sum(p.numel() for p in trained), sum(sizes.values())
     base = {name: size for name, size in sizes.items() if ".lora_" not in name}
     root = sum(size for name, size in base.items() if ".layers." not in name)
     block = sum(size for name, size in base.items() if ".layers.0." in name)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    numbers = sum(p.numel() for p in trained)
+    held, moving = sum(sizes.values()), sum(p.numel() * p.element_size() for p in trained)
     return Step(
         weights=held - moving if work.r else 4 * numbers,
         trained=(16 if work.r else 12) * numbers,
@@ -155,7 +151,7 @@ def fake_step(work: Workload, B: int, checkpointing: bool = False, gpu: bool = T
 
 @contextlib.contextmanager
 def imitate_gpu():
-    """What the CPU's kernels do otherwise: K and V are repeated for their heads, say."""
+    """Do what the CPU's kernels do otherwise: K and V are repeated for their heads, say."""
 
     def attend(q, k, v, **kwargs):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -183,26 +179,27 @@ def memory_table(work: Workload, B: int, one: list[Step], run: Run) -> str:
     two = [fake_step(work, 2, checkpointing) for checkpointing in (False, True)]
     columns = ["ranks", "--shard", "weights", "trained", "gathered", "activations", "total"]
     columns += ["checkpointed", "total", *(f"tokens in {gpu} GB" for gpu in GPUS)]
-    rows = [columns, ["---"] * len(columns)]
-    for ranks in sorted({1, 2, 4, 8, run.world_size}):
-        for mode in ("none", "full") if ranks > 1 else ("none",):
-            G = ranks if mode == "full" else 1
-            trained = one[0].trained / G
-            if work.r and run.config.batch_size > ranks * B:
-                # gradients of adapters are reduced once a step: whole between its micro-batches
-                trained += (1 - 1 / G) * one[0].trained / 4
-            kept = [one[0].weights / G, trained, one[0].gathered if G > 1 else 0]
-            sizes, rooms = list(kept), [[] for _ in GPUS]
-            for first, second in zip(one, two, strict=True):
-                further = second.passing - first.passing
-                activations = first.passing + (B - 1) * further
-                sizes += [activations, sum(kept) + activations]
-                for gpu, room in zip(GPUS, rooms, strict=True):
-                    prompts = int(1 + (gpu * GB - sum(kept) - first.passing) / further)
-                    room.append(f"{max(0, prompts) * work.width:,}")
-            rows.append([ranks, mode, *(f"{size / GB:.2f}" for size in sizes)])
-            rows[-1] += [" / ".join(room) for room in rooms]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    rows = []
+    cases = [(n, mode) for n in sorted({1, 2, 4, 8, run.world_size}) for mode in ("none", "full")]
+    for ranks, mode in cases:
+        if mode == "full" and ranks == 1:
+            continue
+        G = ranks if mode == "full" else 1
+        trained = one[0].trained / G
+        if work.r and run.config.batch_size > ranks * B:
+            # gradients of adapters are reduced once a step: whole between its micro-batches
+            trained += (1 - 1 / G) * one[0].trained / 4
+        sizes = [one[0].weights / G, trained, one[0].gathered if G > 1 else 0]
+        kept, rooms = sum(sizes), []
+        for first, second in zip(one, two, strict=True):
+            further = second.passing - first.passing  # of each further prompt
+            activations = first.passing + (B - 1) * further
+            sizes += [activations, kept + activations]
+            prompts = [int(1 + (gpu * GB - kept - first.passing) / further) for gpu in GPUS]
+            rooms.append([f"{max(0, n) * work.width:,}" for n in prompts])
+        rows.append([str(ranks), mode, *(f"{size / GB:.2f}" for size in sizes)])
+        rows[-1] += [" / ".join(both) for both in zip(*rooms, strict=True)]
+    return table(columns, rows)
 
 
 def cpu_rate(work: Workload, B: int, checkpointing: bool, flops: float) -> float:
@@ -224,8 +221,7 @@ def widest_step(run: Run, stage: str, objective, schedule) -> Workload:
     return Workload(
         config=ModelConfig.from_pretrained(run.base),
         dtype=getattr(torch, config.dtype, torch.bfloat16),  # auto is bfloat16 on a GPU
-        r=config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r,
-        targets=list(TARGET_MODULES),
+        r=adapter_rank(config, stage),
         prompt=int(schedule.widths[:, 0].max()),
         completions=list(map(len, run.train.slots(longest, objective.slots[longest]))),
         history=int(np.diff(run.train.histories).max()) if objective.history_weight else 0,
@@ -235,7 +231,7 @@ def widest_step(run: Run, stage: str, objective, schedule) -> Workload:
 
 
 def dry_run(run: Run, stages: dict) -> None:
-    """Say what a careful user looks at first; `stages` maps a name to (objective, schedule)."""
+    """Print what a careful user looks at first; `stages`: name -> (objective, schedule)."""
     config, total = run.config, 0.0
     for stage, (objective, schedule) in stages.items():
         if objective.has_reference:
@@ -247,10 +243,9 @@ def dry_run(run: Run, stages: dict) -> None:
         print0(
             f"\n{stage}: memory of a rank in GB ({'LoRA' if work.r else 'full training'}, "
             f"{work.dtype}{', base in 4 bits' if work.load_in_4bit else ''}), and the largest "
-            "--micro_batch_tokens without / with --gradient_checkpointing (0: does not fit)\n"
+            "--micro_batch_tokens without / with --gradient_checkpointing (0: does not fit)\n\n"
+            f"{memory_table(work, B, one, run)}"
         )
-        print0(memory_table(work, B, one, run))
-
         flops = one[config.gradient_checkpointing].flops  # of one prompt of the widest
         rate, known = GPU_FLOPS, "assumed: half of an H200's dense bf16 rate"
         measured = min(B, int(CPU_LIMIT / flops))  # prompts
@@ -273,25 +268,19 @@ def dry_run(run: Run, stages: dict) -> None:
 
 
 def say_duration(run: Run, pace: float, stages: dict, current: str, done: int) -> None:
-    """Print how long the run still takes, if a token costs what it did in its first steps, of
-    `pace` seconds; a reference, a validation or a test reads it forward alone, for half."""
-    config, names = run.config, list(stages)
-    pace /= stages[current][1].widths.sum(1).mean() * config.batch_size
-    tests, vals, seconds = answered_tokens(run.test), answered_tokens(run.val), 0.0
+    """Print how long the run still takes, by the seconds `pace` of its first steps.
+
+    What is read forward alone (references, validations, tests) costs half a training step."""
+    config, names, tokens = run.config, list(stages), 0.0
+    candidates = np.tile(np.arange(NUM_CANDIDATES), (len(run.test.prompts), 1))
+    answered = tree_widths(run.test, candidates).sum(1).mean()  # tokens of a user's 20 candidates
     for name in names[names.index(current) :]:
         objective, schedule = stages[name]
         steps = schedule.num_steps - (done if name == current else 0)
-        passes = tests + vals * (1 + steps // (config.eval_steps or schedule.num_steps + 1))
-        if name != current and objective.has_reference:
-            passes += schedule.widths.sum()
-        trained = schedule.widths.sum(1).mean() * config.batch_size * steps
-        seconds += pace * (trained + passes / 2)
+        validations = 1 + (steps // config.eval_steps if config.eval_steps else 0)
+        users = len(run.test.prompts) + (validations * len(run.val.prompts) if run.val else 0)
+        tokens += schedule.widths.sum(1).mean() * config.batch_size * steps + answered * users / 2
+        if objective.has_reference and name != current:
+            tokens += schedule.widths.sum() / 2
+    seconds = tokens * pace / (stages[current][1].widths.sum(1).mean() * config.batch_size)
     print0(f"about {hours(seconds)} to the end of the run, by the time of its first steps")
-
-
-def answered_tokens(encoded: Encoded | None) -> int:
-    """Tokens of the trees of all 20 candidates."""
-    if encoded is None:
-        return 0
-    slots = np.tile(np.arange(NUM_CANDIDATES), (len(encoded.prompts), 1))
-    return tree_widths(encoded, slots).sum()

@@ -1,5 +1,4 @@
-"""Forward passes over micro-batches: divided over steps and ranks, made ahead, equally many on
-every rank, with a bar."""
+"""Forward passes over micro-batches: which examples they hold, made ahead, with a bar."""
 
 import math
 import sys
@@ -17,8 +16,9 @@ from data import micro_batches
 
 
 class Schedule:
-    """Which examples every step takes, and how ranks and micro-batches divide them:
-    a function of (seed, epoch, step)."""
+    """The examples of every step, and how ranks and micro-batches divide them.
+
+    They are a function of (seed, epoch, step), whatever the division."""
 
     def __init__(self, config, epochs: float, widths: np.ndarray, world_size: int):
         self.config, self.widths, self.world_size = config, widths, world_size
@@ -40,23 +40,27 @@ class Schedule:
         budget = self.config.micro_batch_tokens
         return micro_batches(self.widths, self.examples(step), self.world_size, budget)[rank]
 
+    def due(self, every: int, steps: int) -> bool:
+        """Whether what happens every so many steps, and at the end, is due after this many."""
+        return steps == self.num_steps or bool(every) and steps % every == 0
+
 
 def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:
-    """This rank's micro-batches, narrow ones first."""
+    """Divide this rank's examples into micro-batches, narrow ones first."""
     batches = micro_batches(widths, indices, 1, budget)[0]
     return [batch for batch in reversed(batches) if batch]
 
 
 def prefetch(make: Callable, items: Iterable) -> Iterator:
-    """make(item) for each item, in order; the next is made in the background meanwhile."""
+    """Yield make(item) for each item, in order; the next is made in the background meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        made = deque()
+        ahead = None
         for item in items:
-            made.append(pool.submit(make, item))
-            if len(made) > 1:
-                yield made.popleft().result()
-        while made:
-            yield made.popleft().result()
+            made, ahead = ahead, pool.submit(make, item)
+            if made:
+                yield made.result()
+        if ahead:
+            yield ahead.result()
 
 
 def any_rank(flag: bool) -> bool:

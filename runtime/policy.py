@@ -11,9 +11,9 @@ import torch
 from common import arg, print0
 from hub.quantized import to_4bit
 from loaders.frozen import DataConfig
-from lora import adapter_products, apply_lora, read_adapter
+from lora import adapter_products, apply_lora, lora_layers, read_adapter
 from model import Transformer, empty_model, materialize, read_weights
-from runtime.sharding import fill_adapter, init_adapter, own_parts, shard
+from runtime.sharding import fill, local, own_rows, shard, stored_parameters
 
 THREE_WAYS = """Three ways:
   --model titles      a tiny base, made for the titles of this log and then trained: 2 CPU cores
@@ -90,33 +90,36 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def adapter_rank(config, stage: str) -> int:
+    """LoRA rank of a stage; 0: all parameters are trained."""
+    return config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
+
+
 def load_policy(
     config, stage: str, base: Path, adapter: Path | None, device
 ) -> tuple[Transformer, int]:
-    """The stage's starting weights, sharded, and the number of replicas:
-    base, plus the adapter it goes on from or a fresh one."""
-    r = config.sft_lora_r if stage == "sft" and config.sft_lora_r >= 0 else config.lora_r
-    stored = stored_dtype(config, device)
+    """Load what a stage starts from, base and adapter or a fresh one, sharded.
+
+    Returns the model, and how many ranks hold the same rows."""
+    r, stored = adapter_rank(config, stage), stored_dtype(config, device)
     # full training keeps fp32 weights and computes in bf16
     full_bf16 = r == 0 and stored == torch.bfloat16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
     if config.load_in_4bit:
         to_4bit(model)
     torch.compiler.reset()  # what the stage before compiled
-    dropout = config.lora_dropout if stage == "sft" else 0.0
-    products, tensors = {}, {}
+    settings, tensors = {"r": r, "lora_alpha": config.lora_alpha}, {}
     if adapter:
         settings, tensors = read_adapter(model, adapter)
-        if r > 0:
-            apply_lora(model, **settings | {"lora_dropout": dropout})
-            print0(
-                f"going on with the adapter {adapter}: "
-                "its own r, alpha and target modules hold, not the options'"
-            )
-        else:
-            products = adapter_products(settings, tensors)
-    elif r > 0:
-        apply_lora(model, r, config.lora_alpha, dropout)
+    products = adapter_products(settings, tensors) if adapter and r == 0 else {}
+    if r > 0:
+        dropout = config.lora_dropout if stage == "sft" else 0.0
+        apply_lora(model, **settings | {"lora_dropout": dropout})
+    if r > 0 and adapter:
+        print0(
+            f"going on with the adapter {adapter}: "
+            "its own r, alpha and target modules hold, not the options'"
+        )
     for block in model.model.layers:
         block.checkpointing = config.gradient_checkpointing
         # the arithmetic only: checkpointing and sharding stay outside
@@ -125,9 +128,12 @@ def load_policy(
     compute_dtype = torch.bfloat16 if full_bf16 else None
     replicas = shard(model, config.shard, config.shard_group_size, device, compute_dtype)
     materialize(model, device)
-    read_weights(model, own_parts(model), products)
-    if r > 0 and adapter:
-        fill_adapter(model, tensors)
-    elif r > 0:
-        init_adapter(model, config.seed)
+    parameters = stored_parameters(model)
+    read_weights(model, {n: (local(p), *own_rows(p)) for n, p in parameters.items()}, products)
+    if r > 0 and not adapter:  # A is drawn whole on every rank, and then cut
+        for name, layer in lora_layers(model).items():
+            tensors[f"{name}.lora_A.weight"] = layer.draw_A(name, config.seed)
+            tensors[f"{name}.lora_B.weight"] = torch.zeros(layer.lora_B.weight.shape)
+    if r > 0:
+        fill({name: parameters[name] for name in tensors}, tensors.get)
     return model, replicas

@@ -1,14 +1,16 @@
-"""The processes of a run: joining torchrun's group, threads of each, rank 0 before the others."""
+"""The processes of a run: torchrun's group, their threads, and what rank 0 does for the others."""
 
 import contextlib
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from common import print0
+from common import is_main, print0
 
 
 def setup_distributed() -> tuple[int, int, torch.device]:
@@ -34,27 +36,35 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def busy_cores() -> int:
+    """Count the cores that other processes keep busy now, and have over the last minute."""
+    running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
+    return round(min(int(running) - 1, os.getloadavg()[0]))
+
+
 def say_processes(world_size: int, device: torch.device, dtype, folder: Path) -> None:
-    """The first line of a run: what it runs on, and where it writes."""
+    """Print the first line of a run: what it runs on, and where it writes."""
     n = torch.get_num_threads()
     threads = f"{n} thread{'s' * (n > 1)} each (OMP_NUM_THREADS sets another number)"
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
     print0(f"{processes}, {threads}, {device.type}, {dtype}, run folder {folder}")
 
 
-def busy_cores() -> int:
-    """Cores that other processes keep busy now, and have over the last minute."""
-    running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
-    return round(min(int(running) - 1, os.getloadavg()[0]))
-
-
 @contextlib.contextmanager
 def rank_zero_first(rank_variable: str = "RANK"):
-    """Rank 0 (with "LOCAL_RANK": of every machine) goes through the block, then the others, who
-    find its work done. An error ends the first one's process, and torchrun then the others."""
+    """Let rank 0 (with "LOCAL_RANK": of every machine) go through the block, then the others.
+
+    These find its work done. An error ends the first one's process, and torchrun the others."""
     leads = int(os.environ.get(rank_variable, 0)) == 0
     if leads:
         yield
     dist.barrier()
     if not leads:
         yield
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """Call `make` on rank 0 alone and give its result to all: others may have another disk."""
+    shared = [make() if is_main() else None]
+    dist.broadcast_object_list(shared)
+    return shared[0]

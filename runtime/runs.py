@@ -1,8 +1,8 @@
-"""What surrounds training: the run folder and its lock, the log, the wish to stop,
-and what all stages share."""
+"""What surrounds training: the run folder and its lock, the wish to stop, the log."""
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -10,79 +10,95 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common import Stopped, hours, is_main, print0, read_json, reading, writing
+from common import Stopped, hours, is_main, print0, read_json, writing
 from data import Encoded
 from hub.tokenizer import Tokenizer
-from runtime.sharding import device_memory, replica_note
-
-SHOWN = {  # metrics of a printed line -> how they are written
-    "loss": "7.4f",
-    "rewards/margins": "+.2f",
-    "rewards/accuracies": ".3f",
-    "logps/chosen": ".2f",
-    "mean_token_accuracy": ".3f",
-    "grad_norm": "6.2f",
-    "learning_rate": ".1e",
-}
+from runtime.checkpoint import newest
+from runtime.processes import from_rank_0
 
 
-class Logger:
-    """metrics.jsonl has every step; the screen an aligned line now and then,
-    and a bar when it is a terminal."""
-
-    def __init__(self, file: Path, every: int):
-        self.file = open(file, "a") if is_main() else None
-        self.every, self.bar = every, None
-        self.start, self.first, self.seconds = 0.0, 0, 0.0  # of a step, once two have ended
-
-    def __call__(self, step: int, num_steps: int, metrics: dict, phase: str, ended: float) -> None:
-        """`ended`: when this step did, in seconds of any clock."""
-        if not self.file:
-            return
-        if self.bar is None:
-            self.start, self.first = ended, step  # the first one warms up: only its end is known
-            hidden = not sys.stderr.isatty()
-            self.bar = tqdm(total=num_steps, desc=phase, disable=hidden, leave=False)
-        with writing(self.file.name):
-            self.file.write(json.dumps({"phase": phase, "step": step + 1, **metrics}) + "\n")
-            self.file.flush()
-        self.bar.update()
-        self.seconds = (ended - self.start) / max(1, step - self.first)
-        if (step + 1) % self.every and step + 1 != num_steps:
-            return
-        parts = [f"{phase:5} {step + 1:5}/{num_steps}"]
-        parts += [
-            f"{name} {metrics[name]:{form}}" for name, form in SHOWN.items() if name in metrics
-        ]
-        if step > self.first:
-            left = hours(self.seconds * (num_steps - step - 1))
-            parts += [f"{1000 * self.seconds:5.0f} ms/step", f"left {left}"]
-        self.bar.write(" | ".join(parts), file=sys.stdout)
-        sys.stdout.flush()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.file:
-            self.file.close()
+# ------------------------------------------------------------------------ the run folder
+@contextlib.contextmanager
+def open_run_folder(config) -> Iterator[Path]:
+    """Open the run folder on rank 0, and name it to all ranks; a dry run writes into none."""
+    folder = contextlib.nullcontext(os.devnull) if config.dry_run else run_folder(config)
+    with contextlib.ExitStack() as held:
+        yield Path(from_rank_0(lambda: held.enter_context(folder)))
 
 
+@contextlib.contextmanager
+def run_folder(config) -> Iterator[Path]:
+    """Create or re-enter the run folder, and hold it while this process lives.
+
+    One that this start made goes again if it ends before anything is in it."""
+    numbered = (Path(f"runs/{config.dataset}-{n}") for n in itertools.count(1))
+    folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
+    made = not folder.exists()
+    if holds_a_run(folder):
+        check_same_run(folder, config)
+    with writing(f"--output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # the system unlocks it, however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is running in this folder") from None
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    with lock:
+        try:
+            yield folder
+        except BaseException:
+            if made and not holds_a_run(folder):
+                shutil.rmtree(folder)
+            raise
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether anything is in it but what every start writes: a failed one leaves no more."""
+    files = (f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
+    return any(f.name not in ("config.json", "lock") for f in files)
+
+
+def check_same_run(folder: Path, config) -> None:
+    """Raise unless --resume is given, and no option that must stay is another one now."""
+    if not config.resume:
+        raise ValueError(
+            f"{folder} holds a run already; --resume auto goes on with it, "
+            "or choose another --output_dir"
+        )
+    file, changed = folder / "config.json", []
+    started = asdict(type(config)()) | read_json(file)
+    for f in fields(config):
+        before, now = started[f.name], getattr(config, f.name)
+        # one file may go by several paths
+        same = os.path.realpath(str(before)) == os.path.realpath(str(now))
+        if f.name == "stages":  # may be added
+            same = set(before.replace(" ", "").split(",")) <= set(config.stage_list)
+        if not (same or f.metadata["free"]):
+            changed.append(f"{f.name} ({before!r}, now {now!r})")
+    if changed:
+        raise ValueError(
+            f"{file}: the run was started with other values of {', '.join(changed)}; "
+            "give those, or choose another --output_dir"
+        )
+
+
+# ------------------------------------------------------------------------ the wish to stop
 class StopRequest:
-    """Ctrl-C, or a scheduler's SIGTERM: noted while steps run, so that all ranks can save and leave
-    together; else obeyed at once. A second Ctrl-C ends the process as it is."""
+    """Ctrl-C, or a scheduler's SIGTERM: noted while steps run, else obeyed at once.
+
+    So all ranks can save and leave together. A second Ctrl-C ends the process as it is."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked, self.in_loop = folder, 0, False
@@ -116,6 +132,7 @@ def going_on(folder: Path) -> str:
     return shlex.join(command)
 
 
+# ------------------------------------------------------------------------ what all stages share
 @dataclass
 class Run:
     """What all stages share."""
@@ -136,119 +153,47 @@ class Run:
     timed: bool = False  # how long it takes has been said
 
 
-def line_step(line: str) -> int:
-    """Step of a line of metrics.jsonl; sys.maxsize if the line is broken."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return sys.maxsize
+def describe_data(run: Run) -> None:
+    """Print sizes, and the first training prompt as the model reads it."""
+    train, test, val = run.train, run.test, run.val.prompts if run.val else ()
+    lengths = [len(p) for p in train.prompts]
+    example, (ids,) = train.examples[0], train.slots(0, [train.examples[0].target])
+    prompt = run.tokenizer.inner.decode(train.prompts[0].tolist(), skip_special_tokens=False)
+    print0(
+        f"{run.config.dataset}: {len(lengths):,} training, {len(val):,} validation and "
+        f"{len(test.prompts):,} test examples, data hash {run.data_hash[:12]}; "
+        f"prompts of {np.mean(lengths):.0f} tokens (longest {max(lengths)}), "
+        f"{train.num_shortened + test.num_shortened} shortened by "
+        f"{train.num_dropped + test.num_dropped} history items to fit {run.config.max_length}\n\n"
+        f"first training prompt:\n{prompt}\nchosen: {example.candidates[example.target]!r}, "
+        f"tokens {ids}"
+    )
 
 
-# options that may differ when a run goes on
-FREE_TO_CHANGE = (
-    "stages output_dir prepared_dir resume logging_steps save_steps save_total_limit "
-    "dry_run micro_batch_tokens shard shard_group_size "
-    "gradient_checkpointing compile"
-)
+def source(base: Path, adapter: Path | None) -> str:
+    """The weights that a stage starts from, in words."""
+    return f"{base} + {adapter}" if adapter else f"{base}"
 
 
-@contextlib.contextmanager
-def run_folder(config) -> Iterator[Path]:
-    """Create or re-enter the run folder, on rank 0, and hold it while this process lives;
-    one that this start made goes again if it ends before anything is in it."""
-    numbered = (Path(f"runs/{config.dataset}-{n}") for n in range(1, 10**6))
-    folder = Path(config.output_dir or next(f for f in numbered if not f.exists()))
-    made, settings = not folder.exists(), asdict(config)
-    check_folder(folder, config)
-    with writing(f"--output_dir {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # the system unlocks it, however this process ends
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is running in this folder; "
-                "wait for it, or choose another"
-            ) from None
-        with writing(f"--output_dir {folder}"):
-            kept = {k: v for k, v in settings.items() if k not in ("resume", "logging_steps")}
-            (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n")
-        try:
-            yield folder
-        except BaseException:
-            if made and not holds_a_run(folder):
-                shutil.rmtree(folder)
-            raise
+def describe_stage(run: Run, name: str, model, schedule, peak: float, source: str) -> None:
+    """Print how much is trained on how much, from which weights."""
+    sizes = {p: p.numel() for p in model.parameters()}
+    trained = sum(size for p, size in sizes.items() if p.requires_grad)
+    print0(
+        f"\n== {name}: {len(schedule.widths):,} prompts, {schedule.num_steps} steps of "
+        f"{run.config.batch_size}, peak learning rate {peak:g}; validated on "
+        f"{len(run.val.prompts) if run.val else 0} users; {trained:,} of {sum(sizes.values()):,} "
+        f"parameters trained, from {source}"
+    )
 
 
-@contextlib.contextmanager
-def agreed_folder(config) -> Iterator[Path]:
-    """The run folder, which rank 0 opens; a dry run gets one that is thrown away."""
-    with contextlib.ExitStack() as open_folders:
-        shared = [None]
-        if is_main():
-            folder = tempfile.TemporaryDirectory() if config.dry_run else run_folder(config)
-            shared = [Path(open_folders.enter_context(folder))]
-        dist.broadcast_object_list(shared)
-        yield shared[0]
-
-
-def holds_a_run(folder: Path) -> bool:
-    """Whether anything is in it but what every start writes: a failed one leaves no more."""
-    files = (f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
-    return any(f.name not in ("config.json", "lock") for f in files)
-
-
-def check_folder(folder: Path, config) -> None:
-    """Raise unless the folder is new, or holds this run and --resume is given."""
-    file = folder / "config.json"
-    if not holds_a_run(folder):
-        return
-    if not file.exists():
-        raise ValueError(f"{folder} is not empty and holds no run; choose another --output_dir")
-    if not config.resume:
-        raise ValueError(
-            f"{folder} holds a run already; --resume auto goes on with it, "
-            "or choose another --output_dir"
-        )
-    with reading(file):
-        before, now = asdict(type(config)()) | read_json(file), asdict(config)
-        stages = before["stages"].split(",")
-    changed = [
-        f"{name} ({before[name]!r}, now {now[name]!r})"
-        for name in sorted(now.keys() - set(FREE_TO_CHANGE.split()))
-        if before[name] != now[name] and not same_place(before[name], now[name])
-    ]
-    if changed:
-        raise ValueError(
-            f"{file}: the run was started with other values of {', '.join(changed)}; "
-            "give those, or choose another --output_dir"
-        )
-    if dropped := [s for s in stages if s.strip() not in config.stage_list]:
-        raise ValueError(f"{file}: --stages may add stages but must keep {', '.join(dropped)}")
-
-
-def same_place(a, b) -> bool:
-    """Whether two options name one file: by a link, by `..` or by its whole path."""
-    paths = [Path(name) for name in (a, b) if isinstance(name, str) and name]
-    return len(paths) == 2 and all(p.exists() for p in paths) and paths[0].samefile(paths[1])
-
-
+# ------------------------------------------------------------------------ metrics and the log
 class NotFinite(ValueError):
-    """Loss or gradient of a step was not finite; its update was left out.
-
-    `ranks` are those whose own loss was not."""
-
-    def __init__(self, message: str, ranks: list[int]):
-        super().__init__(message)
-        self.ranks = ranks
+    """Loss or gradient of a step was not finite: the message, and the ranks whose own loss was."""
 
 
 class StepMetrics:
-    """Metrics of one step on their way to the host.
-
-    Reading them one step later never waits for a busy GPU."""
+    """Metrics of one step on their way to the host: read one step later, they never wait."""
 
     def __init__(self, means: dict[str, Tensor], not_finite: Tensor, lr: float):
         self.on_device, self.lr = means, lr
@@ -260,71 +205,104 @@ class StepMetrics:
             self.arrived.record()
 
     def read(self) -> dict[str, float]:
-        """NotFinite if loss or gradient was not: that step's update was left out."""
+        """Wait for the values; NotFinite if loss or gradient was not."""
         if self.arrived:
             self.arrived.synchronize()
             self.ended = time.monotonic()
         values = self.values.tolist()  # the metrics, then a flag for each rank
-        flags = values[len(self.on_device) :]
         metrics = dict(zip(self.on_device, values, strict=False)) | {"learning_rate": self.lr}
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        loss, norm = metrics["loss"], metrics["grad_norm"]
+        if not math.isfinite(loss + norm):
             raise NotFinite(
-                f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} is not finite; "
-                "this update was left out. "
+                f"loss {loss}, gradient norm {norm} is not finite; this update was left out. "
                 "A smaller learning rate or --dtype float32 usually helps",
-                [rank for rank, flag in enumerate(flags) if flag],
+                np.flatnonzero(values[len(self.on_device) :]).tolist(),
             )
         return metrics
 
 
-def where_not_finite(run: Run, schedule, step: int, ranks: list[int]) -> str:
-    """The ranks whose own loss was not finite, and their examples."""
-    who = f"rank {', '.join(map(str, ranks))}" if ranks else "the gradient only"
-    batches = (schedule.micro_batches(step, r) for r in ranks or range(run.world_size))
-    examples = [e for micro_batches in batches for batch in micro_batches for e in batch]
-    interactions, position = run.train.examples.interactions, run.train.examples.position
-    users = [interactions.user_ids[interactions.user[position[e]]] for e in examples[:8]]
-    named = ", ".join(f"{e} (user {user})" for e, user in zip(examples, users, strict=False))
-    return f"{who}, examples {named}{' ...' if len(examples) > 8 else ''}"
+SHOWN = {  # metrics of a printed line -> how they are written
+    "loss": "7.4f",
+    "rewards/margins": "+.2f",
+    "rewards/accuracies": ".3f",
+    "logps/chosen": ".2f",
+    "mean_token_accuracy": ".3f",
+    "grad_norm": "6.2f",
+    "learning_rate": ".1e",
+}
 
 
-def describe_data(run: Run) -> None:
-    """Sizes, and the first training prompt as the model reads it."""
-    train, test = run.train, run.test
-    lengths = [len(p) for p in train.prompts]
-    shortened = train.num_shortened + test.num_shortened
-    dropped = train.num_dropped + test.num_dropped
-    print0(
-        f"{run.config.dataset}: {len(train.prompts):,} training, "
-        f"{len(run.val.prompts) if run.val else 0:,} validation and "
-        f"{len(test.prompts):,} test examples, data hash {run.data_hash[:12]}; "
-        f"prompts of {np.mean(lengths):.0f} tokens (longest {max(lengths)}), "
-        f"{shortened} shortened by {dropped} history items to fit {run.config.max_length}"
-    )
-    example, decode = train.examples[0], run.tokenizer.inner.decode
-    prompt = decode(train.prompts[0].tolist(), skip_special_tokens=False)
-    print0(f"\nfirst training prompt:\n{prompt}")
-    title, ids = example.candidates[example.target], train.slots(0, [example.target])[0]
-    print0(f"chosen: {title!r}, tokens {ids}")
+class Logger:
+    """A stage's log: metrics.jsonl has every step, the screen an aligned line now and then."""
 
+    def __init__(self, run: Run, stage: str, folder: Path, schedule):
+        self.run, self.stage, self.folder, self.schedule = run, stage, folder, schedule
+        self.file = open(folder / "metrics.jsonl", "a") if is_main() else None
+        hidden = not is_main() or not sys.stderr.isatty()
+        self.bar = tqdm(total=schedule.num_steps, desc=stage, disable=hidden, leave=False)
+        self.pending: tuple[int, StepMetrics] | None = None  # the last step, not written yet
+        self.first: tuple[int, float] | None = None  # it warms up: only its end counts
+        self.seconds = 0.0  # of a step, once two have ended
 
-def source(base: Path, adapter: Path | None) -> str:
-    """The weights that a stage starts from, in words."""
-    return f"{base} + {adapter}" if adapter else f"{base}"
+    def __call__(self, step: int, result: StepMetrics) -> None:
+        """Write the step before: this one's metrics are read while the GPU works on the next."""
+        self.flush()
+        self.pending = step, result
+        if step + 1 == self.schedule.num_steps:
+            self.flush()
 
+    def flush(self) -> None:
+        """Wait for the last step's metrics and write them; what is not finite is an error."""
+        if self.pending is None:
+            return
+        (step, result), self.pending = self.pending, None
+        try:
+            metrics = result.read()
+        except NotFinite as error:
+            problem, ranks = error.args
+            raise ValueError(
+                f"{self.stage}, step {step + 1}, {self.culprits(step, ranks)}: {problem}. "
+                f"Last checkpoint: {next(iter(newest(self.folder, 'checkpoint')), 'none')}"
+            ) from None
+        if self.file:
+            metrics["epoch"] = (step + 1) / self.schedule.steps_per_epoch
+            self.write({"phase": self.stage, "step": step + 1, **metrics})
+            self.show(step, metrics, result.ended)
 
-def describe_stage(run: Run, name: str, model, schedule, peak: float, source: str) -> None:
-    """How much is trained on how much; `source`: the weights that it starts from."""
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    print0(
-        f"\n== {name}: {len(schedule.widths):,} prompts, {schedule.num_steps} steps of "
-        f"{run.config.batch_size}, peak learning rate {peak:g}; "
-        f"validated on {len(run.val.prompts) if run.val else 0} users; "
-        f"{trainable:,} of {total:,} parameters trained, from {source}"
-    )
-    if run.config.shard == "full" and run.world_size > 1:
-        stored = sum(p.numel() * p.element_size() for p in parameters)
-        memory = device_memory(run.device)
-        print0(replica_note(stored, 12 * trainable, run.world_size, memory), end="")
+    def culprits(self, step: int, ranks: list[int]) -> str:
+        """The ranks whose own loss was not finite, and their examples."""
+        who, run = f"rank {', '.join(map(str, ranks))}" if ranks else "the gradient only", self.run
+        batches = [self.schedule.micro_batches(step, r) for r in ranks or range(run.world_size)]
+        examples = [e for of_rank in batches for batch in of_rank for e in batch]
+        users = [f"{e} (user {run.train.examples[e].user})" for e in examples[:8]]
+        return f"{who}, examples {', '.join(users)}{' ...' if len(examples) > 8 else ''}"
+
+    def write(self, line: dict) -> None:
+        """Append a line to metrics.jsonl."""
+        with writing(self.file.name):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+    def show(self, step: int, metrics: dict, ended: float) -> None:
+        """Print a line every --logging_steps steps."""
+        num_steps, (first, start) = self.schedule.num_steps, self.first or (step, ended)
+        self.first = first, start
+        self.seconds = (ended - start) / max(1, step - first)
+        self.bar.update()
+        parts = [f"{self.stage:5} {step + 1:5}/{num_steps}"]
+        parts += [f"{m} {metrics[m]:{form}}" for m, form in SHOWN.items() if m in metrics]
+        if step > first:
+            left = hours(self.seconds * (num_steps - step - 1))
+            parts += [f"{1000 * self.seconds:5.0f} ms/step", f"left {left}"]
+        if self.schedule.due(self.run.config.logging_steps, step + 1):
+            self.bar.write(" | ".join(parts), file=sys.stdout)
+            sys.stdout.flush()
+
+    def size(self) -> int:
+        """Bytes of metrics.jsonl that are written, on rank 0."""
+        return self.file.tell() if self.file else 0
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()

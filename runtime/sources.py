@@ -7,18 +7,19 @@ from pathlib import Path
 
 import torch
 
-from common import arg, changed_options, print0, read_json, reading
+from common import arg, changed_options, print0, read_json
 from data import TEMPLATES, Interactions, Words
-from hub.chat import add_end_of_turn
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.frozen import data_defaults, words_of
 from lora import base_of, load_adapter, merge_lora
 from model import Transformer, load_pretrained, save_pretrained
 from runtime.policy import ModelOptions, say_what_4_bits_cost, stored_dtype
-from runtime.stages import check_data, copy_tokenizer, load_stage
+from runtime.stages import check_finished, copy_tokenizer, load_stage
 
 Source = tuple[Path, Path | None]  # base, and the adapter on it
+# what is evaluated and where its data lie; all else a run has fixed
+NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir", "download"}
 
 
 @dataclass(frozen=True)
@@ -42,29 +43,9 @@ class SourceConfig(ModelOptions):
             )
 
 
-def check_run_data(config: SourceConfig, stages: Iterable[str], data_hash: str) -> None:
-    """check_data for every stage of the run that is evaluated."""
-    way_out = "evaluate the stage on its own, by --model or --adapter"
-    for stage in stages if config.run else ():
-        check_data(Path(config.run) / stage, data_hash, way_out)
-
-
-def sources_of(config: SourceConfig) -> dict[str, Source]:
-    """Name -> (base, adapter) of everything to evaluate."""
-    if config.run:
-        run = Path(config.run)
-        with reading(run / "config.json"):
-            listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
-            stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
-        if not stages:
-            raise ValueError(f"{run}: no stage of this run is finished yet")
-        return {stage: load_stage(run / stage, config.model) for stage in stages}
-    if not config.adapter:
-        return {Path(config.model).name: (resolve_path(config.model), None)}
-    adapter = Path(config.adapter)
-    if (adapter / "base.json").exists():  # a stage of a run, wherever the run lies now
-        return {adapter.name: load_stage(adapter, config.model)}
-    return {adapter.name: (resolve_path(config.model or base_of(adapter)), adapter)}
+def data_of_a_model(given: dict) -> dict:
+    """Defaults of the data options beside --model and --adapter; a run has its own."""
+    return {} if given.get("run") else data_defaults(given)
 
 
 def folder_of(config: SourceConfig, name: str) -> Path:
@@ -77,17 +58,9 @@ def kept_prompt(folder: Path) -> dict:
     return read_json(file) if file.exists() else {}
 
 
-# what is evaluated and where its data lie; all else a run has fixed
-NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir", "download"}
-
-
-def data_of_a_model(given: dict) -> dict:
-    """Defaults of the data options beside --model and --adapter; a run has its own."""
-    return {} if given.get("run") else data_defaults(given)
-
-
 def with_run_options(config: SourceConfig) -> SourceConfig:
-    """The options with which a run was made, or those of a model's prompt.json;
+    """Take the options with which a run was made, or those of a model's prompt.json.
+
     ValueError if other values were given."""
     if config.run:
         file = Path(config.run) / "config.json"
@@ -100,24 +73,46 @@ def with_run_options(config: SourceConfig) -> SourceConfig:
         if config.data_dir:  # a log of its own
             names.discard("dataset")
     known = {name: saved[name] for name in names if name in saved}  # older runs have fewer options
-    beside = "--run" if config.run else "a model that keeps its own"
     for name in sorted(changed_options(config) & known.keys()):
         if getattr(config, name) != known[name]:
             raise ValueError(
-                f"--{name} {getattr(config, name)} has no effect beside {beside}, whose value "
-                f"holds: {known[name]!r} ({file}); leave it out"
+                f"--{name} {getattr(config, name)} has no effect beside --run, or a model that "
+                f"keeps its own: {known[name]!r} ({file}); leave it out"
             )
-    try:
-        return replace(config, **known)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    return replace(config, **known)
+
+
+def sources_of(config: SourceConfig) -> dict[str, Source]:
+    """Name -> (base, adapter) of everything to evaluate."""
+    adapter = Path(config.adapter)
+    if config.run:
+        run = Path(config.run)
+        listed = [s.strip() for s in read_json(run / "config.json")["stages"].split(",")]
+        stages = [config.stage] if config.stage else [s for s in listed if (run / s).is_dir()]
+        if not stages:
+            raise ValueError(f"{run}: no stage of this run is finished yet")
+        return {stage: load_stage(run / stage, config.model) for stage in stages}
+    if not config.adapter:
+        return {Path(config.model).name: (resolve_path(config.model), None)}
+    if (adapter / "base.json").exists():  # a stage of a run, wherever the run lies now
+        return {adapter.name: load_stage(adapter, config.model)}
+    return {adapter.name: (resolve_path(config.model or base_of(adapter)), adapter)}
+
+
+def check_run_data(config: SourceConfig, stages: Iterable[str], data_hash: str) -> None:
+    """Raise if a stage of the run that is evaluated was trained on other data."""
+    for stage in stages if config.run else ():
+        way_out = "evaluate the stage on its own, by --model or --adapter"
+        check_finished(Path(config.run) / stage, "data", data_hash, way_out)
 
 
 def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -> Words:
-    """The words of the prompts that a model in this folder was trained on, else those of the data;
-    a caution, where most of its own test answers were no listed titles."""
+    """The words of the prompts that a model in this folder was trained on, else those of the data.
+
+    A note, where most of its own test answers were no listed titles."""
     file, kept = folder / "eval" / "metrics.json", kept_prompt(folder)
-    if file.exists() and (valid := read_json(file).get("valid_ratio", 1.0)) < 0.5:
+    valid = read_json(file).get("valid_ratio", 1.0) if file.exists() else 1.0
+    if valid < 0.5:
         print0(
             f"note: only {valid:.0%} of this model's test answers were listed titles ({file}), so "
             "its probabilities mean little"
@@ -131,7 +126,7 @@ def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -
 def load_source(
     config: SourceConfig, source: Source, device: torch.device
 ) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a (base, adapter), ready to be evaluated."""
+    """Load model and tokenizer of a (base, adapter), ready to be evaluated."""
     base, adapter = source
     if config.load_in_4bit:
         say_what_4_bits_cost(device.type)
@@ -145,12 +140,10 @@ def export_merged(stage: Path | str, output: Path | str, dtype=torch.float32) ->
     """Write a finished stage as one Hugging Face directory: its adapter folded into the base, the
     tokenizer with its template and ends, and how it is asked."""
     base, adapter = load_stage(Path(stage))
-    model, output = load_pretrained(base, dtype), Path(output)
+    model, output, kept = load_pretrained(base, dtype), Path(output), kept_prompt(Path(stage))
     if adapter:
         merge_lora(load_adapter(model, adapter))
     save_pretrained(model, output)
-    copy_tokenizer(base, output)
-    if kept := kept_prompt(Path(stage)):
+    copy_tokenizer(base, output, kept.get("prompt_format"))
+    if kept:
         (output / "prompt.json").write_text(json.dumps(kept, indent=1) + "\n")
-    if kept.get("prompt_format") == "chat":
-        add_end_of_turn(output, Tokenizer(base, "chat").eos_id)

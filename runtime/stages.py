@@ -1,99 +1,47 @@
-"""A stage and its folder: what it started from, where it goes on, what it leaves behind."""
+"""A stage and its folder: what it was made from, where it goes on, what it leaves behind.
+
+Validation: every --eval_steps steps, and at the end of a stage, --val_size users of the validation
+split (the last interaction but one of each) are answered in one pass; an answer that no candidate
+verifies counts as invalid, so this costs a prefill. With --keep best the weights of the step with
+the highest hit_ratio@1 (the earlier of equal ones) are what is saved and tested.
+"""
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from common import is_main, print0, read_json, reading
-from data import TEMPLATES, Encoded
+from data import TEMPLATES, Encoded, Examples, encode_examples
 from hub.chat import add_end_of_turn
-from hub.files import base_fingerprint, resolve_path
+from hub.files import Weights, base_fingerprint, resolve_path
+from hub.tokenizer import Tokenizer
 from lora import base_of, read_adapter_config, save_adapter
 from model import ModelConfig, Transformer, save_pretrained
 from runtime.checkpoint import (
-    Best,
-    checkpoints,
+    damaged_files,
     load_checkpoint,
+    newest,
     newest_checkpoint,
-    save_checkpoint,
+    write_tensors,
 )
-from runtime.runs import Logger, NotFinite, Run, StepMetrics, line_step, where_not_finite
-from runtime.sharding import gathered
+from runtime.processes import from_rank_0
+from runtime.runs import Logger, Run
+from runtime.sharding import fill, gathered, trained
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
+# options that shape a prompt; with words and template they are kept beside adapter or model
+PROMPT_OPTIONS = ("prompt_format", "max_length", "history", "history_items", "min_rating")
+PROMPT_OPTIONS += ("ratings", "scale", "dataset")
 
 
-@dataclass
-class Stage:
-    """A stage while it is trained: what a step, a line of the log and a checkpoint need."""
-
-    run: Run
-    name: str
-    folder: Path  # <stage>.unfinished, until all is done
-    model: Transformer
-    replicas: int  # ranks that hold the same rows
-    objective: Any  # train.Objective
-    schedule: Any  # runtime.passes.Schedule
-    peak: float  # learning rate
-    optimizer: torch.optim.Optimizer
-    identity: dict  # what a checkpoint must have been made from
-    logger: Logger | None = None
-    best: Best | None = None  # with --keep best
-    pending: tuple[int, StepMetrics] | None = None  # the last step, not logged yet
-
-    def micro_batches(self, step: int) -> list:
-        """This rank's part of a step, on its device."""
-        examples = self.schedule.examples(step)
-        batches = self.schedule.micro_batches(step, self.run.rank)
-        return [self.objective.prepare(batch, examples) for batch in batches]
-
-    def log(self, step: int, result: StepMetrics) -> None:
-        """Write the step before: this one's metrics are read while the GPU works on the next."""
-        self.flush()
-        self.pending = step, result
-
-    def flush(self) -> None:
-        """Wait for the last step's metrics and write them; what is not finite is an error."""
-        if self.pending is None:
-            return
-        (step, result), self.pending = self.pending, None
-        try:
-            metrics = result.read()
-        except NotFinite as error:
-            where = where_not_finite(self.run, self.schedule, step, error.ranks)
-            last = next(iter(checkpoints(self.folder)), "none")
-            problem = f"{self.name}, step {step + 1}, {where}: {error}"
-            raise ValueError(f"{problem}. Last checkpoint: {last}") from None
-        metrics["epoch"] = (step + 1) / self.schedule.steps_per_epoch
-        self.logger(step, self.schedule.num_steps, metrics, self.name, result.ended)
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether what happens every so many steps, and at the end, is due after this many."""
-        return step == self.schedule.num_steps or bool(every) and step % every == 0
-
-    def save(self, step: int) -> None:
-        save_checkpoint(
-            self.folder,
-            step,
-            self.model,
-            self.optimizer,
-            state=self.identity | self.objective.state(),
-            replicas=self.replicas,
-            keep=self.run.config.save_total_limit,
-            best=self.best,
-        )
-
-
+# ------------------------------------------------------------------------ what it was made from
 def weights_key(base: Path, adapter: Path | None) -> str:
     """Hash of the weights that a stage starts from: base, and the adapter it goes on with."""
     digest = hashlib.sha256(str(ModelConfig.from_pretrained(base)).encode())
@@ -108,6 +56,11 @@ def weights_key(base: Path, adapter: Path | None) -> str:
     return digest.hexdigest()
 
 
+def starting_weights(base: Path, adapter: Path | None) -> str:
+    """weights_key, for which rank 0 alone reads the files."""
+    return from_rank_0(lambda: weights_key(base, adapter))
+
+
 def tokens_key(encoded: Encoded, slots: np.ndarray) -> str:
     """Hash of all token ids that a stage trains on: prompts, and the titles at `slots` (E, N)."""
     digest = hashlib.sha256()
@@ -115,6 +68,23 @@ def tokens_key(encoded: Encoded, slots: np.ndarray) -> str:
         completions = encoded.slots(e, slots[e])  # ids of N titles
         digest.update(f"{len(prompt)} {completions}".encode() + prompt.tobytes())
     return digest.hexdigest()
+
+
+def check_finished(
+    stage: Path, what: str, now: str, way_out: str = "choose another --output_dir"
+) -> None:
+    """Raise if a finished stage was made from other data or weights than there are now."""
+    kept = {
+        "data": ("eval/metrics.json", "data_hash"),
+        "weights": ("base.json", "starting_weights"),
+    }
+    file, key = kept[what]
+    before = str(read_json(stage / file).get(key))
+    if before != now:
+        raise ValueError(
+            f"{stage.name} was finished on {what} {before[:12]}, now it is {now[:12]}, so they "
+            f"cannot stand in one table: put the old {what} back, or {way_out} ({stage})"
+        )
 
 
 def load_stage(folder: Path, model: str = "") -> tuple[Path, Path | None]:
@@ -147,91 +117,109 @@ def load_stage(folder: Path, model: str = "") -> tuple[Path, Path | None]:
     return base, adapter
 
 
-def check_data(stage: Path, data_hash: str, way_out: str) -> None:
-    """ValueError if a finished stage was trained and tested on other data than there are now."""
-    with reading(stage / "eval" / "metrics.json"):
-        before = str(read_json(stage / "eval" / "metrics.json")["data_hash"])
-    if before != data_hash:
-        raise ValueError(
-            f"{stage.name} was finished on data {before[:12]}, now it is {data_hash[:12]}, so they "
-            f"cannot stand in one table: put the old data back, or {way_out} ({stage})"
-        )
-
-
-def starting_weights(base: Path, adapter: Path | None) -> str:
-    """weights_key, for which rank 0 alone reads the files."""
-    shared = [weights_key(base, adapter) if is_main() else None]
-    dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def check_start(folder: Path, base: Path, adapter: Path | None) -> None:
-    """A finished stage stands in one table with those to come, so it must have begun as they do."""
-    before = read_json(folder / "base.json").get("starting_weights")
-    if before is None:
-        raise ValueError(
-            f"{folder / 'base.json'}: an older version wrote it, without starting_weights, so it "
-            "is not known what the stage began with: choose another --output_dir"
-        )
-    now = starting_weights(base, adapter)
-    if before != now:
-        raise ValueError(
-            f"{folder.name} was finished from weights {before[:12]}, now they are {now[:12]}: put "
-            f"{base}{f' or {adapter}' if adapter else ''} back, or choose another --output_dir"
-        )
-
-
-def resume_stage(stage: Stage) -> int:
-    """Load the newest whole checkpoint, if there is one; returns the steps that are done."""
-    metrics, checkpoint = stage.folder / "metrics.jsonl", newest_checkpoint(stage.folder)
+# ------------------------------------------------------------------------ where it goes on
+def resume_stage(run: Run, folder: Path, model, optimizer, objective, made_from: dict) -> int:
+    """Load the newest whole checkpoint; returns the steps that are done, 0 in a fresh folder."""
+    checkpoint = from_rank_0(lambda: newest_checkpoint(folder))
     if checkpoint is None:
         if is_main():
-            metrics.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
         return 0
-    state = load_checkpoint(checkpoint, stage.model, stage.optimizer, stage.identity)
-    stage.best = state["best"]
-    stage.objective.load_state(state)
-    step, rank, seed = state["step"], stage.run.rank, stage.run.config.seed
-    if is_main():
-        lines = metrics.read_text().splitlines(keepends=True)
-        write_whole(metrics, "".join(line for line in lines if line_step(line) <= step))
-    print0(f"going on from {checkpoint}, after step {step}")
-    if state["world_size"] != stage.run.world_size:
-        torch.manual_seed(int(np.random.default_rng([seed, step, rank]).integers(2**62)))
+    state = load_checkpoint(checkpoint, model, optimizer, made_from)
+    objective.load_state(state)
+    if is_main():  # cut off what was logged after it
+        log = folder / "metrics.jsonl"
+        os.truncate(log, min(log.stat().st_size, state["logged"]))
+    print0(f"going on from {checkpoint}, after step {state['step']}")
+    if state["world_size"] != run.world_size:
+        rng = np.random.default_rng([run.config.seed, state["step"], run.rank])
+        torch.manual_seed(int(rng.integers(2**62)))
         print0(f"note: it was made by {state['world_size']} processes; dropout is seeded anew")
-    return step
+    return state["step"]
 
 
+# ------------------------------------------------------------------------ validation
+SHOWN = {  # metric -> what the screen calls it
+    "hit_ratio@1": "written",
+    "valid_ratio": "valid",
+    "ranking/hit_ratio@1": "ranked first",
+    "ranking/mrr": "mrr",
+}
+
+
+def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
+    """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
+    size = min(config.val_size, len(val))
+    if size == 0:
+        return None
+    rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[:size]
+    return encode_examples(val.select(np.sort(rows)), tokenizer, config.max_length)
+
+
+def validate(log: Logger, step: int, summary: dict | None, model: Transformer) -> None:
+    """Log what the model has reached after `step` steps, and keep its weights if none were better.
+
+    `summary` is there on rank 0; all ranks must call."""
+
+    def report() -> bool:
+        metrics = {f"val/{name}": summary[name] for name in ("n", *SHOWN)}
+        log.write({"phase": "val", "step": step, **metrics})
+        shown = " | ".join(f"{word} {summary[name]:.4f}" for name, word in SHOWN.items())
+        print0(f"{log.stage:5} {step:5} | val n {summary['n']} | {shown}")
+        before = [read_json(best / "state.json") for best in newest(log.folder, "best")]
+        return all(summary["hit_ratio@1"] > best["val/hit_ratio@1"] for best in before)
+
+    if from_rank_0(report) and log.run.config.keep == "best":
+        value = summary["hit_ratio@1"] if is_main() else None
+        weights = trained(model)
+        write_tensors(log.folder / f"best-{step}", weights, {"val/hit_ratio@1": value}, keep=1)
+
+
+def load_best(log: Logger, model: Transformer) -> None:
+    """Put the best step's weights into the model."""
+    best = from_rank_0(lambda: newest(log.folder, "best")[0])
+    if damaged := from_rank_0(lambda: damaged_files(best)):
+        raise ValueError(f"{best} is damaged ({damaged}): delete {log.folder} to train it again")
+    value = read_json(best / "state.json")["val/hit_ratio@1"]
+    steps = f"step {best.name.removeprefix('best-')} of {log.schedule.num_steps}"
+    print0(f"{log.stage}: keeping {steps}, val/hit_ratio@1 {value:.4f}")
+    fill(trained(model), Weights(best).rows)
+
+
+# ------------------------------------------------------------------------ what it leaves behind
 def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: str) -> None:
     """Write the adapter in PEFT's format, or the whole model with its tokenizer."""
+    state = model.state_dict()
     if getattr(model, "lora_config", None):
-        state = dict(gathered(model, only_adapter=True))
+        whole = dict(gathered({name: t for name, t in state.items() if ".lora_" in name}))
         model.name_or_path = base_name(run, base)  # what adapter_config.json calls it
         if is_main():
-            save_adapter(model, folder, state)
+            save_adapter(model, folder, whole)
     else:
-        save_pretrained(model, folder, gathered(model), write=is_main())
+        save_pretrained(model, folder, gathered(state), write=is_main())
         if is_main():
-            copy_tokenizer(base, folder)
-            if run.config.prompt_format == "chat":
-                add_end_of_turn(folder, run.tokenizer.eos_id)
+            copy_tokenizer(base, folder, run.config.prompt_format)
     if is_main():
         write_base(run, base, folder, weights)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(base: Path, folder: Path, prompt_format: str | None) -> None:
+    """Put the base's tokenizer beside a model, which may end an answer as its chat format does."""
     for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copy(source / name, target / name)
+        if (base / name).exists():
+            shutil.copy(base / name, folder / name)
+    if prompt_format == "chat":
+        add_end_of_turn(folder, Tokenizer(base, "chat").eos_id)
 
 
 def write_base(
     run: Run, base: Path, folder: Path, weights: str, adapter: Path | None = None
 ) -> None:
-    """base.json: the model that a stage's adapter stands on, and what the stage started from.
-    prompt.json: what shapes its prompts, for those who ask it without its run.
+    """Write base.json and prompt.json for those who ask a stage without its run.
 
-    `adapter` is another stage's or run's, if that is what was tested."""
+    The one names the model that its adapter stands on, and what it started from; the other has what
+    shapes its prompts. `adapter` is another stage's or run's, if that is what was tested."""
     facts = {"base": base_name(run, base)}
     if base.resolve().is_relative_to(run.folder.resolve()):  # then the run folder may be moved
         facts["base"] = os.path.relpath(base, folder)
@@ -243,13 +231,6 @@ def write_base(
     prompt["words"] = run.train.examples.interactions.words
     prompt["template"] = TEMPLATES[0]  # by which users are asked for
     (folder / "prompt.json").write_text(json.dumps(prompt, indent=1) + "\n")
-
-
-# options that shape a prompt; with words and template they are kept beside adapter or model
-PROMPT_OPTIONS = (
-    "prompt_format", "max_length", "history", "history_items", "min_rating", "ratings", "scale",
-    "dataset",
-)  # fmt: skip
 
 
 def base_name(run: Run, base: Path) -> str:

@@ -1,11 +1,9 @@
-"""Runs of whole scripts, as `python train.py …` or torchrun start them,
-without the seconds that importing torch takes.
+"""Runs of whole scripts, without the seconds that importing torch takes.
 
-A server process (this file run as a script) has imported what the scripts import, and does nothing
-else. For every run it forks: the child has its own process id, directory, environment, arguments,
-output and `__main__`, and dies of signals alone. With `processes` > 1 there is a child per rank, in
-the environment that torchrun would give it; when one fails the others are ended. What torchrun
-itself does is tested with torchrun (test_checkpoint.py)."""
+A server process (this file run as a script) has imported what the scripts import. For every run it
+forks a child with its own directory, environment, arguments, output and `__main__`, which dies of
+signals alone. With `processes` > 1 there is a child per rank, in the environment that torchrun
+would give it; when one fails the others are ended. torchrun itself: test_checkpoint.py."""
 
 import atexit
 import contextlib
@@ -47,8 +45,7 @@ SCRIPTS += ("studies.report", "studies.probes", "studies.sequential")
 
 # ------------------------------------------------------------------------ the server
 def serve() -> None:
-    """Fork a run per request line {script, argv, cwd, env, stdout, stderr},
-    or say how {poll: pid} has ended."""
+    """Fork a run per request {script, argv, cwd, env, stdout, stderr}; {poll: pid}: its end."""
     for name in (*SCRIPTS, "torch._dynamo"):
         importlib.import_module(name)
     gc.collect()
@@ -58,10 +55,8 @@ def serve() -> None:
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        else:
-            answer = os.fork()
-            if answer == 0:
-                become(request)
+        elif (answer := os.fork()) == 0:
+            become(request)
         print(json.dumps(answer), flush=True)
 
 
@@ -73,9 +68,8 @@ def become(request: dict) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    script = request["script"]
+    script, code = request["script"], 1
     sys.argv = [script, *request["argv"]]
-    code = 1
     try:
         if script.endswith(".py"):
             sys.path[0] = str(Path(script).parent)
@@ -96,56 +90,36 @@ def become(request: dict) -> None:
 @functools.cache
 def server() -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
-    atexit.register(stop, process)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+    atexit.register(lambda: (process.stdin.close(), process.wait()))
     return process
-
-
-def stop(process: subprocess.Popen) -> None:
-    process.stdin.close()
-    process.wait()
 
 
 def ask(request: dict):
     """The server's answer to one request."""
-    process = server()
-    process.stdin.write(json.dumps(request) + "\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
+    print(json.dumps(request), file=server().stdin, flush=True)
+    return json.loads(server().stdout.readline())
 
 
 # ------------------------------------------------------------------------ runs
 class Script:
     """A started script: a process per rank."""
 
-    def __init__(self, script, *argv, processes: int, cwd, env: dict, stdout, stderr):
-        request = {
-            "script": str(script),
-            "argv": [str(a) for a in argv],
-            "cwd": str(cwd),
-            "stdout": str(stdout),
-            "stderr": str(stderr),
-        }
+    def __init__(self, script, argv, processes: int, cwd, env: dict, stdout, stderr):
+        request = {"script": str(script), "argv": [str(a) for a in argv], "cwd": str(cwd)}
+        request |= {"stdout": str(stdout), "stderr": str(stderr)}
         env = os.environ | {"OMP_NUM_THREADS": "1"} | env
         ranks = ranks_of(processes) if processes > 1 else [{}]
         self.pids = [ask(request | {"env": env | rank}) for rank in ranks]
         self.codes: list[int | None] = [None] * len(self.pids)
 
     def poll(self) -> int | None:
-        """None while a process lives; then 0, or the code of the first that failed
-        (-9: by kill -9)."""
+        """None while a process lives; then 0, or the code of the first that failed (-9: killed)."""
         for n, pid in enumerate(self.pids):
             if self.codes[n] is None:
                 self.codes[n] = ask({"poll": pid})
-        if None in self.codes:
-            return None
-        return next((code for code in self.codes if code), 0)
+        return None if None in self.codes else next((code for code in self.codes if code), 0)
 
     def wait(self, seconds: float = 300) -> int:
         """The exit code; when one process fails the others are ended, as torchrun does."""
@@ -179,13 +153,8 @@ def ranks_of(processes: int) -> list[dict]:
     """What torchrun puts into the environment of each process on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-    }
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
 
 
@@ -194,12 +163,9 @@ def run_script(
 ) -> subprocess.CompletedProcess:
     """Run a file (….py) or a module (studies.report) to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        started = Script(
-            script, *argv, processes=processes, cwd=cwd, env=env, stdout=out, stderr=err
-        )
-        code = started.wait(seconds)
-        texts = [f.read_text() if f.exists() else "" for f in (out, err)]
+        files = Path(folder) / "out", Path(folder) / "err"
+        code = Script(script, argv, processes, cwd, env, *files).wait(seconds)
+        texts = [f.read_text() if f.exists() else "" for f in files]
     return subprocess.CompletedProcess([str(script), *argv], code, *texts)
 
 
@@ -221,16 +187,16 @@ def run_train(tmp_path: Path, name: str, *flags, processes: int = 1, expect: int
 def start_train(tmp_path: Path, name: str, *flags, processes: int = 1, script=TRAIN) -> Script:
     """A run that goes on beside the test; what it prints goes to tmp_path/name.log."""
     log = tmp_path / f"{name}.log"
-    flags = (*TINY, *places(tmp_path, name), *flags)
-    return Script(script, *flags, processes=processes, cwd=tmp_path, env={}, stdout=log, stderr=log)
+    return Script(
+        script, (*TINY, *places(tmp_path, name), *flags), processes, tmp_path, {}, log, log
+    )
 
 
 def start_torchrun(tmp_path: Path, name: str, *options, flags=()) -> subprocess.Popen:
     """train.py by torchrun itself, from tmp_path; what it prints goes to tmp_path/name.log."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
-    command = [*launcher, str(TRAIN), *TINY, *SAVING, *places(tmp_path, name), *flags]
-    log = open(tmp_path / f"{name}.log", "w")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(TRAIN)]
+    command += [*TINY, *SAVING, *places(tmp_path, name), *flags]
+    log, env = open(tmp_path / f"{name}.log", "w"), os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=env)
 
 
@@ -246,6 +212,7 @@ def wait_for(condition, process, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+# ------------------------------------------------------------------------ what they leave
 def losses(metrics: dict, stage: str) -> np.ndarray:
     return np.array([m["loss"] for m in metrics[stage]])
 
@@ -256,28 +223,20 @@ def lines(file: Path) -> int:
 
 def results_of(folder: Path) -> dict[str, torch.Tensor]:
     """What both stages have trained: adapters, or all weights."""
-    files = [folder / "sft" / "model.safetensors"]
-    files += [folder / stage / "adapter_model.safetensors" for stage in ("sft", "recpo")]
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in files
-        if file.exists()
-        for name, tensor in load_file(file).items()
-    }
+    files = [*folder.glob("sft/model.safetensors"), *folder.glob("*/adapter_model.safetensors")]
+    return {f"{f.parent.name}/{name}": t for f in files for name, t in load_file(f).items()}
 
 
 def assert_same_results(a: Path, b: Path, atol: float = 0.0) -> None:
     first, second = results_of(a), results_of(b)
-    assert first.keys() == second.keys()
+    assert first and first.keys() == second.keys()
     for name, tensor in first.items():
         assert (tensor - second[name]).abs().max().item() <= atol, name
 
 
 def uninterrupted(tmp_path: Path, processes: int) -> Path:
     """The run to compare with: sums over ranks round differently, so one of as many processes."""
-    if processes == 1:
-        return tmp_path / "whole"
-    reference = tmp_path / f"whole-{processes}"
+    reference = tmp_path / ("whole" if processes == 1 else f"whole-{processes}")
     if not reference.exists():
         run_train(tmp_path, reference.name, *SAVING, processes=processes)
     return reference

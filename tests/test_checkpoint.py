@@ -31,10 +31,9 @@ from launch import (
 import train
 from lora import apply_lora
 from runtime.checkpoint import (
-    Best,
-    checkpoints,
-    damage,
+    damaged_files,
     load_checkpoint,
+    newest,
     newest_checkpoint,
     save_checkpoint,
 )
@@ -43,18 +42,18 @@ from runtime.checkpoint import (
 def kill_and_resume(whole, name: str, seed: int, processes: int = 1) -> None:
     """Kill -9 a run at a random moment, every process of it; then go on until it is finished."""
     tmp_path, _, seconds = whole
-    rng = random.Random(seed)
-    shutil.rmtree(tmp_path / name, ignore_errors=True)
     process = start_train(tmp_path, name, *SAVING, processes=processes)
     options = tmp_path / name / "config.json"
     wait_for(options.exists, process)  # before that there is nothing to lose
-    time.sleep(rng.uniform(0, 0.8 * seconds))
+    time.sleep(random.Random(seed).uniform(0, 0.8 * seconds))
     process.kill()
     run_train(tmp_path, name, *SAVING, "--resume=auto", processes=processes)
     expected = uninterrupted(tmp_path, processes)
     assert_same_results(tmp_path / name, expected)
     for file in ("sft/metrics.jsonl", "recpo/metrics.jsonl"):
         assert (tmp_path / name / file).read_text() == (expected / file).read_text()
+    left = {f.name for f in (tmp_path / name / "sft").iterdir()}
+    assert not any(name.startswith(("checkpoint", "best")) for name in left)
     assert not list((tmp_path / name).glob("*.unfinished"))
 
 
@@ -80,8 +79,7 @@ def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
     if not (tmp_path / "all-weights").exists():
         run_train(tmp_path, "all-weights", *flags)
     process = start_train(tmp_path, name, *flags, processes=2)
-    folder = tmp_path / name / "sft.unfinished"
-    wait_for(lambda: any(f.name != "checkpoint-0" for f in checkpoints(folder)), process)
+    wait_for(lambda: newest(tmp_path / name / "sft.unfinished", "checkpoint"), process)
     process.kill()
     output, metrics = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
     assert "made by 2 processes" in output
@@ -93,39 +91,35 @@ def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
 
 # ------------------------------------------------------------------------ inside a preference stage
 # train.py whose every process dies, by kill -9, as soon as a certain checkpoint is in place
-DYING = """
+DYING = f"""
 import os, signal, sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import train
 
-save_checkpoint = train.stages.save_checkpoint
+save_checkpoint = train.save_checkpoint
 
-def save_and_die(folder, step, *args, **facts):
-    save_checkpoint(folder, step, *args, **facts)
+def save_and_die(folder, step, *facts):
+    save_checkpoint(folder, step, *facts)
     if folder.name == "recpo.unfinished" and step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-train.stages.save_checkpoint = save_and_die
+train.save_checkpoint = save_and_die
 train.run_cli(train.main)
 """
 
 
 @pytest.fixture(scope="module")
 def killed(whole):
-    """The uninterrupted run's SFT stage, then RecPO on 2 sharded ranks,
-    killed when 4 of its 6 steps are saved."""
-    tmp_path, folder = whole[0], whole[0] / "killed-in-recpo"
+    """The uninterrupted run's SFT stage, then RecPO on 2 sharded ranks, killed after step 4."""
+    tmp_path, folder, script = whole[0], whole[0] / "killed-in-recpo", whole[0] / "dying.py"
     shutil.copytree(tmp_path / "whole", folder)
     shutil.rmtree(folder / "recpo")
     for file in folder.glob("reference-*"):
         file.unlink()
-
-    script = tmp_path / "dying.py"
-    script.write_text(DYING.format(root=str(ROOT)))
+    script.write_text(DYING)
     flags = (*SAVING, "--resume=auto")
     run_train(tmp_path, folder.name, *flags, processes=2, expect=1, script=script)
-
-    assert [f.name for f in checkpoints(folder / "recpo.unfinished")][0] == "checkpoint-4"
+    assert newest(folder / "recpo.unfinished", "checkpoint")[0].name == "checkpoint-4"
     return whole, folder
 
 
@@ -144,123 +138,103 @@ def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, pro
     (file,) = (tmp_path / name).glob("reference-*.safetensors")
     if reference == "deleted":
         file.unlink()
-
     flags = (*SAVING, "--resume=auto", f"--micro_batch_tokens={budget}")
     output, resumed = run_train(tmp_path, name, *flags, processes=processes)
-
-    assert "checkpoint-4, after step 4" in output
-    assert file.exists()
+    assert "checkpoint-4, after step 4" in output and file.exists()
     expected = losses(metrics, "recpo")
     np.testing.assert_allclose(losses(resumed, "recpo"), expected, rtol=0, atol=1e-4)
     assert_same_results(tmp_path / name, tmp_path / "whole", atol=1e-4)
 
 
 # ------------------------------------------------------------------------ one checkpoint
-
-
 def model_and_optimizer(steps: int = 1):
     model = apply_lora(tiny_model(), r=4, lora_alpha=8)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
     for _ in range(steps):
-        for p in optimizer.param_groups[0]["params"]:
+        for p in trained:
             p.grad = torch.randn_like(p)
         optimizer.step()
     return model, optimizer
 
 
-def save(folder: Path, step: int, keep: int = 2, best: Best | None = None):
+def save(folder: Path, step: int, keep: int = 2):
     model, optimizer = model_and_optimizer()
-    state = {"stage": "sft", "data": "abc"}
-    saved = save_checkpoint(folder, step, model, optimizer, state, 1, keep, best)
-    return saved, model, optimizer
+    save_checkpoint(folder, step, model, optimizer, {"data": "abc"}, keep)
+    return folder / f"checkpoint-{step}", model, optimizer
 
 
 def test_a_checkpoint_gives_back_every_bit(group, tmp_path):
-    """Adapter, both moments, step count, the best step's weights and random state come back as they
-    were; no file is a pickle, and the hashes are those of sha256sum."""
-    shapes = {name: p.shape for name, p in model_and_optimizer()[0].named_parameters()}
-    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
-    folder, model, optimizer = save(tmp_path, 7, best=Best(3, 0.25, weights))
+    """Adapter, both moments, step count and random state come back as they were; no file is a
+    pickle, and the hashes are those of sha256sum."""
+    folder, model, optimizer = save(tmp_path, 7)
     expected_random = torch.rand(3)
     fresh, fresh_optimizer = model_and_optimizer(steps=0)
     state = load_checkpoint(folder, fresh, fresh_optimizer, {"data": "abc"})
     assert state["step"] == 7 and torch.equal(torch.rand(3), expected_random)
-    assert (state["best"].step, state["best"].value) == (3, 0.25)
-    pairs = zip(model.named_parameters(), fresh.named_parameters(), strict=True)
-    for (name, p), (_, q) in pairs:
+    for (name, p), q in zip(model.named_parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p, q), name
-        if p.requires_grad:
-            assert torch.equal(state["best"].weights[name], weights[name])
-            for key, value in optimizer.state[p].items():
-                assert torch.equal(value, fresh_optimizer.state[q][key]), (name, key)
+        assert not p.requires_grad or optimizer.state[p].keys() == {"exp_avg", "exp_avg_sq", "step"}
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, fresh_optimizer.state[q][key]), (name, key)
     assert {f.suffix for f in folder.iterdir()} == {".json", ".safetensors", ".sha256"}
     subprocess.run("sha256sum --check *.sha256", shell=True, cwd=folder, check=True)
 
 
 def test_the_newest_are_kept(group, tmp_path):
-    """--save_total_limit older checkpoints stay, the rest go after the new one is in place."""
+    """--save_total_limit stay; what is unfinished is nothing, and goes when another is saved."""
+    save(tmp_path, 4)[0].rename(tmp_path / "checkpoint-4.part")
+    assert newest_checkpoint(tmp_path) is None
     for step in (1, 2, 3, 10):
         save(tmp_path, step, keep=2)
-    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-3"]
-    assert not list(tmp_path.glob("*.part"))
+    assert {f.name for f in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-3"}
+    assert newest_checkpoint(tmp_path).name == "checkpoint-10"
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_checkpoint_takes_no_place_of_a_new_one(group, tmp_path, keep):
-    """A run that passed over checkpoint-8 saves step 6 and goes on from it, whatever the limit."""
+@pytest.mark.parametrize("step", [6, 10])
+def test_a_damaged_checkpoint_takes_no_place_of_a_new_one(group, tmp_path, keep, step):
+    """A run that passed over checkpoint-8 saves another step and goes on from it, whatever the
+    limit: the damaged one does not count."""
     save(tmp_path, 4)
     (save(tmp_path, 8)[0] / "state.json").write_text("{}")
     assert newest_checkpoint(tmp_path).name == "checkpoint-4"
-    saved = save(tmp_path, 6, keep=keep)[0]
+    saved = save(tmp_path, step, keep=keep)[0]
     assert newest_checkpoint(tmp_path) == saved
-    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-4"][:keep]
+    assert {f.name for f in tmp_path.iterdir()} == set([saved.name, "checkpoint-4"][:keep])
 
 
-@pytest.mark.parametrize("file", ["rank-00000.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone", "without hash"])
 def test_damaged_files_are_found_and_passed_over(group, tmp_path, file, how, capsys):
     """A damaged checkpoint and its file are named, and the checkpoint before is taken."""
-    older, newest = save(tmp_path, 4)[0], save(tmp_path, 8)[0]
-    target = newest / file
-    content = bytearray(target.read_bytes())
-    if how == "flipped":
-        content[len(content) // 2] ^= 4
-        target.write_bytes(content)
-    elif how == "cut":
-        target.write_bytes(content[:-5])
-    elif how == "gone":
-        target.unlink()
-    else:
-        (newest / f"{file}.sha256").unlink()
+    older, damaged = save(tmp_path, 4)[0], save(tmp_path, 8)[0]
+    content = bytearray((damaged / file).read_bytes())
+    content[len(content) // 2] ^= 4 * (how == "flipped")
+    (damaged / file).write_bytes(content[:-5] if how == "cut" else content)
+    if how in ("gone", "without hash"):
+        (damaged / f"{file}{'.sha256' * (how == 'without hash')}").unlink()
     assert newest_checkpoint(tmp_path) == older
-    assert re.search(f"{newest} is damaged .*{file}", capsys.readouterr().out)
-
-
-def test_half_written_checkpoints_do_not_count(group, tmp_path):
-    """A folder still named .part is nothing; without any whole checkpoint there is none."""
-    save(tmp_path, 4)[0].rename(tmp_path / "checkpoint-4.part")
-    assert newest_checkpoint(tmp_path) is None
+    assert re.search(f"{damaged} is damaged .*{file}", capsys.readouterr().out)
 
 
 def test_a_checkpoint_of_other_data_is_refused(group, tmp_path):
-    """Other data, or another stage, is an error that names the checkpoint and what differs."""
+    """Other data, or something that it was not made from, is an error that names both."""
     folder, *_ = save(tmp_path, 4)
-    for key, value in (("data", "xyz"), ("stage", "recpo"), ("reference", "123")):
-        with pytest.raises(ValueError, match=f"checkpoint-4.*another {key}"):
-            load_checkpoint(folder, *model_and_optimizer(0), {key: value})
+    for what, now in (("data", "xyz"), ("reference", "123")):
+        with pytest.raises(ValueError, match=f"checkpoint-4.*other {what}.*another --output_dir"):
+            load_checkpoint(folder, *model_and_optimizer(0), {what: now})
 
 
 def test_a_failed_save_leaves_the_earlier_ones(group, tmp_path, monkeypatch):
-    """When the disk is full, the error names the file, and earlier checkpoints are as they were."""
+    """When the disk is full, the error names the folder, and earlier checkpoints stay."""
     older, *_ = save(tmp_path, 4)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runtime.checkpoint.save_tensors", full)
-    with pytest.raises(ValueError, match="checkpoint-8.part/rank-00000.*No space left.*untouched"):
+    monkeypatch.setattr("hub.files.save_tensors", full)
+    with pytest.raises(ValueError, match="checkpoint-8.part.*No space left.*untouched"):
         save(tmp_path, 8)
     assert newest_checkpoint(tmp_path) == older
 
@@ -269,33 +243,27 @@ def test_another_tokenizer_is_refused_without_a_reference_too(in_process, tmp_pa
     """tokenizer.json gives its tokens other ids after step 2: SFT does not go on."""
     base = tmp_path / "base"
     shutil.copytree(ROOT / "demo" / "base", base)
-    flags = (*TINY, *SAVING, f"--model={base}")
-    flags += places(tmp_path, "run")
+    flags = (*TINY, *SAVING, f"--model={base}", *places(tmp_path, "run"))
 
-    def save_and_stop(folder, step, *args, **facts):
-        save_checkpoint(folder, step, *args, **facts)
+    def save_and_stop(*facts):
+        save_checkpoint(*facts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.stages, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         in_process(train.main, *flags)
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
     ids |= {token: n % (len(ids) - 1) + 1 for token, n in ids.items() if n}  # all but EOS
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="checkpoint-2: made with another tokenizer"):
+    with pytest.raises(ValueError, match="checkpoint-2: made from other token ids"):
         in_process(train.main, *flags, "--resume=auto")
 
 
 # ------------------------------------------------------------------------ guards
 def test_a_loss_that_is_not_finite_names_step_rank_and_examples(tmp_path):
     """Both ranks stop with one message."""
-    flags = (
-        "--sft_learning_rate=1e30",
-        "--max_grad_norm=0",
-        "--save_steps=1",
-        "--sft_epochs=4",
-    )
+    flags = ("--sft_learning_rate=1e30", "--max_grad_norm=0", "--save_steps=1", "--sft_epochs=4")
     output, _ = run_train(tmp_path, "stops", *flags, processes=2, expect=1)
     message = r"error \(rank [01]\): sft, step \d+, (rank [01, ]+|the gradient only), "
     message += r"examples \d+ \(user .*not finite.*checkpoint-1"
@@ -308,33 +276,29 @@ def workers_of(agent: subprocess.Popen) -> list[int]:
     return sorted(map(int, children.split()))
 
 
-def test_a_rank_that_dies_ends_the_others(whole, group):
-    """One of two workers is killed: torchrun ends the other and itself,
-    and names rank and signal."""
+def test_a_rank_that_dies_ends_the_others(whole):
+    """One of two workers is killed: torchrun ends the other and itself, names rank and signal."""
     tmp_path = whole[0]
     flags = ["--sft_epochs=500"]
     agent = start_torchrun(tmp_path, "one-dies", "--nproc_per_node=2", flags=flags)
     folder = tmp_path / "one-dies" / "sft.unfinished"
-    wait_for(lambda: len(checkpoints(folder)) > 0, agent)
+    wait_for(lambda: newest(folder, "checkpoint"), agent)
     workers = workers_of(agent)
     os.kill(workers[1], signal.SIGKILL)
     assert agent.wait(60) != 0
-    log = (tmp_path / "one-dies.log").read_text()
-    assert re.search(r"exitcode\s*: -9", log)
+    assert re.search(r"exitcode\s*: -9", (tmp_path / "one-dies.log").read_text())
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert not damage(checkpoints(folder)[0])
+    assert not damaged_files(newest(folder, "checkpoint")[0])
 
 
 def test_torchrun_restarts_go_on_by_themselves(whole):
-    """A worker is killed; with --max-restarts torchrun starts it again, which goes on,
-    and the bits are the same."""
+    """A worker is killed; with --max-restarts it starts again and goes on to the same bits."""
     tmp_path, name = whole[0], "restarted"
     agent = start_torchrun(tmp_path, name, "--nproc_per_node=1", "--max-restarts=1")
-    folder = tmp_path / name / "sft.unfinished"
-    wait_for(lambda: len(checkpoints(folder)) > 1, agent)
+    folder, log = tmp_path / name / "sft.unfinished", tmp_path / f"{name}.log"
+    wait_for(lambda: len(newest(folder, "checkpoint")) > 1, agent)
     for worker in workers_of(agent):
         os.kill(worker, signal.SIGKILL)
-    log = tmp_path / f"{name}.log"
     assert agent.wait(200) == 0, log.read_text()[-3000:]
     assert "going on from" in log.read_text()
     assert_same_results(tmp_path / name, tmp_path / "whole")

@@ -7,18 +7,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from launch import TRAIN, run_script
 
 from data import build_tree
 from demo.tiny import make_base_model
 from hub.quantized import Linear4bit, to_4bit
 from loaders.frozen import DataConfig, prepare
-from lora import TARGET_MODULES, apply_lora
+from lora import apply_lora
 from losses import recpo_loss
 from model import ModelConfig, Transformer
 from runtime.estimate import LiveBytes, Step, Workload, fake_step, memory_table
-from runtime.sharding import replica_note
 from train import TrainConfig, train_step
 
 SMALL = ModelConfig("llama", 4000, 256, 704, 6, 4, 2, 64)
@@ -40,77 +38,60 @@ def test_live_bytes_are_those_of_living_tensors():
         assert alive.live == 0
 
 
-# config, LoRA rank (0: all weights), checkpointing, prompts, tokens of each;
-# also measured by bench/memory.py
+# config, LoRA rank (0: all weights), checkpointing, prompts, tokens of each
+WIDE = dataclasses.replace(SMALL, vocab_size=64000, hidden_size=768, intermediate_size=2048)
+FULL = dataclasses.replace(SMALL, vocab_size=30000, hidden_size=512, intermediate_size=1408)
 STEPS = {
     "LoRA": (SMALL, 8, False, 10, 512),
-    "LoRA, checkpointing": (
-        dataclasses.replace(SMALL, vocab_size=64000, hidden_size=768, intermediate_size=2048),
-        8,
-        True,
-        2,
-        256,
-    ),
-    "all weights": (
-        dataclasses.replace(SMALL, vocab_size=30000, hidden_size=512, intermediate_size=1408),
-        0,
-        False,
-        2,
-        256,
-    ),
+    "LoRA, checkpointing": (WIDE, 8, True, 2, 256),
+    "all weights": (FULL, 0, False, 2, 256),
 }
-FOUR_BIT = "LoRA, base in 4 bits"
-STEPS[FOUR_BIT] = STEPS["LoRA"]
 COMPLETIONS = [12, 9, 14, 10]
 
 
 def workload(config, dtype=torch.float32, r=8, prompt=256, completions=COMPLETIONS, **facts):
-    return Workload(config, dtype, r, list(TARGET_MODULES), prompt, completions, **facts)
+    return Workload(config, dtype, r, prompt, completions, **facts)
 
 
-def estimated_and_measured(config, r, checkpointing, B, P, load_in_4bit=False) -> tuple[Step, int]:
-    """The estimate, and the peak of live tensor bytes over two real steps,
-    weights and moments included."""
-    work = workload(config, r=r, prompt=P, load_in_4bit=load_in_4bit)
-    step = fake_step(work, B, checkpointing, gpu=False)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with LiveBytes() as alive:
-            model = Transformer(config)
-            if load_in_4bit:
-                to_4bit(model)
-                for layer in model.modules():
-                    if isinstance(layer, Linear4bit):
-                        layer.weight.zero_()
-                        layer.absmax.zero_()
-                alive.peak = alive.live  # a real model is read into its codes
-            if r:
-                apply_lora(model, r, 2 * r)
-            for block in model.model.layers:
-                block.checkpointing = checkpointing
-            tree = build_tree([[1] * P] * B, [[[2] * n for n in COMPLETIONS]] * B)
-            optimizer = torch.optim.AdamW(
-                [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
-            )
+def measured(config, r, checkpointing, B, P, load_in_4bit) -> int:
+    """The peak of live tensor bytes over two real steps, weights and moments included."""
+    with LiveBytes() as alive:
+        model = Transformer(config)
+        if load_in_4bit:
+            to_4bit(model)
+            for layer in model.modules():
+                if isinstance(layer, Linear4bit):
+                    layer.weight.zero_()
+                    layer.absmax.zero_()
+            alive.peak = alive.live  # a real model is read into its codes
+        if r:
+            apply_lora(model, r, 2 * r)
+        for block in model.model.layers:
+            block.checkpointing = checkpointing
+        tree = build_tree([[1] * P] * B, [[[2] * n for n in COMPLETIONS]] * B)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
-            def compute(tree):
-                logps = tree.sum_logps(model(tree)[0])
-                loss = recpo_loss(logps, logps.detach(), torch.ones(B, 3), 1.0)[0].mean()
-                return loss, {"loss": (loss.detach(), 1.0)}
+        def compute(tree):
+            logps = tree.sum_logps(model(tree)[0])
+            loss = recpo_loss(logps, logps.detach(), torch.ones(B, 3), 1.0)[0].mean()
+            return loss, {"loss": (loss.detach(), 1.0)}
 
-            for _ in range(2):
-                train_step(model, optimizer, [tree], compute, 1e-4, TrainConfig()).read()
-    finally:
-        dist.destroy_process_group()
-    return step, alive.peak
+        for _ in range(2):
+            train_step(model, optimizer, [tree], compute, 1e-4, TrainConfig()).read()
+    return alive.peak
 
 
 @pytest.mark.parametrize(
-    "name", [n if n != FOUR_BIT else pytest.param(n, marks=pytest.mark.slow) for n in STEPS]
+    ("name", "in_4bit"),
+    [*((name, False) for name in STEPS), pytest.param("LoRA", True, marks=pytest.mark.slow)],
 )
-def test_the_estimate_is_within_a_tenth_of_a_real_step(name):
+def test_the_estimate_is_within_a_tenth_of_a_real_step(group, name, in_4bit):
     """On configurations of at least 500 MB."""
-    step, peak = estimated_and_measured(*STEPS[name], load_in_4bit=name == FOUR_BIT)
+    config, r, checkpointing, B, P = STEPS[name]
+    work = workload(config, r=r, prompt=P, load_in_4bit=in_4bit)
+    step = fake_step(work, B, checkpointing, gpu=False)
+    peak = measured(*STEPS[name], in_4bit)
     assert peak > 500e6
     assert step.weights + step.trained + step.passing == pytest.approx(peak, rel=0.1)
 
@@ -145,37 +126,17 @@ def test_a_base_in_4_bits_is_counted_as_codes_and_absmax():
     assert whole.trained == four.trained and whole.flops == four.flops
 
 
-def test_a_replica_that_fits_is_worth_a_note():
-    """The line names what is saved; one process, or too little memory, gets none."""
-    note = replica_note(16 * 10**9, 3 * 10**8, 8, 80 * 10**9)
-    assert "--shard none" in note and "28.0 GB" in note
-    assert replica_note(16 * 10**9, 3 * 10**8, 1, 80 * 10**9) == ""
-    assert replica_note(16 * 10**9, 3 * 10**8, 8, 24 * 10**9) == ""
-
-
 def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     """Example, truncation, first losses, memory table, hours of the whole run:
     from config.json and tokenizer.json alone."""
-    data = {
-        "planted_users": 150,
-        "train_size": 20,
-        "test_size": 8,
-        "followers": 3,
-        "prepared_dir": str(tmp_path / "p"),
-    }
-    bare = tmp_path / "bare"
+    data = {"planted_users": 150, "train_size": 20, "test_size": 8, "followers": 3}
+    data["prepared_dir"], bare = str(tmp_path / "p"), tmp_path / "bare"
     examples = prepare(DataConfig(**data)).splits["train"]
     make_base_model(bare, examples, hidden_size=64, num_layers=2, vocab_size=512, seed=0)
     (bare / "model.safetensors").unlink()
     flags = [f"--{name}={value}" for name, value in data.items()]
-    flags += [
-        "--stages=raw,sft,sdpo",
-        "--sft_epochs=5",
-        "--epochs=3",
-        "--dry_run",
-        f"--model={bare}",
-        f"--output_dir={tmp_path / 'run'}",
-    ]
+    flags += ["--stages=raw,sft,sdpo", "--sft_epochs=5", "--epochs=3", "--dry_run"]
+    flags += [f"--model={bare}", f"--output_dir={tmp_path / 'run'}"]
     done = run_script(TRAIN, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     for text in (

@@ -17,7 +17,7 @@ from loaders.frozen import DataConfig, prepare
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_pretrained, save_pretrained
 from runtime.policy import say_what_4_bits_cost
-from runtime.sharding import split
+from runtime.sharding import shard
 from train import TrainConfig
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
@@ -237,7 +237,7 @@ def test_training_and_evaluation_say_once_what_4_bits_cost_on_a_cpu(in_4_bits, c
     assert not capsys.readouterr().out
 
 
-def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
+def test_bytes_that_cannot_be_divided_are_one_clear_error(group, monkeypatch):
     """torch 2.11's fully_shard gives every parameter a gradient, for a moment."""
 
     def fully_shard(module, **options):
@@ -245,7 +245,7 @@ def test_bytes_that_cannot_be_divided_are_one_clear_error(monkeypatch):
 
     monkeypatch.setattr("runtime.sharding.fully_shard", fully_shard)
     with pytest.raises(ValueError, match="--shard none"):
-        split(torch.nn.Linear(1, 1))
+        shard(tiny_model(), "full", 0, "cpu", torch.float32)
 
 
 def assert_same_losses(a: dict, b: dict) -> None:

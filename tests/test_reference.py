@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import build_tree, tree_widths
 from lora import save_adapter
-from runtime.checkpoint import save_checkpoint
 from runtime.reference import check_first_rewards, prepare_reference
-from runtime.stages import resume_stage, tokens_key, weights_key
+from runtime.stages import tokens_key, weights_key
 from train import Schedule
 
 CPU = torch.device("cpu")
@@ -26,9 +25,8 @@ CPU = torch.device("cpu")
 # ---------------------------------------------------------------------- sums over a title's tokens
 def ragged_tree():
     """Titles of 1 to 9 tokens, in one example all of them of one token."""
-    prompts = [[5, 6, 7], [8], [9, 4]]
     titles = [[[2], [3, 4, 5, 6, 7, 8, 9, 3, 2]], [[2], [2]], [[7, 2], [8, 8, 8, 2]]]
-    return build_tree(prompts, titles)
+    return build_tree([[5, 6, 7], [8], [9, 4]], titles)
 
 
 def index_add(tree, token_logps):
@@ -39,27 +37,27 @@ def index_add(tree, token_logps):
 
 @pytest.mark.parametrize("tree", [ragged_tree(), build_tree([[5]], [[[2]]])], ids=["ragged", "one"])
 def test_sums_equal_those_of_index_add(tree):
-    """Forward and gradient; in fp32 as exact as adding one after the other."""
+    """Forward and gradient, in fp32 as exact as adding one after the other; compiled, too."""
     token_logps = torch.randn(len(tree.labels), requires_grad=True)
     weights = torch.randn(len(tree.input_ids), tree.num_completions)
-
     sums, plain = tree.sum_logps(token_logps), index_add(tree, token_logps)
     exact = index_add(tree, token_logps.double())
     assert sums.shape == plain.shape
     assert (sums - exact).abs().max() <= (plain - exact).abs().max() + 1e-6
-
-    (gradient,) = torch.autograd.grad((sums * weights).sum(), token_logps)
-    (expected,) = torch.autograd.grad((plain * weights).sum(), token_logps)
-    assert torch.equal(gradient, expected)
+    gradients = [torch.autograd.grad((s * weights).sum(), token_logps)[0] for s in (sums, plain)]
+    assert torch.equal(*gradients)
+    compiled = torch.compile(tree.sum_logps, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(token_logps), sums)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a dry run holds no data
+        assert tree.sum_logps(mode.from_tensor(token_logps)).shape == sums.shape
 
 
 class NoAtomics(TorchDispatchMode):
     """Raises at operations whose CUDA kernels add to one place from several threads."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
         adds = ("index_add", "scatter_add", "scatter_reduce", "bincount", "cumsum", "index_put")
-        assert not any(word in name for word in adds), name
+        assert not any(word in str(function) for word in adds), str(function)
         return function(*args, **(kwargs or {}))
 
 
@@ -73,18 +71,7 @@ def test_sums_add_in_a_fixed_order():
             index_add(tree, token_logps)
 
 
-def test_sums_run_on_fake_tensors_and_compiled():
-    """A dry run holds no data, and torch.compile sees one graph."""
-    tree = ragged_tree()
-    token_logps = torch.randn(len(tree.labels))
-    compiled = torch.compile(tree.sum_logps, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(token_logps), tree.sum_logps(token_logps))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = tree.sum_logps(mode.from_tensor(token_logps))
-        assert fake.shape == (3, 2)
-
-
-# ---------------------------------------------------------------------- the pass
+# ---------------------------------------------------------------------- the pass and its file
 @pytest.fixture
 def stage(small_world, tmp_path):  # noqa: F811
     """make(**options) -> (run, objective, schedule) of a RecPO stage with those options changed."""
@@ -92,14 +79,18 @@ def stage(small_world, tmp_path):  # noqa: F811
 
     def make(world_size: int = 1, **options):
         changed = replace(config, **{"batch_size": 5, "micro_batch_tokens": 500} | options)
-        world = (changed, encoded, base)
-        objective, _ = objective_and_optimizer(world, "recpo")
+        objective, _ = objective_and_optimizer((changed, encoded, base), "recpo")
         widths = tree_widths(encoded, objective.slots)
         schedule = Schedule(changed, changed.epochs, widths, world_size)
         run = SimpleNamespace(config=changed, device=CPU, train=encoded, folder=tmp_path, rank=0)
         return run, objective, schedule
 
     return make
+
+
+def prepared(run, objective, schedule, weights="w", tokens="t") -> str:
+    made_from = {"weights": weights, "token ids": tokens}
+    return prepare_reference(run, made_from, objective, schedule)
 
 
 def one_by_one(objective) -> torch.Tensor:
@@ -112,67 +103,58 @@ def one_by_one(objective) -> torch.Tensor:
     return logps
 
 
-def test_every_row_is_its_own_examples(stage):
+@pytest.mark.parametrize("budget", [500, 100_000])
+def test_every_row_is_its_own_examples(stage, budget):
     """Each log-prob is that of its title alone behind its prompt, however the pass is divided."""
-    for budget in (500, 100_000):
-        run, objective, schedule = stage(micro_batch_tokens=budget)
-        prepare_reference(run, "w", "t", objective, schedule)
-        torch.testing.assert_close(objective.reference_logps, one_by_one(objective))
-        for file in run.folder.glob("reference-*"):
-            file.unlink()
+    run, objective, schedule = stage(micro_batch_tokens=budget)
+    prepared(run, objective, schedule)
+    torch.testing.assert_close(objective.reference_logps, one_by_one(objective))
 
 
 def test_examples_that_a_short_stage_never_sees_stay_unknown(stage):
     """With --max_steps 1 only the first step's examples are scored; the others are NaN, not 0."""
     run, objective, schedule = stage(max_steps=1)
-    prepare_reference(run, "w", "t", objective, schedule)
+    prepared(run, objective, schedule)
     known = objective.reference_logps.isfinite().all(1).nonzero().squeeze(1).tolist()
     assert known == sorted(schedule.examples(0))
     assert objective.reference_logps.isnan().any(1).sum() == len(schedule.widths) - len(known)
 
 
-# ---------------------------------------------------------------------- the file
 def test_the_stored_file_is_read_whatever_the_division(stage, monkeypatch):
     """Process count, batches, micro-batches, seed and epochs do not matter, and no pass runs."""
     run, first, schedule = stage()
-    key = prepare_reference(run, "w", "t", first, schedule)
+    key = prepared(run, first, schedule)
     monkeypatch.setattr("runtime.reference.reference_pass", None)  # calling it would be an error
     others = ({"world_size": 3}, {"batch_size": 4}, {"micro_batch_tokens": 9000}, {"seed": 7})
     for options in (*others, {"epochs": 1.0}):
         run, objective, schedule = stage(**options)
-        assert prepare_reference(run, "w", "t", objective, schedule) == key
+        assert prepared(run, objective, schedule) == key
         assert torch.equal(objective.reference_logps, first.reference_logps)
 
 
 def test_the_key_names_all_that_the_log_probs_depend_on(stage):
     """Other weights, tokens, dtype, or a base in 4 bits: another key."""
-    keys, same = set(), {}
     others = ({"dtype": "bfloat16"}, {"load_in_4bit": True})
-    cases = [("w", "t", same), ("v", "t", same), ("w", "u", same)]
-    for weights, tokens, options in cases + [("w", "t", other) for other in others]:
+    cases = [("w", "t", {}), ("v", "t", {}), ("w", "u", {}), *(("w", "t", o) for o in others)]
+    keys = set()
+    for weights, tokens, options in cases:
         run, objective, schedule = stage(max_steps=1)
         run.config = replace(run.config, **options)
-        keys.add(prepare_reference(run, weights, tokens, objective, schedule))
+        keys.add(prepared(run, objective, schedule, weights, tokens))
     assert len(keys) == 5
 
 
 def test_the_tokens_key_names_prompts_titles_and_their_order(stage):
     run, objective, _ = stage()
     encoded, slots = run.train, objective.slots
-    prompts = [p.copy() for p in encoded.prompts]
+    prompts, swapped = [p.copy() for p in encoded.prompts], slots.copy()
     prompts[3][0] += 1
-    item = encoded.examples.candidates[2, slots[2, 0]]
-    completions = encoded.completions | {int(item): [9, 0]}
-    swapped = slots.copy()
     swapped[5] = swapped[5][::-1]
-    assert tokens_key(encoded, slots) == tokens_key(encoded, slots.copy())
-    others = [
-        tokens_key(encoded, slots),
-        tokens_key(replace(encoded, prompts=prompts), slots),
-        tokens_key(replace(encoded, completions=completions), slots),
-        tokens_key(encoded, swapped),
-    ]
-    assert len(set(others)) == 4
+    item = int(encoded.examples.candidates[2, slots[2, 0]])
+    changes = ({}, {"prompts": prompts}, {"completions": encoded.completions | {item: [9, 0]}})
+    keys = [tokens_key(replace(encoded, **change), slots) for change in changes]
+    assert len({*keys, tokens_key(encoded, swapped)}) == 4
+    assert tokens_key(encoded, slots.copy()) == keys[0]
 
 
 def test_the_weights_key_names_base_and_adapter(stage, tmp_path):
@@ -181,7 +163,7 @@ def test_the_weights_key_names_base_and_adapter(stage, tmp_path):
     model, base = objective.model, objective.model.source
     shutil.copytree(base, tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
-    tensors["model.norm.weight"] += 1
+    tensors["model.layers.0.mlp.down_proj.weight"][-1, -1] += 1
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     changes = {"a": {}, "b": {}, "c": {"lora_alpha": 1.0}, "d": {"use_rslora": True}}
     for name, change in changes.items():
@@ -200,29 +182,26 @@ def test_the_weights_key_names_base_and_adapter(stage, tmp_path):
 def test_a_damaged_file_is_computed_again(stage, how, capsys):
     """It is named, never used, and replaced by one with the bits that it had."""
     run, objective, schedule = stage()
-    prepare_reference(run, "w", "t", objective, schedule)
+    prepared(run, objective, schedule)
     (file,) = run.folder.glob("reference-*.safetensors")
     whole, content = objective.reference_logps, bytearray(file.read_bytes())
-    if how == "flipped":
-        content[-10] ^= 4
+    content[-10] ^= 4 * (how == "flipped")
     file.write_bytes(content[:-4] if how == "cut" else content)
     if how == "without hash":
         file.with_name(f"{file.name}.sha256").unlink()
-    prepare_reference(run, "w", "t", objective, schedule)
+    prepared(run, objective, schedule)
     assert f"note: {file} is damaged; computing it again" in capsys.readouterr().out
     assert torch.equal(load_file(file)["logps"], whole)
     assert torch.equal(objective.reference_logps, whole)
 
 
 # ---------------------------------------------------------------------- the first step
-def first_rewards(stage, change=None, **options):
+def first_rewards(stage, change=lambda logps: logps, **options):
     """The objective after its first step; its reference was filled by micro-batches of 1 prompt."""
-    run, objective, schedule = stage()
-    prepare_reference(run, "w", "t", objective, schedule)
+    prepared(*stage())
     run, objective, schedule = stage(**options)
-    prepare_reference(run, "w", "t", objective, schedule)
-    if change:
-        objective.reference_logps = change(objective.reference_logps)
+    prepared(run, objective, schedule)
+    objective.reference_logps = change(objective.reference_logps)
     with torch.no_grad():
         for batch in schedule.micro_batches(0, 0):
             objective(objective.prepare(batch, schedule.examples(0)))
@@ -230,30 +209,36 @@ def first_rewards(stage, change=None, **options):
 
 
 def test_first_rewards_are_zero_to_the_bit_or_to_rounding(stage, capsys):
-    """Exactly zero with the micro-batches that filled the file, below 1e-3 nats with others."""
+    """Exactly zero with the micro-batches that filled the file, below 1e-3 nats with others; and
+    they are for the first step alone: then, or after a checkpoint, nothing piles up."""
     check_first_rewards(first_rewards(stage), exact=True)
     assert "at most 0.0e+00 nats per title" in capsys.readouterr().out
     objective = first_rewards(stage, micro_batch_tokens=100_000)
-    largest = torch.cat(objective.first_rewards).abs().max().item()
+    assert torch.cat(objective.first_rewards).abs().max().item() < 1e-4
     check_first_rewards(objective, exact=True)
-    assert largest < 1e-4 and objective.first_rewards is None
+    assert objective.first_rewards is None
+    _, resumed, _ = stage()
+    resumed.load_state({})
+    for later in (objective, resumed):
+        with torch.no_grad():
+            later(later.prepare([0, 1], np.arange(2)))
+        assert later.first_rewards is None
 
 
 def test_a_reference_of_other_rows_or_weights_stops_before_training(stage):
     """Shifted rows, or 0.01 nat off, are an error in fp32; bf16 lets 0.4 nat pass and 0.6 not."""
-    for change in (lambda logps: logps.roll(1, 0), lambda logps: logps + 0.01):
-        with pytest.raises(ValueError, match="differ before training"):
-            check_first_rewards(first_rewards(stage, change), exact=True)
     check_first_rewards(first_rewards(stage, lambda logps: logps + 0.4), exact=False)
-    with pytest.raises(ValueError, match="differ before training"):
-        check_first_rewards(first_rewards(stage, lambda logps: logps + 0.6), exact=False)
+    changes = [(lambda logps: logps.roll(1, 0), True), (lambda logps: logps + 0.01, True)]
+    for change, exact in (*changes, (lambda logps: logps + 0.6, False)):
+        with pytest.raises(ValueError, match="differ before training"):
+            check_first_rewards(first_rewards(stage, change), exact=exact)
 
 
 # what two ranks say of rewards that are wrong on rank 1 alone
-TWO_RANKS = """
+TWO_RANKS = f"""
 import sys
 from types import SimpleNamespace
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import torch
 from common import run_cli
 from runtime.processes import setup_distributed
@@ -274,28 +259,8 @@ run_cli(main)
 
 def test_all_ranks_stop_if_the_rewards_of_one_are_wrong(tmp_path):
     """Otherwise the others would wait for it."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS.format(root=str(ROOT)))
-    done = run_script(script, processes=2, cwd=tmp_path)
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    done = run_script(tmp_path / "two.py", processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert "differ before training: max 1.00e-02" in (tmp_path / f"rank-{rank}").read_text()
-
-
-def test_after_a_resume_no_rewards_are_kept(stage, small_world):  # noqa: F811
-    """They are for the first step alone; after it, or after a checkpoint, nothing piles up."""
-    run, objective, schedule = stage()
-    prepare_reference(run, "w", "t", objective, schedule)
-    parameters = [p for p in objective.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    save_checkpoint(run.folder, 3, objective.model, optimizer, {}, 1, 1)
-    (run.folder / "metrics.jsonl").write_text("")
-
-    run.world_size = 1
-    assert objective.first_rewards == []
-    facts = {"model": objective.model, "optimizer": optimizer, "identity": {}}
-    resumed = SimpleNamespace(run=run, folder=run.folder, objective=objective, **facts)
-    assert resume_stage(resumed) == 3
-    with torch.no_grad():
-        objective(objective.prepare([0, 1], np.arange(2)))
-    assert objective.first_rewards is None

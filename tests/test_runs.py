@@ -1,5 +1,4 @@
-"""A run's log and folder, its end by a signal or a full disk, and its stages:
-what they start from, who may read them."""
+"""A run's log and folder, its end by a signal or a full disk, what its stages start from."""
 
 import gc
 import json
@@ -12,6 +11,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from launch import (
     assert_same_results,
     lines,
     losses,
+    places,
     run_train,
     start_torchrun,
     start_train,
@@ -36,30 +37,27 @@ from common import Stopped
 from demo.pretrain import BASE
 from eval import main as evaluate_run
 from model import load_pretrained
-from runtime.checkpoint import checkpoints
+from runtime.checkpoint import newest
 from runtime.runs import Logger, StepMetrics, going_on, run_folder
-from runtime.stages import check_start, save_predictions
-from runtime.validation import SHOWN
+from runtime.stages import save_predictions
 from studies.probes import main as probe_run
 
 
 # ------------------------------------------------------------------------ the log
-def printed_lines(tmp_path, capsys, ends: list[float], num_steps: int) -> list[str]:
-    """What a stage prints, a line a step, whose steps ended at these times."""
-    logger = Logger(tmp_path / "m.jsonl", 1)
-    for step, ended in enumerate(ends):
-        metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
-        logger(step, num_steps, metrics, "sft", ended)
-    logger.close()
-    return capsys.readouterr().out.splitlines()
-
-
 def test_a_printed_line_says_how_long_it_will_take(tmp_path, capsys):
     """Steps of 2 seconds: after 3 of 100 the stage has 97 * 2 s left; the first is not timed."""
-    first, _, line = printed_lines(tmp_path, capsys, [5.0, 7.0, 9.0], 100)
+    run = SimpleNamespace(config=SimpleNamespace(logging_steps=1))
+    schedule = {"num_steps": 100, "steps_per_epoch": 10, "due": lambda every, steps: every == 1}
+    log = Logger(run, "sft", tmp_path, SimpleNamespace(**schedule))
+    for step, ended in enumerate([5.0, 7.0, 9.0]):
+        metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
+        log(step, SimpleNamespace(read=lambda m=metrics: m, ended=ended))
+    assert lines(tmp_path / "metrics.jsonl") == 2  # the last is read when the next has begun
+    log.flush()
+    log.close()
+    first, _, line = capsys.readouterr().out.splitlines()
     assert "left" not in first and first.endswith("learning_rate 1.0e-01")
-    assert "3/100 | loss  1.0000" in line
-    assert line.endswith("2000 ms/step | left 03:14")
+    assert "3/100 | loss  1.0000" in line and line.endswith("2000 ms/step | left 03:14")
 
 
 def test_a_step_ends_when_it_did_and_not_when_its_metrics_are_read(monkeypatch):
@@ -87,36 +85,24 @@ def test_a_process_killed_while_it_writes_predictions_leaves_the_ones_before(tmp
 
 
 def test_run_folder_holds_what_the_readme_promises(one_process):
-    """Config, PEFT adapter, HF model with tokenizer, metrics,
-    predictions and the result table are there."""
+    """Config, PEFT adapter, HF model with tokenizer, metrics, predictions and the result table."""
     folder = one_process[0] / "one"
-    for name in (
-        "config.json", "results.md", "sft/model.safetensors", "sft/config.json",
-        "sft/tokenizer.json", "recpo/adapter_model.safetensors",
-        "recpo/adapter_config.json", "recpo/eval/metrics.json",
-    ):  # fmt: skip
-        assert (folder / name).is_file(), name
-    records = [
-        json.loads(line)
-        for line in (folder / "recpo/eval/predictions.jsonl").read_text().splitlines()
-    ]
+    files = "config.json results.md sft/model.safetensors sft/config.json sft/tokenizer.json "
+    files += "recpo/adapter_model.safetensors recpo/adapter_config.json recpo/eval/metrics.json"
+    assert all((folder / name).is_file() for name in files.split())
+    records = [json.loads(line) for line in (folder / "recpo/eval/predictions.jsonl").open()]
     assert len(records) == 8
     assert all(len(r["logps"]) == 20 and r["target"] in r["candidates"] for r in records)
-    table = (folder / "results.md").read_text()
-    assert all(
-        word in table
-        for word in ("chance", "popularity", "item-kNN", "Markov", "sft", "recpo", "Bayes-optimal")
-    )
+    table, rows = (folder / "results.md").read_text(), "chance popularity item-kNN Markov sft recpo"
+    assert all(row in table for row in (*rows.split(), "Bayes-optimal"))
 
 
 def test_finished_stages_are_not_run_again(one_process):
-    """--resume auto skips finished stages, starts an unfinished one anew,
-    and adds stages to a run."""
+    """--resume auto skips them, starts an unfinished one anew, and adds stages to a run."""
     tmp_path, _, before = one_process
     (tmp_path / "one" / "sdpo.unfinished").mkdir()
-    output, after = run_train(
-        tmp_path, "one", "--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto"
-    )
+    flags = ("--micro_batch_tokens=500", "--stages=sft,recpo,sdpo", "--resume=auto")
+    output, after = run_train(tmp_path, "one", *flags)
     assert "sft: finished before" in output and "recpo: finished before" in output
     assert after["sft"] == before["sft"] and len(after["sdpo"]) == len(before["recpo"])
     # K = 3 at policy = reference
@@ -127,10 +113,13 @@ def test_a_run_folder_in_use_is_not_overwritten(one_process):
     """Without --resume a used folder is an error, with other options too; nothing in it changes."""
     tmp_path = one_process[0]
     before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
-    output, _ = run_train(tmp_path, "one", expect=1)
-    assert "holds a run already" in output and "Traceback" not in output
-    output, _ = run_train(tmp_path, "one", "--resume=auto", "--beta=0.5", expect=1)
-    assert "other values of beta (1.0, now 0.5); " in output and "Traceback" not in output
+    for flags, message in (
+        ((), "holds a run already"),
+        (("--resume=auto", "--beta=0.5"), "beta (1.0, now 0.5)"),
+        (("--resume=auto", "--stages=sft"), "other values of stages ("),
+    ):
+        output, _ = run_train(tmp_path, "one", *flags, expect=1)
+        assert message in output and "Traceback" not in output
     assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
 
 
@@ -138,14 +127,12 @@ def test_a_run_goes_on_with_its_data_under_another_name(tmp_path, monkeypatch):
     """A whole path, then a path from where one stands; what is another file stays refused."""
     options = {"dataset": "csv", "data_dir": str(tmp_path / "log.csv"), "resume": "auto"}
     config = train.TrainConfig(model=str(tmp_path), output_dir=str(tmp_path / "run"), **options)
-    for name in ("log.csv", "another.csv"):
-        (tmp_path / name).touch()
     with run_folder(config) as folder:
         (folder / "results.md").write_text("a run")
     monkeypatch.chdir(folder)
     with run_folder(replace(config, data_dir="../log.csv", model="..")) as again:
         assert again == folder
-    for other in ("../another.csv", "../gone.csv", ""):
+    for other in ("../another.csv", ""):
         refused = pytest.raises(ValueError, match="other values of data_dir")
         with refused, run_folder(replace(config, data_dir=other)):
             pass
@@ -157,12 +144,21 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path, before):
     folder = tmp_path / "run"
     if before == "folder":
         folder.mkdir()
-    config = train.TrainConfig(output_dir=str(folder))
-    with pytest.raises(KeyboardInterrupt), run_folder(config):
+    with pytest.raises(KeyboardInterrupt), run_folder(train.TrainConfig(output_dir=str(folder))):
         (folder / "sft.unfinished").mkdir()
         (folder / "sft.unfinished" / "metrics.jsonl").write_text("a step" * (before == "run"))
         raise KeyboardInterrupt
     assert folder.exists() == (before != "nothing")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    """A second one is told so at once; when the first has ended, the folder is free."""
+    config = train.TrainConfig(output_dir=str(tmp_path / "run"))
+    refused = pytest.raises(ValueError, match="another process is running in this folder")
+    with run_folder(config), refused, run_folder(config):
+        pass
+    with run_folder(config):
+        pass
 
 
 def test_restarts_need_a_folder_to_go_on_in(monkeypatch):
@@ -178,55 +174,30 @@ DISK = """
 mount -t tmpfs -o size={size}k none {disk} || exit 99
 {train}
 code=$?
-test -n "{then}" && mount -o remount,{then} {disk} &&
-    {train} --resume=auto && cp -r {disk}/run {disk}-after
+mount -o remount,size=100m {disk} && {train} --resume=auto && cp -r {disk}/run {disk}-after
 exit $code
 """
 
 
-def needs_mount(tmp_path) -> None:
+def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
+    """A disk with room for two checkpoints and the best step fills up; with more room
+    --resume auto goes on to the same bits."""
     probe = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs none {tmp_path}"]
     if not shutil.which("unshare") or subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("a disk of its own needs unshare and a user namespace")
-
-
-def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
-    """A disk with room for two checkpoints fills up;
-    with more room --resume auto goes on to the same bits."""
-    needs_mount(tmp_path)
     runs, disk = whole[0], tmp_path / "disk"
     adapter = (runs / "whole" / "sft" / "adapter_model.safetensors").stat().st_size
     disk.mkdir()
     flags = [*TINY, *SAVING, f"--output_dir={disk}/run", f"--prepared_dir={runs / 'prepared'}"]
-    script = DISK.format(
-        size=int(3 * adapter * 2.5) // 1024,  # two checkpoints with their moments, not three
-        disk=disk,
-        train=f"OMP_NUM_THREADS=1 {sys.executable} {TRAIN} {' '.join(flags)}",
-        then="size=100m",
-    )
+    train_it = f"OMP_NUM_THREADS=1 {sys.executable} {TRAIN} {' '.join(flags)}"
+    # two checkpoints with their moments, not three
+    script = DISK.format(size=int(adapter * (3 * 2.5 + 1)) // 1024, disk=disk, train=train_it)
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
-    message = done.stderr.strip().splitlines()[0]
-    assert re.match(
-        r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left.*untouched", message
-    ), message
+    message = r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left"
+    assert re.match(message, done.stderr.strip().splitlines()[0]), done.stderr
     assert "Traceback" not in done.stderr and "going on from" in done.stdout
-    for stage in ("sft", "recpo"):
-        ours, theirs = (
-            load_file(f / stage / "adapter_model.safetensors")
-            for f in (tmp_path / "disk-after", runs / "whole")
-        )
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    """A second one is told so at once; when the first has ended, the folder is free."""
-    config = train.TrainConfig(output_dir=str(tmp_path / "run"))
-    refused = pytest.raises(ValueError, match="another process is running in this folder")
-    with run_folder(config), refused, run_folder(config):
-        pass
-    with run_folder(config):
-        pass
+    assert_same_results(tmp_path / "disk-after", runs / "whole")
 
 
 # ------------------------------------------------------------------------ the signal
@@ -257,9 +228,9 @@ def test_a_signal_loses_no_step(whole, number, stage, processes):
     assert re.search(r"stopped after step \d+, which is saved", log)
     python, script, *argv = shlex.split(log.splitlines()[-1])
     assert (python, script) == ("python", str(TRAIN)) and argv[-2:] == ["--resume", "auto"]
-    (saved,) = checkpoints(file.parent)
-    steps = [json.loads(line) for line in file.read_text().splitlines()]
-    assert steps[-1]["step"] == json.loads((saved / "state.json").read_text())["step"]
+    (saved,) = newest(file.parent, "checkpoint")
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert last["step"] == json.loads((saved / "state.json").read_text())["step"]
     for cache in (tmp_path / name).glob("reference-*"):
         cache.unlink()
     output, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
@@ -268,51 +239,6 @@ def test_a_signal_loses_no_step(whole, number, stage, processes):
     assert [m["step"] for m in resumed[stage]] == [m["step"] for m in metrics[stage]]
     if processes == 1:
         np.testing.assert_array_equal(losses(resumed, stage), losses(metrics, stage))
-
-
-@pytest.mark.parametrize("when", ["step", "validation"])
-@pytest.mark.parametrize("stop_at", [2, 4])
-def test_a_signal_loses_no_validation(in_process, tmp_path, monkeypatch, when, stop_at):
-    """Asked to stop on a step that is due, or while it is validated, the last one too:
-    a run that goes on has every validation once, and keeps the same step."""
-    values = {1: 0.2, 2: 0.5, 3: 0.1, 4: 0.3}
-    if stop_at == 4:
-        values[4] = 0.6
-    seen, stops = [], []
-
-    def summary(run, model):
-        seen.append(len(seen) + 1)
-        if stops and when == "validation" and seen[-1] == stop_at:
-            stops.pop()
-            signal.raise_signal(signal.SIGTERM)
-        return dict.fromkeys(("n", *SHOWN), 0.0) | {"hit_ratio@1": values[seen[-1]]}
-
-    def step(*args, inner=train.train_step, **kwargs):
-        taken.append(1)
-        if stops and when == "step" and len(taken) == stop_at:
-            stops.pop()
-            signal.raise_signal(signal.SIGTERM)
-        return inner(*args, **kwargs)
-
-    def run(name, *more):
-        folder = tmp_path / name
-        flags = (*TINY, *SAVING, "--stages=sft", "--max_steps=4", "--save_steps=0", "--keep=best")
-        flags += (f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}", "--eval_steps=1")
-        in_process(train.main, *flags, *more)
-        steps = [json.loads(line) for line in (folder / "sft/metrics.jsonl").open()]
-        validated = [m["step"] for m in steps if m["phase"] == "val"]
-        return validated, load_file(folder / "sft" / "adapter_model.safetensors")
-
-    taken = []
-    monkeypatch.setattr(train, "validation_metrics", summary)
-    monkeypatch.setattr(train, "train_step", step)
-    validated, adapter = run("whole")
-    seen.clear(), taken.clear(), stops.append(1)
-    with pytest.raises(Stopped, match=f"after step {stop_at}, which is saved"):
-        run("stopped")
-    again = run("stopped", "--resume=auto")
-    assert again[0] == validated == [1, 2, 3, 4] and len(seen) == len(taken) == 4
-    assert all(torch.equal(tensor, adapter[name]) for name, tensor in again[1].items())
 
 
 def test_a_signal_before_the_first_step_leaves_no_folder(in_process, tmp_path, monkeypatch):
@@ -338,24 +264,19 @@ def test_the_command_that_goes_on_is_complete(monkeypatch):
     assert going_on(Path("runs/csv-1")) == wanted
 
 
-def test_torchrun_ends_with_the_error_of_one_rank(tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "message"), [("--beta=x", "invalid float value"), ("--data_dir=no", "no such file")]
+)
+def test_torchrun_ends_with_the_error_of_one_rank(tmp_path, flag, message):
     """Found by both ranks, or by rank 0 while the other waits: said once, at the very end."""
-    for flag, message in ("--beta=x", "invalid float value"), ("--data_dir=no", "no such file"):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [
-            *launcher,
-            "--nproc_per_node=2",
-            str(TRAIN),
-            "--dataset=csv",
-            f"--model={BASE}",
-            flag,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
-        printed = done.stdout + done.stderr
-        assert done.returncode == 1 and printed.count(message) == 1
-        assert message in printed.rstrip().splitlines()[-2]  # before the last border
-        assert printed.count("Traceback (most recent call last)") == 1  # torchrun's own
-        assert not list(tmp_path.glob("runs/*"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(TRAIN), "--dataset=csv", f"--model={BASE}", flag]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 1 and printed.count(message) == 1
+    assert message in printed.rstrip().splitlines()[-2]  # before the last border
+    assert printed.count("Traceback (most recent call last)") == 1  # torchrun's own
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_torchrun_hands_ctrl_c_on(whole):
@@ -369,7 +290,7 @@ def test_torchrun_hands_ctrl_c_on(whole):
     log = (tmp_path / "interrupted.log").read_text()
     (command,) = re.findall(r"which is saved\. This goes on:\n(.*)", log)
     assert command.startswith("python -m torch.distributed.run --standalone --nproc_per_node=2 ")
-    assert command.endswith(" --resume auto") and checkpoints(folder)
+    assert command.endswith(" --resume auto") and newest(folder, "checkpoint")
 
 
 # ------------------------------------------------------------------------ the stages
@@ -387,17 +308,8 @@ def write_log(file: Path, users: int) -> Path:
 def test_a_run_over_data_that_grew_is_refused(in_process, tmp_path):
     """Finished stages hold for their data: train.py and eval.py name both hashes, write nothing."""
     log = write_log(tmp_path / "log.csv", 40)
-    flags = (
-        *TINY,
-        "--dataset=csv",
-        f"--model={BASE}",
-        f"--data_dir={log}",
-        "--max_steps=1",
-        "--core=2",
-        "--followers=3",
-        "--min_history=4",
-    )
-    flags = (*flags, f"--output_dir={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
+    flags = (*TINY, *places(tmp_path, "run"), "--dataset=csv", f"--model={BASE}")
+    flags += (f"--data_dir={log}", "--max_steps=1", "--core=2", "--followers=3", "--min_history=4")
     in_process(train.main, *flags, "--stages=sft")
     evaluation = (f"--run={tmp_path / 'run'}", f"--prepared_dir={tmp_path / 'prepared'}")
     in_process(evaluate_run, *evaluation)
@@ -405,35 +317,29 @@ def test_a_run_over_data_that_grew_is_refused(in_process, tmp_path):
     before.pop(tmp_path / "run" / "config.json")  # the stages that were asked for
 
     write_log(log, 50)
-    message = (
-        r"sft was finished on data [0-9a-f]{12}, now it is [0-9a-f]{12}, .*another --output_dir"
-    )
-    with pytest.raises(ValueError, match=message):
+    message = "sft was finished on data [0-9a-f]{12}, now it is [0-9a-f]{12}, .*"
+    with pytest.raises(ValueError, match=message + "another --output_dir"):
         in_process(train.main, *flags, "--stages=sft,recpo", "--resume=auto")
-    with pytest.raises(ValueError, match=r"sft was finished on data \w+, now it is .*by --model"):
+    with pytest.raises(ValueError, match=message + "by --model"):
         in_process(evaluate_run, *evaluation)
     assert all(f.read_bytes() == content for f, content in before.items())
     assert not (tmp_path / "run" / "recpo.unfinished").exists()
 
 
-def test_a_finished_stage_of_other_weights_is_refused(whole, in_process):
-    """A base or adapter that changed under a finished stage: both hashes, and what to do."""
-    tmp_path = whole[0]
-    folder = tmp_path / "other-weights"
-    shutil.copytree(tmp_path / "whole", folder)
-    file = folder / "sft" / "adapter_model.safetensors"
+def test_a_finished_stage_of_other_weights_is_refused(whole, in_process, tmp_path):
+    """A base or adapter that changed under a finished stage, or one that nothing is known of."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0] / "whole", folder)
+    flags = (*TINY, *SAVING, *places(tmp_path, "run"), f"--prepared_dir={whole[0] / 'prepared'}")
+    file, stamp = folder / "sft" / "adapter_model.safetensors", folder / "recpo" / "base.json"
     tensors = {name: tensor + 1e-3 for name, tensor in load_file(file).items()}
-    save_file(tensors, file)
-    flags = (*TINY, *SAVING, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'prepared'}")
-    with pytest.raises(ValueError, match=r"recpo was finished from weights \w+, now they are \w+"):
-        in_process(train.main, *flags, "--resume=auto")
-
-
-def test_a_finished_stage_of_an_older_version_is_refused(tmp_path):
-    """Its base.json does not say what it started from: the file, and what to do."""
-    (tmp_path / "base.json").write_text('{"base": "somewhere"}')
-    with pytest.raises(ValueError, match="base.json: .*starting_weights.*another --output_dir"):
-        check_start(tmp_path, Path("somewhere"), None)
+    for before in (json.loads(stamp.read_text()), {"base": "somewhere"}):
+        save_file(tensors, file)
+        stamp.write_text(json.dumps(before))
+        key = before.get("starting_weights", "None")[:12]
+        message = rf"recpo was finished on weights {key}, now it is \w+.*another --output_dir"
+        with pytest.raises(ValueError, match=message):
+            in_process(train.main, *flags, "--resume=auto")
 
 
 def test_models_and_optimizers_go_with_their_stage(whole, in_process, monkeypatch):
@@ -442,37 +348,29 @@ def test_models_and_optimizers_go_with_their_stage(whole, in_process, monkeypatc
     folder = tmp_path / "stage-after-stage"
     shutil.copytree(tmp_path / "whole", folder)
     shutil.rmtree(folder / "recpo")
-    made = []
+    made, optimizers = [], []
 
-    def watched(make):
+    def watched(make, kept):
         def wrapper(*args, **kwargs):
-            assert all(reference() is None for reference in made)
+            assert kept is optimizers or all(reference() is None for reference in made)
             result = make(*args, **kwargs)
-            made.append(weakref.ref(result[0] if isinstance(result, tuple) else result))
+            kept.append(weakref.ref(result[0] if isinstance(result, tuple) else result))
             return result
 
         return wrapper
 
-    AdamW = torch.optim.AdamW
-
-    def watched_optimizer(*args, **kwargs):
-        optimizer = AdamW(*args, **kwargs)
-        optimizers.append(weakref.ref(optimizer))
-        return optimizer
-
-    optimizers = []
-    monkeypatch.setattr("train.load_policy", watched(train.load_policy))
-    monkeypatch.setattr("runtime.sources.load_pretrained", watched(load_pretrained))
-    monkeypatch.setattr("torch.optim.AdamW", watched_optimizer)
+    monkeypatch.setattr("train.load_policy", watched(train.load_policy, made))
+    monkeypatch.setattr("runtime.sources.load_pretrained", watched(load_pretrained, made))
+    monkeypatch.setattr("torch.optim.AdamW", watched(torch.optim.AdamW, optimizers))
     gc.disable()  # it might come by at the right moment by chance
     try:
-        prepared = f"--prepared_dir={tmp_path / 'prepared'}"
-        flags = (*TINY, *SAVING, f"--output_dir={folder}", prepared, "--resume=auto")
+        flags = (*TINY, *SAVING, *places(tmp_path, folder.name), "--resume=auto")
         in_process(train.main, *flags, "--stages=sft,recpo,sdpo")
         assert len(made) == 2 and all(reference() is None for reference in made + optimizers)
-        in_process(evaluate_run, f"--run={folder}", prepared)
+        read = (f"--run={folder}", f"--prepared_dir={tmp_path / 'prepared'}")
+        in_process(evaluate_run, *read)
         assert len(made) == 5 and made[-1]() is None
-        in_process(probe_run, f"--run={folder}", prepared, "--probe=length")
+        in_process(probe_run, *read, "--probe=length")
         assert len(made) == 8 and made[-1]() is None
     finally:
         gc.enable()

@@ -1,5 +1,4 @@
-"""Sharded models: the same weights, answers, losses and adapters as one process,
-however they are divided."""
+"""Sharded models: weights, answers, losses and adapters of one process, however divided."""
 
 import json
 import os
@@ -9,25 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import FAMILIES, write_checkpoint
 from launch import TINY, TRAIN, losses, places, run_script, run_train
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from data import build_tree
-from lora import apply_lora, read_adapter, save_adapter
-from model import load_pretrained, read_weights
+from lora import apply_lora, save_adapter
+from model import load_pretrained
 from runtime.checkpoint import load_checkpoint, save_checkpoint
-from runtime.sharding import (
-    fill_adapter,
-    init_adapter,
-    own_parts,
-    reshard,
-    shard,
-    shard_group,
-    trained,
-)
+from runtime.sharding import reshard, shard, stored_parameters, trained
 from train import TrainConfig, train_step
 
 # A worker of 2 or 4 ranks: load every checkpoint in every mode and compare with the plain way of
@@ -68,7 +58,7 @@ for path in sorted(folder.glob("*/config.json")):
         assert answers == generate(plain, prompts, 6, {2}), (path, mode)
         with torch.no_grad():
             torch.testing.assert_close(model(tree), plain(tree), rtol=1e-5, atol=1e-5)
-        whole = dict(gathered(model))
+        whole = dict(gathered(model.state_dict()))
         if rank == 0:
             for name, p in plain.state_dict().items():
                 message = f"{path} {mode} {name}"
@@ -94,27 +84,20 @@ def test_every_family_loads_sharded_as_it_loads_whole(processes, tmp_path):
     assert done.stdout.count("ALL GOOD") == processes, done.stderr[-3000:]
 
 
-def test_groups_must_divide_the_world(monkeypatch):
-    """hybrid's group is a machine by default;
-    one that does not divide the processes is an error that lists those that do."""
-    assert [shard_group(mode, 0, 8) for mode in ("full", "none")] == [8, 1]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert shard_group("hybrid", 0, 8) == 4 and shard_group("hybrid", 2, 8) == 2
-    with pytest.raises(
-        ValueError, match=r"shard_group_size 3 does not divide the 8.*\[1, 2, 4, 8\]"
-    ):
-        shard_group("hybrid", 3, 8)
+def test_groups_must_divide_the_world(group, monkeypatch):
+    """hybrid's group is a machine by default; one that does not divide the processes is refused."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for size, named in ((0, 3), (5, 5)):
+        with pytest.raises(ValueError, match=f"shard_group_size {named} must divide the 8"):
+            shard(None, "hybrid", size, "cpu")
+    assert shard(None, "none", 0, "cpu") == shard(None, "hybrid", 1, "cpu") == 8  # replicas
 
 
 # 21 steps a stage
-LONG = (
-    "--sft_epochs=7",
-    "--epochs=7",
-    "--micro_batch_tokens=1500",
-    "--sft_lora_r=4",
-    "--lora_dropout=0",
-    "--sft_learning_rate=1e-3",  # adapters that moved 10 times as far differ 10 times as much
-)
+LONG = ("--sft_epochs=7", "--epochs=7", "--micro_batch_tokens=1500", "--sft_lora_r=4")
+# adapters that moved 10 times as far differ 10 times as much
+LONG += ("--lora_dropout=0", "--sft_learning_rate=1e-3")
 
 
 @pytest.fixture(scope="module")
@@ -134,23 +117,17 @@ def assert_same_run(tmp_path, name, metrics, expected) -> None:
         assert max((ours[key] - theirs[key]).abs().max().item() for key in theirs) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "processes, mode",
-    [
-        pytest.param(2, "full", marks=pytest.mark.slow),
-        pytest.param(2, "none", marks=pytest.mark.slow),
-        pytest.param(4, "full", marks=pytest.mark.slow),
-        pytest.param(4, "none", marks=pytest.mark.slow),
-        (4, "hybrid"),
-    ],
-)
+DIVISIONS = [
+    pytest.param(n, mode, marks=pytest.mark.slow) for n in (2, 4) for mode in ("full", "none")
+]
+
+
+@pytest.mark.parametrize("processes, mode", [*DIVISIONS, (4, "hybrid")])
 def test_any_division_gives_the_same_run(alone, processes, mode):
     """20 steps a stage: losses to 1e-4, final adapters to 1e-5."""
     tmp_path, expected = alone
-    name = f"{mode}-{processes}"
-    _, metrics = run_train(
-        tmp_path, name, *LONG, f"--shard={mode}", "--shard_group_size=2", processes=processes
-    )
+    name, flags = f"{mode}-{processes}", (f"--shard={mode}", "--shard_group_size=2")
+    _, metrics = run_train(tmp_path, name, *LONG, *flags, processes=processes)
     assert_same_run(tmp_path, name, metrics, expected)
 
 
@@ -177,85 +154,57 @@ def test_two_agents_give_the_same_run(alone):
 
 # ---------------------------------------------------------------------- the real parameters
 @pytest.fixture
-def gathered_model(tmp_path):
-    """A sharded model as a pass without backward leaves it, in a group of one; also on disk."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def sharded(group, tmp_path):
+    """A sharded model with an adapter, in a group of one, and its optimizer after a step."""
     write_checkpoint(tmp_path / "base")
     model = apply_lora(load_pretrained(tmp_path / "base"), 4, 8, seed=5)
-    save_adapter(model, tmp_path / "adapter")
     shard(model, "full", 0, "cpu", torch.float32)  # a dtype: otherwise one rank needs no shards
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    (-model(build_tree([[5, 6]], [[[8, 2]]]))[0].sum()).backward()
+    optimizer.step()
+    return tmp_path, model, optimizer
+
+
+def test_gathered_weights_are_never_taken_for_the_real_ones(sharded):
+    """After a pass without backward every way to weights or moments raises, naming a parameter,
+    until they are resharded; the optimizer must step what a checkpoint fills."""
+    folder, model, optimizer = sharded
+    save_checkpoint(folder, 3, model, optimizer, {}, 2)
     with torch.no_grad():
         model(build_tree([[5, 6]], [[[8, 2]]]))
-    yield tmp_path, model, optimizer
-    dist.destroy_process_group()
-
-
-STATE = {"optimizer_steps": 1}
-# what fills, or reads, weights or optimizer state: each a function of (folder, model, optimizer)
-ACCESS = {
-    "base weights": lambda folder, model, _: read_weights(model, own_parts(model)),
-    "fresh adapter": lambda folder, model, _: init_adapter(model, 3),
-    "adapter": lambda folder, model, _: fill_adapter(
-        model, read_adapter(load_pretrained(folder / "base"), folder / "adapter")[1]
-    ),
-    "trained": lambda folder, model, _: trained(model),
-    "save": lambda folder, model, adamw: save_checkpoint(folder, 3, model, adamw, STATE, 1, 2),
-    "load": lambda folder, model, adamw: load_checkpoint(folder / "saved", model, adamw, {}),
-}
-
-
-@pytest.mark.parametrize("access", ACCESS)
-def test_gathered_weights_are_never_taken_for_the_real_ones(gathered_model, access):
-    """Before reshard every way to weights or moments raises, naming a parameter; then all work."""
-    folder, model, optimizer = gathered_model
-    (folder / "saved").mkdir()
-    (folder / "saved" / "state.json").write_text("{}")
-    with pytest.raises(RuntimeError, match=r"(embed|lm_head|layers\.1).*gathered.*reshard"):
-        ACCESS[access](folder, model, optimizer)
-
+    ways = (
+        lambda: stored_parameters(model),
+        lambda: trained(model),
+        lambda: save_checkpoint(folder, 4, model, optimizer, {}, 2),
+        lambda: load_checkpoint(folder / "checkpoint-3", model, optimizer, {}),
+    )
+    for way in ways:
+        with pytest.raises(RuntimeError, match=r"(embed|lm_head|layers\.1).*gathered.*reshard"):
+            way()
     reshard(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    for p in trained(model).values():
-        optimizer.state[p] = {m: torch.ones_like(p) for m in ("exp_avg", "exp_avg_sq")}
-    (folder / "saved" / "state.json").unlink()
-    (folder / "saved").rmdir()
-    save_checkpoint(folder, 3, model, optimizer, STATE, 1, 2).rename(folder / "saved")
-    ACCESS[access](folder, model, optimizer)
-
-
-def test_an_optimizer_of_other_parameters_is_refused(gathered_model):
-    """Moments are filled in for the parameters that the optimizer steps, or not at all."""
-    folder, model, optimizer = gathered_model
-    reshard(model)
-    saved = save_checkpoint(folder, 3, model, optimizer, {"optimizer_steps": 0}, 1, 2)
-    load_checkpoint(saved, model, optimizer, {})
+    for way in ways:
+        way()
     optimizer.param_groups[0]["params"].pop()
     with pytest.raises(AssertionError, match="moments"):
-        load_checkpoint(saved, model, optimizer, {})
+        ways[-1]()
 
 
 @pytest.mark.parametrize("r", [0, 4])
-def test_gradients_of_all_weights_are_reduced_after_every_micro_batch(tmp_path, r):
-    """Between micro-batches full training holds its rows only;
-    adapters are reduced once per step."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        write_checkpoint(tmp_path / "base")
-        model = load_pretrained(tmp_path / "base")
-        if r:
-            apply_lora(model, r, 8)
-        shard(model, "full", 0, "cpu", torch.float32)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, fused=True)
-        reduced = []
+def test_gradients_of_all_weights_are_reduced_after_every_micro_batch(group, tmp_path, r):
+    """Between micro-batches full training holds its rows only; adapters are reduced once a step."""
+    model = load_pretrained(write_checkpoint(tmp_path / "base"))
+    if r:
+        apply_lora(model, r, 8)
+    shard(model, "full", 0, "cpu", torch.float32)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    reduced = []
 
-        def compute(batch):
-            reduced.append(all(p.grad is not None for p in parameters))
-            loss = -model(build_tree([[5, 6]], [[[8, 2]]]))[0].sum()
-            return loss, {"loss": (loss.detach(), 1.0)}
+    def compute(batch):
+        reduced.append(all(p.grad is not None for p in parameters))
+        loss = -model(build_tree([[5, 6]], [[[8, 2]]]))[0].sum()
+        return loss, {"loss": (loss.detach(), 1.0)}
 
-        train_step(model, optimizer, [0, 1], compute, 1e-3, TrainConfig())
-        assert reduced == [False, r == 0]
-    finally:
-        dist.destroy_process_group()
+    train_step(model, optimizer, [0, 1], compute, 1e-3, TrainConfig())
+    assert reduced == [False, r == 0]

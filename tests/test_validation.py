@@ -1,57 +1,35 @@
-"""Validation while a stage trains:
-its users, its curve, that it changes nothing, and the best step's weights."""
+"""Validation while a stage trains: its users, its curve, that it changes nothing, the best step."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, TINY, losses, run_train
+from launch import ROOT, TINY, losses, places, run_train
 from safetensors.torch import load_file
 
 import train
 from common import Stopped
 from loaders.frozen import DataConfig, prepare
 from runtime.checkpoint import save_checkpoint
-from runtime.validation import SHOWN
+from runtime.stages import SHOWN, encode_sample
 from train import TrainConfig
 
-# train.py in which the first validation is the best one
-DECREE = """
-import sys
-sys.path.insert(0, {root!r})
-import train
-from runtime.validation import SHOWN
-
-values = iter([0.9, 0.1])
-train.validation_metrics = lambda run, model: dict.fromkeys(SHOWN, 0.0) | {{
-    "n": 1, "hit_ratio@1": next(values)
-}}
-train.run_cli(train.main)
-"""
 # an adapter and dropout in SFT, so that random state matters
 SHORT = ("--stages=sft", "--max_steps=4", "--sft_lora_r=4")
 
 
 def val_lines(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     return [m for m in lines if m["phase"] == "val"]
 
 
-@pytest.fixture(scope="module")
-def validated(tmp_path_factory):
-    """A run that validates after every step, in one process."""
-    tmp_path = tmp_path_factory.mktemp("validated")
-    output, metrics = run_train(tmp_path, "often", *SHORT, "--eval_steps=1", "--keep=best")
-    return tmp_path, output, metrics
-
-
-def test_validation_changes_no_step(validated):
+# ------------------------------------------------------------------------ the curve
+def test_validation_changes_no_step(tmp_path):
     """Losses with and without it are the same bits, dropout included; the curve has every step."""
-    tmp_path, output, metrics = validated
+    output, metrics = run_train(tmp_path, "often", *SHORT, "--eval_steps=1", "--keep=best")
     _, without = run_train(tmp_path, "never", *SHORT, "--val_size=0")
     assert losses(metrics, "sft").tolist() == losses(without, "sft").tolist()
     assert not val_lines(tmp_path / "never" / "sft")
@@ -60,14 +38,13 @@ def test_validation_changes_no_step(validated):
     assert output.count("| val n 8 | written") == 4
 
 
-def test_validation_on_two_sharded_ranks_is_that_of_one(validated):
+def test_validation_on_two_sharded_ranks_is_that_of_one(tmp_path):
     """Every rank answers its share; curves agree to rounding, and so does what is kept."""
-    tmp_path, *_ = validated  # its prepared examples serve again; dropout is drawn per rank
     flags = (*SHORT, "--max_steps=2", "--lora_dropout=0", "--eval_steps=1", "--keep=best")
     for name, processes in (("one", 1), ("two", 2)):
         run_train(tmp_path, name, *flags, processes=processes)
     one, two = (val_lines(tmp_path / name / "sft") for name in ("one", "two"))
-    assert [m["step"] for m in one] == [m["step"] for m in two]
+    assert [m["step"] for m in one] == [m["step"] for m in two] == [1, 2]
     for key in ("val/hit_ratio@1", "val/valid_ratio", "val/ranking/mrr"):
         assert [m[key] for m in one] == pytest.approx([m[key] for m in two], abs=1e-6)
     adapters = [load_file(tmp_path / n / "sft/adapter_model.safetensors") for n in ("one", "two")]
@@ -78,11 +55,9 @@ def test_validation_on_two_sharded_ranks_is_that_of_one(validated):
 def test_validation_users_are_a_sample_of_the_validation_split(tmp_path, monkeypatch):
     """Each example lies at its user's last interaction but one: no test answer is among them."""
     prepared = prepare(DataConfig(planted_users=60, followers=3, prepared_dir=str(tmp_path)))
-    monkeypatch.setattr("runtime.validation.encode_examples", lambda examples, *rest: examples)
-    sample, again, none = (
-        train.encode_sample(prepared.splits["val"], None, TrainConfig(val_size=n))
-        for n in (20, 20, 0)
-    )
+    monkeypatch.setattr("runtime.stages.encode_examples", lambda examples, *rest: examples)
+    val = prepared.splits["val"]
+    sample, again, none = (encode_sample(val, None, TrainConfig(val_size=n)) for n in (20, 20, 0))
     interactions = sample.interactions
     assert len(sample.position) == 20 and np.array_equal(sample.position, again.position)
     assert (sample.position == interactions.start[interactions.user[sample.position] + 1] - 2).all()
@@ -90,7 +65,7 @@ def test_validation_users_are_a_sample_of_the_validation_split(tmp_path, monkeyp
 
 
 def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypatch):
-    """What train.py hands to a stage are examples of the val split, and test is answered last."""
+    """What a stage answers are examples of the val split, and test is answered last."""
     answered = []
     inner = train.predict
 
@@ -100,41 +75,49 @@ def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypat
         return inner(model, tokenizer, encoded, *rest, **options)
 
     monkeypatch.setattr(train, "predict", spy)
-    flags = (*TINY, *SHORT, "--max_steps=2", f"--output_dir={tmp_path / 'run'}")
-    in_process(train.main, *flags, f"--prepared_dir={tmp_path / 'p'}", "--eval_steps=1")
+    flags = (*TINY, *SHORT, "--max_steps=2", "--eval_steps=1", *places(tmp_path, "run"))
+    in_process(train.main, *flags)
     assert answered == [{2}, {2}, {1}]
 
 
+# ------------------------------------------------------------------------ the best step
 @pytest.fixture
 def decreed(in_process, tmp_path, monkeypatch):
     """run(name, values, *flags): SFT whose validations have these hit ratios, in order.
 
-    `signal_at`, a validation's number, gets a SIGTERM before it returns; `die`, a step's, ends the
-    run when its checkpoint is in place. Returns lines of the curve and the adapter."""
+    `die`, a step's number, ends the run when its checkpoint is in place; a SIGTERM comes before the
+    step `stop_step` or in the validation `stop_val`. Returns lines of the curve and the adapter."""
 
-    def run(name, values, *flags, signal_at=0, die=0):
-        left = list(values)
+    def run(name, values, *flags, die=0, stop_step=0, stop_val=0):
+        left, taken = list(values), []
+        inner = train_step
 
         def summary(run, model):
-            if len(values) - len(left) + 1 == signal_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return dict.fromkeys(SHOWN, 0.0) | {"n": 1, "hit_ratio@1": left.pop(0)}
+            if len(values) - len(left) + 1 == stop_val:
+                signal.raise_signal(signal.SIGTERM)
+            return dict.fromkeys(("n", *SHOWN), 1.0) | {"hit_ratio@1": left.pop(0)}
 
-        def save(folder, step, *args, **facts):
-            saved = save_checkpoint(folder, step, *args, **facts)
+        def step(*args, **kwargs):
+            taken.append(1)
+            if len(taken) == stop_step:
+                signal.raise_signal(signal.SIGTERM)
+            return inner(*args, **kwargs)
+
+        def save(folder, step, *facts):
+            save_checkpoint(folder, step, *facts)
             if step == die:
                 raise KeyboardInterrupt
-            return saved
 
         monkeypatch.setattr(train, "validation_metrics", summary)
-        monkeypatch.setattr(train.stages, "save_checkpoint", save)
-        folder = tmp_path / name
-        options = (*TINY, *SHORT, f"--output_dir={folder}", f"--prepared_dir={tmp_path / 'p'}")
-        options += ("--save_steps=1", "--eval_steps=1", "--keep=best", *flags)
-        in_process(train.main, *options)
-        assert not left
-        return val_lines(folder / "sft"), load_file(folder / "sft" / "adapter_model.safetensors")
+        monkeypatch.setattr(train, "train_step", step)
+        monkeypatch.setattr(train, "save_checkpoint", save)
+        options = (*TINY, *SHORT, *places(tmp_path, name), "--eval_steps=1", "--keep=best")
+        in_process(train.main, *options, "--save_steps=1", *flags)
+        assert not left and len(taken) == len(values)
+        folder = tmp_path / name / "sft"
+        return val_lines(folder), load_file(folder / "adapter_model.safetensors")
 
+    train_step = train.train_step
     return run
 
 
@@ -153,41 +136,62 @@ def test_the_best_step_is_kept_the_earlier_of_equal_ones(decreed, tmp_path, caps
         decreed("stopped", VALUES, die=2)
     _, adapter = decreed("whole", VALUES)
     assert "sft: keeping step 2 of 4, val/hit_ratio@1 0.5000" in capsys.readouterr().out
-    held = load_file(tmp_path / "stopped/sft.unfinished/checkpoint-2/rank-00000.safetensors")
+    held = load_file(tmp_path / "stopped/sft.unfinished/checkpoint-2/model.safetensors")
     for name, tensor in adapter.items():
         assert torch.equal(held[name.removeprefix("base_model.model.")], tensor)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("die", [2, 3])
-def test_a_killed_run_keeps_the_best_step_of_before(decreed, die):
-    """Its own, if the checkpoint is that of the best step, or an earlier one."""
+def test_a_killed_run_keeps_the_best_step_of_before(decreed, tmp_path, die, damaged):
+    """Its own, if the checkpoint is that of the best step, or an earlier one; if the checkpoint is
+    damaged, a run from the one before comes to the same."""
     with pytest.raises(KeyboardInterrupt):
         decreed("killed", VALUES, die=die)
-    assert_same(decreed("killed", VALUES[die:], "--resume=auto"), decreed("whole", VALUES))
+    if damaged:
+        (tmp_path / f"killed/sft.unfinished/checkpoint-{die}/state.json").write_text("{}")
+    resumed = decreed("killed", VALUES[die - damaged :], "--resume=auto")
+    assert_same(resumed, decreed("whole", VALUES))
 
 
-def test_a_run_falls_back_to_the_best_step_of_an_older_checkpoint(decreed, tmp_path):
-    """checkpoint-3 is damaged: checkpoint-2 knows the best step and its weights, too."""
+def test_a_damaged_best_step_is_named(decreed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         decreed("killed", VALUES, die=3)
-    (tmp_path / "killed/sft.unfinished/checkpoint-3/state.json").write_text("{}")
-    assert_same(decreed("killed", VALUES[2:], "--resume=auto"), decreed("whole", VALUES))
+    (tmp_path / "killed/sft.unfinished/best-2/model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="best-2 is damaged .*model.safetensors.*delete"):
+        decreed("killed", VALUES[3:], "--resume=auto")
 
 
-@pytest.mark.parametrize("signal_at", [2, 4])
-def test_sigterm_during_a_validation_loses_neither_it_nor_the_step(decreed, tmp_path, signal_at):
-    """The run saves and stops, after the last validation of a stage, too; the best step stays."""
-    with pytest.raises(Stopped):
-        decreed("stopped", VALUES, "--save_steps=0", signal_at=signal_at)
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("when", ["stop_step", "stop_val"])
+def test_a_signal_loses_neither_the_step_nor_its_validation(decreed, tmp_path, when, number):
+    """A step that is due to be validated, or its validation, the last of a stage, too: the run
+    saves and stops; one that goes on has every validation once, and keeps the same step."""
+    with pytest.raises(Stopped, match=f"after step {number}, which is saved"):
+        decreed("stopped", VALUES, "--save_steps=0", **{when: number})
     assert not (tmp_path / "stopped/sft").exists()
-    resumed = decreed("stopped", VALUES[signal_at:], "--save_steps=0", "--resume=auto")
+    resumed = decreed("stopped", VALUES[number:], "--save_steps=0", "--resume=auto")
     assert_same(resumed, decreed("whole", VALUES))
+
+
+# train.py in which the first validation is the best one
+DECREE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from runtime.stages import SHOWN
+
+values = iter([0.9, 0.1])
+facts = dict.fromkeys(("n", *SHOWN), 1.0)
+train.validation_metrics = lambda run, model: facts | {{"hit_ratio@1": next(values)}}
+train.run_cli(train.main)
+"""
 
 
 def test_the_best_step_of_full_training_on_two_sharded_ranks(tmp_path):
     """All weights, each rank its rows: step 1, the best by decree, is what both divisions save."""
     script = tmp_path / "decree.py"
-    script.write_text(DECREE.format(root=str(ROOT)))
+    script.write_text(DECREE)
     flags = (*SHORT, "--sft_lora_r=0", "--max_steps=2", "--eval_steps=1", "--keep=best")
     saved = {}
     for processes in (1, 2):
