@@ -66,8 +66,8 @@ class ProbeConfig(EvalConfig):
             raise ValueError("--probe needs a log; prepared examples have their candidates already")
         if self.probe in LAST_TWO and self.split_by == "time":
             raise ValueError(
-                f"--probe {self.probe} asks for each user's last two interactions, on which a run "
-                "with --split_by time may have trained; length and other lists fit it"
+                f"--probe {self.probe} asks for each user's last two interactions, which a run "
+                "with --split_by time may have trained on; only length fits it, and other lists"
             )
         if self.split != "test":
             raise ValueError("--split belongs to eval.py; a probe has its own examples")
