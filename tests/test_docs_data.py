@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import sqlite3
-import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,13 +21,6 @@ PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 QUERIES = [text for kind, text in BLOCKS if kind == "sql"]
-OTHERS = """python -m loaders --dataset movielens --data_dir ml-100k.zip
-python -m loaders --dataset parquet --data_dir log.parquet
-python -m loaders --dataset csv --data_dir likes.csv --scale binary
-python -m loaders --dataset csv --data_dir BX-Book-Ratings.csv --scale 1,10 \
---columns user=User-ID,item=ISBN,rating=Book-Rating \
---item_file BX-Books.csv --item_columns item=ISBN,title=Book-Title""".splitlines()
-
 ITEMS = range(1, 61)
 EVENTS = [
     (u, 1 + (7 * u + 3 * n) % 60, 1 + (u + n) % 5, 1600000000 + 86400 * n + u)
@@ -37,10 +29,9 @@ EVENTS = [
 ]
 
 
-def table(names: str, rows, delimiter: str = ",", quoting=csv.QUOTE_MINIMAL) -> str:
+def table(names: str, rows) -> str:
     out = io.StringIO()
-    writer = csv.writer(out, delimiter=delimiter, quoting=quoting)
-    writer.writerows([names.split(","), *rows])
+    csv.writer(out).writerows([names.split(","), *rows])
     return out.getvalue()
 
 
@@ -52,10 +43,6 @@ def files(tmp_path_factory) -> Path:
     ratings = table("userId,movieId,rating,timestamp", EVENTS).replace("\r", "")
     put(folder / "ml-25m/ratings.csv", ratings)
     put(folder / "ml-25m/movies.csv", table("movieId,title,genres", [(*n, "Drama") for n in names]))
-    with zipfile.ZipFile(folder / "ml-100k.zip", "w") as z:
-        z.writestr("ml-100k/u.data", "".join("\t".join(map(str, e)) + "\n" for e in EVENTS))
-        items = "".join(f"{i}|{t} (1995)|01-Jan-1995||http|0\n" for i, t in names)
-        z.writestr("ml-100k/u.item", items)
     keys = ("user_id", "parent_asin", "rating", "timestamp")
     rows = [(f"AE{u}", f"B{i:09d}", float(r), t * 1000) for u, i, r, t in EVENTS]
     reviews = [dict(zip(keys, row, strict=True)) for row in rows]
@@ -71,20 +58,12 @@ def files(tmp_path_factory) -> Path:
     put(folder / "recbole/ml.inter", "\n".join([INTER.splitlines()[0], *interactions]))
     items = [ITEM.splitlines()[0], *(f"{i}\t{t}\tDrama" for i, t in names)]
     put(folder / "recbole/ml.item", "\n".join(items))
-    likes = [(u, i, int(r > 2), t, title) for u, i, r, t, title in titled]
-    put(folder / "likes.csv", table("user,item,rating,timestamp,title", likes))
     hours = [(u, i, 10 * r + 0.1 * u, t, title) for u, i, r, t, title in titled]
     put(folder / "played.csv", table("user,item,hours,timestamp,title", hours))
     anime = [(u, i, -1 if (u + i) % 9 == 0 else 2 * r) for u, i, r, _ in EVENTS]
     put(folder / "anime/rating.csv", table("user_id,anime_id,rating", anime))
     shows = [(i, t, "Action, Drama", 7.1) for i, t in names]
     put(folder / "anime/anime.csv", table("anime_id,name,genre,rating", shows))
-    books = [(u, f"{i:09d}X", 0 if (u + i) % 9 == 0 else 2 * r) for u, i, r, _ in EVENTS]
-    text = table("User-ID,ISBN,Book-Rating", books, ";", csv.QUOTE_ALL)
-    put(folder / "BX-Book-Ratings.csv", text.encode("latin-1"))
-    known = [(f"{i:09d}X", f'Caf\u00e9 \\"{t}\\"; a story', "Somebody") for i, t in names]
-    text = table("ISBN,Book-Title,Book-Author", known, ";", csv.QUOTE_ALL)
-    put(folder / "BX-Books.csv", text.replace('\\""', '\\"').encode("latin-1"))
     user, item, rating, time = map(list, zip(*EVENTS, strict=True))
     columns = {"user_id": user, "item_id": item, "rating": rating}
     whole = pa.table(columns | {"event_time": pa.array(time).cast(pa.timestamp("s", "UTC"))})
@@ -94,9 +73,6 @@ def files(tmp_path_factory) -> Path:
     pq.write_table(
         pa.table({"item_id": list(ITEMS), "title": [t for _, t in names]}), folder / "items.parquet"
     )
-    names = ["user", "item", "rating", "timestamp", "title"]
-    titles = [f"Title {i}" for i in item]
-    pq.write_table(pa.table([*whole.columns, titles], names=names), folder / "log.parquet")
     return folder
 
 
@@ -105,9 +81,9 @@ def test_the_page_is_half_as_long_as_it_was():
     assert all(command.startswith("python -m loaders --dataset ") for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS + OTHERS, ids=lambda c: " ".join(c.split()[4:7]))
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.split()[4:7]))
 def test_commands_of_the_page(command, files, tmp_path, monkeypatch, capsys):
-    """Each prepares examples whose titles are the items'."""
+    """Each prepares examples whose titles are the items' (other forms: test_ownlog.py)."""
     monkeypatch.chdir(files)
     flags = [*shlex.split(command)[3:], f"--prepared_dir={tmp_path}"]
     prepared = prepare(parse_config(DataConfig, flags))
