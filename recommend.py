@@ -46,7 +46,7 @@ from runtime.sources import (
     with_run_options,
 )
 from runtime.stages import PROMPT_OPTIONS, write_whole
-from studies.retrievers import fit_retriever
+from studies.sequential import fit_retriever
 
 CHUNK = 256  # users that are retrieved and tokenised together, while others are ranked
 

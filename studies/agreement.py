@@ -4,8 +4,7 @@
     python eval.py --model demo/base --adapter A ... --load_in_4bit --output_dir runs/four
     python -m studies.agreement runs/full/sft runs/four/sft
 
-Arguments are folders with a predictions.jsonl of eval.py or train.py. Differences are second minus
-first; intervals are 95 %, by resampling users. Legend: E users, N = 20 titles each."""
+Differences are second minus first; 95 % intervals resample users. Legend: E users, 20 titles."""
 
 import argparse
 from pathlib import Path
@@ -13,25 +12,25 @@ from pathlib import Path
 import numpy as np
 
 from common import run_cli, table
-from studies.methods import read_lines, tested_values
+from studies.methods import TESTED, read_lines, tested_values
 from studies.probes import digest_of
-from studies.statistics import bootstrap, holm, paired, with_interval
+from studies.statistics import holm, interval_of, paired, resampled_means, with_interval
 
 
 def agreement_text(first: list[dict], second: list[dict]) -> str:
     """Markdown of two lists of records; ValueError if they are of other users or titles."""
     if digest_of(first) != digest_of(second):
         raise ValueError("the two evaluations are of different users, titles or targets")
-    names = ("HR@1 written", "valid answers", "HR@1 ranked first")
-    values = zip(names, tested_values(first).values(), tested_values(second).values(), strict=True)
-    rows = []
-    for name, a, b in values:
+    before, after, rows = tested_values(first), tested_values(second), []
+    for measure, name in TESTED.items():
+        a, b = before[measure], after[measure]
         difference = paired(b, a)
         holm([difference])
         rows.append([name, f"{a.mean():.3f}", f"{b.mean():.3f}", str(difference)])
     before, after = (np.array([r["logps"] for r in records]) for records in (first, second))
     squares = ((after - before) ** 2).mean(1)  # a user's titles are drawn together, (E,)
-    low, high = np.sqrt(bootstrap(squares))  # quantiles keep their order under a root
+    # quantiles keep their order under a root
+    low, high = np.sqrt(interval_of(resampled_means(squares)))
     same = (before.argmax(1) == after.argmax(1)).astype(float)
     return (
         f"{table(['', 'first', 'second', 'difference, paired'], rows)}\n\n{len(first)} users. "
@@ -44,11 +43,9 @@ def agreement_text(first: list[dict], second: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("first", type=Path, help="folder with predictions.jsonl")
-    parser.add_argument("second", type=Path, help="the same users, evaluated another way")
-    args = parser.parse_args()
-    records = [read_lines(folder / "predictions.jsonl") for folder in (args.first, args.second)]
-    print(agreement_text(*records))
+    parser.add_argument("folders", type=Path, nargs=2, help="with predictions.jsonl, first, second")
+    folders = parser.parse_args().folders
+    print(agreement_text(*(read_lines(folder / "predictions.jsonl") for folder in folders)))
 
 
 if __name__ == "__main__":

@@ -5,27 +5,30 @@ several stages fills several rows. Results of one method differ in their seed al
 no table describes is a method by itself, named by its place."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from common import read_json
 from eval import ranking_metrics
-from studies.probes import digest_of
+from losses import LOSSES
+from studies.probes import HOW, digest_of
 from studies.statistics import Difference, paired
 from studies.two_stage import gains
 
+TESTED = {  # of the test split
+    "hit_ratio@1/written": "HR@1 written",
+    "valid_ratio/written": "ValidRatio",
+    "hit_ratio@1/ranked": "HR@1 ranked first",
+}
 # Stages in the order of a table's rows.
-ORDER = ["gru4rec", "caser", "sasrec", "raw", "sft", "dpo", "ipo", "simpo", "cpo", "odpo", "kto"]
-ORDER += ["sdpo", "recpo"]
+ORDER = ["gru4rec", "caser", "sasrec", "raw", "sft", *LOSSES]
 # What makes no other method: the seed, where files lie, how work is divided and saved.
 NOT_THE_METHOD = {
     *("seed", "stages", "model", "adapter", "output_dir", "prepared_dir", "data_dir", "item_file"),
-    *("download", "resume", "lists", "logging_steps", "save_steps", "save_total_limit", "dry_run"),
-    *("max_skipped_steps", "gpu_memory", "micro_batch_tokens", "shard", "shard_group_size"),
-    *("gradient_checkpointing", "compile"),
+    *("download", "resume", "logging_steps", "save_steps", "save_total_limit", "dry_run"),
+    *("micro_batch_tokens", "shard", "shard_group_size", "gradient_checkpointing", "compile"),
 }
 
 
@@ -50,27 +53,18 @@ class Method:
     """Results of the same settings under different seeds."""
 
     name: str
+    stage: str
+    config: dict  # of the first result
     results: list[Result]
 
-    @property
-    def stage(self) -> str:
-        return self.results[0].stage
-
-    @property
-    def config(self) -> dict:
-        return self.results[0].config
-
-    def only(self, keep: Callable[[Result], bool]) -> "Method":
-        return Method(self.name, [r for r in self.results if keep(r)])
+    def of_seeds(self, seeds: set[int]) -> "Method":
+        return replace(self, results=[r for r in self.results if r.seed in seeds])
 
     def has(self, measure: str) -> bool:
         return any(measure in r.values for r in self.results)
 
     def per_user(self, measure: str) -> np.ndarray:
         return np.mean([r.values[measure] for r in self.results if measure in r.values], axis=0)
-
-    def mean(self, measure: str) -> float:
-        return float(self.per_user(measure).mean())
 
     def probed(self, probe: str, how: str) -> list[dict]:
         """The outcomes of each run, `how`: written or ranked."""
@@ -82,13 +76,11 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def tested_values(records: list[dict]) -> dict[str, np.ndarray]:
-    """Measure -> (n,) what each user counts for."""
+    """Measure of TESTED -> (n,) what each user counts for."""
     scores, slots = ([r[key] for r in records] for key in ("logps", "target_slot"))
-    return {
-        "hit_ratio@1": np.array([r["hit"] for r in records], float),
-        "valid_ratio": np.array([r["valid"] for r in records], float),
-        "ranking/hit_ratio@1": ranking_metrics(scores, slots)["hit_ratio@1"],
-    }
+    ranked = ranking_metrics(scores, slots)["hit_ratio@1"]
+    written, valid = (np.array([r[key] for r in records], float) for key in ("hit", "valid"))
+    return dict(zip(TESTED, (written, valid, ranked), strict=True))
 
 
 def read_result(place: Path, folder: Path, described: dict[str, str]) -> Result | None:
@@ -97,45 +89,48 @@ def read_result(place: Path, folder: Path, described: dict[str, str]) -> Result 
     run = place if own.exists() and "method" in read_json(own) else place.parent  # a baseline's
     if not (run / "config.json").exists():
         return None
-    config, metrics = read_json(run / "config.json"), read_json(place / "eval" / "metrics.json")
+    config, metrics = read_json(run / "config.json"), read_json(place / "eval/metrics.json")
     stage, name = config.get("method", place.name), run.relative_to(folder).as_posix()
     method = described.get(name, place.relative_to(folder).as_posix()).replace("{stage}", stage)
-    records = read_lines(place / "eval" / "predictions.jsonl")
+    records = read_lines(place / "eval/predictions.jsonl")
     steps = [e for e in (read_lines(log) if log.exists() else ()) if "rewards/margins" in e]
     values, measured = tested_values(records), {}
-    probes = sorted((run / "probes" / stage).glob("*/metrics.json"))
-    for file in [*probes, *sorted((run / "two_stage" / stage).glob("*.json"))]:
+    lists = config.get("negatives", "uniform")
+    values[f"{lists}/hit_ratio@1/ranked"] = values["hit_ratio@1/ranked"]
+    files = (run / "probes" / stage).glob("*/metrics.json")
+    for file in [*sorted(files), *sorted((run / "two_stage" / stage).glob("*.json"))]:
         content = read_json(file)
         if content.get("data_hash") != metrics["data_hash"]:
             raise ValueError(
                 f"{file} was measured on data {content.get('data_hash')}, but its run was tested "
                 f"on {metrics['data_hash']}: --measure it again, or delete it"
             )
-        name = content.get("probe", f"two_stage/{file.stem}")
-        measured[name] = content
-        for how in ("written", "ranked") if "probe" in content else ():
-            values |= {f"{name}/{key}/{how}": np.array(v) for key, v in content[how].items()}
         if "places" in content:
+            name = f"two_stage/{file.stem}"
             found = gains(np.array(content["places"]["model"]))
-            values |= {f"{name}/{key}": v for key, v in found.items()}
-    values[f"{config.get('negatives', 'uniform')}/hit_ratio@1/ranked"] = values[
-        "ranking/hit_ratio@1"
-    ]
+        else:
+            name, found = content["probe"], {}
+            for how in HOW:
+                found |= {f"{key}/{how}": np.array(v) for key, v in content[how].items()}
+        measured[name] = content
+        values |= {f"{name}/{key}": v for key, v in found.items()}
     seed = config.get("seed", 0)
     return Result(method, stage, seed, run, config, metrics, records, steps, values, measured)
 
 
-def collect(folder: Path, table: dict) -> list[Result]:
-    """Every stage and baseline below the folder that has been tested.
+def collect(folder: Path, table: dict) -> dict[str, Method]:
+    """Name -> method, of every stage and baseline below the folder that has been tested, in the
+    order of the paper's tables.
 
-    ValueError unless the test split, and every measurement, is of the same users, candidates and
-    targets everywhere."""
+    ValueError if a name stands for two methods, or the test split or a measurement is not of the
+    same users, candidates and targets everywhere."""
     described = {run["name"]: run["method"] for run in table.get("runs", ())}
     files = sorted(folder.glob("**/eval/metrics.json"))
     results = [r for f in files if (r := read_result(f.parents[1], folder, described))]
     if not results:
         raise ValueError(f"{folder}: no finished stage of a run (eval/metrics.json) below it")
     first: dict[str, tuple] = {}
+    methods: dict[str, Method] = {}
     for r in results:
         cases = {"test": digest_of(r.records)}
         for name, content in r.measured.items():
@@ -147,22 +142,9 @@ def collect(folder: Path, table: dict) -> list[Result]:
                     f"{where} and {r.run} {r.stage} were tested on different users or candidates "
                     f"({name}) and cannot stand in one table"
                 )
-    return results
-
-
-def changed(a: Method | Result, b: Method | Result) -> set[str]:
-    """Options in which two differ and that make another method."""
-    a, b = a.config, b.config
-    return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} - NOT_THE_METHOD
-
-
-def grouped(results: list[Result]) -> dict[str, Method]:
-    """Name -> method, in the order of the paper's tables; ValueError if a name stands for two."""
-    methods: dict[str, Method] = {}
-    for r in results:
-        method = methods.setdefault(r.method, Method(r.method, []))
+        method = methods.setdefault(r.method, Method(r.method, r.stage, r.config, []))
         for other in method.results:
-            differ = ", ".join(sorted(changed(r, other)))
+            differ = ", ".join(sorted(changed(r.config, other.config)))
             if differ or r.seed == other.seed:
                 why = f"differ in {differ}" if differ else f"have seed {r.seed}"
                 raise ValueError(
@@ -173,6 +155,11 @@ def grouped(results: list[Result]) -> dict[str, Method]:
     rank = {stage: i for i, stage in enumerate(ORDER)}
     order = sorted(methods.values(), key=lambda m: (rank.get(m.stage, 99), m.name != m.stage))
     return {m.name: m for m in order}
+
+
+def changed(a: dict, b: dict) -> set[str]:
+    """Options in which two configurations differ and that make another method."""
+    return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} - NOT_THE_METHOD
 
 
 def base_method(methods: dict[str, Method], stage: str) -> Method | None:
@@ -186,31 +173,28 @@ def sweep(methods: dict[str, Method], *options: str, stage: str = "recpo") -> li
     of several options the value is a tuple."""
     base, points = base_method(methods, stage), []
     for m in methods.values() if base else ():
-        if m.stage == stage and changed(m, base) <= set(options):
+        if m.stage == stage and changed(m.config, base.config) <= set(options):
             value = tuple(m.config.get(option) for option in options)
             points.append((value if len(options) > 1 else value[0], m))
     plain = base_method(methods, "sdpo")
     if points and options == ("margin_lambda",) and plain:  # S-DPO is λ = 0, if trained alike
-        points += [(0.0, plain)] if changed(plain, base) <= {"margin", *options} else []
+        points += (
+            [(0.0, plain)] if changed(plain.config, base.config) <= {"margin", *options} else []
+        )
     return sorted(points, key=lambda point: point[0])
 
 
-def of_one_seed(points: list[tuple]) -> list[tuple]:
-    """The points of a sweep by the runs of the lowest seed that all of them have."""
-    seeds = [{r.seed for r in method.results} for _, method in points]
-    shared = sorted(set.intersection(*seeds)) if seeds else []
-    return [(v, m.only(lambda r: r.seed == shared[0])) for v, m in points] if shared else []
+def same_seeds(methods: list[Method], having: str = "") -> list[Method]:
+    """Each without the runs whose seed another one lacks; all runs of each if none is shared.
 
-
-def same_seeds(a: Method, b: Method) -> tuple[Method, Method]:
-    """Both without the runs whose seed the other one lacks, where they share some.
-
-    A stage starts from its seed's SFT result, so runs of one seed belong together."""
-    shared = {r.seed for r in a.results} & {r.seed for r in b.results}
-    return tuple(m.only(lambda r: r.seed in shared or not shared) for m in (a, b))
+    A stage starts from its seed's SFT result, so runs of one seed belong together. `having`: of the
+    runs that have this measure alone."""
+    runs = [{r.seed for r in m.results if not having or having in r.values} for m in methods]
+    shared = set.intersection(*runs)
+    return [m.of_seeds(shared or seeds) for m, seeds in zip(methods, runs, strict=True)]
 
 
 def difference_of(a: Method, b: Method, measure: str) -> Difference:
     """a - b over the same users, seeds averaged first; holm() gives interval and verdict."""
-    a, b = same_seeds(*(m.only(lambda r: measure in r.values) for m in (a, b)))
+    a, b = same_seeds([a, b], having=measure)
     return paired(a.per_user(measure), b.per_user(measure), (len(a.results), len(b.results)))

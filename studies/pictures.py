@@ -1,19 +1,15 @@
 """Pictures of a report; they need matplotlib (an extra)."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from losses import preference_score, target_margins
-from studies.methods import Method, of_one_seed, sweep
-from studies.popularity import NUM_BINS, reliability
-from studies.probes import mean_bins
-from studies.statistics import bootstrap
+from studies.methods import Method, same_seeds, sweep
+from studies.probes import HOW, by_length
+from studies.statistics import interval_of, resampled_means
 
-HIT_RATIOS = {"hit_ratio@1": "written", "ranking/hit_ratio@1": "ranked first"}
-VALID = {"valid_ratio": "valid answers"}
 SWEPT = {  # option -> label of the axis, title
     "margin_lambda": ("λ (0: S-DPO)", "λ (Figure 6)"),
     "num_negatives": ("K", "Rejected titles per prompt, K"),
@@ -35,150 +31,104 @@ CURVES = {
 }
 
 
-def panel(axis, methods: list[Method], measures: dict, label: str, values=None, lines=()) -> None:
-    """Means with 95 % intervals: a row for each method, or over these values of an option; lines:
-    (name, figure) of recommenders that stand beside."""
-    rows = np.arange(len(methods))
-    for number, (measure, name) in enumerate(measures.items()):
-        means = np.array([m.mean(measure) for m in methods])
-        errors = np.abs(np.array([bootstrap(m.per_user(measure)) for m in methods]).T - means)
-        places = rows + 0.24 * number - 0.12 * (len(measures) - 1)
+def panel(axis, methods: list[Method], figure: str, label: str, values=None, beside=()) -> None:
+    """Means with 95 % intervals: a row for each method, or a curve over these values of an option;
+    beside: (name, mean) of recommenders that are drawn as lines."""
+    shown = [how for how in HOW if all(m.has(f"{figure}/{how}") for m in methods)]
+    for number, how in enumerate(shown):
+        per_user = [m.per_user(f"{figure}/{how}") for m in methods]
+        means = np.array([users.mean() for users in per_user])
+        ends = np.array([interval_of(resampled_means(users)) for users in per_user])
+        errors = np.abs(ends.T - means)
         if values is None:
-            axis.errorbar(means, places, xerr=errors, fmt="o", capsize=3, label=name)
+            places = np.arange(len(methods)) + 0.24 * number
+            axis.errorbar(means, places, xerr=errors, fmt="o", capsize=3, label=HOW[how])
         else:
-            axis.errorbar(values, means, errors, marker="o", capsize=3, label=name)
-    labels: list[tuple[float, str]] = []
-    for name, figure in sorted(lines, key=lambda line: line[1]):
-        axis.axvline(figure, color="grey", linestyle=":")
-        if labels and figure - labels[-1][0] < 0.04 * axis.get_xlim()[1]:
-            figure, name = labels[-1][0], f"{labels.pop()[1]}, {name}"  # too near for two names
-        labels.append((figure, name))
-    for figure, name in labels:
-        axis.text(figure, -0.55, name, fontsize=8, rotation=60, ha="left", va="bottom")
-    axis.set(xlabel=label)
+            axis.errorbar(values, means, errors, marker="o", capsize=3, label=HOW[how])
+    for number, (name, mean) in enumerate(beside):
+        axis.axvline(mean, color=f"C{2 + number}", linestyle=":", label=name)
     if values is None:
-        axis.set_yticks(rows, [m.name for m in methods])
-        axis.set(xlim=(0, 1.04 * axis.get_xlim()[1]), ylim=(len(methods) - 0.5, -0.5))
+        axis.set_yticks(range(len(methods)), [m.name for m in methods])
+        axis.set(xlim=(0, None), ylim=(len(methods) - 0.5, -0.5))
     else:
-        axis.set(ylim=(0, 1.1 * axis.get_ylim()[1]))
-    axis.legend(fontsize=8, loc="best")
+        axis.set(ylim=(0, None))
+    axis.set(xlabel=label)
+    axis.legend(fontsize=8)
 
 
-def panels_of(methods: dict[str, Method], measured: dict[str, dict]) -> dict[str, tuple]:
-    """File -> (title, arguments of each panel) of the pictures made of panels."""
-    every, pictures = list(methods.values()), {}
+def panels_of(methods: dict[str, Method], measured: dict[str, dict]) -> Iterator[tuple]:
+    """(file, title, arguments of each panel) of the pictures made of panels."""
+    every, probes = list(methods.values()), []
     plain = [m for m in every if m.name == m.stage]
     if len(plain) > 1:
         beside = plain[0].results[0].metrics["baselines"].items()
-        panels = [(plain, HIT_RATIOS, "HR@1", None, beside), (plain, VALID, "valid answers")]
-        pictures["methods.png"] = "Methods, with the paper's objectives", panels
+        both = [(plain, "hit_ratio@1", "HR@1", None, beside), (plain, "valid_ratio", "ValidRatio")]
+        yield "methods.png", "Methods, with the paper's objectives", both
     for option, (label, title) in SWEPT.items():
-        points = of_one_seed(sweep(methods, option))
+        points = sweep(methods, option)
         if len(points) > 2:
             values, swept = zip(*points, strict=True)
-            panels = [(swept, shown, label, values) for shown in (HIT_RATIOS, VALID)]
-            pictures[f"{option}.png"] = title, panels
+            swept = same_seeds(swept)
+            both = [(swept, "hit_ratio@1", f"HR@1 over {label}", values)]
+            both += [(swept, "valid_ratio", f"ValidRatio over {label}", values)]
+            yield f"{option}.png", title, both
     inputs = [m for _, m in sweep(methods, "history_items", "ratings", stage="sft")]
     if len(inputs) > 1:
-        panels = [(inputs, HIT_RATIOS, "HR@1")]
-        pictures["inputs.png"] = "Input configurations (Figure 2)", panels
-    panels = []
-    for title, (probe, key) in PROBED.items() if measured else ():
+        yield "inputs.png", "Inputs (Figure 2)", [(inputs, "hit_ratio@1", "HR@1")]
+    for title, (probe, key) in PROBED.items():
         if shown := [m for m in every if m.probed(probe, "ranked")]:
             references = measured[probe]["references"].items()
             beside = [(name, np.mean(row[key])) for name, row in references]
-            names = {f"{probe}/{key}/written": "written", f"{probe}/{key}/ranked": "ranked first"}
-            panels.append((shown, names, title, None, beside))
-    if panels:
-        pictures["probes.png"] = "Probes (Figures 4 a to c)", panels
-    return pictures
+            probes.append((shown, f"{probe}/{key}", title, None, beside))
+    if probes:
+        yield "probes.png", "Probes (Figures 4 a to c)", probes
 
 
-def figures(subplots, methods: dict[str, Method]) -> Iterator[tuple]:
-    """(file, title, figure) of every picture that there are runs for."""
+def figures(new, methods: dict[str, Method]) -> Iterator[tuple]:
+    """(file, title, figure) of every picture that there are runs for; new() makes a figure."""
     every = list(methods.values())
     measured = {name: c for m in every for r in m.results for name, c in r.measured.items()}
-    for file, (title, panels) in panels_of(methods, measured).items():
-        rows = 5 if len(panels[0]) == 4 else max(len(shown) for shown, *_ in panels)
-        figure, axes = subplots(1, len(panels), (1 + 4 * len(panels), 1.8 + 0.45 * rows))
-        for axis, arguments in zip(axes[0], panels, strict=True):
-            panel(axis, *arguments)
+    for file, title, panels in panels_of(methods, measured):
+        figure = new(figsize=(1 + 4 * len(panels), 1.8 + 0.45 * max(len(panels[0][0]), 5)))
+        for number, arguments in enumerate(panels, 1):
+            panel(figure.add_subplot(1, len(panels), number), *arguments)
         yield file, title, figure
 
     if logs := {m.name: steps for m in every if (steps := m.results[0].steps)}:
-        figure, axes = subplots(2, 3, (13, 7))
-        for axis, (key, title) in zip(axes.flat, CURVES.items(), strict=True):
+        figure = new(figsize=(13, 7))
+        for number, (key, title) in enumerate(CURVES.items(), 1):
+            axis = figure.add_subplot(2, 3, number, title=title, xlabel="step")
             for name, steps in logs.items():
                 width = max(1, len(steps) // 15)
                 smooth = np.convolve([s[key] for s in steps], np.ones(width) / width, "valid")
                 axis.plot(smooth, label=name)
-            axis.set(title=title, xlabel="step")
-        axes[0, 0].legend(fontsize=7)
+        axis.legend(fontsize=7)
         yield "curves.png", "Training curves of the preference stages, first seed", figure
 
-    if "length" in measured:
-        figure, axes = subplots(1, 1, (8, 4))
-        rows = {name: [row] for name, row in measured["length"]["references"].items()}
-        beside = set(rows)
-        rows |= {m.name: runs for m in every if (runs := m.probed("length", "ranked"))}
-        for name, runs in rows.items():
-            bins = mean_bins(measured["length"]["lengths"], runs)
+    if shown := [m for m in every if m.probed("length", "ranked")]:
+        figure = new(figsize=(8, 4))
+        axis = figure.add_subplot(xlabel="interactions before the test item")
+        content = measured["length"]
+        rows = {name: [row] for name, row in content["references"].items()}
+        for name, runs in (rows | {m.name: m.probed("length", "ranked") for m in shown}).items():
+            bins = by_length(content["lengths"], runs)
             means = [b["mean"] for b in bins.values()]
             errors = [1.96 * b["variance"] ** 0.5 for b in bins.values()]
-            style = {"linestyle": ":" if name in beside else "-", "marker": "o", "capsize": 3}
-            axes[0, 0].errorbar(list(bins), means, errors, label=name, **style)
-        axes[0, 0].set(xlabel="interactions before the test item", ylabel="HR@1 ranked first")
-        axes[0, 0].set_ylim(0, None)
-        axes[0, 0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+            style = "o:" if name in rows else "o-"
+            axis.errorbar(list(bins), means, errors, fmt=style, capsize=3, label=name)
+        axis.set(ylim=(0, None), ylabel="HR@1 ranked first")
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         yield "length.png", "HR@1 by history length (Figure 4 d)", figure
-
-    figure, axes = subplots(2, 3, (13, 7))
-    ratings, steps = torch.arange(1.0, 5.01, 0.25), torch.arange(0.0, 10.0)
-    scores = preference_score(ratings[:, None], steps[None, :])  # (R, S)
-    chosen = preference_score(torch.tensor(5.0), torch.tensor(0.0)).expand(scores.numel())
-    for column, kind in enumerate(("ratio", "log_diff", "log_ratio")):
-        demanded = 2.0 * target_margins(chosen, scores.reshape(-1, 1), kind).view(scores.shape)
-        # -d loss / d (reward gap) of one pair that is 4 nats apart: sigma(margin - gap)
-        pull = torch.sigmoid(demanded - 4.0)
-        shown = {"target margin, nats": demanded, "gradient weight at a gap of 4 nats": pull}
-        for axis, (title, values) in zip(axes[:, column], shown.items(), strict=True):
-            figure.colorbar(axis.pcolormesh(steps, ratings, values, shading="nearest"), ax=axis)
-            axis.set(title=f"{kind}, λ = 2: {title}", ylabel="its rating")
-            axis.set(xlabel="steps until the rejected item")
-    figure.suptitle("Chosen item rated 5 and next; over rating and delay of the rejected one")
-    yield "margins.png", "What each margin demands, and how hard it pulls", figure
-
-    lines = -(-len(every) // 4)
-    figure, axes = subplots(lines, min(4, len(every)), (13, 3.4 * lines))
-    for axis in axes.flat[len(every) :]:
-        axis.axis("off")
-    for axis, m in zip(axes.flat, every, strict=False):
-        counts, expected, right = reliability(m.results)
-        bars = (np.minimum((expected * NUM_BINS).astype(int), NUM_BINS - 1) + 0.5) / NUM_BINS
-        axis.bar(bars, counts / counts.sum(), 1 / NUM_BINS, color="0.85", label="share of users")
-        axis.plot([0, 1], [0, 1], ":", color="0.5")
-        axis.plot(expected, right, marker="o", label="how often it is right")
-        axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the first place", title=m.name)
-    axes[0, 0].legend(fontsize=7, loc="upper left")
-    yield "calibration.png", "How often the first place is right", figure
 
 
 def draw_all(methods: dict[str, Method], folder: Path) -> dict[str, str]:
     """File -> title of the pictures drawn into the folder; none without matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return {}
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def subplots(rows: int, columns: int, size: tuple, **options):
-        kept = {"figsize": size, "layout": "constrained", "squeeze": False}
-        return pyplot.subplots(rows, columns, **kept, **options)
-
     drawn = {}
-    for file, title, figure in figures(subplots, methods):
+    for file, title, figure in figures(partial(Figure, layout="constrained"), methods):
         figure.savefig(folder / file, dpi=110)
-        pyplot.close(figure)
         drawn[file] = title
     return drawn

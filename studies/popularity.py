@@ -13,7 +13,7 @@ from loaders.counting import item_counts
 from loaders.frozen import Prepared
 from studies.methods import Result
 
-NUM_BINS = 10  # of probability
+NUM_BINS = 10  # of probability; the last one holds 1
 MEASURES = {
     "coverage": "coverage of the catalogue",
     "top": "first places to the top 1 %",
@@ -33,26 +33,17 @@ def catalogue_of(prepared: Prepared) -> dict[str, tuple[float, bool]]:
     return dict(zip(prepared.interactions.titles, facts, strict=True))
 
 
-def reliability(results: list[Result]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(bins,) users, mean probability of their first places, and share of them that is right, of
-    every filled bin; a probability of 1 belongs to the last."""
-    records = [record for result in results for record in result.records]
-    scores = np.array([r["logps"] for r in records])
-    probabilities = 1 / np.exp(scores - scores.max(1, keepdims=True)).sum(1)
-    hits = scores.argmax(1) == [r["target_slot"] for r in records]
-    which = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
-    counts = np.bincount(which, minlength=NUM_BINS)
-    expected, right = (np.bincount(which, w, NUM_BINS) for w in (probabilities, hits))
-    filled = counts > 0
-    return counts[filled], expected[filled] / counts[filled], right[filled] / counts[filled]
-
-
 def beyond_accuracy(result: Result, catalogue: dict | None) -> dict[str, float]:
     """Measure -> value of one run; without the catalogue calibration alone."""
-    counts, expected, right = reliability([result])
-    values = {"calibration": (counts * np.abs(right - expected)).sum() / counts.sum()}
+    scores = np.array([r["logps"] for r in result.records])
+    first = scores.argmax(1)
+    sure = 1 / np.exp(scores - scores.max(1, keepdims=True)).sum(1)  # probability of the first
+    hits = first == [r["target_slot"] for r in result.records]
+    which = np.minimum((sure * NUM_BINS).astype(int), NUM_BINS - 1)
+    gaps = np.bincount(which, hits - sure)  # users of a bin times their mean difference
+    values = {"calibration": np.abs(gaps).sum() / len(hits)}
     if catalogue:
-        titles = [r["candidates"][int(np.argmax(r["logps"]))] for r in result.records]
+        titles = [r["candidates"][slot] for r, slot in zip(result.records, first, strict=True)]
         values["coverage"] = len(set(titles)) / len(catalogue)
         facts = np.array([catalogue[title] for title in titles], float)  # (n, 2)
         values["percentile"], values["top"] = facts.mean(0)

@@ -13,13 +13,11 @@
     uniform, popularity, retrieved    HR@1 of the test users among other candidates: random, popular
                  or what Markov retrieves for the history
 
-A good predictor of the next item has a *low* avoidance: the disliked item did come next. So
-chance, the counting recommenders and, in the planted world, the best possible recommender stand
-beside every figure (for aversion with the sign of the scores changed, or the likeliest disliked
-item). --output_dir gets STAGE/PROBE/metrics.json, with what every user counts for.
-
-Legend: E examples; a choice (E, 20) holds the probability that each candidate is taken; an invalid
-answer takes none."""
+A good predictor of the next item has a *low* avoidance: the disliked item did come next. So chance,
+the counting recommenders and, in the planted world, the best possible recommender stand beside
+every figure (in aversion they rank the other way round). --output_dir gets STAGE/PROBE/metrics.json
+with what every user counts for. Legend: E examples; a choice (E, 20) holds the probability that
+each candidate is taken; an invalid answer takes none."""
 
 import hashlib
 import json
@@ -52,6 +50,7 @@ LAST_TWO = {
 KINDS = ("uniform", "popularity", "retrieved")  # of candidate lists, as --negatives draws them
 TEST_SEED = 2  # build_examples' generator of the test split; the kind is added
 PROBES = (*LAST_TWO, "length", *KINDS)
+HOW = {"written": "written", "ranked": "ranked first"}  # which answer counts -> in a table
 NUM_BINS = 5  # of history lengths: equally many users each, but for equal lengths
 
 
@@ -149,13 +148,14 @@ def digest_of(records: list[dict]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def measured(probe: str, examples: Examples, records: list[dict], beside: dict) -> dict:
+def measured(probe: str, examples: Examples, records: list[dict], beside: dict, data: str) -> dict:
     """The outcomes of one model, as written and as ranked first, with the references beside."""
     users = examples.interactions.user[examples.position]
     lengths = examples.position - examples.interactions.start[users]
     ranked = choice_of_scores(np.array([r["logps"] for r in records]))
     return {
         "probe": probe,
+        "data_hash": data,
         "n": len(records),
         "cases": digest_of(records),
         "references": beside,
@@ -165,45 +165,37 @@ def measured(probe: str, examples: Examples, records: list[dict], beside: dict) 
     }
 
 
-def by_length(lengths: np.ndarray, hits: np.ndarray) -> dict[str, dict]:
-    """HR@1 in quantile bins of history length: n, mean and its variance by sampling alone."""
+def by_length(lengths: list[int], runs: list[dict]) -> dict[str, dict]:
+    """HR@1 in quantile bins of history length: n, mean and its variance by sampling alone, averaged
+    over the outcomes of the runs (their users are the same)."""
+    lengths, hits = np.array(lengths), np.array([run["hit_ratio@1"] for run in runs], float)
     cuts = np.quantile(lengths, np.arange(NUM_BINS) / NUM_BINS, method="lower")
     edges = np.append(np.unique(cuts), lengths.max() + 1)
     which = np.searchsorted(edges, lengths, "right") - 1  # (E,)
     counts = np.bincount(which)
-    means = np.bincount(which, hits) / counts
+    means = np.array([np.bincount(which, run) / counts for run in hits])  # (runs, bins)
     # one variance per user for all bins: a bin without a hit has no variance of its own
-    within = ((hits - means[which]) ** 2).sum() / max(1, len(hits) - len(counts))
+    within = ((hits - means[:, which]) ** 2).sum(1) / max(1, len(lengths) - len(counts))
     bins = {}
-    for k, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        n, mean = int(counts[k]), float(means[k])
-        bins[f"{low}-{high - 1}"] = {"n": n, "mean": mean, "variance": float(within / n)}
+    for k, n in enumerate(counts.tolist()):
+        figures = {"mean": float(means[:, k].mean()), "variance": float(within.mean() / n)}
+        bins[f"{edges[k]}-{edges[k + 1] - 1}"] = {"n": n} | figures
     return bins
-
-
-def mean_bins(lengths: list[int], runs: list[dict]) -> dict[str, dict]:
-    """Means over runs; the users are the same, so variances are averaged, not divided."""
-    every = [by_length(np.array(lengths), np.array(run["hit_ratio@1"])) for run in runs]
-    means = {}
-    for name, entry in every[0].items():
-        means[name] = {key: float(np.mean([bins[name][key] for bins in every])) for key in entry}
-    return means
 
 
 def probe_table(content: dict, rows: dict[str, list[dict]]) -> str:
     """Name -> outcomes of its runs, as a table of their means with 95 % intervals."""
     lines, columns = [], list(content["written"])
     for name, runs in rows.items():
-        cells = []
         if content["lengths"]:
-            bins = mean_bins(content["lengths"], runs)
+            bins = by_length(content["lengths"], runs)
             spread = spread_of_bins(bins)
-            columns = [*(f"{b} (n = {bins[b]['n']:.0f})" for b in bins), "spread", "cv"]
-            for b in bins.values():
-                cells.append(f"{b['mean']:.3f} ± {1.96 * b['variance'] ** 0.5:.3f}")
+            columns = [*(f"{b} (n = {bins[b]['n']})" for b in bins), "spread", "cv"]
+            cells = [f"{b['mean']:.3f} ± {1.96 * b['variance'] ** 0.5:.3f}" for b in bins.values()]
             for key in ("spread", "cv"):
                 cells.append("{:.3f} [{:.3f}, {:.3f}]".format(spread[key], *spread[f"{key}_ci95"]))
         else:
+            cells = []
             for figure in columns:
                 means = [float(np.mean(run[figure])) for run in runs]
                 low, high = np.mean([wilson(mean, content["n"]) for mean in means], axis=0)
@@ -217,15 +209,10 @@ def predictions(config: EvalConfig, examples: Examples, device) -> Iterator[tupl
     """(name, records) of every stage that the options name."""
     for name, source in sources_of(config).items():
         model, tokenizer = load_source(config, source, device)
-        records = predict(
-            model,
-            tokenizer,
-            encode_examples(examples, tokenizer, config.max_length),
-            indices=range(len(examples)),
-            decode=config.decode,
-            decode_rest=config.decode_rest,
-            micro_batch_tokens=config.micro_batch_tokens,
-        )
+        encoded = encode_examples(examples, tokenizer, config.max_length)
+        how = {"decode": config.decode, "decode_rest": config.decode_rest}
+        how |= {"micro_batch_tokens": config.micro_batch_tokens}
+        records = predict(model, tokenizer, encoded, range(len(examples)), **how)
         del model
         free_memory()  # before the next one is loaded
         yield name, records
@@ -234,9 +221,9 @@ def predictions(config: EvalConfig, examples: Examples, device) -> Iterator[tupl
 def main() -> None:
     config = with_run_options(parse_config(ProbeConfig))
     _, _, device = setup_distributed()
-    prepared = prepare(config)
+    prepared, probe = prepare(config), config.probe
     check_run_data(config, sources_of(config), prepared.hash)
-    examples, probe = prepared.splits["test"], config.probe
+    examples = prepared.splits["test"]
     if probe in LAST_TWO:
         examples = probe_examples(prepared.interactions, config, probe)
     elif probe in KINDS:
@@ -244,7 +231,7 @@ def main() -> None:
     beside = references(probe, examples, config)
     rows = {name: [found] for name, found in beside.items()}
     for name, records in predictions(config, examples, device):
-        content = measured(probe, examples, records, beside) | {"data_hash": prepared.hash}
+        content = measured(probe, examples, records, beside, prepared.hash)
         rows[f"{name}; written"] = [content["written"]]
         rows[f"{name}; ranked first"] = [content["ranked"]]
         if config.output_dir:

@@ -5,33 +5,33 @@
 
 They turn a user's items into one vector per position and score an item by its inner product with
 that item's embedding. They train on all positions before each user's last two interactions (with a
-split in time: before the date), in windows of --max_items, with Adam and a sampled softmax.
-Ratings are not used: a low rating counts as an interaction, as in the papers. Training stops when
-HR@1 on the validation split has not risen for --patience epochs; the best epoch's weights are then
-tested, once. Left out: session boundaries, BPR and top-1 losses, Caser's several targets.
-
-Legend: B windows of a batch, T positions of a window, D width, E examples; item codes are shifted
-by one, and 0 is padding."""
+split in time: before the date), in windows of --max_items, with Adam and a sampled softmax; a low
+rating counts as an interaction, as in the papers. Training stops when validation HR@1 has not risen
+for --patience epochs; the best epoch is tested, once. Left out: session boundaries, BPR and top-1
+losses, Caser's several targets. Legend: B windows of a batch, T positions of a window, D width, E
+examples; item codes are shifted by one, and 0 is padding."""
 
 import json
 import math
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import arg, parse_config, run_cli, writing
+from common import arg, parse_config, print0, run_cli, writing
 from data import Examples, Interactions
-from eval import ranking_metrics, results_table, summarise
-from loaders.counting import counting_baselines, training_interactions
-from loaders.frozen import DataConfig, prepare
+from eval import answered, ranking_metrics, results_table, summarise
+from hub.files import save_tensors
+from loaders.counting import COUNTING_RETRIEVERS, Retriever, counting_baselines, fit, training_rows
+from loaders.frozen import DataConfig, Prepared, prepare
 from runtime.stages import save_predictions
 from studies.probes import KINDS, measured, other_list, references
 
+RETRIEVERS = (*COUNTING_RETRIEVERS, "sasrec")
 HEADS = 2  # of SASRec
 WINDOW = 5  # items that Caser's filters see
 
@@ -70,8 +70,7 @@ class GRU4Rec(Recommender):
 
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
-        D = config.hidden_size
-        dropout = config.dropout if config.num_layers > 1 else 0.0
+        D, dropout = config.hidden_size, config.dropout * (config.num_layers > 1)
         self.gru = nn.GRU(D, D, config.num_layers, batch_first=True, dropout=dropout)
 
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
@@ -147,38 +146,37 @@ class SASRec(Recommender):
 MODELS = {"gru4rec": GRU4Rec, "caser": Caser, "sasrec": SASRec}
 
 
-def training_windows(interactions: Interactions, size: int) -> tuple[np.ndarray, np.ndarray]:
+def items_before(log: Interactions, users: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+    """(n, size) items of each user before a row (n,) of the log, the newest on the right."""
+    at = rows[:, None] - np.arange(size, 0, -1)
+    inside = at >= log.start[users][:, None]
+    return np.where(inside, log.item[np.maximum(at, 0)].astype(np.int64) + 1, 0)
+
+
+def training_windows(log: Interactions, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(W, size + 1) items before each user's last two interactions, and (W,) users.
 
-    A user's items are cut from the end into windows that share one item, filled from the right.
-    Position t predicts position t + 1, so each item but a user's first is predicted once."""
-    windows, users, ends = [], [], interactions.training_end()
-    for user in range(interactions.num_users):
-        items = interactions.item[interactions.start[user] : ends[user]] + 1
-        for end in range(len(items), 1, -size):
-            part = items[max(0, end - size - 1) : end]
-            windows.append(np.concatenate([np.zeros(size + 1 - len(part), np.int64), part]))
-            users.append(user)
-    return np.array(windows).reshape(-1, size + 1), np.array(users, np.int64)
-
-
-def shown_items(examples: Examples, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(E, size) last items before each position, filled from the right, and (E,) users."""
-    interactions, at = examples.interactions, np.asarray(examples.position)
-    rows = at[:, None] - np.arange(size, 0, -1)
-    users = interactions.user[at].astype(np.int64)
-    inside = rows >= interactions.start[users][:, None]
-    return np.where(inside, interactions.item[np.maximum(rows, 0)].astype(np.int64) + 1, 0), users
+    A user's items are cut from the end into windows that share one item, so that each item but the
+    first is predicted once: position t predicts position t + 1."""
+    rows, users = [], []
+    for user, (start, end) in enumerate(zip(log.start[:-1], log.training_end(), strict=True)):
+        ends = range(end, start + 1, -size)
+        rows += ends
+        users += [user] * len(ends)
+    rows, users = np.array(rows, np.int64), np.array(users, np.int64)
+    return items_before(log, users, rows, size + 1), users
 
 
 @torch.no_grad()
 def candidate_scores(model: Recommender, examples: Examples, size: int) -> np.ndarray:
     """(E, 20) scores of the candidates from the last position."""
     model.eval()
-    items, users = (torch.from_numpy(a) for a in shown_items(examples, size))
-    candidates = torch.from_numpy(np.asarray(examples.candidates, np.int64) + 1)
+    log, rows = examples.interactions, np.asarray(examples.position)
+    users = log.user[rows].astype(np.int64)
+    candidates = np.asarray(examples.candidates, np.int64) + 1
+    arrays = items_before(log, users, rows, size), users, candidates
     scores = []
-    for i, u, c in zip(*(t.split(512) for t in (items, users, candidates)), strict=True):
+    for i, u, c in zip(*(torch.from_numpy(a).split(512) for a in arrays), strict=True):
         states = model(i, u)[:, -1:]  # (512, 1, D)
         scores.append((model.items(c) @ states.mT).squeeze(-1))
     return torch.cat(scores).numpy()
@@ -209,21 +207,20 @@ def train(
     for name, p in model.named_parameters():
         if name in ("items.weight", "users.weight", "positions.weight"):
             nn.init.normal_(p, std=0.02)
-    with torch.no_grad():
-        model.items.weight[0] = 0  # of padding
+    model.items.weight.data[0] = 0  # of padding
     windows, users = (torch.from_numpy(a) for a in training_windows(interactions, config.max_items))
     if not len(windows):
         raise ValueError("no user has two interactions before the last two: nothing to train on")
     pool = torch.arange(1, interactions.num_items + 1)
     if interactions.train_end is not None:  # items from after the date are not known yet
-        pool = torch.from_numpy(np.unique(training_interactions(interactions)[1]) + 1)
+        known = np.unique(interactions.item[training_rows(interactions)])
+        pool = torch.from_numpy(known.astype(np.int64) + 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    best, best_epoch, best_state, history = -1.0, 0, {}, []
+    history, best_state = [], {}
     for epoch in range(1, config.epochs + 1):
         model.train()
-        started, losses = time.time(), []
-        order = torch.from_numpy(rng.permutation(len(windows)))
-        for rows in order.split(config.batch_size):
+        losses = []
+        for rows in torch.from_numpy(rng.permutation(len(windows))).split(config.batch_size):
             loss = step_loss(model, windows[rows], users[rows], pool, config.num_sampled, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -231,40 +228,72 @@ def train(
             losses.append(loss.item())
         scores = candidate_scores(model, val, config.max_items)
         found = float(ranking_metrics(scores, val.target)["hit_ratio@1"].mean())
-        loss, seconds = float(np.mean(losses)), time.time() - started
-        history.append({"epoch": epoch, "loss": loss, "val_hit_ratio@1": found, "seconds": seconds})
-        mark = " *" if found > best else ""
-        report(f"{config.method} {epoch:3} | loss {loss:.4f} | validation HR@1 {found:.4f}{mark}")
-        if found > best:
-            best, best_epoch = found, epoch
+        entry = {"epoch": epoch, "loss": float(np.mean(losses)), "val_hit_ratio@1": found}
+        history.append(entry)
+        best = max(history, key=lambda entry: entry["val_hit_ratio@1"])  # of equals the first
+        report(f"{config.method} {epoch:3} | loss {entry['loss']:.4f} | val HR@1 {found:.4f}")
+        if best is entry:
             best_state = {name: t.clone() for name, t in model.state_dict().items()}
-        elif epoch - best_epoch >= config.patience:
+        elif epoch - best["epoch"] >= config.patience:
             break
     model.load_state_dict(best_state)
     return model, history
 
 
+class SASRecRetriever(Retriever):
+    """SASRec's scores of the whole catalogue, for two_stage.py and recommend.py."""
+
+    def __init__(self, model: SASRec, num_shown: int):
+        self.model, self.num_shown = model.eval(), num_shown
+
+    @torch.no_grad()
+    def scores(self, history: np.ndarray) -> np.ndarray:
+        newest = torch.from_numpy(np.asarray(history, np.int64)[-self.num_shown :] + 1)
+        items = F.pad(newest, (self.num_shown - len(newest), 0))[None]
+        state = self.model(items, torch.zeros(1, dtype=torch.int64))[0, -1]  # (D,)
+        return (self.model.items.weight[1:] @ state).double().numpy()
+
+
+def fit_retriever(
+    name: str, prepared: Prepared, config: DataConfig, rows: np.ndarray | None = None
+) -> Retriever:
+    """A counting retriever fitted on these rows of the log (n,) bool, None: all; or SASRec, trained
+    by the defaults here without the last two, and kept beside the prepared examples."""
+    interactions, file = prepared.interactions, prepared.folder / "sasrec.safetensors"
+    if name in COUNTING_RETRIEVERS:
+        return fit(name, interactions, rows, config.history)
+    own = BaselineConfig(**{f.name: getattr(config, f.name) for f in fields(DataConfig)})
+    model = SASRec(own, interactions.num_items, interactions.num_users)
+    if file.exists():
+        model.load_state_dict(load_file(file))
+    else:
+        model, _ = train(own, interactions, prepared.splits["val"], report=print0)
+        with writing(file):
+            save_tensors(model.state_dict(), file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+    return SASRecRetriever(model, own.max_items)
+
+
 def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
     """As eval.py's records: the best-scored title is the answer, so every answer is valid."""
     records = []
-    for e, (row, slot) in enumerate(zip(scores.tolist(), scores.argmax(1).tolist(), strict=True)):
-        user, titles, target = examples[e].user, examples[e].candidates, examples[e].target
-        answer = {"answer": titles[slot], "valid": True, "hit": slot == target, "how": "scored"}
-        shown = {"candidates": titles, "target_slot": target, "target": titles[target]}
-        records.append({"example": e, "user": user, "logps": row} | answer | shown)
+    for e, row in enumerate(scores):
+        user, titles, slot = examples[e].user, examples[e].candidates, examples[e].target
+        facts = {"example": e, "user": user, "target": titles[slot], "logps": row.tolist()}
+        facts |= answered(examples[e], int(row.argmax()), "scored")
+        records.append(facts | {"candidates": titles, "target_slot": slot})
     return records
 
 
 def main() -> None:
-    config, started = parse_config(BaselineConfig), time.time()
+    config = parse_config(BaselineConfig)
     prepared = prepare(config)
     test, folder = prepared.splits["test"], Path(config.output_dir)
     model, history = train(config, prepared.interactions, prepared.splits["val"])
     records = records_of(test, candidate_scores(model, test, config.max_items))
-    metrics = summarise(records, counting_baselines(test)) | {"data_hash": prepared.hash}
-    best = max(history, key=lambda entry: entry["val_hit_ratio@1"])
-    metrics |= {"best_epoch": best["epoch"], "epochs": len(history), "history": history}
-    print(f"\n{config.dataset}, data {prepared.hash[:12]}, {time.time() - started:.0f} s\n")
+    facts = {"data_hash": prepared.hash, "history": history}
+    metrics = summarise(records, counting_baselines(test)) | facts
+    print(f"\n{config.dataset}, data {prepared.hash[:12]}\n")
     print(results_table({config.method: metrics}))
     if config.output_dir:
         with writing(folder):
@@ -272,10 +301,10 @@ def main() -> None:
             (folder / "config.json").write_text(json.dumps(vars(config), indent=2) + "\n")
             has_log = config.dataset != "prepared"
             for kind in [k for k in KINDS if has_log and k != config.negatives]:
-                examples = other_list(test, config, kind)
-                found = records_of(examples, candidate_scores(model, examples, config.max_items))
-                facts = measured(kind, examples, found, references(kind, examples, config))
-                facts["data_hash"] = prepared.hash
+                other = other_list(test, config, kind)
+                found = records_of(other, candidate_scores(model, other, config.max_items))
+                beside = references(kind, other, config)
+                facts = measured(kind, other, found, beside, prepared.hash)
                 save_predictions(folder / "probes" / config.method / kind, facts, found)
             save_predictions(folder / "eval", metrics, records)  # last: then it is finished
         print(f"\nwritten to {folder}")

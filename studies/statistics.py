@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 RESAMPLES = 10_000
+# degrees of freedom -> the 2.5 and 97.5 % quantiles of the chi-square distribution
+CHI_SQUARE = {1: (0.000982069117, 5.02388619), 2: (0.0506356160, 7.37775891)}
+CHI_SQUARE |= {3: (0.215795283, 9.34840360), 4: (0.484418557, 11.1432868)}
 
 
 def resampled_means(values: np.ndarray) -> np.ndarray:
@@ -25,14 +27,9 @@ def interval_of(means: np.ndarray, alpha: float = 0.05) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean over users, by resampling users."""
-    return interval_of(resampled_means(values))
-
-
 def with_interval(values: np.ndarray) -> str:
-    """Mean of values (n,) and its interval, for a table."""
-    low, high = bootstrap(values)
+    """Mean of values (n,) over users and its 95 % interval, for a table."""
+    low, high = interval_of(resampled_means(values))
     return f"{values.mean():.4f} [{low:.3f}, {high:.3f}]"
 
 
@@ -55,12 +52,6 @@ class Difference:
     interval: tuple[float, float] = (0.0, 0.0)
     verdict: str = ""  # "higher", "lower", "not distinguishable"
 
-    @property
-    def p(self) -> float:
-        """Two-sided: how often the resampled mean lies on the other side of 0."""
-        beyond = min((self.means <= 0).mean(), (self.means >= 0).mean())
-        return min(1.0, 2 * float(beyond))
-
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.mean:+.4f} [{low:+.3f}, {high:+.3f}]"
@@ -74,10 +65,11 @@ def paired(a: np.ndarray, b: np.ndarray, runs: tuple[int, int] = (1, 1)) -> Diff
 def holm(family: list[Difference], alpha: float = 0.05) -> None:
     """Judge m questions together: the k-th clearest at level alpha / (m - k + 1).
 
-    After the first whose interval holds 0, all others are judged at its level, so that their
-    intervals hold 0 too."""
+    Clear is a difference whose resampled means seldom lie on the other side of 0. After the first
+    whose interval holds 0, all others are judged at its level, so that theirs hold 0 too."""
     left = len(family)
-    for difference in sorted(family, key=lambda d: d.p):
+    clearest = sorted(family, key=lambda d: min((d.means <= 0).mean(), (d.means >= 0).mean()))
+    for difference in clearest:
         low, high = difference.interval = interval_of(difference.means, alpha / left)
         if low <= 0 <= high:
             difference.verdict = "not distinguishable"
@@ -87,8 +79,8 @@ def holm(family: list[Difference], alpha: float = 0.05) -> None:
 
 
 def spread_of_bins(bins: dict[str, dict]) -> dict:
-    """Standard deviation of HR@1 between bins beyond sampling, with its 95 % interval, and both
-    divided by the mean.
+    """Standard deviation of HR@1 between up to five bins beyond sampling, with its 95 % interval,
+    and both divided by the mean (cv).
 
     The moment estimate of DerSimonian and Laird (1986), with weights 1 / sampling variance, and
     Viechtbauer's Q profile (2007): every spread at which Q is a likely chi-square of B - 1 degrees.
@@ -110,24 +102,11 @@ def spread_of_bins(bins: dict[str, dict]) -> dict:
         w = 1 / variances
         excess = (q(0.0) - degrees) / (w.sum() - (w**2).sum() / w.sum())
         spread, interval = math.sqrt(max(0.0, excess)), []
-        for p in (0.975, 0.025):
-            wanted = chi2_quantile(p, degrees)
-            interval.append(root(lambda between, wanted=wanted: wanted - q(between)))
+        for wanted in reversed(CHI_SQUARE[degrees]):
+            low, high = 0.0, 1000.0 if q(0.0) > wanted else 0.0
+            for _ in range(80):  # q falls: where it crosses `wanted`, by bisection
+                middle = (low + high) / 2
+                low, high = (middle, high) if q(middle) > wanted else (low, middle)
+            interval.append(high)
     relative = [x / mean if mean else math.nan for x in (spread, *interval)]
     return {"spread": spread, "spread_ci95": interval, "cv": relative[0], "cv_ci95": relative[1:]}
-
-
-def chi2_quantile(p: float, degrees: int) -> float:
-    """Where the distribution function, the regularised incomplete gamma function, is p."""
-    half = torch.tensor(degrees / 2, dtype=torch.float64)
-    return root(lambda x: float(torch.special.gammainc(half, torch.tensor(x / 2).double())) - p)
-
-
-def root(function, low: float = 0.0, high: float = 1000.0) -> float:
-    """Where an increasing function crosses 0, by bisection; `low` if it is above 0 from there."""
-    if function(low) >= 0:
-        return low
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < 0 else (low, middle)
-    return high

@@ -28,7 +28,7 @@ from runtime.processes import setup_distributed
 from runtime.sources import check_run_data, sources_of, with_run_options
 from runtime.stages import write_whole
 from studies.probes import predictions
-from studies.retrievers import fit_retriever
+from studies.sequential import RETRIEVERS, fit_retriever
 from studies.statistics import holm, paired, with_interval
 
 MEASURES = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
@@ -38,12 +38,7 @@ MEASURES = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 class TwoStageConfig(EvalConfig):
     """Evaluate retriever and model of a run together, over the whole catalogue."""
 
-    retriever: str = arg(
-        "markov",
-        "what retrieves",
-        group="retriever",
-        choices=("markov", "item-knn", "popularity", "sasrec"),
-    )
+    retriever: str = arg("markov", "what retrieves", group="retriever", choices=RETRIEVERS)
     users: int = arg(0, "test users, the first of the split's random order; 0 = all", at_least=0)
 
     def __post_init__(self):
@@ -63,8 +58,8 @@ def retrieved(retriever: Retriever, examples: Examples) -> tuple[np.ndarray, np.
         scores[history] = -np.inf
         if np.isfinite(scores).sum() < NUM_CANDIDATES:
             raise ValueError(
-                f"user {examples[e].user} has touched all but fewer than {NUM_CANDIDATES} items, "
-                "which the model needs to rank; the catalogue is too small for this study"
+                f"user {examples[e].user}: fewer than {NUM_CANDIDATES} items are left to retrieve; "
+                "the catalogue is too small for this study"
             )
         order = np.argsort(-scores, kind="stable")
         lists.append(order[:NUM_CANDIDATES])
@@ -102,10 +97,13 @@ def gains(places: np.ndarray) -> dict[str, np.ndarray]:
     return values | {"MRR": 1 / places}
 
 
-def catalogue_tables(alone: dict, ranked: dict[str, dict], fixed: dict[str, dict]) -> str:
-    """Markdown of gains: the figures of every row, and the ranked rows minus the retriever alone,
-    paired over users, with Holm's correction within each measure."""
-    rows = {"retriever alone": alone, **ranked, **fixed}
+def catalogue_tables(places: dict[str, list[int]], ranked: dict[str, dict]) -> str:
+    """Markdown: the measures of the retriever alone, of the ranked rows (name -> gains) and of what
+    stands beside, and the ranked rows minus the retriever alone, paired over users, with Holm's
+    correction within each measure."""
+    beside = {name: gains(np.array(found)) for name, found in places.items() if name != "model"}
+    alone = beside.pop("retriever")
+    rows = {"retriever alone": alone, **ranked, **beside}
     figures = [[name, *map(with_interval, gained.values())] for name, gained in rows.items()]
     families = [[paired(gained[m], alone[m]) for gained in ranked.values()] for m in MEASURES]
     for family in families:
@@ -124,7 +122,6 @@ def main() -> None:
     prepared = prepare(config)
     check_run_data(config, sources_of(config), prepared.hash)
     examples = prepared.splits[config.split].select(slice(config.users or None))
-
     interactions, world = prepared.interactions, world_of(prepared.options)
     retriever = fit_retriever(config.retriever, prepared, config, training_rows(interactions))
     lists, alone = retrieved(retriever, examples)
@@ -138,19 +135,15 @@ def main() -> None:
         places["model"] = ranked_places(scores, orders, lists, examples, alone)
         content = {"data_hash": prepared.hash, "items": interactions.num_items}
         content["places"] = {name: found.tolist() for name, found in places.items()}
-        folder = Path(config.output_dir or f"{config.run}/two_stage")
-        file = folder / stage / f"{config.retriever}.json"
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(content) + "\n")
-        fixed = {name: gains(found) for name, found in places.items()}
-        retriever_gains, model_gains = fixed.pop("retriever"), fixed.pop("model")
+        folder = Path(config.output_dir or f"{config.run}/two_stage") / stage
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / f"{config.retriever}.json", json.dumps(content) + "\n")
         print(
             f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
             f"{interactions.num_items:,} items, data {prepared.hash[:12]}; [95 % interval]\n\n"
-            f"{catalogue_tables(retriever_gains, {'+ model': model_gains}, fixed)}\n\n"
-            f"written to {file}",
-            flush=True,
+            f"{catalogue_tables(content['places'], {'+ model': gains(places['model'])})}\n\n"
+            f"written to {folder}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import os
 import re
 import runpy
@@ -21,6 +22,7 @@ from train import read_options
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "NOTES.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = {folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists()}
+TEXTS = {page: page.read_text() for page in PAGES}
 
 
 class Parsing(BaseException):
@@ -37,151 +39,136 @@ def program_of(word: str) -> Path | None:
 
 
 @cache
-def parser_of(program: Path) -> argparse.ArgumentParser:
-    """What a program reads its command line with: it is started, and stopped there."""
+def options_of(program: Path) -> set[str]:
+    """The options of a program: it is started, and stopped where it reads its command line."""
     found = []
 
     def parse_known_args(self, *_):
         found.append(self)
         raise Parsing
 
-    where = [str(program.parent), *sys.path]  # as Python starts a file
     with (
         patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
-        patch.object(sys, "path", where),
+        patch.object(sys, "path", [str(program.parent), *sys.path]),  # as Python starts a file
         patch.dict(os.environ),
         pytest.raises(Parsing),
     ):
         runpy.run_path(str(program), run_name="__main__")
-    return found[0]
+    return {option for action in found[0]._actions for option in action.option_strings}
 
 
-def options_of(program: Path) -> set[str]:
-    return {option for action in parser_of(program)._actions for option in action.option_strings}
-
-
-def name(page: Path) -> str:
-    return page.name
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
-    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
-
-
-def commands(text: str) -> list[str]:
-    """Lines of bash blocks, and inline code that starts a program."""
+def commands(text: str) -> list[list[str]]:
+    """Words of the lines of bash blocks, and of inline code that starts a program."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return lines + re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)
+    lines += re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)
+    return [line.split("#")[0].replace("'", "").split() for line in lines]
 
 
-def defined(file: Path) -> set[str]:
-    """Functions, classes and constants at the top of a file."""
-    names = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return names
+def test_the_pages_are_short():
+    sizes = {page.name: len(text.encode()) for page, text in TEXTS.items()}
+    assert sizes.pop("README.md") <= 9000 and sizes.pop("NOTES.md") <= 10_000
+    assert sum(sizes.values()) <= 45_000 and sizes["method.md"] <= 8000
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_bytes()) <= 9000
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if "://" in target:
-            continue
-        path, _, anchor = target.partition("#")
-        file = (page.parent / path).resolve() if path else page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), target
+    """To a file, and to a heading's anchor as GitHub makes it."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), target
+            headings = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE) if anchor else ()
+            names = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert not anchor or anchor in names, target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_names_what_exists(page):
     """The program, its options, and the configuration of every command."""
-    for command in commands(page.read_text()):
-        words = command.split("#")[0].split()
+    for words in commands(TEXTS[page]):
+        assert all((ROOT / word).exists() for word in words if word.startswith("configs/")), words
         programs = [(n, file) for n, word in enumerate(words) if (file := program_of(word))]
-        for word in words:
-            if word.startswith("configs/"):
-                assert (ROOT / word).exists(), command
-        if not programs:
-            continue
-        place, program = programs[0]
-        assert program.exists(), command
-        given = [w.split("=")[0] for w in words[place + 1 :] if w.startswith("--")]
-        assert not given or set(given) <= options_of(program), command
+        for place, program in programs[:1]:
+            assert program.exists(), words
+            given = {w.split("=")[0] for w in words[place + 1 :] if w.startswith("--")}
+            assert not given or given <= options_of(program), words
 
 
-def arguments(program: str) -> list[list[str]]:
-    """What the pages' commands give a program; those with an ellipsis, or for help, are none."""
-    found = []
-    for page in PAGES:
-        for command in commands(page.read_text()):
-            words = command.split("#")[0].replace("'", "").split()
-            if program in words and not {"...", "…", "--help"} & set(words):
-                found.append(words[words.index(program) + 1 :])
-    return found
+def read_train(argv: list[str]) -> None:
+    with patch.object(train, "defaults", lambda given: {}):  # the models are not there
+        read_options(argv)
 
 
-@pytest.mark.parametrize("argv", arguments("train.py"), ids=" ".join)
-def test_every_command_of_training_is_accepted(argv, monkeypatch):
+def read_tables(argv: list[str]) -> None:
+    with patch.object(sys, "argv", ["studies.tables", *argv]):
+        tables.read_table(tables.parse_args())
+
+
+READERS = {"train.py": read_train, "studies.tables": read_tables}
+READERS |= {"eval.py": lambda argv: parse_config(EvalConfig, argv)}
+GIVEN = [
+    (program, words[words.index(program) + 1 :])
+    for text in TEXTS.values()
+    for words in commands(text)
+    for program in READERS
+    if program in words and words[-1] != program and not {"...", "…", "--help"} & set(words)
+]
+
+
+@pytest.mark.parametrize(("program", "argv"), GIVEN, ids=str)
+def test_every_command_is_accepted(program, argv, monkeypatch):
+    """Whole commands of training, evaluation and tables, not option by option."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(train, "defaults", lambda given: {})  # the models are not there
-    read_options(argv)
-
-
-@pytest.mark.parametrize("argv", arguments("eval.py"), ids=" ".join)
-def test_every_command_of_evaluation_is_accepted(argv, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    parse_config(EvalConfig, argv)
-
-
-@pytest.mark.parametrize("argv", [a for a in arguments("studies.tables") if a], ids=" ".join)
-def test_every_command_of_a_table_names_data_and_model(argv, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["studies.tables", *argv])
-    tables.read_table(tables.parse_args())
+    READERS[program](argv)
 
 
 # of torchrun, Slurm, llama.cpp's converter and vLLM
 OPTIONS_OF_OTHERS = {
-    *("--nproc_per_node", "--max-restarts", "--shutdown_timeout"),
-    *("--nodes", "--signal", "--requeue"),
-    *("--outtype", "--outfile"),
-    *("--enable-lora", "--lora-modules", "--max-lora-rank"),
+    *("--nproc_per_node", "--max-restarts", "--shutdown_timeout", "--nodes", "--signal"),
+    *("--requeue", "--outtype", "--outfile", "--enable-lora", "--lora-modules", "--max-lora-rank"),
 }
 
 
 def test_every_option_in_prose_is_one_of_some_program():
     files = [file for room in (".", *ROOMS) for file in (ROOT / room).glob("*.py")]
     programs = {file for file in files if '__name__ == "__main__"' in file.read_text()}
-    programs |= {ROOT / "loaders" / "__main__.py"}
-    known = OPTIONS_OF_OTHERS.union(*map(options_of, programs))
-    for page in PAGES:
-        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    known = OPTIONS_OF_OTHERS.union(*map(options_of, programs | {ROOT / "loaders/__main__.py"}))
+    for page, text in TEXTS.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         assert set(re.findall(r"--[a-z][\w-]+", prose)) <= known, page
 
 
 def test_every_option_of_training_is_documented():
-    text = "".join(page.read_text() for page in PAGES)
-    named = {f"--{name.removeprefix('no_')}" for name in re.findall(r"--(\w+)", text)}
+    named = {f"--{n.removeprefix('no_')}" for n in re.findall(r"--(\w+)", "".join(TEXTS.values()))}
     options = {o for o in options_of(ROOT / "train.py") if not o.startswith("--no_")}
     assert options - named == {"-h", "--shared"}  # the latter is a table's
 
 
 def test_names_in_the_reading_order_are_in_the_file_of_their_row():
-    rows = re.findall(
-        r"^\| \d\. \[(\w+\.py)\]\S* \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
-    )
+    rows = re.findall(r"^\| \d\. \[(\w+\.py)\]\S* \| (.*) \|$", TEXTS[PAGES[0]], re.MULTILINE)
     assert len(rows) == 6
     for file, text in rows:
+        defined = set()  # functions, classes and constants at the top of the file
+        for node in ast.parse((ROOT / file).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined.add(node.name)
+            elif isinstance(node, ast.Assign):
+                defined |= {t.id for t in node.targets if isinstance(t, ast.Name)}
         names = re.findall(r"`(\w+)`", text)
-        assert names and set(names) <= defined(ROOT / file), file
+        assert names and set(names) <= defined, file
+
+
+def test_the_papers_five_data_sets_have_a_configuration():
+    """They differ in the data alone, and a training example needs fewer interactions than a user
+    of the paper's Table 3 has on average."""
+    average = {"movielens": 166, "amazon": 13, "steam": 27, "beeradvocate": 20, "lastfm": 314}
+    own = {"dataset", "core", "min_history", "followers", "test_size", "output_dir"}
+    paper = json.loads((ROOT / "configs/paper.json").read_text())
+    for file in (ROOT / "configs").glob("paper*.json"):
+        config = parse_config(train.TrainConfig, ["--config", str(file)])
+        assert config.min_history + config.followers + 2 < average.pop(config.dataset)
+        options = json.loads(file.read_text())
+        assert {k for k in options if options[k] != paper.get(k)} <= own
+    assert not average

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import recommend
-import studies.retrievers as retrievers
 from data import Example, render_prompt
 from hub.tokenizer import Tokenizer
 from loaders.counting import DECAY, MAX_DISTANCE
@@ -21,7 +20,7 @@ from loaders.frozen import prepare
 from lora import apply_lora, load_adapter, save_adapter
 from model import load_pretrained
 from recommend import RecommendConfig, recommend_users, shown_order
-from studies.sequential import candidate_scores
+from studies import sequential
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
@@ -292,10 +291,10 @@ def test_sasrec_retrieves_with_its_own_scores(folder, tmp_path, monkeypatch):
     config = options(folder, retriever="sasrec", output=tmp_path / "r.jsonl", top_k=20)
     recommend_users(config)
     prepared = prepare(config)
-    monkeypatch.setattr(retrievers, "train", None)  # a second training would fail
-    retriever = retrievers.fit_retriever("sasrec", prepared, config)
+    monkeypatch.setattr(sequential, "train", None)  # a second training would fail
+    retriever = sequential.fit_retriever("sasrec", prepared, config)
     test, interactions = prepared.splits["test"], prepared.interactions
-    wanted = candidate_scores(retriever.model, test, retriever.num_shown)
+    wanted = sequential.candidate_scores(retriever.model, test, retriever.num_shown)
     for e, p in enumerate(test.position):
         scores = retriever.scores(interactions.item[interactions.start[interactions.user[p]] : p])
         np.testing.assert_allclose(scores[test.candidates[e]], wanted[e], rtol=1e-4, atol=1e-5)

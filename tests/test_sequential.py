@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data import Interactions, build_examples
 from eval import ranking_metrics
@@ -17,7 +18,7 @@ from studies.sequential import (
     BaselineConfig,
     GRU4Rec,
     candidate_scores,
-    shown_items,
+    items_before,
     step_loss,
     train,
     training_windows,
@@ -27,9 +28,7 @@ SMALL = {"hidden_size": 32, "max_items": 8, "num_sampled": 30, "batch_size": 32,
 
 
 def log_of(sequences: list[list[int]]) -> Interactions:
-    rows = [
-        (user, item, 5.0, t) for user, items in enumerate(sequences) for t, item in enumerate(items)
-    ]
+    rows = [(u, item, 5.0, t) for u, items in enumerate(sequences) for t, item in enumerate(items)]
     return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(1000)})
 
 
@@ -41,113 +40,92 @@ def cyclic_log(num_users: int = 150, num_items: int = 60) -> Interactions:
 
 @pytest.mark.parametrize("size", [3, 8, 50])
 def test_every_item_is_predicted_once_and_the_last_two_never(size):
-    """Windows cover all but a user's first item, each once, with what came before it,
-    and nothing of validation or test."""
+    """Windows cover all but a user's first item, each once, with what came before it, and nothing
+    of validation or test."""
     rng = np.random.default_rng(size)
     sequences = [rng.permutation(40)[: rng.integers(1, 30)].tolist() for _ in range(30)]
-    interactions = log_of(sequences)
-    windows, users = training_windows(interactions, size)
-    code = {int(interactions.item_ids[c]): c for c in range(interactions.num_items)}
+    log = log_of(sequences)
+    windows, users = training_windows(log, size)
+    code = {int(log.item_ids[c]): c + 1 for c in range(log.num_items)}
     for user, items in enumerate(sequences):
-        predicted = []
-        for row in windows[users == user]:
-            shown = [(int(a), int(b)) for a, b in zip(row[:-1], row[1:], strict=True) if a and b]
-            predicted += shown
-        expected = [
-            (code[a] + 1, code[b] + 1) for a, b in zip(items[:-2], items[1:-2], strict=False)
-        ]
-        assert sorted(predicted) == sorted(expected)
+        rows = windows[users == user].tolist()
+        found = [pair for row in rows for pair in zip(row[:-1], row[1:], strict=True) if all(pair)]
+        expected = [(code[a], code[b]) for a, b in zip(items[:-2], items[1:-2], strict=False)]
+        assert sorted(found) == sorted(expected)
 
 
 def test_a_test_case_shows_what_lies_before_it():
     """The last items before the position, filled from the right, of this user alone."""
-    interactions = log_of([list(range(30)), list(range(40, 65)), list(range(60, 80))])
-    examples = build_examples(interactions, DataConfig(followers=2, min_history=2))["test"]
-    items, users = shown_items(examples, 12)
-    for e, p in enumerate(examples.position.tolist()):
-        start = int(interactions.start[interactions.user[p]])
-        expected = (interactions.item[max(start, p - 12) : p] + 1).tolist()
-        assert (
-            items[e].tolist() == [0] * (12 - len(expected)) + expected
-            and users[e] == interactions.user[p]
-        )
+    log = log_of([list(range(30)), list(range(40, 65)), list(range(60, 80))])
+    rows = build_examples(log, DataConfig(followers=2, min_history=2))["test"].position
+    for items, p in zip(items_before(log, log.user[rows], rows, 12), rows.tolist(), strict=True):
+        expected = (log.item[max(log.start[log.user[p]], p - 12) : p] + 1).tolist()
+        assert items.tolist() == [0] * (12 - len(expected)) + expected
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_states_do_not_see_later_items(name):
     """Changing items from position 5 on changes no state before it; states after it do change."""
     model = MODELS[name](BaselineConfig(**SMALL), 50, 3).eval()
-    items = torch.randint(1, 51, (2, 8))
-    other = items.clone()
-    other[:, 5:] = items[:, 5:] % 50 + 1
-    users = torch.tensor([0, 2])
+    items, users = torch.randint(1, 51, (2, 8)), torch.tensor([0, 2])
+    other = torch.cat([items[:, :5], items[:, 5:] % 50 + 1], 1)
     with torch.no_grad():
         a, b = model(items, users), model(other, users)
-    assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6) and not torch.allclose(
-        a[:, 5:], b[:, 5:], atol=1e-3
-    )
-    with torch.no_grad():
         assert model(torch.zeros(1, 8, dtype=torch.long), users[:1]).isfinite().all()
+    assert torch.allclose(a[:, :5], b[:, :5], atol=1e-6)
+    assert not torch.allclose(a[:, 5:], b[:, 5:], atol=1e-3)
 
 
 def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
-    """Without samples it is the full cross-entropy;
-    a target drawn by chance does not compete with itself."""
+    """Without samples it is the full cross-entropy; a target drawn by chance does not compete with
+    itself."""
     model = GRU4Rec(BaselineConfig(**SMALL), 6, 1).eval()
-    windows, users, generator = (
-        torch.tensor([[0, 1, 2, 3, 6]]),
-        torch.tensor([0]),
-        torch.Generator().manual_seed(0),
-    )
-    pool = torch.arange(1, 7)
+    windows, users = torch.tensor([[0, 1, 2, 3, 6]]), torch.tensor([0])
+    generator, pool = torch.Generator().manual_seed(0), torch.arange(1, 7)
     full = step_loss(model, windows, users, pool, 0, generator)
     states = model(windows[:, :-1], users)[0, 1:]
-    expected = torch.nn.functional.cross_entropy(
-        states @ model.items.weight[1:].T, windows[0, 2:] - 1
-    )
+    expected = F.cross_entropy(states @ model.items.weight[1:].T, windows[0, 2:] - 1)
     torch.testing.assert_close(full, expected)
-    targets = torch.tensor([3, 3, 3])  # the target of one position
-    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: targets.clone())
+    drawn = torch.tensor([3, 3, 3])  # the target of one position
+    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: drawn.clone())
     sampled = step_loss(model, windows, users, pool, 3, generator)
-    logits = states @ model.items.weight[[2, 3, 6]].T  # rows predict 2, 3, 6
-    own, three = logits.diagonal(), states @ model.items.weight[3]
-    against = [
-        torch.stack([own[n], *[three[n]] * (0 if n == 1 else 3)]).logsumexp(0) - own[n]
-        for n in range(3)
-    ]
-    torch.testing.assert_close(sampled, torch.stack(against).mean())
+    own = (states @ model.items.weight[[2, 3, 6]].T).diagonal()  # rows predict 2, 3, 6
+    three = states @ model.items.weight[3]
+    rivals = [torch.stack([own[n], *[three[n]] * (0 if n == 1 else 3)]) for n in range(3)]
+    losses = [row.logsumexp(0) - own[n] for n, row in enumerate(rivals)]
+    torch.testing.assert_close(sampled, torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_simple_rule_is_learnt(name):
-    """On a log where the next item follows from the last one,
-    each puts it first among 20 nearly always."""
-    interactions = cyclic_log()
-    splits = build_examples(interactions, DataConfig(followers=2, min_history=2))
+    """On a log where the next item follows from the last one, each puts it first among 20 nearly
+    always."""
+    log = cyclic_log()
+    splits = build_examples(log, DataConfig(followers=2, min_history=2))
     config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=5, **SMALL)
-    model, history = train(config, interactions, splits["val"], report=lambda line: None)
+    model, history = train(config, log, splits["val"], report=lambda line: None)
     scores = candidate_scores(model, splits["test"], config.max_items)
     assert ranking_metrics(scores, splits["test"].target)["hit_ratio@1"].mean() > 0.9
     assert history[0]["val_hit_ratio@1"] < history[-1]["val_hit_ratio@1"]
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
-    """Validation alone decides: the weights are those of its best epoch,
-    and `patience` worse ones end it."""
-    interactions = cyclic_log(60)
-    splits = build_examples(interactions, DataConfig(followers=2, min_history=2))
-    script, seen = iter([0.2, 0.5, 0.4, 0.3, 0.3, 0.9]), []
+    """Validation alone decides: the weights are those of its best epoch, and `patience` worse ones
+    end it."""
+    log = cyclic_log(60)
+    val = build_examples(log, DataConfig(followers=2, min_history=2))["val"]
+    script, seen = iter([0.2, 0.5, 0.4, 0.5, 0.3, 0.9]), []
 
     def scripted(scores, target):
-        assert target is splits["val"].target
+        assert target is val.target
         seen.append(scores)
         return {"hit_ratio@1": np.array([next(script)])}
 
     monkeypatch.setattr("studies.sequential.ranking_metrics", scripted)
     config = BaselineConfig(method="gru4rec", epochs=20, patience=3, **SMALL)
-    model, history = train(config, interactions, splits["val"], report=lambda line: None)
-    assert [h["val_hit_ratio@1"] for h in history] == [0.2, 0.5, 0.4, 0.3, 0.3]
-    assert (candidate_scores(model, splits["val"], config.max_items) == seen[1]).all()
+    model, history = train(config, log, val, report=lambda line: None)
+    assert [h["val_hit_ratio@1"] for h in history] == [0.2, 0.5, 0.4, 0.5, 0.3]
+    assert (candidate_scores(model, val, config.max_items) == seen[1]).all()
 
 
 def test_the_command_stops_by_validation_and_tests_once(tmp_path, monkeypatch):
@@ -159,14 +137,12 @@ def test_the_command_stops_by_validation_and_tests_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sequential", *flags, f"--output_dir={tmp_path / 'out'}"])
     sequential.main()
     config = BaselineConfig(**data)
-    prepared = prepare(config)
-    by_split = {}
+    prepared, histories = prepare(config), {}
     for split in ("val", "test"):
-        _, history = train(config, prepared.interactions, prepared.splits[split], report=id)
-        by_split[split] = [entry["val_hit_ratio@1"] for entry in history]
+        examples = prepared.splits[split]
+        _, histories[split] = train(config, prepared.interactions, examples, report=id)
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
-    assert [entry["val_hit_ratio@1"] for entry in metrics["history"]] == by_split["val"]
-    assert by_split["val"] != by_split["test"]
+    assert metrics["history"] == histories["val"] != histories["test"]
     assert {"hit_ratio@1_ci95", "valid_ratio", "ranking/ndcg@5", "baselines"} <= metrics.keys()
     lines = (tmp_path / "out/eval/predictions.jsonl").read_text().splitlines()
     assert metrics["n"] == len(lines) == len(prepared.splits["test"])
