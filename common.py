@@ -133,7 +133,7 @@ def writing(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be written ({error}); earlier files are whole") from None
+        raise ValueError(f"{path} cannot be written ({error}); other files are untouched") from None
 
 
 class Stopped(Exception):
