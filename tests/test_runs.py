@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
     script = DISK.format(size=int(adapter * (3 * 2.5 + 1)) // 1024, disk=disk, train=train_it)
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
-    message = r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left"
+    message = r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left.*untouched"
     assert re.match(message, done.stderr.strip().splitlines()[0]), done.stderr
     assert "Traceback" not in done.stderr and "going on from" in done.stdout
     assert_same_results(tmp_path / "disk-after", runs / "whole")
