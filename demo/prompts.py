@@ -30,7 +30,6 @@ from data import (
 )
 from hub.tokenizer import Tokenizer
 
-LONGEST_REAL = 20  # interactions of a real history
 SPREADS = (2, 4, 10)  # kinds among the titles of a history, or of a crowded list
 KEPT = 3  # titles of each kind that are in no history, so that a list may have them
 LONGEST = 16  # titles of a history before a question
@@ -72,9 +71,10 @@ def made_up_prompt(titles: list[str], list_size: int, shown: int, words: Words, 
 
 
 def real_prompt(log: Interactions, rows: np.ndarray, list_size: int, words: Words, rng) -> Prompt:
-    """A real history, up to one of the rows (n,), before a list of other titles, drawn evenly."""
+    """A real history, up to one of the rows (n,), before a list of other titles, drawn evenly; it
+    is at most as long as the list."""
     end = int(rows[rng.integers(len(rows))]) + 1
-    start = max(int(log.start[log.user[end - 1]]), end - int(rng.integers(2, LONGEST_REAL + 1)))
+    start = max(int(log.start[log.user[end - 1]]), end - int(rng.integers(2, list_size + 1)))
     read = log.item[start:end]
     drawn = rng.choice(log.num_items, size=min(log.num_items, list_size + len(read)), replace=False)
     listed = [log.titles[i] for i in drawn[~np.isin(drawn, read)][:list_size]]
@@ -146,7 +146,8 @@ def crowded(kinds: list[list[str]], least: int, rng) -> list[str]:
 class Practice:
     """Batches of made-up prompts, and how long their lists are by now."""
 
-    CONTINUES, BEGINS = 0.8, 0.6  # running shares at which the list grows: see `update`
+    # running shares at which the list grows: see `update`
+    CONTINUES, BEGINS, BEGINS_REAL = 0.8, 0.6, 0.5
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class Practice:
         playing = self.titles if title_tokens else self.titles[: 60 * self.list_size]
         shown = int(rng.integers(1, self.list_size + 1))
         if self.log is not None:
-            shown = LONGEST_REAL // 2  # on average
+            shown = NUM_CANDIDATES // 2  # on average, once lists are of 20
         prompts = []
         for _ in range(self.num_prompts(size, shown, full=mix)):
             if self.log is not None:
@@ -237,7 +238,7 @@ class Practice:
         """A step's shares: of later tokens that are right, of probability on listed firsts."""
         self.continues += 0.1 * (continues - self.continues)
         self.begins += 0.1 * (begins - self.begins)
-        enough = 0.5 if self.log is not None and self.list_size >= 5 else self.BEGINS
+        enough = self.BEGINS if self.log is None else self.BEGINS_REAL
         mastered = self.continues > self.CONTINUES and self.begins > enough
         if mastered and self.list_size < NUM_CANDIDATES:
             self.list_size += 1

@@ -1,12 +1,15 @@
-"""Tokenizers of three families, small, and the titles that they are tried with."""
+"""Tokenizers of three families, small, and the titles that they are tried with; a random model."""
 
 import json
+from pathlib import Path
 
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data import Example, render_prompt
+from data import Example, Examples, render_prompt
+from demo.pretrain import known_titles, save_tokenizer, train_tokenizer
 from loaders.movielens import WORDS as MOVIES
+from model import ModelConfig, init_weights, save_pretrained
 
 # of each family, the EOS
 END_OF_TEXT = {"llama3": "<|end_of_text|>", "qwen": "<|endoftext|>", "llama2": "</s>"}
@@ -81,3 +84,27 @@ def llama2_style() -> HFTokenizer:
     content = json.loads(tokenizer.to_str()) | {"pre_tokenizer": None}
     added = [token for token in content["added_tokens"] if token["content"] not in byte_tokens]
     return HFTokenizer.from_str(json.dumps(content | {"added_tokens": added}))
+
+
+def make_base_model(
+    path, examples: Examples, *, hidden_size: int, num_layers: int, vocab_size: int, seed: int
+) -> None:
+    """A Hugging Face directory: a tokenizer of the titles and 1,000 prompts, random weights."""
+    texts = [" " + title for title in known_titles(examples.interactions)]
+    texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
+    tokenizer = train_tokenizer(texts, vocab_size)
+    save_tokenizer(tokenizer, Path(path))
+    config = ModelConfig(
+        model_type="llama",
+        vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
+        hidden_size=hidden_size,
+        intermediate_size=-(-8 * hidden_size // 3 // 32) * 32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=max(1, hidden_size // 32),
+        num_key_value_heads=max(1, hidden_size // 64),
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.token_to_id("<|end_of_text|>"),
+    )
+    save_pretrained(init_weights(config, seed), path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_json
-from families import NASTY, byte_level, llama2_style, prompt_of
+from families import NASTY, byte_level, llama2_style, make_base_model, prompt_of
 from launch import ROOT, TINY, run_train
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -17,7 +17,6 @@ import eval as evaluation
 import recommend
 import train
 from data import build_tree, encode_examples, render_prompt
-from demo.tiny import make_base_model
 from hub import chat
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare

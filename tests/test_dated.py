@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from families import make_base_model
 from test_loaders import log_of
 
 from data import build_examples, render_prompt
-from demo.tiny import known_titles, make_base_model
+from demo.pretrain import known_titles
 from loaders.counting import counting_baselines, markov_top
 from loaders.dated import LAST_TENTH, build_dated_examples, date_of, parse_date
 from loaders.frozen import DataConfig, prepare

@@ -7,10 +7,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from families import make_base_model
 from launch import TRAIN, run_script
 
 from data import build_tree
-from demo.tiny import make_base_model
 from hub.quantized import Linear4bit, to_4bit
 from loaders.frozen import DataConfig, prepare
 from lora import apply_lora

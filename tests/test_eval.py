@@ -6,10 +6,10 @@ from itertools import chain, cycle, islice, permutations, repeat
 import numpy as np
 import pytest
 import torch
+from families import make_base_model
 from launch import ROOT
 
 from data import build_examples, build_tree, encode_examples
-from demo.tiny import make_base_model
 from eval import (
     EvalConfig,
     compare_with_one_pass,

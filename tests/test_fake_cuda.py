@@ -9,13 +9,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from families import make_base_model
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import tree_widths
-from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, prepare
 from runtime.passes import Schedule

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import train
 from common import Stopped
-from demo import pretrain
+from demo import pretrain, prompts
 from demo.pretrain import BASE, PretrainConfig
+from demo.prompts import Practice
 from eval import evaluate
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare
@@ -44,14 +45,14 @@ def parts(prompt):
     return lines[question + 1 :], [(title, rating) for title, _, rating in shown]
 
 
-@pytest.mark.parametrize("question", ["disliked", *pretrain.QUESTIONS])
+@pytest.mark.parametrize("question", ["disliked", *prompts.QUESTIONS])
 @pytest.mark.parametrize("right", [0, 2])
 def test_a_question_has_the_listed_titles_of_the_kind_meant_as_answers(question, right):
     """Like the latest, the latest liked or disliked, or all; never a title of the history."""
     kinds, rng = pretrain.planted_kinds(), np.random.default_rng(0)
     kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
     for _ in range(50):
-        prompt = pretrain.kind_prompt(kinds, question, 20, right, ("stories", "read", "read"), rng)
+        prompt = prompts.kind_prompt(kinds, question, 20, right, ("stories", "read", "read"), rng)
         listed, history = parts(prompt)
         liked = [title for title, rating in history if rating in ("4", "5")]
         disliked = [title for title, rating in history if rating in ("1", "2")]
@@ -74,29 +75,29 @@ def test_mixed_titles_change_the_words_behind_their_first():
     firsts, ends = {"Blue", "Red", "Emma", "Green"}, {" Sky", " Sea of Sand", "", " Hill"}
     seen = set()
     for _ in range(50):
-        parted = [title.partition(" ") for title in pretrain.mixed(titles, rng)]
+        parted = [title.partition(" ") for title in prompts.mixed(titles, rng)]
         assert {first for first, _, _ in parted} == firsts
         assert {gap + end for _, gap, end in parted} == ends
         seen |= {"".join(part) for part in parted}
     assert len(seen) == 16
-    assert pretrain.mixed(["Emma", "Emma"], rng) == ["Emma"]
+    assert prompts.mixed(["Emma", "Emma"], rng) == ["Emma"]
 
 
 def test_kinds_are_asked_for_where_their_titles_fill_a_list():
     """A list without the kind meant, behind a history of 16, has 20 titles of the others."""
     kinds = [[f"{kind} {n}" for n in range(30)] for kind in ("novel", "play", "tale")]
-    assert pretrain.kinds_to_ask_for([*kinds, ["Emma"] * 5]) == kinds
-    assert pretrain.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]]) == [
+    assert prompts.kinds_to_ask_for([*kinds, ["Emma"] * 5]) == kinds
+    assert prompts.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]]) == [
         *kinds[:2],
         kinds[2][:6],
     ]
-    assert pretrain.kinds_to_ask_for([kinds[0], kinds[1][:29], kinds[2][:6]]) == []
-    assert pretrain.kinds_to_ask_for([kinds[0]]) == pretrain.kinds_to_ask_for([]) == []
-    least = pretrain.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]])
+    assert prompts.kinds_to_ask_for([kinds[0], kinds[1][:29], kinds[2][:6]]) == []
+    assert prompts.kinds_to_ask_for([kinds[0]]) == prompts.kinds_to_ask_for([]) == []
+    least = prompts.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]])
     rng = np.random.default_rng(0)
-    for question in ("disliked", *pretrain.QUESTIONS):
+    for question in ("disliked", *prompts.QUESTIONS):
         for _ in range(30):
-            prompt = pretrain.kind_prompt(least, question, 20, 0, ("books", "read", "read"), rng)
+            prompt = prompts.kind_prompt(least, question, 20, 0, ("books", "read", "read"), rng)
             assert len(set(prompt.answers)) == 20
 
 
@@ -107,7 +108,7 @@ def test_crowded_titles_are_of_few_kinds(least):
     kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
     counts = set()
     for _ in range(50):
-        titles = pretrain.crowded(kinds, least, rng)
+        titles = prompts.crowded(kinds, least, rng)
         assert len(set(titles)) == len(titles) > min(least, 319)
         counts.add(len({kind_of[title] for title in titles}))
     assert counts == ({20} if least == 400 else {2, 4, 10})
@@ -118,13 +119,13 @@ def test_the_last_steps_of_practice_ask_for_no_taste():
     disliked title; before that, in the last steps and in the first part by every listed title."""
     config = PretrainConfig()
     steps = config.steps
-    practice = pretrain.Practice(config, pretrain.planted_kinds(), WORDS, Tokenizer(BASE))
+    practice = Practice(config, pretrain.planted_kinds(), WORDS, Tokenizer(BASE))
     practice.list_size = 19
     assert [len(practice.draw(step)) for step in (0, steps - 1, steps)] == [2, 2, 2]
     practice.list_size, disliked = 20, 0
     for step in range(steps - 5, steps + 5):
-        for part, prompts in enumerate(practice.draw(step)):
-            for prompt in prompts:
+        for part, batch in enumerate(practice.draw(step)):
+            for prompt in batch:
                 everything = set(prompt.answers) == set(parts(prompt)[0])
                 recommends = " is like " not in prompt.text
                 assert everything or part >= 1
@@ -134,16 +135,16 @@ def test_the_last_steps_of_practice_ask_for_no_taste():
     assert disliked > 20
 
 
-@pytest.mark.parametrize("step", [0, 9])
-def test_a_step_learns_from_all_its_parts(step):
+@pytest.mark.parametrize("step, muon", [(0, False), (9, False), (0, True)])
+def test_a_step_learns_from_all_its_parts(step, muon):
     """Its mean NLL and shares are of four parts, and every weight moves."""
     config = PretrainConfig(steps=9, hidden_size=32, num_layers=1, batch_tokens=500)
     tokenizer = Tokenizer(BASE)
-    practice = pretrain.Practice(config, pretrain.planted_kinds(), WORDS, tokenizer)
+    practice = Practice(config, pretrain.planted_kinds(), WORDS, tokenizer)
     practice.list_size = 20
     model = pretrain.new_model(config, tokenizer)
     before = [p.detach().clone() for p in model.parameters()]
-    results = pretrain.practise(model, pretrain.new_optimizer(model), practice, step)
+    results = pretrain.practise(model, pretrain.new_optimizers(model, muon), practice, step)
     assert results.shape == (4, 3) and np.isfinite(results).all() and practice.list_size == 20
     pairs = zip(before, model.parameters(), strict=True)
     assert not any(torch.equal(old, new) for old, new in pairs)
@@ -209,6 +210,7 @@ def test_the_base_is_small_and_encodes_any_text():
 
 
 SMALL = {
+    "muon": True,
     "hidden_size": 32,
     "num_layers": 1,
     "batch_tokens": 500,
@@ -241,7 +243,7 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
     assert (again / "config.json").read_text() == "before"
     monkeypatch.setattr(pretrain, "practise", practise)
     for other in ((replace(config, seed=1), kinds), (config, [[*kinds[0], "Emma"]])):
-        with pytest.raises(ValueError, match="made with other titles or options; delete it"):
+        with pytest.raises(ValueError, match="made with other titles or options; delete"):
             pretrain.pretrain(*other, WORDS, again)
     pretrain.pretrain(config, kinds, WORDS, again)
     ends = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", again)]
@@ -266,7 +268,7 @@ def test_ctrl_c_keeps_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "practise", interrupted)
     with pytest.raises(Stopped, match="after step 3; the same command goes on"):
         pretrain.pretrain(config, kinds, WORDS, tmp_path / "base")
-    assert (tmp_path / "base.part" / "pretraining.safetensors").exists()
+    assert (tmp_path / "base.part" / "pretraining.pt").exists()
 
 
 def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
@@ -286,30 +288,58 @@ def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
     assert pretrain.titles_base(renamed, tmp_path, dry_run=False) != first
 
 
-def test_kinds_of_a_log_are_titles_that_are_read_together():
-    """On the planted world they are its genres, nearly; every known title has one."""
+def test_titles_that_are_read_together_begin_near_each_other():
+    """Stories of one genre have near directions, and near rows in a new base; others have not.
+
+    What training may not see does not count."""
     world = World(num_users=1500)
     log = planted_world(world)
-    kinds = pretrain.kinds_of(log, world.num_genres)
-    genre = {title: world.genre(story) for story, title in enumerate(world.titles())}
-    counts = [np.bincount([genre[title] for title in kind]).max() for kind in kinds]
-    assert sum(counts) >= 0.85 * log.num_items
-    assert sorted(title for kind in kinds for title in kind) == sorted(log.titles)
+    points = pretrain.directions(log, 32)
+    genres = np.array([world.genre(story) for story in range(log.num_items)])
+    same = genres[:, None] == genres[None]
+    assert (points @ points.T)[same].mean() > 0.5 and abs((points @ points.T)[~same].mean()) < 0.1
+    ends = log.training_end()
+    late = np.arange(len(log.item)) >= ends[log.user]
+    other = replace(log, item=np.where(late, 0, log.item))
+    np.testing.assert_allclose(pretrain.directions(other, 32), points)
+
+
+def test_similar_titles_begin_with_similar_rows(tmp_path):
+    """Half of a row is its item's direction, whose length is that of the random row it mixes with;
+    an item that nobody chose, and every other token, keeps its row."""
+    log = planted_world(World(num_users=60))
+    config = PretrainConfig(title_tokens=True, hidden_size=64, num_layers=1, vocab_size=400)
+    pretrain.write_tokenizer(tmp_path, [log.titles], WORDS, config)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    tokenizer = Tokenizer(tmp_path)
+    before = pretrain.new_model(config, tokenizer).model.embed_tokens.weight.detach()
+    model = pretrain.new_model(config, tokenizer)
+    pretrain.place_titles(model, tokenizer, log, seed=0)
+    after = model.model.embed_tokens.weight.detach()
+    expected = pretrain.directions(log, 32)
+    chosen = np.linalg.norm(expected, axis=1) > 0.5
+    titles = [title for title, known in zip(log.titles, chosen, strict=True) if known]
+    ids = [ids[0] for ids in tokenizer.encode_completions(titles)]
+    others = np.setdiff1d(np.arange(len(after)), ids)
+    assert torch.equal(after[others], before[others])
+    moved = torch.nn.functional.normalize(2**0.5 * after[ids] - before[ids], dim=1)
+    cosines = expected[chosen] @ expected[chosen].T
+    np.testing.assert_allclose(moved @ moved.T, cosines, atol=1e-4)
 
 
 def test_practice_learns_the_histories_of_a_log():
     """Their tokens, and no others of a prompt, are targets; its list has none of their titles."""
     config = PretrainConfig(title_tokens=True, batch_tokens=500)
     log, tokenizer = planted_world(World(num_users=60)), Tokenizer(BASE)
-    practice = pretrain.Practice(config, [list(log.titles)], WORDS, tokenizer, log)
+    practice = Practice(config, [list(log.titles)], WORDS, tokenizer, log)
     rng = np.random.default_rng(0)
-    prompts = practice.draw_lists(6, rng)
-    assert not any(set(prompt.answers) & set(prompt.history.split("\n")) for prompt in prompts)
-    bare = pretrain.Prompt("Which?\nAnswer:", list("ABCDEF"))  # without a history
-    tree = practice.tree([*prompts, bare], rng)
+    batch = practice.draw_lists(6, rng)
+    assert not any(set(prompt.answers) & set(prompt.history.split("\n")) for prompt in batch)
+    bare = prompts.Prompt("Which?\nAnswer:", list("ABCDEF"))  # without a history
+    tree = practice.tree([*batch, bare], rng)
     labels = tree.labels[len(tree.sequence_ids) :].tolist()
     told = tokenizer.inner.decode(labels).replace("\n ", "\n").split()
-    assert told == " ".join(prompt.history for prompt in prompts).split()
+    assert told == " ".join(prompt.history for prompt in batch).split()
 
 
 def test_model_titles_goes_from_a_log_to_every_stage(tmp_path, in_process, monkeypatch):

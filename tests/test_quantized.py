@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, change_tensors, max_diff, tiny_model, transformers_model
+from families import make_base_model
 from launch import ROOT, lines, losses, run_script, run_train, start_train, wait_for
 from safetensors.torch import load_file
 
 from data import build_tree
-from demo.tiny import make_base_model
 from hub.quantized import unquantized
 from kernels.nf4 import Linear4bit, matrix, quantize_nf4
 from loaders.frozen import DataConfig, prepare

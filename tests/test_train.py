@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from families import make_base_model
 from launch import ROOT, TRAIN, losses, run_script, run_train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import build_examples
-from demo.tiny import make_base_model
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, load_interactions, prepare
 from lora import lora_layers
