@@ -26,8 +26,7 @@ hours = tqdm.format_interval  # 1:02:03, or 02:03
 def arg(default, help="", group="", choices=(), read_by=(), free=False, **bounds):
     """A dataclass field that is an option; `group` starts a new heading in --help.
 
-    `read_by`: stages or options of which a run must have one for this one to be typed; `free`: it
-    may change when a run goes on."""
+    `read_by`: stages or options of which a run must have one; `free`: may change on --resume."""
     rules = [f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
     rules = [f"one of {', '.join(filter(None, choices))}"] if choices else rules
     facts = [f"default: {default}"] * (default != "") + rules

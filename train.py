@@ -90,9 +90,7 @@ class TrainConfig(ModelOptions):
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
     batch_size: int = arg(128, "prompts per optimizer step, over all processes", at_least=1)
-    micro_batch_tokens: int = arg(
-        8192, "padded tokens of a process's forward pass", at_least=1, free=True
-    )
+    micro_batch_tokens: int = arg(8192, "padded tokens of a forward pass", at_least=1, free=True)
     sft_learning_rate: float = arg(1e-5, "peak rate of sft", above=0, read_by=SFT)
     learning_rate: float = arg(1e-5, "peak of a preference stage", above=0, read_by=ANY_LOSS)
     warmup_ratio: float = arg(0.05, "share of steps in which the rate rises", at_least=0, at_most=1)
@@ -102,39 +100,21 @@ class TrainConfig(ModelOptions):
         "full", "split weights, replicate, both", choices=("full", "none", "hybrid"), free=True
     )
     shard_group_size: int = arg(
-        0,
-        "processes that share a copy; 0 = a machine's",
-        at_least=0,
-        read_by=("--shard hybrid",),
-        free=True,
+        0, "of a copy; 0: a machine's", at_least=0, read_by=("--shard hybrid",), free=True
     )
-    gradient_checkpointing: bool = arg(
-        False, "recompute blocks in backward: less memory, slower", free=True
-    )
-    compile: bool = arg(
-        False, "torch.compile the blocks: seconds to minutes first, then faster", free=True
-    )
+    gradient_checkpointing: bool = arg(False, "recompute blocks: less memory, slower", free=True)
+    compile: bool = arg(False, "torch.compile the blocks: a slow start, then faster", free=True)
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
     decode_rest: bool = arg(True, "decode where no branch verifies; off: invalid", group="output")
     val_size: int = arg(200, "validation users, answered in one pass; 0 = none", at_least=0)
     eval_steps: int = arg(0, "between validations; 0: none", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
-    dry_run: bool = arg(
-        False, "train nothing: first losses, memory of a rank, hours; no weights", free=True
-    )
-    output_dir: str = arg(
-        "", "run folder; empty = the first unused of runs/<dataset>-1, -2, ...", free=True
-    )
-    save_steps: int = arg(
-        100, "steps between checkpoints; 0 = only when stopped", at_least=0, free=True
-    )
+    dry_run: bool = arg(False, "no training: first losses, memory of a rank, hours", free=True)
+    output_dir: str = arg("", "run folder; empty: the next runs/<dataset>-1, -2, ...", free=True)
+    save_steps: int = arg(100, "between checkpoints; 0 = only when stopped", at_least=0, free=True)
     save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1, free=True)
-    resume: str = arg(
-        "", "auto: go on from the newest whole checkpoint", choices=("", "auto"), free=True
-    )
-    logging_steps: int = arg(
-        10, "steps between printed lines; metrics.jsonl has all", at_least=1, free=True
-    )
+    resume: str = arg("", "auto: from the newest whole checkpoint", choices=("", "auto"), free=True)
+    logging_steps: int = arg(10, "steps between printed lines", at_least=1, free=True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -368,7 +368,13 @@ def stop_signals():
 
 # ------------------------------------------------------------------------ for a log
 # Up to 1,000 titles, with the log's histories; above. Measured: NOTES.md.
-SMALL_BASE = {"hidden_size": 256, "num_layers": 3, "num_heads": 4, "steps": 1000, "settle_steps": 50}
+SMALL_BASE = {
+    "hidden_size": 256,
+    "num_layers": 3,
+    "num_heads": 4,
+    "steps": 1000,
+    "settle_steps": 50,
+}
 SMALL_BASE |= {"batch_tokens": 3000, "learning_rate": 3e-3, "muon": True}
 LARGE_BASE = {"hidden_size": 256, "num_layers": 3, "num_heads": 4, "steps": 1600}
 

@@ -25,7 +25,6 @@ from bench.head import exact_logps, rounded
 from bench.step import Usual, naive_model, usual_logps
 from data import build_tree
 from kernels.logps import HAS_TRITON, label_logps
-from lora import TARGET_MODULES
 from model import generate
 from runtime.estimate import LiveBytes, Workload, fake_step
 from runtime.processes import setup_distributed
@@ -136,7 +135,6 @@ def test_the_memory_of_a_step_is_its_estimate(device, four_bit):
         config=sizes.config,
         dtype=sizes.torch_dtype,
         r=8,
-        targets=list(TARGET_MODULES),
         prompt=sizes.prompt,
         completions=[sizes.completion] * (1 + sizes.negatives),
         load_in_4bit=four_bit,
