@@ -174,9 +174,12 @@ def stable_order(key: np.ndarray) -> np.ndarray:
     bits = len(key).bit_length()
     if len(key) and int(key.max()) >= 1 << 63 - bits:
         return np.argsort(key, kind="stable")
-    packed = (key.astype(np.int64) << bits) | np.arange(len(key))
+    packed = key.astype(np.int64)
+    packed <<= bits
+    packed |= np.arange(len(key))
     packed.sort()
-    return packed & ((1 << bits) - 1)
+    packed &= (1 << bits) - 1
+    return packed
 
 
 def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:

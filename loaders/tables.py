@@ -89,6 +89,7 @@ def read_table(files: list[Path], kind: str, find, root: Path | None = None) -> 
         texts = not kinds or "text" in kinds
         table.columns[name] = Column.joined(columns) if texts else np.concatenate(columns)
         table.num_rows = len(table.columns[name])
+    pa.default_memory_pool().release_unused()
     return table
 
 
