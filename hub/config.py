@@ -34,8 +34,7 @@ def read_config(path) -> dict:
             "quantization_config": NF4.items() <= (raw.get("quantization_config") or NF4).items(),
         }
         for key in (key for key, good in understood.items() if not good):
-            value = str(raw[key])[:100]
-            raise ValueError(f"{file}: {key} {value} is not supported; give a Llama or Qwen 2/3")
+            raise ValueError(f"{file}: {key} {raw[key]!s:.99} is not supported; give Llama or Qwen")
         heads, hidden_size = size("num_attention_heads"), size("hidden_size")
         kv_heads = size("num_key_value_heads", heads)
         head_dim = size("head_dim", 128 if model_type == "qwen3" else max(1, hidden_size // heads))

@@ -82,9 +82,8 @@ def model_fields(metadata: dict, tensors: dict) -> dict:
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
     }
-    parts = metadata.get("split.count", 1)
-    for key, value in (own | {"split.count": 0 if parts == 1 else parts}).items():
-        if value not in (0, "none"):
+    for key, value in (own | {"split.count": metadata.get("split.count", 1)}).items():
+        if value not in (0, "none") and (key, value) != ("split.count", 1):
             raise ValueError(f"{key} {value} is not supported")
     return fields
 
@@ -98,8 +97,7 @@ def llama3_scaling(stored: Tensor, rope_theta: float, head_dim: int) -> dict:
     """Llama-3.1's rope scaling, of which a GGUF stores the divisors of the frequencies."""
     factor = shortest(stored.max().item())
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    periods = 8192 / (2 * torch.pi * rope_theta**exponents)  # in the original context
-    keep = ((periods - 1) / 3).clamp(0, 1)
+    keep = ((8192 / (2 * torch.pi * rope_theta**exponents) - 1) / 3).clamp(0, 1)  # periods in 8192
     if not torch.allclose(stored.double(), 1 / ((1 - keep) / factor + keep), rtol=1e-3):
         raise ValueError("rope_freqs.weight is not Llama-3.1's scaling, and no other is supported")
     scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}

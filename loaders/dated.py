@@ -13,7 +13,7 @@ catalogue. Left out: --core and ranks of amounts, which read the whole log; of a
 last one counts, whenever it was."""
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 
 import numpy as np
 
@@ -30,11 +30,11 @@ def parse_date(text: str) -> int:
         raise ValueError(
             f"--split_date {text}: expected a date such as 2000-12-01 or 2000-12-01T18:00, or 10%"
         ) from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
 
 
 def date_text(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def date_of(interactions: Interactions, split_date: str) -> int:

@@ -12,11 +12,11 @@ ROOMS = {
     "losses": 200,
     "kernels": 760,
     "common": 190,
-    "hub": 853,
+    "hub": 850,
     "model": 440,
     "data": 562,
     "lora": 300,
-    "loaders": 3203,
+    "loaders": 3207,
     "runtime": 1717,
     "eval": 320,
     "demo": 718,
@@ -24,7 +24,7 @@ ROOMS = {
     "studies": 1700,
     "recommend": 260,
     "bench": 800,
-    "tests": 12959,
+    "tests": 12962,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")
