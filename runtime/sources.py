@@ -19,7 +19,7 @@ from runtime.stages import check_finished, copy_tokenizer, load_stage
 
 Source = tuple[Path, Path | None]  # base, and the adapter on it
 # what is evaluated and where its data lie; all else a run has fixed
-NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir", "download"}
+NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir"}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ ORDER = ["gru4rec", "caser", "sasrec", "raw", "sft", *LOSSES]
 # What makes no other method: the seed, where files lie, how work is divided and saved.
 NOT_THE_METHOD = {
     *("seed", "stages", "model", "adapter", "output_dir", "prepared_dir", "data_dir", "item_file"),
-    *("download", "resume", "logging_steps", "save_steps", "save_total_limit", "dry_run"),
+    *("resume", "logging_steps", "save_steps", "save_total_limit", "dry_run"),
     *("micro_batch_tokens", "shard", "shard_group_size", "gradient_checkpointing", "compile"),
 }
 
