@@ -138,6 +138,8 @@ def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, pro
     (file,) = (tmp_path / name).glob("reference-*.safetensors")
     if reference == "deleted":
         file.unlink()
+    with open(tmp_path / name / "recpo.unfinished" / "metrics.jsonl", "a") as log:
+        log.write('{"phase": "recpo", "step": 5, "loss": 9.0}\n{"pha')  # logged after it: cut off
     flags = (*SAVING, "--resume=auto", f"--micro_batch_tokens={budget}")
     output, resumed = run_train(tmp_path, name, *flags, processes=processes)
     assert "checkpoint-4, after step 4" in output and file.exists()
