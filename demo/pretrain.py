@@ -2,15 +2,15 @@
 
     python -m demo.pretrain --output_dir demo/base                demo/base again (49 minutes)
     python -m demo.pretrain --dataset csv --data_dir log.csv      a base for the titles of a log
-    python train.py --model titles --dataset csv ...              the same, then SFT and RecPO
+    python train.py --model titles --dataset csv ...    one token a title, then SFT and RecPO
 
 Real language models bring along what this practises on made-up prompts (prompts.py): in a prompt
 of this project they find the list and write a title that stands in it. All listed titles hang on
 one PromptTree by their first token, which is the hard one, and a few of them whole, which is how a
-title goes on and ends. Lists start short and grow with success, and histories and the titles in
-play with them: a copying circuit is found where it is easy, then stretched. Once lists are of 20,
-and where kinds of titles are known, questions about kinds are practised, too. In the last steps
-(--settle_steps) any listed title answers a recommender's prompt.
+title goes on and ends. Lists start short, with short histories and few different titles, and grow
+as the answers get right. Once lists are of 20, and where kinds of titles are known, questions about
+kinds are practised, too. In the last steps (--settle_steps) any listed title answers a
+recommender's prompt.
 
 It is made in a folder beside the directory ("base.part"), which it fills at the end; a checkpoint
 every few minutes, and the same command goes on from it. What the base knows by which step, and
@@ -79,7 +79,7 @@ class PretrainConfig(DataConfig):
         4096, "prompt tokens of a step, about; twice with questions", at_least=1
     )
     learning_rate: float = arg(2e-3, "peak; warm-up, then a cosine to a hundredth of it", above=0)
-    muon: bool = arg(False, "matrices by Muon instead of AdamW: lists grow three times as fast")
+    muon: bool = arg(False, "the blocks' matrices by Muon instead of AdamW: lists grow sooner")
     seed: int = arg(0, "seed of weights and prompts")
     save_minutes: float = arg(3.0, "minutes between checkpoints", at_least=0)
     logging_steps: int = arg(20, "steps between printed lines", at_least=1)
@@ -173,7 +173,7 @@ def new_optimizers(model: Transformer, muon: bool) -> list[torch.optim.Optimizer
 class Muon(torch.optim.Optimizer):
     """Steps along the nearest orthogonal matrix to the momentum (Jordan 2024).
 
-    torch.optim.Muon computes it in bf16, three times as slow as float32 on most CPUs. Updates are
+    torch.optim.Muon computes it in bf16: three times as slow on an x86 CPU without AMX. Updates are
     scaled to AdamW's size (0.2 a weight, arXiv 2502.16982), so that one rate serves both."""
 
     def __init__(self, params):

@@ -66,7 +66,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
             encoding = rng.choice(("utf-16", "utf-16-le", "utf-8-sig", "cp037"))
             content = content.decode("utf-8", "replace").encode(encoding, "replace")
         elif kind == 7 and rng.random() < 0.3:
-            content = gzip.compress(content)[: rng.randrange(1, len(content) + 2)]
+            content = gzip.compress(content, mtime=0)[: rng.randrange(1, len(content) + 2)]
         if not content or len(content) > 1_000_000:
             break
     return content
