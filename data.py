@@ -114,6 +114,7 @@ class ExampleConfig:
     history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
     history_items: str = arg("all", "its items: all, or liked ones", choices=("all", "positive"))
     ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
+    list_in_prompt: bool = arg(True, "show the candidates; off: the model picks one all the same")
     min_history: int = arg(5, "interactions that must lie before an example", at_least=1)
     followers: int = arg(10, "later items among candidates", at_least=1, at_most=NUM_CANDIDATES - 1)
     positive: str = arg("argmax", "chosen: best score, or first liked", choices=("argmax", "first"))
@@ -144,6 +145,7 @@ class Example:
     target: int  # index of the chosen candidate
     scores: list[float]  # preference score of each candidate
     template: int
+    listed: bool = True  # the candidates stand in the prompt
 
 
 @dataclass
@@ -162,6 +164,7 @@ class Examples:
     template: np.ndarray  # (E,) int32
     min_shown_rating: float = 0.0  # history items with a lower one are not shown
     ratings: bool = True  # of the history are shown
+    list_in_prompt: bool = True
 
     # field -> its name in prepared files, which is part of their hash
     ARRAYS = {f: f for f in ("position", "candidates", "target", "scores", "is_random", "template")}
@@ -181,6 +184,7 @@ class Examples:
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
             template=int(self.template[e]),
+            listed=self.list_in_prompt,
         )
 
     def history_rows(self, e: int) -> Sequence[int]:
@@ -315,6 +319,7 @@ def draw_candidates(
         template=template.astype(np.int32),
         min_shown_rating=config.min_rating if config.history_items == "positive" else 0.0,
         ratings=config.ratings,
+        list_in_prompt=config.list_in_prompt,
     )
 
 
@@ -352,18 +357,19 @@ def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> 
 
 
 # ------------------------------------------------------------------------------------------ prompts
-# the question before the candidates; [with ratings|without]
+# the question before the candidates; [with ratings|without], <with the list|without>
 TEMPLATES = (
     "A user {did} these {things}, oldest first[, and rated each from 1 to 5|]:\n{history}\n"
-    "Which of the following {things} will the user {do} next and like?",
+    "Which <of the following |>{things} will the user {do} next and like?",
     "[Ratings from 1 to 5 that one person gave to {things}|What one person {did}], in order of "
     "time:\n{history}\nChoose the one this person will {do} next and rate highly:",
     "Recent {things} of a user[, with ratings (5 is best)|]:\n{history}\n"
-    "From this list, recommend what the user should {do} next:",
+    "<From this list, recommend|Recommend> what the user should {do} next:",
     "Below is what someone {did}[ and how they rated it|], the latest last.\n{history}\n"
-    "One of these {things} comes next and will please them. Name it.",
+    "<One of these {things} comes next and will please them. Name it.|"
+    "Name what comes next and will please them.>",
     "History of a user ({things}[ and ratings, 1 = disliked, 5 = loved|, oldest first]):\n"
-    "{history}\nPredict the next one the user will {do} and enjoy, given these candidates:",
+    "{history}\nPredict the next one the user will {do} and enjoy<, given these candidates|>:",
 )
 LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
 LIKED, LEAST = "will the user {do} next and like?", "would the user rate lowest?"
@@ -382,9 +388,10 @@ def render_prompt(example: Example, skip: int = 0) -> str:
     unrated = example.history and all(isnan(rating) for _, rating in example.history)
     template = ALL_TEMPLATES[example.template]
     template = re.sub(r"\[(.*?)\|(.*?)\]", r"\2" if unrated else r"\1", template)
+    template = re.sub(r"<(.*?)\|(.*?)>", r"\1" if example.listed else r"\2", template)
     history = history_text(example.history[skip:])
     question = template.format(things=things, did=did, do=do, history=history)
-    return "\n".join([question, *example.candidates, "Answer:"])
+    return "\n".join([question, *(example.candidates if example.listed else []), "Answer:"])
 
 
 # ------------------------------------------------------------------------------------------- tokens

@@ -89,7 +89,8 @@ class Ranker:
 
     def encode(self, user: User, titles: list[str]) -> tuple[list[int], list[list[int]]]:
         """Ids of the prompt and of each title; a prompt that is too long loses its oldest items."""
-        example = Example(self.words, user.name, user.history, titles, 0, [], 0)
+        listed = self.config.list_in_prompt
+        example = Example(self.words, user.name, user.history, titles, 0, [], 0, listed)
         completions = self.tokenizer.encode_completions(titles)
         room = self.config.max_length - max(map(len, completions))
         for skip in range(len(user.history)):

@@ -554,7 +554,12 @@ def main() -> None:
             prepared = prepare(config, check=is_main())
         with rank_zero_first("LOCAL_RANK"):
             if config.model == TITLES:
-                base = titles_base(prepared.interactions, Path(config.prepared_dir), config.dry_run)
+                base = titles_base(
+                    prepared.interactions,
+                    Path(config.prepared_dir),
+                    practised=config.list_in_prompt,
+                    dry_run=config.dry_run,
+                )
             else:
                 base = find_base(config.model, config.adapter, weights=not config.dry_run)
         tokenizer = Tokenizer(base, config.prompt_format)

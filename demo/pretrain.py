@@ -1,30 +1,27 @@
-"""A small pretrained base: it reads a list of titles, answers with one of them, and knows no taste.
+"""A small base for titles of its own: pretrained to read lists, or fresh, to rank without them.
 
     python -m demo.pretrain --output_dir demo/base                demo/base again (49 minutes)
-    python -m demo.pretrain --dataset csv --data_dir log.csv      a base for the titles of a log
-    python train.py --model titles --dataset csv ...    one token a title, then SFT and RecPO
+    python -m demo.pretrain --dataset csv --data_dir log.csv --title_tokens
+    python train.py --model titles --dataset csv ...              a token per title, then SFT, RecPO
 
-Real language models bring along what this practises on made-up prompts (prompts.py): in a prompt
-of this project they find the list and write a title that stands in it. All listed titles hang on
-one PromptTree by their first token, which is the hard one, and a few of them whole, which is how a
+What real language models bring along is practised on made-up prompts (prompts.py): to find the list
+in a prompt of this project, and to write a title that stands in it. All listed titles hang on one
+PromptTree by their first token, which is the hard one, and a few of them whole, which is how a
 title goes on and ends. Lists start short, with short histories and few different titles, and grow
-as the answers get right. Once lists are of 20, and where kinds of titles are known, questions about
-kinds are practised, too. In the last steps (--settle_steps) any listed title answers a
-recommender's prompt.
+as the answers get right. Then, where kinds of titles are known, questions about kinds are practised
+too. In the last steps (--settle_steps) any listed title answers a recommender's prompt. A
+checkpoint every few minutes lies beside the directory ("base.part"); the same command goes on.
 
-It is made in a folder beside the directory ("base.part"), which it fills at the end; a checkpoint
-every few minutes, and the same command goes on from it. What the base knows by which step, and
-what was tried: NOTES.md. Left out: several processes, GPUs, bf16 in training.
+Without a list in the prompt there is nothing to practise: `--model titles` then starts from random
+weights, with titles that are chosen close together near each other. What was tried: NOTES.md.
+Left out: several processes, GPUs, bf16 in training.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
@@ -36,7 +33,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
-from common import Stopped, arg, hours, parse_config, print0, run_cli, writing
+from common import arg, hours, parse_config, print0, run_cli, writing
 from data import NUM_CANDIDATES, Interactions, PromptTree, Words
 from demo.prompts import Practice, made_up_prompt
 from hub.config import write_config
@@ -55,9 +52,8 @@ SPLIT = (
     r" \| Rating: \d(?:\.\d)?|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-HISTORY_WEIGHT = 0.5  # of a history's mean NLL beside the answers'
 NUM_DIRECTIONS = 32  # of items, in which titles that are chosen together are near
-FORMAT = 2  # raised when the same titles and options give another base than before
+FORMAT = 3  # raised when the same titles and options give another base than before
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,6 @@ class PretrainConfig(DataConfig):
         4096, "prompt tokens of a step, about; twice with questions", at_least=1
     )
     learning_rate: float = arg(2e-3, "peak; warm-up, then a cosine to a hundredth of it", above=0)
-    muon: bool = arg(False, "the blocks' matrices by Muon instead of AdamW: lists grow sooner")
     seed: int = arg(0, "seed of weights and prompts")
     save_minutes: float = arg(3.0, "minutes between checkpoints", at_least=0)
     logging_steps: int = arg(20, "steps between printed lines", at_least=1)
@@ -159,42 +154,10 @@ def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
     return init_weights(model_config, config.seed)
 
 
-def new_optimizers(model: Transformer, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW; with `muon` the matrices of the blocks have an optimizer of their own."""
-    named = list(model.named_parameters())
-    blocks = [p for name, p in named if muon and p.ndim == 2 and "layers" in name]
-    matrices = [p for name, p in named if p.ndim == 2 and not (muon and "layers" in name)]
-    norms = [p for _, p in named if p.ndim == 1]
+def new_optimizer(model: Transformer) -> torch.optim.AdamW:
+    matrices, norms = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    return [adamw, *([Muon(blocks)] if blocks else [])]
-
-
-class Muon(torch.optim.Optimizer):
-    """Steps along the nearest orthogonal matrix to the momentum (Jordan 2024).
-
-    torch.optim.Muon computes it in bf16: three times as slow on an x86 CPU without AMX. Updates are
-    scaled to AdamW's size (0.2 a weight, arXiv 2502.16982), so that one rate serves both."""
-
-    def __init__(self, params):
-        super().__init__(params, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.05})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state, lr = self.state[p], group["lr"]
-                average = state.setdefault("average", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(average, group["momentum"])  # Nesterov's
-                wide = update if p.shape[0] <= p.shape[1] else update.T
-                x = wide / (wide.norm() + 1e-7)
-                for _ in range(5):  # Newton and Schulz: all singular values go to about 1
-                    square = x @ x.T
-                    x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-                x = x if p.shape[0] <= p.shape[1] else x.T
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(x, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 # ------------------------------------------------------------------------ the loop
@@ -208,23 +171,18 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 def score(model: Transformer, tree: PromptTree) -> tuple[torch.Tensor, float, float]:
     """Mean NLL, the share of later tokens that are right,
     the probability of listed first tokens."""
-    scored, greedy_ids = model(tree)
-    M = len(tree.sequence_ids)  # tokens of answers; those of histories stand behind them
-    token_logps, greedy_ids, labels = scored[:M], greedy_ids[:M], tree.labels[:M]
+    token_logps, greedy_ids = model(tree)
     first = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
     first[1:] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
-    right = (greedy_ids == labels)[~first].float().mean().item()
+    right = (greedy_ids == tree.labels)[~first].float().mean().item()
     # titles that begin alike share a first token: count its probability once
-    pairs = torch.stack([tree.sequence_ids[first] // tree.num_completions, labels[first]]).T
+    pairs = torch.stack([tree.sequence_ids[first] // tree.num_completions, tree.labels[first]]).T
     _, index = np.unique(pairs.numpy(), axis=0, return_index=True)
     listed = token_logps.detach()[first][torch.from_numpy(index)].exp().sum().item()
-    loss = sft_loss(token_logps, M)
-    if len(scored) > M:
-        loss = loss + HISTORY_WEIGHT * sft_loss(scored[M:], len(scored) - M)
-    return loss, right, listed / len(tree.input_ids)
+    return sft_loss(token_logps, len(token_logps)), right, listed / len(tree.input_ids)
 
 
-def practise(model, optimizers, practice: Practice, step: int) -> np.ndarray:
+def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
     """One step; (mean NLL, share that continues rightly, probability on listed first tokens) of
     each micro-batch."""
     config = practice.config
@@ -235,26 +193,44 @@ def practise(model, optimizers, practice: Practice, step: int) -> np.ndarray:
         (loss / len(batches)).backward()
         results.append((loss.item(), *shares))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        optimizer.step()
-        optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+    optimizer.zero_grad()
     lists, mixed_lists = results[:2]
     practice.update(continues=mixed_lists[1], begins=lists[2])  # mixed: not known by heart
     return np.array(results)
 
 
-def made_from(
-    config: PretrainConfig, kinds: list[list[str]], words: Words, log: Interactions | None
-) -> str:
+def made_from(config, kinds: list[list[str]], words: Words, log: Interactions | None = None) -> str:
     """Hash of all that decides a base."""
     free = {"output_dir", "save_minutes", "logging_steps", *(f.name for f in fields(DataConfig))}
     options = {name: value for name, value in asdict(config).items() if name not in free}
     digest = hashlib.sha256(json.dumps([FORMAT, options, kinds, words], sort_keys=True).encode())
-    for array in (log.item, log.rating, log.start, log.training_end()) if log else ():
+    for array in (log.item, log.start, log.training_end()) if log else ():
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def begin(
+    config, kinds: list[list[str]], words: Words, folder: Path, log: Interactions | None = None
+) -> tuple[Transformer, Practice]:
+    """A base of random weights and its practice; the tokenizer is written to the folder.
+
+    With a log, titles that are chosen close together are near each other."""
+    if (count := sum(map(len, kinds))) < 2 * NUM_CANDIDATES:
+        raise ValueError(
+            f"{count} different titles are too few for a base: a history and a list of "
+            f"{NUM_CANDIDATES} each need {2 * NUM_CANDIDATES}"
+        )
+    write_tokenizer(folder, kinds, words, config)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks
+    tokenizer = Tokenizer(folder)
+    model = new_model(config, tokenizer)
+    if log is not None:
+        place_titles(model, tokenizer, log, config.seed)
+    print0(f"a base of {sum(p.numel() for p in model.parameters()):,} parameters, {count:,} titles")
+    return model, Practice(config, kinds, words, tokenizer)
 
 
 def pretrain(
@@ -262,61 +238,45 @@ def pretrain(
     kinds: list[list[str]],
     words: Words,
     path: Path,
-    log: Interactions | None = None,  # whose histories are practised, too
+    log: Interactions | None = None,
 ) -> None:
     """Make the base in `path`, or go on with one that was begun there."""
-    if (count := sum(map(len, kinds))) < 2 * NUM_CANDIDATES:
-        raise ValueError(
-            f"{count} different titles are too few for a base: a history and a list of "
-            f"{NUM_CANDIDATES} each need {2 * NUM_CANDIDATES}"
-        )
-    path.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path.resolve()}.part")  # a base that is there stays whole until the end
-    checkpoint, source = part / "pretraining.pt", made_from(config, kinds, words, log)
+    checkpoint, source, start = part / "pretraining.pt", made_from(config, kinds, words, log), 0
     model, practice = begin(config, kinds, words, part, log)
-    optimizers, start = new_optimizers(model, config.muon), 0
+    optimizer = new_optimizer(model)
     if checkpoint.exists():
         kept = torch.load(checkpoint, weights_only=True)
         if kept["source"] != source:
             raise ValueError(f"{checkpoint}: made with other titles or options; delete {part}")
         start, practice.list_size, practice.continues, practice.begins = kept["state"]
         model.load_state_dict(kept["model"])
-        for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-
-    def save(step: int) -> None:
-        state = [step, practice.list_size, practice.continues, practice.begins]
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        kept = {"source": source, "state": state, "model": model.state_dict(), "optimizers": states}
-        with writing(checkpoint):
-            torch.save(kept, f"{checkpoint}.new")
-            os.replace(f"{checkpoint}.new", checkpoint)
-
+        optimizer.load_state_dict(kept["optimizer"])
     saved = started = time.monotonic()
     num_steps = config.steps + config.settle_steps
-    bar = tqdm(total=num_steps, initial=start, desc="base", disable=not sys.stderr.isatty())
-    with all_cores(), stop_signals() as asked, bar:
+    with tqdm(total=num_steps, initial=start, desc="base", disable=None) as bar:
         for step in range(start, num_steps):
             if step == config.steps:
-                optimizers = new_optimizers(model, config.muon)
-            loss, continues, begins = practise(model, optimizers, practice, step).mean(axis=0)
+                optimizer = new_optimizer(model)
+            loss, continues, begins = practise(model, optimizer, practice, step).mean(axis=0)
             bar.update()
-            if (step + 1) % config.logging_steps == 0:
-                elapsed = time.monotonic() - started
-                left = hours(elapsed / (step + 1 - start) * (num_steps - step - 1))
-                bar.write(
-                    f"base {step + 1:5}/{num_steps} | list {practice.list_size:2} | loss {loss:.3f}"
-                    f" | continues {continues:.3f} | begins {begins:.3f} | left {left}",
-                    file=sys.stdout,
+            done = step + 1
+            if done % config.logging_steps == 0:
+                pace = (time.monotonic() - started) / (done - start)
+                tqdm.write(
+                    f"base {done:5}/{num_steps} | list {practice.list_size:2} | loss {loss:.3f} | "
+                    f"continues {continues:.3f} | begins {begins:.3f} | "
+                    f"left {hours(pace * (num_steps - done))}"
                 )
-                sys.stdout.flush()
-            if asked or time.monotonic() - saved > 60 * config.save_minutes:
-                save(step + 1)
+            if time.monotonic() - saved > 60 * config.save_minutes:
+                kept = {"source": source, "model": model.state_dict()}
+                kept["optimizer"] = optimizer.state_dict()
+                kept["state"] = [done, practice.list_size, practice.continues, practice.begins]
+                with writing(checkpoint):
+                    torch.save(kept, f"{checkpoint}.new")
+                    os.replace(f"{checkpoint}.new", checkpoint)
                 saved = time.monotonic()
-            if asked:
-                kept = f"the base is kept after step {step + 1}; the same command goes on"
-                raise Stopped(kept, 130 if signal.SIGINT in asked else 0)
-
+    path.mkdir(parents=True, exist_ok=True)
     save_pretrained(model.half(), part)
     for file in [f for f in part.iterdir() if f.stem != "pretraining"]:
         file.replace(path / file.name)
@@ -324,77 +284,35 @@ def pretrain(
     print0(f"base written to {path}")
 
 
-def begin(
-    config: PretrainConfig,
-    kinds: list[list[str]],
-    words: Words,
-    folder: Path,
-    log: Interactions | None,
-) -> tuple[Transformer, Practice]:
-    """A new base, whose tokenizer is written to a folder."""
-    write_tokenizer(folder, kinds, words, config)
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": 0}))  # the tokenizer asks
-    tokenizer = Tokenizer(folder)
-    practice, model = Practice(config, kinds, words, tokenizer, log), new_model(config, tokenizer)
-    if log is not None:
-        place_titles(model, tokenizer, log, config.seed)
-    parameters = sum(p.numel() for p in model.parameters())
-    print0(f"a base of {parameters:,} parameters for {len(practice.titles):,} titles")
-    return model, practice
-
-
-@contextlib.contextmanager
-def all_cores():
-    """Other ranks wait meanwhile."""
-    threads = torch.get_num_threads()
-    if "RANK" in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list that is empty until Ctrl-C or SIGTERM comes."""
-    asked: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda number, frame: asked.append(number)) for n in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 # ------------------------------------------------------------------------ for a log
-# Up to 1,000 titles, with the log's histories; above. Measured: NOTES.md.
-SMALL_BASE = {
-    "hidden_size": 256,
-    "num_layers": 3,
-    "num_heads": 4,
-    "steps": 1000,
-    "settle_steps": 50,
-}
-SMALL_BASE |= {"batch_tokens": 3000, "learning_rate": 3e-3, "muon": True}
-LARGE_BASE = {"hidden_size": 256, "num_layers": 3, "num_heads": 4, "steps": 1600}
+PRACTISED = {"hidden_size": 256, "num_layers": 3, "num_heads": 4, "steps": 1600}
+FRESH = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "steps": 0, "settle_steps": 0}
 
 
 def directions(log: Interactions, size: int) -> np.ndarray:
     """(num_items, size) unit vectors; items that the same users choose close together are near.
 
     The leading directions of the positive pointwise mutual information of two items at most three
-    interactions apart (Levy and Goldberg 2014), before what training may not see."""
-    row, inside = np.arange(len(log.user)), log.training_end()
-    together = np.zeros((log.num_items, log.num_items))
+    interactions apart (Levy and Goldberg 2014), before what training may not see; 0 for an item
+    that has none."""
+    row, inside, n = np.arange(len(log.user)), log.training_end(), log.num_items
+    cells, counts = [], []
     for distance in (1, 2, 3):
         first, then = row[:-distance], row[distance:]
         pair = (log.user[first] == log.user[then]) & (then < inside[log.user[then]])
-        np.add.at(together, (log.item[first[pair]], log.item[then[pair]]), 1 / distance)
-    together += together.T
-    share = together.sum(1) + 1e-9
-    information = np.log(together * share.sum() / np.outer(share, share) + 1e-9).clip(0)
-    vectors, strengths, _ = np.linalg.svd(information)
-    points = (vectors * strengths**0.5)[:, :size]
+        a, b = log.item[first[pair]].astype(np.int64), log.item[then[pair]].astype(np.int64)
+        cells += [a * n + b, b * n + a]
+        counts += [np.full(2 * len(a), 1 / distance)]
+    cells, place = np.unique(np.concatenate(cells), return_inverse=True)
+    together = np.bincount(place, np.concatenate(counts))
+    a, b = cells // n, cells % n
+    share = np.bincount(a, together, n)
+    information = np.log(together * share.sum() / (share[a] * share[b])).clip(0)
+    matrix = torch.sparse_coo_tensor(np.stack([a, b]), torch.from_numpy(information), (n, n))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vectors, strengths, _ = torch.svd_lowrank(matrix, q=min(2 * size, n), niter=8)
+    points = (vectors * strengths**0.5)[:, :size].numpy()
     return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-6)
 
 
@@ -407,55 +325,47 @@ def place_titles(model: Transformer, tokenizer: Tokenizer, log: Interactions, se
     completions = tokenizer.encode_completions(log.titles)
     with torch.no_grad():
         for ids, point in zip(completions, torch.from_numpy(points @ turn.T).float(), strict=True):
-            if (
-                len(ids) == 2 and point.norm() > 0.5
-            ):  # its own token, and the end; chosen by somebody
+            if len(ids) == 2 and point.norm() > 0.5:  # its own token, and the end
                 rows[ids[0]] = (rows[ids[0]] + rows[ids[0]].norm() * point) / 2**0.5
 
 
-def titles_base(interactions: Interactions, folder: Path, dry_run: bool) -> Path:
+def titles_base(log: Interactions, folder: Path, practised: bool, dry_run: bool) -> Path:
     """The base for the titles of a log, below `folder` under a hash; made, if it is not there.
 
-    A dry run makes none: it writes tokenizer and config, and says what the base would take."""
-    kinds, words = [known_titles(interactions)], interactions.words
-    small = len(kinds[0]) <= 1000
-    config = PretrainConfig(title_tokens=True, **(SMALL_BASE if small else LARGE_BASE))
-    log = interactions if small else None
-    path = folder / f"titles-{made_from(config, kinds, words, log)[:12]}"
+    `practised`: it reads lists, else it is fresh. A dry run makes none: it writes tokenizer and
+    config, and says what the base would take."""
+    kinds, words = [known_titles(log)], log.words
+    config = PretrainConfig(title_tokens=True, **(PRACTISED if practised else FRESH))
+    placed = None if practised else log
+    path = folder / f"titles-{made_from(config, kinds, words, placed)[:12]}"
     if (path / "model.safetensors").exists():
         print0(f"the base for these titles was made before: {path}")
-    elif dry_run:
-        path = Path(tempfile.mkdtemp())
-        model, practice = begin(config, kinds, words, path, log)
-        optimizers = new_optimizers(model, config.muon)
-        write_config(path, vars(model.config), torch.float16)
-        practice.list_size = NUM_CANDIDATES
-        practise(model, optimizers, practice, 0)
-        started = time.monotonic()
-        practise(model, optimizers, practice, 1)
-        steps = config.steps + config.settle_steps
-        print0(f"making it would take about {hours(steps * (time.monotonic() - started))}")
+    elif not dry_run:
+        pretrain(config, kinds, words, path, placed)
     else:
-        pretrain(config, kinds, words, path, log)
+        path, started = Path(tempfile.mkdtemp()), time.monotonic()
+        model, practice = begin(config, kinds, words, path, placed)
+        write_config(path, vars(model.config), torch.float16)
+        if practised:
+            practice.list_size, started = NUM_CANDIDATES, time.monotonic()
+            practise(model, new_optimizer(model), practice, 0)
+        seconds = (time.monotonic() - started) * max(1, config.steps)
+        print0(f"making it would take about {hours(seconds)}")
     return path
-
-
-def planted_kinds() -> list[list[str]]:
-    """The titles of the planted world by genre."""
-    world, kinds = planted.World(), {}
-    for story, title in enumerate(world.titles()):
-        kinds.setdefault(world.genre(story), []).append(title)
-    return list(kinds.values())
 
 
 def main() -> None:
     config = parse_config(PretrainConfig, beneath=data_defaults)
     path = Path(config.output_dir or f"runs/{config.dataset}-base")
     if config.dataset == planted.NAME:
-        pretrain(config, planted_kinds(), planted.WORDS, path)
-        return
-    log = prepare(config).interactions
-    pretrain(config, [known_titles(log)], log.words, path)
+        world, genres = planted.World(), {}
+        for story, title in enumerate(world.titles()):
+            genres.setdefault(world.genre(story), []).append(title)
+        kinds, words = list(genres.values()), planted.WORDS
+    else:
+        log = prepare(config).interactions
+        kinds, words = [known_titles(log)], log.words
+    pretrain(config, kinds, words, path)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from data import (
     NUM_CANDIDATES,
     TEMPLATES,
     Example,
-    Interactions,
     PromptTree,
     Words,
     build_tree,
@@ -33,13 +32,12 @@ from hub.tokenizer import Tokenizer
 SPREADS = (2, 4, 10)  # kinds among the titles of a history, or of a crowded list
 KEPT = 3  # titles of each kind that are in no history, so that a list may have them
 LONGEST = 16  # titles of a history before a question
+ASK = "Which of the following {things} is like "
+RATED = "Some {things} with ratings, the latest last:\n{history}\n"
 QUESTIONS = {
-    "alike": "These {things} are like each other:\n{history}\n"
-    "Which of the following {things} is like them?\n{candidates}\nAnswer:",
-    "last": "Some {things} with ratings, the latest last:\n{history}\n"
-    "Which of the following {things} is like the latest?\n{candidates}\nAnswer:",
-    "liked": "Some {things} with ratings, the latest last:\n{history}\n"
-    "Which of the following {things} is like the latest rated 4 or 5?\n{candidates}\nAnswer:",
+    "alike": "These {things} are like each other:\n{history}\n" + ASK + "them?",
+    "last": RATED + ASK + "the latest?",
+    "liked": RATED + ASK + "the latest rated 4 or 5?",
 }
 
 
@@ -50,7 +48,6 @@ class Prompt:
     text: str
     answers: list[str]
     whole: int = 4  # answers that are scored to their end, the others by their first token
-    history: str = ""  # a real one, part of the text, whose tokens are targets, too
 
 
 def shuffled(items, rng) -> list:
@@ -68,19 +65,6 @@ def made_up_prompt(titles: list[str], list_size: int, shown: int, words: Words, 
     chosen = [titles[i] for i in drawn]
     rated = [(title, float(rng.integers(1, 6))) for title in chosen[list_size:]]
     return Prompt(recommender_text(rated, chosen[:list_size], words, rng), chosen[:list_size])
-
-
-def real_prompt(log: Interactions, rows: np.ndarray, list_size: int, words: Words, rng) -> Prompt:
-    """A real history, up to one of the rows (n,), before a list of other titles, drawn evenly; it
-    is at most as long as the list."""
-    end = int(rows[rng.integers(len(rows))]) + 1
-    start = max(int(log.start[log.user[end - 1]]), end - int(rng.integers(2, list_size + 1)))
-    read = log.item[start:end]
-    drawn = rng.choice(log.num_items, size=min(log.num_items, list_size + len(read)), replace=False)
-    listed = [log.titles[i] for i in drawn[~np.isin(drawn, read)][:list_size]]
-    rated = [(log.titles[i], float(r)) for i, r in zip(read, log.rating[start:end], strict=True)]
-    text = recommender_text(rated, listed, words, rng)
-    return Prompt(text, listed, history=history_text(rated))
 
 
 def kinds_to_ask_for(kinds: list[list[str]]) -> list[list[str]]:
@@ -121,9 +105,9 @@ def kind_prompt(
     if question in ("disliked", "any"):
         right_ones = listed if question == "any" else answers or listed
         return Prompt(recommender_text(rated, listed, words, rng), right_ones)
-    lines = [t if question == "alike" else f"{t} | Rating: {rating:g}" for t, rating in rated]
-    parts = {"history": "\n".join(lines), "candidates": "\n".join(listed)}
-    return Prompt(QUESTIONS[question].format(things=words[0], **parts), answers or listed)
+    shown = "\n".join(history) if question == "alike" else history_text(rated)
+    asked = QUESTIONS[question].format(things=words[0], history=shown)
+    return Prompt("\n".join([asked, *listed, "Answer:"]), answers or listed)
 
 
 def mixed(titles: list[str], rng) -> list[str]:
@@ -146,25 +130,12 @@ def crowded(kinds: list[list[str]], least: int, rng) -> list[str]:
 class Practice:
     """Batches of made-up prompts, and how long their lists are by now."""
 
-    # running shares at which the list grows: see `update`
-    CONTINUES, BEGINS, BEGINS_REAL = 0.8, 0.6, 0.5
-
-    def __init__(
-        self,
-        config,  # PretrainConfig
-        kinds: list[list[str]],
-        words: Words,
-        tokenizer: Tokenizer,
-        log: Interactions | None = None,
-    ):
-        self.config, self.words, self.tokenizer, self.log = config, words, tokenizer, log
+    def __init__(self, config, kinds: list[list[str]], words: Words, tokenizer: Tokenizer):
+        self.config, self.words, self.tokenizer = config, words, tokenizer  # a PretrainConfig
         self.kinds = kinds_to_ask_for(kinds)
         self.list_size, self.continues, self.begins = 3, 0.0, 0.0
         titles = [title for kind in kinds for title in kind]
         self.titles = shuffled(titles, np.random.default_rng(config.seed))
-        if log is not None:  # rows with an earlier one that training may see
-            row, end = np.arange(len(log.user)), log.training_end()
-            self.rows = np.flatnonzero((row > log.start[log.user]) & (row < end[log.user]))
 
     def draw(self, step: int) -> list[list[Prompt]]:
         """The micro-batches of a step: a function of (seed, step, list size).
@@ -187,13 +158,8 @@ class Practice:
         mix = mix and not title_tokens
         playing = self.titles if title_tokens else self.titles[: 60 * self.list_size]
         shown = int(rng.integers(1, self.list_size + 1))
-        if self.log is not None:
-            shown = NUM_CANDIDATES // 2  # on average, once lists are of 20
         prompts = []
         for _ in range(self.num_prompts(size, shown, full=mix)):
-            if self.log is not None:
-                prompts.append(real_prompt(self.log, self.rows, size, self.words, rng))
-                continue
             titles = crowded(self.kinds, size + shown, rng) if crowd else playing
             if mix:
                 titles = mixed(titles, rng)
@@ -229,28 +195,12 @@ class Practice:
             ids = [next(completions) for _ in prompt.answers]
             whole = set(rng.permutation(len(ids))[: prompt.whole].tolist())
             groups.append([c if n in whole else c[:1] for n, c in enumerate(ids)])
-        tree = build_tree(self.tokenizer.encode_prompts([p.text for p in prompts]), groups)
-        if self.log is not None:
-            tree = tree.with_prompt_labels(history_tokens(prompts, self.tokenizer))
-        return tree
+        return build_tree(self.tokenizer.encode_prompts([p.text for p in prompts]), groups)
 
     def update(self, continues: float, begins: float) -> None:
         """A step's shares: of later tokens that are right, of probability on listed firsts."""
         self.continues += 0.1 * (continues - self.continues)
         self.begins += 0.1 * (begins - self.begins)
-        enough = self.BEGINS if self.log is None else self.BEGINS_REAL
-        mastered = self.continues > self.CONTINUES and self.begins > enough
-        if mastered and self.list_size < NUM_CANDIDATES:
+        if self.continues > 0.8 and self.begins > 0.6 and self.list_size < NUM_CANDIDATES:
             self.list_size += 1
             self.begins -= 0.05  # a few steps on the new size at least
-
-
-def history_tokens(prompts: list[Prompt], tokenizer: Tokenizer) -> np.ndarray:
-    """(B, 2) the first token of each prompt's history, and the one behind its last."""
-    spans, encodings = [], tokenizer.inner.encode_batch([p.text for p in prompts])
-    for prompt, encoding in zip(prompts, encodings, strict=True):
-        start = prompt.text.index(prompt.history)
-        ends = np.array([end for _, end in encoding.offsets])
-        first, last = np.searchsorted(ends, [start + 1, start + len(prompt.history)])
-        spans.append([first, last + 1] if prompt.history else [1, 1])
-    return np.array(spans)

@@ -167,7 +167,7 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     if config.dataset == "movielens" and Path(config.data_dir).name == "ml-1m.zip":
         movielens.download_movielens(Path(config.data_dir))  # unless it is there
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
-    del options["prepared_dir"]
+    del options["prepared_dir"], options["list_in_prompt"]
     _, files, _ = LOADERS[config.dataset]
     with undamaged(config.data_dir):
         options |= {"format": PREPARED_FORMAT, "source": facts(files(config))}
@@ -186,7 +186,10 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
             splits = build_examples(interactions, config, markov_top)
         counts = dict(zip(("users", "items", "interactions"), sizes))
         write_prepared(folder, interactions, splits, {"options": options, "raw_counts": counts})
-    return read_prepared(folder, check)
+    prepared = read_prepared(folder, check)
+    for split in prepared.splits.values():
+        split.list_in_prompt = config.list_in_prompt
+    return prepared
 
 
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
@@ -288,7 +291,7 @@ def encode_split(
     """encode_examples, kept in the prepared folder for other ranks and later runs."""
     examples, words = prepared.splits[split], prepared.interactions.words
     made_of = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, words]
-    made_of += [ALL_TEMPLATES, histories]
+    made_of += [ALL_TEMPLATES, histories, examples.list_in_prompt]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = prepared.folder / f"tokens-{split}-{key}"
 

@@ -33,7 +33,8 @@ class SourceConfig(ModelOptions):
     )
     stage: str = arg("", "stage of the run; empty = all finished ones")
 
-    KEPT = ("prompt_format", "max_length")  # options that are read from prompt.json without --run
+    # options that are read from prompt.json without --run
+    KEPT = ("prompt_format", "max_length", "list_in_prompt")
 
     def __post_init__(self):
         super().__post_init__()

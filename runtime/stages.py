@@ -38,7 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 # options that shape a prompt; with words and template they are kept beside adapter or model
 PROMPT_OPTIONS = ("prompt_format", "max_length", "history", "history_items", "min_rating")
-PROMPT_OPTIONS += ("ratings", "scale", "dataset")
+PROMPT_OPTIONS += ("ratings", "list_in_prompt", "scale", "dataset")
 
 
 # ------------------------------------------------------------------------ what it was made from
