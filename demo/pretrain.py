@@ -69,7 +69,7 @@ class PretrainConfig(DataConfig):
     num_layers: int = arg(4, "blocks", at_least=1)
     num_heads: int = arg(2, "attention heads, each with keys and values of its own", at_least=1)
     head_dim: int = arg(64, "width of a head; 32 are too few to bind words", at_least=2)
-    steps: int = arg(6000, "optimizer steps", at_least=1)
+    steps: int = arg(6000, "optimizer steps", at_least=0)
     settle_steps: int = arg(450, "steps behind them, which prefer no kind", at_least=0)
     batch_tokens: int = arg(
         4096, "prompt tokens of a step, about; twice with questions", at_least=1
@@ -308,7 +308,8 @@ def directions(log: Interactions, size: int) -> np.ndarray:
     a, b = cells // n, cells % n
     share = np.bincount(a, together, n)
     information = np.log(together * share.sum() / (share[a] * share[b])).clip(0)
-    matrix = torch.sparse_coo_tensor(np.stack([a, b]), torch.from_numpy(information), (n, n))
+    cells, values = torch.from_numpy(np.stack([a, b])), torch.from_numpy(information)
+    matrix = torch.sparse_coo_tensor(cells, values, (n, n), check_invariants=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vectors, strengths, _ = torch.svd_lowrank(matrix, q=min(2 * size, n), niter=8)
