@@ -355,14 +355,19 @@ def titles_base(log: Interactions, folder: Path, practised: bool, dry_run: bool)
     return path
 
 
+def planted_kinds() -> list[list[str]]:
+    """The titles of the planted world by genre."""
+    world, kinds = planted.World(), {}
+    for story, title in enumerate(world.titles()):
+        kinds.setdefault(world.genre(story), []).append(title)
+    return list(kinds.values())
+
+
 def main() -> None:
     config = parse_config(PretrainConfig, beneath=data_defaults)
     path = Path(config.output_dir or f"runs/{config.dataset}-base")
     if config.dataset == planted.NAME:
-        world, genres = planted.World(), {}
-        for story, title in enumerate(world.titles()):
-            genres.setdefault(world.genre(story), []).append(title)
-        kinds, words = list(genres.values()), planted.WORDS
+        kinds, words = planted_kinds(), planted.WORDS
     else:
         log = prepare(config).interactions
         kinds, words = [known_titles(log)], log.words

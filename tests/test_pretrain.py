@@ -2,8 +2,6 @@
 it reads, it has no taste, and it is made again by its command."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from common import Stopped
 from demo import pretrain, prompts
 from demo.pretrain import BASE, PretrainConfig
 from demo.prompts import Practice
@@ -87,10 +84,6 @@ def test_kinds_are_asked_for_where_their_titles_fill_a_list():
     """A list without the kind meant, behind a history of 16, has 20 titles of the others."""
     kinds = [[f"{kind} {n}" for n in range(30)] for kind in ("novel", "play", "tale")]
     assert prompts.kinds_to_ask_for([*kinds, ["Emma"] * 5]) == kinds
-    assert prompts.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]]) == [
-        *kinds[:2],
-        kinds[2][:6],
-    ]
     assert prompts.kinds_to_ask_for([kinds[0], kinds[1][:29], kinds[2][:6]]) == []
     assert prompts.kinds_to_ask_for([kinds[0]]) == prompts.kinds_to_ask_for([]) == []
     least = prompts.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]])
@@ -135,8 +128,8 @@ def test_the_last_steps_of_practice_ask_for_no_taste():
     assert disliked > 20
 
 
-@pytest.mark.parametrize("step, muon", [(0, False), (9, False), (0, True)])
-def test_a_step_learns_from_all_its_parts(step, muon):
+@pytest.mark.parametrize("step", [0, 9])
+def test_a_step_learns_from_all_its_parts(step):
     """Its mean NLL and shares are of four parts, and every weight moves."""
     config = PretrainConfig(steps=9, hidden_size=32, num_layers=1, batch_tokens=500)
     tokenizer = Tokenizer(BASE)
@@ -144,7 +137,7 @@ def test_a_step_learns_from_all_its_parts(step, muon):
     practice.list_size = 20
     model = pretrain.new_model(config, tokenizer)
     before = [p.detach().clone() for p in model.parameters()]
-    results = pretrain.practise(model, pretrain.new_optimizers(model, muon), practice, step)
+    results = pretrain.practise(model, pretrain.new_optimizer(model), practice, step)
     assert results.shape == (4, 3) and np.isfinite(results).all() and practice.list_size == 20
     pairs = zip(before, model.parameters(), strict=True)
     assert not any(torch.equal(old, new) for old, new in pairs)
@@ -181,24 +174,6 @@ def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
     assert [own[i] for i in ids if i in own] == ["Jaws 2", *listed]
 
 
-def test_a_base_of_title_tokens_trains_and_answers(tmp_path, in_process):
-    """Made, trained and tested: a title is one token and the end, in training as in the answers."""
-    base, small = tmp_path / "base", {"hidden_size": 32, "num_layers": 1, "batch_tokens": 500}
-    steps = {"steps": 3, "settle_steps": 1}
-    config = PretrainConfig(title_tokens=True, vocab_size=400, **steps, **small)
-    pretrain.pretrain(config, pretrain.planted_kinds(), WORDS, base)
-    titles = World().titles()
-    assert {len(ids) for ids in Tokenizer(base).encode_completions(titles)} == {2}
-    data = ("--followers=3", "--min_history=4", "--planted_users=60", "--train_size=64")
-    steps = ("--max_steps=2", "--batch_size=8", "--val_size=0", "--stages=raw,sft,recpo")
-    in_process(train.main, f"--model={base}", *data, *steps, f"--output_dir={tmp_path / 'run'}")
-    for stage in ("raw", "sft", "recpo"):
-        file = tmp_path / "run" / stage / "eval" / "predictions.jsonl"
-        for record in map(json.loads, file.read_text().splitlines()):
-            assert len(record["logps"]) == 20 and set(record["candidates"]) <= set(titles)
-            assert np.isfinite(record["logps"]).all()
-
-
 def test_the_base_is_small_and_encodes_any_text():
     """16-bit weights of at most 6 MB; byte-level tokens, so other data sets' titles go through."""
     assert sum(f.stat().st_size for f in BASE.iterdir()) <= 6 * 10**6
@@ -210,7 +185,6 @@ def test_the_base_is_small_and_encodes_any_text():
 
 
 SMALL = {
-    "muon": True,
     "hidden_size": 32,
     "num_layers": 1,
     "batch_tokens": 500,
@@ -252,40 +226,29 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
     assert not (tmp_path / "again.part").exists()
 
 
-def test_ctrl_c_keeps_the_step(tmp_path, monkeypatch):
-    """The step ends, a checkpoint is written, and the message says what goes on."""
-    kinds, config = (
-        [[f"Tale {n}" for n in range(60)]],
-        replace(PretrainConfig(**SMALL), save_minutes=100.0),
-    )
-    practise = pretrain.practise
-
-    def interrupted(model, optimizer, practice, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return practise(model, optimizer, practice, step)
-
-    monkeypatch.setattr(pretrain, "practise", interrupted)
-    with pytest.raises(Stopped, match="after step 3; the same command goes on"):
-        pretrain.pretrain(config, kinds, WORDS, tmp_path / "base")
-    assert (tmp_path / "base.part" / "pretraining.pt").exists()
-
-
 def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
-    """Kept under a hash of titles, words and options; a dry run makes none; other titles have
-    another."""
-    monkeypatch.setattr(pretrain, "SMALL_BASE", SMALL)
+    """Kept under a hash of titles, log and options; a dry run makes none; other titles, and a list
+    in the prompt, have another."""
+    monkeypatch.setattr(pretrain, "PRACTISED", SMALL)
     log = planted_world(World(num_users=60))
-    dry = pretrain.titles_base(log, tmp_path, dry_run=True)
-    assert not list(tmp_path.iterdir()) and "would take about" in capsys.readouterr().out
-    assert {f.name for f in dry.iterdir()} >= {"config.json", "tokenizer.json"}
-    first = pretrain.titles_base(log, tmp_path, dry_run=False)
-    assert load_pretrained(first).config == ModelConfig.from_pretrained(dry)
-    capsys.readouterr()
-    assert pretrain.titles_base(log, tmp_path, dry_run=False) == first
-    assert f"made before: {first}" in capsys.readouterr().out
-    renamed = replace(log, titles=[f"{title}!" for title in log.titles])
-    assert pretrain.titles_base(renamed, tmp_path, dry_run=False) != first
+
+    def base(log=log, practised=False, dry_run=False):
+        return pretrain.titles_base(log, tmp_path, practised, dry_run)
+
+    for practised in (False, True):
+        dry = base(practised=practised, dry_run=True)
+        assert "would take about" in capsys.readouterr().out
+        assert not list(tmp_path.glob("titles-*/model.safetensors")) or practised
+        first = base(practised=practised)
+        assert load_pretrained(first).config == ModelConfig.from_pretrained(dry)
+        capsys.readouterr()
+        assert base(practised=practised) == first
+        assert f"made before: {first}" in capsys.readouterr().out
+    others = [
+        replace(log, titles=[f"{t}!" for t in log.titles]),
+        planted_world(World(num_users=61)),
+    ]
+    assert len({base(), base(practised=True), *map(base, others)}) == 4
 
 
 def test_titles_that_are_read_together_begin_near_each_other():
@@ -327,28 +290,20 @@ def test_similar_titles_begin_with_similar_rows(tmp_path):
     np.testing.assert_allclose(moved @ moved.T, cosines, atol=1e-4)
 
 
-def test_practice_learns_the_histories_of_a_log():
-    """Their tokens, and no others of a prompt, are targets; its list has none of their titles."""
-    config = PretrainConfig(title_tokens=True, batch_tokens=500)
-    log, tokenizer = planted_world(World(num_users=60)), Tokenizer(BASE)
-    practice = Practice(config, [list(log.titles)], WORDS, tokenizer, log)
-    rng = np.random.default_rng(0)
-    batch = practice.draw_lists(6, rng)
-    assert not any(set(prompt.answers) & set(prompt.history.split("\n")) for prompt in batch)
-    bare = prompts.Prompt("Which?\nAnswer:", list("ABCDEF"))  # without a history
-    tree = practice.tree([*batch, bare], rng)
-    labels = tree.labels[len(tree.sequence_ids) :].tolist()
-    told = tokenizer.inner.decode(labels).replace("\n ", "\n").split()
-    assert told == " ".join(prompt.history for prompt in batch).split()
-
-
-def test_model_titles_goes_from_a_log_to_every_stage(tmp_path, in_process, monkeypatch):
-    """train.py makes the base, trains both stages on it, and finds it again for the second."""
-    monkeypatch.setattr(pretrain, "SMALL_BASE", SMALL)
+@pytest.mark.parametrize("listed", [True, False])
+def test_model_titles_goes_from_a_log_to_every_stage(tmp_path, in_process, monkeypatch, listed):
+    """train.py makes the base and trains both stages on it; a title is one token, and the end."""
+    monkeypatch.setattr(pretrain, "PRACTISED", SMALL)
     data = ("--planted_users=60", "--train_size=64", f"--prepared_dir={tmp_path / 'prepared'}")
     steps = ("--max_steps=2", "--batch_size=8", "--val_size=0", f"--output_dir={tmp_path / 'run'}")
-    in_process(train.main, "--model=titles", *data, *steps)
+    in_process(train.main, "--model=titles", *data, *steps, *["--list_in_prompt"] * listed)
     (base,) = (tmp_path / "prepared").glob("titles-*")
+    titles = pretrain.known_titles(planted_world(World(num_users=60)))
+    assert {len(ids) for ids in Tokenizer(base).encode_completions(titles)} == {2}
     for stage in ("raw", "sft", "recpo"):
         facts = json.loads((tmp_path / "run" / stage / "base.json").read_text())
-        assert facts["base"] == str(base.resolve())
+        assert facts["base"] in (str(base.resolve()), "../sft")
+        file = tmp_path / "run" / stage / "eval" / "predictions.jsonl"
+        for record in map(json.loads, file.read_text().splitlines()):
+            assert len(record["logps"]) == 20 and np.isfinite(record["logps"]).all()
+            assert ("free" in record) == (not listed)
