@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tqdm import tqdm
 
 from common import arg, hours, parse_config, print0, run_cli, writing
 from data import NUM_CANDIDATES, Interactions, PromptTree, Words
@@ -42,6 +41,7 @@ from loaders import planted
 from loaders.frozen import DataConfig, data_defaults, prepare
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
+from runtime.passes import progress
 
 BASE = Path(__file__).parent / "base"
 TITLES = "titles"  # train.py --model titles
@@ -77,7 +77,6 @@ class PretrainConfig(DataConfig):
     learning_rate: float = arg(2e-3, "peak; warm-up, then a cosine to a hundredth of it", above=0)
     seed: int = arg(0, "seed of weights and prompts")
     save_minutes: float = arg(3.0, "minutes between checkpoints", at_least=0)
-    logging_steps: int = arg(20, "steps between printed lines", at_least=1)
 
 
 # ------------------------------------------------------------------------ tokenizer and model
@@ -204,7 +203,7 @@ def practise(model, optimizer, practice: Practice, step: int) -> np.ndarray:
 
 def made_from(config, kinds: list[list[str]], words: Words, log: Interactions | None = None) -> str:
     """Hash of all that decides a base."""
-    free = {"output_dir", "save_minutes", "logging_steps", *(f.name for f in fields(DataConfig))}
+    free = {"output_dir", "save_minutes", *(f.name for f in fields(DataConfig))}
     options = {name: value for name, value in asdict(config).items() if name not in free}
     digest = hashlib.sha256(json.dumps([FORMAT, options, kinds, words], sort_keys=True).encode())
     for array in (log.item, log.start, log.training_end()) if log else ():
@@ -252,30 +251,22 @@ def pretrain(
         start, practice.list_size, practice.continues, practice.begins = kept["state"]
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
-    saved = started = time.monotonic()
-    num_steps = config.steps + config.settle_steps
-    with tqdm(total=num_steps, initial=start, desc="base", disable=None) as bar:
-        for step in range(start, num_steps):
-            if step == config.steps:
-                optimizer = new_optimizer(model)
-            loss, continues, begins = practise(model, optimizer, practice, step).mean(axis=0)
-            bar.update()
-            done = step + 1
-            if done % config.logging_steps == 0:
-                pace = (time.monotonic() - started) / (done - start)
-                tqdm.write(
-                    f"base {done:5}/{num_steps} | list {practice.list_size:2} | loss {loss:.3f} | "
-                    f"continues {continues:.3f} | begins {begins:.3f} | "
-                    f"left {hours(pace * (num_steps - done))}"
-                )
-            if time.monotonic() - saved > 60 * config.save_minutes:
-                kept = {"source": source, "model": model.state_dict()}
-                kept["optimizer"] = optimizer.state_dict()
-                kept["state"] = [done, practice.list_size, practice.continues, practice.begins]
-                with writing(checkpoint):
-                    torch.save(kept, f"{checkpoint}.new")
-                    os.replace(f"{checkpoint}.new", checkpoint)
-                saved = time.monotonic()
+    saved, num_steps = time.monotonic(), config.steps + config.settle_steps
+    bar = progress(range(start, num_steps), "base", num_steps - start)
+    for step in bar:
+        if step == config.steps:
+            optimizer = new_optimizer(model)
+        loss, continues, begins = practise(model, optimizer, practice, step).mean(axis=0)
+        shown = f"lists of {practice.list_size}, loss {loss:.2f}, continues {continues:.2f}"
+        bar.set_postfix_str(f"{shown}, begins {begins:.2f}", refresh=False)
+        if time.monotonic() - saved > 60 * config.save_minutes:
+            kept = {"source": source, "model": model.state_dict()}
+            kept["optimizer"] = optimizer.state_dict()
+            kept["state"] = [step + 1, practice.list_size, practice.continues, practice.begins]
+            with writing(checkpoint):
+                torch.save(kept, f"{checkpoint}.new")
+                os.replace(f"{checkpoint}.new", checkpoint)
+            saved = time.monotonic()
     path.mkdir(parents=True, exist_ok=True)
     save_pretrained(model.half(), part)
     for file in [f for f in part.iterdir() if f.stem != "pretraining"]:
@@ -335,17 +326,17 @@ def titles_base(log: Interactions, folder: Path, practised: bool, dry_run: bool)
 
     `practised`: it reads lists, else it is fresh. A dry run makes none: it writes tokenizer and
     config, and says what the base would take."""
-    kinds, words = [known_titles(log)], log.words
     config = PretrainConfig(title_tokens=True, **(PRACTISED if practised else FRESH))
+    recipe = [known_titles(log)], log.words
     placed = None if practised else log
-    path = folder / f"titles-{made_from(config, kinds, words, placed)[:12]}"
+    path = folder / f"titles-{made_from(config, *recipe, placed)[:12]}"
     if (path / "model.safetensors").exists():
         print0(f"the base for these titles was made before: {path}")
     elif not dry_run:
-        pretrain(config, kinds, words, path, placed)
+        pretrain(config, *recipe, path, placed)
     else:
         path, started = Path(tempfile.mkdtemp()), time.monotonic()
-        model, practice = begin(config, kinds, words, path, placed)
+        model, practice = begin(config, *recipe, path, placed)
         write_config(path, vars(model.config), torch.float16)
         if practised:
             practice.list_size, started = NUM_CANDIDATES, time.monotonic()
