@@ -12,12 +12,10 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
 
 Of the next 10 items the user's best is the chosen one (`chosen_follower`); the other 19 candidates
 are the rest of those 10 and random items (`draw_candidates`); the rejected titles are the first K
-of them in a random order (`Examples.negatives`). A prompt that is too long loses its oldest
-history items, never tokens. `python -m loaders` shows all this for a data set.
+of them in a random order (`Examples.negatives`). `python -m loaders` shows this for a data set.
 
-Left out: rating prediction, side features. Legend: E examples, F followers among the candidates,
-B examples of a batch, N completions per example, P prompt width, C completion width, T = P + C,
-M scored tokens.
+Legend: E examples, F followers among the candidates, B examples of a batch, N completions per
+example, P prompt width, C completion width, M scored tokens.
 """
 
 import re
@@ -283,12 +281,10 @@ def draw_candidates(
         before = rows[:, None] - 1 - np.arange(config.history)
         before = np.maximum(before, log.start[users][:, None])
         seen = log.item[np.concatenate([before, follow], 1)]
-    if config.negatives != "retrieved":
-        randoms = _draw_unseen(log, users, count, seen, config.negatives, rng)
-    elif retrieve:
+    if config.negatives == "retrieved":
         randoms = retrieve(log, rows, config.history, count, seen)
     else:
-        raise ValueError("--negatives retrieved needs a recommender that retrieves them")
+        randoms = _draw_unseen(log, users, count, seen, config.negatives, rng)
     if len(short := np.flatnonzero((randoms < 0).any(1))):
         what = "are not in the prompt" if seen is not None else "this user never touched"
         raise ValueError(
@@ -297,26 +293,24 @@ def draw_candidates(
         )
 
     items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
-    scores = preference_score(log.rating[follow], steps, config.decay)
-    random_score = preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay)
-    scores = np.concatenate([scores, np.full(randoms.shape, random_score)], 1).astype(np.float32)
+    scores = np.full(items.shape, preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay))
+    scores[:, :F] = preference_score(log.rating[follow], steps, config.decay)
     chosen = chosen_follower(log, rows, config)[0] if split == "train" else np.zeros(E, int)
     slots = np.tile(np.arange(NUM_CANDIDATES), (E, 1))
     order = rng.permuted(slots, axis=1)  # shown slot -> drawn slot
-    target = (order == chosen[:, None]).argmax(1)
+    target = (order == chosen[:, None]).argmax(1).astype(np.int32)
     negative_order = rng.permuted(slots[slots != target[:, None]].reshape(E, -1), axis=1)
-    template = rng.integers(len(TEMPLATES), size=E)
     return Examples(
         interactions=interactions,
         split=split,
         history=config.history,
         position=rows.astype(np.int64),
         candidates=np.take_along_axis(items, order, 1),
-        target=target.astype(np.int32),
-        scores=np.take_along_axis(scores, order, 1),
+        target=target,
+        scores=np.take_along_axis(scores, order, 1).astype(np.float32),
         is_random=order >= F,
         negative_order=negative_order.astype(np.int32),
-        template=template.astype(np.int32),
+        template=rng.integers(len(TEMPLATES), size=E).astype(np.int32),
         min_shown_rating=config.min_rating if config.history_items == "positive" else 0.0,
         ratings=config.ratings,
         list_in_prompt=config.list_in_prompt,
@@ -346,7 +340,7 @@ def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> 
         if len(left) == 0:
             return drawn
 
-    weights = np.ones(n) if uniform else np.bincount(log.item, minlength=n).astype(float)
+    weights = np.ones(n) if uniform else np.bincount(log.item, minlength=n)
     for e in left:
         free = np.setdiff1d(np.arange(n), taken[taken // n == users[e]] % n)
         drawn[e] = -1
@@ -425,6 +419,21 @@ def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
     return np.stack([list(map(len, encoded.prompts)), inner[items].sum(1)], 1)
 
 
+def shortened(
+    example: Example, completions: list[list[int]], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[int], int]:
+    """Prompt ids that fit max_length with the longest completion, and how many of the oldest
+    history items they go without."""
+    for skip in range(max(1, len(example.history))):
+        (prompt,) = tokenizer.encode_prompts([render_prompt(example, skip)])
+        if len(prompt) + max(map(len, completions)) <= max_length:
+            return prompt, skip
+    raise ValueError(
+        f"user {example.user}: {len(prompt)} prompt tokens do not fit --max_length {max_length} "
+        "even with a history of one item; raise --max_length"
+    )
+
+
 def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -> Encoded:
     """Render and tokenise once; prompt and its longest completion must fit max_length.
 
@@ -442,15 +451,9 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
                 f"user {examples[e].user}: two candidates have the same tokens, "
                 f"titles must differ: {examples[e].candidates}"
             )
-        skip, room = 0, max_length - max(map(len, candidates))
-        while len(prompt) > room:
-            skip += 1
-            if skip >= len(examples.history_rows(e)):
-                raise ValueError(
-                    f"user {examples[e].user}: {len(prompt)} prompt tokens do not fit --max_length "
-                    f"{max_length} even with a history of one item; raise --max_length"
-                )
-            (prompt,) = tokenizer.encode_prompts([render_prompt(examples[e], skip)])
+        skip = 0
+        if len(prompt) + max(map(len, candidates)) > max_length:
+            prompt, skip = shortened(examples[e], candidates, tokenizer, max_length)
         encoded.num_shortened += skip > 0
         encoded.num_dropped += skip
         if e < BOUNDARY_CHECKS:
@@ -516,8 +519,8 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     same = len(prompts) == len(counts) and 0 < min(counts, default=0) == max(counts)
     if not same or min(map(len, sequences)) == 0:
         raise ValueError(
-            "expected no empty prompt or completion, and the same number, at least 1, for every "
-            f"prompt; got {len(counts)} for {len(prompts)} prompts: {counts}"
+            "every prompt needs the same number of completions, at least 1, and nothing may be "
+            f"empty; got {counts} for {len(prompts)} prompts"
         )
     B, P, N = len(prompts), max(map(len, prompts)), counts[0]
     C = max(sum(len(ids) - 1 for ids in group) for group in completions)

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
-from data import NUM_CANDIDATES, Example, Interactions, build_tree, micro_batches, render_prompt
+from data import NUM_CANDIDATES, Example, Interactions, build_tree, micro_batches, shortened
 from loaders.frozen import find_prepared, prepare
 from loaders.users import Catalogue, User, listed_users, read_user, user_of_log
 from runtime.passes import prefetch, progress
@@ -92,15 +92,8 @@ class Ranker:
         listed = self.config.list_in_prompt
         example = Example(self.words, user.name, user.history, titles, 0, [], 0, listed)
         completions = self.tokenizer.encode_completions(titles)
-        room = self.config.max_length - max(map(len, completions))
-        for skip in range(len(user.history)):
-            (prompt,) = self.tokenizer.encode_prompts([render_prompt(example, skip)])
-            if len(prompt) <= room:
-                return prompt, completions
-        raise ValueError(
-            f"user {user.name!r}: {len(prompt)} prompt tokens do not fit --max_length "
-            f"{self.config.max_length} even with a history of one item; give fewer candidates"
-        )
+        prompt, _ = shortened(example, completions, self.tokenizer, self.config.max_length)
+        return prompt, completions
 
     @torch.no_grad()
     def score(self, encoded: list[tuple[list, list]]) -> Iterator[tuple[int, np.ndarray, list]]:
