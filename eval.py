@@ -3,15 +3,15 @@
 All 20 candidates hang on one PromptTree. Greedy decoding would write candidate c, and then stop,
 exactly if each of c's tokens is the argmax at its row and the argmax after the last one ends the
 answer (a stop id, or spaces and a line break). So the answer, its validity, and the exact ranking
-of the 20 come from one pass. Prompts where no candidate verifies are decoded for real, since
-another spelling of a title is possible and the text is wanted.
+of the 20 come from one pass. Where no candidate verifies, prompts are decoded for real: another
+spelling of a title is possible. Where prompts do not show the list, answers are decoded along it.
 
     python eval.py --run runs/planted-1              every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...     a Hugging Face directory, a PEFT adapter
 
-Two figures stand side by side. Written: hit_ratio@1 counts answers that are exactly the target's
-title, over *all* cases, valid_ratio those that are a listed title. Ranked first: ranking/* are
-computed from the log-probabilities of the 20 candidates. Legend: E examples, N = 20 candidates.
+Written: hit_ratio@1 counts answers that are exactly the target's title, over *all* cases;
+valid_ratio, listed titles. Ranked first: ranking/*, by the log-probabilities of the 20 candidates.
+Legend: E examples, N = 20 candidates.
 """
 
 import math
@@ -78,11 +78,9 @@ def trie_walk(completions: list[list[int]], token_logps: Iterator[float]) -> int
 def match_title(answer: str, titles: list[str]) -> int:
     """Index of the title that equals the answer; if none does, the answer without one final ".";
     else -1. Letters are composed (NFC), spaces are single."""
-    titles, answers = (
-        [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
-        for texts in (titles, (answer, answer.removesuffix(".")))
-    )
-    return next((titles.index(text) for text in answers if text in titles), -1)
+    texts = [*titles, answer, answer.removesuffix(".")]
+    *titles, whole, cut = (unicodedata.normalize("NFC", " ".join(t.split())) for t in texts)
+    return next((titles.index(text) for text in (whole, cut) if text in titles), -1)
 
 
 def answered(example, slot: int, how: str, text: str | None = None) -> dict:
@@ -107,8 +105,8 @@ def predict(
     device, records, nobody = model.inv_freq.device, {}, [0]  # a rank without work runs example 0
     slots = np.tile(ALL, (len(encoded.prompts), 1))
     widths = tree_widths(encoded, slots)
-    listed = encoded.examples.list_in_prompt
-    decode = decode if listed else "trie"  # what the prompt does not show is chosen on the tree
+    if decode == "greedy" and not encoded.examples.list_in_prompt:
+        decode = "trie"
     stop_ids = tokenizer.stop_ids | tokenizer.newline_ids()
     end_ids = torch.tensor(sorted(stop_ids), device=device)
     batches = planned(widths, indices, micro_batch_tokens)
@@ -117,28 +115,25 @@ def predict(
         tree = next(trees) if batch else encoded.tree(nobody, slots).to(device)
         token_logps, greedy_ids = model(tree)
         logps = tree.sum_logps(token_logps).tolist()
-        written, how = verified_branch(tree, greedy_ids, end_ids).tolist(), "verified"
-        free = written
+        free = verified_branch(tree, greedy_ids, end_ids).tolist()
+        written, how = free, "verified"
         if decode == "trie":
             per_token, how = iter(token_logps.tolist()), "trie"
             written = [trie_walk(encoded.slots(e, ALL), per_token) for e in batch]
         for b, e in enumerate(batch):
-            example = encoded.examples[e]
-            title, found = example.candidates[example.target], how if written[b] >= 0 else "none"
-            records[e] = {"example": e, "user": example.user, "target": title}
-            records[e] |= answered(example, written[b], found) | {"logps": logps[b]}
-            records[e] |= {"candidates": example.candidates, "target_slot": example.target}
-            if not listed:  # the title that the model would write of its own accord, or -1
-                records[e]["free"] = free[b]
+            example, slot = encoded.examples[e], written[b]
+            records[e] = {"example": e, "user": example.user, "logps": logps[b]}
+            records[e] |= {"target": example.candidates[example.target]}
+            records[e] |= {"target_slot": example.target, "candidates": example.candidates}
+            records[e] |= answered(example, slot, how if slot >= 0 else "none")
+            records[e] |= {"free": free[b]} if decode == "trie" else {}
 
-    rest = sorted(records)
-    if decode != "generate":
-        rest = [e for e in rest if decode_rest and records[e]["answer"] is None]
-    longest = max(map(len, encoded.completions.values()))
+    open_ones = (e for e in sorted(records) if decode_rest and records[e]["answer"] is None)
+    rest = sorted(records) if decode == "generate" else [*open_ones]
     batches = planned(widths, rest, micro_batch_tokens)
     for batch in progress(rounds(batches, any_rank), "answers written out", len(batches)):
         prompts = [encoded.prompts[e].tolist() for e in batch or nobody]
-        # twice the longest title: another spelling takes more tokens than the usual one
+        longest = max(map(len, encoded.completions.values()))  # another spelling takes more
         outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
         for e, ids in zip(batch, outputs, strict=False):
             example, text = encoded.examples[e], tokenizer.answer(ids)
@@ -197,8 +192,7 @@ def ranking_metrics(scores: np.ndarray, target: np.ndarray) -> dict[str, np.ndar
     """hit_ratio@k, ndcg@5 and mrr, (E,) float64 each, by scores (E, n) of target slots (E,).
 
     Ties are shared: the target's rank is uniform over the candidates of equal score, and each
-    metric is the mean over these ranks. So a recommender whose scores are all equal gets exactly
-    what chance gets. ValueError on NaN, which compares as if it were neither better nor worse."""
+    metric is the mean over these ranks. ValueError on NaN."""
     scores, target = np.asarray(scores), np.asarray(target)
     if np.isnan(scores).any():
         bad = np.flatnonzero(np.isnan(scores).any(1))
@@ -223,8 +217,7 @@ def wilson(mean: float, n: int) -> list[float]:
 
 
 def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = None) -> dict:
-    """Metrics over all records, each with its 95 % interval under `<name>_ci95`;
-    baselines: name -> scores (E, N)."""
+    """Metrics of all records, 95 % intervals under `<name>_ci95`; baselines: name -> (E, N)."""
     metrics: dict = {"n": (n := len(records))}
 
     def put(name: str, values) -> None:
@@ -237,15 +230,13 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
     put("hit_ratio@1", [r["hit"] for r in records])
     put("valid_ratio", [r["valid"] for r in records])
     if "free" in records[0]:
-        metrics["decode"] = "trie"
         put("free/hit_ratio@1", [r["free"] == r["target_slot"] for r in records])
-        put("free/listed", [r["free"] >= 0 for r in records])
     valid = [r["hit"] for r in records if r["valid"]]
     metrics["hit_ratio@1|valid"] = float(np.mean(valid)) if valid else 0.0
     logps, targets = (np.array([r[name] for r in records]) for name in ("logps", "target_slot"))
     for name, values in ranking_metrics(logps, targets).items():
         put(f"ranking/{name}", values)
-    written = [r["how"] == "generated" and r.get("one_pass") is None for r in records]
+    written = (r["how"] == "generated" and r.get("one_pass") is None for r in records)
     metrics["answers_generated"] = sum(written)
     metrics["baselines"] = {"chance": 1 / NUM_CANDIDATES}
     for name, scores in (baselines or {}).items():
@@ -256,9 +247,11 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
 def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None) -> str:
     """Markdown: chance and counting baselines, the given rows (name -> metrics), upper bounds."""
     some = next(iter(rows.values()))
-    written, meaning = "written", "the answer is the exact title"
-    if some.get("decode") == "trie":
-        written, meaning = "trie", "decoded along the listed titles"
+    written, meaning, key = "written", "the answer is the exact title", "answers_generated"
+    counted = "answers written out, because no candidate verified in the one pass"
+    if "free/hit_ratio@1" in some:
+        written, meaning, key = "trie", "decoded along the 20 titles", "free/hit_ratio@1"
+        counted = "HR@1 of answers that are decoded freely"
     lines = [
         f"n = {some['n']} users, one correct title among {NUM_CANDIDATES}; {written} = {meaning}, "
         "ranked first = best log-probability of the 20; [95 % interval]\n",
@@ -279,14 +272,7 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
         rest = f"{m['ranking/ndcg@5']:.4f} | {m['ranking/mrr']:.4f}"
         lines.append(f"| {name} | {first} | {m['valid_ratio']:.4f} | {ranked} | {rest} |")
     lines += [f"| {name} | | | {value:.4f} | | |" for name, value in (bounds or {}).items()]
-    counts = ", ".join(f"{name} {m['answers_generated']}" for name, m in rows.items())
-    if "free/listed" in some:
-        found = ", ".join(
-            f"{name} {m['free/hit_ratio@1']:.4f} ({m['free/listed']:.4f} one of the 20)"
-            for name, m in rows.items()
-        )
-        lines += [f"\nprompts without the list; HR@1 written freely, of all titles: {found}"]
-    lines += [f"\nanswers written out, because no candidate verified in the one pass: {counts}"]
+    lines += [f"\n{counted}: " + ", ".join(f"{name} {m[key]:.4g}" for name, m in rows.items())]
     return "\n".join(lines)
 
 
@@ -303,8 +289,8 @@ def main() -> None:
         for e, prompt in enumerate(encoded.prompts):
             ids = (prompt, encoded.slots(e, [examples.target[e]])[0])
             text, title = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
-            user = f"user {examples[e].user}, {len(prompt)} tokens"
-            print(f"--- {user}\n{text}\n--- answer\n{title}\n")
+            print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}")
+            print(f"--- answer\n{title}\n")
         return
     rows = {}
     for name, source in asked.items():
@@ -320,13 +306,13 @@ def main() -> None:
         )
         del model
         free_memory()  # before the next one is loaded
-        metrics |= {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
-        rows[name] = metrics
+        facts = {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
+        rows[name] = metrics = metrics | facts
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name, metrics, records)
         if config.decode == "generate":
-            differing, near = metrics["one_pass_differs"], metrics["one_pass_near_ties"]
-            print(f"{name}: the one pass differs on {differing} answers, {near} of them near-ties")
+            counts = "{one_pass_differs} answers, {one_pass_near_ties} of them near-ties"
+            print(f"{name}: the one pass differs on {counts.format_map(metrics)}")
     facts = f"{config.split} split, data {prepared.hash[:12]}, decode {config.decode}"
     print(f"\n{config.dataset}, {facts}\n\n{results_table(rows)}")
 
