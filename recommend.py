@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Example, Interactions, build_tree, micro_batches, shortened
+from loaders.counting import best_items
 from loaders.frozen import find_prepared, prepare
 from loaders.users import Catalogue, User, listed_users, read_user, user_of_log
 from runtime.passes import prefetch, progress
@@ -47,7 +48,9 @@ from runtime.sources import (
 )
 from runtime.stages import PROMPT_OPTIONS, write_whole
 from studies.sequential import fit_retriever
+from studies.two_stage import title_scores
 
+RETRIEVERS = ("markov", "item-knn", "popularity", "sasrec", "model")
 CHUNK = 256  # users that are retrieved and tokenised together, while others are ranked
 
 
@@ -58,7 +61,7 @@ class RecommendConfig(SourceConfig):
     request: str = arg("", "JSON file of one user, with candidates", group="what is asked")
     users: str = arg("", "all of the log, a .txt file of their ids, or a .jsonl file of new users")
     retriever: str = arg(
-        "markov", "who finds candidates", choices=("markov", "item-knn", "popularity", "sasrec")
+        "markov", "who finds candidates; model: itself, of a token per title", choices=RETRIEVERS
     )
     top_k: int = arg(10, "items for each of many users", at_least=1, at_most=NUM_CANDIDATES)
     output: str = arg("", "the .jsonl file of many users; a restart goes on with it")
@@ -94,6 +97,13 @@ class Ranker:
         completions = self.tokenizer.encode_completions(titles)
         prompt, _ = shortened(example, completions, self.tokenizer, self.config.max_length)
         return prompt, completions
+
+    def top(self, user: User, log: Interactions) -> np.ndarray:
+        """The 20 best items of the catalogue that the user has not touched, by the model itself."""
+        example = Example(self.words, user.name, user.history, [], 0, [], 0, listed=False)
+        prompt, _ = shortened(example, [[0]], self.tokenizer, self.config.max_length)
+        (scores,) = title_scores(self.model, self.tokenizer, log.titles, [prompt])
+        return best_items(scores, user.items, NUM_CANDIDATES)
 
     @torch.no_grad()
     def score(self, encoded: list[tuple[list, list]]) -> Iterator[tuple[int, np.ndarray, list]]:
@@ -136,12 +146,14 @@ def shown_order(name: str, count: int) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(count)
 
 
-def candidates_of(user: User, retriever, log: Interactions) -> list[dict]:
-    """Given ones, or the retriever's best that the user has not touched, as they are shown."""
+def candidates_of(ranker: Ranker, user: User, retriever, log: Interactions) -> list[dict]:
+    """Given ones, or the best that the user has not touched by the retriever (None: by the model),
+    as they are shown."""
     rows = [(item, title, None) for item, title in user.candidates]
     if not rows:
-        codes = retriever.top(user.items, user.items, NUM_CANDIDATES).tolist()
-        rows = [(log.item_ids[c], log.titles[c], rank) for rank, c in enumerate(codes, 1)]
+        seen = user.items
+        codes = retriever.top(seen, seen, NUM_CANDIDATES) if retriever else ranker.top(user, log)
+        rows = [(log.item_ids[c], log.titles[c], rank) for rank, c in enumerate(codes.tolist(), 1)]
     rows = [rows[i] for i in shown_order(user.name, len(rows))]
     return [{"item": i, "title": t, "probability": 0.0, "retrieved": rank} for i, t, rank in rows]
 
@@ -153,7 +165,7 @@ def ranked(ranker: Ranker, users: list[User | int], retriever, log: Interactions
         asked = []
         for user in users[at : at + CHUNK]:
             user = user if isinstance(user, User) else user_of_log(log, user, ranker.config)
-            rows = candidates_of(user, retriever, log) if user.history else []
+            rows = candidates_of(ranker, user, retriever, log) if user.history else []
             encoded = ranker.encode(user, [row["title"] for row in rows]) if rows else None
             asked.append((user, rows, encoded))
         return asked
@@ -201,10 +213,12 @@ def recommend_users(config: RecommendConfig) -> None:
     output = Path(config.output)
     if output.exists():
         raise ValueError(f"--output {output} exists already; delete it or name another")
+    if config.retriever == "model" and config.list_in_prompt:
+        raise ValueError("--retriever model needs a model that is asked without the list")
     rank, world_size, device = setup_distributed()
     with rank_zero_first():
-        prepared = prepare(config)
-        retriever = fit_retriever(config.retriever, prepared, config)
+        prepared, own = prepare(config), config.retriever == "model"
+        retriever = None if own else fit_retriever(config.retriever, prepared, config)
     log = prepared.interactions
     users = list(range(log.num_users))
     if config.users != "all":

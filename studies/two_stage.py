@@ -7,25 +7,31 @@ retriever is fitted on training interactions only and orders the items that the 
 hold; the model ranks its first 20, the length of the lists that it is trained on, and the others
 keep the retriever's place. Measures: HR@k, the target is among the first k; NDCG@10, 1 / log2(1 +
 place), 0 behind the tenth; MRR, mean of 1 / place. The ceiling puts a retrieved target first
-always; in the planted world the optimum is the best possible order of the 20. Every user's places
-go to RUN/two_stage/STAGE/RETRIEVER.json. Left out: tuning of the retriever. Legend: E users."""
+always; in the planted world the optimum is the best possible order of the 20. `--retriever model`:
+a model with a token per title that is asked without the list ranks the whole catalogue itself, by
+one position's logits. Every user's places go to RUN/two_stage/STAGE/RETRIEVER.json. Left out:
+tuning of the retriever. Legend: E users, I items."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common import arg, parse_config, run_cli, table, writing
-from data import NUM_CANDIDATES, Examples
+from data import NUM_CANDIDATES, Examples, encode_examples
 from eval import EvalConfig
+from hub.tokenizer import Tokenizer
 from loaders.counting import Retriever, training_rows
 from loaders.frozen import prepare
 from loaders.planted import bayes_scores, world_of
+from model import Transformer
 from runtime.passes import progress
 from runtime.processes import setup_distributed
-from runtime.sources import check_run_data, sources_of, with_run_options
+from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from runtime.stages import write_whole
 from studies.probes import predictions
 from studies.sequential import RETRIEVERS, fit_retriever
@@ -38,23 +44,47 @@ MEASURES = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 class TwoStageConfig(EvalConfig):
     """Evaluate retriever and model of a run together, over the whole catalogue."""
 
-    retriever: str = arg("markov", "what retrieves", group="retriever", choices=RETRIEVERS)
+    retriever: str = arg(
+        "markov", "what retrieves", group="retriever", choices=(*RETRIEVERS, "model")
+    )
     users: int = arg(0, "test users, the first of the split's random order; 0 = all", at_least=0)
 
     def __post_init__(self):
         super().__post_init__()
         if not self.run or self.dataset == "prepared":
             raise ValueError("give --run, the folder of a run of train.py on a log")
+        if self.retriever == "model" and not self.stage:
+            raise ValueError("--retriever model needs --stage, whose model ranks the catalogue")
 
 
-def retrieved(retriever: Retriever, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+@torch.no_grad()
+def title_scores(
+    model: Transformer, tokenizer: Tokenizer, titles: list[str], prompts: Iterable
+) -> Iterator[np.ndarray]:
+    """(I,) logits of all titles behind each prompt (ids); each title must be one token."""
+    completions = tokenizer.encode_completions(titles)
+    if any(len(ids) != 2 for ids in completions):  # its own token, and the end
+        raise ValueError("only a model with a token for each title (--model titles) ranks them all")
+    device = model.inv_freq.device
+    weight = model.lm_head.weight[torch.tensor([ids[0] for ids in completions], device=device)]
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=device)
+        positions = torch.arange(ids.shape[1], device=device)[None]
+        hidden = model.hidden_states(ids, positions, ids.shape[1], None)[0, -1]  # (D,)
+        yield (weight.float() @ hidden.float()).cpu().numpy()
+
+
+def retrieved(
+    retriever: Retriever | None, examples: Examples, scored: Iterator[np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(E, 20) best items that the history does not hold, and (E,) places of the targets among all
-    of them; equal scores by item code."""
+    of them; equal scores by item code. `scored`: each example's scores (I,) in place of those."""
     lists, places = [], []
     for e in progress(range(len(examples)), "retrieve", len(examples)):
         interactions, p = examples.interactions, int(examples.position[e])
         history = interactions.item[interactions.start[interactions.user[p]] : p].astype(np.int64)
-        scores = retriever.scores(history).astype(float)
+        scores = next(scored) if scored else retriever.scores(history)
+        scores = scores.astype(float)
         scores[history] = -np.inf
         if np.isfinite(scores).sum() < NUM_CANDIDATES:
             raise ValueError(
@@ -123,8 +153,15 @@ def main() -> None:
     check_run_data(config, sources_of(config), prepared.hash)
     examples = prepared.splits[config.split].select(slice(config.users or None))
     interactions, world = prepared.interactions, world_of(prepared.options)
-    retriever = fit_retriever(config.retriever, prepared, config, training_rows(interactions))
-    lists, alone = retrieved(retriever, examples)
+    if config.retriever == "model":
+        (source,) = sources_of(config).values()
+        model, tokenizer = load_source(config, source, device)
+        encoded = encode_examples(examples, tokenizer, config.max_length)
+        scored = title_scores(model, tokenizer, interactions.titles, encoded.prompts)
+        lists, alone = retrieved(None, examples, scored)
+    else:
+        rows = training_rows(interactions)
+        lists, alone = retrieved(fit_retriever(config.retriever, prepared, config, rows), examples)
     shown, orders = shown_lists(examples, lists)
     places = {"retriever": alone, "ceiling": np.where(alone <= NUM_CANDIDATES, 1, alone)}
     if world:
