@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from common import arg, parse_config, run_cli, table, writing
-from data import NUM_CANDIDATES, Examples, encode_examples
+from data import NUM_CANDIDATES, Examples, build_tree, encode_examples
 from eval import EvalConfig
 from hub.tokenizer import Tokenizer
 from loaders.counting import Retriever, training_rows
@@ -37,6 +37,7 @@ from studies.probes import predictions
 from studies.sequential import RETRIEVERS, fit_retriever
 from studies.statistics import holm, paired, with_interval
 
+MOST_SPELLED = 100  # titles without a token of their own
 MEASURES = ("HR@1", "HR@5", "HR@10", "NDCG@10", "MRR")
 
 
@@ -61,17 +62,20 @@ class TwoStageConfig(EvalConfig):
 def title_scores(
     model: Transformer, tokenizer: Tokenizer, titles: list[str], prompts: Iterable
 ) -> Iterator[np.ndarray]:
-    """(I,) logits of all titles behind each prompt (ids); each title must be one token."""
-    completions = tokenizer.encode_completions(titles)
-    if any(len(ids) != 2 for ids in completions):  # its own token, and the end
+    """(I,) log-probs of all titles behind each prompt (ids), by one position; the few that are
+    spelled, because their token would not be decoded to them, by a tree."""
+    completions, device = tokenizer.encode_completions(titles), model.inv_freq.device
+    first = torch.tensor([ids[0] for ids in completions], device=device)
+    spelled = [i for i, ids in enumerate(completions) if len(ids) != 2]  # not a token and the end
+    if len(spelled) > MOST_SPELLED:
         raise ValueError("only a model with a token for each title (--model titles) ranks them all")
-    device = model.inv_freq.device
-    weight = model.lm_head.weight[torch.tensor([ids[0] for ids in completions], device=device)]
     for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=device)
-        positions = torch.arange(ids.shape[1], device=device)[None]
-        hidden = model.hidden_states(ids, positions, ids.shape[1], None)[0, -1]  # (D,)
-        yield (weight.float() @ hidden.float()).cpu().numpy()
+        logits = model.logits(torch.tensor([list(prompt)], device=device))[0, -1]
+        scores = logits.log_softmax(0)[first]
+        if spelled:
+            tree = build_tree([prompt], [[completions[i] for i in spelled]]).to(device)
+            scores[spelled] = tree.sum_logps(model(tree)[0])[0]
+        yield scores.cpu().numpy()
 
 
 def retrieved(

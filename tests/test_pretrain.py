@@ -295,7 +295,7 @@ def test_model_titles_goes_from_a_log_to_every_stage(tmp_path, in_process, monke
     """train.py makes the base and trains both stages on it; a title is one token, and the end."""
     monkeypatch.setattr(pretrain, "PRACTISED", SMALL)
     data = ("--planted_users=60", "--train_size=64", f"--prepared_dir={tmp_path / 'prepared'}")
-    steps = ("--max_steps=2", "--batch_size=8", "--val_size=0", f"--output_dir={tmp_path / 'run'}")
+    steps = ("--max_steps=2", "--batch_size=8", "--val_size=4", f"--output_dir={tmp_path / 'run'}")
     in_process(train.main, "--model=titles", *data, *steps, *["--list_in_prompt"] * listed)
     (base,) = (tmp_path / "prepared").glob("titles-*")
     titles = pretrain.known_titles(planted_world(World(num_users=60)))

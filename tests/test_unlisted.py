@@ -69,25 +69,30 @@ def test_answers_are_decoded_along_the_candidates(world):
 
 
 def test_the_whole_catalogue_is_ranked_by_one_position(world):
-    """Scores differ from log-probs of whole sequences by one constant a prompt."""
+    """By the log-probs that a tree gives each title; a spelled title's are summed."""
     prepared, base = world
     model, tokenizer = load_pretrained(base), Tokenizer(base)
     encoded = encode_split(prepared, "test", tokenizer, 512)
-    titles = prepared.interactions.titles
+    titles = [*prepared.interactions.titles[:30], "No Such Title"]
+    completions = tokenizer.encode_completions(titles)
     found = title_scores(model, tokenizer, titles, encoded.prompts[:3])
     for prompt, scores in zip(encoded.prompts[:3], found, strict=True):
-        logits = model.logits(torch.tensor([prompt.tolist()]))[0, -1]
-        expected = [logits[ids[0]].item() for ids in tokenizer.encode_completions(titles)]
-        np.testing.assert_allclose(scores, expected, atol=1e-4)
+        whole = [[*prompt.tolist(), *ids][:-1] for ids in completions]
+        for ids, title, score in zip(whole, completions, scores, strict=True):
+            logps = model.logits(torch.tensor([ids]))[0, len(prompt) - 1 :].log_softmax(1)
+            counted = title if len(title) > 2 else title[:1]
+            expected = sum(logps[n, token].item() for n, token in enumerate(counted))
+            assert score == pytest.approx(expected, abs=1e-4)
+    spelled = [f"No Such Title {n}" for n in range(101)]
     with pytest.raises(ValueError, match="a token for each title"):
-        next(title_scores(model, tokenizer, ["No Such Title"], encoded.prompts[:1]))
+        next(title_scores(model, tokenizer, spelled, encoded.prompts[:1]))
 
 
 def test_a_run_without_the_list_ranks_and_recommends_from_the_catalogue(tmp_path, in_process):
     """train.py, two-stage figures by the model alone, and lists for all users."""
     run, kept = tmp_path / "run", f"--prepared_dir={tmp_path / 'prepared'}"
     data = ("--planted_users=80", "--train_size=64", "--test_size=40", kept)
-    steps = ("--max_steps=2", "--batch_size=8", "--val_size=0", f"--output_dir={run}")
+    steps = ("--max_steps=2", "--batch_size=8", "--keep=last", f"--output_dir={run}")
     in_process(train.main, "--model=titles", *data, *steps, "--stages=sft,recpo")
     assert "HR@1 trie" in (run / "results.md").read_text()
     stage = (f"--run={run}", "--stage=sft", kept, "--retriever=model")
