@@ -300,7 +300,7 @@ def test_model_titles_goes_from_a_log_to_every_stage(tmp_path, in_process, monke
     (base,) = (tmp_path / "prepared").glob("titles-*")
     titles = pretrain.known_titles(planted_world(World(num_users=60)))
     assert {len(ids) for ids in Tokenizer(base).encode_completions(titles)} == {2}
-    for stage in ("raw", "sft", "recpo"):
+    for stage in ("sft", "recpo"):
         facts = json.loads((tmp_path / "run" / stage / "base.json").read_text())
         assert facts["base"] in (str(base.resolve()), "../sft")
         file = tmp_path / "run" / stage / "eval" / "predictions.jsonl"
