@@ -39,9 +39,7 @@ BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded a
 
 Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
 ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
-# (log, rows, interactions shown, count, items left out or None: all of the user) -> (E, count)
-# item codes, the best first; -1 where none is left
-Retrieve = Callable[..., np.ndarray]
+Retrieve = Callable[..., np.ndarray]  # --negatives retrieved: as loaders.counting.markov_top
 
 
 # ------------------------------------------------------------------------------------- interactions
@@ -198,8 +196,7 @@ class Examples:
         return replace(self, **{name: getattr(self, name)[indices] for name in self.ARRAYS})
 
     def negatives(self, K: int, source: str = "both") -> np.ndarray:
-        """(E, K) slots of the rejected titles: the first K of negative_order, of all, or only of
-        random items or of those that follow."""
+        """(E, K) slots of the rejected titles: the first K in negative_order of this source."""
         is_random = np.take_along_axis(self.is_random, self.negative_order, 1)
         allowed = {"both": is_random | True, "random": is_random, "follow": ~is_random}[source]
         if (fewest := allowed.sum(1).min(initial=K)) < K:
@@ -249,8 +246,8 @@ def chosen_follower(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of the followers is the chosen item (E,), and whether the user liked it (E,).
 
-    It is the one with the highest preference score, of equal ones the sooner; a random candidate
-    must score less. Or, with --positive first, it is the first liked one."""
+    It has the highest preference score, of equal ones it is the sooner, and a random candidate must
+    score less. With --positive first it is the first liked one."""
     chosen, best = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf)
     for step in range(config.followers):
         ratings = interactions.rating[rows + step].astype(float)
@@ -320,8 +317,8 @@ def draw_candidates(
 def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> np.ndarray:
     """(E, count) distinct items per row, new to the user, or not among `seen` (E, S) if given.
 
-    What is taken or repeated is drawn again. Chance finds the last few of a full user too slowly:
-    after 50 rounds they are drawn from what is left, or a row is -1 where that is too little."""
+    What is taken or repeated is drawn again; after 50 rounds, for users who touched nearly all, it
+    is drawn from what is left. A row is -1 where that is too little."""
     n, uniform, owners, items = log.num_items, kind == "uniform", log.user, log.item
     if seen is not None:
         users, owners, items = np.arange(len(seen)), np.arange(len(seen))[:, None], seen
@@ -398,8 +395,7 @@ class Encoded:
     completions: dict[int, list[int]]  # item code -> ids with EOS
     num_shortened: int = 0  # prompts that lost history items to fit max_length
     num_dropped: int = 0  # history items lost in all
-    # (E, 2) first token of the history in each prompt, and the one behind it; where asked for
-    histories: np.ndarray | None = None
+    histories: np.ndarray | None = None  # (E, 2) tokens between which each history stands
 
     def slots(self, e: int, slots) -> list[list[int]]:
         """Completion ids of these candidates of example e."""
@@ -422,8 +418,7 @@ def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
 def shortened(
     example: Example, completions: list[list[int]], tokenizer: Tokenizer, max_length: int
 ) -> tuple[list[int], int]:
-    """Prompt ids that fit max_length with the longest completion, and how many of the oldest
-    history items they go without."""
+    """Prompt ids that fit with the longest completion, and how many oldest items were left out."""
     for skip in range(max(1, len(example.history))):
         (prompt,) = tokenizer.encode_prompts([render_prompt(example, skip)])
         if len(prompt) + max(map(len, completions)) <= max_length:
@@ -435,11 +430,9 @@ def shortened(
 
 
 def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Render and tokenise once; prompt and its longest completion must fit max_length.
-
-    The oldest history goes first. ValueError names the example whose prompt is too long even
-    without history, whose candidates tokenise alike, or whose prompt and completion tokenise
-    differently together."""
+    """Render and tokenise once; long prompts lose their oldest history. ValueError names the user
+    whose candidates tokenise alike, or whose prompt and completion tokenise differently together.
+    """
     items = np.unique(examples.candidates).tolist()
     titles = tokenizer.encode_completions([examples.interactions.titles[i] for i in items])
     prompts = tokenizer.encode_prompts([render_prompt(examples[e]) for e in range(len(examples))])
@@ -447,10 +440,8 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
     for e, prompt in enumerate(prompts):
         candidates = encoded.slots(e, range(NUM_CANDIDATES))
         if len(set(map(tuple, candidates))) < NUM_CANDIDATES:
-            raise ValueError(
-                f"user {examples[e].user}: two candidates have the same tokens, "
-                f"titles must differ: {examples[e].candidates}"
-            )
+            same = f"two candidates have the same tokens: {examples[e].candidates}"
+            raise ValueError(f"user {examples[e].user}: {same}")
         skip = 0
         if len(prompt) + max(map(len, candidates)) > max_length:
             prompt, skip = shortened(examples[e], candidates, tokenizer, max_length)
@@ -511,9 +502,8 @@ class PromptTree:
 def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     """B prompts (lists or arrays of ids) and, per prompt, N completions that each end in EOS.
 
-    ValueError if N differs or anything is empty. All of a completion is scored, but its EOS is a
-    label only: n ids occupy n - 1 positions. The last prompt token predicts the first token of
-    every completion."""
+    All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The
+    last prompt token predicts the first token of every completion."""
     counts = [len(group) for group in completions]
     sequences = [*prompts, *(ids for group in completions for ids in group)]
     same = len(prompts) == len(counts) and 0 < min(counts, default=0) == max(counts)
