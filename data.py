@@ -547,16 +547,13 @@ def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[lis
     example, or as many as stay within `budget` tokens, padding included; ranks that have fewer
     micro-batches get empty ones."""
     ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
-    ranks: list[list[list[int]]] = []
-    for rank in range(num_ranks):
-        batches, P, C = [], 0, 0  # widths of the last batch's widest prompt and completions
-        for i in ordered[rank::num_ranks]:
-            p, c = widths[i]
-            if not batches or (max(P, p) + max(C, c)) * (len(batches[-1]) + 1) > budget:
-                batches.append([])
-                P = C = 0
-            batches[-1].append(i)
-            P, C = max(P, p), max(C, c)
-        ranks.append(batches)
+    widths, ranks = np.asarray(widths), [[] for _ in range(num_ranks)]
+    for n, i in enumerate(ordered):
+        batches = ranks[n % num_ranks]
+        together = [*(batches[-1] if batches else []), i]
+        if not batches or len(together) * sum(np.max(widths[together], 0)) > budget:
+            batches.append([i])
+        else:
+            batches[-1] = together
     most = max(map(len, ranks))
     return [batches + [[] for _ in range(most - len(batches))] for batches in ranks]
