@@ -36,7 +36,7 @@ def arg(default, help="", group="", choices=(), read_by=(), free=False, **bounds
 
 
 def check_options(config) -> None:
-    """Raise for the first option that is none of its choices, out of bounds or not finite."""
+    """Raise for the first option that is not one of its choices, out of bounds or not finite."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         kept = [BOUNDS[name][1](value, bound) for name, bound in f.metadata["bounds"].items()]
@@ -54,8 +54,8 @@ def changed_options(config) -> set[str]:
 def parse_config(cls, argv=None, beneath=None):
     """Read one --flag per dataclass field, on top of those in --config file.json.
 
-    Without --config, `beneath(given)` may name other defaults than the dataclass's. What is typed
-    must have an effect; the file, and flags behind --shared, may serve several runs."""
+    Without --config, `beneath(given)` may name other defaults than the dataclass's. A typed option
+    must have an effect; a file, or flags after --shared, may serve several runs."""
     given = parse(cls, argv)
     file, shared, typed = given.pop("config", ""), given.pop("shared", False), set(given)
     if file:
@@ -75,7 +75,7 @@ def parse_config(cls, argv=None, beneath=None):
 
 
 def parse(cls, words: list[str] | None, file: str = "") -> dict:
-    """The options that these words, typed or from a file, give: --x, and --no_x of switches."""
+    """Parse words, typed or from a file, into options: --x, and --no_x for switches."""
     parser = argparse.ArgumentParser(description=cls.__doc__, argument_default=argparse.SUPPRESS)
     parser.usage, parser.allow_abbrev = "%(prog)s [--option value ...]", False
 
@@ -119,7 +119,7 @@ def read_json(file) -> dict:
 
 @contextlib.contextmanager
 def reading(file):
-    """JSON of the right syntax and the wrong content: one message that names the file."""
+    """Turn errors about the content of a JSON file into one message that names the file."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
@@ -128,7 +128,7 @@ def reading(file):
 
 @contextlib.contextmanager
 def writing(path):
-    """A full disk, a folder that is gone or read-only: one message that names the path."""
+    """Turn a full disk or a missing or read-only folder into one message that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -136,11 +136,11 @@ def writing(path):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop, and has saved its state: the message, the exit code."""
+    """Raised as (message, exit code) by a run that was asked to stop and has saved its state."""
 
 
 def run_cli(main) -> None:
-    """Run main(): what a user can cause is one message and exit code 2, the rest a traceback."""
+    """Run main(); errors that a user can cause end as one message with exit code 2."""
     code, environ = 0, os.environ.get
     try:
         main()
@@ -150,13 +150,13 @@ def run_cli(main) -> None:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, RuntimeError) as error:
-        # what a rank reads when another one has ended: from gloo, NCCL and the store
+        # what gloo, NCCL and the store report when another rank has ended
         gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
         code, ended = 2, any(text in str(error) for text in gone)
         if isinstance(error, RuntimeError) and not ended:
             raise
-        # The rank whose own error it is speaks, rank 0 first; meanwhile torchrun ends the others,
-        # which must end with 0, or its report lists them.
+        # Only the rank with an error of its own prints it, rank 0 first. torchrun ends the others,
+        # which must exit with 0, or its report lists them.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         time.sleep(10 if ended else 0 if is_main() else 5)
         rank = f" (rank {environ('RANK')})" if environ("WORLD_SIZE", "1") != "1" else ""
@@ -169,7 +169,7 @@ def run_cli(main) -> None:
             print(text, file=sys.stderr, flush=True)
     if code or dist.is_initialized():
         # Leave without the interpreter's teardown: after an error others may wait in a collective,
-        # after a good end gloo's and FSDP's threads are still about, and it aborts now and then.
+        # after a good end threads of gloo and FSDP still run, and the teardown sometimes aborts.
         if not code and torch.cuda.is_available():
             dist.destroy_process_group()
         sys.stdout.flush()

@@ -6,8 +6,8 @@
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv:2312.03732).
 
 Projections of one input are computed together, as one autograd function (kernels/lora.py). A and
-B stay fp32 over a bf16 base and are cast per use. Files are PEFT's two, strict both ways. Left out:
-DoRA, rank or alpha patterns, trained biases, adapters of embeddings or of the head.
+B stay fp32 over a bf16 base and are cast per use. Files are PEFT's two; what else they hold is
+refused. Left out: DoRA, rank or alpha patterns, trained biases, adapters of embeddings or head.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def linear_names(model: Transformer) -> list[str]:
 
 
 def find_targets(linears: list[str], targets, strict: bool = True) -> list[str]:
-    """Layers that a regular expression, PEFT's "all-linear" or a list of ends of paths means."""
+    """Layers selected by a regular expression, PEFT's "all-linear" or a list of path endings."""
     if targets == "all-linear":
         return linears
     ends = [] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
@@ -146,9 +146,9 @@ def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def merge_lora(model: Transformer) -> Transformer:
-    """Fold every adapter into its weight, W += scaling * B A, and take it off, in place.
+    """Fold every adapter into its weight, W += scaling * B A, and remove it, in place.
 
-    A 4-bit base gets its original weights back where they are at hand, else its own values."""
+    A 4-bit base gets its original weights back where they are found, else its 4-bit values."""
     if not lora_layers(model):
         raise ValueError("the model carries no LoRA adapter to merge")
     for name, layer in lora_layers(model).items():
@@ -188,7 +188,7 @@ HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogon
 
 
 def read_adapter_config(path) -> dict:
-    """Read adapter_config.json with PEFT's defaults filled in; what is not computed is refused."""
+    """Read adapter_config.json with PEFT's defaults filled in; what is not supported is refused."""
     file = Path(path) / "adapter_config.json"
     config = {"peft_type": None} | read_json(file)
     config |= {key: value for key, value in SETTINGS.items() if config.get(key) is None}
@@ -287,7 +287,7 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def equals_base(model: Transformer, name: str, saved: Tensor) -> bool:
-    """Whether a tensor beside an adapter is the base's own embedding or head, in its own type."""
+    """Whether a tensor beside an adapter is the base's own embedding or head, in its dtype."""
     if name not in ("model.embed_tokens.weight", "lm_head.weight"):
         return False
     base, weights = model.get_parameter(name), Weights(model.source) if model.source else None

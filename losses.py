@@ -65,7 +65,7 @@ def sft_loss(
     token_logps: Tensor,  # (M,)
     num_target_tokens: float,  # of the global batch: its micro-batches add up to one mean
 ) -> Tensor:
-    """Negative log-likelihood of target tokens; an answer's include its EOS (eq. 1)."""
+    """Negative log-likelihood of the target tokens, an answer's EOS among them (eq. 1)."""
     return -token_logps.sum() / num_target_tokens
 
 
@@ -126,7 +126,7 @@ class Titles:
 
 # Each returns what Loss.__call__ does; the margins may be one number.
 def recpo(t: Titles, options):
-    """Eq. 7 with λ times the margins of φ: here both enter."""
+    """Eq. 7: its target margins are λ times those of φ."""
     margins = options.margin_lambda * target_margins(t.phi[:, 0], t.phi[:, 1:], options.margin)
     return *recpo_loss(t.policy_logps, t.reference_logps, margins, options.beta), margins
 
@@ -161,12 +161,12 @@ def kto(t: Titles, options):
 
 
 def cpo(t: Titles, options):
-    """The preference part; its NLL part is --sft_weight, by default 1 for it."""
+    """The preference part; the NLL part is --sft_weight, which is 1 by default for CPO."""
     return *dpo_loss(t.policy_logps, torch.zeros_like(t.policy_logps), options.beta), 0.0
 
 
 def simpo(t: Titles, options):
-    """Its rewards are per token, and γ, here λ, is the gap of them to exceed, not divided by β."""
+    """Rewards are per token; γ, --margin_lambda here, is the gap to exceed, not divided by β."""
     means, gamma = t.policy_logps / t.lengths, options.margin_lambda
     return *recpo_loss(means, torch.zeros_like(means), gamma, options.beta), gamma
 
@@ -178,7 +178,7 @@ class Loss:
     function: Callable
     pairwise: bool = True  # one rejected title, whatever --num_negatives says
     has_reference: bool = True
-    sft_weight: float = 0.0  # where --sft_weight is left to the loss
+    sft_weight: float = 0.0  # used if --sft_weight is -1
 
     def __call__(self, titles: Titles, options) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (B,), rewards (B, 1 + K) without gradient, target margins (B, K)."""

@@ -187,7 +187,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up that keeps its two inputs alone, a third less than autograd would hold."""
+    """silu(gate) * up that saves only its two inputs, a third less than autograd would."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -215,8 +215,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    checkpointing = False  # keep the block's input alone, run it again in backward
-    compiled: Callable | None = None  # `compute` by torch.compile; decoding never takes it
+    checkpointing = False  # keep only the block's input, run it again in backward
+    compiled: Callable | None = None  # `compute`, compiled; decoding never uses it
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -233,7 +233,7 @@ class Block(nn.Module):
         return compute(x, plan)
 
     def use_compiler(self, backend: str = "inductor") -> None:
-        """Take `compute` by torch.compile from now on, for lengths that differ from the start."""
+        """Use the compiled `compute` from now on; lengths are dynamic from the start."""
         # Inductor's tiling analysis asserts on such lengths on a GPU (pytorch#181563, #197077).
         options = {"triton.coalesce_tiling_analysis": False} if backend == "inductor" else None
         self.compiled = torch.compile(self.compute, dynamic=True, backend=backend, options=options)
@@ -356,7 +356,7 @@ def read_weights(
     """Fill in a model's weights, whole or the rows of a rank, as floats or as 4-bit codes."""
     with torch.device("meta"):
         bare = Transformer(model.config)
-    needed = {name: tuple(p.shape) for name, p in bare.named_parameters()}  # a tied head is not
+    needed = {name: tuple(p.shape) for name, p in bare.named_parameters()}  # no tied head
     four_bit = any(part.dtype == torch.uint8 for part, _, _ in parts.values())
     weights, dtype = open_weights(model.source, needed, four_bit), model.model.norm.weight.dtype
     for name in needed:
@@ -398,7 +398,7 @@ def save_pretrained(
     `tensors` are whole ones gathered from a sharded model; the rank with `write` writes them."""
     weights = dict(model.named_parameters())  # a tied head is not among them
     if any(name.endswith((".absmax", ".lora_A.weight")) for name in weights):
-        raise ValueError("merge_lora adapters and hub.quantized.unquantized 4-bit layers first")
+        raise ValueError("merge_lora the adapters and call hub.quantized.unquantized first")
     write_weights(path, weights, tensors, shard_bytes, write)
     if write:
         write_config(path, vars(model.config), next(iter(weights.values())).dtype)
@@ -413,7 +413,7 @@ def generate(
     stop_ids,  # ids that end an answer
     any_rank: Callable[[bool], bool] = bool,  # sharded: does any rank still need the pass?
 ) -> list[list[int]]:
-    """Decode a batch greedily: per prompt its new ids, with the stop id that was reached."""
+    """Decode a batch greedily: per prompt its new ids, the stop id included."""
     if not prompts or any(not ids for ids in prompts):
         raise ValueError("generate needs at least one prompt, and no empty one")
     device, stop_ids = model.inv_freq.device, set(stop_ids)

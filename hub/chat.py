@@ -1,8 +1,8 @@
 """--prompt_format chat: the model's own chat template around every prompt.
 
 It is rendered once, as transformers renders it: made-up texts show what it writes around a user's
-text and behind an answer. Prompt + title + end token are its own dialogue [user, assistant]. Its
-day is always the same, so that prompts stay. A template that never ends is not stopped."""
+text and after an answer. Prompt + title + end token equal its own dialogue [user, assistant]. The
+date is fixed, so that prompts never change. A template that never ends is not stopped."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from common import read_json, reading
 from hub.files import note_once
 
 TODAY = datetime(2024, 7, 26)  # what Llama 3's own template says where no clock is at hand
-# A prompt's text in all that matters to a template: several lines, quotes, markup, no space around.
+# Like a prompt in all that matters to a template: lines, quotes, markup, no space at the ends.
 PROBE = 'Alien: "Rock & Roll\'s" <3> {{ 7 * 7 }} | Rating: 5\n\nÉlite (1999)\nAnswer:'
 OTHER_PROBE = "Heat\nAnswer:"
 ANSWER_PROBE = "Solaris: A Film (1972)"
@@ -65,7 +65,7 @@ def chat_frame(path: Path, inner) -> PromptFrame:
                 "it does not write a user's text as it is, once, and a control token of "
                 f"tokenizer.json behind an answer, but {rest[:40]!r}"
             )
-    except Exception as error:  # whatever a stranger's program runs into
+    except Exception as error:  # a template is a stranger's program
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         what = f"its chat template cannot be used ({kind}{str(error)[:200]})"
         raise ValueError(f"{file}: {what}; mend it, or use --prompt_format plain") from None
@@ -111,7 +111,7 @@ def compiled(template: str) -> Template:
 
 
 def add_end_of_turn(path: Path, end_id: int) -> None:
-    """Name it in a saved model's generation_config.json, where other programs look for ends."""
+    """Add it to a saved model's generation_config.json, where other programs look for it."""
     file = path / "generation_config.json"
     config = read_json(file) if file.exists() else {}
     known = config.get("eos_token_id", read_json(path / "config.json").get("eos_token_id"))

@@ -1,6 +1,6 @@
 """config.json of a Hugging Face directory, in the layouts of transformers 4 and 5.
 
-Llama 2 and 3, Qwen2, Qwen2.5 and Qwen3: what asks for another computation is refused by key."""
+Llama 2 and 3, Qwen2, Qwen2.5 and Qwen3: a key that asks for another computation is refused."""
 
 import json
 from functools import partial
@@ -82,7 +82,7 @@ def read_rope(file: Path, raw: dict, rope: dict) -> dict:
 
 
 def positive(file: Path, raw: dict, key: str, default=None, kinds=(int, float), most=1e300):
-    """The number above 0 under a key; a size has a bound, or a damaged file asks for all memory."""
+    """The number above 0 under a key; bounded, or a damaged file could ask for all memory."""
     value = default if raw.get(key) is None else raw[key]
     if type(value) not in kinds or not 0 < value <= most:
         kind = "a number" if float in kinds else f"a whole number up to {most:,} and"
@@ -96,7 +96,7 @@ def hf_config(fields: dict) -> dict:
     out = {"architectures": [ARCHITECTURES[fields["model_type"]]], "hidden_act": "silu", **fields}
     out["rope_parameters"] = {"rope_theta": fields["rope_theta"]} | rope
     if fields["model_type"] == "qwen2":
-        del out["attention_bias"]  # its biases are a matter of course
+        del out["attention_bias"]  # it always has these biases
     return out
 
 

@@ -26,12 +26,12 @@ HASHES: dict[tuple, str] = {}  # of checkpoints, by their files' sizes and times
 
 @functools.cache
 def note_once(text: str) -> None:
-    """Print a note, once however often the same files are opened."""
+    """Print a note once, however often the same files are opened."""
     print0(f"note: {text}")
 
 
 def resolve_path(name, weights: bool = True) -> Path:
-    """Give a local directory back, and download a hub name (org/model) into one."""
+    """Return a local directory; a hub name (org/model) is downloaded into one."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
@@ -54,7 +54,7 @@ def open_safetensors(file: Path):
 
 
 class Weights:
-    """A checkpoint's tensors, read when asked for; as in transformers, a whole file goes first."""
+    """A checkpoint's tensors, read when asked for; one whole file goes before an index."""
 
     def __init__(self, path):
         whole, index = Path(path) / WHOLE, Path(path) / INDEX
@@ -102,7 +102,7 @@ def open_weights(path: Path, needed: dict, four_bit: bool = False) -> Weights:
 
 
 def stored_head_differs(path) -> bool:
-    """Whether an output matrix of its own is stored, which transformers 5 uses, tied or not."""
+    """Whether a separate output matrix is stored, which transformers 5 uses, tied or not."""
     weights, names = Weights(path), ("lm_head.weight", "model.embed_tokens.weight")
     if not all(name in weights.files for name in names):
         return False
@@ -129,7 +129,7 @@ def base_fingerprint(path) -> str:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """Write a safetensors file that others may read as any other file."""
+    """Write a safetensors file with the permissions that any new file gets."""
     save_file(tensors, path, metadata=metadata)
     mask = os.umask(0)
     os.umask(mask)
@@ -147,7 +147,7 @@ def write_weights(
     """Write weights, and an index if they fill several files, in place of older ones.
 
     `tensors` gives the values where they are gathered or converted one by one: then few are in
-    memory at a time, and all are gone through even without `write`."""
+    memory at a time; all are consumed, even without `write`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     path = Path(path)

@@ -1,7 +1,7 @@
 """A Llama, Qwen2 or Qwen3 GGUF becomes a Hugging Face directory: python -m hub.gguf FILE DIR
 
 The `gguf` package (extra `gguf`) reads the file and dequantises its weights. What is not understood
-is refused by key and value: files in parts, tokenizers other than byte-level BPE among it."""
+is refused by key and value, also files in parts and tokenizers other than byte-level BPE."""
 
 import argparse
 import json
@@ -206,7 +206,7 @@ def write_directory(metadata: dict, tensors: dict, target: Path, dtype: torch.dt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="a Llama, Qwen2 or Qwen3 GGUF")
-    parser.add_argument("dir", help="the folder to write, which must not exist or be empty")
+    parser.add_argument("dir", help="the folder to write: new or empty")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args()
     convert(args.file, args.dir, getattr(torch, args.dtype))

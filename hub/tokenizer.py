@@ -69,7 +69,7 @@ class Tokenizer:
             raise ValueError(f"{self.file}: {token} is outside the model's vocab_size {size}")
 
     def _check_controls(self, texts: list[str]) -> None:
-        """ValueError if a text would act as a control token of a chat: end the turn, say."""
+        """ValueError if a text holds a control token of a chat, such as the end of a turn."""
         for text in texts if self.controls else ():
             if found := self.controls.search(text):
                 token = f"{found[0]!r}, a control token of {self.file}"
@@ -126,7 +126,7 @@ class Tokenizer:
 
 
 def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozenset[int]]:
-    """(EOS to train on: the first that all files hold, else the first; all that end an answer)."""
+    """(EOS to train on: the first that all files name, else the first; all end tokens)."""
     names, found = ("generation_config.json", "tokenizer_config.json", "config.json"), {}
     for file in (path / name for name in names):
         try:

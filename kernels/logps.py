@@ -16,16 +16,16 @@ depends on nothing that comes later, so the forward pass keeps it (M, D) and bac
 multiplication, whatever loss sits on top: two GEMMs instead of three, and nothing of the head's
 size. Trainable head: backward walks the slabs once more and also accumulates d weight.
 
-How large a slab is: a logit takes 4 bytes, its exponential, the weight of the second GEMM, as
-many as an element of `hidden`. A slab is as many rows of the head as keep M of both within
+Size of a slab: a logit takes 4 bytes, and its exponential, which the second GEMM reads, as many
+as an element of `hidden`. A slab has as many rows of the head as keep both, for M rows, within
 SLAB_BYTES, in whole multiples of MIN_SLAB. So scratch memory never depends on the vocabulary, and
-up to some 650 rows an 8B model's head is a single slab. (Half-precision inputs on a CPU are
-upcast besides: 4 D bytes for each row of the slab.)
+up to some 650 rows an 8B model's head is a single slab. (On a CPU half-precision inputs are also
+upcast: 4 D bytes more for each row of the slab.)
 
 impl   "reference"  three lines of plain PyTorch, the definition of correct
        "slabs"      the walk in PyTorch, for the CPU
        "triton"     the walk with two kernels of logps_triton.py; on a CPU in Triton's interpreter
-       "fused"      its third: logits never leave the chip, backward recomputes them
+       "fused"      the third kernel there: logits stay on the chip, backward recomputes them
        "auto"       triton on a GPU, else slabs
 
 Legend: M scored rows, D hidden_size, V vocab_size, S rows of the head in one slab,
@@ -62,7 +62,7 @@ def label_logps(
     if impl == "auto":
         impl = "triton" if hidden.is_cuda and HAS_TRITON else "slabs"
     # a frozen head's gradient is formed in the forward pass;
-    # "fused" never has the exponentials that it takes
+    # "fused" never has the exponentials that this needs
     frozen_head = hidden.requires_grad and not weight.requires_grad
     form_gradient = torch.is_grad_enabled() and frozen_head and impl != "fused"
     return _LabelLogps.apply(hidden, weight, labels, impl, form_gradient)
@@ -97,8 +97,8 @@ def _slabs(num_rows: int, vocab_size: int, element_size: int) -> list[tuple[int,
 
 
 # Statistics of T vocabulary tiles: (max (M, T), sum (M, T), best (M, T)).
-# `sum` is Σ exp(logit - max) over the tile but for the label: where p(label) is near 1, what
-# matters is what is left beside it. No tile waits for another.
+# `sum` is Σ exp(logit - max) over the tile without the label: where p(label) is near 1, the
+# other tokens' small share is what matters. No tile waits for another.
 Tiles = tuple[Tensor, Tensor, Tensor]
 
 
@@ -111,8 +111,8 @@ def _slab_statistics(
     # None: they are not wanted (here they are the sum's by-product, always fp32)
     probs_dtype: torch.dtype | None,
 ) -> tuple[Tiles, Tensor, Tensor]:
-    """One slab in PyTorch, a single tile:
-    its statistics, the new running maximum (M,), and exp(logits - it) but for the label (M, S).
+    """Statistics of one slab, as a single tile, in PyTorch; with the new running maximum (M,)
+    and exp(logits - that maximum) (M, S), 0 for the label.
 
     The tile's `max` is the running one; the first tile that has the final maximum holds the argmax.
     """

@@ -29,13 +29,13 @@ def _write_statistics(
 ):  # fmt: skip
     """Statistics of one tile, each row's at its slot `at`. Columns from id `end` on hold -inf."""
     best_logit, best = tl.max(z, axis=1, return_indices=True)  # the lowest column wins a tie
-    # padded columns bear the next slab's ids, among which the label may be: it is another program's
+    # padded columns carry ids of the next slab: a label among those belongs to another program
     is_label = cols[None, :] == tl.where(label < end, label, -1)[:, None]
     exps = tl.where(is_label, 0.0, tl.exp(z - best_logit[:, None]))
     tl.store(tile_max + at, best_logit, mask=in_rows)
     tl.store(tile_sum + at, tl.sum(exps, axis=1), mask=in_rows)
     tl.store(tile_best + at, best.to(tl.int64) + first, mask=in_rows)
-    # in one tile of the whole vocabulary: its program alone writes
+    # one tile of the vocabulary holds the label: only its program writes
     found = tl.sum(is_label.to(tl.int32), axis=1) > 0
     tl.store(label_logits + rows, tl.sum(tl.where(is_label, z, 0.0), axis=1), mask=in_rows & found)
 

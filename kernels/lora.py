@@ -8,7 +8,7 @@ Written naively, each adapter reads and writes y_i three more times (its own out
 the sum), runs a GEMM that is r wide, and keeps what it makes. Here the A_i are stacked, so that
 one GEMM of all their rows serves the group; the low-rank part is added into y_i in place
 (`addmm_`); backward keeps x, the (tokens, Σ r) product and dropout's mask, computes nothing for
-the frozen weights, and skips d x where nobody asks for it. Gradients of A and B are summed and
+the frozen weights, and skips d x where it is not needed. Gradients of A and B are summed and
 stored in fp32 even over a bf16 base. Dropout draws one mask per group instead of one per
 projection: every adapter still sees an input dropped out with the same probability.
 
@@ -62,7 +62,7 @@ def adapted_projections_reference(
 
 
 def _values(weight: Tensor, absmax: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight as it is, or of its 4-bit codes; needed for one GEMM, and gone after it."""
+    """The weight itself, or dequantised from its 4-bit codes for one GEMM."""
     return weight if absmax is None else matrix(weight, absmax, dtype)
 
 

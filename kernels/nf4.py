@@ -12,7 +12,7 @@ Codes, absmax and values equal bitsandbytes' bit for bit. Blocks are whole: a ro
 because one such value would make its whole block NaN.
 
 A projection dequantises into the dtype of its input and calls the library's GEMM: a fused scalar
-GEMM over 4-bit weights loses by far. Backward dequantises again and keeps nothing.
+GEMM over 4-bit weights is much slower. Backward dequantises again and keeps nothing.
 
 impl   "reference"  plain PyTorch, the definition of correct, and what a CPU runs
        "triton"     the kernel of nf4_triton.py; on a CPU only in Triton's interpreter
@@ -99,9 +99,9 @@ def dequantize_nf4_reference(codes, absmax, shape, dtype) -> Tensor:
 # ------------------------------------------------------------------------ projection
 @lru_cache
 def outside_graphs(function: Callable) -> Callable:
-    """The function, left out of torch.compile's graphs: they would keep a dequantised weight from
-    forward to backward, 16 bits after all. Called where a 4-bit layer is made, not on import: it
-    loads the compiler, which takes a second."""
+    """Keep the function out of torch.compile's graphs, which would hold the 16-bit weight from
+    forward to backward. Called where a 4-bit layer is made, not on import: it loads the
+    compiler, which takes a second."""
     return torch.compiler.disable(function)
 
 
@@ -111,12 +111,12 @@ def linear_4bit(
     absmax: Tensor,  # (out, in / 64) fp32
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (..., out)
-    """x Ŵᵀ + b with Ŵ frozen. Gradients reach x alone."""
+    """x Ŵᵀ + b with Ŵ frozen. Gradients reach only x."""
     return _Linear4bit.apply(x, codes, absmax, bias)
 
 
 def matrix(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """Ŵ (out, in) of codes (out, in / 2)."""
+    """Ŵ (out, in) from codes (out, in / 2)."""
     return dequantize_nf4(codes, absmax, (codes.shape[0], 2 * codes.shape[1]), dtype)
 
 

@@ -55,7 +55,7 @@ def dequantize(
             "Triton needs a GPU; on a CPU use impl='reference', "
             "or set TRITON_INTERPRET=1 before starting Python"
         )
-    # the interpreter cuts fp32 off where a GPU rounds it to bf16: there PyTorch rounds
+    # the interpreter truncates to bf16 where a GPU rounds: then PyTorch rounds instead
     stored = torch.float32 if INTERPRETED else dtype
     values = torch.empty(shape, dtype=stored, device=codes.device)
     tile, table = _tile(absmax.numel()), _table(code, codes.device)

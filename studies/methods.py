@@ -1,7 +1,7 @@
 """What run folders hold: tested models, grouped into methods by the names that a table gives them.
 
 A run of a table file says its "method"; "{stage}" in it stands for the stage, so that a run of
-several stages fills several rows. Results of one method differ in their seed alone. A folder that
+several stages fills several rows. Results of one method differ only in their seed. A folder that
 no table describes is a method by itself, named by its place."""
 
 import json
@@ -24,7 +24,7 @@ TESTED = {  # of the test split
 }
 # Stages in the order of a table's rows.
 ORDER = ["gru4rec", "caser", "sasrec", "raw", "sft", *LOSSES]
-# What makes no other method: the seed, where files lie, how work is divided and saved.
+# Options that do not make another method: the seed, places of files, how work is divided.
 NOT_THE_METHOD = {
     *("seed", "stages", "model", "adapter", "output_dir", "prepared_dir", "data_dir", "item_file"),
     *("resume", "logging_steps", "save_steps", "save_total_limit", "dry_run"),

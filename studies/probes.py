@@ -1,4 +1,4 @@
-"""Probes: other questions to the stages of a run than its test split asks.
+"""Probes: questions to the stages of a run that its test split does not ask.
 
     python -m studies.probes --run runs/planted-1 --probe adherence
 

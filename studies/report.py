@@ -57,7 +57,7 @@ def with_runs(values: list[float], digits: int = 3) -> str:
 
 
 def methods_section(methods: Methods, results: list) -> list[str]:
-    """Table 1: every method, compared in pairs with the best other one, and the paper's."""
+    """Table 1: every method, its paired difference to the best other one, and the paper's."""
     models = {r.config.get("model", "") for r in results if "stages" in r.config}
     paper, best, versus = paper_figures(results[0].config, models), {}, {}
     for name, method in methods.items():

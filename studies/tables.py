@@ -1,4 +1,4 @@
-"""Run all that a table needs, one command each: training runs, baselines, probes. Then the report.
+"""Run all that a table needs, one command each: training runs, baselines, probes.
 
     python -m studies.tables configs/tables/planted.json --model demo/base \\
         --output_dir runs/planted-table

@@ -1,69 +1,152 @@
-"""Recommendations for many users: the file's items, their order, restarts, ranks, bad input."""
+"""Asking a model: requests as training reads its log, prompt.json beside the weights, lists for
+many users, a base that moved, and the same answers in other programs."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
+from itertools import islice
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, TRAIN, run_script
 
+import eval as evaluation
 import recommend
-from data import Example, render_prompt
+from data import Example, build_tree, render_prompt
 from hub.tokenizer import Tokenizer
-from loaders.counting import DECAY, MAX_DISTANCE
-from loaders.frozen import prepare
-from lora import apply_lora, load_adapter, save_adapter
-from model import load_pretrained
-from recommend import RecommendConfig, recommend_users, shown_order
+from loaders.counting import fit
+from loaders.frozen import DataConfig, find_prepared, prepare
+from loaders.planted import World, planted_world
+from loaders.table import make_interactions
+from loaders.users import Catalogue, read_user
+from lora import load_adapter
+from model import load_pretrained, save_pretrained
+from recommend import Ranker, RecommendConfig, job_key, recommend_users, shown_order
+from runtime.sources import export_merged, sources_of, with_run_options
+from runtime.stages import base_name
 from studies import sequential
 
-ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
-USERS, ITEMS, LENGTH = 24, 40, 11
+WORDS = ("items", "chose", "choose")  # of a log that has none of its own
+LOG = make_interactions(
+    *([0] * 6, range(6), [4] * 6, range(1, 7)),
+    dict(enumerate(["The Last Station", "Red Sea", "Blue & Door", "Été", "7", "Owl"])),
+    "csv",
+)
 
 
-def write_log(file: Path, greedy_user: bool = False) -> Path:
-    """A log of random readers; with `greedy_user`, u0 has read everything."""
-    rng = np.random.default_rng(0)
-    with open(file, "w", newline="") as f:
-        out = csv.writer(f)
-        out.writerow(["user", "item", "title", "rating", "timestamp"])
-        for u in range(USERS):
-            length = ITEMS if greedy_user and u == 0 else LENGTH
-            for time, i in enumerate(rng.permutation(ITEMS)[:length].tolist()):
-                out.writerow([f"u{u}", f"s{i}", f"Story of {i}", rng.integers(4, 6), time + 1])
-    return file
+# ----------------------------------------------------------------------------------------- requests
+def asked(rows, candidates=("X", "Y"), log=None, **options):
+    """read_user of a request; options of DataConfig."""
+    given = list(candidates) if isinstance(candidates, tuple) else candidates
+    entry, config = {"history": rows, "candidates": given}, DataConfig(dataset="csv", **options)
+    return read_user(entry, "my.json", Catalogue(log), config, fewest=2)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A log, and a random adapter on the demo's base."""
-    folder = tmp_path_factory.mktemp("recommend")
-    write_log(folder / "log.csv")
-    model = load_pretrained(BASE)
-    torch.manual_seed(0)
-    apply_lora(model, r=4, lora_alpha=8.0, lora_dropout=0.0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.1)
-    save_adapter(model, folder / "adapter")
-    return folder
+def test_a_request_is_cleaned_as_training_cleans():
+    """NFC, entities, line breaks; shown as the model was trained."""
+    history = [{"title": "e\u0301te\u0301", "rating": 4}, {"title": "A\nB ", "rating": 2.5}]
+    user = asked(history, ["Blue &amp; Door", " Iron\tDoor"])
+    assert user.history == [("\u00e9t\u00e9", 4.0), ("A B", 2.5)]
+    assert user.candidates == [(None, "Blue & Door"), (None, "Iron Door")]
+    assert asked(history, history_items="positive").history == [("\u00e9t\u00e9", 4.0)]
+    assert asked(history, history=1, min_history=1).history == [("A B", 2.5)]
+    ((title, rating),) = asked([{"title": "A", "rating": None}], ratings=False).history
+    assert title == "A" and np.isnan(rating)
 
 
-OPTIONS = {"dataset": "csv", "followers": 3, "history": 6, "exclude": "seen"}
+@pytest.mark.parametrize(
+    ("scale", "rating", "shown", "refused"),
+    [
+        ("", 4.5, 4.5, (9.5, 0, nan, True, "4", None)),
+        ("0,100", 80, 4.2, (-7, 101, 1e9)),
+        ("binary", 1, 5, (-7, 0.5)),
+        ("binary", 0, 1, ()),
+    ],
+)
+def test_ratings_are_mapped_and_filtered_as_the_logs(scale, rating, shown, refused):
+    """By --scale, in the log's precision; what the log could not hold is refused."""
+    options = {"scale": scale, "min_rating": shown, "history_items": "positive"}
+    user = asked([{"title": "A", "rating": rating}], **options)
+    assert user.history == [("A", np.float32(shown))]
+    for wrong in refused:
+        with pytest.raises(ValueError, match=f"my.json: history entry 1 has rating {wrong!r}; "):
+            asked([{"title": "A", "rating": wrong}], **options)
 
 
-def options(folder: Path, **changes) -> RecommendConfig:
-    given = {name: str(folder / name) for name in ("adapter", "prepared_dir")}
-    given |= {"data_dir": str(folder / "log.csv"), "users": "all", "micro_batch_tokens": 3000}
-    changes = {k: str(v) if isinstance(v, Path) else v for k, v in changes.items()}
-    return RecommendConfig(**OPTIONS | given | changes)
+def test_ids_and_titles_name_items_of_the_log(capsys):
+    """In a history and among candidates; a title comes before an id of the same spelling."""
+    history = [{"item": "1", "rating": 4}, {"item": 2, "rating": 4}, {"title": "Owl", "rating": 3}]
+    user = asked(history, ["0", "7", "Blue &amp; Door", {"item": 3}], LOG)
+    assert [title for title, _ in user.history] == ["Red Sea", "Blue & Door", "Owl"]
+    assert user.items.tolist() == [1, 2, 5]
+    named = [("0", "The Last Station"), ("4", "7"), ("2", "Blue & Door"), ("3", "Été")]
+    assert user.candidates == named and not capsys.readouterr().out
+
+
+def test_unknown_titles_are_ranked_with_a_note_of_the_nearest(capsys):
+    """Of the first five; one more note says that there are others."""
+    given = ["Owl", "Xyzzy", *(f"Film {n}" for n in range(30))]
+    user = asked([{"title": "The Last Staton", "rating": 4}], given, LOG)
+    assert user.history == [("The Last Staton", 4.0)] and (None, "Xyzzy") in user.candidates
+    near, far, *others = capsys.readouterr().out.splitlines()
+    assert "history entry 1" in near and near.endswith('did you mean "The Last Station"?')
+    assert "candidate 2" in far and "did you mean" not in far and len(others) == 4
+
+
+ONE = [{"title": "A", "rating": 4}]
+
+
+@pytest.mark.parametrize(
+    ("history", "candidates", "culprit"),
+    [
+        ([{"title": "", "rating": 4}], ["A", "B"], "history entry 1"),
+        ([{"item": "1", "rating": 4}], ["A", "B"], "history entry 1 .* item id .* none is at hand"),
+        (ONE, ["A", "&nbsp;"], "candidate 2"),
+        (ONE, ["\u00e9t\u00e9", "B", "e\u0301te\u0301"], "candidate 3 stands there twice"),
+        (ONE, ["A"], "1 candidates, at least 2"),
+        ([], ["A", "B"], "the history is empty"),
+        (ONE, None, "expected {"),
+    ],
+)
+def test_requests_that_training_never_saw_are_refused(history, candidates, culprit):
+    with pytest.raises(ValueError, match=f"my.json: {culprit}"):
+        asked(history, candidates)
+
+
+def test_a_long_request_loses_its_oldest_history():
+    """As training prompts do; and what does not fit with one item of it is an error."""
+    user = asked([{"title": f"Red Sea {n}", "rating": 4} for n in range(20)])
+    tokenizer = Tokenizer(BASE)
+
+    def prompt(max_length: int) -> str:
+        config = SimpleNamespace(max_length=max_length)
+        ranker = SimpleNamespace(config=config, words=WORDS, tokenizer=tokenizer)
+        ids, completions = Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
+        assert len(ids) + max(map(len, completions)) <= max_length
+        return tokenizer.inner.decode(ids)
+
+    assert "Red Sea 0 " in prompt(1024)
+    assert "Red Sea 19" in prompt(150) and "Red Sea 0 " not in prompt(150)
+    with pytest.raises(ValueError, match="do not fit --max_length 20"):
+        prompt(20)
+
+
+# ------------------------------------------------------------------------------------------- a run
+WORLD = planted_world(World(num_users=40))
+TITLES, RATED = WORLD.titles, {}  # user -> history, as a request names it
+for u, i, r in zip(WORLD.user, WORLD.item, WORLD.rating):
+    RATED.setdefault(f"u{u}", []).append({"item": f"s{i}", "rating": int(2 * r)})
+DATA = ["--dataset=csv", "--scale=0,10", "--history=6", "--followers=3", "--min_rating=3.4"]
+DATA += ["--train_size=32", "--test_size=20", "--dtype=float32"]
+
+
+def title_of(item: str) -> str:
+    return TITLES[int(item[1:])]
 
 
 def read(file: Path) -> list[dict]:
@@ -71,9 +154,110 @@ def read(file: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder) -> list[dict]:
-    recommend_users(options(folder, output=folder / "whole.jsonl", top_k=20))
-    return read(folder / "whole.jsonl")
+def run(tmp_path_factory) -> Path:
+    """A few steps of SFT on a log of its own, whose prompts have little of the defaults."""
+    folder = tmp_path_factory.mktemp("asked")
+    lines = ["user,item,title,rating,timestamp"]
+    for user, history in RATED.items():
+        for time, e in enumerate(history):
+            lines.append(f"{user},{e['item']},{title_of(e['item'])},{e['rating']},{time + 1}")
+    (folder / "log.csv").write_text("\n".join(lines))
+    flags = [*DATA, f"--data_dir={folder / 'log.csv'}", "--max_length=700", "--stages=raw,sft"]
+    flags += ["--val_size=0", "--max_steps=4", "--batch_size=8", "--sft_learning_rate=1e-3"]
+    flags += [f"--model={BASE}", f"--output_dir={folder / 'run'}"]
+    done = run_script(TRAIN, *flags, f"--prepared_dir={folder / 'prepared'}", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    history = [{"item": "s0", "rating": 1}, *({"title": t, "rating": 5} for t in TITLES[1:5])]
+    request = {"history": history, "candidates": ["s20", {"item": "s21"}, *TITLES[22:40]]}
+    (folder / "my.json").write_text(json.dumps(request))
+    return folder / "run"
+
+
+@pytest.fixture
+def ask(run, in_process, capsys):
+    """ask(*flags): the lines that recommend.py prints for the request of the run's folder."""
+
+    def call(*flags) -> list[str]:
+        places = (
+            f"--request={run.parent / 'my.json'}",
+            f"--prepared_dir={run.parent / 'prepared'}",
+        )
+        in_process(recommend.main, *places, *flags)
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+def change(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_an_adapter_alone_is_asked_as_its_run_asks(run, ask, tmp_path):
+    """prompt.json beside it has words, template and options: equal log-probs; without, others; a
+    note where most of its test answers were invalid; ids need the examples of its run."""
+    expected = ask(f"--run={run}", "--stage=sft")
+    assert len(expected) == 21 and expected[0] == "sft:"
+    assert {line.split("  ")[-1] for line in expected[1:]} == set(TITLES[20:40])
+    shares = [float(line.split()[1].rstrip("%")) for line in expected[1:]]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=1)
+    assert ask(f"--model={BASE}", f"--adapter={run / 'sft'}") == expected
+    kept = json.loads((run / "sft/prompt.json").read_text())
+    assert kept["words"] == list(WORDS) and "{history}" in kept["template"]
+    copy = shutil.copytree(run, tmp_path / "run")
+    change(copy / "sft/eval/metrics.json", valid_ratio=0.031)
+    for source in (f"--run={copy}", f"--adapter={copy / 'sft'}"):
+        note, *lines = ask(source)
+        assert "only 3% of this model's test answers" in note and lines == expected
+    (copy / "sft/prompt.json").unlink()
+    assert ask(f"--adapter={copy / 'sft'}")[1:] != expected
+    with pytest.raises(ValueError, match="my.json: history entry 1 .*s0.* none is at hand"):
+        ask(f"--run={run}", f"--prepared_dir={tmp_path}")
+
+
+def test_an_option_that_says_otherwise_is_refused(run, tmp_path):
+    """Beside a run as beside a model that keeps its own; where nothing is kept it holds."""
+    options = {"adapter": str(run / "sft"), "request": "my.json"}
+    taken = with_run_options(RecommendConfig(**options, history=6))
+    assert (taken.history, taken.max_length, taken.scale) == (6, 700, "0,10")
+    with pytest.raises(ValueError, match="--history 7 has no effect .* 6 .*prompt.json.*leave"):
+        with_run_options(RecommendConfig(**options, history=7))
+    config = evaluation.EvalConfig(adapter=str(run / "sft"), history=7)
+    assert with_run_options(config) == replace(config, max_length=700)  # of other examples
+    config = RecommendConfig(adapter=str(tmp_path), request="my.json", history=7)
+    assert with_run_options(config) == config
+
+
+def cases(run: Path) -> list[tuple]:
+    """(prompt, record) of the run's test examples."""
+    metrics = json.loads((run / "sft/eval/metrics.json").read_text())
+    examples = find_prepared(run.parent / "prepared", metrics["data_hash"]).splits["test"]
+    records = read(run / "sft/eval/predictions.jsonl")
+    return [(render_prompt(examples[r["example"]]), r) for r in records]
+
+
+def test_prompts_are_shown_as_the_model_reads_them(run, in_process, capsys):
+    """eval.py --show_prompts: text whose ids are the prompt's, and the answer with its end."""
+    flags = (f"--run={run}", f"--prepared_dir={run.parent / 'prepared'}", "--show_prompts=2")
+    in_process(evaluation.main, *flags)
+    out = capsys.readouterr().out
+    for prompt, record in cases(run)[:2]:
+        shown = prompt.replace("\n", "\n ")  # the tokenizer's own rule
+        assert f"{shown}\n--- answer\n {record['target']}<|end_of_text|>\n" in out
+    assert out.count("--- user") == 2
+
+
+# --------------------------------------------------------------------------------------- many users
+def options(run: Path, **changes) -> RecommendConfig:
+    given = {"run": run, "prepared_dir": run.parent / "prepared", "users": "all", "top_k": 20}
+    given |= {"micro_batch_tokens": 6000} | changes
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    return with_run_options(RecommendConfig(**given))
+
+
+@pytest.fixture(scope="module")
+def whole(run) -> list[dict]:
+    recommend_users(options(run, output=run.parent / "whole.jsonl"))
+    return read(run.parent / "whole.jsonl")
 
 
 def same(one: list[dict], other: list[dict]) -> None:
@@ -85,280 +269,226 @@ def same(one: list[dict], other: list[dict]) -> None:
             assert abs(i["probability"] - j["probability"]) < 2e-5
 
 
-def markov_by_loops(rows: list[list[str]], history: list[str], shown: int) -> dict[str, float]:
-    """Few lines, no arrays: every pair of each user's list."""
-    pairs, counts = {}, {}
-    for items in rows:
-        for a, first in enumerate(items):
-            counts[first] = counts.get(first, 0) + 1
-            for d in range(1, min(MAX_DISTANCE, len(items) - 1 - a) + 1):
-                key = first, items[a + d]
-                pairs[key] = pairs.get(key, 0) + 1 / d
-    newest, scores = list(reversed(history))[:shown], {}
-    for c, n in counts.items():
-        scores[c] = sum(DECAY**age * pairs.get((i, c), 0) for age, i in enumerate(newest)) / n**0.5
-    return scores
+def retrieved_order(record: dict) -> list[str]:
+    return [i["item"] for i in sorted(record["items"], key=lambda i: i["retrieved"])]
 
 
-def test_every_user_gets_what_the_retriever_finds_untouched(folder, whole):
-    """The 20 items of a line are the untouched ones that plain loops over the CSV score best."""
-    rows = {}
-    for row in csv.DictReader(open(folder / "log.csv")):
-        rows.setdefault(row["user"], []).append(row["item"])
-    assert sorted(r["user"] for r in whole) == sorted(rows) and len(whole) == USERS
-    for record in whole:
-        history = rows[record["user"]]
-        scores = markov_by_loops(list(rows.values()), history, shown=6)
-        left = sorted(set(scores) - set(history), key=lambda c: (-round(scores[c], 9), c))
-        found = sorted(record["items"], key=lambda i: i["retrieved"])
-        assert [i["retrieved"] for i in found] == list(range(1, 21))
-        assert [i["item"] for i in found] == left[:20]
-        assert all(i["title"] == f"Story of {i['item'][1:]}" for i in found)
+@pytest.mark.parametrize("name", ["markov", "sasrec"])
+def test_every_user_gets_what_the_retriever_finds_untouched(name, run, tmp_path, monkeypatch):
+    """The 20 items of a line are the untouched ones that score best, by a retriever that has seen
+    the whole log; SASRec is trained once and then read."""
+    config = options(run, output=tmp_path / "r.jsonl", retriever=name)
+    recommend_users(config)
+    prepared, records = prepare(config), read(tmp_path / "r.jsonl")
+    monkeypatch.setattr(sequential, "train", None)
+    log, retriever = prepared.interactions, sequential.fit_retriever(name, prepared, config)
+    retriever = fit("markov", log, None, 6) if name == "markov" else retriever
+    assert sorted(r["user"] for r in records) == sorted(RATED)
+    for record in records:
+        history = [log.item_ids.index(entry["item"]) for entry in RATED[record["user"]]]
+        scores = retriever.scores(np.array(history))
+        left = sorted(set(range(log.num_items)) - set(history), key=lambda c: (-scores[c], c))
+        assert retrieved_order(record) == [log.item_ids[c] for c in left[:20]]
+        assert sorted(i["retrieved"] for i in record["items"]) == list(range(1, 21))
+        assert all(i["title"] == title_of(i["item"]) for i in record["items"])
         assert abs(sum(i["probability"] for i in record["items"]) - 1) < 1e-4
 
 
-def test_order_is_that_of_plain_full_sequences(folder, whole):
-    """Each title behind its prompt as one causal text, without a tree: same order, same shares."""
-    interactions = prepare(options(folder, output="x")).interactions
+def test_order_is_that_of_the_titles_behind_the_prompt(run, whole):
+    """The newest six, rated as the log is read; candidates in the order that the user draws."""
     tokenizer, model = Tokenizer(BASE), load_pretrained(BASE)
-    load_adapter(model, folder / "adapter")
-    for record in whole[:4]:
-        end = interactions.start[list(interactions.user_ids).index(record["user"]) + 1]
-        rows = range(end - 6, end)  # the newest six, the last two too
-        titles = [interactions.titles[interactions.item[r]] for r in rows]
-        history = list(zip(titles, interactions.rating[rows].tolist(), strict=True))
-        by_rank = sorted(record["items"], key=lambda i: i["retrieved"])
-        titles = [by_rank[i]["title"] for i in shown_order(record["user"], 20)]
-        text = render_prompt(Example(interactions.words, record["user"], history, titles, 0, [], 0))
-        (prompt,) = tokenizer.encode_prompts([text])
-        logps = []
-        for ids in tokenizer.encode_completions(titles):
-            with torch.no_grad():
-                logits = model.logits(torch.tensor([prompt + ids]))[0]
-            rows = logits[len(prompt) - 1 : -1].log_softmax(1)
-            logps.append(rows.gather(1, torch.tensor(ids)[:, None]).sum().item())
-        shares = torch.tensor(logps).softmax(0)
+    load_adapter(model, run / "sft")
+    for record in whole[:3]:
+        newest = [
+            (e["item"], np.float32(1 + 0.4 * e["rating"])) for e in RATED[record["user"]][-6:]
+        ]
+        history = [(title_of(item), float(rating)) for item, rating in newest]
+        by_rank = list(map(title_of, retrieved_order(record)))
+        titles = [by_rank[i] for i in shown_order(record["user"], 20)]
+        text = render_prompt(Example(WORDS, record["user"], history, titles, 0, [], 0))
+        prompts, completions = (
+            tokenizer.encode_prompts([text]),
+            tokenizer.encode_completions(titles),
+        )
+        tree = build_tree(prompts, [completions])
+        with torch.no_grad():
+            shares = tree.sum_logps(model(tree)[0])[0].softmax(0)
         order = shares.argsort(descending=True).tolist()
         assert [i["title"] for i in record["items"]] == [titles[n] for n in order]
         found = [i["probability"] for i in record["items"]]
         np.testing.assert_allclose(found, shares[order], atol=1e-5)
-        assert shares.max() > 0.06  # the adapter has an opinion
+        assert shares.max() > 0.06  # the model has an opinion
 
 
-def test_a_cut_file_goes_on_without_repeating(folder, whole, monkeypatch):
-    """Killed in the middle of a line, with parts of two ranks: only what is missing is ranked."""
-    output, names = folder / "cut.jsonl", []
-    config = options(folder, output=output, top_k=20)
-    encode = recommend.Ranker.encode
+def test_a_cut_file_goes_on_without_repeating(run, whole, tmp_path, monkeypatch):
+    """Killed in the middle of a line, with parts of two ranks: only what is missing is ranked; with
+    other options the parts are refused."""
+    output, names = tmp_path / "cut.jsonl", []
+    config = options(run, output=output)
+    encode, score = Ranker.encode, Ranker.score
 
     def counts(self, user, titles):
         names.append(user.name)
         return encode(self, user, titles)
 
     def dies(*args):
-        for number, scored in enumerate(score(*args)):
-            if number == 9:
-                raise KeyboardInterrupt
-            yield scored
+        yield from islice(score(*args), 9)
+        raise KeyboardInterrupt
 
-    score = recommend.Ranker.score
-    monkeypatch.setattr(recommend.Ranker, "score", dies)
+    monkeypatch.setattr(Ranker, "score", dies)
     with pytest.raises(KeyboardInterrupt):
         recommend_users(config)
-    part = folder / "cut.jsonl.part-0"
+    part = tmp_path / "cut.jsonl.part-0"
     key, *kept = part.read_bytes().splitlines(keepends=True)
     assert len(kept) == 9 and not output.exists()
-    (folder / "cut.jsonl.part-1").write_bytes(key + b"".join(kept[:5]))  # of another rank
+    (tmp_path / "cut.jsonl.part-1").write_bytes(key + b"".join(kept[:5]))  # of another rank
     part.write_bytes(key + b"".join(kept[5:-1]) + kept[-1][:30])  # the last line was cut
-    monkeypatch.setattr(recommend.Ranker, "score", score)
-    monkeypatch.setattr(recommend.Ranker, "encode", counts)
+    monkeypatch.setattr(Ranker, "score", score)
+    monkeypatch.setattr(Ranker, "encode", counts)
+    with pytest.raises(ValueError, match="part-. was begun with another model"):
+        recommend_users(replace(config, top_k=3))
+    others = ((BASE, run / "sft"), "b"), ((BASE, run / "sft"), "c"), ((BASE, None), "b")
+    assert len({job_key(config, weights, data) for weights, data in others}) == 3
     recommend_users(config)
-    assert len(names) == len(set(names)) == USERS - 8
+    assert len(names) == len(set(names)) == len(RATED) - 8
     same(read(output), whole)
-    assert not list(folder.glob("cut.jsonl.*"))
+    assert not list(tmp_path.glob("cut.jsonl.*"))
 
 
-def test_a_job_of_other_options_data_or_weights_is_another(folder, tmp_path):
-    """Whatever decides the lines is part of the key, and parts with another key are refused."""
-    users = tmp_path / "some.txt"
-    users.write_text("u1")
-    source = (BASE, folder / "adapter")
-    config = options(folder, users=users, output="a")
-    key = recommend.job_key(config, source, "data")
-    changes = {"retriever": "item-knn", "top_k": 3, "history": 7, "ratings": False, "stage": "sft"}
-    changes |= {"prompt_format": "chat", "max_length": 99, "dtype": "bfloat16", "min_rating": 3.0}
-    changes |= {"load_in_4bit": True, "history_items": "positive", "scale": "0,5"}
-    configs = [replace(config, **{name: value}) for name, value in changes.items()]
-    keys = [recommend.job_key(changed, source, "data") for changed in configs]
-    keys.append(recommend.job_key(config, source, "other"))
-    keys.append(recommend.job_key(config, (BASE, None), ""))
-    users.write_text("u2")
-    keys.append(recommend.job_key(config, source, "data"))
-    assert len({key, *keys}) == len(changes) + 4
-    users.write_text("u1")
-    same_lines = replace(config, output="b", micro_batch_tokens=9, prepared_dir="c")
-    assert recommend.job_key(same_lines, source, "data") == key
-    (folder / "other.jsonl.part-0").write_text("key of another job\n")
-    with pytest.raises(ValueError, match="part-0 was begun with another model"):
-        recommend_users(options(folder, output=folder / "other.jsonl"))
-
-
-def test_two_ranks_write_what_one_does(folder, whole):
-    """torchrun with 2 processes, from the command line: same file, no part left."""
-    config = options(folder, output=folder / "two.jsonl", top_k=20)
-    names = [*OPTIONS, "adapter", "data_dir", "prepared_dir", "users", "output", "top_k"]
-    flags = [f"--{name}={getattr(config, name)}" for name in names]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command, env = [*launcher, str(ROOT / "recommend.py"), *flags], {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | env
-    )
+def test_two_ranks_write_what_one_does(run, whole, tmp_path):
+    """From the command line: the same file, no part is left, and the end is said once."""
+    places = {"run": run, "prepared_dir": run.parent / "prepared", "output": tmp_path / "two.jsonl"}
+    flags = [f"--{name}={value}" for name, value in places.items()]
+    flags += ["--users=all", "--top_k=20"]
+    done = run_script(ROOT / "recommend.py", *flags, processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"two.jsonl: {USERS} users") == 1
-    same(read(folder / "two.jsonl"), whole)
-    assert not list(folder.glob("two.jsonl.*"))
+    assert done.stdout.count(f"two.jsonl: {len(RATED)} users") == 1
+    same(read(tmp_path / "two.jsonl"), whole)
+    assert [f.name for f in tmp_path.iterdir()] == ["two.jsonl"]
 
 
-# ----------------------------------------------------------------------------------- kinds of users
-def recommended(folder: Path, users: str | list[dict], **changes) -> list[dict]:
-    """The lines for these users, ids or records."""
-    file = folder / ("asked.txt" if isinstance(users, str) else "asked.jsonl")
-    file.write_text(users if isinstance(users, str) else "\n".join(map(json.dumps, users)))
-    output = folder / "recommended.jsonl"
-    output.unlink(missing_ok=True)
-    recommend_users(options(folder, users=file, output=output, **changes))
-    return read(output)
+def recommended(run: Path, users: Path, text: str, **changes) -> list[dict]:
+    """The lines for the users of a file."""
+    users.write_text(text)
+    recommend_users(options(run, users=users, output=users.with_suffix(".out"), **changes))
+    return read(users.with_suffix(".out"))
 
 
-def test_named_users(folder, whole):
-    """A file of ids: these users, in its order."""
+def test_named_and_new_users(run, whole, tmp_path, capsys):
+    """Ids keep the file's order; a copy of a user of the log gets that user's list, without what it
+    has seen by title under another id; given candidates may be new; who has touched everything has
+    an empty line."""
     by_user = {r["user"]: r for r in whole}
-    same(recommended(folder, "u7\n\nu3\n", top_k=20), [by_user["u7"], by_user["u3"]])
-
-
-def test_new_users(folder, whole):
-    """A copy of a user of the log gets that user's list; given candidates may be new items."""
-    interactions = prepare(options(folder, output="x")).interactions
-    ids = [interactions.item_ids[i] for i in interactions.item[: interactions.start[1]]]
-    ratings = interactions.rating[: interactions.start[1]].tolist()
-    copied = [{"item": i, "rating": rating} for i, rating in zip(ids, ratings, strict=True)]
-    titled = [{"title": "A story never seen", "rating": 5}, {"title": "Story of 3", "rating": 4}]
-    given = ["Story of 4", "s5", {"title": "Fresh"}, {"item": "new-1", "title": "Fresher"}]
+    named = recommended(run, tmp_path / "ids.txt", "u7\n\nu3\n")
+    same(named, [by_user["u7"], by_user["u3"]])
+    best = by_user["u7"]["items"][0]["title"]
+    seen = {"item": "elsewhere-9", "title": f" {best} ".replace(" ", "  "), "rating": 9}
+    unread = [{"title": "A story never seen", "rating": 9}, {"title": TITLES[3], "rating": 8}]
+    given = [TITLES[4], "s5", {"title": "Fresh"}, {"item": "new-1", "title": "Fresher"}]
     entries = [
-        {"user": interactions.user_ids[0], "history": copied},
-        {"user": "visitor", "history": titled},
-        {"user": "cold", "history": titled[:1], "candidates": given},
+        {"user": "u7", "history": RATED["u7"]},
+        {"user": "again", "history": [seen, *RATED["u7"]]},
+        {"user": "cold", "history": unread, "candidates": given},
+        {"user": "greedy", "history": [{"item": f"s{i}", "rating": 8} for i in range(len(TITLES))]},
     ]
-    copy, visitor, cold = recommended(folder, entries, top_k=4)
-    first = next(r for r in whole if r["user"] == interactions.user_ids[0])
-    same([copy], [first | {"items": first["items"][:4]}])
-    assert len(visitor["items"]) == 4 and "s3" not in {i["item"] for i in visitor["items"]}
-    listed = {("s4", "Story of 4"), ("s5", "Story of 5"), (None, "Fresh"), ("new-1", "Fresher")}
-    assert {(i["item"], i["title"]) for i in cold["items"]} == listed
-    assert all(i["retrieved"] is None for i in cold["items"])
+    lines = "\n".join(map(json.dumps, entries))
+    records = {r["user"]: r for r in recommended(run, tmp_path / "new.jsonl", lines, top_k=4)}
+    same([records["u7"]], [by_user["u7"] | {"items": by_user["u7"]["items"][:4]}])
+    again, cold = records["again"]["items"], records["cold"]["items"]
+    assert best not in {i["title"] for i in again} and len(again) == 4
+    listed = {("s4", TITLES[4]), ("s5", TITLES[5]), (None, "Fresh"), ("new-1", "Fresher")}
+    assert {(i["item"], i["title"]) for i in cold} == listed
+    assert all(i["retrieved"] is None for i in cold) and records["greedy"]["items"] == []
+    assert "4 users, 1 with an empty list" in capsys.readouterr().out
 
 
-def test_what_a_user_has_seen_by_title_is_not_recommended(folder, whole):
-    """Also where its id is unknown; its spelling is cleaned first."""
-    seen = whole[0]["items"][0]["title"]
-    known, elsewhere = {"item": "s1", "rating": 4}, {"item": "elsewhere-9", "rating": 5}
-    history = [known, elsewhere | {"title": seen}]
-    spelt = [known, elsewhere | {"title": f" {seen} ".replace(" ", "  ")}]
-    lines = [{"user": n, "history": h} for n, h in enumerate((history[:1], history, spelt))]
-    records = recommended(folder, lines, top_k=20)
-    without, *both = [{i["title"] for i in r["items"]} for r in records]
-    assert len(without) == 20 and all(seen not in titles and len(titles) == 20 for titles in both)
-
-
-@pytest.mark.parametrize("history_items", ["all", "positive"])
-def test_ratings_of_new_users_are_mapped_as_the_logs(folder, tmp_path, history_items):
-    """--scale binary: a copy of a user of the log, as likes, gets the same list."""
-    rows = list(csv.DictReader(open(folder / "log.csv")))
-    with open(tmp_path / "likes.csv", "w", newline="") as f:
-        out = csv.DictWriter(f, rows[0])
-        out.writeheader()
-        out.writerows(row | {"rating": int(row["rating"]) - 4} for row in rows)
-    own = [r for r in rows if r["user"] == "u3"]
-    history = [{"item": r["item"], "rating": int(r["rating"]) - 4} for r in own]
-    data = {"data_dir": tmp_path / "likes.csv", "prepared_dir": tmp_path / "prepared"}
-    data |= {"scale": "binary", "history_items": history_items, "min_history": 1}
-    records = recommended(folder, [{"user": "u3", "history": history}], **data)
-    same(records, recommended(folder, "u3", **data))
-
-
-def test_sasrec_retrieves_with_its_own_scores(folder, tmp_path, monkeypatch):
-    """Trained once, then read; the same scores as studies/sequential.py's of the candidates."""
-    config = options(folder, retriever="sasrec", output=tmp_path / "r.jsonl", top_k=20)
-    recommend_users(config)
-    prepared = prepare(config)
-    monkeypatch.setattr(sequential, "train", None)  # a second training would fail
-    retriever = sequential.fit_retriever("sasrec", prepared, config)
-    test, interactions = prepared.splits["test"], prepared.interactions
-    wanted = sequential.candidate_scores(retriever.model, test, retriever.num_shown)
-    for e, p in enumerate(test.position):
-        scores = retriever.scores(interactions.item[interactions.start[interactions.user[p]] : p])
-        np.testing.assert_allclose(scores[test.candidates[e]], wanted[e], rtol=1e-4, atol=1e-5)
-    for u, record in enumerate(read(tmp_path / "r.jsonl")):
-        items = interactions.item[interactions.start[u] : interactions.start[u + 1]]
-        items = items.astype(np.int64)
-        best = [interactions.item_ids[c] for c in retriever.top(items, items, 20)]
-        assert [i["item"] for i in sorted(record["items"], key=lambda i: i["retrieved"])] == best
-
-
-def test_a_user_who_touched_everything_has_an_empty_line(folder, tmp_path, capsys):
-    """The others get their lists, and the end counts those without."""
-    log_file = write_log(tmp_path / "log.csv", greedy_user=True)
-    recommend_users(options(folder, data_dir=log_file, output=tmp_path / "r.jsonl"))
-    records = {r["user"]: r["items"] for r in read(tmp_path / "r.jsonl")}
-    assert records.pop("u0") == [] and all(len(items) == 10 for items in records.values())
-    assert f"{USERS} users, 1 with an empty list" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------------------- bad input
 GOOD = '{"user": "ok", "history": [{"item": "s1", "rating": 4}]}'
-BAD_LINES = {
-    "not json": "new.jsonl:2: expected",
-    '{"user": "a"}': "new.jsonl:2: expected",
-    '{"history": [{"item": "s1", "rating": 4}]}': 'new.jsonl:2: expected .* "user"',
-    '{"user": "a", "history": []}': "new.jsonl:2: the history is empty",
-    '{"user": "a", "history": [{"item": "s99", "rating": 4}]}': "entry 1 .*'s99'.* of the log",
-    '{"user": "a", "history": [{"title": "Story of 1"}]}': "entry 1 has rating None",
-    '{"user": "a", "history": [{"title": "Story of 1", "rating": -7}]}': "entry 1 has rating -7",
-    '{"user": "a", "history": [{"title": "New", "rating": 4}]}': "give candidates",
-    GOOD: "stands in another line",
-    GOOD[:-1] + ', "candidates": ["s2", "s3"]}': "2 candidates, at least 10",
-    GOOD[:-1] + ', "candidates": [{"item": "s99"}]}': "candidate 1 .*'s99'",
-}
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named_before_anything_is_ranked(folder, tmp_path, line):
-    file = tmp_path / "new.jsonl"
-    file.write_text(f"{GOOD}\n{line}\n")
-    with pytest.raises(ValueError, match=BAD_LINES[line]):
-        recommend_users(options(folder, users=file, output=tmp_path / "r.jsonl"))
+@pytest.mark.parametrize(
+    ("line", "changes", "culprit"),
+    [
+        ("not json", {}, "new.jsonl:2: expected"),
+        (GOOD.replace("user", "name"), {}, 'new.jsonl:2: expected .* "user"'),
+        (GOOD.replace("s1", "s999"), {}, "new.jsonl:2: history entry 1 .*'s999'.* of the log"),
+        (GOOD.replace("ok", "b").replace("item", "title"), {}, "new.jsonl:2: .* give candidates"),
+        (GOOD, {}, "new.jsonl:2: user 'ok' stands in another line"),
+        (GOOD[:-1] + ', "candidates": ["s2", "s3"]}', {}, "2 candidates, at least 20"),
+        ("nobody", {"users": "ids.txt"}, "ids.txt:2: the log has no user 'nobody'"),
+        ("", {"users": "ids.txt"}, "ids.txt names nobody"),
+        ("", {"users": "gone.txt"}, "gone.txt cannot be read"),
+        ("", {"top_k": 30}, "--top_k must be >= 1, <= 20"),
+        ("", {"output": ""}, "needs --output"),
+        ("", {"output": "ids.txt"}, "exists already"),
+        ("", {"dataset": "prepared"}, "prepared examples have none"),
+        ("", {"users": "", "request": "a.json"}, "--output, --top_k: for --users only"),
+    ],
+)
+def test_bad_users_and_jobs_are_refused(run, tmp_path, monkeypatch, line, changes, culprit):
+    """By file, line or option, before anything is ranked."""
+    monkeypatch.chdir(tmp_path)
+    Path("new.jsonl").write_text(f"{GOOD}\n{line}\n")
+    Path("ids.txt").write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match=culprit):
+        recommend_users(options(run, **{"users": "new.jsonl", "output": "r.jsonl"} | changes))
     assert not list(tmp_path.glob("r.jsonl*"))
 
 
-def test_bad_jobs_are_refused(folder, tmp_path):
-    """One message each, with the way out."""
-    (tmp_path / "ids.txt").write_text("u1\nnobody\n")
-    (tmp_path / "empty.txt").write_text("\n")
-    existing = tmp_path / "there.jsonl"
-    existing.touch()
-    new = tmp_path / "r.jsonl"
-    cases = {
-        "ids.txt:2: the log has no user 'nobody'": {"users": tmp_path / "ids.txt", "output": new},
-        "empty.txt names nobody": {"users": tmp_path / "empty.txt", "output": new},
-        "--top_k must be >= 1, <= 20": {"top_k": 30, "output": new},
-        "needs --output": {},
-        "exists already": {"output": existing},
-        "gone.txt cannot be read": {"users": tmp_path / "gone.txt", "output": new},
-        "prepared examples have none": {"dataset": "prepared", "output": new},
-        "--output, --top_k: for --users only": {
-            "users": "", "request": "one.json", "output": new, "top_k": 3
-        },
-    }  # fmt: skip
-    for message, changes in cases.items():
-        with pytest.raises(ValueError, match=message):
-            recommend_users(options(folder, **changes))
+# ------------------------------------------------------------------------------ where the base lies
+def test_a_base_that_moved_is_given_by_model(run, tmp_path, ask):
+    """Its weights must be those that were trained on; the error without it names the option."""
+    expected, moved = ask(f"--run={run}", "--stage=sft"), shutil.copytree(run, tmp_path / "moved")
+    for stage in ("raw", "sft"):
+        change(moved / stage / "base.json", base=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=f"{tmp_path / 'gone'} is not there; .* --model"):
+        ask(f"--run={moved}")
+    new = shutil.copytree(BASE, tmp_path / "new")
+    assert ask(f"--run={moved}", f"--model={new}") == expected
+    model = load_pretrained(new)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    save_pretrained(model, new)
+    with pytest.raises(ValueError, match="new holds other weights than .*gone"):
+        ask(f"--run={moved}", f"--model={new}")
+
+
+def test_a_base_is_recorded_so_that_it_is_found_again(one_process, tmp_path):
+    """Relative inside a run, which may move; else its hub name, if it was given so, or its path."""
+    moved = shutil.copytree(one_process[0] / "one", tmp_path / "moved")
+    config = RecommendConfig(adapter=str(moved / "recpo"), request="my.json")
+    assert sources_of(config) == {"recpo": (moved / "sft", moved / "recpo")}
+    for given in ("org/name", str(BASE)):
+        run = SimpleNamespace(base=BASE, config=SimpleNamespace(model=given, adapter=""))
+        assert base_name(run, BASE) == given
+
+
+# -------------------------------------------------------------------------------- in other programs
+def test_other_programs_give_our_answers(run, tmp_path):
+    """A stage is a PEFT adapter, and exported a model of transformers: greedy decoding, as
+    docs/serve.md does it, writes what eval.py recorded."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    export_merged(run / "sft", tmp_path)
+    base, merged = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (BASE, tmp_path)
+    )
+    adapted, pairs = peft.PeftModel.from_pretrained(base, run / "sft"), cases(run)
+    assert len(pairs) == 20
+    for model, folder, shown in ((adapted, BASE, pairs), (merged, tmp_path, pairs[:8])):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        how = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        for prompt, record in shown:
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            written = model.generate(input_ids=ids, **how)[0, ids.shape[1] :]
+            text = tokenizer.decode(written, skip_special_tokens=True)
+            assert text.strip().split("\n")[0] == record["answer"]
+
+
+def test_a_merged_export_gives_our_answers(run, tmp_path, in_process):
+    """In eval.py --model, which reads prompt.json there."""
+    export_merged(run / "sft", tmp_path / "merged")
+    places = [f"--prepared_dir={run.parent / 'prepared'}", f"--data_dir={run.parent / 'log.csv'}"]
+    in_process(evaluation.main, f"--model={tmp_path / 'merged'}", *DATA, *places, "--output_dir=o")
+    for found, (_, record) in zip(read(Path("o/merged/predictions.jsonl")), cases(run)):
+        assert found["answer"] == record["answer"]
+        np.testing.assert_allclose(found["logps"], record["logps"], atol=1e-3)

@@ -13,16 +13,7 @@ from eval import ranking_metrics
 from loaders.frozen import DataConfig, prepare
 from loaders.table import make_interactions
 from studies import sequential
-from studies.sequential import (
-    MODELS,
-    BaselineConfig,
-    GRU4Rec,
-    candidate_scores,
-    items_before,
-    step_loss,
-    train,
-    training_windows,
-)
+from studies.sequential import MODELS, BaselineConfig, GRU4Rec, candidate_scores, step_loss, train
 
 SMALL = {"hidden_size": 32, "max_items": 8, "num_sampled": 30, "batch_size": 32, "dropout": 0.1}
 
@@ -32,35 +23,29 @@ def log_of(sequences: list[list[int]]) -> Interactions:
     return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(1000)})
 
 
-def cyclic_log(num_users: int = 150, num_items: int = 60) -> Interactions:
-    """Every user walks around the circle of items, one step at a time, from a place of his own."""
-    starts = np.random.default_rng(0).integers((0, 10), (num_items, 25), (num_users, 2)).tolist()
-    return log_of([[(start + t) % num_items for t in range(length)] for start, length in starts])
+@pytest.fixture(scope="module")
+def circle():
+    """(log, splits): every user walks around a circle of items, from a place of his own."""
+    starts = np.random.default_rng(0).integers((0, 10), (60, 25), (100, 2)).tolist()
+    log = log_of([[(start + t) % 60 for t in range(length)] for start, length in starts])
+    return log, build_examples(log, DataConfig(followers=2, min_history=2))
 
 
 @pytest.mark.parametrize("size", [3, 8, 50])
 def test_every_item_is_predicted_once_and_the_last_two_never(size):
     """Windows cover all but a user's first item, each once, with what came before it, and nothing
-    of validation or test."""
+    of validation or test; a test case shows the last items before it, of this user alone."""
     rng = np.random.default_rng(size)
-    sequences = [rng.permutation(40)[: rng.integers(1, 30)].tolist() for _ in range(30)]
-    log = log_of(sequences)
-    windows, users = training_windows(log, size)
-    code = {int(log.item_ids[c]): c + 1 for c in range(log.num_items)}
-    for user, items in enumerate(sequences):
+    log = log_of([rng.permutation(40)[: rng.integers(1, 30)].tolist() for _ in range(30)])
+    windows, users = sequential.training_windows(log, size)
+    for user in range(30):
+        items = (log.item[log.start[user] : log.start[user + 1]] + 1).tolist()
         rows = windows[users == user].tolist()
         found = [pair for row in rows for pair in zip(row[:-1], row[1:], strict=True) if all(pair)]
-        expected = [(code[a], code[b]) for a, b in zip(items[:-2], items[1:-2], strict=False)]
-        assert sorted(found) == sorted(expected)
-
-
-def test_a_test_case_shows_what_lies_before_it():
-    """The last items before the position, filled from the right, of this user alone."""
-    log = log_of([list(range(30)), list(range(40, 65)), list(range(60, 80))])
-    rows = build_examples(log, DataConfig(followers=2, min_history=2))["test"].position
-    for items, p in zip(items_before(log, log.user[rows], rows, 12), rows.tolist(), strict=True):
-        expected = (log.item[max(log.start[log.user[p]], p - 12) : p] + 1).tolist()
-        assert items.tolist() == [0] * (12 - len(expected)) + expected
+        assert sorted(found) == sorted(zip(items[:-2], items[1:-2], strict=False))
+        position = log.start[user + 1 : user + 2] - 1
+        (shown,) = sequential.items_before(log, np.array([user]), position, size).tolist()
+        assert shown == ([0] * size + items[:-1])[-size:]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,23 +82,26 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_simple_rule_is_learnt(name):
+def test_a_simple_rule_is_learnt(name, circle):
     """On a log where the next item follows from the last one, each puts it first among 20 nearly
-    always."""
-    log = cyclic_log()
-    splits = build_examples(log, DataConfig(followers=2, min_history=2))
-    config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=5, **SMALL)
+    always; SASRec as a retriever gives the candidates the same scores."""
+    log, splits = circle
+    config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=3, **SMALL)
     model, history = train(config, log, splits["val"], report=lambda line: None)
-    scores = candidate_scores(model, splits["test"], config.max_items)
-    assert ranking_metrics(scores, splits["test"].target)["hit_ratio@1"].mean() > 0.9
+    test = splits["test"]
+    scores = candidate_scores(model, test, config.max_items)
+    assert ranking_metrics(scores, test.target)["hit_ratio@1"].mean() > 0.9
     assert history[0]["val_hit_ratio@1"] < history[-1]["val_hit_ratio@1"]
+    for e, p in enumerate(test.position if name == "sasrec" else ()):
+        retriever = sequential.SASRecRetriever(model, config.max_items)
+        found = retriever.scores(log.item[log.start[log.user[p]] : p])[test.candidates[e]]
+        np.testing.assert_allclose(found, scores[e], rtol=1e-4, atol=1e-5)
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_training(monkeypatch):
+def test_the_best_epoch_is_kept_and_patience_ends_training(circle, monkeypatch):
     """Validation alone decides: the weights are those of its best epoch, and `patience` worse ones
     end it."""
-    log = cyclic_log(60)
-    val = build_examples(log, DataConfig(followers=2, min_history=2))["val"]
+    log, val = circle[0], circle[1]["val"]
     script, seen = iter([0.2, 0.5, 0.4, 0.5, 0.3, 0.9]), []
 
     def scripted(scores, target):
@@ -146,7 +134,6 @@ def test_the_command_stops_by_validation_and_tests_once(tmp_path, monkeypatch):
     assert {"hit_ratio@1_ci95", "valid_ratio", "ranking/ndcg@5", "baselines"} <= metrics.keys()
     lines = (tmp_path / "out/eval/predictions.jsonl").read_text().splitlines()
     assert metrics["n"] == len(lines) == len(prepared.splits["test"])
-    assert all(len(json.loads(line)["logps"]) == 20 for line in lines)
     for kind in ("popularity", "retrieved"):  # and on the other lists, for the report
         file = tmp_path / "out/probes/sasrec" / kind / "metrics.json"
         assert json.loads(file.read_text())["data_hash"] == metrics["data_hash"] == prepared.hash
