@@ -61,7 +61,7 @@ class Interactions:
     train_end: np.ndarray | None = None  # (users,) int64, training_end where it is another
 
     def training_end(self) -> np.ndarray:
-        """(users,) the row behind a user's last that may be trained on; usually two are left."""
+        """(users,) one past each user's last training row; usually the last two are held out."""
         last_two = np.maximum(self.start[1:] - 2, self.start[:-1])
         return last_two if self.train_end is None else self.train_end
 
@@ -88,7 +88,7 @@ def k_core(interactions: Interactions, k: int) -> Interactions:
 
 
 def select_rows(interactions: Interactions, keep: np.ndarray) -> Interactions:
-    """Only these rows, and the users and items that still occur in them."""
+    """Keep only these rows, and the users and items that occur in them."""
     log = interactions
     users, user = np.unique(log.user[keep], return_inverse=True)
     items, item = np.unique(log.item[keep], return_inverse=True)
@@ -132,7 +132,7 @@ class ExampleConfig:
 
 @dataclass
 class Example:
-    """One example, readable: what the prompt shows, and what is known about its candidates."""
+    """One example as text: what its prompt shows, and what is known about its candidates."""
 
     words: Words
     user: str
@@ -487,8 +487,8 @@ class PromptTree:
         return replace(self, rows=torch.cat([self.rows, tokens - 1]), labels=labels)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
-        """(M,) token log-probs -> (B, N) sums per completion, of the same bits in every run:
-        one row per completion, where index_add on a GPU adds in any order of its threads."""
+        """(M,) token log-probs -> (B, N) sums per completion, bitwise the same in every run:
+        one row per completion, because index_add on a GPU adds in no fixed order."""
         B, N = len(self.input_ids), self.num_completions
         width = self.input_ids.shape[1] - self.prompt_width + 1  # C inputs, and EOS: a title fits
         sequences = torch.arange(B * N, device=self.sequence_ids.device)
@@ -541,7 +541,7 @@ def to_device(tensor: Tensor, device) -> Tensor:
 
 
 def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Divide one global batch: per rank a list of micro-batches of examples with similar widths.
+    """Divide one global batch: for each rank a list of micro-batches of examples of similar widths.
 
     They are sorted by tree_widths and dealt out in turn, for equal loads. A micro-batch holds one
     example, or as many as stay within `budget` tokens, padding included; ranks that have fewer

@@ -55,7 +55,7 @@ class EvalConfig(sources.SourceConfig):
 
 
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
-    """(B,) the completion of which all tokens are argmaxes, and then the answer ends; or -1."""
+    """(B,) the completion whose tokens are all argmaxes and after which the answer ends, or -1."""
     is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
     is_last[:-1] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
     agrees = torch.where(is_last, torch.isin(greedy_ids, end_ids), greedy_ids == tree.labels)
@@ -64,8 +64,8 @@ def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Te
 
 
 def trie_walk(completions: list[list[int]], token_logps: Iterator[float]) -> int:
-    """Greedy decoding among the candidates, whose tokens' log-probs follow one another: at each
-    node the likeliest token; the first of equals."""
+    """Greedy decoding along the trie of candidates: at each node the likeliest token, the first of
+    equals."""
     logps = [list(islice(token_logps, len(ids))) for ids in completions]
     alive, depth = list(range(len(completions))), 0
     while len(alive) > 1:
@@ -84,7 +84,7 @@ def match_title(answer: str, titles: list[str]) -> int:
 
 
 def answered(example, slot: int, how: str, text: str | None = None) -> dict:
-    """What a record says of the answer: the title of this slot, or, for -1, the text."""
+    """The answer's part of a record: the title of this slot, or the text if it is -1."""
     answer = example.candidates[slot] if slot >= 0 else text
     return {"answer": answer, "valid": slot >= 0, "hit": slot == example.target, "how": how}
 
@@ -145,8 +145,8 @@ def predict(
 
 @torch.no_grad()
 def compare_with_one_pass(model, tokenizer, encoded: Encoded, records: list[dict]) -> dict:
-    """How often generation writes another candidate, token for token, than the one pass verified,
-    and how many of those are near-ties: two best logits closer than NEAR_TIE on the way."""
+    """How often generation writes another candidate than the one pass found, and how many of these
+    are near-ties: two best logits closer than NEAR_TIE on the way."""
     differing, near_ties, stop_ids = 0, 0, tokenizer.stop_ids | tokenizer.newline_ids()
     for record in records:
         *ids, last = record["ids"]

@@ -69,7 +69,7 @@ class TrainConfig(ModelOptions):
     lora_r: int = arg(8, "LoRA rank; 0 = train all parameters", at_least=0)
     sft_lora_r: int = arg(-1, "LoRA rank in sft; -1 = lora_r", at_least=-1, read_by=SFT)
     lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r", above=0)
-    lora_dropout: float = arg(0.1, "of adapters, in sft", at_least=0, below=1, read_by=SFT)
+    lora_dropout: float = arg(0.1, "adapter dropout, sft only", at_least=0, below=1, read_by=SFT)
     stages: str = arg(
         "sft,recpo",
         f"raw (test the model as it is), sft, and any of {', '.join(LOSSES)}, from the sft result",
@@ -84,8 +84,8 @@ class TrainConfig(ModelOptions):
     negative_source: str = arg(
         "both", "which titles are rejected", choices=("both", "random", "follow"), read_by=ANY_LOSS
     )
-    history_weight: float = arg(0.0, "sft: weight of a history's token", at_least=0, read_by=SFT)
-    sft_weight: float = arg(-1.0, "chosen's NLL; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS)
+    history_weight: float = arg(0.0, "sft: loss weight of a history token", at_least=0, read_by=SFT)
+    sft_weight: float = arg(-1.0, "NLL's weight; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS)
     sft_epochs: float = arg(5.0, "may be a fraction", group="optimisation", above=0, read_by=SFT)
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
     max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
@@ -97,17 +97,17 @@ class TrainConfig(ModelOptions):
     adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
     shard: str = arg(
-        "full", "split weights, replicate, both", choices=("full", "none", "hybrid"), free=True
+        "full", "split weights, copy them, or both", choices=("full", "none", "hybrid"), free=True
     )
     shard_group_size: int = arg(
-        0, "of a copy; 0: a machine's", at_least=0, read_by=("--shard hybrid",), free=True
+        0, "ranks of a copy; 0: a machine's", at_least=0, read_by=("--shard hybrid",), free=True
     )
     gradient_checkpointing: bool = arg(False, "recompute blocks: less memory, slower", free=True)
     compile: bool = arg(False, "torch.compile the blocks: a slow start, then faster", free=True)
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
-    decode_rest: bool = arg(True, "decode where no branch verifies; off: invalid", group="output")
-    val_size: int = arg(200, "validation users, answered in one pass; 0 = none", at_least=0)
-    eval_steps: int = arg(0, "between validations; 0: none", at_least=0, read_by=("--val_size",))
+    decode_rest: bool = arg(True, "decode what is no candidate; off: invalid", group="output")
+    val_size: int = arg(200, "validation users; 0 = none", at_least=0)
+    eval_steps: int = arg(0, "steps to a validation; 0: none", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
     dry_run: bool = arg(False, "no training: first losses, memory of a rank, hours", free=True)
     output_dir: str = arg("", "run folder; empty: the next runs/<dataset>-1, -2, ...", free=True)
@@ -127,15 +127,15 @@ class TrainConfig(ModelOptions):
         if self.dataset != "planted" and not (self.model or self.adapter):
             raise ValueError(f"--dataset {self.dataset} needs a --model. {policy.THREE_WAYS}")
         if self.model == TITLES and self.adapter:
-            raise ValueError(f"--model {TITLES} is a new base, which no --adapter fits: give one")
+            raise ValueError(f"--model {TITLES} is a new base, no --adapter fits: leave it out")
         if self.load_in_4bit and 0 in (self.lora_r, self.sft_lora_r):
             raise ValueError("--load_in_4bit needs adapters: no --lora_r 0, no --sft_lora_r 0")
         if self.resume and not self.output_dir:
-            raise ValueError("--resume needs --output_dir, the run folder to go on with")
+            raise ValueError("--resume needs --output_dir, the run folder to resume")
         if -1 < self.sft_weight < 0:
-            raise ValueError(f"--sft_weight must be >= 0, or -1: its own, got {self.sft_weight}")
+            raise ValueError(f"--sft_weight must be >= 0 or -1 (default), got {self.sft_weight}")
         if self.keep == "best" and not (self.eval_steps and self.val_size):
-            raise ValueError("--keep best needs --eval_steps and --val_size, by which it is found")
+            raise ValueError("--keep best needs --eval_steps and --val_size to find the best step")
         if self.margin == "none" and "margin_lambda" in changed_options(self):
             raise ValueError("--margin_lambda has no effect with --margin none: leave one out")
 
@@ -145,7 +145,7 @@ class TrainConfig(ModelOptions):
 
     @property
     def present(self) -> set[str]:
-        """What reads options in this run, by the names of `read_by`."""
+        """The stages and options of this run that `read_by` may name."""
         return {*self.stage_list, f"--shard {self.shard}", *(["--val_size"] * (self.val_size > 0))}
 
 
@@ -157,7 +157,7 @@ def find_base(model: str, adapter: str, weights: bool) -> Path:
 
 
 def defaults(given: dict) -> dict:
-    """Defaults that suit the data set and the model, where no --config is given."""
+    """Defaults for this data set and model if no --config is given."""
     model, adapter = given.get("model", ""), given.get("adapter", "")
     if not model and not adapter and given.get("dataset", "planted") != "planted":
         return {}  # refused by TrainConfig
@@ -176,7 +176,7 @@ def defaults(given: dict) -> dict:
 
 # ------------------------------------------------------------------------ the objective
 def completion_slots(examples: Examples, loss: str, K: int, source: str) -> np.ndarray:
-    """(E, N) the candidates that become completions: chosen, K rejected, for KTO one of neither."""
+    """(E, N) the candidates that become completions: chosen, K rejected, for KTO a neutral one."""
     slots = [examples.target[:, None], examples.negatives(K, source)]
     if loss == "kto":
         first, second = examples.negative_order[:, :1], examples.negative_order[:, 1:2]
@@ -245,7 +245,7 @@ class Objective:
         self.kl = torch.zeros((), device=device)  # of the step before
 
     def num_tokens(self, examples) -> float:
-        """Target tokens of these examples: of chosen titles, and of histories by their weight."""
+        """Number of target tokens: of chosen titles, plus history tokens times their weight."""
         chosen = (self.encoded.slots(int(e), self.slots[e][:1]) for e in examples)
         count = sum(len(ids) for (ids,) in chosen)
         if self.history_weight:
@@ -322,12 +322,12 @@ class Objective:
         return losses, margins
 
     def after_step(self, metrics: dict[str, Tensor]) -> None:
-        """What the next step must know of this one's metrics, which stay on their device."""
+        """Keep what the next step needs from this step's metrics, on their device."""
         if self.loss == "kto":
             self.kl = metrics["kl"].nan_to_num(0.0).float()
 
     def state(self) -> dict:
-        """What a checkpoint must keep of it, and load_state reads."""
+        """The state that a checkpoint keeps and load_state reads."""
         return {"kl": self.kl.item()} if self.loss == "kto" else {}
 
     def load_state(self, state: dict) -> None:
@@ -413,7 +413,7 @@ def predict_on_all_ranks(run: Run, model, encoded: Encoded, decode_rest: bool) -
 
 
 def validation_metrics(run: Run, model: Transformer) -> dict | None:
-    """Of the validation users, on rank 0; in one pass: what no candidate verifies is invalid."""
+    """Metrics of the validation users, on rank 0, in one pass: what is no candidate is invalid."""
     records = predict_on_all_ranks(run, model, run.val, False)
     return summarise(records) if is_main() else None
 
@@ -428,14 +428,14 @@ def plan(run: Run, name: str, model: Transformer | None) -> tuple[Objective, Sch
 
 
 def plans(run: Run) -> dict[str, tuple[Objective, Schedule]]:
-    """The same of every stage that is trained, without a model."""
+    """plan() of every trained stage, without a model."""
     return {name: plan(run, name, None) for name in run.config.stage_list if name != "raw"}
 
 
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
-    """Train and test one stage; its folder appears, whole, when it is done.
+    """Train and test one stage; its folder gets its final name when all is done.
 
-    It goes on from the newest whole checkpoint that an earlier start left."""
+    It resumes from the newest whole checkpoint that an earlier start left."""
     config, folder, stop = run.config, run.folder / f"{name}.unfinished", run.stop
     torch.manual_seed(config.seed + run.rank)  # dropout; all else draws from its own generator
     model, replicas = load_policy(config, name, base, adapter, run.device)
@@ -522,7 +522,7 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
 
 
 def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
-    """Test the model that training starts from as it is: the raw model of the paper's Table 1."""
+    """Test the untrained model: the raw model of the paper's Table 1."""
     folder = run.folder / "raw.unfinished"
     print0(f"\n== raw: nothing is trained, {runs.source(base, adapter)} is tested as it is")
     model, _ = load_policy(run.config, "raw", base, adapter, run.device)
@@ -534,10 +534,10 @@ def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
 
 # ------------------------------------------------------------------------ the run
 def read_options(argv: list[str]) -> TrainConfig:
-    """The options; without --config those that suit data set and model are the defaults."""
+    """Read the options; without --config the defaults depend on data set and model."""
     config = parse_config(TrainConfig, argv, beneath=defaults)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.output_dir:
-        raise ValueError("torchrun --max-restarts needs --output_dir, to go on in the same folder")
+        raise ValueError("torchrun --max-restarts needs --output_dir: a restart resumes there")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return replace(config, resume="auto") if restarted else config
 
@@ -614,7 +614,7 @@ def run_stages(run: Run) -> None:
 
 def write_results(run: Run, prepared) -> None:
     """Write and print the run's table, with the optimum where it is known; then a warning for each
-    trained stage that mostly wrote something else than the listed titles."""
+    trained stage whose answers mostly were not listed titles."""
     config, file = run.config, run.folder / "results.md"
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in config.stage_list}
     bounds, optimum = {}, prepared.optimum("test")
