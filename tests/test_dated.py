@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from families import make_base_model
 from test_loaders import log_of
 
 from data import build_examples, render_prompt
 from demo.pretrain import known_titles
 from loaders.counting import counting_baselines, markov_top
-from loaders.dated import LAST_TENTH, build_dated_examples, date_of, parse_date
+from loaders.dated import LAST_TENTH, build_dated_examples, date_of
 from loaders.frozen import DataConfig, prepare
 from studies.probes import ProbeConfig
 from studies.sequential import BaselineConfig, training_windows
@@ -68,28 +67,25 @@ def test_what_comes_after_the_date_reaches_no_training_example(negatives, exclud
     assert not np.array_equal(one["test"].candidates, other["test"].candidates)
 
 
-def test_counting_scores_see_nothing_from_after_the_date():
-    """Scores of training and validation lists are equal to the last bit under other later data."""
-    one, other = (build_dated_examples(log, CONFIG)[1] for log in LOGS)
-    for split in ("train", "val"):
-        expected = counting_baselines(one[split])
-        for name, scores in counting_baselines(other[split]).items():
-            assert (scores == expected[name]).all(), (split, name)
+def test_counting_scores_see_nothing_from_after_the_date_and_no_validation_item():
+    """Scores of training and validation lists are equal to the last bit under other later data;
+    another validation item leaves those of the training lists as they were."""
+    (log, one), (_, other) = (build_dated_examples(x, CONFIG) for x in LOGS)
+    item = log.item.copy()
+    item[one["val"].position] = 0
+    swapped = replace(one["train"], interactions=replace(log, item=item))
+    for found, expected in (
+        (other["train"], one["train"]),
+        (other["val"], one["val"]),
+        (swapped, one["train"]),
+    ):
+        expected = counting_baselines(expected)
+        for name, scores in counting_baselines(found).items():
+            assert (scores == expected[name]).all(), name
     test = other["test"]
     new = np.array([int(i) >= 1000 for i in test.interactions.item_ids])
     for name, scores in counting_baselines(test).items():
         assert (scores[new[test.candidates]] == 0).all(), name
-
-
-def test_validation_items_are_not_fitted():
-    """Another validation item leaves every counting score of the training lists as it was."""
-    interactions, splits = build_dated_examples(LOGS[0], CONFIG)
-    swapped = interactions.item.copy()
-    swapped[splits["val"].position] = 0
-    other = replace(splits["train"], interactions=replace(interactions, item=swapped))
-    expected = counting_baselines(splits["train"])
-    for name, scores in counting_baselines(other).items():
-        assert (scores == expected[name]).all(), name
 
 
 def test_who_is_tested_on_what():
@@ -124,21 +120,10 @@ def test_who_is_tested_on_what():
         assert not set(touched.tolist()) & set(random.tolist())
 
 
-def test_the_tiny_tokenizer_reads_no_later_title(tmp_path):
-    """Its titles are those of training; the whole file is the same under other later data."""
-    files = []
-    for number, log in enumerate(LOGS):
-        interactions, splits = build_dated_examples(log, CONFIG)
-        assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
-        options = {"hidden_size": 32, "num_layers": 1, "vocab_size": 400, "seed": 0}
-        make_base_model(tmp_path / str(number), splits["train"], **options)
-        files.append((tmp_path / str(number) / "tokenizer.json").read_bytes())
-    assert files[0] == files[1]
-
-
-def test_sequential_models_train_before_the_date():
-    """Windows end where training ends, and sampled items are items that were known by then."""
+def test_sequential_models_and_tiny_bases_train_before_the_date():
+    """Windows end where training ends, sampled items and titles of a base were known by then."""
     interactions, splits = build_dated_examples(LOGS[1], CONFIG)
+    assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
     windows, users = training_windows(interactions, 8)
     for user in range(interactions.num_users):
         known = interactions.item[interactions.start[user] : interactions.training_end()[user]] + 1
@@ -156,13 +141,8 @@ def test_sequential_models_train_before_the_date():
 
 def test_prepared_examples_remember_where_training_ends(tmp_path):
     """Read back from disk; the usual split has another folder, and no such end."""
-    config = DataConfig(
-        planted_users=120,
-        followers=3,
-        min_history=4,
-        split_date=LAST_TENTH,
-        prepared_dir=str(tmp_path),
-    )
+    options = {"followers": 3, "min_history": 4, "prepared_dir": str(tmp_path)}
+    config = DataConfig(planted_users=120, split_date=LAST_TENTH, **options)
     made, read = prepare(config), prepare(config)
     assert (read.interactions.training_end() == made.interactions.training_end()).all()
     times = [read.interactions.timestamp[read.splits[s].position] for s in ("val", "test")]
@@ -175,19 +155,22 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
 
 
 def test_the_date_that_is_not_given_leaves_the_last_tenth():
-    share = (LOGS[0].timestamp >= date_of(LOGS[0], LAST_TENTH)).mean()
+    share = (LOGS[0].timestamp >= date_of(LOGS[0], LAST_TENTH).astype(int)).mean()
     assert 0.1 <= share < 0.13
-    assert parse_date("2000-12-01") == parse_date("2000-12-01T01:00+01:00") == 975628800
+    log = replace(LOGS[0], timestamp=LOGS[0].timestamp + 975_628_800 - DATE)
+    assert date_of(log, "2000-12-01") == date_of(log, "2000-12-01T01:00+01:00")
 
 
-def test_bad_dates_and_options_that_tell_of_later_are_refused():
-    for date in ("1960-01-01", "2040-01-01"):
-        with pytest.raises(ValueError, match="whose times go from .*--split_date"):
-            date_of(LOGS[0], date)
-    with pytest.raises(ValueError, match="no train example.*--split_date.*--min_history"):
+@pytest.mark.parametrize("date", ["1960-01-01", "2040-01-01", "tomorrow"])
+def test_a_date_that_does_not_divide_the_log_is_refused(date):
+    with pytest.raises(ValueError, match=f"--split_date {date}: expected .*first and last time"):
+        date_of(LOGS[0], date)
+
+
+def test_what_tells_of_later_and_what_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match="no train example.*--min_history"):
         build_dated_examples(LOGS[0], replace(CONFIG, history=90, min_history=80))
     for options, culprit in (
-        ({"split_date": "tomorrow"}, "2000-12-01"),
         ({"core": 5}, "--core"),
         ({"dataset": "lastfm", "data_dir": "x"}, "lastfm"),
         ({"dataset": "csv", "data_dir": "x", "percentile": "all"}, "--percentile"),

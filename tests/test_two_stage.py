@@ -13,7 +13,7 @@ from test_report import write, write_stage
 
 from data import build_examples
 from eval import ranking_metrics, summarise
-from loaders.counting import counting_baselines, fit, markov, training_rows
+from loaders.counting import Retriever, candidate_scores, counting_baselines, training_rows
 from loaders.frozen import DataConfig, prepare
 from loaders.planted import World, bayes_scores, planted_world
 from runtime.stages import save_predictions
@@ -33,7 +33,7 @@ def planted():
     log = planted_world(World(num_users=300))
     config = DataConfig(planted_users=300, followers=4)
     test = build_examples(log, config)["test"].select(slice(120))
-    return test, fit("markov", log, training_rows(log))
+    return test, Retriever("markov", log, training_rows(log))
 
 
 def places_by_markov(examples) -> list[int]:
@@ -41,7 +41,7 @@ def places_by_markov(examples) -> list[int]:
     log, places = examples.interactions, []
     every = examples.select(slice(None))
     every.candidates = np.tile(np.arange(log.num_items), (len(examples), 1))
-    for e, scores in enumerate(markov(every)):
+    for e, scores in enumerate(candidate_scores("markov", every)):
         p = int(examples.position[e])
         allowed = set(range(log.num_items)) - set(log.item[log.start[log.user[p]] : p].tolist())
         order = sorted(allowed, key=lambda c: (-round(scores[c], 9), c))
@@ -111,7 +111,7 @@ def test_the_command_retrieves_by_training_rows_and_fills_the_report(tmp_path, m
     places = json.loads((run / "two_stage/sft/markov.json").read_text())["places"]
     examples = test.select(slice(12))
     assert places["retriever"] == places_by_markov(examples)
-    _, of_all_rows = retrieved(fit("markov", prepared.interactions), examples)
+    _, of_all_rows = retrieved(Retriever("markov", prepared.interactions), examples)
     assert places["retriever"] != of_all_rows.tolist()
     assert set(places) == {"retriever", "model", "optimum", "ceiling"}
     text = report_text(collect(tmp_path / "runs", {}))
