@@ -66,12 +66,13 @@ def read_entry(entry: dict) -> dict:
     ratings = [*map(float, entry.get("historyRatingList") or [np.nan] * len(history))]
     scores = [*map(float, entry.get("itemScoreList") or [1.0] * NUM_CANDIDATES)]
     random = {clean_title(title) for title in entry.get("randomNegative") or []}
-    numbers = all(0 < s < np.inf for s in scores) and not any(r <= 0 or r > 5 for r in ratings)
-    lengths = len({*candidates}), len(candidates), len(scores)
-    if {*lengths} != {NUM_CANDIDATES} or len(ratings) != len(history) or not numbers:
-        raise ValueError("expected 20 different titles, scores above 0, ratings up to 5")
-    if not history or not all(history + candidates):
-        raise ValueError("expected a history, and no empty title")
+    fits = len({*candidates}) == len(candidates) == len(scores) == NUM_CANDIDATES
+    fits = fits and len(ratings) == len(history) > 0 and all(history + candidates)
+    if not fits or not all(0 < s < np.inf for s in scores) or any(r <= 0 or r > 5 for r in ratings):
+        raise ValueError(
+            f"expected a history whose titles have ratings up to 5 or none, and {NUM_CANDIDATES} "
+            "different candidates with scores above 0 or none"
+        )
     return {
         "shown": [*history, target],
         "candidates": candidates,
@@ -120,15 +121,9 @@ def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
             "template": rng.integers(len(TEMPLATES), size=len(part)).astype(np.int32),
         }
     user = np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(start))
-    log = Interactions(
-        user=user,
-        item=np.array([code[t] for _, entry in rows for t in entry["shown"]], np.int32),
-        rating=np.array([r for _, entry in rows for r in entry["ratings"]], np.float32),
-        timestamp=np.arange(len(user)) - np.array(start)[user],  # only the order is known
-        start=np.array(start),
-        titles=titles,
-        user_ids=[name for name, _ in rows],
-        item_ids=titles,
-        name="prepared",
-    )
+    item = np.array([code[title] for _, entry in rows for title in entry["shown"]], np.int32)
+    rating = np.array([rating for _, entry in rows for rating in entry["ratings"]], np.float32)
+    time = np.arange(len(user)) - np.array(start)[user]  # only the order is known
+    names = [name for name, _ in rows]
+    log = Interactions(user, item, rating, time, np.array(start), titles, names, titles, "prepared")
     return log, {split: Examples(log, split, config.history, **a) for split, a in arrays.items()}

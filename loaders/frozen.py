@@ -1,4 +1,4 @@
-"""Frozen examples: from the data options to interactions, splits and token ids on disk.
+"""Frozen examples: from the data options to interactions and splits on disk, and to token ids.
 
 Examples are made once and kept under a hash of every array and title, then mapped into memory: all
 models that are compared see the same candidates, negatives and templates."""
@@ -11,9 +11,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from math import isnan, nan
 from pathlib import Path
 
@@ -64,24 +62,19 @@ class DataConfig(ExampleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        no_effect = {"columns", "item_file", "item_columns", "scale"}
-        if self.dataset in OWN_LOGS:
-            no_effect = set() if self.item_file else {"item_columns"}
-        elif self.dataset in ("planted", "movielens", "prepared"):
-            no_effect |= {"percentile"}
-        if self.dataset == "prepared":
-            no_effect |= {"num_users", "core", "split_date", "negatives"}
-        if wrong := sorted(no_effect & changed_options(self)):
-            beside = f"--dataset {self.dataset}" + " without --item_file" * (
-                self.dataset in OWN_LOGS
-            )
-            raise ValueError(f"--{wrong[0]} has no effect with {beside}")
-        if self.scale and self.percentile:
-            raise ValueError("--scale maps ratings, --percentile ranks: give one")
-        ranks = self.percentile or self.dataset in ("steam", "lastfm")
-        if self.split_date and (self.core or ranks):
-            what = "count what comes after the date, too: filter the file, take data with ratings"
-            raise ValueError(f"--split_date: --core and ranks (--percentile, steam, lastfm) {what}")
+        named, ranks = f"--dataset {self.dataset}", "ranks, which count what comes after the date"
+        unread = {  # options -> what they do not go with, if it holds
+            "columns item_file item_columns scale": named * (self.dataset not in OWN_LOGS),
+            "percentile": named * (self.dataset in ("planted", "movielens", "prepared")),
+            "num_users core split_date negatives": named * (self.dataset == "prepared"),
+            "item_columns": "no --item_file" * (not self.item_file),
+            "scale": "--percentile, which ranks" * bool(self.percentile),
+            "core": "--split_date: it counts what comes after the date" * bool(self.split_date),
+            "split_date": ranks * bool(self.percentile or self.dataset in ("steam", "lastfm")),
+        }
+        for names, reason in unread.items():
+            if reason and (wrong := sorted({*names.split()} & changed_options(self))):
+                raise ValueError(f"--{wrong[0]} does not go with {reason}; leave one out")
 
 
 def data_defaults(given: dict) -> dict:
@@ -107,9 +100,14 @@ class Prepared:
 
     def baselines(self, split: str) -> dict[str, np.ndarray]:
         """Name -> scores (E, 20) of popularity, item-kNN and Markov; counted once, then read."""
-        count = partial(counting_baselines, self.splits[split])
-        scores = kept_arrays(self.folder / f"baselines-{split}", count)
-        return {name: scores[name] for name in BASELINES}
+        folder = self.folder / f"baselines-{split}"
+        if folder.exists():
+            scores = read_arrays(folder)
+            return {name: scores[name] for name in BASELINES}
+        scores = counting_baselines(self.splits[split])
+        with contextlib.suppress(OSError):  # then they are counted again
+            write_folder(folder, scores, {})
+        return scores
 
     def optimum(self, split: str) -> np.ndarray | None:
         """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown."""
@@ -177,7 +175,6 @@ def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
 
 # ------------------------------------------------------------------------------------------ on disk
 PREPARED_FORMAT = 5  # raised when the same options give other examples, or other files, than before
-ENCODED_FORMAT = 4  # raised when the same examples and tokenizer give other tokens than before
 # in the files these are log.user, ...: the names are part of the content hash
 LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start", "train_end")
 LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
@@ -201,16 +198,6 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """The arrays of a folder by name, mapped into memory read-only."""
     files = sorted(folder.glob("*.npy"))
     return {file.stem: np.load(file, mmap_mode="r").view(np.ndarray) for file in files}
-
-
-def kept_arrays(folder: Path, make: Callable) -> dict[str, np.ndarray]:
-    """The arrays of a folder, made where it is missing; one that cannot be written is no error."""
-    if folder.exists():
-        return read_arrays(folder)
-    arrays = make()
-    with contextlib.suppress(OSError):
-        write_folder(folder, arrays, {})
-    return arrays
 
 
 def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
@@ -254,28 +241,11 @@ def read_prepared(folder: Path, check: bool) -> Prepared:
 def encode_split(
     prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int, histories: bool = False
 ) -> Encoded:
-    """encode_examples, kept in the prepared folder for other ranks and later runs."""
-    examples, words = prepared.splits[split], prepared.interactions.words
-    made_of = [ENCODED_FORMAT, prepared.hash, tokenizer.fingerprint, max_length, words, histories]
-    key = hashlib.sha256(json.dumps([*made_of, data.ALL_TEMPLATES]).encode()).hexdigest()[:12]
-
-    def encode() -> dict[str, np.ndarray]:
-        encoded = data.encode_examples(examples, tokenizer, max_length)
-        arrays = {"items": np.array([*encoded.completions])}
-        arrays["counts"] = np.array([encoded.num_shortened, encoded.num_dropped])
-        for name, texts in (("prompt", encoded.prompts), ("title", encoded.completions.values())):
-            arrays[f"{name}_ids"] = np.concatenate([*texts]).astype(np.int32)
-            arrays[f"{name}_ends"] = np.cumsum([*map(len, texts)])
-        return arrays | ({"histories": history_spans(encoded, tokenizer)} if histories else {})
-
-    kept = kept_arrays(prepared.folder / f"tokens-{split}-{key}", encode)
-    prompts, titles = (
-        np.split(kept[f"{name}_ids"], kept[f"{name}_ends"][:-1]) for name in ("prompt", "title")
-    )
-    tokenizer.note_long(prompts)
-    completions = {item: ids.tolist() for item, ids in zip(kept["items"].tolist(), titles)}
-    counts = kept["counts"].tolist()
-    return Encoded(examples, prompts, completions, *counts, kept.get("histories"))
+    """encode_examples, with the places of the histories where they are asked for."""
+    encoded = data.encode_examples(prepared.splits[split], tokenizer, max_length)
+    encoded.histories = history_spans(encoded, tokenizer) if histories else None
+    tokenizer.note_long(encoded.prompts)
+    return encoded
 
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:

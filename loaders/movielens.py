@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
@@ -40,9 +41,9 @@ def files(config) -> list[Path]:
     if Path(config.data_dir).name == "ml-1m.zip":
         download_movielens(Path(config.data_dir))
     folder, ratings = find(Path(config.data_dir))
-    if isinstance(folder, zipfile.Path):
-        return [Path(folder.root.filename)]
-    return [folder / ratings, folder / LAYOUTS[ratings][0]]
+    names = [ratings, LAYOUTS[ratings][0]]
+    zipped = isinstance(folder, zipfile.Path)
+    return [Path(folder.root.filename)] if zipped else [folder / name for name in names]
 
 
 def find(path: Path) -> tuple[Folder, str]:
@@ -72,16 +73,15 @@ def load(config) -> Interactions:
     folder, ratings = find(Path(config.data_dir))
     movies, separator, movie_separator, name = LAYOUTS[ratings]
     kinds = {"user": pa.int64(), "movie": pa.int64(), "rating": pa.float64(), "time": pa.int64()}
-    columns = read_columns(folder / ratings, separator, kinds)
-    user, movie, rating, time = (column.to_numpy() for column in columns)
+    user, movie, rating, time = columns = read_columns(folder / ratings, separator, kinds)
     wrong = (user < 1) | (movie < 1) | ~((rating >= 0.5) & (rating <= 5)) | (time < 1)
     if wrong.any():
-        row = separator.join(str(column.to_numpy()[wrong.argmax()]) for column in columns)
+        row = separator.join(str(column[wrong.argmax()]) for column in columns)
         raise ValueError(f"{folder / ratings}: {row}: ids and times are above 0, ratings 0.5 to 5")
     kinds = {"movie": pa.int64(), "title": pa.string()}
-    columns = read_columns(folder / movies, movie_separator, kinds)
-    pairs = zip(*(column.to_pylist() for column in columns))
-    titles = movielens_titles({i: clean_title(title) for i, title in pairs if title.strip()})
+    ids, names = read_columns(folder / movies, movie_separator, kinds)
+    known = {i: clean_title(name) for i, name in zip(ids.tolist(), names) if name.strip()}
+    titles = movielens_titles(known)
     if separator == "::" and (rating % 1).any():
         name = "movielens-10m"
     try:
@@ -91,7 +91,7 @@ def load(config) -> Interactions:
     return replace(log, words=WORDS)
 
 
-def read_columns(file: Folder, separator: str, kinds: dict) -> list[pa.ChunkedArray]:
+def read_columns(file: Folder, separator: str, kinds: dict) -> list[np.ndarray]:
     """The first columns of a file of UTF-8 or latin-1, one for each of these types."""
     content = file.read_bytes()
     if "user" in kinds and not content.endswith(b"\n"):
@@ -110,10 +110,12 @@ def read_columns(file: Folder, separator: str, kinds: dict) -> list[pa.ChunkedAr
     parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, ignore_empty_lines=False)
     convert = pa.csv.ConvertOptions(column_types=types, include_columns=[*types], null_values=[])
     try:
-        return pa.csv.read_csv(io.BytesIO(content), read, parse, convert).columns
+        table = pa.csv.read_csv(io.BytesIO(content), read, parse, convert)
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        message = f"expected {separator.join(kinds)} in each line: {error!s:.200}; fetch it again"
-        raise ValueError(f"{file}: {message}") from None
+        what = f"expected {separator.join(kinds)} in each line"
+        found = str(error).replace(delimiter, separator)[:200]
+        raise ValueError(f"{file}: {what}: {found}; fetch it again") from None
+    return [column.to_numpy() for column in table.columns]
 
 
 ARTICLES = "The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una"

@@ -39,7 +39,8 @@ class Catalogue:
 
     def __init__(self, log: Interactions | None):
         self.titles, self.ids = (log.titles, log.item_ids) if log else ([], [])
-        self.by_title, self.by_id = (dict(zip(t, range(len(t)))) for t in (self.titles, self.ids))
+        self.by_title = {title: code for code, title in enumerate(self.titles)}
+        self.by_id = {item: code for code, item in enumerate(self.ids)}
         self.unknown: set[str] = set()
 
     def find(self, entry, where: str) -> tuple[int | None, str | None, str]:
@@ -87,16 +88,14 @@ def read_user(
         _, item, title = catalogue.find(candidate, f"{where}: candidate {number}")
         if candidates.setdefault(title, (item, title, number))[2] < number:
             raise ValueError(f"{where}: candidate {number} stands there twice, {title!r}")
-    shown, liked = shown_history(rows, config), config.history_items == "positive"
-    what = f" rated at least {config.min_rating:g}" * liked
-    problems = {
-        f"the history is empty; give one item{what}": not shown,
-        f"{len(given)} candidates, at least {fewest} are expected": len(given)
-        < fewest * bool(given or not one_of_many),
-        "the log holds nothing of the history; give candidates, too": not given and not items,
-    }
-    for problem in filter(problems.get, problems):
-        raise ValueError(f"{where}: {problem}")
+    shown = shown_history(rows, config)
+    if not shown:
+        liked = f" rated at least {config.min_rating:g}" * (config.history_items == "positive")
+        raise ValueError(f"{where}: the history is empty; give one item{liked}")
+    if len(given) < fewest and (given or not one_of_many):
+        raise ValueError(f"{where}: {len(given)} candidates, at least {fewest} are expected")
+    if not given and not items:
+        raise ValueError(f"{where}: the log holds nothing of the history; give candidates, too")
     name = str(name).encode("utf-8", "replace").decode()  # half a surrogate pair
     pairs = [pair[:2] for pair in candidates.values()]
     return User(name, shown, np.array(items, np.int64), pairs)

@@ -1,7 +1,5 @@
 """Finding files: what stands beside the log, parts of one export, layouts of known data sets."""
 
-import csv
-import io
 import json
 import zipfile
 
@@ -110,10 +108,8 @@ def test_whatever_is_read_is_part_of_the_key(kind, tmp_path):
         for n in (range(1003) if title == "Title" else (1002,)) if kind == "many" else ():
             part = titled[n : n + 1] if n < 119 else titled[119:] if n == 1002 else []
             put(path / f"part-{n}.csv", own_csv(rows=part))
-        made = DataConfig(
-            dataset=dataset, data_dir=str(path), prepared_dir=str(tmp_path / "p"), **options
-        )
-        hashes.append(prepare(made).hash)
+        options |= {"data_dir": str(path), "prepared_dir": str(tmp_path / "prepared")}
+        hashes.append(prepare(DataConfig(dataset=dataset, **options)).hash)
     assert hashes[0] != hashes[1]
 
 
@@ -121,7 +117,7 @@ def test_whatever_is_read_is_part_of_the_key(kind, tmp_path):
 RATINGS = [(7, 10, 4.5, 978301968), (7, 20, 1, 978300760), (2, 30, 3, 978298413)]
 MOVIES = [(10, "Léon, The (1994)", "A"), (20, 'Say "A, B" (1999)', "B"), (30, "Babylon 5", "()")]
 EDITIONS = {  # the two files, what divides their fields, and more fields
-    "dat": ("ratings.dat", "movies.dat", "::", "::", ""),
+    "dat": ("ratings.dat", "movies.dat", "::", "::", "::A"),
     "csv": ("ratings.csv", "movies.csv", ",", ",", ""),
     "100k": ("u.data", "u.item", "\t", "|", "|01-Jan-1994||http://us.imdb.com/M/?Leon|0|1"),
 }
@@ -130,14 +126,14 @@ EDITIONS = {  # the two files, what divides their fields, and more fields
 def movielens_files(edition: str, encoding: str = "utf-8") -> dict[str, bytes]:
     """Name -> content of the two files."""
     ratings, movies, between, movie_between, more = EDITIONS[edition]
-    rows = [between.join(map(str, row)) for row in RATINGS]
-    items = [movie_between.join(map(str, row[: 2 if more else 3])) + more for row in MOVIES]
+    texts = {
+        ratings: "".join(between.join(map(str, row)) + "\n" for row in RATINGS),
+        movies: "".join(f"{i}{movie_between}{name}{more}\n" for i, name, _ in MOVIES),
+    }
     if edition == "csv":
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([("movieId", "title", "genres"), *MOVIES])
-        rows, items = ["userId,movieId,rating,timestamp", *rows], out.getvalue().splitlines()
-    texts = {ratings: rows, movies: items}
-    return {name: "".join(f"{line}\n" for line in t).encode(encoding) for name, t in texts.items()}
+        texts[ratings] = "userId,movieId,rating,timestamp\n" + texts[ratings]
+        texts[movies] = own_csv(("movieId", "title", "genres"), range(3), rows=MOVIES)
+    return {name: text.encode(encoding) for name, text in texts.items()}
 
 
 @pytest.mark.parametrize("place", ["folder", "around", "ratings", "zip", "around the zip"])
@@ -199,16 +195,13 @@ def amazon_csv(rows: list[dict], history: bool) -> str:
 def test_amazon_of_2023(form, category, tmp_path):
     """Reviews, ratings with and without histories, the benchmark's three files; milliseconds;
     titles by parent_asin."""
+    parts = {".train.csv": REVIEWS[:1], ".valid.csv": REVIEWS[1:2], ".test.csv": REVIEWS[2:]}
     files = {
         "lines": {".jsonl.gz": json_lines(REVIEWS)},
         "array": {".json": json.dumps(REVIEWS)},
         "csv": {".csv": amazon_csv(REVIEWS, False)},
         "history": {".csv": amazon_csv(REVIEWS, True)},
-        "splits": {
-            ".train.csv": amazon_csv(REVIEWS[:1], True),
-            ".valid.csv": amazon_csv(REVIEWS[1:2], True),
-            ".test.csv": amazon_csv(REVIEWS[2:], True),
-        },
+        "splits": {ending: amazon_csv(rows, True) for ending, rows in parts.items()},
     }
     for ending, text in files[form].items():
         put(tmp_path / f"{category}{ending}", text)
@@ -217,7 +210,6 @@ def test_amazon_of_2023(form, category, tmp_path):
     found = load("amazon", tmp_path)
     assert rows_of(found) == AMAZON_ROWS and found.titles == [f"River {n}" for n in range(4)]
     assert found.words[0] == ("books" if category == "Books" else "products")
-    assert found.words
 
 
 # ------------------------------------------------------------------------------ prepared JSON

@@ -1,4 +1,4 @@
-"""Examples prepared once: their hash, their cached tokens, and files that are damaged."""
+"""Examples prepared once: their hash, damaged files, fewer users, what histories show."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,9 @@ import pytest
 from test_data import SPLITS, all_equal, nasty_examples, own_rows
 
 from data import build_examples, encode_examples, k_core, render_prompt
-from hub.tokenizer import Tokenizer
+from loaders.counting import BASELINES
 from loaders.frozen import (
     DataConfig,
-    Prepared,
     draw_users,
     encode_split,
     history_spans,
@@ -23,10 +22,6 @@ from loaders.frozen import (
 def small_config(tmp_path: Path, **options) -> DataConfig:
     usual = {"planted_users": 60, "train_size": 30, "followers": 4}
     return DataConfig(**usual | {"prepared_dir": str(tmp_path / "prepared")} | options)
-
-
-def small_examples(tmp_path: Path, **options) -> Prepared:
-    return prepare(small_config(tmp_path, planted_users=80, followers=3, **options))
 
 
 def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch):
@@ -45,6 +40,10 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
     sizes = {"users": 60, "items": log.num_items, "interactions": len(log.user)}
     assert first.raw_counts == sizes
     assert list((tmp_path / "prepared").iterdir()) == [first.folder]
+    scores = [first.baselines("test") for _ in range(2)]  # counted, then read
+    assert all((scores[0][name] == scores[1][name]).all() for name in BASELINES)
+    first.folder = Path("/dev/null")  # a folder that cannot be written costs the time again
+    assert first.baselines("test").keys() == scores[0].keys()
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
@@ -90,7 +89,7 @@ def test_fewer_users_are_drawn_before_everything_else(core, tmp_path):
     assert few.folder != whole.folder and few.interactions.notes
     with pytest.raises(ValueError, match="--num_users 90 has no effect: .* 90 users"):
         prepare(replace(config, num_users=90))
-    with pytest.raises(ValueError, match="--num_users has no effect with --dataset prepared"):
+    with pytest.raises(ValueError, match="--num_users does not go with --dataset prepared"):
         DataConfig(dataset="prepared", data_dir="x", num_users=3)
 
 
@@ -133,32 +132,7 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
                 assert not any(word in prompt for word in ("rated", "ratings", "Rating"))
 
 
-# ------------------------------------------------------------------------ cached tokens
-def same_encoding(a, b) -> bool:
-    pairs = zip(a.prompts, b.prompts, strict=True)
-    prompts = all(np.array_equal(p, q) and p.dtype == q.dtype for p, q in pairs)
-    counts = (a.num_shortened, a.num_dropped) == (b.num_shortened, b.num_dropped)
-    return prompts and counts and a.completions == b.completions
-
-
-def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkeypatch):
-    """The second time nothing is tokenised; another tokenizer, length or split has its own file."""
-    prepared = small_examples(tmp_path)
-    whole = encode_split(prepared, "train", tokenizer, 10_000)
-    limit = max(map(len, whole.prompts))
-    first = encode_split(prepared, "train", tokenizer, limit)
-    assert first.num_shortened > 0  # a length that bites
-    assert same_encoding(first, encode_examples(prepared.splits["train"], tokenizer, limit))
-    with monkeypatch.context() as patched:
-        patched.setattr("data.encode_examples", None)
-        assert same_encoding(first, encode_split(prepared, "train", tokenizer, limit))
-    encode_split(prepared, "test", tokenizer, 10_000)
-    others = (Tokenizer(folder) for folder in folders.values())
-    other = next(t for t in others if t.fingerprint != tokenizer.fingerprint)
-    encode_split(prepared, "train", other, 10_000)
-    assert len(list(prepared.folder.glob("tokens-*"))) == 4
-
-
+# ------------------------------------------------------------------------ tokens
 @pytest.mark.parametrize("options", [{}, {"ratings": False}])
 def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
     """To the token, in every template, with ratings or without, shortened or whole."""
@@ -176,19 +150,12 @@ def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
             assert limit < 100_000 or len(kept) == len(history)
 
 
-def test_where_histories_stand_is_kept_with_the_tokens(tokenizer, tmp_path):
-    """Asked for, in a folder of its own; no liked item before an example: an empty span."""
+def test_where_histories_stand_is_known_where_it_is_asked_for(tokenizer, tmp_path):
+    """No liked item before an example: an empty span."""
     options = {"train_size": 300, "min_history": 1, "history_items": "positive"}
-    prepared = small_examples(tmp_path, **options)
+    prepared = prepare(small_config(tmp_path, planted_users=80, followers=3, **options))
     assert encode_split(prepared, "train", tokenizer, 1024).histories is None
-    made, read = (encode_split(prepared, "train", tokenizer, 1024, True) for _ in range(2))
+    spans = encode_split(prepared, "train", tokenizer, 1024, histories=True).histories
     examples = prepared.splits["train"]
     empty = np.array([len(examples.history_rows(e)) == 0 for e in range(len(examples))])
-    assert empty.any() and np.array_equal(np.diff(read.histories)[:, 0] == 0, empty)
-    assert same_encoding(made, read) and np.array_equal(made.histories, read.histories)
-
-
-def test_a_folder_that_cannot_be_written_only_costs_the_cache(tokenizer, tmp_path):
-    prepared = small_examples(tmp_path)
-    prepared.folder = Path("/dev/null")
-    assert len(encode_split(prepared, "train", tokenizer, 1024).prompts) == 30
+    assert empty.any() and np.array_equal(np.diff(spans)[:, 0] == 0, empty) and spans.min() >= 1

@@ -353,7 +353,7 @@ def test_bad_jobs_are_refused(folder, tmp_path):
         "--top_k must be >= 1, <= 20": {"top_k": 30, "output": new},
         "needs --output": {},
         "exists already": {"output": existing},
-        "gone.txt cannot be read": {"users": tmp_path / "gone.txt", "output": new},
+        "gone.txt: cannot be opened": {"users": tmp_path / "gone.txt", "output": new},
         "prepared examples have none": {"dataset": "prepared", "output": new},
         "--output, --top_k: for --users only": {
             "users": "", "request": "one.json", "output": new, "top_k": 3
