@@ -1,4 +1,4 @@
-"""Frozen examples: from the data options to interactions, splits and token ids on disk.
+"""Frozen examples: from the data options to interactions and splits on disk, and to token ids.
 
 Examples are made once and kept under a hash of every array and title, then mapped into memory: all
 models that are compared see the same candidates, negatives and templates."""
@@ -11,104 +11,80 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
 
-from common import arg, changed_options, read_json, reading, writing
-from data import (
-    ALL_TEMPLATES,
-    ITEMS,
-    Encoded,
-    ExampleConfig,
-    Examples,
-    Interactions,
-    Words,
-    build_examples,
-    encode_examples,
-    k_core,
-    render_prompt,
-)
+import data
+from common import arg, changed_options, read_json, writing
+from data import ITEMS, SPLITS, Encoded, ExampleConfig, Examples, Interactions, Words
 from hub.tokenizer import Tokenizer
 from loaders import foreign, movielens, ownlog, planted, published
 from loaders.counting import BASELINES, counting_baselines, markov_top
-from loaders.dated import LAST_TENTH, build_dated_examples, parse_date
+from loaders.dated import build_dated_examples
 from loaders.files import facts
-from loaders.values import parse_scale
 
 OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")
-OWN = ", ".join(OWN_LOGS)
+OWN, RANKED = ", ".join(OWN_LOGS), ("", "item", "user", "all")
 # name -> its loader, all files that it reads (both of a DataConfig), the words of its prompts
 LOADERS = {
     "planted": (planted.load, lambda config: [], planted.WORDS),
     "movielens": (movielens.load, movielens.files, movielens.WORDS),
-    **published.LOADERS,
+    **{n: (published.load, published.files, published.WORDS[n]) for n in published.COLUMNS},
     **dict.fromkeys(OWN_LOGS, (ownlog.load, ownlog.files, ITEMS)),
     "prepared": (foreign.read_foreign_examples, foreign.files, ITEMS),
 }
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class DataConfig(ExampleConfig):
     """Turn a raw interaction log into frozen examples."""
 
-    dataset: str = arg(
-        "planted", f"one of {', '.join(LOADERS)} (loaders/)", group="data", choices=tuple(LOADERS)
-    )
+    dataset: str = arg("planted", "what is read", group="data", choices=tuple(LOADERS))
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg(
-        "", f"{OWN}: names or positions of columns, user=..,item=..,rating=..,timestamp=..,title=.."
+        "", f"{OWN}: names or places, user=..,item=..,rating=..,timestamp=..,title=.."
     )
     item_file: str = arg("", f"{OWN}: a second file, with item and title")
-    item_columns: str = arg("", "names or positions of --item_file's columns, item=...,title=...")
+    item_columns: str = arg("", "names or positions of --item_file's columns, item=..,title=..")
     scale: str = arg("", f"{OWN}: lowest and highest rating, or binary; mapped to 1 to 5")
-    percentile: str = arg(
-        "",
-        "rank amounts among those of one item, user, or all",
-        choices=("", "item", "user", "all"),
-    )
+    percentile: str = arg("", "rank amounts of each item, user, or all", choices=RANKED)
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
+    num_users: int = arg(0, "draw so many users of the log, before --core; 0 = all", at_least=0)
     core: int = arg(
         0, "drop users and items with fewer interactions (k-core); 0 = none", at_least=0
     )
-    split_date: str = arg(
-        "", "test the first liked item from this date on (10%: the last tenth), not the last one"
-    )
+    split_date: str = arg("", "test the first liked item from this date on; 10%: the last tenth")
     prepared_dir: str = arg("prepared", "where prepared examples are kept", free=True)
 
     def __post_init__(self):
         super().__post_init__()
-        of_own_logs = ("columns", "item_file", "item_columns", "scale")
-        inert = dict.fromkeys(of_own_logs, self.dataset not in OWN_LOGS)
-        inert["percentile"] = self.dataset in ("planted", "movielens", "prepared")
-        inert |= dict.fromkeys(("core", "split_date", "negatives"), self.dataset == "prepared")
-        changed, dated = changed_options(self), bool(self.split_date)
-        ranks = self.percentile or self.dataset in ("steam", "lastfm")
-        if wrong := [name for name in inert if inert[name] and name in changed]:
-            raise ValueError(f"--{wrong[0]} has no effect with --dataset {self.dataset}")
-        if self.item_columns and not self.item_file:
-            raise ValueError("--item_columns names columns of --item_file: give it, too")
-        if self.scale and self.percentile:
-            raise ValueError("--scale maps ratings, --percentile ranks: give one")
-        if dated and (self.core or ranks):
-            raise ValueError(
-                "--split_date: --core and ranks (--percentile, steam, lastfm) count what comes "
-                "after the date, too; filter the file, and take data with ratings"
-            )
-        if self.split_date not in ("", LAST_TENTH):
-            parse_date(self.split_date)
-        ownlog.parse_columns(self.columns)
-        ownlog.parse_item_columns(self.item_columns)
-        parse_scale(self.scale)
+        named, ranks = f"--dataset {self.dataset}", "ranks, which count what comes after the date"
+        unread = {  # options -> what they do not go with, if it holds
+            "columns item_file item_columns scale": named * (self.dataset not in OWN_LOGS),
+            "percentile": named * (self.dataset in ("planted", "movielens", "prepared")),
+            "num_users core split_date negatives": named * (self.dataset == "prepared"),
+            "item_columns": "no --item_file" * (not self.item_file),
+            "scale": "--percentile, which ranks" * bool(self.percentile),
+            "core": "--split_date: it counts what comes after the date" * bool(self.split_date),
+            "split_date": ranks * bool(self.percentile or self.dataset in ("steam", "lastfm")),
+        }
+        for names, reason in unread.items():
+            if reason and (wrong := sorted({*names.split()} & changed_options(self))):
+                raise ValueError(f"--{wrong[0]} does not go with {reason}; leave one out")
 
 
 def data_defaults(given: dict) -> dict:
     """Defaults that suit a data set: every program makes the same examples of the same options."""
     return planted.DEFAULTS if given.get("dataset", planted.NAME) == planted.NAME else {}
+
+
+def words_of(dataset: str) -> Words:
+    """The words of a data set's prompts, for what is asked without its log."""
+    return LOADERS.get(dataset, (None, None, ITEMS))[2]
 
 
 @dataclass
@@ -119,14 +95,19 @@ class Prepared:
     splits: dict[str, Examples]
     hash: str  # of every array, title and the history shown
     folder: Path
-    raw_counts: dict[str, int]  # users, items, interactions before the k-core
+    raw_counts: dict[str, int]  # users, items, interactions as read
     options: dict  # of the DataConfig that it was made with
 
     def baselines(self, split: str) -> dict[str, np.ndarray]:
         """Name -> scores (E, 20) of popularity, item-kNN and Markov; counted once, then read."""
-        count = partial(counting_baselines, self.splits[split])
-        scores = kept_arrays(self.folder / f"baselines-{split}", count)
-        return {name: scores[name] for name in BASELINES}
+        folder = self.folder / f"baselines-{split}"
+        if folder.exists():
+            scores = read_arrays(folder)
+            return {name: scores[name] for name in BASELINES}
+        scores = counting_baselines(self.splits[split])
+        with contextlib.suppress(OSError):  # then they are counted again
+            write_folder(folder, scores, {})
+        return scores
 
     def optimum(self, split: str) -> np.ndarray | None:
         """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown."""
@@ -134,27 +115,26 @@ class Prepared:
         return world and planted.bayes_scores(world, self.splits[split], min_rating)
 
 
-@contextlib.contextmanager
-def undamaged(path):
-    """Files and archives that are gone, cut off or damaged: one message with the way out."""
-    damage = (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
-    try:
-        yield
-    except damage as error:
-        what = "a file is missing, damaged or cut off"
-        raise ValueError(f"{path}: {what} ({error}); fetch it again") from None
-
-
 def load_interactions(config: DataConfig) -> Interactions:
-    load, *_ = LOADERS[config.dataset]
-    with undamaged(config.data_dir):
-        return load(config)
+    """The log as it is read; prepared examples come with it."""
+    try:
+        return LOADERS[config.dataset][0](config)
+    except DAMAGE as error:
+        what = f"a file is missing, damaged or cut off ({error}); fetch it again"
+        raise ValueError(f"{config.data_dir}: {what}") from None
 
 
-def words_of(dataset: str, data_dir: str = "") -> Words:
-    """The words of a data set's prompts, for what is asked without its log."""
-    *_, words = LOADERS.get(dataset, [ITEMS])
-    return words(data_dir) if callable(words) else words
+def draw_users(log: Interactions, config: DataConfig) -> Interactions:
+    """The log of --num_users, drawn by --data_seed; 0: of all."""
+    if not config.num_users:
+        return log
+    if config.num_users >= log.num_users:
+        there = f"the log has {log.num_users:,} users"
+        raise ValueError(f"--num_users {config.num_users} has no effect: {there}; give fewer, or 0")
+    rng = np.random.default_rng([config.data_seed, len(SPLITS)])
+    drawn = rng.choice(log.num_users, config.num_users, replace=False)
+    notes = {"users that --num_users leaves out": log.num_users - config.num_users}
+    return replace(data.select_rows(log, np.isin(log.user, drawn)), notes=log.notes | notes)
 
 
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
@@ -164,60 +144,54 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     `check` compares them with their hash, which reads them all."""
     if config.dataset != "planted" and not config.data_dir:
         raise ValueError(f"--dataset {config.dataset} needs --data_dir, where its raw files are")
-    if config.dataset == "movielens" and Path(config.data_dir).name == "ml-1m.zip":
-        movielens.download_movielens(Path(config.data_dir))  # unless it is there
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
     _, files, _ = LOADERS[config.dataset]
-    with undamaged(config.data_dir):
-        options |= {"format": PREPARED_FORMAT, "source": facts(files(config))}
+    options |= {"format": PREPARED_FORMAT, "source": facts(files(config))}
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(config.prepared_dir) / f"{config.dataset}-{key}"
     if not (folder / "meta.json").exists():
-        if config.dataset == "prepared":
-            interactions, splits = foreign.read_foreign_examples(config)
-        else:
-            interactions = load_interactions(config)
-        sizes = interactions.num_users, interactions.num_items, len(interactions.user)
-        if config.split_date:
-            interactions, splits = build_dated_examples(interactions, config, markov_top)
-        elif config.dataset != "prepared":
-            interactions = k_core(interactions, config.core)
-            splits = build_examples(interactions, config, markov_top)
-        counts = dict(zip(("users", "items", "interactions"), sizes))
-        write_prepared(folder, interactions, splits, {"options": options, "raw_counts": counts})
+        read = load_interactions(config)
+        log, splits = read if config.dataset == "prepared" else (read, None)
+        counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
+        if not splits and config.split_date:
+            log, splits = build_dated_examples(draw_users(log, config), config, markov_top)
+        elif not splits:
+            log = data.k_core(draw_users(log, config), config.core)
+            splits = data.build_examples(log, config, markov_top)
+        write_prepared(folder, log, splits, {"options": options, "raw_counts": counts})
     prepared = read_prepared(folder, check)
-    for split in prepared.splits.values():
-        split.list_in_prompt = config.list_in_prompt
+    for examples in prepared.splits.values():
+        examples.list_in_prompt = config.list_in_prompt
     return prepared
 
 
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, without raw files."""
-    for meta in sorted(Path(prepared_dir).glob("*/meta.json")):
-        known = read_json(meta)
-        if known["options"]["format"] == PREPARED_FORMAT and known["hash"].startswith(content_hash):
-            return read_prepared(meta.parent, check=False)
+    for file in sorted(Path(prepared_dir).glob("*/meta.json")):
+        meta = read_json(file)
+        known = meta.get("options", {}).get("format") == PREPARED_FORMAT
+        if known and meta["hash"].startswith(content_hash):
+            return read_prepared(file.parent, check=False)
     return None
 
 
 # ------------------------------------------------------------------------------------------ on disk
-PREPARED_FORMAT = 4  # raised when the same options give other examples, or other files, than before
-ENCODED_FORMAT = 3  # raised when the same examples and tokenizer give other tokens than before
+PREPARED_FORMAT = 5  # raised when the same options give other examples, or other files, than before
+ENCODED_FORMAT = 4  # raised when the same examples and tokenizer give other tokens than before
 # in the files these are log.user, ...: the names are part of the content hash
-INTERACTION_ARRAYS = ("user", "item", "rating", "timestamp", "start", "train_end")
-INTERACTION_TEXTS = ("titles", "user_ids", "item_ids")
+LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start", "train_end")
+LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
 
 
-def write_folder(folder: Path, arrays: dict, **texts: dict) -> None:
-    """One file per array, and per JSON object of `texts`; put in place when the folder is whole."""
+def write_folder(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """One file per array, and meta.json; put in place when the folder is whole."""
     part = folder.with_name(f"{folder.name}.{os.getpid()}")
     part.mkdir(parents=True, exist_ok=True)
     try:
         for name, array in arrays.items():
-            np.save(part / f"{name}.npy", np.ascontiguousarray(array))
-        for name, content in texts.items():
-            (part / f"{name}.json").write_text(json.dumps(content))
+            np.save(part / f"{name}.npy", array)
+        (part / "meta.json").write_text(json.dumps(meta))
         with contextlib.suppress(OSError):  # another process was faster
             part.rename(folder)
     finally:
@@ -226,21 +200,8 @@ def write_folder(folder: Path, arrays: dict, **texts: dict) -> None:
 
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """The arrays of a folder by name, mapped into memory read-only."""
-    try:
-        files = sorted(folder.glob("*.npy"))
-        return {file.stem: np.load(file, mmap_mode="r").view(np.ndarray) for file in files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{folder}: damaged ({error}); delete it, it is made again") from None
-
-
-def kept_arrays(folder: Path, make: Callable) -> dict[str, np.ndarray]:
-    """The arrays of a folder, made where it is missing; one that cannot be written is no error."""
-    if folder.exists():
-        return read_arrays(folder)
-    arrays = make()
-    with contextlib.suppress(OSError):
-        write_folder(folder, arrays)
-    return arrays
+    files = sorted(folder.glob("*.npy"))
+    return {file.stem: np.load(file, mmap_mode="r").view(np.ndarray) for file in files}
 
 
 def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
@@ -252,36 +213,32 @@ def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def write_prepared(folder: Path, interactions: Interactions, splits: dict, meta: dict) -> None:
-    arrays = {f"log.{name}": getattr(interactions, name) for name in INTERACTION_ARRAYS}
+def write_prepared(folder: Path, log: Interactions, splits: dict, meta: dict) -> None:
+    arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
     for split, examples in splits.items():
-        for name, on_disk in Examples.ARRAYS.items():
-            arrays[f"{split}.{on_disk}"] = getattr(examples, name)
+        arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    texts = {name: list(getattr(interactions, name)) for name in INTERACTION_TEXTS}
-    prompts = {"name": interactions.name, "history": splits["test"].history}
+    texts = {name: getattr(log, name) for name in LOG_TEXTS} | {"history": splits["test"].history}
     for name in ("min_shown_rating", "ratings"):  # defaults are omitted, also from the hash
         if (value := getattr(splits["test"], name)) != getattr(Examples, name):
-            prompts[name] = value
-    meta |= {"hash": content_hash(arrays, texts | prompts), "prompts": prompts}
-    meta |= {"notes": interactions.notes, "words": interactions.words}
+            texts[name] = value
+    meta |= {"texts": texts, "notes": log.notes, "words": log.words}
     with writing(folder):
-        write_folder(folder, arrays, meta=meta, texts=texts)
+        write_folder(folder, arrays, meta | {"hash": content_hash(arrays, texts)})
 
 
 def read_prepared(folder: Path, check: bool) -> Prepared:
-    meta, texts = read_json(folder / "meta.json"), read_json(folder / "texts.json")
-    with reading(folder / "meta.json"):
-        arrays, prompts = read_arrays(folder), meta["prompts"]
-        if check and content_hash(arrays, texts | prompts) != meta["hash"]:
-            raise ValueError(f"{folder}: prepared examples do not match their hash; delete it")
-        log = {name: arrays.get(f"log.{name}") for name in INTERACTION_ARRAYS} | texts
-        log |= {"name": prompts.pop("name"), "notes": meta["notes"], "words": tuple(meta["words"])}
-        interactions, splits = Interactions(**log), {}
-        for split in ("train", "val", "test"):
-            part = {n: arrays[f"{split}.{on_disk}"] for n, on_disk in Examples.ARRAYS.items()}
-            splits[split] = Examples(interactions, split, **prompts, **part)
-    return Prepared(interactions, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
+    meta, arrays, splits = read_json(folder / "meta.json"), read_arrays(folder), {}
+    if check and content_hash(arrays, meta["texts"]) != meta["hash"]:
+        raise ValueError(f"{folder}: prepared examples do not match their hash; delete it")
+    shown, words = meta["texts"], tuple(meta["words"])
+    log = {name: arrays.get(f"log.{name}") for name in LOG_ARRAYS}
+    log |= {name: shown.pop(name) for name in LOG_TEXTS}  # what is left are fields of Examples
+    log = Interactions(**log, notes=meta["notes"], words=words)
+    for split in SPLITS:
+        part = {field: arrays[f"{split}.{name}"] for field, name in Examples.ARRAYS.items()}
+        splits[split] = Examples(log, split, **shown, **part)
+    return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -290,32 +247,25 @@ def encode_split(
 ) -> Encoded:
     """encode_examples, kept in the prepared folder for other ranks and later runs."""
     examples, words = prepared.splits[split], prepared.interactions.words
-    made_of = [ENCODED_FORMAT, prepared.hash, split, tokenizer.fingerprint, max_length, words]
-    made_of += [ALL_TEMPLATES, histories, examples.list_in_prompt]
+    made_of = [ENCODED_FORMAT, split, tokenizer.fingerprint, max_length, words, data.ALL_TEMPLATES]
+    made_of += [histories, examples.list_in_prompt]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = prepared.folder / f"tokens-{split}-{key}"
-
-    def encode() -> dict[str, np.ndarray]:
-        encoded = encode_examples(examples, tokenizer, max_length)
-        titles, prompts = list(encoded.completions.values()), encoded.prompts
-        arrays = {
-            "items": np.array(list(encoded.completions), np.int32),
-            "completions": np.concatenate(titles).astype(np.int32),
-            "completion_lengths": np.array([len(ids) for ids in titles]),
-            "prompts": np.concatenate(prompts),
-            "prompt_lengths": np.array([len(ids) for ids in prompts]),
-            "counts": np.array([encoded.num_shortened, encoded.num_dropped]),
-        }
-        return arrays | ({"histories": history_spans(encoded, tokenizer)} if histories else {})
-
-    a = kept_arrays(folder, encode)
-    with reading(folder):
-        prompts, titles = (
-            np.split(a[f"{name}s"], np.cumsum(a[f"{name}_lengths"])[:-1])
-            for name in ("prompt", "completion")
-        )
-        completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles)}
-        counts = a["counts"].tolist()
+    if not folder.exists():
+        encoded = data.encode_examples(examples, tokenizer, max_length)
+        arrays = {"items": np.array(list(encoded.completions), np.int32)}
+        for name, ids in ("title", encoded.completions.values()), ("prompt", encoded.prompts):
+            arrays |= {f"{name}s": np.concatenate([*ids]).astype(np.int32)}
+            arrays |= {f"{name}_ends": np.cumsum([len(one) for one in ids])}
+        if histories:
+            arrays["histories"] = history_spans(encoded, tokenizer)
+        counts = {"counts": [encoded.num_shortened, encoded.num_dropped]}
+        with contextlib.suppress(OSError):  # a full disk; then the next start encodes again
+            write_folder(folder, arrays, counts)
+    if folder.exists():
+        a, counts = read_arrays(folder), read_json(folder / "meta.json")["counts"]
+        titles, prompts = (np.split(a[f"{n}s"], a[f"{n}_ends"][:-1]) for n in ("title", "prompt"))
+        completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles, strict=True)}
         encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
     tokenizer.note_long(encoded.prompts)
     return encoded
@@ -325,22 +275,15 @@ def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
     """(E, 2) where the history stands among a prompt's tokens: first, and one behind the last.
 
     It is where a prompt differs from the same one with another history, "~"."""
-    texts = []
+    texts, spans = [], []
     for e in range(len(encoded.examples)):
         example = encoded.examples[e]
-        if example.history:  # else nothing differs, and the span is empty
-            unrated = all(isnan(rating) for _, rating in example.history)
-            example = replace(example, history=[("~", nan if unrated else 0.0)])
-        texts.append(render_prompt(example))
-    spans = np.empty((len(texts), 2), np.int32)
-    for e, other in enumerate(map(np.array, tokenizer.encode_prompts(texts))):
-        prompt = encoded.prompts[e]
-        head = shared_length(prompt, other)
-        spans[e] = head, len(prompt) - shared_length(prompt[head:][::-1], other[head:][::-1])
-    return spans
-
-
-def shared_length(a: np.ndarray, b: np.ndarray) -> int:
-    """How many ids a and b begin with alike."""
-    length = min(len(a), len(b))
-    return int(np.append(a[:length] != b[:length], True).argmax())
+        unrated = all(isnan(rating) for _, rating in example.history)
+        # without a history nothing differs, and the span is empty
+        other = [("~", nan if unrated else 0.0)] * bool(example.history)
+        texts.append(data.render_prompt(replace(example, history=other)))
+    for prompt, other in zip(encoded.prompts, tokenizer.encode_prompts(texts)):
+        first = len(os.path.commonprefix([prompt.tolist(), other]))
+        rest = prompt[first:].tolist()[::-1], other[first:][::-1]
+        spans.append((first, len(prompt) - len(os.path.commonprefix(rest))))
+    return np.array(spans, np.int32)

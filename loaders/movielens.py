@@ -4,7 +4,6 @@
     ratings.csv, movies.csv    latest, 20M, 25M, 32M: CSV with a header
     u.data, u.item             100K: tabs between the fields, bars between those of a movie
 
-Movies are UTF-8, or latin-1 where they are not.
 MovieLens may not be redistributed (grouplens.org/datasets/movielens)."""
 
 import hashlib
@@ -17,6 +16,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
@@ -37,11 +37,35 @@ Folder = Path | zipfile.Path
 
 
 def files(config) -> list[Path]:
-    """All that is read."""
+    """All that is read; a missing ml-1m.zip is fetched."""
+    if Path(config.data_dir).name == "ml-1m.zip":
+        download_movielens(Path(config.data_dir))
     folder, ratings = find(Path(config.data_dir))
-    if isinstance(folder, zipfile.Path):
-        return [Path(folder.root.filename)]
-    return [folder / ratings, folder / LAYOUTS[ratings][0]]
+    names = [ratings, LAYOUTS[ratings][0]]
+    zipped = isinstance(folder, zipfile.Path)
+    return [Path(folder.root.filename)] if zipped else [folder / name for name in names]
+
+
+def find(path: Path) -> tuple[Folder, str]:
+    """The folder that holds the files, perhaps in a zip, and the name of its ratings; `path` is
+    that folder, its ratings, a zip, or what stands around one of them."""
+    path = path.parent if path.name in LAYOUTS else path
+    # a folder counts more than its zip
+    around = {p.name.removesuffix(".zip"): p for p in sorted(path.glob("ml-*"), reverse=True)}
+    for places in ([path], around.values()):
+        folders = [Path(place) for place in places]
+        for root in map(zipfile.Path, filter(zipfile.is_zipfile, folders[:])):
+            folders += [root, *(folder for folder in root.iterdir() if folder.is_dir())]
+        found = [(f, name) for f in folders for name in LAYOUTS if (f / name).is_file()]
+        if found:
+            break
+    if len(found) != 1:
+        there = sorted(str(folder / ratings) for folder, ratings in found) or "none"
+        raise ValueError(
+            f"{path}: expected one edition of MovieLens ({', '.join(LAYOUTS)}), found {there}; "
+            "give its folder or zip as --data_dir (ml-1m.zip is fetched if it is missing)"
+        )
+    return found[0]
 
 
 def load(config) -> Interactions:
@@ -49,16 +73,15 @@ def load(config) -> Interactions:
     folder, ratings = find(Path(config.data_dir))
     movies, separator, movie_separator, name = LAYOUTS[ratings]
     kinds = {"user": pa.int64(), "movie": pa.int64(), "rating": pa.float64(), "time": pa.int64()}
-    columns = read_columns(folder / ratings, separator, kinds)
-    user, movie, rating, time = (column.to_numpy() for column in columns)
+    user, movie, rating, time = columns = read_columns(folder / ratings, separator, kinds)
     wrong = (user < 1) | (movie < 1) | ~((rating >= 0.5) & (rating <= 5)) | (time < 1)
     if wrong.any():
-        row = separator.join(str(column.to_numpy()[wrong.argmax()]) for column in columns)
+        row = separator.join(str(column[wrong.argmax()]) for column in columns)
         raise ValueError(f"{folder / ratings}: {row}: ids and times are above 0, ratings 0.5 to 5")
     kinds = {"movie": pa.int64(), "title": pa.string()}
-    columns = read_columns(folder / movies, movie_separator, kinds)
-    pairs = zip(*(column.to_pylist() for column in columns))
-    titles = movielens_titles({i: clean_title(title) for i, title in pairs if title.strip()})
+    ids, names = read_columns(folder / movies, movie_separator, kinds)
+    known = {i: clean_title(name) for i, name in zip(ids.tolist(), names) if name.strip()}
+    titles = movielens_titles(known)
     if separator == "::" and (rating % 1).any():
         name = "movielens-10m"
     try:
@@ -68,8 +91,8 @@ def load(config) -> Interactions:
     return replace(log, words=WORDS)
 
 
-def read_columns(file: Folder, separator: str, kinds: dict) -> list[pa.ChunkedArray]:
-    """The first columns of a file, one for each of these types."""
+def read_columns(file: Folder, separator: str, kinds: dict) -> list[np.ndarray]:
+    """The first columns of a file of UTF-8 or latin-1, one for each of these types."""
     content = file.read_bytes()
     if "user" in kinds and not content.endswith(b"\n"):
         raise ValueError(f"{file}: ends in the middle of a line: truncated? Fetch it again")
@@ -87,44 +110,14 @@ def read_columns(file: Folder, separator: str, kinds: dict) -> list[pa.ChunkedAr
     parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote, ignore_empty_lines=False)
     convert = pa.csv.ConvertOptions(column_types=types, include_columns=[*types], null_values=[])
     try:
-        return pa.csv.read_csv(io.BytesIO(content), read, parse, convert).columns
+        table = pa.csv.read_csv(io.BytesIO(content), read, parse, convert)
     except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
-        message = str(error).replace("\x1f", separator)
-        raise ValueError(
-            f"{file}: expected {separator.join(kinds)} in each line: {message:.200}; fetch it again"
-        ) from None
+        what = f"expected {separator.join(kinds)} in each line"
+        found = str(error).replace(delimiter, separator)[:200]
+        raise ValueError(f"{file}: {what}: {found}; fetch it again") from None
+    return [column.to_numpy() for column in table.columns]
 
 
-def find(path: Path) -> tuple[Folder, str]:
-    """The folder that holds the files, perhaps in a zip, and the name of its ratings.
-
-    `path` is that folder, its ratings, a zip, or the folder around one of them."""
-    if path.is_file() and path.name in LAYOUTS:
-        path = path.parent
-    around = sorted(path.glob("ml-*")) if path.is_dir() else []
-    found = editions(path) or editions(path / "ml-1m") or editions(path / "ml-1m.zip")
-    found = found or [edition for place in around for edition in editions(place)]
-    if len(found) > 1:
-        names = sorted(str(folder / ratings) for folder, ratings in found)
-        raise ValueError(f"{path}: several editions of MovieLens: {names}; give one as --data_dir")
-    if not found:
-        raise ValueError(
-            f"{path}: no {', '.join(LAYOUTS)} and no ml-1m.zip there; give the folder or zip of "
-            "MovieLens, or --data_dir ml-1m.zip, which is fetched if it is missing"
-        )
-    return found[0]
-
-
-def editions(place: Path) -> list[tuple[Folder, str]]:
-    """The editions in a folder, or in a zip and its folders."""
-    folders = [place]
-    if place.is_file() and (place.suffix == ".zip" or zipfile.is_zipfile(place)):
-        root = zipfile.Path(place)
-        folders = [root, *(folder for folder in root.iterdir() if folder.is_dir())]
-    return [(folder, name) for folder in folders for name in LAYOUTS if (folder / name).is_file()]
-
-
-# ------------------------------------------------------------------------------------------- titles
 ARTICLES = "The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una"
 
 
@@ -133,20 +126,15 @@ def movielens_titles(names: dict[int, str]) -> dict[int, str]:
     plain = {}
     for movie, name in names.items():
         title = re.sub(r"\s*\(\d{4}\)$", "", name)
-        if article := re.fullmatch(rf"(.+), ({ARTICLES})( \(.*\))?", title):
-            head, word, rest = article.groups(default="")
-            title = f"{word} {head}{rest}" if word != "L'" else f"{word}{head}{rest}"
-        plain[movie] = title
+        title = re.sub(rf"^(.+), ({ARTICLES})( \(.*\))?$", r"\2 \1\3", title)
+        plain[movie] = re.sub("^L' ", "L'", title)
     shared = Counter(plain.values())
-    for movie, title in plain.items():
-        year = re.search(r"\(\d{4}\)$", names[movie])
-        if shared[title] > 1 and year:
-            plain[movie] = f"{title} {year[0]}"
-    return plain
+    years = {i: re.search(r"\(\d{4}\)$", names[i]) for i in plain if shared[plain[i]] > 1}
+    return plain | {i: f"{plain[i]} {year[0]}" for i, year in years.items() if year}
 
 
 def download_movielens(path: Path) -> None:
-    """Fetch the published zip; it is put in place only if its checksum fits."""
+    """Fetch the published zip, unless it is there; it is kept only if its checksum fits."""
     target = path if path.suffix == ".zip" else path / "ml-1m.zip"
     if target.exists():
         return
@@ -158,9 +146,7 @@ def download_movielens(path: Path) -> None:
         raise ValueError(f"{MOVIELENS_URL}: {error}; {way_out}") from None
     found = hashlib.md5(content).hexdigest()
     if found != MOVIELENS_MD5:
-        raise ValueError(
-            f"{MOVIELENS_URL}: md5 {found}, published {MOVIELENS_MD5}: damaged or changed; not used"
-        )
+        raise ValueError(f"{MOVIELENS_URL}: md5 {found}, published {MOVIELENS_MD5}: not used")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")

@@ -1,14 +1,9 @@
 """The planted world: a made-up reading log whose best possible recommender can be computed exactly.
 
 Stories belong to genres, which the two words of a title give away. A user's taste is a hidden genre
-that stays, moves on to the genre's successor, or jumps anywhere. At each step the user reads a
+z that stays, moves on to the genre's successor, or jumps anywhere. At each step the user reads a
 story of the tasted genre or, out of curiosity, of any other; a story within the taste is rated
 high, others mostly low. Nobody reads a story twice.
-
-    taste z_1 ──► z_2 ──► z_3 ...        stay | successor | jump
-           │       │       │
-         story   story   story           genre = taste, or another one out of curiosity
-         rating  rating  rating          depends on whether the genre is the taste
 
 Given the whole history, the forward algorithm yields the posterior of the taste, and from it
 P(next story = c and its rating >= 4), which the best policy maximises over the candidates.
@@ -17,22 +12,24 @@ P(next story = c and its rating >= 4), which the best policy maximises over the 
 
 Legend: U users, L steps, G genres, E examples."""
 
+import argparse
 import itertools
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from common import arg, parse_config, print0, run_cli, writing
-from data import Examples, Interactions, select_rows
+from common import run_cli, writing
+from data import Examples, Interactions
+from loaders.table import make_interactions
 
 NAME, WORDS = "planted", ("stories", "read", "read")
 # what suits this data set, unless other values are given: its readers have 13 to 17 interactions
 DEFAULTS = {"followers": 3, "min_history": 4, "train_size": 18000, "test_size": 500}
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
+NAMES = np.array([(a + b).capitalize() for a, b in itertools.product(SYLLABLES, repeat=2)])
 
 
 @dataclass(frozen=True)
@@ -72,34 +69,24 @@ class World:
 
     def titles(self) -> list[str]:
         """Every genre has first and second words of its own; a story is one pair of them."""
-        rng = np.random.default_rng(self.seed)
-        count = 2 * self.num_genres * self.words_per_genre
-        pairs = rng.permutation(len(SYLLABLES) ** 2)[:count]
-        syllables = (divmod(pair, len(SYLLABLES)) for pair in pairs)
-        words = [(SYLLABLES[first] + SYLLABLES[second]).capitalize() for first, second in syllables]
-        W = self.words_per_genre
-        firsts, seconds = np.array(words).reshape(2, self.num_genres, W)
-        stories = itertools.product(range(self.num_genres), range(self.stories_per_genre))
+        G, W = self.num_genres, self.words_per_genre
+        drawn = np.random.default_rng(self.seed).permutation(len(NAMES))[: 2 * G * W]
+        firsts, seconds = NAMES[drawn].reshape(2, G, W)
+        stories = itertools.product(range(G), range(self.stories_per_genre))
         return [f"{firsts[g, j % W]} {seconds[g, (j // W + j) % W]}" for g, j in stories]
 
 
 def planted_world(world: World) -> Interactions:
     """Draw the log of the planted world; a user is a row of arrays, nobody repeats a story."""
-    rng = np.random.default_rng([world.seed, 1])
-    U, G, L = world.num_users, world.num_genres, world.max_length
-    per_genre = world.stories_per_genre
-    users = np.arange(U)
-    transition = world.transition().cumsum(1)
-    genre_given_taste = world.genre_given_taste().cumsum(1)
+    rng, users = np.random.default_rng([world.seed, 1]), np.arange(world.num_users)
+    U, G, L, per_genre = len(users), world.num_genres, world.max_length, world.stories_per_genre
     lengths = rng.integers(world.min_length, L + 1, size=U)
     taste = rng.integers(G, size=U)
     read = np.zeros((U, G * per_genre), bool)
-    items, ratings = np.zeros((U, L), np.int64), np.zeros((U, L))
+    items, ratings = np.zeros((2, U, L), np.int64)
     for t in range(L):
-        if t > 0:
-            taste = draw(rng, transition[taste])
-        genre = draw(rng, genre_given_taste[taste])
-
+        taste = draw(rng, world.transition()[taste]) if t else taste
+        genre = draw(rng, world.genre_given_taste()[taste])
         # a uniform unread story of the genre: give every story a random key, read ones the worst
         stories = genre[:, None] * per_genre + np.arange(per_genre)
         keys = rng.random(stories.shape) + read[users[:, None], stories]
@@ -107,34 +94,23 @@ def planted_world(world: World) -> Interactions:
         read_out = read[users, items[:, t]]  # nothing of the genre is left: the log ends
         lengths = np.where(read_out, np.minimum(lengths, t), lengths)
         read[users, items[:, t]] = True
-        ratings[:, t] = 1 + draw(rng, world.rating_given(genre == taste).cumsum(1))
-
+        ratings[:, t] = 1 + draw(rng, world.rating_given(genre == taste))
     shown = np.arange(L) < lengths[:, None]
     user, step = np.nonzero(shown)
-    interactions = Interactions(
-        user,
-        items[shown],
-        ratings[shown].astype(np.float32),
-        timestamp=1_000_000_000 + 86_400 * step,
-        start=np.concatenate([[0], np.cumsum(shown.sum(1))]),
-        titles=world.titles(),
-        user_ids=[str(u) for u in users],
-        item_ids=[str(i) for i in range(G * per_genre)],
-        name=NAME,
-        words=WORDS,
-    )
-    return select_rows(interactions, np.ones(len(user), bool))  # stories that nobody read are none
+    time, titles = 1_000_000_000 + 86_400 * step, dict(enumerate(world.titles()))
+    log = make_interactions(user, items[shown], ratings[shown], time, titles, NAME)
+    return replace(log, words=WORDS)
+
+
+def draw(rng, shares: np.ndarray) -> np.ndarray:
+    """(U,) one index per row of probabilities (U, n)."""
+    beyond = rng.random(len(shares))[:, None] > shares.cumsum(1)
+    return beyond.sum(1).clip(max=shares.shape[1] - 1)
 
 
 def load(config) -> Interactions:
     """The log of the world with --planted_users and --data_seed."""
     return planted_world(World(num_users=config.planted_users, seed=config.data_seed))
-
-
-def draw(rng, cumulated: np.ndarray) -> np.ndarray:
-    """(U,) one index per row of cumulated probabilities (U, n)."""
-    beyond = rng.random(len(cumulated))[:, None] > cumulated
-    return beyond.sum(1).clip(max=cumulated.shape[1] - 1)
 
 
 def world_of(options: dict) -> World | None:
@@ -148,26 +124,22 @@ def bayes_scores(
     world: World, examples: Examples, min_rating: float = 4.0, max_rating: float = 5.0
 ) -> np.ndarray:
     """(E, 20) log P(next story = candidate, min_rating <= rating <= max_rating | whole history)."""
-    interactions = examples.interactions
-    titles = {title: i for i, title in enumerate(world.titles())}
-    story = np.array([titles[t] for t in interactions.titles])  # item code -> story
-    genre_given_taste = world.genre_given_taste()
-    liked = (np.arange(1, 6) >= min_rating) & (np.arange(1, 6) <= max_rating)
-    own_genre = world.rating_given(np.eye(world.num_genres, dtype=bool))  # (G, G, 5)
-    # P(a certain unread story of genre g, rated high | taste), but for 1 / unread stories
-    high = genre_given_taste * (own_genre * liked).sum(-1)
+    log, codes = examples.interactions, {title: i for i, title in enumerate(world.titles())}
+    genre = world.genre(np.array([codes[title] for title in log.titles]))  # of each item code
+    wanted = (np.arange(1, 6) >= min_rating) & (np.arange(1, 6) <= max_rating)
+    # P(a certain unread story of genre g, rated so | taste), but for 1 / unread stories
+    rated = (world.rating_given(np.eye(world.num_genres, dtype=bool)) * wanted).sum(-1)  # (G, G)
+    picked = world.genre_given_taste() * rated
     scores = np.zeros(examples.candidates.shape)
-    starts = interactions.start[interactions.user[examples.position]]
+    starts = log.start[log.user[examples.position]]
     if (longest := int((examples.position - starts).max())) > examples.history:
         shown = f"--history {examples.history}"
         raise ValueError(f"a history of {longest} stories is not shown whole ({shown})")
     for e, rows in enumerate(map(slice, starts.tolist(), examples.position.tolist())):
-        genres = world.genre(story[interactions.item[rows]])
-        taste = forward(world, genres, interactions.rating[rows].astype(int))
-        read = np.bincount(genres, minlength=world.num_genres)
-        unread = (world.stories_per_genre - read).astype(float)
-        candidates = world.genre(story[examples.candidates[e]])
-        scores[e] = np.log((taste @ high) / unread)[candidates]
+        genres = genre[log.item[rows]]
+        taste = forward(world, genres, log.rating[rows].astype(int))
+        unread = world.stories_per_genre - np.bincount(genres, minlength=world.num_genres)
+        scores[e] = np.log((taste @ picked) / unread)[genre[examples.candidates[e]]]
     return scores
 
 
@@ -183,38 +155,26 @@ def forward(world: World, genres: np.ndarray, ratings: np.ndarray) -> np.ndarray
     return taste
 
 
-# ------------------------------------------------------------------------ as a file
-@dataclass(frozen=True)
-class FileConfig:
-    """Write the planted world as a CSV file."""
-
-    file: str = arg("log.csv", "the file; the first argument without a name is taken for it")
-    planted_users: int = arg(4000, "users", at_least=1)
-    data_seed: int = arg(0, "seed of the world")
-
-
-def main(argv: list[str]) -> None:
-    named = [f"--file={a}" if n == 0 and not a.startswith("-") else a for n, a in enumerate(argv)]
-    config = parse_config(FileConfig, named)
-    log = load(config)
-    columns = {  # an own log has other names than ours
-        "reader": [f"reader-{log.user_ids[user]}" for user in log.user],
+def main(argv: list[str] | None = None) -> None:
+    """Write the planted world as a CSV, whose columns have other names than ours."""
+    parser = argparse.ArgumentParser(prog="python -m loaders.planted", description=main.__doc__)
+    parser.add_argument("file")
+    parser.add_argument("--planted_users", type=int, default=World.num_users)
+    parser.add_argument("--data_seed", type=int, default=World.seed)
+    options = parser.parse_args(argv)
+    log = load(options)
+    columns = {
+        "reader": [f"reader-{user}" for user in log.user],
         "story": [f"story-{log.item_ids[item]}" for item in log.item],
         "stars": log.rating.astype(int),
         "read_at": log.timestamp,
         "name": [log.titles[item] for item in log.item],
     }
-    with writing(config.file):
-        pa.csv.write_csv(pa.table(columns), config.file)
-    fields = ("user", "item", "rating", "timestamp", "title")
-    names = ",".join(f"{field}={name}" for field, name in zip(fields, columns))
-    flags = " ".join(f"--{name} {value}" for name, value in DEFAULTS.items())
-    print0(
-        f"{config.file}: {len(log.user):,} interactions of {log.num_users:,} readers with "
-        f"{log.num_items} stories; read it with\n--dataset csv --data_dir {config.file} "
-        f"--columns {names} {flags}"
-    )
+    with writing(options.file):
+        pa.csv.write_csv(pa.table(columns), options.file)
+    names = "user=reader,item=story,rating=stars,timestamp=read_at,title=name"
+    print(f"read it with\n--dataset csv --data_dir {options.file} --columns {names}")
 
 
 if __name__ == "__main__":
-    run_cli(lambda: main(sys.argv[1:]))
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Show a data set: statistics, what was left out, one example with its margins and boundaries.
+"""Show a data set: sizes, what was left out, one example with its margins and boundaries.
 
 python -m loaders --dataset movielens --data_dir ml-1m.zip"""
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import arg, parse_config
+from common import arg, parse_config, table
 from data import Encoded, encode_examples, render_prompt
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
@@ -16,22 +16,20 @@ from loaders.frozen import DataConfig, Prepared, data_defaults, prepare
 from losses import target_margins
 
 DEMO_BASE = Path(__file__).parents[1] / "demo" / "base"
-TABLE_3 = {  # the paper's users, items, interactions, and how to read them: none is a 20-core
-    "movielens": ((6040, 3952, 994169), "unfiltered, less one interaction per user"),
-    "amazon_books": ((5103, 38203, 62290), "a sample of users, each less one interaction"),
-    "steam": ((3171, 4251, 82072), "less one interaction per user (with it 20.05 per item)"),
-    "beeradvocate": ((4724, 6105, 91207), "a sample of users (14.9 per item)"),
-    "lastfm": ((982, 107296, 307829), "items are artists with a MusicBrainz id (2.9 per item)"),
+TABLE_3 = {  # the paper's users, items and interactions (docs/deviations.md: none is a 20-core)
+    "movielens": (6040, 3952, 994169),
+    "amazon_books": (5103, 38203, 62290),
+    "steam": (3171, 4251, 82072),
+    "beeradvocate": (4724, 6105, 91207),
+    "lastfm": (982, 107296, 307829),
 }
 
 
 @dataclass(frozen=True)
 class ShowConfig(DataConfig):
-    """Prepare examples; print statistics, what was left out, and one example with its margins."""
+    """Prepare examples; print sizes, what was left out, and one example with its margins."""
 
-    tokenizer: str = arg(
-        str(DEMO_BASE), "directory of the model whose tokenizer cuts the example", group="show"
-    )
+    tokenizer: str = arg(str(DEMO_BASE), "folder of the model whose tokenizer cuts", group="show")
     max_length: int = arg(1024, "tokens of prompt and longest candidate")
     show: int = arg(0, "index of the training example that is shown", at_least=0)
 
@@ -39,70 +37,50 @@ class ShowConfig(DataConfig):
 def show() -> None:
     config = parse_config(ShowConfig, beneath=data_defaults)
     prepared = prepare(config)
-    train = prepared.splits["train"]
+    train, tokenizer = prepared.splits["train"], Tokenizer(resolve_path(config.tokenizer))
     if config.show >= len(train):
         raise ValueError(f"--show must be between 0 and {len(train) - 1}, got {config.show}")
     print(f"{config.dataset}: prepared in {prepared.folder}, hash {prepared.hash[:16]}\n")
     print(statistics(config, prepared))
-    tokenizer = Tokenizer(resolve_path(config.tokenizer))
-    encoded = encode_examples(train, tokenizer, config.max_length)
-    lengths = percentiles([len(ids) for ids in encoded.prompts], (0, 5, 50, 95, 100))
-    print(f"prompt tokens ({config.tokenizer}): {lengths}")
-    print(f"prompts shortened to --max_length {config.max_length}: {encoded.num_shortened}")
-    print(example_text(encoded, config.show, tokenizer))
+    example = encode_examples(train.select([config.show]), tokenizer, config.max_length)
+    print(f"\n---- training example {config.show}:\n\n{example_text(example, tokenizer)}")
 
 
 def statistics(config: DataConfig, prepared: Prepared) -> str:
-    """Markdown: sizes before and after the filter and in the paper, then one line per property."""
+    """Markdown: sizes as read, after the filter and in the paper, then one line per property."""
     log = prepared.interactions
-    sizes = {"read": tuple(prepared.raw_counts.values())}
+    sizes = {"read": prepared.raw_counts.values()}
     sizes[f"after --core {config.core}"] = log.num_users, log.num_items, len(log.user)
     if log.name in TABLE_3:
-        paper, reading = TABLE_3[log.name]
-        sizes[f"paper, Table 3: {reading}"] = paper
-    out = ["|  | users | items | interactions |", "|---|---|---|---|"]
-    out += [f"| {name} | {u:,} | {i:,} | {n:,} |" for name, (u, i, n) in sizes.items()]
-    out += ["", "left out or changed while reading:"] if log.notes else []
-    out += [f"  {count:>10,}  {why}" for why, count in log.notes.items()]
-
-    rated = np.rint(log.rating[~np.isnan(log.rating)] * 2) / 2
-    values, counts = np.unique(rated, return_counts=True)
-    shares = (f"{v:g}: {n / len(rated):.1%}" for v, n in zip(values, counts))
-    out += ["", f"ratings {', '.join(shares) or 'none'}"]
+        sizes["paper, Table 3"] = TABLE_3[log.name]
+    rows = [[name, *(f"{count:,}" for count in counts)] for name, counts in sizes.items()]
+    out = [table(["", "users", "items", "interactions"], rows), ""]
+    out += [f"left out or changed: {count:,} {why}" for why, count in log.notes.items()]
+    out.append(
+        f"rated {config.min_rating:g} or more: {(log.rating >= config.min_rating).mean():.1%}"
+    )
     for name, counts in (("user", np.diff(log.start)), ("item", np.bincount(log.item))):
-        out.append(f"interactions per {name}: {percentiles(counts, (0, 25, 50, 75, 100))}")
-    same = log.user[1:] == log.user[:-1]
-    tied = same & (log.timestamp[1:] == log.timestamp[:-1])
-    share = tied.sum() / max(1, same.sum())
-    out.append(f"neighbours in a user's log with the same time, in the file's order: {share:.1%}")
-    out.append(f"titles: {log.num_items:,}, the longest of {max(map(len, log.titles))} characters")
+        quartiles = ", ".join(f"{q}% {np.percentile(counts, q):.0f}" for q in (0, 25, 50, 75, 100))
+        out.append(f"interactions per {name}: {quartiles}")
     for split, examples in prepared.splits.items():
         users = len(np.unique(log.user[examples.position]))
-        few = split == "train" and len(examples) < config.train_size
-        everything = f" (all there are; --train_size {config.train_size})" if few else ""
-        out.append(f"{split}: {len(examples):,} examples of {users:,} users{everything}")
+        out.append(f"{split}: {len(examples):,} examples of {users:,} users")
     return "\n".join(out)
 
 
-def percentiles(counts, wanted: tuple[int, ...]) -> str:
-    return ", ".join(f"{q}% {np.percentile(counts, q):.0f}" for q in wanted)
-
-
-def example_text(encoded: Encoded, e: int, tokenizer: Tokenizer) -> str:
+def example_text(encoded: Encoded, tokenizer: Tokenizer) -> str:
     """The prompt, the chosen and three rejected titles with scores and margins, the boundary."""
-    example, slots = encoded.examples[e], encoded.examples.negatives(3)[e].tolist()
-    scores = torch.tensor(example.scores)
-    margins = target_margins(scores[[example.target]], scores[slots][None], "ratio")[0].tolist()
-    out = [f"\n---- training example {e}, user {example.user}:\n", render_prompt(example), ""]
-    title = example.candidates[example.target]
-    out.append(f"chosen:   {title!r}, score {example.scores[example.target]:.3f}")
-    for slot, margin in zip(slots, margins):
-        kind = "random" if encoded.examples.is_random[e, slot] else "follows"
+    example, (slots,) = encoded.examples[0], encoded.examples.negatives(3)
+    target, scores = example.target, torch.tensor(example.scores)
+    margins = target_margins(scores[[target]], scores[slots][None], "ratio")[0].tolist()
+    out = [render_prompt(example), ""]
+    out.append(f"chosen:   {example.candidates[target]!r}, score {scores[target]:.3f}")
+    for slot, margin in zip(slots.tolist(), margins):
+        kind = "random" if encoded.examples.is_random[0, slot] else "follows"
         name, score = example.candidates[slot], example.scores[slot]
         out.append(f"rejected: {name!r}, score {score:.3f} ({kind}), target margin {margin:.2f}")
-    (completion,) = encoded.slots(e, [example.target])
-    parts = []
-    for ids in (encoded.prompts[e].tolist()[-3:], completion):
+    (completion,), parts = encoded.slots(0, [target]), []
+    for ids in (encoded.prompts[0].tolist()[-3:], completion):
         tokens = [tokenizer.inner.decode([i], skip_special_tokens=False) for i in ids]
         parts.append(" ".join(map(repr, tokens)))
     ends = "(|| ends the prompt; all behind it is scored)"

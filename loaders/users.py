@@ -6,6 +6,7 @@
 Titles are cleaned and ratings mapped as training does it. An item id needs the log; a title that
 the log does not hold is kept, and a note says which of its titles is nearest."""
 
+import contextlib
 import difflib
 import json
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ import numpy as np
 
 from common import print0
 from data import Interactions
+from loaders.files import read_lines
 from loaders.frozen import DataConfig
 from loaders.table import clean_title
 from loaders.values import parse_scale
 
 SHAPE = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
-NOTED = 5  # unknown titles that are named
+NOTED = 6  # unknown titles that are named
 
 
 @dataclass
@@ -42,27 +44,23 @@ class Catalogue:
         self.unknown: set[str] = set()
 
     def find(self, entry, where: str) -> tuple[int | None, str | None, str]:
-        """(code, item id, title) of a title or an object; None: the log does not hold it."""
+        """(code, item id, title) of a title, an id or an object; None: the log does not hold it."""
         named = entry if isinstance(entry, dict) else {"title": entry}
         item, title = named.get("item"), named.get("title")
         item = None if item is None else str(item)
         title = clean_title(title) if isinstance(title, str) else ""
-        code = self.by_id.get(item, self.by_title.get(title))
-        if code is None and named is not entry:  # a text may be an id
-            code = self.by_id.get(str(entry))
+        code = self.by_id.get(item, self.by_title.get(title, self.by_id.get(str(entry))))
         if code is not None:
             return code, item or self.ids[code], self.titles[code]
         if not title:
             known = "of the log" if self.titles else "(which needs the log, and none is at hand)"
             raise ValueError(f"{where} is {entry!r:.80}: expected a title, or an item id {known}")
-        if self.titles and title not in self.unknown and len(self.unknown) <= NOTED:
+        if self.titles and title not in self.unknown and len(self.unknown) < NOTED:
             self.unknown.add(title)
             near = difflib.get_close_matches(title, self.titles, 1, cutoff=0.7)
             meant = f'; did you mean "{near[0]}"?' if near else ""
-            named = f'{where}: the log has no "{title}", which is ranked all the same{meant}'
-            print0(
-                f"note: {named if len(self.unknown) <= NOTED else 'more titles are not in the log'}"
-            )
+            meant += " (more such titles are not named)" * (len(self.unknown) == NOTED)
+            print0(f'note: {where}: the log has no "{title}", which is ranked all the same{meant}')
         return None, item, title
 
 
@@ -78,7 +76,7 @@ def read_user(
     entry = entry if isinstance(entry, dict) else {}
     history, given = entry.get("history"), entry.get("candidates", [] if one_of_many else None)
     name = entry.get("user", None if one_of_many else "")
-    if type(name) not in (str, int) or type(history) is not list or type(given) is not list:
+    if type(name) not in (str, int) or not type(history) is type(given) is list:
         raise ValueError(f"{where}: expected {SHAPE}" + ', and a "user"' * one_of_many)
     rows, items, candidates = [], [], {}
     for number, rated in enumerate(history, 1):
@@ -88,9 +86,8 @@ def read_user(
         items += [code] if code is not None else []
     for number, candidate in enumerate(given, 1):
         _, item, title = catalogue.find(candidate, f"{where}: candidate {number}")
-        if title in candidates:
+        if candidates.setdefault(title, (item, title, number))[2] < number:
             raise ValueError(f"{where}: candidate {number} stands there twice, {title!r}")
-        candidates[title] = item
     shown = shown_history(rows, config)
     if not shown:
         liked = f" rated at least {config.min_rating:g}" * (config.history_items == "positive")
@@ -100,7 +97,7 @@ def read_user(
     if not given and not items:
         raise ValueError(f"{where}: the log holds nothing of the history; give candidates, too")
     name = str(name).encode("utf-8", "replace").decode()  # half a surrogate pair
-    pairs = [(item, title) for title, item in candidates.items()]
+    pairs = [pair[:2] for pair in candidates.values()]
     return User(name, shown, np.array(items, np.int64), pairs)
 
 
@@ -109,13 +106,9 @@ def read_rating(rating, where: str, config: DataConfig) -> float:
     optional = not config.ratings or config.dataset == "prepared"
     if rating is None and optional and config.history_items == "all":
         return nan
-    low, high = parse_scale(config.scale) or (0.0, 5.0)
-    fits = type(rating) in (int, float) and low <= rating <= high
-    if (
-        not fits
-        or (config.scale == "binary" and rating not in (0, 1))
-        or not (rating or config.scale)
-    ):
+    low, high = parse_scale(config.scale) or (1e-9, 5.0)
+    whole = config.scale != "binary" or rating in (0, 1)
+    if type(rating) not in (int, float) or not low <= rating <= high or not whole:
         scale = f"of --scale {config.scale}" if config.scale else "above 0 and up to 5"
         raise ValueError(f"{where} has rating {rating!r}; expected a number {scale}, as in the log")
     return float(np.float32(1 + 4 * (rating - low) / (high - low) if config.scale else rating))
@@ -123,35 +116,28 @@ def read_rating(rating, where: str, config: DataConfig) -> float:
 
 def shown_history(rows: list[tuple[str, float]], config: DataConfig) -> list[tuple[str, float]]:
     """The newest --history of (title, rating), as the model was trained on them."""
-    if config.history_items == "positive":
-        least = float(np.float32(config.min_rating))  # the log's precision
-        rows = [(title, rating) for title, rating in rows if rating >= least]
+    least = np.float32(config.min_rating) if config.history_items == "positive" else -np.inf
+    rows = [(title, rating) for title, rating in rows if not rating < least]
     return [(title, rating if config.ratings else nan) for title, rating in rows[-config.history :]]
 
 
 def user_of_log(log: Interactions, code: int, config: DataConfig) -> User:
     """A user of the log, for whom candidates are retrieved."""
-    rows = slice(int(log.start[code]), int(log.start[code + 1]))
+    rows = slice(log.start[code], log.start[code + 1])
     items, ratings = log.item[rows].astype(np.int64), log.rating[rows].tolist()
-    history = [(log.titles[c], rating) for c, rating in zip(items, ratings, strict=True)]
+    history = [(log.titles[item], rating) for item, rating in zip(items, ratings)]
     return User(log.user_ids[code], shown_history(history, config), items, [])
 
 
 def listed_users(file: Path, log: Interactions, config: DataConfig, fewest: int) -> list:
     """Users of a .jsonl file, or the codes of those whose ids stand in a text file; one a line."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--users {file} cannot be read as UTF-8 ({error})") from None
     catalogue, found = Catalogue(log), {}
     codes = {user: code for code, user in enumerate(log.user_ids)}
-    for number, line in enumerate(lines, 1):
-        where, line = f"{file}:{number}", line.strip()
+    for number, line in enumerate(map(str.strip, read_lines(file)), 1):
+        where, entry = f"{file}:{number}", None
         if file.suffix == ".jsonl" and line:
-            try:
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: expected {SHAPE} ({error})") from None
             user = read_user(entry, where, catalogue, config, fewest, one_of_many=True)
             if found.setdefault(user.name, user) is not user:
                 raise ValueError(f"{where}: user {user.name!r} stands in another line already")

@@ -120,7 +120,7 @@ def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -
         )
     if kept.get("template") not in (None, TEMPLATES[0]):
         raise ValueError(f"{folder}: trained with another template than this version asks by")
-    words = log.words if log else words_of(config.dataset, config.data_dir)
+    words = log.words if log else words_of(config.dataset)
     return tuple(kept.get("words", words))
 
 

@@ -26,7 +26,7 @@ from common import arg, parse_config, print0, run_cli, writing
 from data import Examples, Interactions
 from eval import answered, ranking_metrics, results_table, summarise
 from hub.files import save_tensors
-from loaders.counting import COUNTING_RETRIEVERS, Retriever, counting_baselines, fit, training_rows
+from loaders.counting import COUNTING_RETRIEVERS, Retriever, counting_baselines, training_rows
 from loaders.frozen import DataConfig, Prepared, prepare
 from runtime.stages import save_predictions
 from studies.probes import KINDS, measured, other_list, references
@@ -261,7 +261,7 @@ def fit_retriever(
     by the defaults here without the last two, and kept beside the prepared examples."""
     interactions, file = prepared.interactions, prepared.folder / "sasrec.safetensors"
     if name in COUNTING_RETRIEVERS:
-        return fit(name, interactions, rows, config.history)
+        return Retriever(name, interactions, rows, config.history)
     own = BaselineConfig(**{f.name: getattr(config, f.name) for f in fields(DataConfig)})
     model = SASRec(own, interactions.num_items, interactions.num_users)
     if file.exists():

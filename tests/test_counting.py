@@ -1,5 +1,5 @@
-"""Popularity, item-kNN and Markov against dict loops, for candidates and for the whole catalogue,
-and against known figures on MovieLens-1M."""
+"""Popularity, item-kNN and Markov against dict loops, for candidates and for the whole catalogue;
+what Markov retrieves; known figures on MovieLens-1M."""
 
 import math
 from collections import defaultdict
@@ -12,12 +12,20 @@ from test_loaders import MOVIELENS, log_of, movielens, needs_movielens
 
 from data import Examples, Interactions, build_examples, k_core
 from eval import ranking_metrics
-from loaders.counting import BASELINES, best_items, counting_baselines, fit, training_rows
+from loaders.counting import (
+    BASELINES,
+    Retriever,
+    best_items,
+    counting_baselines,
+    markov_top,
+    training_rows,
+)
 from loaders.frozen import DataConfig
+from loaders.planted import World, planted_world
 
 
-def log_in_order(sequences: list[list[int]], num_items: int) -> Interactions:
-    """User u touches the items sequences[u] in this order; one more user makes all items known."""
+def log_in_order(sequences: list[list[int]], num_items: int = 0) -> Interactions:
+    """User u touches the items sequences[u] in this order; one more user touches `num_items`."""
     sequences = [*sequences, list(range(num_items))]
     return log_of([(u, i, 5, t) for u, items in enumerate(sequences) for t, i in enumerate(items)])
 
@@ -27,18 +35,17 @@ def examples() -> Examples:
     """70 users with 1 to 18 of 31 items; the last position of those with more than 3."""
     rng = np.random.default_rng(0)
     sequences = [rng.permutation(31)[: rng.integers(1, 19)].tolist() for _ in range(70)]
-    interactions = log_in_order(sequences, 31)
-    last = (interactions.start[1:] - 1)[np.diff(interactions.start) > 3].tolist()
-    candidates = np.array([rng.permutation(31)[:20] for _ in last])
-    return examples_at(interactions, last, candidates, history=6)
+    log = log_in_order(sequences, 31)
+    last = (log.start[1:] - 1)[np.diff(log.start) > 3].tolist()
+    return examples_at(log, last, np.array([rng.permutation(31)[:20] for _ in last]), history=6)
 
 
-def values_by_loop(interactions: Interactions) -> dict:
+def values_by_loop(log: Interactions) -> dict:
     """Name -> what an item says of a candidate, counted in dictionaries."""
     users, count, follows = defaultdict(set), defaultdict(int), defaultdict(float)
-    for user in range(interactions.num_users):
-        start, end = interactions.start[user : user + 2]
-        items = interactions.item[start : max(start, end - 2)].tolist()
+    for user in range(log.num_users):
+        start, end = log.start[user : user + 2]
+        items = log.item[start : max(start, end - 2)].tolist()
         for place, item in enumerate(items):
             users[item].add(user)
             count[item] += 1
@@ -53,54 +60,25 @@ def values_by_loop(interactions: Interactions) -> dict:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_scores_are_those_of_a_dict_loop(name, examples):
-    """Of the 20 candidates and, by a retriever, of the whole catalogue: what the shown items say,
-    the newest counts in full, each one before it 0.8 times as much."""
-    interactions = examples.interactions
-    value, found = values_by_loop(interactions)[name], counting_baselines(examples)[name]
-    retriever = fit(BASELINES[name], interactions, training_rows(interactions), shown=6)
+    """Of the 20 candidates and of the whole catalogue: what the shown items say, the newest counts
+    in full, each one before it 0.8 times as much; a user's last two count for nothing, and short
+    histories are not filled from the user before."""
+    log = examples.interactions
+    value, found = values_by_loop(log)[name], counting_baselines(examples)[name]
+    retriever = Retriever(BASELINES[name], log, training_rows(log), shown=6)
     for e in range(len(examples)):
-        shown = interactions.item[list(examples.history_rows(e))].tolist()[::-1]
+        shown = log.item[list(examples.history_rows(e))].tolist()[::-1]
         shown = shown[:1] if name == "popularity" else shown
         expected = [
             sum(0.8**age * value(item, c) for age, item in enumerate(shown)) for c in range(31)
         ]
-        start = interactions.start[interactions.user[examples.position[e]]]
-        whole = retriever.scores(interactions.item[start : examples.position[e]])
+        start = log.start[log.user[examples.position[e]]]
+        whole = retriever.scores(log.item[start : examples.position[e]])
         np.testing.assert_allclose(whole, expected, rtol=1e-12)
         assert (found[e] == whole[examples.candidates[e]]).all()
     assert found.any()
-
-
-def test_popularity_leaves_each_users_last_two_out():
-    interactions = log_in_order([[0, 1, 2, 3], [1, 0, 3], [2, 1], [3]], 5)
-    assert (
-        training_rows(interactions).tolist()[:10]
-        == [True, True, False, False] + [True] + [False] * 5
-    )
-    examples = examples_at(interactions, [3], np.array([[0, 1, 2, 3, 4]]))
-    assert counting_baselines(examples)["popularity"].tolist() == [[2, 3, 1, 0, 0]]
-
-
-def test_scores_do_not_depend_on_the_last_two(examples):
-    """Other last two items of every user change no score of an example that predicts the first of
-    them."""
-    interactions = examples.interactions
-    before = replace(examples, position=examples.position - 1)
-    item = interactions.item.copy()
-    for start, end in zip(interactions.start[:-1], interactions.start[1:], strict=True):
-        if end - start >= 2:
-            item[end - 2 : end] = (item[end - 2 : end] + 1) % interactions.num_items
-    after = replace(before, interactions=replace(interactions, item=item))
-    for name, scores in counting_baselines(before).items():
-        assert (scores == counting_baselines(after)[name]).all(), name
-
-
-def test_short_history_is_not_filled_from_the_user_before():
-    interactions = log_in_order([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]], 10)
-    second_user = examples_at(interactions, [7], np.array([[1, 2, 7, 9]]))  # shows item 6 alone
-    alone = counting_baselines(replace(second_user, history=1))
-    for name, scores in counting_baselines(second_user).items():
-        assert (scores == alone[name]).all()
+    fewer = Retriever(BASELINES[name], log, log.item != 5)  # an item without interactions
+    assert fewer.scores(np.array([1, 2]))[5] == 0 and np.isfinite(fewer.scores(np.array([5]))).all()
 
 
 def test_best_items_by_score_then_code():
@@ -116,12 +94,57 @@ def test_best_items_by_score_then_code():
     assert scores.max() == 3.0  # the caller's array is left alone
 
 
-def test_an_item_without_interactions_scores_nothing(examples):
-    interactions = examples.interactions
-    for name in BASELINES.values():
-        retriever = fit(name, interactions, interactions.item != 5)
-        assert retriever.scores(np.array([1, 2]))[5] == 0
-        assert np.isfinite(retriever.scores(np.array([5]))).all()
+# -------------------------------------------------------------------------------- retrieved lists
+CONFIG = DataConfig(followers=3, min_history=4, train_size=50, negatives="retrieved")
+
+
+@pytest.mark.parametrize("exclude", ["all", "seen"])
+def test_lists_hold_the_best_of_a_plain_loop_beside_the_followers(exclude):
+    """Of all that the user never touched, or that the prompt does not show; a user's last two
+    interactions change nothing."""
+    log = planted_world(World(num_users=150))
+    config = replace(CONFIG, exclude=exclude, history=8)
+    splits, value = build_examples(log, config, markov_top), values_by_loop(log)["Markov"]
+    uniform = build_examples(log, replace(config, negatives="uniform"))["test"]
+    assert (uniform.position == splits["test"].position).all()
+    for split, followers in (("train", 3), ("val", 1), ("test", 1)):
+        examples = splits[split]
+        assert (examples.is_random.sum(1) == 20 - followers).all()
+        for e, row in enumerate(examples.position[:12].tolist()):
+            start, end = log.start[log.user[row] + np.arange(2)]
+            left_out = set(log.item[start:end].tolist())
+            if exclude == "seen":
+                left_out = set(log.item[max(start, row - 8) : row + followers].tolist())
+            history = log.item[max(start, row - 8) : row].tolist()[::-1]
+            plain = [
+                sum(0.8**age * value(item, c) for age, item in enumerate(history))
+                for c in range(log.num_items)
+            ]
+            best = sorted((plain[c] for c in range(len(plain)) if c not in left_out), reverse=True)
+            found = examples.candidates[e][examples.is_random[e]].tolist()
+            assert not left_out & set(found) and len(set(found)) == 20 - followers
+            assert sorted((plain[c] for c in found), reverse=True) == pytest.approx(
+                best[: len(found)]
+            )
+    item, last, rows = log.item.copy(), log.start[1:] - 1, log.start[1:5] - 3
+    item[last], item[last - 1] = item[last - 1], item[last]
+    one, other = (markov_top(x, rows, 20, 9) for x in (log, replace(log, item=item)))
+    assert (one == other).all()
+
+
+def test_equal_scores_go_to_the_more_popular_item():
+    """Nothing follows the history: all scores are 0, and popularity, then the code, decides."""
+    log = log_in_order([[0, 1, 2], [3, 4, 5, 6], [3, 5, 6, 7], [5, 3, 8, 9]])
+    found = markov_top(log, np.array([2]), 20, 8)
+    assert found.tolist() == [[3, 5, 4, 6, 7, 8, 9, -1]]  # 3 comes thrice, 5 twice, 4 once
+
+
+def test_a_user_who_touched_almost_everything_is_refused():
+    log = log_in_order([list(range(12)), list(range(25))])
+    with pytest.raises(ValueError, match="user 1: fewer than 17 items"):
+        build_examples(log, replace(CONFIG, min_history=3), markov_top)
+    with pytest.raises(ValueError, match="needs a recommender"):
+        build_examples(log, CONFIG)
 
 
 @needs_movielens

@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from families import make_base_model
 from test_loaders import log_of
 
 from data import build_examples, render_prompt
 from demo.pretrain import known_titles
 from loaders.counting import counting_baselines, markov_top
-from loaders.dated import LAST_TENTH, build_dated_examples, date_of, parse_date
+from loaders.dated import LAST_TENTH, build_dated_examples, date_of
 from loaders.frozen import DataConfig, prepare
 from studies.probes import ProbeConfig
 from studies.sequential import BaselineConfig, training_windows
@@ -21,30 +20,23 @@ DATE = 1_000_000
 CONFIG = DataConfig(followers=3, min_history=4, train_size=0, split_date="1970-01-12T13:46:40")
 
 
-def rows_around_the_date(seed: int = 0, users: int = 40, items: int = 60) -> list[tuple]:
+def rows_around_the_date() -> list[tuple]:
     """(user, item, rating, time) of users whose times lie around the date, some wholly after it."""
-    rng, rows = np.random.default_rng(seed), []
-    for user in range(users):
-        length = int(rng.integers(15, 25))
-        begin = DATE - int(rng.integers(-2, 14)) * 10
-        for step, item in enumerate(rng.permutation(items)[:length].tolist()):
+    rng, rows = np.random.default_rng(0), []
+    for user in range(40):
+        length, begin = int(rng.integers(15, 25)), DATE - int(rng.integers(-2, 14)) * 10
+        for step, item in enumerate(rng.permutation(60)[:length].tolist()):
             rows.append((user, item, int(rng.integers(1, 6)), begin + 10 * step))
     return rows
 
 
-def poisoned(rows: list[tuple]) -> list[tuple]:
-    """Other items (some new), ratings and times after the date, users that exist only then."""
-    later = [
-        (user, 1000 + i % 70 if i % 2 else item, 6 - rating, time + 7)
-        for i, (user, item, rating, time) in enumerate(rows)
-        if time >= DATE
-    ]
-    new = [(500 + u, item, 5, DATE + item) for u in range(5) for item in range(0, 60, 2)]
-    return [row for row in rows if row[3] < DATE] + later + new
-
-
 ROWS = rows_around_the_date()
-LOGS = log_of(ROWS), log_of(poisoned(ROWS))
+# other items (some new), ratings and times after the date, users that exist only then
+POISONED = [
+    (u, 1000 + n % 70 if n % 2 else i, 6 - r, t + 7) if t >= DATE else (u, i, r, t)
+    for n, (u, i, r, t) in enumerate(ROWS)
+] + [(500 + u, item, 5, DATE + item) for u in range(5) for item in range(0, 60, 2)]
+LOGS = log_of(ROWS), log_of(POISONED)
 
 
 def facts(examples, e: int) -> tuple:
@@ -68,77 +60,58 @@ def test_what_comes_after_the_date_reaches_no_training_example(negatives, exclud
     assert not np.array_equal(one["test"].candidates, other["test"].candidates)
 
 
-def test_counting_scores_see_nothing_from_after_the_date():
-    """Scores of training and validation lists are equal to the last bit under other later data."""
-    one, other = (build_dated_examples(log, CONFIG)[1] for log in LOGS)
-    for split in ("train", "val"):
-        expected = counting_baselines(one[split])
-        for name, scores in counting_baselines(other[split]).items():
-            assert (scores == expected[name]).all(), (split, name)
+def test_counting_scores_see_nothing_from_after_the_date_and_no_validation_item():
+    """Scores of training and validation lists are equal to the last bit under other later data;
+    another validation item leaves those of the training lists as they were."""
+    (log, one), (_, other) = (build_dated_examples(x, CONFIG) for x in LOGS)
+    item = log.item.copy()
+    item[one["val"].position] = 0
+    swapped = replace(one["train"], interactions=replace(log, item=item))
+    for found, expected in (
+        (other["train"], one["train"]),
+        (other["val"], one["val"]),
+        (swapped, one["train"]),
+    ):
+        expected = counting_baselines(expected)
+        for name, scores in counting_baselines(found).items():
+            assert (scores == expected[name]).all(), name
     test = other["test"]
     new = np.array([int(i) >= 1000 for i in test.interactions.item_ids])
     for name, scores in counting_baselines(test).items():
         assert (scores[new[test.candidates]] == 0).all(), name
 
 
-def test_validation_items_are_not_fitted():
-    """Another validation item leaves every counting score of the training lists as it was."""
-    interactions, splits = build_dated_examples(LOGS[0], CONFIG)
-    swapped = interactions.item.copy()
-    swapped[splits["val"].position] = 0
-    other = replace(splits["train"], interactions=replace(interactions, item=swapped))
-    expected = counting_baselines(splits["train"])
-    for name, scores in counting_baselines(other).items():
-        assert (scores == expected[name]).all(), name
-
-
 def test_who_is_tested_on_what():
     """By plain loops: first liked from the date on, last liked before it, followers before that."""
-    interactions, splits = build_dated_examples(LOGS[0], CONFIG)
-    time, rating, ends = interactions.timestamp, interactions.rating, interactions.training_end()
-    expected = {"val": set(), "test": set(), "train": set()}
-    for user in range(interactions.num_users):
-        rows = list(range(interactions.start[user], interactions.start[user + 1]))
-        past = [r for r in rows if time[r] < DATE]
-        after = [r for r in rows if time[r] >= DATE and rating[r] >= 4]
-        liked = [r for r in past if rating[r] >= 4]
-        end = past[-1] + 1 if past else rows[0]
-        if liked and liked[-1] - rows[0] >= 4:
-            expected["val"].add(liked[-1])
-            end = liked[-1]
-        if after and after[0] - rows[0] >= 4:
-            expected["test"].add(after[0])
+    log, splits = build_dated_examples(LOGS[0], CONFIG)
+    expected, ends = {"val": set(), "test": set(), "train": set()}, log.training_end()
+    for user in range(log.num_users):
+        rows = list(range(log.start[user], log.start[user + 1]))
+        past = [r for r in rows if log.timestamp[r] < DATE]
+        liked = [r for r in rows if log.rating[r] >= 4 and r - rows[0] >= 4]
+        known = [r for r in past if log.rating[r] >= 4][-1:]
+        expected["val"] |= (last := set(known) & set(liked))
+        expected["test"] |= set([r for r in rows if log.rating[r] >= 4 and r not in past][:1]) & set(liked)  # noqa: E501  # fmt: skip
+        end = min(last, default=past[-1] + 1 if past else rows[0])
         expected["train"] |= {r for r in range(rows[0] + 4, end) if r + 3 <= end}
         assert ends[user] == end
     found = {split: set(examples.position.tolist()) for split, examples in splits.items()}
     assert found["val"] == expected["val"] and found["test"] == expected["test"]
     assert found["train"] and found["train"] <= expected["train"]
-    assert (interactions.start[:-1] == ends).any()  # new users
+    assert (log.start[:-1] == ends).any()  # new users
     for split in ("val", "test"):
         examples = splits[split]
         target = examples.candidates[np.arange(len(examples)), examples.target]
-        assert (target == interactions.item[examples.position]).all()
-    for e, user in enumerate(interactions.user[splits["test"].position].tolist()):
-        touched = interactions.item[interactions.start[user] : interactions.start[user + 1]]
-        random = splits["test"].candidates[e][splits["test"].is_random[e]]
-        assert not set(touched.tolist()) & set(random.tolist())
+        assert (target == log.item[examples.position]).all()
+    for e, user in enumerate(log.user[examples.position].tolist()):
+        random = examples.candidates[e][examples.is_random[e]]
+        assert not np.isin(log.item[log.start[user] : log.start[user + 1]], random).any()
 
 
-def test_the_tiny_tokenizer_reads_no_later_title(tmp_path):
-    """Its titles are those of training; the whole file is the same under other later data."""
-    files = []
-    for number, log in enumerate(LOGS):
-        interactions, splits = build_dated_examples(log, CONFIG)
-        assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
-        options = {"hidden_size": 32, "num_layers": 1, "vocab_size": 400, "seed": 0}
-        make_base_model(tmp_path / str(number), splits["train"], **options)
-        files.append((tmp_path / str(number) / "tokenizer.json").read_bytes())
-    assert files[0] == files[1]
-
-
-def test_sequential_models_train_before_the_date():
-    """Windows end where training ends, and sampled items are items that were known by then."""
+def test_sequential_models_and_tiny_bases_train_before_the_date():
+    """Windows end where training ends, sampled items and titles of a base were known by then."""
     interactions, splits = build_dated_examples(LOGS[1], CONFIG)
+    assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
     windows, users = training_windows(interactions, 8)
     for user in range(interactions.num_users):
         known = interactions.item[interactions.start[user] : interactions.training_end()[user]] + 1
@@ -156,13 +129,8 @@ def test_sequential_models_train_before_the_date():
 
 def test_prepared_examples_remember_where_training_ends(tmp_path):
     """Read back from disk; the usual split has another folder, and no such end."""
-    config = DataConfig(
-        planted_users=120,
-        followers=3,
-        min_history=4,
-        split_date=LAST_TENTH,
-        prepared_dir=str(tmp_path),
-    )
+    options = {"followers": 3, "min_history": 4, "prepared_dir": str(tmp_path)}
+    config = DataConfig(planted_users=120, split_date=LAST_TENTH, **options)
     made, read = prepare(config), prepare(config)
     assert (read.interactions.training_end() == made.interactions.training_end()).all()
     times = [read.interactions.timestamp[read.splits[s].position] for s in ("val", "test")]
@@ -174,24 +142,26 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
     assert (usual.splits["test"].candidates == built.candidates).all()
 
 
-def test_the_date_that_is_not_given_leaves_the_last_tenth():
-    share = (LOGS[0].timestamp >= date_of(LOGS[0], LAST_TENTH)).mean()
+def test_dates():
+    """10% leaves the last tenth; one without a zone is UTC; one that divides nothing is refused."""
+    share = (LOGS[0].timestamp >= date_of(LOGS[0], LAST_TENTH).astype(int)).mean()
     assert 0.1 <= share < 0.13
-    assert parse_date("2000-12-01") == parse_date("2000-12-01T01:00+01:00") == 975628800
-
-
-def test_bad_dates_and_options_that_tell_of_later_are_refused():
-    for date in ("1960-01-01", "2040-01-01"):
-        with pytest.raises(ValueError, match="whose times go from .*--split_date"):
+    log = replace(LOGS[0], timestamp=LOGS[0].timestamp + 975_628_800 - DATE)
+    assert date_of(log, "2000-12-01") == date_of(log, "2000-12-01T01:00+01:00")
+    for date in ("1960-01-01", "2040-01-01", "tomorrow"):
+        with pytest.raises(ValueError, match=f"--split_date {date}: expected .*first and last"):
             date_of(LOGS[0], date)
-    with pytest.raises(ValueError, match="no train example.*--split_date.*--min_history"):
+
+
+def test_what_tells_of_later_and_what_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match="no train example.*--min_history"):
         build_dated_examples(LOGS[0], replace(CONFIG, history=90, min_history=80))
+    own, foreign = ({"dataset": name, "data_dir": "x"} for name in ("csv", "prepared"))
     for options, culprit in (
-        ({"split_date": "tomorrow"}, "2000-12-01"),
         ({"core": 5}, "--core"),
-        ({"dataset": "lastfm", "data_dir": "x"}, "lastfm"),
-        ({"dataset": "csv", "data_dir": "x", "percentile": "all"}, "--percentile"),
-        ({"dataset": "prepared", "data_dir": "x"}, "--split_date has no effect"),
+        ({"dataset": "lastfm", "data_dir": "x"}, "ranks"),
+        (own | {"percentile": "all"}, "ranks"),
+        (foreign, "--split_date does not go"),
     ):
         with pytest.raises(ValueError, match=culprit):
             DataConfig(**{"split_date": LAST_TENTH} | options)

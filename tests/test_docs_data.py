@@ -31,7 +31,7 @@ EVENTS = [
 
 def table(names: str, rows) -> str:
     out = io.StringIO()
-    csv.writer(out).writerows([names.split(","), *rows])
+    csv.writer(out, lineterminator="\n").writerows([names.split(","), *rows])
     return out.getvalue()
 
 
@@ -39,40 +39,38 @@ def table(names: str, rows) -> str:
 def files(tmp_path_factory) -> Path:
     """A folder with everything that the commands name."""
     folder = tmp_path_factory.mktemp("data")
-    names = [(i, f"Title {i}") for i in ITEMS]
-    ratings = table("userId,movieId,rating,timestamp", EVENTS).replace("\r", "")
-    put(folder / "ml-25m/ratings.csv", ratings)
-    put(folder / "ml-25m/movies.csv", table("movieId,title,genres", [(*n, "Drama") for n in names]))
+    names, titled = [(i, f"Title {i}") for i in ITEMS], [(*e, f"Title {e[1]}") for e in EVENTS]
     keys = ("user_id", "parent_asin", "rating", "timestamp")
     rows = [(f"AE{u}", f"B{i:09d}", float(r), t * 1000) for u, i, r, t in EVENTS]
-    reviews = [dict(zip(keys, row, strict=True)) for row in rows]
-    put(folder / "amazon-2023/Beauty.csv", amazon_csv(reviews, False))
-    products = ({"parent_asin": f"B{i:09d}", "title": t} for i, t in names)
-    put(folder / "amazon-2023/meta_Beauty.jsonl", json_lines(products))
-    titled = [(*event, f"Title {event[1]}") for event in EVENTS]
-    put(folder / "log.csv", table("customer,sku,stars,ordered_at,product", titled))
-    events = [{"uid": u, "vid": i, "at": t} for u, i, _, t in EVENTS for _ in range(1 + u % 4)]
-    put(folder / "events.json", json.dumps(events))
-    put(folder / "videos.csv", table("id,name", names))
-    interactions = ["\t".join(map(str, e)) for e in EVENTS]
-    put(folder / "recbole/ml.inter", "\n".join([INTER.splitlines()[0], *interactions]))
-    items = [ITEM.splitlines()[0], *(f"{i}\t{t}\tDrama" for i, t in names)]
-    put(folder / "recbole/ml.item", "\n".join(items))
+    plays = [{"uid": u, "vid": i, "at": t} for u, i, _, t in EVENTS for _ in range(1 + u % 4)]
     hours = [(u, i, 10 * r + 0.1 * u, t, title) for u, i, r, t, title in titled]
-    put(folder / "played.csv", table("user,item,hours,timestamp,title", hours))
     anime = [(u, i, -1 if (u + i) % 9 == 0 else 2 * r) for u, i, r, _ in EVENTS]
-    put(folder / "anime/rating.csv", table("user_id,anime_id,rating", anime))
-    shows = [(i, t, "Action, Drama", 7.1) for i, t in names]
-    put(folder / "anime/anime.csv", table("anime_id,name,genre,rating", shows))
+    reviews = amazon_csv([dict(zip(keys, row, strict=True)) for row in rows], False)
+    products = ({"parent_asin": f"B{i:09d}", "title": t} for i, t in names)
+    tabs = ["\t".join(map(str, event)) for event in EVENTS]
+    for name, text in {
+        "ml-25m/ratings.csv": table("userId,movieId,rating,timestamp", EVENTS),
+        "ml-25m/movies.csv": table("movieId,title,genres", [(*n, "Drama") for n in names]),
+        "amazon-2023/Beauty.csv": reviews,
+        "amazon-2023/meta_Beauty.jsonl": json_lines(products),
+        "log.csv": table("customer,sku,stars,ordered_at,product", titled),
+        "events.json": json.dumps(plays),
+        "videos.csv": table("id,name", names),
+        "recbole/ml.inter": "\n".join([INTER.splitlines()[0], *tabs]),
+        "recbole/ml.item": ITEM.splitlines()[0] + "".join(f"\n{i}\t{t}\tD" for i, t in names),
+        "played.csv": table("user,item,hours,timestamp,title", hours),
+        "anime/rating.csv": table("user_id,anime_id,rating", anime),
+        "anime/anime.csv": table("anime_id,name,genre", [(*n, "Action, Drama") for n in names]),
+    }.items():
+        put(folder / name, text)
     user, item, rating, time = map(list, zip(*EVENTS, strict=True))
     columns = {"user_id": user, "item_id": item, "rating": rating}
     whole = pa.table(columns | {"event_time": pa.array(time).cast(pa.timestamp("s", "UTC"))})
     for part in range(2):
         file = put(folder / f"exported/part-{part}.snappy.parquet", "")
         pq.write_table(whole.slice(100 * part, 100), file)
-    pq.write_table(
-        pa.table({"item_id": list(ITEMS), "title": [t for _, t in names]}), folder / "items.parquet"
-    )
+    titles = pa.table({"item_id": list(ITEMS), "title": [t for _, t in names]})
+    pq.write_table(titles, folder / "items.parquet")
     return folder
 
 

@@ -1,23 +1,27 @@
-"""Examples prepared once: their hash, their cached tokens, and files that are damaged."""
+"""Examples prepared once: their hash, damaged files, fewer users, what histories show."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_data import SPLITS, all_equal, nasty_examples, own_rows
 
-from data import build_examples, encode_examples, render_prompt
-from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, Prepared, encode_split, history_spans, prepare
+from data import build_examples, encode_examples, k_core, render_prompt
+from loaders.counting import BASELINES
+from loaders.frozen import (
+    DataConfig,
+    draw_users,
+    encode_split,
+    history_spans,
+    load_interactions,
+    prepare,
+)
 
 
 def small_config(tmp_path: Path, **options) -> DataConfig:
     usual = {"planted_users": 60, "train_size": 30, "followers": 4}
     return DataConfig(**usual | {"prepared_dir": str(tmp_path / "prepared")} | options)
-
-
-def small_examples(tmp_path: Path, **options) -> Prepared:
-    return prepare(small_config(tmp_path, planted_users=80, followers=3, **options))
 
 
 def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch):
@@ -36,6 +40,10 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
     sizes = {"users": 60, "items": log.num_items, "interactions": len(log.user)}
     assert first.raw_counts == sizes
     assert list((tmp_path / "prepared").iterdir()) == [first.folder]
+    scores = [first.baselines("test") for _ in range(2)]  # counted, then read
+    assert all((scores[0][name] == scores[1][name]).all() for name in BASELINES)
+    first.folder = Path("/dev/null")  # a folder that cannot be written costs the time again
+    assert first.baselines("test").keys() == scores[0].keys()
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
@@ -48,35 +56,41 @@ def test_the_hash_is_that_of_the_content(tmp_path):
     assert len({p.hash for p in found}) == len({p.folder for p in found}) == len(found)
 
 
-def flip(file: Path) -> None:
+@pytest.mark.parametrize("name", ["log.item.npy", "meta.json"])
+def test_damaged_prepared_examples_are_refused(name, tmp_path):
+    """Examples that are not what was written are an error with their path, never other data."""
+    file = prepare(small_config(tmp_path)).folder / name
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    at = content.index(b"Bo") if name == "meta.json" else -1  # a title
+    content[at] ^= 1
     file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.parent.name}: .*delete it"):
+        prepare(small_config(tmp_path))
 
 
-def rewrite(old: str, new: str):
-    return lambda file: file.write_text(file.read_text().replace(old, new, 1))
+@pytest.mark.parametrize("core", [0, 2])
+def test_fewer_users_are_drawn_before_everything_else(core, tmp_path):
+    """Whole logs of users that --data_seed draws, then the k-core and the splits; an own key."""
+    config = small_config(tmp_path, planted_users=90, core=core, num_users=40)
+    everyone, few = load_interactions(config), prepare(config)
+    whole = prepare(replace(config, num_users=0))
+    drawn, other = (draw_users(everyone, replace(config, data_seed=seed)) for seed in (0, 1))
+    assert drawn.num_users == other.num_users == 40 and drawn.user_ids != other.user_ids
 
+    def history(log, user: str) -> list:
+        rows = own_rows(log, log.start[log.user_ids.index(user)])
+        return [(log.titles[log.item[r]], log.rating[r], log.timestamp[r]) for r in rows]
 
-@pytest.mark.parametrize(
-    "name, damage",
-    [
-        ("log.item.npy", lambda file: file.write_bytes(file.read_bytes()[:-50])),
-        ("log.item.npy", flip),
-        ("train.scores.npy", Path.unlink),
-        ("texts.json", rewrite("a", "b")),
-        ("meta.json", rewrite('ory": 20}', 'ory": 21}')),
-    ],
-    ids=["cut", "flipped", "missing", "other title", "other history"],
-)
-def test_damaged_prepared_examples_are_refused(name, damage, tmp_path):
-    """A prepared folder that is not what was written is an error with its path,
-    never other data."""
-    config = small_config(tmp_path, history=20)
-    folder = prepare(config).folder
-    damage(folder / name)
-    with pytest.raises(ValueError, match=folder.name):
-        prepare(config)
+    assert all(history(drawn, user) == history(everyone, user) for user in drawn.user_ids)
+    kept = k_core(drawn, core)
+    assert few.interactions.user_ids == kept.user_ids and few.interactions.titles == kept.titles
+    assert all_equal(few.splits, build_examples(kept, config))
+    assert few.raw_counts == whole.raw_counts and few.raw_counts["users"] == 90
+    assert few.folder != whole.folder and few.interactions.notes
+    with pytest.raises(ValueError, match="--num_users 90 has no effect: .* 90 users"):
+        prepare(replace(config, num_users=90))
+    with pytest.raises(ValueError, match="--num_users does not go with --dataset prepared"):
+        DataConfig(dataset="prepared", data_dir="x", num_users=3)
 
 
 def test_failed_preparation_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -118,32 +132,7 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
                 assert not any(word in prompt for word in ("rated", "ratings", "Rating"))
 
 
-# ------------------------------------------------------------------------ cached tokens
-def same_encoding(a, b) -> bool:
-    pairs = zip(a.prompts, b.prompts, strict=True)
-    prompts = all(np.array_equal(p, q) and p.dtype == q.dtype for p, q in pairs)
-    counts = (a.num_shortened, a.num_dropped) == (b.num_shortened, b.num_dropped)
-    return prompts and counts and a.completions == b.completions
-
-
-def test_tokens_are_made_once_and_read_back(tokenizer, folders, tmp_path, monkeypatch):
-    """The second time nothing is tokenised; another tokenizer, length or split has its own file."""
-    prepared = small_examples(tmp_path)
-    whole = encode_split(prepared, "train", tokenizer, 10_000)
-    limit = max(map(len, whole.prompts))
-    first = encode_split(prepared, "train", tokenizer, limit)
-    assert first.num_shortened > 0  # a length that bites
-    with monkeypatch.context() as patched:
-        patched.setattr("loaders.frozen.encode_examples", None)
-        assert same_encoding(first, encode_split(prepared, "train", tokenizer, limit))
-    assert same_encoding(first, encode_examples(prepared.splits["train"], tokenizer, limit))
-    encode_split(prepared, "test", tokenizer, 10_000)
-    others = (Tokenizer(folder) for folder in folders.values())
-    other = next(t for t in others if t.fingerprint != tokenizer.fingerprint)
-    encode_split(prepared, "train", other, 10_000)
-    assert len(list(prepared.folder.glob("tokens-*"))) == 4
-
-
+# ------------------------------------------------------------------------ tokens
 @pytest.mark.parametrize("options", [{}, {"ratings": False}])
 def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
     """To the token, in every template, with ratings or without, shortened or whole."""
@@ -161,33 +150,12 @@ def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
             assert limit < 100_000 or len(kept) == len(history)
 
 
-def test_where_histories_stand_is_kept_with_the_tokens(tokenizer, tmp_path):
-    """Asked for, it has a folder of its own; where no item before an example was liked, the span is
-    empty."""
-    config = DataConfig(
-        planted_users=200, followers=3, train_size=300, min_history=1, history_items="positive",
-        prepared_dir=str(tmp_path),
-    )  # fmt: skip
-    prepared = prepare(config)
+def test_where_histories_stand_is_known_where_it_is_asked_for(tokenizer, tmp_path):
+    """No liked item before an example: an empty span."""
+    options = {"train_size": 300, "min_history": 1, "history_items": "positive"}
+    prepared = prepare(small_config(tmp_path, planted_users=80, followers=3, **options))
     assert encode_split(prepared, "train", tokenizer, 1024).histories is None
-    made = encode_split(prepared, "train", tokenizer, 1024, histories=True)
-    read = encode_split(prepared, "train", tokenizer, 1024, histories=True)
+    spans = encode_split(prepared, "train", tokenizer, 1024, histories=True).histories
     examples = prepared.splits["train"]
     empty = np.array([len(examples.history_rows(e)) == 0 for e in range(len(examples))])
-    assert empty.any() and np.array_equal(np.diff(read.histories)[:, 0] == 0, empty)
-    assert same_encoding(made, read) and np.array_equal(made.histories, read.histories)
-    assert read.histories.min() >= 1
-
-
-def test_damaged_tokens_are_named(tokenizer, tmp_path):
-    """A cut-off file is an error that names it and says what to do;
-    a folder that cannot be written only costs the cache."""
-    prepared = small_examples(tmp_path)
-    encode_split(prepared, "train", tokenizer, 1024)
-    (folder,) = prepared.folder.glob("tokens-*")
-    file = folder / "prompts.npy"
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{folder}.*delete"):
-        encode_split(prepared, "train", tokenizer, 1024)
-    prepared.folder = Path("/dev/null")
-    assert len(encode_split(prepared, "train", tokenizer, 1024).prompts) == 30
+    assert empty.any() and np.array_equal(np.diff(spans)[:, 0] == 0, empty) and spans.min() >= 1

@@ -18,7 +18,7 @@ import eval as evaluation
 import recommend
 from data import Example, build_tree, render_prompt
 from hub.tokenizer import Tokenizer
-from loaders.counting import fit
+from loaders.counting import Retriever
 from loaders.frozen import DataConfig, find_prepared, prepare
 from loaders.planted import World, planted_world
 from loaders.table import make_interactions
@@ -282,7 +282,7 @@ def test_every_user_gets_what_the_retriever_finds_untouched(name, run, tmp_path,
     prepared, records = prepare(config), read(tmp_path / "r.jsonl")
     monkeypatch.setattr(sequential, "train", None)
     log, retriever = prepared.interactions, sequential.fit_retriever(name, prepared, config)
-    retriever = fit("markov", log, None, 6) if name == "markov" else retriever
+    retriever = Retriever("markov", log, None, 6) if name == "markov" else retriever
     assert sorted(r["user"] for r in records) == sorted(RATED)
     for record in records:
         history = [log.item_ids.index(entry["item"]) for entry in RATED[record["user"]]]
@@ -416,7 +416,7 @@ GOOD = '{"user": "ok", "history": [{"item": "s1", "rating": 4}]}'
         (GOOD[:-1] + ', "candidates": ["s2", "s3"]}', {}, "2 candidates, at least 20"),
         ("nobody", {"users": "ids.txt"}, "ids.txt:2: the log has no user 'nobody'"),
         ("", {"users": "ids.txt"}, "ids.txt names nobody"),
-        ("", {"users": "gone.txt"}, "gone.txt cannot be read"),
+        ("", {"users": "gone.txt"}, "gone.txt: cannot be opened"),
         ("", {"top_k": 30}, "--top_k must be >= 1, <= 20"),
         ("", {"output": ""}, "needs --output"),
         ("", {"output": "ids.txt"}, "exists already"),

@@ -12,7 +12,7 @@ from launch import ROOT
 from test_report import write
 
 from eval import ranking_metrics, summarise
-from loaders.counting import counting_baselines, fit, markov, training_rows
+from loaders.counting import Retriever, candidate_scores, counting_baselines, training_rows
 from loaders.frozen import prepare
 from loaders.planted import bayes_scores, world_of
 from runtime.stages import save_predictions
@@ -39,7 +39,7 @@ def places_by_markov(examples) -> list[int]:
     log, places = examples.interactions, []
     every = examples.select(slice(None))
     every.candidates = np.tile(np.arange(log.num_items), (len(examples), 1))
-    for e, scores in enumerate(markov(every)):
+    for e, scores in enumerate(candidate_scores("markov", every)):
         p = int(examples.position[e])
         allowed = set(range(log.num_items)) - set(log.item[log.start[log.user[p]] : p].tolist())
         order = sorted(allowed, key=lambda c: (-round(scores[c], 9), c))
@@ -71,7 +71,7 @@ def test_the_best_order_lies_between_retriever_and_ceiling(run):
     change nothing."""
     config, prepared = run
     log, test = prepared.interactions, prepared.splits["test"].select(slice(100))
-    lists, alone = retrieved(fit("markov", log, training_rows(log)), test)
+    lists, alone = retrieved(Retriever("markov", log, training_rows(log)), test)
     assert alone.tolist() == places_by_markov(test)
     for e, place in enumerate(alone.tolist()):  # lists go on from place to place
         found = np.flatnonzero(lists[e] == test.candidates[e, test.target[e]])
@@ -103,7 +103,8 @@ def test_the_command_retrieves_by_training_rows_and_fills_the_report(run, monkey
     two_stage.main()
     places = json.loads((folder / "two_stage/sft/markov.json").read_text())["places"]
     assert places["retriever"] == places_by_markov(test.select(slice(12)))
-    _, of_all_rows = retrieved(fit("markov", prepared.interactions), test.select(slice(12)))
+    markov = Retriever("markov", prepared.interactions)
+    _, of_all_rows = retrieved(markov, test.select(slice(12)))
     assert places["retriever"] != of_all_rows.tolist()
     assert set(places) == {"retriever", "model", "optimum", "ceiling"}
     text = report_text(collect(folder.parent, {}))
