@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from data import Example, Examples, render_prompt
 from demo.pretrain import known_titles, save_tokenizer, train_tokenizer
+from loaders.frozen import Prepared, prepare
 from loaders.movielens import WORDS as MOVIES
 from model import ModelConfig, init_weights, save_pretrained
+from train import TrainConfig
 
 # of each family, the EOS
 END_OF_TEXT = {"llama3": "<|end_of_text|>", "qwen": "<|endoftext|>", "llama2": "</s>"}
@@ -62,6 +65,23 @@ def byte_level(family: str) -> HFTokenizer:
     return tokenizer
 
 
+def spell(special: list[str], words=()) -> tuple[list[str], list[tuple[str, str]]]:
+    """Tokens and merges of a byte-level BPE that spells these words from the left."""
+    merges = dict.fromkeys((word[:n], word[n]) for word in words for n in range(1, len(word)))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*special, *alphabet, *map("".join, merges)], list(merges)
+
+
+def spelling_bpe(special: list[str], words=(), **options) -> HFTokenizer:
+    """A tokenizer of these tokens and merges, without pre-tokenizer."""
+    tokens, merges = spell(special, words)
+    inner = HFTokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges, **options))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(special)
+    return inner
+
+
 def train(tokenizer: HFTokenizer, special: list[str], **options) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=900, special_tokens=special, show_progress=False, **options
@@ -86,6 +106,15 @@ def llama2_style() -> HFTokenizer:
     return HFTokenizer.from_str(json.dumps(content | {"added_tokens": added}))
 
 
+def small_world(folder: Path, **options) -> tuple[TrainConfig, Prepared, Path]:
+    """Options and examples of a small planted world, and a base that fits into 4-bit blocks."""
+    data = {"planted_users": 100, "followers": 3, "train_size": 12}
+    config = TrainConfig(**data | options, prepared_dir=str(folder / "p"))
+    prepared, sizes = prepare(config), {"hidden_size": 64, "num_layers": 2, "vocab_size": 400}
+    make_base_model(folder / "base", prepared.splits["train"], **sizes, seed=0)
+    return config, prepared, folder / "base"
+
+
 def make_base_model(
     path, examples: Examples, *, hidden_size: int, num_layers: int, vocab_size: int, seed: int
 ) -> None:
@@ -108,3 +137,12 @@ def make_base_model(
         eos_token_id=tokenizer.token_to_id("<|end_of_text|>"),
     )
     save_pretrained(init_weights(config, seed), path)
+
+
+def randomize_adapter(model, seed: int = 1):
+    """Give every lora_B (zero at first) random values, here or in PEFT's model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model

@@ -7,21 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_json
 from families import NASTY, byte_level, llama2_style, make_base_model, prompt_of
-from launch import ROOT, TINY, run_train
+from launch import ROOT, run_train
 from tokenizers import Tokenizer as HFTokenizer
 
 import eval as evaluation
-import recommend
-import train
-from data import build_tree, encode_examples, render_prompt
 from hub import chat
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, prepare
 from loaders.planted import DEFAULTS
-from model import load_pretrained
 
 # The shapes of published templates: where they trim, where control tokens and line breaks stand.
 TEMPLATES = {f.stem: f.read_text() for f in (ROOT / "tests/recorded/templates").glob("*.jinja")}
@@ -66,11 +61,6 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     return {name: write_base(tmp_path_factory.mktemp("base"), name) for name in FAMILIES}
 
 
-@pytest.fixture(scope="module")
-def tokenizers(bases) -> dict[str, Tokenizer]:
-    return {name: Tokenizer(path, "chat") for name, path in bases.items()}
-
-
 class Clock(datetime):
     """The day that templates are told, for transformers too."""
 
@@ -100,13 +90,6 @@ def their_ids(bases, monkeypatch):
 
 
 # ------------------------------------------------------------------------ ids
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in OWN_PROMPTS])
-def test_prompt_ids_are_transformers(family, tokenizers, their_ids):
-    """One user message, with generation prompt, thinking off: the same ids for every prompt."""
-    for text in (*PROMPTS, "Alien\nAnswer:"):
-        assert tokenizers[family].encode_prompts([text]) == [their_ids(family, text)]
-
-
 @pytest.mark.parametrize(
     "name", ["llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507"]
 )
@@ -128,14 +111,15 @@ def test_published_templates_have_the_ids_of_transformers(name, their_ids, tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_and_answer_are_the_templates_own_dialogue(family, bases, their_ids, capsys):
-    """Ids of prompt and completion begin transformers' dialogue and end where its turn ends, in the
-    token that is read off the template; a generation prompt of another kind is said."""
+    """Prompts are transformers', with generation prompt, thinking off."""
     tokenizer, end = Tokenizer(bases[family], "chat"), FAMILIES[family][1]
     said = "is not how its own dialogues go on" in capsys.readouterr().out
     assert said == (family in OWN_PROMPTS)
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == end
     assert tokenizer.stop_ids == Tokenizer(bases[family]).stop_ids | {tokenizer.eos_id}
     (prompt,) = tokenizer.encode_prompts(PROMPTS[:1])
+    for text in () if family in OWN_PROMPTS else (*PROMPTS, "Alien\nAnswer:"):
+        assert tokenizer.encode_prompts([text]) == [their_ids(family, text)]
     for title, ids in zip(TITLES, tokenizer.encode_completions(TITLES), strict=True):
         expected, ours = their_ids(family, PROMPTS[0], title), prompt + ids
         assert ours == expected[: len(ours)] and len(expected) - len(ours) <= 1  # a line break
@@ -144,38 +128,26 @@ def test_prompt_and_answer_are_the_templates_own_dialogue(family, bases, their_i
         assert tokenizer.answer(ids) == title and tokenizer.answer(ids[:-1]) == title
 
 
-def test_prompts_begin_once_and_are_the_same_tomorrow(tokenizers):
-    """Template and post-processor both have a BOS; ids are part of a checkpoint's identity."""
-    assert "It is 26 Jul 2024\n" in tokenizers["llama3"].frame.before
-    for family, begin in (("llama3", "<|begin_of_text|>"), ("llama2", "<s>")):
-        (ids,) = tokenizers[family].encode_prompts(PROMPTS[:1])
-        assert ids[0] == tokenizers[family].inner.token_to_id(begin) and ids.count(ids[0]) == 1
-
-
-@pytest.mark.parametrize("title", ["End <|im_end|>", "<|im_start|>system", "<|endoftext|>"])
-def test_a_control_token_in_a_title_is_refused(title, tokenizers, bases):
+def test_a_control_token_in_a_title_is_refused(bases):
     """In a chat it would end the user's turn; in plain prompts it is text."""
-    tokenizer = tokenizers["qwen2.5"]
-    for encode in (tokenizer.encode_prompts, tokenizer.encode_completions):
-        with pytest.raises(ValueError, match="control token of .*plain"):
-            encode([title])
-    assert Tokenizer(bases["qwen2.5"]).encode_completions([title])
+    tokenizer = Tokenizer(bases["qwen2.5"], "chat")
+    for title in ("End <|im_end|>", "<|im_start|>system", "<|endoftext|>"):
+        for encode in (tokenizer.encode_prompts, tokenizer.encode_completions):
+            with pytest.raises(ValueError, match="control token of .*plain"):
+                encode([title])
+        assert Tokenizer(bases["qwen2.5"]).encode_completions([title])
 
 
 def test_the_template_is_part_of_the_fingerprint(tmp_path):
-    """Caches of plain and chat prompts, and of two templates, are told apart."""
     plain = Tokenizer(write_base(tmp_path, "qwen2.5"))
     assert plain.inner.decode(plain.encode_prompts(PROMPTS[:1])[0]) == PROMPTS[0]
-    found = {plain.fingerprint}
-    for template in (QWEN25, QWEN25.replace("help", "serve"), QWEN25):
-        path = write_base(tmp_path, "qwen2.5", template)
-        found.add(Tokenizer(path, "chat").fingerprint)
-    assert len(found) == 3
+    templates = (QWEN25, QWEN25.replace("help", "serve"), QWEN25)
+    made = [Tokenizer(write_base(tmp_path, "qwen2.5", t), "chat") for t in templates]
+    assert len({plain.fingerprint, *(t.fingerprint for t in made)}) == 3
 
 
 # ------------------------------------------------------------------------ where it stands
 def test_where_templates_and_their_variables_stand(tmp_path):
-    """Named ones, of which default is used; chat_template.jinja first; the older file's tokens."""
     named = [{"name": "rag", "template": "x"}, {"name": "default", "template": QWEN25}]
     path = write_base(tmp_path, "qwen2.5", named)
     assert "You help." in Tokenizer(path, "chat").frame.before
@@ -190,13 +162,9 @@ def test_where_templates_and_their_variables_stand(tmp_path):
 REFUSED = [
     ("", "no chat template"),
     ([{"name": "rag", "template": "x"}], "no chat template"),
-    ({"default": "x"}, "no chat template"),
     ("{{ messages[0].content }}{{ messages[0].content }}<|im_end|>", "text as it is, once"),
-    ("Hello", "text as it is, once"),
     ("{{ messages[0].content | escape }}<|im_end|>", "text as it is, once"),
-    ("{{ messages[0].content | length }} {{ messages[0].content }}", "text as it is"),
-    ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "a control token"),
-    ("{{ messages[0].content }}<|im_end|>", "a control token"),
+    ("{{ messages[0].content }}", "a control token"),
     ("{% if %}", "TemplateSyntaxError"),
     ("{{ nobody.content }}", "UndefinedError"),
     ("{{ raise_exception('only systems may speak') }}", "only systems may speak"),
@@ -208,159 +176,61 @@ REFUSED = [
 
 @pytest.mark.parametrize("template, culprit", REFUSED)
 def test_a_template_that_will_not_do_is_refused(template, culprit, bases, tmp_path):
-    """Absent, changing the text, ending no answer, failing, or reaching for Python's internals."""
     for name in ("tokenizer.json", "config.json"):
         (tmp_path / name).write_bytes((bases["qwen2.5"] / name).read_bytes())
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": template})
     with pytest.raises(ValueError, match=f"{culprit}.*--prompt_format plain"):
         Tokenizer(tmp_path, "chat")
-    assert Tokenizer(tmp_path).encode_prompts(["Alien"])
 
 
-def test_an_end_of_turn_without_an_embedding_is_refused(tmp_path):
-    path = write_base(tmp_path, "qwen2.5", eos_token="<|endoftext|>")
-    write_json(path / "config.json", {"eos_token_id": 0, "vocab_size": 2})
-    with pytest.raises(ValueError, match=r"'<\|im_end\|>'.* is outside the model's vocab_size 2"):
-        Tokenizer(path, "chat")
-
-
-@pytest.mark.parametrize(
-    "before, after",
-    [({}, [2, 1]), ({"eos_token_id": 2}, [2]), ({"eos_token_id": [0, 2], "top_k": 5}, [2, 0])],
-)
-def test_a_saved_model_names_the_end_of_a_turn(before, after, tmp_path):
-    """First among the ends that were known, those of config.json if there are no others."""
+def test_a_saved_model_names_the_end_of_a_turn(tmp_path):
+    """First among the ends that were known."""
     write_json(tmp_path / "config.json", {"eos_token_id": 1})
     file = tmp_path / "generation_config.json"
-    if before:
-        write_json(file, before)
     chat.add_end_of_turn(tmp_path, 2)
-    assert json.loads(file.read_text()) == before | {"eos_token_id": after}
-
-
-def test_tojson_escapes_nothing():
-    """As in transformers: templates write tool schemas with it, and models were trained on them."""
-    template = chat.compiled("{{ x | tojson }} {{ x | tojson(indent=1) }}")
-    expected = '{"é": "<a> & \'b\'"} {\n "é": "<a> & \'b\'"\n}'
-    assert template.render(x={"é": "<a> & 'b'"}) == expected
+    assert json.loads(file.read_text()) == {"eos_token_id": [2, 1]}
+    write_json(file, {"eos_token_id": [0, 2], "top_k": 5})
+    chat.add_end_of_turn(tmp_path, 2)
+    assert json.loads(file.read_text()) == {"eos_token_id": [2, 0], "top_k": 5}
 
 
 # ---------------------------------------------------------------------- examples, training, answers
-DATA = {"planted_users": 150, "train_size": 20, "test_size": 8}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("prepared"))
-    return prepare(DataConfig(**DEFAULTS | DATA, prepared_dir=folder))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, prepared) -> Path:
-    """A random model whose tokenizer has room for the control tokens of a chat."""
-    path = tmp_path_factory.mktemp("talking") / "base"
-    sizes = {"hidden_size": 64, "num_layers": 2, "vocab_size": 500}
-    make_base_model(path, prepared.splits["train"], **sizes, seed=0)
-    inner = HFTokenizer.from_file(str(path / "tokenizer.json"))
+def test_a_run_speaks_chat_from_the_prompt_to_the_export(tmp_path, in_process):
+    """The reference is exact, and the whole model takes the template along: without its
+    prompt.json its log-probs are others."""
+    data = {"planted_users": 150, "train_size": 20, "test_size": 8}
+    flags = [f"--prepared_dir={tmp_path / 'prepared'}", "--dataset=planted"]
+    flags += [f"--{name}={value}" for name, value in data.items()]
+    prepared = prepare(DataConfig(**DEFAULTS | data, prepared_dir=str(tmp_path / "prepared")))
+    base, sizes = tmp_path / "base", {"hidden_size": 64, "num_layers": 2, "vocab_size": 500}
+    make_base_model(base, prepared.splits["train"], **sizes, seed=0)
+    inner = HFTokenizer.from_file(str(base / "tokenizer.json"))
     inner.normalizer = None  # a space behind every line break would merge with the answer
-    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    assert inner.get_vocab_size() <= 512  # rows of the embedding
-    inner.save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(QWEN25)
-    return path
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])  # the embedding has rows for them
+    inner.save(str(base / "tokenizer.json"))
+    (base / "chat_template.jinja").write_text(QWEN25)
 
-
-def test_prompts_that_are_too_long_lose_history(base, prepared):
-    """The frame counts, control tokens stay, and what is left is the longest that fits."""
-    tokenizer, examples = Tokenizer(base, "chat"), prepared.splits["test"]
-    whole = encode_examples(examples, tokenizer, 4096)
-    longest = max(map(len, whole.completions.values()))
-    limit = int(np.median([len(p) for p in whole.prompts])) + longest - 15
-    short = encode_examples(examples, tokenizer, limit)
-    assert 0 < short.num_shortened < len(examples) or short.num_dropped > len(examples)
-    for e, ids in enumerate(short.prompts):
-        room = limit - max(map(len, short.slots(e, range(20))))
-        texts = [render_prompt(examples[e], skip) for skip in range(len(examples[e].history))]
-        assert ids.tolist() == next(p for p in tokenizer.encode_prompts(texts) if len(p) <= room)
-
-
-def test_one_pass_and_generation_write_the_same_answers(base, prepared):
-    """Learnt by heart: every answer is the target, and ends with the token that ends a turn."""
-    tokenizer, model = Tokenizer(base, "chat"), load_pretrained(base)
-    encoded = encode_examples(prepared.splits["train"].select(np.arange(4)), tokenizer, 1024)
-    answers = [encoded.slots(e, [t]) for e, t in enumerate(encoded.examples.target)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        loss = -model(build_tree([*encoded.prompts], answers))[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    metrics, records = evaluation.evaluate(model, tokenizer, encoded, "generate")
-    assert metrics["hit_ratio@1"] == 1.0 and metrics["one_pass_differs"] == 0
-    assert all(r["one_pass"] == r["answer"] and r["ids"][-1] == tokenizer.eos_id for r in records)
-
-
-def predictions(folder: Path) -> np.ndarray:
-    lines = (folder / "predictions.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["logps"] for line in lines])
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, base, prepared):
-    """A finished chat run, SFT of all weights and RecPO with an adapter; and its data's flags."""
-    tmp_path = tmp_path_factory.mktemp("run")
-    data = [f"--prepared_dir={prepared.folder.parent}", "--dataset=planted"]
-    data += [f"--{name}={value}" for name, value in DATA.items()]
-    flags = [f"--model={base}", "--prompt_format=chat", "--val_size=0", "--max_steps=2"]
-    output, _ = run_train(tmp_path, "talk", *flags, "--sft_lora_r=0", *data)
-    assert prepared.hash[:12] in output
-    return tmp_path / "talk", output, data
-
-
-def test_a_run_speaks_chat_from_the_prompt_to_the_export(run, base):
-    """The example shows the template, the reference is exact, the whole model takes it along."""
-    folder, output, _ = run
+    chatty = [f"--model={base}", "--prompt_format=chat", "--val_size=0", "--max_steps=2"]
+    output, _ = run_train(tmp_path, "talk", *chatty, "--sft_lora_r=0", *flags)
     assert "<|im_start|>user\n" in output and "<|im_start|>assistant\n\nchosen: '" in output
     assert "before the first step: at most 0.0e+00 nats" in output
-    assert json.loads((folder / "config.json").read_text())["prompt_format"] == "chat"
-    assert (folder / "sft" / "chat_template.jinja").read_text() == QWEN25
+    sft = tmp_path / "talk" / "sft"
+    assert (sft / "chat_template.jinja").read_text() == QWEN25
     end, eos = Tokenizer(base, "chat").eos_id, Tokenizer(base).eos_id
-    generation = json.loads((folder / "sft" / "generation_config.json").read_text())
+    generation = json.loads((sft / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [end, eos] and end != eos  # other programs stop there
-    assert Tokenizer(folder / "sft").eos_id == eos
+    assert Tokenizer(sft).eos_id == eos
 
+    def logps(folder: Path, *source) -> np.ndarray:
+        if source:
+            in_process(evaluation.main, *source, f"--output_dir={folder.parent}")
+        lines = (folder / "predictions.jsonl").read_text().splitlines()
+        return np.array([json.loads(line)["logps"] for line in lines])
 
-def test_evaluation_and_recommendation_agree_with_the_run(run, prepared, in_process, capsys):
-    """eval.py of the run and of its SFT model, and recommend.py, give the run's log-probs."""
-    folder, _, data = run
-    in_process(evaluation.main, f"--run={folder}", data[0], "--output_dir=all")
-    for stage in ("sft", "recpo"):
-        expected = predictions(folder / stage / "eval")
-        np.testing.assert_allclose(predictions(Path("all") / stage), expected, atol=1e-4)
-
-    alone = (f"--model={folder / 'sft'}", *data, "--output_dir=alone")
-    in_process(evaluation.main, *alone)  # its prompt.json says chat
-    expected = predictions(folder / "sft" / "eval")
-    np.testing.assert_allclose(predictions(Path("alone/sft")), expected, atol=1e-4)
-    (folder / "sft" / "prompt.json").rename("prompt.json")
-    in_process(evaluation.main, *alone)
-    Path("prompt.json").rename(folder / "sft" / "prompt.json")
-    assert np.abs(predictions(Path("alone/sft")) - expected).max() > 1e-2  # plain is another prompt
-
-    e = prepared.splits["test"].template.tolist().index(0)  # the words that recommend.py uses
-    example = prepared.splits["test"][e]
-    history = [{"title": title, "rating": rating} for title, rating in example.history]
-    write_json(Path("my.json"), {"history": history, "candidates": example.candidates})
-    capsys.readouterr()
-    in_process(recommend.main, f"--run={folder}", "--stage=sft", "--request=my.json")
-    rows = [r.split(maxsplit=4) for r in capsys.readouterr().out.splitlines() if "log-prob" in r]
-    expected = dict(zip(example.candidates, expected[e].tolist(), strict=True))
-    assert {row[4]: float(row[3]) for row in rows} == pytest.approx(expected, abs=0.006)
-
-
-def test_a_run_keeps_its_prompt_format(run, base, in_process):
-    """Going on with plain prompts is refused by name."""
-    flags = [*TINY, "--max_steps=2", "--sft_lora_r=0", "--val_size=0", f"--model={base}"]
-    flags += ["--dataset=planted", "--resume=auto", f"--output_dir={run[0]}"]
-    with pytest.raises(ValueError, match="other values of prompt_format"):
-        in_process(train.main, *flags)
+    expected = logps(sft / "eval")
+    whole = logps(tmp_path / "all" / "sft", f"--run={tmp_path / 'talk'}", flags[0])
+    alone = logps(tmp_path / "alone" / "sft", f"--model={sft}", *flags)
+    np.testing.assert_allclose([whole, alone], [expected] * 2, atol=1e-4)
+    (sft / "prompt.json").unlink()
+    plain = logps(tmp_path / "plain" / "sft", f"--model={sft}", *flags)
+    assert np.abs(plain - expected).max() > 1e-2

@@ -1,8 +1,7 @@
 """Every Triton kernel compiled for A100, L40, H100 and B200, which takes no GPU.
 
-Launches are not listed here: the functions that launch run on fake CUDA tensors, and each call is
-recorded with its arguments, block sizes and warps. Compiling needs a process of its own, because
-this one's kernels belong to Triton's interpreter: this file, run as a script."""
+The functions that launch run on fake CUDA tensors, in a process of its own (this file as a script),
+because this one's kernels belong to Triton's interpreter; each launch is recorded and compiled."""
 
 import json
 import os
@@ -10,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -44,24 +43,8 @@ def test_no_kernel_spills_or_asks_for_more_shared_memory_than_a_card_has():
 
 
 # ------------------------------------------------------------------------ in the other process
-class Recorder:
-    """Stands where a kernel stood, and notes what it is launched with."""
-
-    def __init__(self, kernel, launches: list):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid) -> "Recorder":
-        return self
-
-    def __call__(self, *args, num_warps: int = 4, **constants) -> None:
-        names = [p.name for p in self.kernel.params]
-        values = dict(zip(names, args, strict=False)) | constants
-        self.launches.append((self.kernel, values, num_warps))
-
-
 def launch_all(dtype: torch.dtype, aligned: bool) -> None:
-    """Heads and a projection of an 8B model; or sizes that are multiples of nothing, and rows that
-    begin 2 or 4 bytes behind a boundary."""
+    """Heads and a projection of an 8B model, or of sizes and addresses that are odd."""
     from kernels import logps_triton, nf4_triton
 
     def rows(M: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -82,18 +65,21 @@ def launch_all(dtype: torch.dtype, aligned: bool) -> None:
 
 def recorded(dtype: torch.dtype, aligned: bool) -> list[tuple]:
     """(kernel, values of its arguments, warps) of every launch."""
-    from kernels import logps_triton, nf4_triton
+    from triton.runtime import JITFunction
 
     launches: list[tuple] = []
-    with ExitStack() as stack, FakeTensorMode():
-        # without CUDA there is no current device to change
-        stack.enter_context(patch("torch.cuda.device_of", lambda tensor: nullcontext()))
-        table = patch.object(nf4_triton, "_table", lambda *_: torch.empty(16, device="cuda"))
-        stack.enter_context(table)
-        for module in (logps_triton, nf4_triton):
-            for name in [n for n in vars(module) if n.endswith("_kernel")]:
-                kernel = Recorder(getattr(module, name), launches)
-                stack.enter_context(patch.object(module, name, kernel))
+
+    def run(kernel, *args, grid, warmup, num_warps: int = 4, **constants) -> None:
+        names = [p.name for p in kernel.params]
+        launches.append((kernel, dict(zip(names, args)) | constants, num_warps))
+
+    table = torch.empty(16, dtype=torch.float32, device="meta")
+    with (
+        patch("torch.cuda.device_of", lambda tensor: nullcontext()),  # there is no current device
+        patch("kernels.nf4_triton._table", lambda *_: table),
+        patch.object(JITFunction, "run", run),
+        FakeTensorMode(),
+    ):
         launch_all(dtype, aligned)
     return launches
 

@@ -3,8 +3,8 @@
     pytest -m gpu                                                 one GPU, about 2 minutes
     torchrun --nproc_per_node 8 -m pytest -m gpu tests/test_gpu.py -k ranks
 
-Each test runs the same lines on a CPU at toy sizes, in the ordinary suite. The kernels' own tests
-(test_kernels.py, test_nf4.py) have parameters for a GPU, too. Speed: `python -m bench.gpu`."""
+Tests with device "cpu" run the same lines at toy sizes, in the ordinary suite. test_kernels.py and
+test_nf4.py have 8B's shapes for a GPU, too. Speed: `python -m bench.gpu`."""
 
 import copy
 import json
@@ -17,20 +17,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import CUDA
-from launch import SAVING, TINY, TRAIN, places, run_train, start_train, wait_for
-from test_kernels import assert_no_worse_than, plain_logps, three_gradients
+from launch import SAVING, TINY, TRAIN, places, wait_for
 
 from bench.harness import Sizes, Step, make_batch, make_model
-from bench.head import exact_logps, rounded
 from bench.step import Usual, naive_model, usual_logps
 from data import build_tree
-from kernels.logps import HAS_TRITON, label_logps
 from model import generate
-from runtime.estimate import LiveBytes, Workload, fake_step
+from runtime.estimate import Workload, fake_step
 from runtime.processes import setup_distributed
 from runtime.sharding import shard
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+NEEDS_GPU = pytest.mark.parametrize("device", [CUDA])
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -46,32 +44,6 @@ def rms(x) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-# ------------------------------------------------------------------------ kernels
-@pytest.mark.parametrize("impl", ["slabs", "triton", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@DEVICES
-def test_the_head_errs_no_more_than_plain_pytorch(device, dtype, impl):
-    """Log-probs and gradient of 8B's head and of a ragged one, against float64."""
-    if impl != "slabs" and (device == "cpu" or not HAS_TRITON):
-        pytest.skip("test_kernels.py runs it in Triton's interpreter")
-    shapes = [(37, 40, 1001)]
-    if device == "cuda":
-        shapes = [(512, 4096, 128256), (37, 4090, 32003)]
-    for M, D, V in shapes:
-        hidden = (3.5 * torch.randn(M, D, device=device)).to(dtype)
-        weight = (torch.randn(V, D, device=device) * D**-0.5).to(dtype)
-        labels, upstream = torch.randint(V, (M,), device=device), torch.randn(M, device=device)
-        exact = exact_logps(hidden, weight, labels)
-        actual = label_logps(hidden, weight, labels, impl)[0]
-        assert_no_worse_than(actual, plain_logps(hidden, weight, labels), exact, atol=1e-5)
-        if dtype == torch.bfloat16:  # what fp32 logits are there for
-            assert rms(rounded(hidden, weight, labels) - exact) > 20 * rms(actual - exact)
-        batch = (hidden, weight, labels, upstream)
-        (triple,) = three_gradients(impl, *batch, weight_grad=False)
-        # the weights of the second GEMM are rounded to the head's dtype
-        assert_no_worse_than(*triple, factor=2.0 if dtype == torch.float32 else 4.0)
-
-
 # ------------------------------------------------------------------------ a model
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @DEVICES
@@ -79,9 +51,11 @@ def test_a_tree_scores_what_full_sequences_score(device, dtype):
     """Against the same model in fp32, it errs at most twice as much as full sequences do."""
     sizes = sizes_on(device, dtype)
     model, batch = make_model(sizes), make_batch(sizes)
-    tree = build_tree(*batch).to(device)
+    step = Step(model, batch)
+    logps = step.tree.sum_logps(model(step.tree)[0])
+    assert (logps - step.reference_logps).abs().max().item() < 1e-3
     with torch.no_grad():
-        together = tree.sum_logps(model.eval()(tree)[0])
+        together = step.tree.sum_logps(model.eval()(step.tree)[0])
         apart = usual_logps(naive_model(model), *batch)
         exact = usual_logps(naive_model(copy.deepcopy(model).float()), *batch)
     assert rms(together - exact) <= 2 * rms(apart - exact) + 1e-4
@@ -105,16 +79,6 @@ def test_a_step_has_the_loss_and_gradients_of_the_usual_way(device):
     model.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@DEVICES
-def test_the_first_rewards_are_zero(device, dtype):
-    """The policy is its own reference: with gradients it computes what it did without."""
-    sizes = sizes_on(device, dtype)
-    step = Step(make_model(sizes), make_batch(sizes))
-    logps = step.tree.sum_logps(step.model(step.tree)[0])
-    assert (logps - step.reference_logps).abs().max().item() < 1e-3
-
-
 @DEVICES
 def test_generate_writes_what_one_pass_calls_the_greedy_answer(device):
     sizes = sizes_on(device, "bfloat16" if device == "cuda" else "float32", prompts=8)
@@ -126,77 +90,50 @@ def test_generate_writes_what_one_pass_calls_the_greedy_answer(device):
     assert (greedy == tree.labels).float().mean().item() >= 0.98  # near-ties
 
 
+@NEEDS_GPU
 @pytest.mark.parametrize("four_bit", [False, True])
-@DEVICES
-def test_the_memory_of_a_step_is_its_estimate(device, four_bit):
-    """Weights, adapter, moments and activations, within a tenth."""
-    sizes = sizes_on(device, "bfloat16" if device == "cuda" else "float32", prompt=400)
-    work = Workload(
-        config=sizes.config,
-        dtype=sizes.torch_dtype,
-        r=8,
-        prompt=sizes.prompt,
-        completions=[sizes.completion] * (1 + sizes.negatives),
-        load_in_4bit=four_bit,
-    )
-    expected = fake_step(work, sizes.prompts, gpu=device == "cuda")
+def test_the_memory_of_a_step_is_its_estimate(four_bit, device):
+    """Weights, adapter, moments and activations, within a tenth; on a CPU: test_estimate.py."""
+    sizes = sizes_on(device, "bfloat16")
+    completions = [sizes.completion] * (1 + sizes.negatives)
+    work = Workload(sizes.config, sizes.torch_dtype, 8, sizes.prompt, completions)
+    work = replace(work, load_in_4bit=four_bit)
+    expected = fake_step(work, sizes.prompts, gpu=True)
     make_model.cache_clear()
-    alive = LiveBytes()
-    with alive if device == "cpu" else torch.enable_grad():
-        model = make_model.__wrapped__(sizes, four_bit)
-        alive.peak = alive.live  # the layers that 4-bit ones replaced are gone
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step = Step(model, make_batch(sizes))
-        step()
-        step()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else alive.peak
+    model = make_model.__wrapped__(sizes, four_bit)
+    torch.cuda.reset_peak_memory_stats()  # the layers that 4-bit ones replaced are gone
+    step = Step(model, make_batch(sizes))
+    step()
+    step()
     total = expected.weights + expected.trained + expected.passing
-    assert peak == pytest.approx(total, rel=0.1)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(total, rel=0.1)
 
 
 # ------------------------------------------------------------------------ a run
-def train(device: str, folder, name: str, *flags) -> dict[str, list[dict]]:
-    """Metrics of a run by stage; on a GPU in bf16, by `python train.py`."""
-    if device == "cpu":
-        return run_train(folder, name, *flags)[1]
-    done = subprocess.run(command(folder, name, *flags), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    files = (folder / name).glob("*/metrics.jsonl")
-    return {f.parent.name: [json.loads(row) for row in f.read_text().splitlines()] for f in files}
-
-
-def command(folder, name: str, *flags) -> list[str]:
-    options = (*TINY, *places(folder, name), "--dtype=bfloat16", *flags)
-    return [sys.executable, str(TRAIN), *options]
-
-
-@DEVICES
+@NEEDS_GPU
 def test_a_short_training_goes_on_after_kill_9(device, tmp_path):
-    """SFT and RecPO; the losses of a run that was killed and resumed are the whole run's."""
-    whole = train(device, tmp_path, "whole", *SAVING)
-    if device == "cpu":
-        started = start_train(tmp_path, "killed", *SAVING)
-    else:
-        started = subprocess.Popen(command(tmp_path, "killed", *SAVING), cwd=tmp_path)
-    saved = (tmp_path / "killed").glob
-    wait_for(lambda: any(saved("*/checkpoint-*")), started)
-    started.kill()
-    if device == "cuda":
-        started.wait()
-    resumed = train(device, tmp_path, "killed", *SAVING, "--resume=auto")
+    """In bf16; a base in 4 bits trains, too. On a CPU: test_checkpoint.py, test_quantized.py."""
+
+    def start(name: str, *flags) -> subprocess.Popen:
+        options = (*TINY, *places(tmp_path, name), "--dtype=bfloat16", *flags)
+        return subprocess.Popen([sys.executable, str(TRAIN), *options], cwd=tmp_path)
+
+    def metrics(name: str, *flags) -> dict[str, list[float]]:
+        assert start(name, *flags).wait() == 0
+        files = (tmp_path / name).glob("*/metrics.jsonl")
+        rows = {f.parent.name: map(json.loads, f.read_text().splitlines()) for f in files}
+        return {name: [m["loss"] for m in r if m["phase"] != "val"] for name, r in rows.items()}
+
+    whole, killed = metrics("whole", *SAVING), start("killed", *SAVING)
+    wait_for(lambda: any((tmp_path / "killed").glob("*/checkpoint-*")), killed)
+    killed.kill()
+    killed.wait()
+    resumed = metrics("killed", *SAVING, "--resume=auto")
     for stage in ("sft", "recpo"):
-        losses = [np.array([m["loss"] for m in run[stage]]) for run in (whole, resumed)]
-        assert np.allclose(*losses, rtol=1e-6 if device == "cpu" else 2e-2)
-    assert whole["sft"][-1]["loss"] < whole["sft"][0]["loss"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_a_base_in_4_bits_trains(tmp_path):
-    """test_quantized.py runs it on a CPU."""
-    metrics = train("cuda", tmp_path, "four", "--load_in_4bit", "--sft_lora_r=4", "--max_steps=3")
-    assert all(np.isfinite(m["loss"]) for m in metrics["recpo"])
+        assert np.allclose(whole[stage], resumed[stage], rtol=2e-2)
+    assert whole["sft"][-1] < whole["sft"][0]
+    four = metrics("four", "--load_in_4bit", "--sft_lora_r=4", "--max_steps=3")
+    assert np.isfinite(four["recpo"]).all()
 
 
 # ------------------------------------------------------------------------ several GPUs

@@ -37,56 +37,42 @@ def test_all_layouts_mean_the_same(family, tmp_path):
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 THETA = {"rope_theta": 5e5, "rope_type": "default"}
 PART = {key: value for key, value in LLAMA3_ROPE.items() if key != "low_freq_factor"}
-NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 # transformers takes rope_scaling and theta 10,000 of these
 WITHOUT_THETA = {"rope_theta": None, "rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}}
 REFUSED = [  # (what is changed in Llama-3.1's, culprit)
     ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "mistral"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequence"),
     ({"rope_scaling": YARN}, "yarn"),
-    ({"rope_scaling": None, "rope_parameters": YARN | {"rope_theta": 1e6}}, "yarn"),
     ({"rope_scaling": YARN, "rope_parameters": THETA}, "yarn"),
     ({"rope_parameters": THETA}, "rope_scaling and rope_parameters disagree"),
     (WITHOUT_THETA, "rope_scaling and rope_parameters disagree"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-    ({"rope_scaling": {"factor": 2.0}}, "factor"),
     ({"rope_parameters": {"full_attention": THETA}}, "full_attention"),
     ({"rope_scaling": PART}, "low_freq_factor"),
     ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor"),
-    ({"rope_scaling": ["llama3"]}, "config.json"),
     ({"rope_scaling": THETA | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window True"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-    ({"quantization_config": NF4 | {"bnb_4bit_quant_type": "fp4"}}, "fp4"),
-    ({"quantization_config": 4}, "config.json"),
     ({"hidden_act": "gelu"}, "gelu"),
     ({"mlp_bias": True}, "mlp_bias"),
-    ({"is_causal": False}, "is_causal"),
-    ({"hidden_size": None}, "hidden_size"),
     ({"hidden_size": 32.5}, "hidden_size must be a whole number"),
-    ({"vocab_size": "131"}, "vocab_size must be"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number up to 2,000"),
-    ({"num_attention_heads": True}, "num_attention_heads must be"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
     ({"head_dim": 7}, "head_dim 7"),
     ({"rms_norm_eps": None, "rope_theta": "5e5"}, "rope_theta must be"),
 ]
-# absent, empty, cut off, binary, no object, endless nesting and endless numbers
-UNREADABLE = [None, "", '{"model_type": "llama", ', "\x00\xff", "[1]", "[" * 99_999, "9" * 5000]
+REFUSED += [(text, "config.json") for text in (None, "", '{"model_type": ', "[1]", "[" * 99_999)]
 
 
-@pytest.mark.parametrize(
-    "change, culprit", [*REFUSED, *((text, "config.json") for text in UNREADABLE)]
-)
+@pytest.mark.parametrize("change, culprit", REFUSED)
 def test_what_is_not_computed_is_refused_by_key(change, culprit, tmp_path):
-    """One message with the file and the culprit, before memory is asked for."""
+    """One message with the file, which may be absent, empty or cut off, and the culprit."""
     file = tmp_path / "config.json"
     if isinstance(change, dict):
         write_json(file, FAMILIES["llama3.1"] | change)
     elif change is not None:
-        file.write_bytes(change.encode("latin-1"))
+        file.write_text(change)
     with pytest.raises(ValueError, match=culprit) as error:
         ModelConfig.from_pretrained(tmp_path)
     assert str(file) in str(error.value)

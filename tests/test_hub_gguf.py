@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, max_diff, randomize, tiny_config
-from families import byte_level
-from launch import run_script
+from families import byte_level, spell, spelling_bpe
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from hub.gguf import NAMES, convert, open_gguf, read_tensor
 from hub.tokenizer import Tokenizer
@@ -30,45 +29,28 @@ def padded_model(family: str) -> Transformer:
     return randomize(Transformer(replace(tiny_config(family), vocab_size=300)))
 
 
-def vocabulary() -> tuple[list[str], list[str]]:
-    """(tokens, merges) of a small byte-level BPE behind two control tokens."""
-    tokens, merges = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())], []
-    for word in ("ĠAl", "Al", "19", "ien", "Ġ1", "12"):
-        for end in range(2, len(word) + 1):
-            if word[:end] not in tokens:
-                tokens.append(word[:end])
-                merges.append(f"{word[: end - 1]} {word[end - 1]}")
-    return tokens, merges
+SPECIAL, WORDS = ["<s>", "</s>"], ("ĠAl", "Al", "19", "ien", "Ġ1", "12")
 
 
 def write_gguf(file: Path, model: Transformer, pre="gpt-2", kind="F32", fields=None) -> Path:
-    """A model as llama.cpp's converter writes it; `fields`: calls of the writer, more or other."""
-    config, (tokens, merges) = model.config, vocabulary()
+    """A model as llama.cpp's converter writes it; `fields`: more calls of the writer's add_*."""
+    config, (tokens, pairs) = model.config, spell(SPECIAL, WORDS)
     writer = gguf.GGUFWriter(file, config.model_type)
     calls = {
-        "add_block_count": config.num_hidden_layers,
-        "add_context_length": 4096,
-        "add_embedding_length": config.hidden_size,
-        "add_feed_forward_length": config.intermediate_size,
-        "add_head_count": config.num_attention_heads,
-        "add_head_count_kv": config.num_key_value_heads,
-        "add_key_length": config.head_dim,
-        "add_rope_freq_base": config.rope_theta,
-        "add_layer_norm_rms_eps": config.rms_norm_eps,
-        "add_tokenizer_model": "gpt2",
-        "add_tokenizer_pre": pre,
-        "add_token_list": tokens,
-        "add_token_types": [3, 3] + [1] * (len(tokens) - 2),
-        "add_token_merges": merges,
-        "add_bos_token_id": 0,
-        "add_eos_token_id": 1,
-        "add_chat_template": CHAT,
-    }
+        "block_count": config.num_hidden_layers, "context_length": 4096,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim, "rope_freq_base": config.rope_theta,
+        "layer_norm_rms_eps": config.rms_norm_eps, "tokenizer_model": "gpt2", "tokenizer_pre": pre,
+        "token_list": tokens, "token_types": [3, 3] + [1] * (len(tokens) - 2),
+        "token_merges": [*map(" ".join, pairs)], "chat_template": CHAT,
+        "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
     for add, value in (calls | (fields or {})).items():
         if isinstance(value, tuple):  # a key of its own
             writer.add_key_value(*value)
         elif value is not None:
-            getattr(writer, add)(value)
+            getattr(writer, f"add_{add}")(value)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.named_parameters():
         module, _, part = name.rpartition(".")
@@ -99,7 +81,7 @@ def finish(writer, file: Path) -> Path:
 # ------------------------------------------------------------------------------ weights
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_converted_model_is_the_model(family, tmp_path):
-    """Written as llama.cpp would, read back: the same configuration and the same logits."""
+    """Written as llama.cpp would, read back."""
     model = padded_model(family)
     convert(write_gguf(tmp_path / "m.gguf", model), tmp_path / "hf", torch.float32)
     read = load_pretrained(tmp_path / "hf")
@@ -126,10 +108,7 @@ def test_stored_types_come_back_within_their_own_error(kind, tmp_path):
 # ------------------------------------------------------------------------------ tokenizers
 def expected_tokenizer(pre: str) -> HFTokenizer:
     """The published pipeline of a family around the same vocabulary."""
-    tokens, merges = vocabulary()
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    ids = {token: i for i, token in enumerate(tokens)}
-    inner = HFTokenizer(models.BPE(ids, pairs, ignore_merges=pre == "llama-bpe"))
+    inner = spelling_bpe(SPECIAL, WORDS, ignore_merges=pre == "llama-bpe")
     if pre in ("llama-bpe", "qwen2"):
         family = byte_level("llama3" if pre == "llama-bpe" else "qwen")
         inner.pre_tokenizer, inner.normalizer = family.pre_tokenizer, family.normalizer
@@ -143,7 +122,7 @@ def expected_tokenizer(pre: str) -> HFTokenizer:
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_texts_become_the_ids_of_their_family_and_come_back(pre, tmp_path):
     """Digits, accents and emoji; BOS where it is the family's; template and every end written."""
-    model, ends = padded_model("qwen3"), {"add_eot_token_id": 5}
+    model, ends = padded_model("qwen3"), {"eot_token_id": 5}
     convert(write_gguf(tmp_path / "m.gguf", model, pre, fields=ends), tmp_path / "hf")
     tokenizer = Tokenizer(tmp_path / "hf")
     assert tokenizer.bos_ids == ([0] if pre == "llama-bpe" else [])
@@ -154,33 +133,25 @@ def test_texts_become_the_ids_of_their_family_and_come_back(pre, tmp_path):
     assert tokenizer.encode(["<s>"])[0] != [0] and tokenizer.inner.token_to_id("<s>") == 0
     config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert config["chat_template"] == CHAT and config["eos_token"] == "</s>"
-
-
-@pytest.mark.parametrize("add_bos", [True, False])
-def test_the_files_own_bos_rule_holds(add_bos, tmp_path):
-    """tokenizer.ggml.add_bos_token decides, whatever the family does by default."""
-    model, fields = padded_model("llama2"), {"add_add_bos_token": add_bos}
-    convert(write_gguf(tmp_path / "m.gguf", model, "llama-bpe", fields=fields), tmp_path / "hf")
-    assert Tokenizer(tmp_path / "hf").bos_ids == ([0] if add_bos else [])
+    begins = {"add_bos_token": pre != "llama-bpe"}  # the file's own rule goes before the family's
+    convert(write_gguf(tmp_path / "m.gguf", model, pre, fields=begins), tmp_path / "own")
+    assert Tokenizer(tmp_path / "own").bos_ids == ([] if pre == "llama-bpe" else [0])
 
 
 # ------------------------------------------------------------------------------ what is refused
 FLOAT32, UINT16 = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.UINT16
 REFUSED = [
-    ({"add_rope_scaling_type": gguf.RopeScalingType.YARN}, "rope.scaling.type yarn"),
-    ({"add_rope_scaling_type": gguf.RopeScalingType.LINEAR}, "rope.scaling.type linear"),
-    ({"add_rope_scaling_factor": 4.0}, "rope.scaling.factor 4.0"),
+    ({"rope_scaling_type": gguf.RopeScalingType.YARN}, "rope.scaling.type yarn"),
+    ({"rope_scaling_factor": 4.0}, "rope.scaling.factor 4.0"),
     ({"own": ("llama.rope.scale_linear", 4.0, FLOAT32)}, "rope.scale_linear 4.0"),
-    ({"add_expert_count": 8}, "expert_count 8"),
-    ({"add_sliding_window": 512}, "sliding_window 512"),
-    ({"add_rope_dimension_count": 4}, "rope.dimension_count 4"),
-    ({"add_value_length": 4}, "value_length 4"),
+    ({"expert_count": 8}, "expert_count 8"),
+    ({"sliding_window": 512}, "sliding_window 512"),
+    ({"rope_dimension_count": 4}, "rope.dimension_count 4"),
     ({"own": ("split.count", 2, UINT16)}, "split.count 2"),
-    ({"add_unk_token_id": 999}, "index out of range"),
-    ({"add_tokenizer_pre": "chatglm-bpe"}, "tokenizer.ggml.pre 'chatglm-bpe'"),
-    ({"add_tokenizer_pre": None}, "tokenizer.ggml.pre None"),
-    ({"add_tokenizer_model": "llama"}, "tokenizer.ggml.model 'llama'"),
-    ({"add_block_count": None}, "block_count"),
+    ({"unk_token_id": 999}, "index out of range"),
+    ({"tokenizer_pre": "chatglm-bpe"}, "tokenizer.ggml.pre 'chatglm-bpe'"),
+    ({"tokenizer_model": "llama"}, "tokenizer.ggml.model 'llama'"),
+    ({"block_count": None}, "block_count"),
 ]
 
 
@@ -194,7 +165,6 @@ def test_what_is_not_understood_is_refused_by_key(fields, culprit, tmp_path):
 
 
 def test_other_places_and_files_are_left_alone(monkeypatch, tmp_path):
-    """A full folder; another architecture; a big-endian file; no package gguf."""
     swapped = gguf.GGUFWriter(tmp_path / "b.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     other = gguf.GGUFWriter(tmp_path / "o.gguf", "gemma")
     for writer, culprit in ((swapped, "b.gguf.*big-endian"), (other, "o.gguf.*'gemma'")):
@@ -206,14 +176,6 @@ def test_other_places_and_files_are_left_alone(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         convert(file, tmp_path / "hf")
-
-
-def test_the_command_line_converts(tmp_path):
-    """python -m hub.gguf FILE DIR"""
-    file = write_gguf(tmp_path / "m.gguf", padded_model("llama2"))
-    result = run_script("hub.gguf", file, tmp_path / "hf")
-    assert result.returncode == 0, result.stderr
-    assert load_pretrained(tmp_path / "hf").config.num_hidden_layers == 2
 
 
 @pytest.mark.slow

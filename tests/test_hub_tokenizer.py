@@ -1,14 +1,13 @@
 """Which ids begin and end a text, what follows a prompt, and what an answer is."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 from conftest import write_json
-from families import END_OF_TEXT, NASTY, prompt_of
+from families import NASTY, prompt_of, spelling_bpe
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 from hub.tokenizer import Tokenizer
 
@@ -17,14 +16,7 @@ SPECIAL = ["<s>", "</s>", "<|turn|>"]  # ids 0, 1, 2
 
 def write_tokenizer(path: Path, template: str | None = None, added: str | None = None) -> Path:
     """A byte-level tokenizer; `template` in the post-processor's language, `added` a token more."""
-    inner = HFTokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator(["Answer: Alien"], trainer)
+    inner = spelling_bpe(SPECIAL)
     if template:
         used = [(token, i) for i, token in enumerate(SPECIAL) if token in template]
         inner.post_processor = processors.TemplateProcessing(template, special_tokens=used)
@@ -42,34 +34,26 @@ def write_ends(path: Path, config=None, generation=None, tokenizer=None, **sizes
     return path
 
 
-BEGINNINGS = [
-    (None, []), ("<s> $A", [0]), ("$A </s>", []), ("<s> $A </s>", [0]), ("<s> <s> $A", [0]),
-    ("</s> $A", []), ("</s> $A </s>", []),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("template, bos_ids", BEGINNINGS)
-def test_bos_is_what_stands_first_and_ends_nothing(template, bos_ids, tmp_path):
+def test_bos_is_what_stands_first_and_ends_nothing(tmp_path):
     """A token that is appended is no BOS, nor is one that ends a text; two are one."""
-    path = write_ends(write_tokenizer(tmp_path, template), config=1)
-    assert Tokenizer(path).bos_ids == bos_ids
+    begun = ("<s> $A", "<s> $A </s>", "<s> <s> $A")
+    for template in (*begun, None, "$A </s>", "</s> $A", "</s> $A </s>"):
+        path = write_ends(write_tokenizer(tmp_path, template), config=1)
+        assert Tokenizer(path).bos_ids == ([0] if template in begun else [])
 
 
 @pytest.mark.parametrize(
     "ends, eos_id, stop_ids, said",
     [
         ({"config": 5, "generation": 1, "tokenizer": "</s>"}, 1, {1}, r"'config.json': \[5\]"),
-        ({"config": 5, "tokenizer": "</s>"}, 1, {1}, r"'config.json': \[5\]"),
         ({"config": 2, "generation": 1}, 1, {1, 2}, r"'config.json': \[2\]"),
         ({"config": 1, "generation": [2, 1], "tokenizer": "</s>"}, 1, {1, 2}, ""),
         ({"config": [1, 2], "generation": [1, 2], "tokenizer": "<|turn|>"}, 2, {1, 2}, ""),
         ({"config": 1, "generation": 1, "tokenizer": {"content": "</s>"}}, 1, {1}, ""),
         ({"config": 5}, 5, {5}, ""),
-        ({"config": 0}, 0, {0}, ""),
         ({"generation": 2}, 2, {2}, ""),
         ({"tokenizer": "</s>"}, 1, {1}, ""),
         ({"config": 1, "tokenizer": "<gone>"}, 1, {1}, "'<gone>' is not in tokenizer.json"),
-        ({"config": 1, "tokenizer": 7}, 1, {1}, "7 is not in tokenizer.json"),
     ],
 )
 def test_files_that_name_the_end_agree_or_are_said(ends, eos_id, stop_ids, said, tmp_path, capsys):
@@ -80,77 +64,66 @@ def test_files_that_name_the_end_agree_or_are_said(ends, eos_id, stop_ids, said,
     assert ("note:" in out) == bool(said) and re.search(said, out)
 
 
-@pytest.mark.parametrize("eos", [-1, 400, 10**30, "1", 1.0, True, [1, -1], [[1]], {"id": 1}])
 @pytest.mark.parametrize("source", ["config", "generation"])
-def test_an_end_token_outside_the_vocabulary_is_refused(eos, source, tmp_path):
-    """Whichever file names it: one message with the file and the value."""
-    path = write_ends(write_tokenizer(tmp_path), **{"config": 1, "generation": 1} | {source: eos})
-    with pytest.raises(ValueError, match=r"config\.json: end token"):
-        Tokenizer(path)
+def test_an_end_token_outside_the_vocabulary_is_refused(source, tmp_path):
+    write_tokenizer(tmp_path)
+    for eos in (-1, 400, "1", 1.0, True, [1, -1], {"id": 1}):
+        path = write_ends(tmp_path, **{"config": 1, "generation": 1} | {source: eos})
+        with pytest.raises(ValueError, match=r"config\.json: end token"):
+            Tokenizer(path)
 
 
-@pytest.mark.parametrize("spoil", ["no end", "no embedding", "no file", "no tokenizer"])
-def test_what_cannot_be_used_is_named(spoil, tmp_path):
-    """No EOS anywhere, an EOS that the model has no row for, tokenizer.json absent or damaged."""
+def test_what_cannot_be_used_is_named(tmp_path):
+    """No EOS anywhere, an EOS that the model has no row for, tokenizer.json damaged or absent."""
     file = write_tokenizer(tmp_path, added="<|done|>") / "tokenizer.json"
     size = HFTokenizer.from_file(str(file)).get_vocab_size()
-    write_ends(tmp_path, tokenizer="<|done|>", vocab_size=size - 1)
-    culprit = f"end token {size - 1} is not one of"
-    if spoil == "no end":
-        write_ends(tmp_path)
-        culprit = "no end token"
-    elif spoil != "no embedding":
-        culprit = r"tokenizer\.json: not a readable"
-        file.write_text('{"version": "1.0"}')
-        if spoil == "no file":
-            file.unlink()
-    with pytest.raises(ValueError, match=culprit):
-        Tokenizer(tmp_path)
+
+    def refused(culprit: str, **ends) -> None:
+        with pytest.raises(ValueError, match=culprit):
+            Tokenizer(write_ends(tmp_path, **ends))
+
+    refused("no end token")
+    ends = {"tokenizer": "<|done|>", "vocab_size": size - 1}
+    refused(f"end token {size - 1} is not one of", **ends)
+    file.write_text('{"version": "1.0"}')
+    refused(r"tokenizer\.json: not a readable", config=1)
+    file.unlink()
+    refused(r"tokenizer\.json: not a readable", config=1)
 
 
 def test_a_text_with_a_token_that_the_embedding_lacks_is_refused(tmp_path):
-    """Only a text that needs the token is refused, by token and text, when it is encoded."""
-    path = write_tokenizer(tmp_path, added="Solaris")
-    size = HFTokenizer.from_file(str(path / "tokenizer.json")).get_vocab_size()
-    tokenizer = Tokenizer(write_ends(path, config=1, vocab_size=size - 1))
+    path = write_ends(write_tokenizer(tmp_path, added="Solaris"), config=1)
+    *_, last = Tokenizer(path).encode(["Solaris"])[0]
+    tokenizer = Tokenizer(write_ends(path, config=1, vocab_size=last))
     assert tokenizer.encode_completions(["Alien"])
-    with pytest.raises(ValueError, match=rf"token {size - 1} 'Solaris'.*vocab_size {size - 1}"):
+    with pytest.raises(ValueError, match=rf"token {last} 'Solaris'.*vocab_size {last}"):
         tokenizer.encode_completions(["Solaris"])
-    assert Tokenizer(write_ends(path, config=1)).encode_completions(["Solaris"])
 
 
 def test_files_from_the_field_are_read(tmp_path, capsys):
     """A byte-order mark in front of JSON; a generation_config.json that is none, with a note."""
     path = write_ends(write_tokenizer(tmp_path), config=2)
-    for name in ("config.json", "tokenizer_config.json"):
-        (path / name).write_text((path / name).read_text(), encoding="utf-8-sig")
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text, encoding="utf-8-sig")
     (path / "generation_config.json").write_text('{"eos_token_id": 1,}')
     assert Tokenizer(path).eos_id == 2
     assert "generation_config.json: not valid JSON" in capsys.readouterr().out
 
 
 def test_prompts_beyond_the_models_positions_are_counted(tmp_path, capsys):
-    """A note with their number; no word where all fit, or where nothing is known."""
-    path = write_tokenizer(tmp_path)
-    prompts = [[1] * n for n in (63, 64, 65, 267)]
-    Tokenizer(write_ends(path, config=1)).note_long(prompts)
+    path, prompts = write_tokenizer(tmp_path), [[1] * n for n in (63, 64, 65, 267)]
+    Tokenizer(write_ends(path, config=1)).note_long(prompts)  # nothing is known
     tokenizer = Tokenizer(write_ends(path, config=1, max_position_embeddings=64))
     tokenizer.note_long(prompts[:2])
     assert "note" not in capsys.readouterr().out
     tokenizer.note_long(prompts)
-    assert "2 of 4 prompts are longer" in (said := capsys.readouterr().out) and "64" in said
+    assert "2 of 4 prompts are longer" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------ three families
-def plain(folder: Path) -> HFTokenizer:
-    """The file itself, with none of our policy around it."""
-    return HFTokenizer.from_file(str(folder / "tokenizer.json"))
-
-
 def test_prompt_and_completion_make_the_joint_encoding_of_the_file(family, tokenizer, folders):
-    """Prompts begin as the tokenizer's default (Llama's BOS once, Qwen's none); whatever the title,
-    ids in a row are those of the whole text, then EOS; and they read back as the title."""
-    inner = plain(folders[family])
+    """Prompts begin as the tokenizer's default (Llama's BOS once, Qwen's none)."""
+    inner = HFTokenizer.from_file(str(folders[family] / "tokenizer.json"))
     bos = {"llama3": "<|begin_of_text|>", "qwen": None, "llama2": "<s>"}[family]
     assert tokenizer.bos_ids == ([inner.token_to_id(bos)] if bos else [])
     for title, completion in zip(NASTY, tokenizer.encode_completions(NASTY), strict=True):
@@ -160,28 +133,14 @@ def test_prompt_and_completion_make_the_joint_encoding_of_the_file(family, token
         assert completion[-1] == tokenizer.eos_id not in joint
         assert tokenizer.answer(completion) == title
         assert sum(joint.count(i) for i in range(3)) == (1 if bos else 0)  # the special tokens
+        assert not set(completion[:-1]) & set(range(3)), title  # a control token is spelled out
         if "<" not in title:  # to the file itself a special token is one in a title, too
             assert prompt_ids == inner.encode(prompt).ids
             assert joint == inner.encode(f"{prompt} {title}").ids, title
 
 
-def test_special_tokens_in_titles_stay_text(family, tokenizer, folders):
-    """A title that spells a control token is spelled out: it ends no answer and begins no text."""
-    inner = plain(folders[family])
-    specials = [token["content"] for token in json.loads(inner.to_str())["added_tokens"]]
-    assert END_OF_TEXT[family] in specials
-    for title in (f"Say {special} twice" for special in specials):
-        (completion,), (prompt,) = [
-            encode([title]) for encode in (tokenizer.encode_completions, tokenizer.encode_prompts)
-        ]
-        ids = completion[:-1] + prompt[len(tokenizer.bos_ids) :]
-        assert not {inner.token_to_id(s) for s in specials} & set(ids)
-        assert tokenizer.answer(completion) == title
-
-
 def test_saved_truncation_and_padding_are_ignored(family, folders, tokenizer, tmp_path):
-    """A tokenizer.json saved with both switched on encodes as without."""
-    inner = plain(folders[family])
+    inner = HFTokenizer.from_file(str(folders[family] / "tokenizer.json"))
     inner.enable_truncation(8)
     inner.enable_padding(length=64)
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -191,8 +150,7 @@ def test_saved_truncation_and_padding_are_ignored(family, folders, tokenizer, tm
 
 
 def test_an_answer_ends_at_the_first_stop_or_line_break(tokenizer):
-    """newline_ids are the tokens of optional spaces and a line break; nothing behind one, or
-    behind a stop id, changes the answer."""
+    """newline_ids are the tokens of optional spaces and a line break."""
     newlines = tokenizer.newline_ids()
     (a,) = tokenizer.encode(["a"])
     spelled = {i: tokenizer.inner.decode([*a, i])[1:] for i in range(900)}

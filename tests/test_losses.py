@@ -1,5 +1,4 @@
-"""The losses against numbers computed elsewhere, against each other, against TRL,
-and where fp32 would overflow."""
+"""The losses against stored numbers, each other and TRL, and where fp32 would overflow."""
 
 import math
 from collections import defaultdict
@@ -8,19 +7,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid, softplus
 
-from losses import (
-    LOSSES,
-    MARGINS,
-    Titles,
-    dpo_loss,
-    preference_score,
-    recpo_loss,
-    sdpo_loss,
-    sft_loss,
-    target_margins,
-)
+from losses import LOSSES, Titles, dpo_loss, sdpo_loss, target_margins
 
 # Two examples, three negatives; columns: chosen, then the rejected.
 POLICY = torch.tensor([[-12, -14.75, -9, -13], [-3.5, -4.25, -2.5, -8]], dtype=torch.float64)
@@ -57,10 +45,10 @@ STORED = [
     ("kto", {"beta": 0.1}, [(0.5312093734 + 0.4501660027) / 2, (0.4937503255 + 0.5249791875) / 2]),
 ]
 REWARDS = {  # at beta 0.5; IPO's and SimPO's are per token
-    **dict.fromkeys(("recpo", "sdpo", "dpo", "odpo", "kto"), 0.5 * DELTA[:, :2]),
-    "ipo": 0.5 * DELTA[:, :2] / LENGTHS[:, :2],
-    "cpo": 0.5 * POLICY[:, :2],
-    "simpo": 0.5 * POLICY[:, :2] / LENGTHS[:, :2],
+    **dict.fromkeys(("recpo", "sdpo", "dpo", "odpo", "kto"), DELTA / 2),
+    "ipo": DELTA / LENGTHS / 2,
+    "cpo": POLICY / 2,
+    "simpo": POLICY / LENGTHS / 2,
 }
 DEMANDS = {  # gaps of rewards that a loss asks for
     "recpo": [2 * 5 / 0.9045, 2 * 4 / 0.9045],
@@ -71,25 +59,20 @@ DEMANDS = {  # gaps of rewards that a loss asks for
 
 @pytest.mark.parametrize("loss, options, stored", STORED)
 def test_losses_equal_stored_numbers(loss, options, stored):
-    """Every loss of the table, at its usual strength and others."""
-    losses, rewards, margins = call(loss, **options)
-    K = options.get("K", 1)
-    assert losses.tolist() == pytest.approx(stored, abs=1e-6)
-    assert rewards.shape == (2, 1 + K) and margins.shape == (2, K)
+    assert call(loss, **options)[0].tolist() == pytest.approx(stored, abs=1e-6)
     assert {name for name, *_ in STORED} == set(LOSSES)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_rewards_and_target_margins(loss):
-    """Rewards are β times what the loss compares, and carry no gradient; the loss's own gradient
-    equals finite differences."""
-    policy, reference = (t.clone().requires_grad_() for t in (POLICY, REFERENCE))
-    _, rewards, margins = call(loss, policy=policy, reference=reference, beta=0.5)
-    assert not rewards.requires_grad and not margins.requires_grad
-    assert rewards.tolist() == pytest.approx(REWARDS[loss], abs=1e-12)
+def test_rewards_margins_and_gradients(loss):
+    """Rewards are β times what the loss compares, and carry no gradient."""
+    K = 1 if LOSSES[loss].pairwise else 3
+    policy = POLICY[:, : 1 + K].clone().requires_grad_()
+    _, rewards, margins = call(loss, K, policy=policy, beta=0.5)
+    assert not rewards.requires_grad and margins.shape == (2, K)
+    torch.testing.assert_close(rewards, REWARDS[loss][:, : 1 + K])
     assert margins[:, 0].tolist() == pytest.approx(DEMANDS.get(loss, [0, 0]))
-    policy = POLICY[:, :2].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: call(loss, policy=p, beta=0.5)[0], policy)
+    assert torch.autograd.gradcheck(lambda p: call(loss, K, policy=p, beta=0.5)[0], policy)
 
 
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.pairwise])
@@ -101,60 +84,29 @@ def test_pairwise_losses_refuse_more_than_two(loss):
 
 def test_ktos_baseline_is_clamped_and_has_no_gradient():
     kl = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
-    policy = POLICY.clone().requires_grad_()
-    losses, *_ = call("kto", policy=policy, kl=kl)
-    assert torch.equal(losses, call("kto", kl=torch.zeros((), dtype=torch.float64))[0])
-    losses.sum().backward()
-    assert kl.grad is None and policy.grad.isfinite().all()
+    losses, *_ = call("kto", kl=kl)
+    assert not losses.requires_grad and torch.equal(losses, call("kto", kl=0 * KL)[0])
 
 
-# ------------------------------------------------------------------------ against each other
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_recpo_without_margin_is_sdpo_and_with_one_negative_dpo(beta):
-    """λ = 0, or the margin `none`, leaves S-DPO; one negative besides leaves DPO, gradients too."""
-    expected, expected_rewards = sdpo_loss(POLICY, REFERENCE, beta)
+def test_recpo_without_margin_is_sdpo_and_with_one_negative_dpo():
+    expected = sdpo_loss(POLICY, REFERENCE, 0.3)
     for options in ({"margin_lambda": 0.0}, {"margin": "none"}):
-        losses, rewards, _ = call("recpo", K=3, beta=beta, **options)
-        assert torch.equal(losses, expected) and torch.equal(rewards, expected_rewards)
-    policy = POLICY[:, :2].clone().requires_grad_()
-    pair = [loss(policy, REFERENCE[:, :2], beta)[0] for loss in (sdpo_loss, dpo_loss)]
-    torch.testing.assert_close(*pair, rtol=0, atol=1e-12)
-    gradients = [torch.autograd.grad(loss.sum(), policy)[0] for loss in pair]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", MARGINS)
-def test_loss_at_the_reference_depends_on_margins_alone(kind):
-    """softplus(logsumexp(λ m)), log 4 for S-DPO; every reward is 0."""
-    margins = 2.0 * target_margins(PHI[:, 0], PHI[:, 1:], kind)
-    losses, rewards = recpo_loss(POLICY, POLICY, margins, 0.7)
-    expected = [math.log(4)] * 2 if kind == "none" else softplus(margins.logsumexp(1)).tolist()
-    assert losses.tolist() == pytest.approx(expected, abs=1e-12) and not rewards.any()
-
-
-def test_recpo_equals_the_published_form():
-    """-log sigmoid(-log sum exp), and the chosen item's cross-entropy, where those are safe."""
-    margins = 2.0 * target_margins(PHI[:, 0], PHI[:, 1:])
-    losses, _ = recpo_loss(POLICY, REFERENCE, margins, beta=1.0)
-    published = -logsigmoid(-(DELTA[:, 1:] - DELTA[:, :1] + margins).exp().sum(1).log())
-    assert losses.tolist() == pytest.approx(published.tolist(), rel=1e-9)
-    logits = torch.cat([DELTA[:, :1], DELTA[:, 1:] + margins], dim=1)
-    assert losses.tolist() == pytest.approx((-logits.log_softmax(1)[:, 0]).tolist(), rel=1e-9)
+        losses, rewards, _ = call("recpo", K=3, beta=0.3, **options)
+        assert torch.equal(losses, expected[0]) and torch.equal(rewards, expected[1])
+    pair = POLICY[:, :2], REFERENCE[:, :2]
+    torch.testing.assert_close(sdpo_loss(*pair, 0.3), dpo_loss(*pair, 0.3))
 
 
 def test_label_smoothing_mixes_both_directions():
-    """A share of the labels is taken to be the other way round."""
-    pairs = POLICY[:, :2], REFERENCE[:, :2]
-    straight, swapped = dpo_loss(*pairs, 1.0)[0], dpo_loss(*(p.flip(1) for p in pairs), 1.0)[0]
-    smoothed = dpo_loss(*pairs, 1.0, label_smoothing=0.2)[0]
-    assert smoothed.tolist() == pytest.approx((0.8 * straight + 0.2 * swapped).tolist(), abs=1e-12)
+    pair = POLICY[:, :2], REFERENCE[:, :2]
+    straight, swapped = dpo_loss(*pair, 1.0)[0], dpo_loss(*(p.flip(1) for p in pair), 1.0)[0]
+    smoothed = dpo_loss(*pair, 1.0, label_smoothing=0.2)[0]
+    torch.testing.assert_close(smoothed, 0.8 * straight + 0.2 * swapped)
 
 
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_stay_finite_far_apart(loss, gap):
-    """At 500 nats, where exp() overflows, the loss is the violation itself or 0, its slope -1 or 0;
-    KTO saturates with slope 0, IPO's square grows."""
     K = 1 if LOSSES[loss].pairwise else 3
     policy = torch.tensor([[gap, 0.0, 0.0, 0.0]], requires_grad=True)
     ones = torch.ones(1, 1 + K)
@@ -220,7 +172,6 @@ def trl_loss(name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "cpo", "kto"])
 def test_trl_agrees_on_the_same_log_probs(name):
-    """trl's own loss code, called on our log-probs, gives the losses that training takes."""
     losses, *_ = call(name, beta=0.7, margin_lambda=0.9, kl=torch.tensor(0.375))
     assert losses.mean().item() == pytest.approx(trl_loss(name).item(), abs=1e-6)
 
@@ -236,27 +187,10 @@ BY_HAND = {
 
 
 def test_target_margins_by_hand():
-    """Finite, too, where the rejected item scores as high or higher; `ratio` is the default."""
+    """Finite, too, where the rejected item scores as high or higher."""
     scores = torch.tensor([4.0]), torch.tensor([[1.0, 2.0, 4.0, 8.0]])
     for kind, expected in BY_HAND.items():
         assert target_margins(*scores, kind)[0].tolist() == pytest.approx(expected), kind
     assert torch.equal(target_margins(*scores), target_margins(*scores, "ratio"))
     with pytest.raises(ValueError, match="'logratio'.*ratio, log_diff, log_ratio, none"):
         target_margins(*scores, "logratio")
-
-
-def test_preference_score_by_hand():
-    """rating / (1 + steps)^decay: the next item keeps its rating."""
-    assert preference_score(5, 0) == 5
-    assert preference_score(3, 10) == pytest.approx(3 / math.sqrt(11))
-    assert (preference_score(4.0, 3, decay=1.0), preference_score(4.0, 7, decay=0.0)) == (1, 4)
-    ratings, steps = torch.tensor([5.0, 4.0]), torch.tensor([0, 3])
-    assert preference_score(ratings, steps).tolist() == [5, 2]
-
-
-def test_sft_loss_adds_up_over_micro_batches():
-    """Parts of a batch, each over the global token count, add up to the mean."""
-    token_logps = -torch.rand(10, dtype=torch.float64)
-    assert sft_loss(token_logps, 10).item() == pytest.approx(-token_logps.mean().item())
-    parts = sft_loss(token_logps[:3], 10) + sft_loss(token_logps[3:], 10)
-    assert parts.item() == pytest.approx(sft_loss(token_logps, 10).item(), abs=1e-12)

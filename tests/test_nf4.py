@@ -13,7 +13,6 @@ SHAPES = [(128, 256), (1, 64), (7, 192), (2000, 640)]  # the last in several pie
 OF_8B = pytest.param((14336, 4096), marks=CUDA.marks)  # a projection, on a GPU alone
 DEVICES = ["cpu"] if HAS_TRITON and not torch.cuda.is_available() else []  # the interpreter
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 # what bitsandbytes 0.50.2 makes of `golden_weight`: checked without it
 GOLDEN_CODES = (
@@ -41,22 +40,21 @@ def weight_of(shape, dtype) -> torch.Tensor:
 
 @ALL_DTYPES
 def test_codes_and_absmax_equal_the_stored_ones(dtype):
-    """Codes, absmax and zeros of a zero block are what bitsandbytes stores, in every dtype."""
+    """And no code lies nearer than the chosen one."""
     codes, absmax = quantize_nf4(golden_weight().to(dtype))
     assert bytes(codes.tolist()).hex() == GOLDEN_CODES
     assert absmax.tolist() == GOLDEN_ABSMAX and absmax.dtype == torch.float32
     values = dequantize_nf4(codes, absmax, (192,), torch.float32)
     assert not values[64:128].any()
-    scale = absmax.repeat_interleave(64)
-    # no code lies nearer than the chosen one
-    distances = (golden_weight() - scale * torch.tensor(CODE)[:, None]).abs()
+    choices = absmax.repeat_interleave(64) * torch.tensor(CODE)[:, None]
+    distances = (golden_weight() - choices).abs()
     torch.testing.assert_close((golden_weight() - values).abs(), distances.amin(0))
 
 
-@ALL_SHAPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @ALL_DTYPES
 def test_codes_absmax_and_values_equal_bitsandbytes(dtype, shape):
-    """Bit for bit, whatever the dtype of the weight and of the values."""
+    """Whatever the dtype of the weight and of the values."""
     peer = pytest.importorskip("bitsandbytes.functional")
     weight = weight_of(shape, dtype)
     expected, state = peer.quantize_4bit(weight, quant_type="nf4", blocksize=64)
@@ -80,30 +78,17 @@ def test_the_triton_kernel_equals_the_plain_form(device, dtype, shape):
         assert torch.equal(plain, dequantize_nf4(given, absmax, shape, dtype, "triton"))
 
 
-@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
-@pytest.mark.parametrize("at", [0, 100])
-def test_a_weight_that_is_not_finite_is_refused_by_name(bad, at):
-    """Its block would become NaN without a word."""
-    weight = torch.randn(128)
-    weight[at] = bad
-    with pytest.raises(ValueError, match="layers.3.up_proj.weight holds inf or NaN"):
-        quantize_nf4(weight, name="layers.3.up_proj.weight")
-
-
-def test_wrong_sizes_and_words_are_refused():
-    codes, absmax = quantize_nf4(torch.randn(4, 64))
-    for arguments in ((codes, absmax, (6, 64)), (codes, absmax[:3], (4, 64))):
-        with pytest.raises(AssertionError, match="for shape"):
-            dequantize_nf4(*arguments, torch.float32)
-    with pytest.raises(AssertionError, match="'cuda'.*reference"):
-        dequantize_nf4(codes, absmax, (4, 64), torch.float32, impl="cuda")
-    with pytest.raises(AssertionError, match="not whole blocks"):
-        quantize_nf4(torch.randn(3, 63))
+def test_what_is_not_finite_is_refused():
+    """Else a block would become NaN without a word."""
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        weight = torch.randn(128)
+        weight[100] = bad
+        with pytest.raises(ValueError, match="layers.3.up_proj.weight holds inf or NaN"):
+            quantize_nf4(weight, name="layers.3.up_proj.weight")
 
 
 def test_a_projection_equals_autograd_and_keeps_nothing_but_its_codes():
-    """Output and gradient are those of a plain layer with the dequantised weight; until backward
-    the two stored tensors are held, not the values or the input."""
+    """Output and gradient are those of a plain layer with the dequantised weight."""
     codes, absmax = quantize_nf4(torch.randn(48, 128))
     codes, absmax, bias = codes.view(48, 64), absmax.view(48, 2), torch.randn(48)
     ours, plain = (torch.randn(2, 5, 128).requires_grad_() for _ in range(2))
