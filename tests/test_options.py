@@ -36,7 +36,7 @@ REFUSED = [  # options, what the message says
     ({"lora_dropout": 1.0}, "--lora_dropout must be >= 0, < 1, got 1.0"),
     ({"warmup_ratio": float("nan")}, "--warmup_ratio must be a finite number, got nan"),
     ({"num_negatives": 20}, "--num_negatives must be >= 1, <= 19, got 20"),
-    ({"sft_weight": -0.5}, "--sft_weight must be >= 0, or -1"),
+    ({"sft_weight": -0.5}, "--sft_weight must be >= 0 or -1"),
     ({"margin": "square"}, "--margin must be one of ratio, log_diff, log_ratio, none"),
     ({"margin": "none", "margin_lambda": 1.0}, "--margin_lambda has no effect"),
     ({"history": 4}, "--min_history 5 .*--history 4"),
