@@ -124,7 +124,7 @@ def test_a_long_request_loses_its_oldest_history():
     tokenizer = Tokenizer(BASE)
 
     def prompt(max_length: int) -> str:
-        config = SimpleNamespace(max_length=max_length)
+        config = SimpleNamespace(max_length=max_length, list_in_prompt=True)
         ranker = SimpleNamespace(config=config, words=WORDS, tokenizer=tokenizer)
         ids, completions = Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
         assert len(ids) + max(map(len, completions)) <= max_length
