@@ -1,19 +1,14 @@
-"""Your own interaction log: CSV, JSON lines, RecBole's atomic files, or Parquet,
-with the columns under any names and in any order.
+"""Your own interaction log: CSV, JSON lines, RecBole's atomic files, or Parquet.
 
-    python train.py --dataset csv --data_dir log.csv \\
-        --columns user=uid,item=sku,rating=stars,timestamp=when,title=name
+    python train.py --dataset csv --data_dir log.csv --columns user=uid,item=sku,rating=stars
     python train.py --dataset csv --data_dir u.data --columns user=1,item=2,rating=3,timestamp=4 \\
         --item_file u.item --item_columns item=1,title=2
-    python train.py --dataset csv --data_dir likes.csv --scale binary
 
-Ratings are above 0 and up to 5; --scale maps another scale to 1 to 5, and --percentile makes
-ratings of hours, plays or prices. Without a rating column the number of repeats is taken; without
-a timestamp column, the order of the file; without titles, the ids. Columns that --columns does not
-name are looked up under their usual names; numbers are positions, counted from 1."""
+Columns that --columns does not name are looked up under their usual names; numbers are positions,
+counted from 1. Without a rating column repeats are counted; without a timestamp column, the order
+of the file is that in time; without titles, ids are shown."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +19,8 @@ from common import print0
 from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
 from loaders.table import Rows, clean_title, finish, usable_rows
-from loaders.tables import brief, check_bad, read_table, shorten
-from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, Column, id_text, rating_doubt, read_ids
+from loaders.tables import Table, brief, check_bad, read_table, shorten
+from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, id_text, read_ids, read_numbers, scale_doubt
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
 USUAL = {  # patterns of names without case, blanks, dashes and underscores; the surer ones first
@@ -49,12 +44,10 @@ def parse_columns(
     ValueError names what is not understood."""
     columns = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        field, equals, name = (p.strip() for p in part.partition("="))
-        if not equals or field not in allowed or not name:
+        field, _, name = (p.strip() for p in part.partition("="))
+        if field not in allowed or not name or name in columns.values():
             forms = ", ".join(f"{f}=NAME" for f in allowed)
-            raise ValueError(f"{option}: {part!r} is not one of {forms}")
-        if name in columns.values():
-            raise ValueError(f"{option}: {name} is named twice")
+            raise ValueError(f"{option}: {part!r} is not one of {forms}, each name once")
         columns[field] = name
     return columns
 
@@ -68,6 +61,9 @@ def plain_name(name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------ columns
+NUMBER = re.compile(r"[-+]?\d[\d.,:/TZ\s-]*")  # or a time
+
+
 @dataclass
 class Finder:
     """Which column holds which field: the given ones, the others under their usual names."""
@@ -83,32 +79,30 @@ class Finder:
         """Field -> name; ValueError lists what there is."""
         found, there = {}, f"there are {brief(names)}"
         for field in self.only:
-            name = self.given.get(field)
-            if name is not None and name not in names and self.strict:
+            name = self.given.get(field, "")
+            if name and name not in names and self.strict:
                 raise ValueError(f"{source}: {self.option} {field}={name}: no such column; {there}")
             if name not in names:
                 name = self.usual_name(field, names, source) if self.usual else ""
             if name:
                 found[field] = name
-        self.check_required(found, names, source)
-        for field, name in found.items():
-            if names.count(name) > 1:
-                places = ",".join(f"{f}={names.index(n) + 1}" for f, n in found.items())
-                raise ValueError(
-                    f"{source}: {names.count(name)} columns are named {name}, which was to be the "
-                    f"{field}; rename one, or count the columns: {self.option} {places}"
-                )
+        count = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: len(names)], 1))
+        count = f"or count the columns, if no line names them: {self.option} {count}"
+        if missing := [field for field in self.required if field not in found]:
+            which = f"which column is the {missing[0]}? Say {self.option} {missing[0]}=NAME"
+            raise ValueError(f"{source}: {which}; {there}; {count}")
+        if twice := [name for name in found.values() if names.count(name) > 1]:
+            raise ValueError(f"{source}: several columns are named {twice[0]}: rename one, {count}")
         return found
 
     def usual_name(self, field: str, names: list[str], source) -> str:
         """The name of the column that is likely to hold a field; "" if there is none."""
-        free = [(name, (name.lower(), plain_name(name))) for name in dict.fromkeys(names)]
-        usual = USUAL.get(field, "").split() + ["id"] * (
-            field == "item" and "user" not in self.only
-        )
-        for pattern in usual:
-            fits = [n for n, texts in free if any(re.fullmatch(pattern, text) for text in texts)]
-            fits = [name for name in fits if name not in self.given.values()]
+        patterns = USUAL.get(field, "").split()
+        patterns += ["id"] * (field == "item" and "user" not in self.only)
+        free = [name for name in dict.fromkeys(names) if name not in self.given.values()]
+        for pattern in patterns:
+            fits = [n for n in free if re.fullmatch(f"({pattern})", n.lower())]
+            fits = fits or [n for n in free if re.fullmatch(f"({pattern})", plain_name(n))]
             if len(fits) > 1 and field == "timestamp":
                 raise ValueError(
                     f"{source}: which column is the time? Say {self.option} timestamp=NAME; it "
@@ -117,25 +111,6 @@ class Finder:
             if fits:
                 return fits[0]
         return ""
-
-    def check_required(self, found: dict, names: list[str], source) -> None:
-        """ValueError where a field is missing, with options that say which column it is."""
-        missing = [field for field in self.required if field not in found]
-        if not missing:
-            return
-        if len(names) == 1 and re.fullmatch(r"\d+:", names[0]):
-            raise ValueError(
-                f"{source}: Netflix's form, each movie's number on a line of its own; make a table "
-                "of it: awk -F: '/:$/ {m = $1; next} {print m \",\" $0}' FILE > log.csv, and give "
-                "--columns item=1,user=2,rating=3,timestamp=4"
-            )
-        ways, there = ",".join(f"{field}=NAME" for field in missing), brief(names)
-        count = min(len(names), 4) if "user" in self.only else len(self.only)
-        example = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: max(2, count)], 1))
-        raise ValueError(
-            f"{source}: which column is the {missing[0]}? Say {self.option} {ways}; there are "
-            f"{there}. If the file has no header line, count its columns: {self.option} {example}"
-        )
 
     def in_rows(self, rows: list[list[str]], source) -> tuple[dict[str, str], dict[str, int], bool]:
         """Of a table's first rows: field -> name, field -> place, whether the first names them: it
@@ -156,48 +131,34 @@ class Finder:
         return labels, places, named
 
 
-NUMBER = re.compile(r"[-+]?\d[\d.,:/TZ\s-]*")  # or a time
-
-
 # ------------------------------------------------------------------------------------------- titles
-def titles_of(codes: np.ndarray, num_items: int, column: Column) -> tuple[list[str], dict]:
-    """The title of each item, "" for none, of several the first in the alphabet;
-    and two titles of those that have several. Codes (n,) of -1 are no items."""
-    texts = [value if isinstance(value, str) else id_text(value) or "" for value in column.values]
-    order = sorted({text for text in texts if text.strip() not in ABSENT_TITLES})
+def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, source) -> list[str]:
+    """The title of each item, "" for none; of several the first in the alphabet, which is noted.
+
+    `items` (n,) are codes, -1 for none. ValueError if nobody named the column and a fifth of the
+    items has several titles."""
+    column, label = table.columns["title"], table.labels["title"]
+    texts = [id_text(value) or "" for value in column.values]
+    order = sorted({*texts} - ABSENT_TITLES)
     rank, none = {text: n for n, text in enumerate(order)}, len(order)
     place = np.array([*(rank.get(text, none) for text in texts), none])[column.codes]
-    low = np.full(num_items + 1, none)
-    low[codes] = place
-    differ = np.flatnonzero(low[codes] != place)
-    high = np.where(low < none, low, -1)
-    np.minimum.at(low, codes[differ], place[differ])
-    differ = differ[place[differ] < none]
-    np.maximum.at(high, codes[differ], place[differ])
-    several = np.flatnonzero(low[:-1] < high[:-1]).tolist()
-    titles = [*map([*order, ""].__getitem__, low[:-1].tolist())]
-    return titles, {i: (titles[i], order[high[i]]) for i in several}
-
-
-def judge_titles(titles: list[str], several: dict, find: Finder, label: str, source: str) -> None:
-    """Say where the titles are hardly the items'; ValueError if nobody named the column and a
-    fifth of the items has several."""
-    known = Counter(filter(None, titles))
-    total = known.total()
-    if several:
-        such = "; ".join(f"{a!r} and {b!r}" for a, b in list(several.values())[:2])
-        many = f"{len(several):,} of {total:,} items have more than one title in column {label}"
-        if len(several) >= 5 and len(several) > total / 5 and "title" not in find.given:
+    lowest = np.full(num_items + 1, none)  # the last is of codes that are no items
+    np.minimum.at(lowest, items, place)
+    other = np.flatnonzero((place > lowest[items]) & (place < none) & (items >= 0))
+    several, rows = np.unique(items[other], return_index=True)
+    titles = [*map([*order, ""].__getitem__, lowest[:-1].tolist())]
+    if len(several):
+        pairs = [(titles[i], order[place[other[r]]]) for i, r in zip(several[:2], rows[:2])]
+        such = "; ".join(f"{shorten(a, 80)!r} and {shorten(b, 80)!r}" for a, b in pairs)
+        many = f"{len(several):,} items have more than one title in column {label}, such as {such}"
+        if 5 <= len(several) > sum(map(bool, titles)) / 5 and "title" not in find.given:
             raise ValueError(
-                f"{source}: {many}, such as {such}: reviews' or customers' names? Name another "
-                f"with {find.option} title=NAME, or a second file with --item_file; to use it all "
-                f"the same: {find.option} title={label}"
+                f"{source}: {many}: reviews' or customers' names? Name another column with "
+                f"{find.option} title=NAME, or a second file with --item_file; to use it all the "
+                f"same: {find.option} title={label}"
             )
-        print0(f"note: {many}, such as {such}; the first in the alphabet is shown")
-    if total >= 10 and len(known) <= total / 2:
-        ((shared, times),) = known.most_common(1)
-        few = f"{total:,} items have only {len(known):,} different titles in column {label}"
-        print0(f"note: {few}; {times:,} are called {shorten(shared)!r}")
+        print0(f"note: {source}: {many}; the first in the alphabet is shown")
+    return titles
 
 
 def titles_beside(config, rows: Rows) -> list[str]:
@@ -209,38 +170,23 @@ def titles_beside(config, rows: Rows) -> list[str]:
         given = {f: names[f] for f in ("item", "title") if f in names and not names[f].isdigit()}
     find = Finder(given, ("item", "title"), ("item", "title"), "--item_columns")
     find.strict = bool(config.item_columns)
-    table = check_bad(read_table(files, kind, find, root), source)
+    table = read_table(files, kind, find, root)
+    check_bad(table, source)
     codes, ids = read_ids(table.columns["item"])
     known = {text: code for code, text in enumerate(rows.item_ids)}
-    numbers = [number_in(text) for text in rows.item_ids]
-    counts, by_number = Counter(numbers), dict(zip(numbers, range(len(numbers))))
-    by_number = {number: code for number, code in by_number.items() if counts[number] == 1}
-    near = {t: by_number.get(number_in(t) or None, -1) for t in ids if t not in known}
-    places = np.array([*((known | near)[text] for text in ids), -1, -1])[codes]
-    titles, several = titles_of(places, len(rows.item_ids), table.columns["title"])
-    judge_titles(titles, several, find, table.labels["title"], source)
-
-    have, file = sum(map(bool, titles)), Path(source).name
-    ours = " and ".join([repr(i) for i, title in zip(rows.item_ids, titles) if not title][:2])
-    theirs = " and ".join([repr(text) for text, code in near.items() if code < 0][:2])
-    what = f"the log has {ours}, the file has {theirs or 'none but those'}"
-    if not have:
-        raise ValueError(
-            f"{source}: none of the {len(titles):,} items of {rows.source} has a title in it; "
-            f"{what}: write the ids alike, or name the right columns with --columns item=NAME "
-            "and --item_columns item=NAME,title=NAME"
-        )
-    if rewritten := [(rows.item_ids[c], text) for text, c in near.items() if c >= 0 and titles[c]]:
-        how = "the log has {}, the file has {}".format(*rewritten[0])
-        print0(f"note: {len(rewritten):,} item ids of {file} were matched as numbers: {how}")
+    items = np.array([*(known.get(text, -1) for text in ids), -1, -1])[codes]
+    titles = titles_of(items, len(rows.item_ids), table, find, source)
+    have = sum(map(bool, titles))
     if have < len(titles) / 2:
-        print0(f"note: only {have:,} of {len(titles):,} items are in {file}: {what}")
+        ours = shorten(next(i for i, title in zip(rows.item_ids, titles) if not title), 80)
+        theirs = shorten(next((text for text in ids if text not in known), "none but those"), 80)
+        few = f"{have:,} of {len(titles):,} items of {rows.source} have a title in it; the log has "
+        few += f"{ours!r}, the file has {theirs!r}"
+        if not have:
+            ways = "--columns item=NAME and --item_columns item=NAME,title=NAME"
+            raise ValueError(f"{source}: {few}: write ids alike, or name other columns: {ways}")
+        print0(f"note: {source}: {few}")
     return titles
-
-
-def number_in(name: str) -> str:
-    """The digits of an id that is a whole number, without leading zeros and ".0"; else ""."""
-    return re.sub(r"^0+(?=\d)|\.0*$", "", name) if re.fullmatch(r"\d+(\.0*)?", name) else ""
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -256,16 +202,15 @@ def parquet_files(path: Path) -> list[Path]:
     """The file, or all of a folder and its folders."""
     if path.is_file():
         return [path]
-    if (path / "_delta_log").is_dir() or list(path.glob("metadata/*.metadata.json")):
-        raise ValueError(
-            f"{path}: a table of Delta Lake or Iceberg, whose folder keeps removed rows, too: "
-            "export it, with COPY ... TO 'log.parquet' in DuckDB or df.write.parquet in Spark"
-        )
-    found = visible_files(path, below=True) if path.is_dir() else []
-    if parts := [f for f in found if f.name.lower().endswith(PARQUET)]:
-        return parts
-    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "nothing"
-    raise ValueError(f"{path}: no .parquet file or folder of such files; there is {inside}")
+    found = [*path.rglob("*")] if path.is_dir() else []
+    if any("_delta_log" in f.parts or f.name.endswith(".metadata.json") for f in found):
+        raise ValueError(f"{path}: a folder of Delta Lake or Iceberg keeps removed rows: export it")
+    parts = visible_files(path, below=True) if found else []
+    parts = [f for f in parts if f.name.lower().endswith(PARQUET)]
+    if not parts:
+        inside = [f.name for f in found[:8]]
+        raise ValueError(f"{path}: no .parquet file or folder of such files; there are {inside}")
+    return parts
 
 
 def log_files(config) -> list[Path]:
@@ -280,10 +225,8 @@ def item_files(config) -> tuple[list[Path], str, Path]:
     path, kind = Path(config.item_file), config.dataset
     if not config.item_file:
         log = log_files(config)[0] if kind == "recbole" else None
-        found = matching_files(log.parent, "*.item*") if log else []
-        if len(found) > 1:  # the one of the same name
-            found = [f for f in found if f.name.split(".")[0] == log.name.split(".")[0]]
-        return found if len(found) == 1 else [], kind, path
+        found = matching_files(log.parent, f"{log.name.split('.')[0]}.item*") if log else []
+        return found[:1], kind, path
     if not path.exists():
         raise ValueError(f"--item_file {path}: no such file")
     inside = visible_files(path, below=True) if path.is_dir() else [path]
@@ -307,65 +250,59 @@ def load(config) -> Interactions:
     given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
     find = Finder(given, ("user", "item"), only)
     table = read_table(parts, config.dataset, find, Path(config.data_dir))
-    labels, column = table.labels, table.columns.get("title")
+    labels = table.labels
     print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
-    percentile = choose_rating(config, source, labels)
-    repeats = "sum" if percentile else "last"  # amounts add up
+    percentile = choose_percentile(config, source, table)
     rows = usable_rows(table, source, bool(percentile), config.scale)
-    del table  # a log of 20 million rows takes 500 MB
     for why, count in rows.notes.items():
-        zeros = why.startswith("rows without rating (0 ") and not config.scale
-        way_out = f"; if 0 is a rating: --scale 0,{max(rows.values, default=5):g}" * zeros
-        print0(f"note: {count:,} {why}{way_out}")
+        print0(f"note: {count:,} {why}")
     check_times(rows, source, find, labels.get("timestamp", ""))
-    doubt = "" if config.scale else rating_doubt(rows.values, "", bool(percentile))
-    if doubt and "rating" in labels:
-        raise ValueError(f"{source}: column {labels['rating']}: {doubt}")
     titles = [""] * len(rows.item_ids)
     if items:
         titles = titles_beside(config, rows)
-    elif column:
-        codes = column.codes if rows.kept.all() else column.codes[rows.kept]
-        titles, several = titles_of(rows.item, len(titles), Column(codes, column.values))
-        judge_titles(titles, several, find, labels["title"], source)
-    untitled = [i for i, title in zip(rows.item_ids, titles) if not title.strip()]
-    if len(untitled) == len(titles):
-        print0("note: no titles: ids tell a model nothing (--columns title=NAME, --item_file)")
-    elif untitled:
-        few, first = f"{len(untitled):,} of {len(titles):,} items", clean_title(untitled[0])
-        print0(f"note: {few} have no title; their ids are shown, first {first}")
+    elif "title" in labels:
+        table.columns["title"].codes = table.columns["title"].codes[rows.kept]
+        titles = titles_of(rows.item, len(titles), table, find, source)
+    del table  # a log of 20 million rows takes 500 MB
+    if few := titles.count(""):
+        what = f"{few:,} of {len(titles):,} items have no title; their ids are shown, which tell a "
+        print0(f"note: {what}model nothing (--columns title=NAME, --item_file)")
     titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
+    repeats = "sum" if percentile else "last"  # amounts add up
     interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
     if "rating" not in labels and np.ptp(interactions.rating) == 0:
         print0("note: nobody chose an item twice: all ratings are 3, none is liked: --min_rating 3")
     return interactions
 
 
-def choose_rating(config, source: str, labels: dict[str, str]) -> str:
-    """--percentile as the columns ask for it: without ratings, and with amounts
-    instead, ranks are ratings."""
-    percentile, scale = config.percentile, config.scale
-    if "rating" not in labels and scale:
+def choose_percentile(config, source: str, table: Table) -> str:
+    """--percentile as the columns ask for it: repeats and amounts are ranked; ValueError where
+    ratings are of another scale than 1 to 5."""
+    name, percentile, scale = table.labels.get("rating"), config.percentile, config.scale
+    if name is None and scale:
         what = "there is no rating column; name it with --columns rating=NAME"
         raise ValueError(f"{source}: --scale {scale}, but {what}")
-    if "rating" not in labels:
+    if name is None:
         print0("note: no rating column: repeats are counted, and ranked as ratings (--percentile)")
         return percentile or "item"
-    name = labels["rating"]
     if plain_name(name) in AMOUNTS and not percentile and not scale:
         print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
         return "item"
+    numbers = read_numbers(table.columns["rating"], table.delimiter)
+    values = np.unique(numbers[np.isfinite(numbers)])
+    if len(values) and not percentile and not scale:
+        if doubt := scale_doubt(values):
+            raise ValueError(f"{source}: column {name}: {doubt}")
+        if values[0] == 0:
+            print0(f"note: 0 means no rating; if it is one: --scale 0,{values[-1]:g}")
     return percentile
 
 
 def check_times(rows: Rows, source: str, find: Finder, label: str) -> None:
     """Say where the order in time is that of the file; ValueError where a column that nobody named
     holds hours of a day instead of times."""
-    first, last, order = (
-        rows.time.min(),
-        rows.time.max(),
-        "the order of the file is the one in time",
-    )
+    first, last = rows.time.min(), rows.time.max()
+    order = "the order of the file is the one in time"
     known = not label or "timestamp" in find.given or plain_name(label) == "timestamp"
     if len(rows.time) > 100 and last <= 24 and not known:
         raise ValueError(

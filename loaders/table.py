@@ -13,16 +13,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data import ITEMS, Interactions, Words, select_rows
-from loaders.tables import MAX_BAD_SHARE, Table, check_bad, shorten
+from loaders.tables import Table, check_bad, shorten
 from loaders.values import (
     ABSENT,
     ABSENT_IDS,
     BAD_ID,
     NO_ID,
-    TIME_ADVICE,
     Column,
     parse_scale,
-    rating_doubt,
     read_ids,
     read_numbers,
     read_times,
@@ -46,15 +44,14 @@ def clean_title(title: str) -> str:
 
 def unique_titles(titles: list[str]) -> list[str]:
     """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
-    taken, out = set(titles), []
-    first, next_number = set(), {}
+    taken, used, numbers, out = set(titles), set(), {}, []
     for title in titles:
-        name, number = title, next_number.get(title, 1)
-        while name in first or (number > 1 and name in taken):
+        name, number = title, numbers.get(title, 1)
+        while name in used or (number > 1 and name in taken):
             number += 1
             name = f"{title} ({number})"
-        next_number[title] = number
-        first.add(name)
+        numbers[title] = number
+        used.add(name)
         out.append(name)
     return out
 
@@ -74,7 +71,6 @@ class Rows:
     item_ids: list[str]
     kept: np.ndarray | None = None  # (rows of the table,) bool
     notes: dict[str, int] = field(default_factory=dict)
-    values: np.ndarray | None = None  # distinct ratings as read
 
 
 def usable_rows(
@@ -85,108 +81,84 @@ def usable_rows(
     absent: frozenset = ABSENT_IDS,  # texts that are no id
 ) -> Rows:
     """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
-    n, notes, such = table.num_rows, {}, []
+    n = table.num_rows
     user, user_ids = read_ids(table.columns["user"], absent)
     item, item_ids = read_ids(table.columns["item"], absent)
     rating = table.columns.get("rating") or Column(np.zeros(n, np.int32), [1.0])
     numbers = read_numbers(rating, table.delimiter)
-    counts = np.roll(np.bincount(rating.codes + 1, minlength=len(numbers)), -1)  # null is the last
     low, high = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
-    values = np.unique(numbers[np.isfinite(numbers) & (counts > 0)])
     inside = (numbers >= low) & (numbers <= high)
     if scale == "binary":
         inside &= (numbers == 0) | (numbers == 1)
-    for mark in (0.0, -1.0):  # outside of the scale they mean none
-        if not low <= mark <= high and (times := int(counts[numbers == mark].sum())):
-            such.append(f"{mark:g} {times:,} times")
-            numbers[numbers == mark] = ABSENT
-    state = np.where(numbers == ABSENT, NO_ID, np.where(inside, 0, BAD_ID)).astype(np.int8)
+    none = (numbers == ABSENT) | (~inside & ((numbers == 0) | (numbers == -1)))
+    state = np.where(inside, 0, np.where(none, NO_ID, BAD_ID)).astype(np.int8)
     time, per_second = table.first_row + np.arange(n), 1
     if "timestamp" in table.columns:
         time, per_second = read_times(table.columns["timestamp"])
 
-    states = {"user": user, "item": item, "rating": state[rating.codes], "timestamp": time}
-    states = {name: codes for name, codes in states.items() if n and codes.min() < 0}
-    kept = np.ones(n, bool)
-    for name, codes in states.items():
-        rows = kept & (codes == NO_ID)
-        if count := int(rows.sum()):
-            marks = f" ({', '.join(such)})" * (name == "rating" and bool(such))
-            notes[f"rows without {name}{marks}"] = count
-            kept &= ~rows
-    wrong = {}
-    for name, codes in states.items():
-        wrong[name] = np.flatnonzero(kept & (codes <= BAD_ID))
-        kept[wrong[name]] = False
-    if count := table.num_bad + sum(map(len, wrong.values())):
-        check_share(table, source, wrong, count, rating_doubt(values, scale, amounts))
-        first = [
-            f"row {rows[0] + table.first_row}, {table.labels[name]} {shown(table, name, rows[0])}"
-            for name, rows in wrong.items()
-            if len(rows)
-        ]
-        lines = "; ".join([*table.first_bad, *first][:3])
-        notes[f"rows that could not be read ({lines})"] = count
+    mapped = f"in --scale {scale}" if scale else "from 0 on" if amounts else "above 0 and up to 5"
+    columns = {  # codes, of which those below 0 cannot be used; what the bad ones are not
+        "user": (user, "user ids"),
+        "item": (item, "item ids"),
+        "rating": (state[rating.codes], f"numbers {mapped}"),
+        "timestamp": (
+            time,
+            "times with a known order: write them as 2024-12-31 23:59:59, or in seconds since 1970",
+        ),
+    }
+    kept, notes, wrong, num_bad = np.ones(n, bool), {}, [], 0
+    for name, (codes, what) in columns.items():
+        if n and codes.min() >= 0:
+            continue
+        absent_rows, bad_rows = kept & (codes == NO_ID), np.flatnonzero(kept & (codes <= BAD_ID))
+        if count := int(absent_rows.sum()):
+            notes[f"rows without {name}" + " (empty, or 0 or -1)" * (name == "rating")] = count
+        if len(bad_rows):
+            num_bad += len(bad_rows)
+            shown = dict.fromkeys(shown_value(table, name, row) for row in bad_rows[:1000].tolist())
+            wrong.append(
+                f"column {table.labels[name]}: {len(bad_rows):,} values are no {what}, such as "
+                f"{' and '.join([*shown][:2])} (row {bad_rows[0] + table.first_row})"
+            )
+        kept &= codes >= 0
+    if lines := check_bad(table, source, num_bad, wrong):
+        notes[f"rows that could not be read ({lines})"] = num_bad + table.num_bad
     if scale:
-        mapped = f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"
-        notes[mapped] = int(counts[inside].sum())
         numbers = 1 + 4 * (numbers - low) / (high - low)
+        notes[f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"] = int(kept.sum())
     if not kept.any():
         reasons = "; ".join(f"{count:,} {why}" for why, count in notes.items())
         raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
     columns = user, item, numbers.astype(np.float32)[rating.codes], time
     columns = columns if kept.all() else (column[kept] for column in columns)
-    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, values)
+    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes)
 
 
-def shown(table: Table, name: str, row: int) -> str:
+def shown_value(table: Table, name: str, row: int) -> str:
     """A value, for a message."""
     column = table.columns[name]
     texts = isinstance(column, Column)
-    return shorten(repr(column.values[column.codes[row]] if texts else column[row].item()))
-
-
-def check_share(table: Table, source, wrong: dict[str, np.ndarray], bad: int, doubt: str) -> None:
-    """ValueError where more than 1 % of the rows are bad: column, count, examples, the way out."""
-    total = table.num_rows + table.num_bad
-    if bad <= MAX_BAD_SHARE * total:
-        return
-    name = max(wrong, key=lambda name: len(wrong[name]), default="")
-    if not name or table.num_bad > len(wrong[name]):
-        check_bad(table, source)
-    what, way_out = {
-        "timestamp": ("no times whose order is known", TIME_ADVICE),
-        "rating": ("no ratings", doubt) if doubt else ("no numbers", "write it alone, such as 3.5"),
-    }.get(name, (f"no {name} ids", "name another column, or write texts"))
-    rows = wrong[name]
-    examples = [*dict.fromkeys(shown(table, name, row) for row in rows[:1000].tolist())][:2]
-    raise ValueError(
-        f"{source}: {bad:,} of {total:,} rows cannot be used (1% may be): column "
-        f"{table.labels[name]}: {len(rows):,} values are {what}, such as {' and '.join(examples)} "
-        f"(row {rows[0] + table.first_row}): {way_out}"
-    )
+    return shorten(repr(column.values[column.codes[row]] if texts else column[row].item()), 80)
 
 
 # --------------------------------------------------------------------------------------- the table
 def stable_order(key: np.ndarray) -> np.ndarray:
-    """np.argsort(key, kind="stable") of integers >= 0 (n,), in a fifth of its time where key and
-    row fit into one number."""
-    bits = len(key).bit_length()
-    if len(key) and int(key.max()) >= 1 << 63 - bits:
+    """np.argsort(key, kind="stable") of integers (n,), in a fifth of its time where key and row
+    fit into one number."""
+    n, bits = len(key), len(key).bit_length()
+    if not n or int(key.max()) - int(key.min()) >= 1 << 63 - bits:
         return np.argsort(key, kind="stable")
-    packed = key.astype(np.int64)
+    packed = np.subtract(key, key.min(), dtype=np.int64)
     packed <<= bits
-    packed |= np.arange(len(key))
+    packed |= np.arange(n)
     packed.sort()
     packed &= (1 << bits) - 1
     return packed
 
 
 def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
-    """np.lexsort((then, first)) of integers (n,), `first` >= 0."""
-    if not len(then) or int(then.max()) - int(then.min()) >= 1 << 63:
-        return np.lexsort((then, first))
-    order = stable_order(then - then.min())
+    """np.lexsort((then, first)) of integers (n,)."""
+    order = stable_order(then)
     return order[stable_order(first[order])]
 
 
@@ -206,17 +178,17 @@ def finish(
     user, item, amount, time = (c[order] for c in (user, item, rows.amount, rows.time))
     del order
 
-    order = stable_order(user.astype(np.int64) * len(item_ids) + item)  # of a pair by time
-    pair_ends = np.append((np.diff(user[order]) != 0) | (np.diff(item[order]) != 0), True)
+    key = user.astype(np.int64) * len(item_ids) + item
+    order = stable_order(key)  # of a pair by time
+    pair_ends = np.append(np.diff(key[order]) != 0, True)
+    del key
     if merged := int((~pair_ends).sum()):
-        chosen = pair_ends
-        if repeats == "sum":  # the first time; of equal times the row further down
+        chosen = np.flatnonzero(pair_ends)
+        if repeats == "sum":  # at the first time; of equal times at the row further down
             pair = np.append(0, np.cumsum(pair_ends)[:-1])
-            begin = np.append(0, np.flatnonzero(pair_ends)[:-1] + 1)
-            first = time[order] == time[order][begin][pair]
-            chosen = first & (pair_ends | ~np.append(first[1:], False))
-            sums = np.bincount(pair, amount[order])[pair].astype(np.float32)
-            amount[order] = sums
+            ends = np.flatnonzero(pair_ends | np.append(np.diff(time[order]) != 0, True))
+            chosen = ends[np.append(True, np.diff(pair[ends]) != 0)]
+            amount[order[chosen]] = np.bincount(pair, amount[order])
         keep = np.zeros(len(user), bool)
         keep[order[chosen]] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
@@ -278,17 +250,15 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Ratings 1 to 5 (float32) by rank inside each group: ceil(5 * mid-rank / size), so that the
     top fifth gets 5.
 
-    amount (n,) float, group (n,) int codes. Equal amounts get equal ratings, a group of one gets 3
+    amount (n,) float, group (n,) codes. Equal amounts get equal ratings, a group of one gets 3
     (appendix E.1)."""
-    order = np.lexsort((amount, group))
-    g, a = group[order], amount[order]
-    new_group = np.append(True, g[1:] != g[:-1])
-    new_tie = new_group | np.append(True, a[1:] != a[:-1])
-    first, tie = np.flatnonzero(new_group), np.flatnonzero(new_tie)  # rows where they begin
-    size, length = np.diff(np.append(first, len(g))), np.diff(np.append(tie, len(g)))
-    of = np.cumsum(new_group)[tie] - 1  # the group of each tie
-    # (r - 1/2) / n is the share of the group that lies below: rows before it, and half of its own
-    share = (tie - first[of] + length / 2) / size[of]
-    ratings = np.empty(len(g), np.float32)
-    ratings[order] = np.repeat(np.ceil(5 * share), length)
-    return ratings
+    values, rank = np.unique(amount, return_inverse=True)
+    group = group.astype(np.int64)
+    # ties: rows of equal group and amount, in this order
+    keys, tie, length = np.unique(
+        group * len(values) + rank, return_inverse=True, return_counts=True
+    )
+    size, of = np.bincount(group), keys // len(values)
+    before = np.cumsum(length) - length - (np.cumsum(size) - size)[of]  # in the group, and lower
+    share = (before + length / 2) / size[of]
+    return np.ceil(5 * share).astype(np.float32)[tie]

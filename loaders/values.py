@@ -33,24 +33,6 @@ class Column:
     def __len__(self) -> int:
         return len(self.codes)
 
-    @staticmethod
-    def of(values) -> "Column":
-        """The column of a list of Python values."""
-        places: dict = {}
-        known = (-1 if v is None else places.setdefault(v, len(places)) for v in values)
-        return Column(np.fromiter(known, np.int32, len(values)), list(places))
-
-    @staticmethod
-    def joined(columns: list["Column"]) -> "Column":
-        """The rows of several columns, one after the other."""
-        if len(columns) == 1:
-            return columns[0]
-        places, codes = {}, [np.zeros(0, np.int32)]
-        for column in columns:
-            new = [places.setdefault(value, len(places)) for value in column.values]
-            codes.append(np.array([*new, -1], np.int32)[column.codes])
-        return Column(np.concatenate(codes), list(places))
-
 
 # ---------------------------------------------------------------------------------------------- ids
 def id_text(value) -> str | None:
@@ -73,28 +55,26 @@ def read_ids(column: Column, absent=ABSENT_IDS) -> tuple[np.ndarray, list[str]]:
     """Code of each row's id (n,), NO_ID or BAD_ID; and the ids in order of appearance."""
     places, new = dict.fromkeys(absent, NO_ID), []
     for text in map(id_text, column.values):
-        long = text is None or len(text) > 1000
-        new.append(BAD_ID if long else places.setdefault(text, len(places) - len(absent)))
-    ids = [text.encode("utf-8", "replace").decode() for text in [*places][len(absent) :]]
-    return np.array([*new, NO_ID], np.int32)[column.codes], ids
+        new.append(BAD_ID if text is None else places.setdefault(text, len(places) - len(absent)))
+    return np.array([*new, NO_ID], np.int32)[column.codes], [*places][len(absent) :]
 
 
 # ------------------------------------------------------------------------------------------ numbers
-WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
-SPACES = re.compile(r"(?<=\d)[\s\u00a0\u202f'’](?=\d{3}(?:\D|$))")  # 1 234, 1'234
+WORDS = {"true": 1.0, "false": 0.0}
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # 1,234.5
-DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+|[-+]?\d{1,3}(?:\.\d{3})+(?:,\d+)?")  # 3,5 and 1.234,5
+DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+")  # 3,5
 
 
 def read_number(value, decimal_comma: bool = False) -> float:
     """A number, ABSENT or BAD; a comma stands between thousands, or is decimal."""
     if isinstance(value, str):
-        value = SPACES.sub("", value.strip())
+        value = value.strip()
         if value in ABSENT_TEXTS:
             return ABSENT
-        if (DECIMAL_COMMA if decimal_comma else THOUSANDS).fullmatch(value):
-            drop = "." if decimal_comma else ","
-            value = value.replace(drop, "").replace(",", ".")
+        if decimal_comma:
+            value = value.replace(".", "?").replace(",", ".")  # 1.234 may be 1234
+        elif THOUSANDS.fullmatch(value):
+            value = value.replace(",", "")
         value = WORDS.get(value.lower(), value)
     try:
         number = float(value)
@@ -106,10 +86,11 @@ def read_number(value, decimal_comma: bool = False) -> float:
 def read_numbers(column: Column, delimiter: str = ",") -> np.ndarray:
     """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them.
 
-    A comma is decimal, unless all values that have one have it between thousands. In a file whose
-    fields a semicolon divides it is decimal always."""
+    Commas stand between thousands, unless one cannot: then all are decimal. In a file whose fields
+    a semicolon divides they are decimal always."""
     texts = [v.strip() for v in column.values if isinstance(v, str) and "," in v]
-    decimal_comma = delimiter == ";" or not all(map(THOUSANDS.fullmatch, texts))
+    decimals = [t for t in texts if DECIMAL_COMMA.fullmatch(t) and not THOUSANDS.fullmatch(t)]
+    decimal_comma = bool(decimals or (texts and delimiter == ";"))
     return np.array([*(read_number(value, decimal_comma) for value in column.values), ABSENT])
 
 
@@ -125,37 +106,23 @@ def parse_scale(text: str) -> tuple[float, float] | None:
     return ends[0], ends[1]
 
 
-def rating_doubt(values: np.ndarray, scale: str, amounts: bool = False) -> str:
-    """Why these do not look like ratings of a scale from 1 to 5, and the options that say what
-    they are; "" if they do."""
-    if amounts or not len(values):
+def scale_doubt(values: np.ndarray) -> str:
+    """Why these distinct numbers, the lowest first, are hardly ratings from 1 to 5, with the
+    options that say what they are; "" if they look like them."""
+    low, high = values[0], values[-1]
+    if low == -1 and high > 1:  # it means none
+        low = values[1]
+    up_to_four = low == 0 and high == 4 and (values == np.floor(values)).all()
+    if low >= 0 and 4 <= high <= 5 and not up_to_four:
         return ""
-    low, high, fractions = values.min(), values.max(), (values != np.floor(values)).any()
-    found, zeros, ranks = f"ratings from {low:g} to {high:g}", bool((values == 0).any()), ""
-    if scale:
-        first, last = parse_scale(scale)
-        what = "values other than 0 and 1 of" if scale == "binary" else "ratings outside"
-        outside = scale == "binary" or low < first or high > last
-        return f"{what} --scale {first:g},{last:g}: {found}" if outside else ""
-    signed = low < 0 and (low != -1 or high <= 1)
-    most = max(high, -low) if signed else high
-    end = next((e for e in (1, 2, 3, 4, 5, 10, 20, 100) if most <= e), 0)
-    end = end or 10.0 ** math.ceil(math.log10(most))
-    if signed:
-        advice = f"--scale {-end:g},{end:g}"
-    elif high > 5:
-        advice, ranks = f"--scale 0,{end:g}", "; hours, plays or prices: --percentile item"
-        advice = advice if high > 10 else f"{advice}, or if 0 means none: " * zeros + "--scale 1,10"
-    elif high <= 1:
-        advice = "--scale 0,1" if fractions else "--scale binary"
-    elif high < 4 or (high == 4 and zeros and not fractions):
-        start = 0 if zeros or values[values > 0].min() < 1 else 1
-        advice = f"--scale {start},{math.ceil(high)}"
-        ranks = "; if they are 1 to 5 all the same: --scale 1,5"
-    else:
-        return ""
-    what = "not those of a scale from 1 to 5; say which scale it is, and they are mapped"
-    return f"{found} are {what}: {advice}{ranks}"
+    ends = (low, high) if low < high else sorted((low, 0))
+    scale = "binary" if {*values} <= {0, 1} else f"{ends[0]:g},{ends[1]:g}"
+    ranks = "; hours, plays or prices: --percentile item" * bool(low >= 0)
+    return (
+        f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; say which one it "
+        f"is, and they are mapped: --scale {scale}, the lowest and the highest possible rating (0 "
+        f"or -1 outside of it means none){ranks}"
+    )
 
 
 # -------------------------------------------------------------------------------------------- times
@@ -164,7 +131,6 @@ DATE = re.compile(  # 2017/07/14 20:09, 2017-07-14 20:09:44.5 UTC, 2017-07-14 20
     r"\s*(?:Z|UTC|GMT|([-+]\d\d):?(\d\d)?)?(?:\s*UTC)?",
     re.IGNORECASE,
 )
-TIME_ADVICE = "write times as 2024-12-31 or 2024-12-31 23:59:59, or in seconds since 1970"
 MICRO = 1_000_000
 DATES = {"%Y%m%d": (19700101, 21001231), "%Y%m%d%H%M%S": (197001 * 10**8, 2101 * 10**10)}
 
@@ -215,6 +181,8 @@ def read_times(column: Column | np.ndarray) -> tuple[np.ndarray, int]:
                 dates = [datetime.strptime(str(n), form) for n in distinct.tolist()]
                 good = np.array(dates, "datetime64[us]").astype(np.int64)[places]
                 per_second = MICRO
+    if len(good) == len(ticks):
+        return good, per_second
     out = np.where((ticks == ABSENT) | (ticks == -1), NO_ID, BAD_ID)
     out[fine] = good
     return out, per_second
