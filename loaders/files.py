@@ -1,10 +1,9 @@
 """Raw files: found in a folder, unpacked, decoded.
 
 Hidden files (.x, _x, and macOS's ._x) are skipped. A file may be packed by gzip, bzip2, xz or zstd,
-or be the single file of a zip. Text is UTF-8, or UTF-16 with a byte-order mark; bytes that are not
-UTF-8 are read as Windows-1252 with a note, if they look like letters of western languages."""
+or be the single file of a zip. Text is UTF-8; bytes that are not UTF-8 are read as Windows-1252
+with a note, if they look like letters of western languages."""
 
-import codecs
 import contextlib
 import fnmatch
 import io
@@ -28,12 +27,8 @@ def visible_files(folder: Path, below: bool = False) -> list[Path]:
     """The files of a folder, part 10 after part 9; `below` in its folders, too."""
     names = {f: f.relative_to(folder) for f in (folder.rglob("*") if below else folder.iterdir())}
     hidden = {f for f, name in names.items() if any(p.startswith((".", "_")) for p in name.parts)}
-
-    def by_number(file: Path) -> list:
-        texts = re.split(r"(\d+)", str(names[file]))
-        return [int(text) if text.isdecimal() else text for text in texts]
-
-    return sorted((f for f in names if f not in hidden and f.is_file()), key=by_number)
+    numbered = {f: re.sub(r"\d+", lambda n: n[0].zfill(20), str(n)) for f, n in names.items()}
+    return sorted((f for f in names if f not in hidden and f.is_file()), key=numbered.get)
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
@@ -51,7 +46,7 @@ def find_files(
     path = Path(path)
     if path.is_file():
         return [path]
-    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such folder"
+    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such path"
     for pattern in patterns if path.is_dir() else ():
         found = matching_files(path, pattern)
         found = [f for f in found if not fnmatch.fnmatch(f.name.lower(), without)]
@@ -62,7 +57,7 @@ def find_files(
             raise ValueError(f"{path}: several files could be {what}: {names}")
         if found:
             return sorted(found, key=lambda f: [joined.index(w) for w in words[f] if w in joined])
-    raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; there are {inside})")
+    raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; found {inside})")
 
 
 def name_of(files: list[Path]) -> str:
@@ -101,9 +96,7 @@ def open_bytes(file: Path) -> Iterator:
         with stream:
             yield stream
     except DAMAGE as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise ValueError(f"{file}: cannot be opened ({error.strerror})") from None
-        what = f"the compressed file is damaged or cut off ({error}); fetch it again"
+        what = f"cannot be read ({error}): damaged or cut off? Fetch it again"
         raise ValueError(f"{file}: {what}") from None
 
 
@@ -117,15 +110,12 @@ def read_head(file: Path, size: int = 1 << 20) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------- text
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogateescape
 WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 256)}
 
 
 def decode(content: bytes, file: Path, quiet: bool = False) -> str:
-    """Text of UTF-8, marked UTF-16, or Windows-1252 with a note; else a ValueError."""
-    if content.startswith(UTF16):
-        return content.decode("utf-16", "replace")
+    """Text of UTF-8, or of Windows-1252 with a note; else a ValueError."""
     text = content.decode("utf-8-sig", "surrogateescape")
     if not (stray := STRAY.findall(text)):
         return text
@@ -133,10 +123,8 @@ def decode(content: bytes, file: Path, quiet: bool = False) -> str:
     text = text.translate(WESTERN)
     example = text[max(0, first - 20) : first + 20].strip()
     if count - len(stray) > count / 4:  # letters of western languages stand alone
-        raise ValueError(
-            f"{file}: not text in UTF-8 (near {example!r} in Windows-1252): save it as UTF-8, such "
-            "as by iconv -f GB18030 -t UTF-8, or by open(..., encoding=...) in Python"
-        )
+        way_out = "save it as UTF-8, such as by iconv -f GB18030 -t UTF-8"
+        raise ValueError(f"{file}: not text in UTF-8 (near {example!r}): {way_out}")
     if not quiet:
         what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
         print0(f"note: {file}: {what}. If that is wrong, save the file as UTF-8")

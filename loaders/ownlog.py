@@ -10,7 +10,7 @@ of the file is that in time; without titles, ids are shown."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ def parse_columns(
     ValueError names what is not understood."""
     columns = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        field, _, name = (p.strip() for p in part.partition("="))
+        field, _, name = map(str.strip, part.partition("="))
         if field not in allowed or not name or name in columns.values():
             forms = ", ".join(f"{f}=NAME" for f in allowed)
             raise ValueError(f"{option}: {part!r} is not one of {forms}, each name once")
@@ -87,7 +87,7 @@ class Finder:
             if name:
                 found[field] = name
         count = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: len(names)], 1))
-        count = f"or count the columns, if no line names them: {self.option} {count}"
+        count = f"or count the columns, such as {self.option} {count}"
         if missing := [field for field in self.required if field not in found]:
             which = f"which column is the {missing[0]}? Say {self.option} {missing[0]}=NAME"
             raise ValueError(f"{source}: {which}; {there}; {count}")
@@ -112,28 +112,27 @@ class Finder:
                 return fits[0]
         return ""
 
-    def in_rows(self, rows: list[list[str]], source) -> tuple[dict[str, str], dict[str, int], bool]:
-        """Of a table's first rows: field -> name, field -> place, whether the first names them: it
-        holds a usual name, or text above numbers."""
-        first, *below = rows
-        if not self.given or not all(name.isdigit() for name in self.given.values()):
-            labels = self.by_name(first, source)
-            return labels, {field: first.index(name) for field, name in labels.items()}, True
-        numbers, named = [str(n) for n in range(1, len(first) + 1)], False
-        labels = replace(self, usual=False).by_name(numbers, source)
-        places = {field: numbers.index(number) for field, number in labels.items()}
+    def in_rows(self, first: list[str], below: list[str] = (), source="") -> tuple:
+        """Of a table's first two rows: field -> name, field -> place, and whether the first names
+        the columns. Where they are counted, it does if it has a usual name, or text above a
+        number."""
+        counted = self.given and all(name.isdigit() for name in self.given.values())
+        names = [str(n) for n in range(1, len(first) + 1)] if counted else first
+        labels = self.by_name(names, source)
+        places = {field: names.index(name) for field, name in labels.items()}
+        named = not counted
         for field, place in places.items():
-            name, values = first[place], [row[place] for row in below if len(row) > place]
+            name, value = first[place], below[place] if place < len(below) else ""
             text = not NUMBER.fullmatch(name) and name not in ABSENT_TEXTS
-            above = sum(bool(NUMBER.fullmatch(value)) for value in values) > len(values) / 2
-            named = named or (text and above) or plain_name(name) in USUAL[field].split()
+            named = named or plain_name(name) in USUAL.get(field, "").split()
+            named = named or bool(text and NUMBER.fullmatch(value))
         labels = {f: first[place] for f, place in places.items()} if named else labels
         return labels, places, named
 
 
 # ------------------------------------------------------------------------------------------- titles
 def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, source) -> list[str]:
-    """The title of each item, "" for none; of several the first in the alphabet, which is noted.
+    """The title of each item, "" for none; of several the first in the alphabet.
 
     `items` (n,) are codes, -1 for none. ValueError if nobody named the column and a fifth of the
     items has several titles."""
@@ -145,19 +144,15 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
     lowest = np.full(num_items + 1, none)  # the last is of codes that are no items
     np.minimum.at(lowest, items, place)
     other = np.flatnonzero((place > lowest[items]) & (place < none) & (items >= 0))
-    several, rows = np.unique(items[other], return_index=True)
     titles = [*map([*order, ""].__getitem__, lowest[:-1].tolist())]
-    if len(several):
-        pairs = [(titles[i], order[place[other[r]]]) for i, r in zip(several[:2], rows[:2])]
-        such = "; ".join(f"{shorten(a, 80)!r} and {shorten(b, 80)!r}" for a, b in pairs)
-        many = f"{len(several):,} items have more than one title in column {label}, such as {such}"
-        if 5 <= len(several) > sum(map(bool, titles)) / 5 and "title" not in find.given:
-            raise ValueError(
-                f"{source}: {many}: reviews' or customers' names? Name another column with "
-                f"{find.option} title=NAME, or a second file with --item_file; to use it all the "
-                f"same: {find.option} title={label}"
-            )
-        print0(f"note: {source}: {many}; the first in the alphabet is shown")
+    if count := len(np.unique(items[other])):
+        first, second = titles[items[other[0]]], order[place[other[0]]]
+        such = f"{shorten(first, 80)!r} and {shorten(second, 80)!r}"
+        many = f"{source}: {count:,} items have several titles in column {label}, such as {such}"
+        if 5 <= count > sum(map(bool, titles)) / 5 and "title" not in find.given:
+            use = f"{find.option} title={label}"
+            raise ValueError(f"{many}: name another column, or --item_file; to use it: {use}")
+        print0(f"note: {many}; the first in the alphabet is shown")
     return titles
 
 
@@ -198,81 +193,43 @@ PATTERNS = {  # of the files in a folder, and what they are called
 PARQUET = (".parquet", ".parq", ".pq")
 
 
-def parquet_files(path: Path) -> list[Path]:
-    """The file, or all of a folder and its folders."""
+def table_files(path: Path, kind: str) -> list[Path]:
+    """The file, or the parts of one table in a folder; those of Parquet in its folders, too."""
+    if kind != "parquet":
+        return find_files(path, *PATTERNS[kind], joined=SPLIT_NAMES if kind == "recbole" else ())
     if path.is_file():
         return [path]
-    found = [*path.rglob("*")] if path.is_dir() else []
-    if any("_delta_log" in f.parts or f.name.endswith(".metadata.json") for f in found):
+    inside = [*path.rglob("*")] if path.is_dir() else []
+    if any("_delta_log" in f.parts or f.name.endswith(".metadata.json") for f in inside):
         raise ValueError(f"{path}: a folder of Delta Lake or Iceberg keeps removed rows: export it")
-    parts = visible_files(path, below=True) if found else []
+    parts = visible_files(path, below=True) if inside else []
     parts = [f for f in parts if f.name.lower().endswith(PARQUET)]
     if not parts:
-        inside = [f.name for f in found[:8]]
-        raise ValueError(f"{path}: no .parquet file or folder of such files; there are {inside}")
+        names = [f.name for f in inside[:8]]
+        raise ValueError(f"{path}: no .parquet file or folder of such files; there are {names}")
     return parts
-
-
-def log_files(config) -> list[Path]:
-    if config.dataset == "parquet":
-        return parquet_files(Path(config.data_dir))
-    joined = SPLIT_NAMES if config.dataset == "recbole" else ()
-    return find_files(config.data_dir, *PATTERNS[config.dataset], joined=joined)
 
 
 def item_files(config) -> tuple[list[Path], str, Path]:
     """The parts of --item_file, or of the .item beside a .inter; their kind; their folder."""
     path, kind = Path(config.item_file), config.dataset
     if not config.item_file:
-        log = log_files(config)[0] if kind == "recbole" else None
-        found = matching_files(log.parent, f"{log.name.split('.')[0]}.item*") if log else []
+        log = table_files(Path(config.data_dir), kind)[0] if kind == "recbole" else None
+        found = matching_files(log.parent, "*.item*") if log else []
+        if len(found) > 1:  # the one of the same name
+            found = [f for f in found if f.name.split(".")[0] == log.name.split(".")[0]]
         return found[:1], kind, path
-    if not path.exists():
-        raise ValueError(f"--item_file {path}: no such file")
     inside = visible_files(path, below=True) if path.is_dir() else [path]
     if any(f.name.lower().endswith(PARQUET) for f in inside):
-        return parquet_files(path), "parquet", path
-    if kind != "recbole":
+        kind = "parquet"
+    elif kind != "recbole":
         kind = "jsonl" if re.search(r"\.jsonl?\b", path.name.lower()) else "csv"
-    return find_files(path, *PATTERNS[kind]), kind, path
+    return table_files(path, kind), kind, path
 
 
 def files(config) -> list[Path]:
     """All that is read."""
-    return log_files(config) + item_files(config)[0]
-
-
-def load(config) -> Interactions:
-    """The log of --dataset csv, jsonl, recbole or parquet."""
-    parts, items = log_files(config), item_files(config)[0]
-    source = name_of(parts) if config.dataset != "parquet" else config.data_dir
-    only = tuple(field for field in FIELDS if field != "title" or not items)
-    given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
-    find = Finder(given, ("user", "item"), only)
-    table = read_table(parts, config.dataset, find, Path(config.data_dir))
-    labels = table.labels
-    print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
-    percentile = choose_percentile(config, source, table)
-    rows = usable_rows(table, source, bool(percentile), config.scale)
-    for why, count in rows.notes.items():
-        print0(f"note: {count:,} {why}")
-    check_times(rows, source, find, labels.get("timestamp", ""))
-    titles = [""] * len(rows.item_ids)
-    if items:
-        titles = titles_beside(config, rows)
-    elif "title" in labels:
-        table.columns["title"].codes = table.columns["title"].codes[rows.kept]
-        titles = titles_of(rows.item, len(titles), table, find, source)
-    del table  # a log of 20 million rows takes 500 MB
-    if few := titles.count(""):
-        what = f"{few:,} of {len(titles):,} items have no title; their ids are shown, which tell a "
-        print0(f"note: {what}model nothing (--columns title=NAME, --item_file)")
-    titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
-    repeats = "sum" if percentile else "last"  # amounts add up
-    interactions = finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
-    if "rating" not in labels and np.ptp(interactions.rating) == 0:
-        print0("note: nobody chose an item twice: all ratings are 3, none is liked: --min_rating 3")
-    return interactions
+    return table_files(Path(config.data_dir), config.dataset) + item_files(config)[0]
 
 
 def choose_percentile(config, source: str, table: Table) -> str:
@@ -289,28 +246,46 @@ def choose_percentile(config, source: str, table: Table) -> str:
         print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
         return "item"
     numbers = read_numbers(table.columns["rating"], table.delimiter)
-    values = np.unique(numbers[np.isfinite(numbers)])
-    if len(values) and not percentile and not scale:
-        if doubt := scale_doubt(values):
-            raise ValueError(f"{source}: column {name}: {doubt}")
-        if values[0] == 0:
-            print0(f"note: 0 means no rating; if it is one: --scale 0,{values[-1]:g}")
+    if not percentile and not scale and (doubt := scale_doubt(numbers)):
+        raise ValueError(f"{source}: column {name}: {doubt}")
     return percentile
 
 
-def check_times(rows: Rows, source: str, find: Finder, label: str) -> None:
-    """Say where the order in time is that of the file; ValueError where a column that nobody named
-    holds hours of a day instead of times."""
-    first, last = rows.time.min(), rows.time.max()
-    order = "the order of the file is the one in time"
-    known = not label or "timestamp" in find.given or plain_name(label) == "timestamp"
-    if len(rows.time) > 100 and last <= 24 and not known:
+def load(config) -> Interactions:
+    """The log of --dataset csv, jsonl, recbole or parquet."""
+    items = item_files(config)[0]
+    parts = table_files(Path(config.data_dir), config.dataset)
+    source = name_of(parts) if config.dataset != "parquet" else config.data_dir
+    only = tuple(field for field in FIELDS if field != "title" or not items)
+    given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
+    find = Finder(given, ("user", "item"), only)
+    table = read_table(parts, config.dataset, find, Path(config.data_dir))
+    labels = table.labels
+    print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
+    percentile = choose_percentile(config, source, table)
+    rows = usable_rows(table, source, bool(percentile), config.scale)
+    for why, count in rows.notes.items():
+        print0(f"note: {count:,} {why}")
+    label = labels.get("timestamp", "")
+    known = "timestamp" in find.given or plain_name(label) == "timestamp"
+    if label and not known and len(rows.time) > 100 and rows.time.max() <= 24:
         raise ValueError(
-            f"{source}: column {label} holds numbers from {first} to {last}: hours of a day? Say "
-            f"{find.option} timestamp=NAME; to use it all the same: {find.option} timestamp={label}"
+            f"{source}: column {label} holds no number above 24: hours of a day? Name the times by "
+            f"--columns timestamp=NAME; to use it all the same: --columns timestamp={label}"
         )
-    if not label:
-        print0(f"note: no timestamp column (--columns timestamp=NAME); {order}")
-    elif first == last and len(rows.time) > 1:
-        rounded = "were they rounded by a spreadsheet (1.5E+12)?"
-        print0(f"note: all times are {first // rows.per_second}: {rounded} Now {order}")
+    if not label or (rows.time == rows.time[0]).all():
+        what = f"all {label} are equal" if label else "no timestamp column (--columns timestamp=)"
+        print0(f"note: {what}: the order of the file is the one in time")
+    titles = [""] * len(rows.item_ids)
+    if items:
+        titles = titles_beside(config, rows)
+    elif "title" in labels:
+        table.columns["title"].codes = table.columns["title"].codes[rows.kept]
+        titles = titles_of(rows.item, len(titles), table, find, source)
+    del table  # a log of 20 million rows takes 500 MB
+    if few := titles.count(""):
+        what = f"{few:,} of {len(titles):,} items have no title; their ids are shown, which tell a "
+        print0(f"note: {what}model nothing (--columns title=NAME, --item_file)")
+    titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
+    repeats = "sum" if percentile else "last"  # amounts add up
+    return finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)

@@ -13,18 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data import ITEMS, Interactions, Words, select_rows
+from loaders import values
 from loaders.tables import Table, check_bad, shorten
-from loaders.values import (
-    ABSENT,
-    ABSENT_IDS,
-    BAD_ID,
-    NO_ID,
-    Column,
-    parse_scale,
-    read_ids,
-    read_numbers,
-    read_times,
-)
+from loaders.values import ABSENT, ABSENT_IDS, BAD_ID, NO_ID, Column, parse_scale, read_times
 
 # ------------------------------------------------------------------------------------------- titles
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
@@ -82,10 +73,10 @@ def usable_rows(
 ) -> Rows:
     """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
     n = table.num_rows
-    user, user_ids = read_ids(table.columns["user"], absent)
-    item, item_ids = read_ids(table.columns["item"], absent)
+    user, user_ids = values.read_ids(table.columns["user"], absent)
+    item, item_ids = values.read_ids(table.columns["item"], absent)
     rating = table.columns.get("rating") or Column(np.zeros(n, np.int32), [1.0])
-    numbers = read_numbers(rating, table.delimiter)
+    numbers = values.read_numbers(rating, table.delimiter)
     low, high = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
     inside = (numbers >= low) & (numbers <= high)
     if scale == "binary":
@@ -96,29 +87,26 @@ def usable_rows(
     if "timestamp" in table.columns:
         time, per_second = read_times(table.columns["timestamp"])
 
-    mapped = f"in --scale {scale}" if scale else "from 0 on" if amounts else "above 0 and up to 5"
-    columns = {  # codes, of which those below 0 cannot be used; what the bad ones are not
-        "user": (user, "user ids"),
-        "item": (item, "item ids"),
-        "rating": (state[rating.codes], f"numbers {mapped}"),
-        "timestamp": (
-            time,
-            "times with a known order: write them as 2024-12-31 23:59:59, or in seconds since 1970",
-        ),
-    }
+    bounds = f"in --scale {scale}" if scale else "from 0 on" if amounts else "above 0 and up to 5"
+    meant = {"user": "user ids", "item": "item ids", "rating": f"numbers {bounds} (write 3.5)"}
+    meant["timestamp"] = "times, written as 2024-12-31 23:59:59, or in seconds since 1970"
     kept, notes, wrong, num_bad = np.ones(n, bool), {}, [], 0
-    for name, (codes, what) in columns.items():
+    for name, codes in zip(meant, (user, item, state[rating.codes], time)):
         if n and codes.min() >= 0:
             continue
-        absent_rows, bad_rows = kept & (codes == NO_ID), np.flatnonzero(kept & (codes <= BAD_ID))
-        if count := int(absent_rows.sum()):
-            notes[f"rows without {name}" + " (empty, or 0 or -1)" * (name == "rating")] = count
+        if count := int((kept & (codes == NO_ID)).sum()):
+            zeros = " (empty, or 0 or -1 outside of --scale)" * (name == "rating")
+            notes[f"rows without {name}{zeros}"] = count
+        bad_rows = np.flatnonzero(kept & (codes <= BAD_ID))
         if len(bad_rows):
             num_bad += len(bad_rows)
-            shown = dict.fromkeys(shown_value(table, name, row) for row in bad_rows[:1000].tolist())
+            column, rows = table.columns[name], bad_rows[:2].tolist()
+            texts = isinstance(column, Column)  # not an array
+            shown = [column.values[column.codes[r]] if texts else column[r].item() for r in rows]
+            examples = " and ".join(shorten(repr(value), 80) for value in shown)
             wrong.append(
-                f"column {table.labels[name]}: {len(bad_rows):,} values are no {what}, such as "
-                f"{' and '.join([*shown][:2])} (row {bad_rows[0] + table.first_row})"
+                f"column {table.labels[name]}: {len(bad_rows):,} values are no {meant[name]}, such "
+                f"as {examples} (row {bad_rows[0] + table.first_row})"
             )
         kept &= codes >= 0
     if lines := check_bad(table, source, num_bad, wrong):
@@ -132,13 +120,6 @@ def usable_rows(
     columns = user, item, numbers.astype(np.float32)[rating.codes], time
     columns = columns if kept.all() else (column[kept] for column in columns)
     return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes)
-
-
-def shown_value(table: Table, name: str, row: int) -> str:
-    """A value, for a message."""
-    column = table.columns[name]
-    texts = isinstance(column, Column)
-    return shorten(repr(column.values[column.codes[row]] if texts else column[row].item()), 80)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -156,12 +137,6 @@ def stable_order(key: np.ndarray) -> np.ndarray:
     return packed
 
 
-def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
-    """np.lexsort((then, first)) of integers (n,)."""
-    order = stable_order(then)
-    return order[stable_order(first[order])]
-
-
 def finish(
     rows: Rows,
     titles: list[str],  # of each item of rows.item_ids; items with "" are dropped
@@ -174,7 +149,8 @@ def finish(
     """The sorted log, in which the order of the lines changes nothing but ties in time."""
     user, user_ids = recoded(rows.user, by_text, rows.user_ids)
     item, item_ids, titles = recoded(rows.item, by_text, rows.item_ids, titles)
-    order = sort_order(user, rows.time)
+    order = stable_order(rows.time)
+    order = order[stable_order(user[order])]  # by user, then time
     user, item, amount, time = (c[order] for c in (user, item, rows.amount, rows.time))
     del order
 
@@ -198,15 +174,13 @@ def finish(
         group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
         amount = percentile_ratings(amount, group)
     start = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
-    seconds = time // rows.per_second
-    log = Interactions(
-        user, item, amount, seconds, start, titles, user_ids, item_ids, name, words=words
-    )
+    time //= rows.per_second
+    ids = titles, user_ids, item_ids
+    log = Interactions(user, item, amount, time, start, *ids, name, words=words)
     titled = np.array([bool(title) for title in titles])
     if not titled.any():
-        raise ValueError(
-            f"{rows.source}: not one of its {len(titles):,} items has a title; first {item_ids[:3]}"
-        )
+        shown = f"its {len(titles):,} items has a title; first {item_ids[:3]}"
+        raise ValueError(f"{rows.source}: not one of {shown}")
     if not titled.all():
         kept = titled[item]
         rows.notes["interactions with an item that has no title"] = int((~kept).sum())
@@ -252,13 +226,11 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
 
     amount (n,) float, group (n,) codes. Equal amounts get equal ratings, a group of one gets 3
     (appendix E.1)."""
-    values, rank = np.unique(amount, return_inverse=True)
+    amounts, rank = np.unique(amount, return_inverse=True)
     group = group.astype(np.int64)
-    # ties: rows of equal group and amount, in this order
-    keys, tie, length = np.unique(
-        group * len(values) + rank, return_inverse=True, return_counts=True
-    )
-    size, of = np.bincount(group), keys // len(values)
+    key = group * len(amounts) + rank  # rows of an equal one are a tie
+    keys, tie, length = np.unique(key, return_inverse=True, return_counts=True)
+    size, of = np.bincount(group), keys // len(amounts)
     before = np.cumsum(length) - length - (np.cumsum(size) - size)[of]  # in the group, and lower
     share = (before + length / 2) / size[of]
     return np.ceil(5 * share).astype(np.float32)[tie]

@@ -1,12 +1,11 @@
 """Any file or folder of files as one table: CSV and its relatives, JSON, Python literals, Parquet.
 
 Arrow reads them, on all cores. Python reads, a line at a time, what Arrow cannot: JSON with a bad
-line, arrays, columns of several types, literals, and tables with stray quotes."""
+line, arrays, columns of several types, literals."""
 
 import ast
 import contextlib
 import csv
-import io
 import itertools
 import json
 import re
@@ -21,6 +20,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from common import print0
 from loaders.files import decode, name_of, open_bytes, read_head, read_lines
 from loaders.values import ABSENT_TEXTS, Column, id_text
 
@@ -63,7 +63,7 @@ def check_bad(table: Table, source, num_bad: int = 0, wrong: Iterable[str] = ())
     """What cannot be used, "" for nothing: lines of the file, and `num_bad` rows for the reasons
     `wrong`; ValueError if that is more than 1 %."""
     total, unread = table.num_rows + table.num_bad, table.num_bad
-    lines = [f"{unread:,} lines are no rows: {'; '.join(table.first_bad)}"] if unread else []
+    lines = [f"unreadable lines ({unread:,}): {'; '.join(table.first_bad)}"] if unread else []
     reasons = "; ".join([*lines, *wrong])
     if unread + num_bad > MAX_BAD_SHARE * total:
         count = f"{unread + num_bad:,} of {total:,} rows cannot be used (1% may be)"
@@ -98,20 +98,20 @@ def coded(column: pa.ChunkedArray, name: str, label: str) -> Column | np.ndarray
         raise ValueError(f"column {label}: {kind} is no text, number or moment in time; cast it")
     if types.is_string_view(kind):
         column = column.cast(pa.string())
-    if name == "timestamp" and (types.is_date(kind) or types.is_timestamp(kind)):
-        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
-        return filled(column.cast(pa.int64())).view("M8[us]")
-    if name == "timestamp" and (types.is_integer(kind) or types.is_floating(kind)):
-        return filled(column.cast(pa.int64()) if types.is_integer(kind) else column)
-    if not types.is_dictionary(column.type):
-        column = column.dictionary_encode()
-    whole = column.unify_dictionaries().combine_chunks()
-    return Column(filled(whole.indices.cast(pa.int32())), whole.dictionary.to_pylist())
-
-
-def filled(numbers) -> np.ndarray:
-    """Numbers with -1 for null."""
-    return (numbers.fill_null(-1) if numbers.null_count else numbers).to_numpy()
+    is_moment = types.is_date(kind) or types.is_timestamp(kind)
+    numeric = is_moment or types.is_integer(kind) or types.is_floating(kind)
+    if is_time := name == "timestamp" and numeric:
+        if is_moment:
+            column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
+        numbers = column if types.is_floating(kind) else column.cast(pa.int64())
+    else:
+        column = column if types.is_dictionary(column.type) else column.dictionary_encode()
+        whole = column.unify_dictionaries().combine_chunks()
+        numbers = whole.indices.cast(pa.int32())
+    array = (numbers.fill_null(-1) if numbers.null_count else numbers).to_numpy()
+    if is_time:
+        return array.view("M8[us]") if is_moment else array
+    return Column(array, whole.dictionary.to_pylist())
 
 
 # ---------------------------------------------------------------------------------------------- CSV
@@ -121,69 +121,51 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
     for file in files:
         with open_bytes(file) as f:
             content = f.read()
-        if not is_utf8(content):
+        if not content.isascii():
             content = decode(content, file).encode()
-        content = content.removeprefix("\ufeff".encode())
         lines = re.split("\r\n|\r|\n", content[: 1 << 20].decode(errors="replace"))
         skip = next((n for n, line in enumerate(lines) if line.strip()), None)
         if skip is None:
             continue
         if "\0" in lines[skip]:
-            raise ValueError(f"{file}: not text in UTF-8, or in UTF-16 with a byte-order mark")
-        skip += lines[skip][:4].lower() == "sep=" and skip + 1 < len(lines)  # Excel's first line
-        delimiter = max((",", ";", "\t", "|"), key=re.sub('"[^"]*"', "", lines[skip]).count)
-        if delimiter not in lines[skip] and "::" in lines[skip]:
-            delimiter, content = "::", content.replace(b"::", BETWEEN.encode())
-        mark = delimiter.replace("::", BETWEEN)
-        sample = [line.replace(delimiter, mark) for line in lines[skip : skip + 100]]
-        rows = [next(csv.reader([line], delimiter=mark)) for line in sample if line.strip()]
-        first = [name.strip() for name in rows[0]]
-        if kind == "recbole":
-            first = [name.partition(":")[0] for name in first]
-        if not table.labels:
+            raise ValueError(f"{file}: not text in UTF-8; save it as UTF-8")
+        mark = max((",", ";", "\t", "|"), key=re.sub('"[^"]*"', "", lines[skip]).count)
+        if mark not in lines[skip] and "::" in lines[skip]:
+            mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
+            lines[skip:] = [line.replace("::", BETWEEN) for line in lines[skip:]]
+        top = [line for line in lines[skip:] if line.strip()][:2]
+        first, *below = [next(csv.reader([line], delimiter=mark)) for line in top]
+        first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
+        names = {*table.labels.values()}
+        header = named and not names.isdisjoint(first)
+        if not names:
             if len(first) == 1:
                 raise ValueError(
-                    f"{file}: its first line, {shorten(first[0], 80)!r}, is one field: not a table "
-                    "of one row per interaction, such as user,item,rating,timestamp (, ; tab | or "
-                    ":: between them; Netflix's movie numbers belong into the rows)"
+                    f"{file}: its first line, {shorten(top[0], 80)!r}, is one field, not a row per "
+                    "interaction, such as user,item,rating,timestamp (, ; tab | or :: between "
+                    "them; Netflix: write the movie's number into each row)"
                 )
-            table.labels, places, named = find.in_rows([first, *rows[1:]], file)
-            table.first_row, table.delimiter, header = 1 + named, delimiter, named
-        else:
-            names = {*table.labels.values()}
-            header = named and len(names & {*first}) > len(names) / 2
-            if header and (missing := names - {*first}):
-                raise ValueError(f"{file}: no column {missing.pop()}; there are {brief(first)}")
-            places = {f: first.index(n) for f, n in table.labels.items()} if header else places
+            table.labels, places, named = find.in_rows(first, *below, source=file)
+            table.first_row, table.delimiter, header = 1 + named, mark, named
+        elif header and (missing := names - {*first}):
+            raise ValueError(f"{file}: no column {missing.pop()}; there are {brief(first)}")
+        elif header:
+            places = {f: first.index(n) for f, n in table.labels.items()}
         width = len(first) if header or not width else width
         fields = {place: name for name, place in places.items()}
         columns = [fields.get(n, str(n)) for n in range(width)]
         plain = kind == "plain" or mark == BETWEEN or (kind == "recbole" and mark == "\t")
         quotes = "" if plain else quote_style(content, mark)
-        if quotes == "stray" and mark != "\t":
-            lines = re.split("\r\n|\r|\n", content.decode())[skip + header :]
-            content = "\n".join(sound_lines(lines, mark, width, table)).encode()
-            yield read_csv(content, file, table, columns, 0, BETWEEN, "")
-        else:  # in a table with tabs stray quotes are part of a name
-            quotes = quotes.replace("stray", "")
-            yield read_csv(content, file, table, columns, skip + header, mark, quotes)
-
-
-def is_utf8(content: bytes) -> bool:
-    """Arrow's check, which copies nothing."""
-    ends = pa.py_buffer(np.array([0, len(content)]))
-    text = pa.LargeStringArray.from_buffers(1, ends, pa.py_buffer(content))
-    try:
-        text.validate(full=True)
-    except pa.ArrowInvalid:
-        return False
-    return True
+        if quotes == "stray":
+            print0(f"note: {file}: some quotes neither begin nor end a field: all are characters")
+        yield read_csv(content, file, table, columns, skip + header, mark, quotes)
 
 
 def quote_style(content: bytes, mark: str) -> str:
     """How quotes stand in a table: "" for none, "doubled" inside quotes, "escaped" by a backslash,
     or "stray": some neither begin nor end a field."""
-    data = np.frombuffer(content + b"\n", np.uint8)  # the last byte is also in front of the first
+    content += b"\n" * (not content.endswith(b"\n"))  # it also stands in front of the first byte
+    data = np.frombuffer(content, np.uint8)
     edges = np.isin(np.arange(256), [*b'\r\n"', ord(mark)])
     quotes = np.flatnonzero(data == ord('"'))
     escaped = (data[quotes - 1] == ord("\\")) & (data[quotes - 2] != ord("\\"))
@@ -194,34 +176,22 @@ def quote_style(content: bytes, mark: str) -> str:
     return "stray"
 
 
-def sound_lines(lines: Iterable[str], mark: str, width: int, table: Table) -> Iterator[str]:
-    """Lines of a table with stray quotes, each divided on its own; those that cannot be are bad."""
-    for line in filter(str.strip, lines):
-        fields = []
-        with contextlib.suppress(csv.Error):
-            fields = next(csv.reader([line], delimiter=mark, strict=True))
-        if len(fields) == width:
-            yield BETWEEN.join(fields)
-        else:
-            table.bad(f"a stray quote, or not {width} fields: {line}")
-
-
 def read_csv(
     content: bytes, file, table: Table, columns: list[str], skip: int, mark: str, quotes: str
 ) -> pa.Table:
     """The fields among the columns of one part, behind its first `skip` lines."""
 
     def skipped(row) -> str:
-        shown = row.text.replace(BETWEEN, table.delimiter)
+        shown = row.text.replace(BETWEEN, "::")
         table.bad(f"{row.actual_columns} fields, not {row.expected_columns}: {shown}")
         return "skip"
 
     read = pa.csv.ReadOptions(column_names=columns, skip_rows=skip, block_size=BLOCK)
     parse = pa.csv.ParseOptions(
         delimiter=mark,
-        quote_char='"' if quotes else False,
+        quote_char='"' if quotes in ("doubled", "escaped") else False,
         escape_char="\\" if quotes == "escaped" else False,
-        newlines_in_values=bool(quotes),
+        newlines_in_values=quotes in ("doubled", "escaped"),
         invalid_row_handler=skipped,
     )
     known_bad = table.num_bad, table.first_bad
@@ -233,7 +203,7 @@ def read_csv(
         )
         table.num_bad, table.first_bad = known_bad
         try:
-            return pa.csv.read_csv(io.BytesIO(content), read, parse, convert)
+            return pa.csv.read_csv(pa.BufferReader(content), read, parse, convert)
         except pa.ArrowInvalid as error:
             message = " ".join(str(error).split())
             if "Empty CSV file" in message:
@@ -246,11 +216,12 @@ def read_csv(
 # --------------------------------------------------------------------------------------------- JSON
 def json_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterable[pa.Table]:
     """Lines of JSON or of Python literals, and arrays of JSON."""
-    head = [r for f in files for r in itertools.islice(read_records(f, Table()), 1000)]
+    tried = Table()
+    head = [r for f in files for r in itertools.islice(read_records(f, tried), 1000)]
     names = list(dict.fromkeys(name for record in head for name in record))
     if not names:
-        start = read_head(files[0], 80).decode(errors="replace")
-        raise ValueError(f"{name_of(files)}: no line is a JSON object; line 1: {start!r}")
+        check_bad(tried, name_of(files))
+        return []
     table.labels = find.by_name(names, name_of(files))
     found = [*itertools.takewhile(bool, (arrow_json(f, head, table.labels) for f in files))]
     return found if len(found) == len(files) else [read_texts(f, table) for f in files]
@@ -281,13 +252,9 @@ def read_texts(file: Path, table: Table) -> pa.Table:
     rows = []
     for record in read_records(file, table):
         values = [record.get(name) for name in table.labels.values()]
-        nested = [v for v in values if isinstance(v, (list, dict))]
-        if nested:
-            name = [*table.labels.values()][values.index(nested[0])]
-            table.bad(
-                f"column {name} holds lists or objects, such as {shorten(repr(nested[0]), 80)}; "
-                "write texts (pandas: to_json(orient='records', lines=True))"
-            )
+        if nested := [v for v in values if isinstance(v, (list, dict))]:
+            shown = f"a list or an object, {shorten(repr(nested[0]), 80)}: write a text"
+            table.bad(f"{shown} (pandas: to_json(orient='records', lines=True))")
             continue
         texts = (v if v is None else id_text(v) or str(v) for v in values)
         rows.append([t if t is None else t.encode("utf-8", "replace").decode() for t in texts])
@@ -298,22 +265,22 @@ def read_texts(file: Path, table: Table) -> pa.Table:
 def read_records(file: Path, table: Table) -> Iterator[dict]:
     """The objects of an array, or of lines of JSON or Python literals (which are never evaluated);
     blank lines are no lines, others are bad."""
-    lines = map(str.strip, read_lines(file))
+    records: Iterable = map(str.strip, read_lines(file))
     if read_head(file, 1 << 10).removeprefix("\ufeff".encode()).lstrip().startswith(b"["):
         try:
-            records = json.loads("\n".join(lines))
+            records = json.loads("\n".join(records))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not a JSON array of objects ({error})") from None
-        yield from (r if isinstance(r, dict) else {} for r in records)
-    for number, line in enumerate(lines, 1):
-        record, damage = None, (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
-        for parse in (json.loads, ast.literal_eval) if line.startswith("{") else ():
-            with contextlib.suppress(*damage):
-                record = record or parse(line)
+    damage = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+    for number, record in enumerate(records, 1):
+        for parse in (json.loads, ast.literal_eval):
+            if isinstance(record, str) and record.startswith("{"):
+                with contextlib.suppress(*damage):
+                    record = parse(record)
         if isinstance(record, dict):
             yield record
-        elif line:
-            table.bad(f"line {number}: {line}")
+        elif record != "":
+            table.bad(f"line {number}: {record}")
 
 
 # ------------------------------------------------------------------------------------------ Parquet

@@ -1,8 +1,7 @@
-"""What the values of a column mean: ids, numbers however they are written, scales, moments in time.
+"""What the values of a column mean: ids, numbers, scales, moments in time.
 
 A column is coded, and only its distinct values are converted. A value that is left empty (NULL, NA,
-...) is ABSENT: its row is left out and counted. One that is not understood is BAD. Dates with the
-day or the month first are not understood, because nobody can tell them apart."""
+...) is ABSENT, one that is not understood (a date with the day or the month first) is BAD."""
 
 import contextlib
 import math
@@ -30,18 +29,12 @@ class Column:
     codes: np.ndarray  # (n,) int32, -1 for null
     values: list
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
 
 # ---------------------------------------------------------------------------------------------- ids
 def id_text(value) -> str | None:
     """The text of an id; None where the value is none (True, 1.5, a list)."""
     if isinstance(value, bytes):
-        try:
-            value = str(UUID(bytes=value)) if len(value) == 16 else value.decode()
-        except UnicodeDecodeError:
-            return None
+        value = str(UUID(bytes=value)) if len(value) == 16 else value.decode(errors="replace")
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == value // 1:
@@ -106,22 +99,20 @@ def parse_scale(text: str) -> tuple[float, float] | None:
     return ends[0], ends[1]
 
 
-def scale_doubt(values: np.ndarray) -> str:
-    """Why these distinct numbers, the lowest first, are hardly ratings from 1 to 5, with the
-    options that say what they are; "" if they look like them."""
-    low, high = values[0], values[-1]
-    if low == -1 and high > 1:  # it means none
-        low = values[1]
-    up_to_four = low == 0 and high == 4 and (values == np.floor(values)).all()
-    if low >= 0 and 4 <= high <= 5 and not up_to_four:
+def scale_doubt(numbers: np.ndarray) -> str:
+    """Why these numbers are hardly ratings from 1 to 5, and the options that say what they are; ""
+    if they look like them."""
+    rated = numbers[np.isfinite(numbers)]
+    rated = rated[rated != -1] if (rated > 1).any() else rated  # among others, -1 means none
+    low, high = rated.min(initial=np.inf), rated.max(initial=-np.inf)
+    zero_to_four = low == 0 and high == 4 and (rated == np.floor(rated)).all()
+    if not len(rated) or (low >= 0 and 4 <= high <= 5 and not zero_to_four):
         return ""
-    ends = (low, high) if low < high else sorted((low, 0))
-    scale = "binary" if {*values} <= {0, 1} else f"{ends[0]:g},{ends[1]:g}"
-    ranks = "; hours, plays or prices: --percentile item" * bool(low >= 0)
     return (
-        f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; say which one it "
-        f"is, and they are mapped: --scale {scale}, the lowest and the highest possible rating (0 "
-        f"or -1 outside of it means none){ranks}"
+        f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; name the lowest "
+        f"and the highest possible one (0 or -1 outside of them means none), and they are mapped: "
+        f"--scale {min(low, high - 1):g},{high:g}; likes: --scale binary; hours, plays or prices: "
+        "--percentile item"
     )
 
 
