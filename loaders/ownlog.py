@@ -173,14 +173,12 @@ def titles_beside(config, rows: Rows) -> list[str]:
     titles = titles_of(items, len(rows.item_ids), table, find, source)
     have = sum(map(bool, titles))
     if have < len(titles) / 2:
-        ours = shorten(next(i for i, title in zip(rows.item_ids, titles) if not title), 80)
-        theirs = shorten(next((text for text in ids if text not in known), "none but those"), 80)
-        few = f"{have:,} of {len(titles):,} items of {rows.source} have a title in it; the log has "
-        few += f"{ours!r}, the file has {theirs!r}"
+        few = f"{source}: titles of {have:,} of {len(titles):,} items; the log has ids such as "
+        few += f"{brief(rows.item_ids[:2])}, the file {brief(ids[:2])}"
         if not have:
-            ways = "--columns item=NAME and --item_columns item=NAME,title=NAME"
-            raise ValueError(f"{source}: {few}: write ids alike, or name other columns: {ways}")
-        print0(f"note: {source}: {few}")
+            ways = "--columns item=NAME, --item_columns item=NAME,title=NAME"
+            raise ValueError(f"{few}: write them alike, or name other columns: {ways}")
+        print0(f"note: {few}")
     return titles
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from data import ITEMS, Interactions, Words, select_rows
 from loaders import values
-from loaders.tables import Table, check_bad, shorten
+from loaders.tables import Table, check_bad
 from loaders.values import ABSENT, ABSENT_IDS, BAD_ID, NO_ID, Column, parse_scale, read_times
 
 # ------------------------------------------------------------------------------------------- titles
@@ -88,9 +88,9 @@ def usable_rows(
         time, per_second = read_times(table.columns["timestamp"])
 
     bounds = f"in --scale {scale}" if scale else "from 0 on" if amounts else "above 0 and up to 5"
-    meant = {"user": "user ids", "item": "item ids", "rating": f"numbers {bounds} (write 3.5)"}
-    meant["timestamp"] = "times, written as 2024-12-31 23:59:59, or in seconds since 1970"
-    kept, notes, wrong, num_bad = np.ones(n, bool), {}, [], 0
+    meant = {"user": "id", "item": "id", "rating": f"number {bounds}, written as 3.5"}
+    meant["timestamp"] = "time, written as 2024-12-31 23:59:59, or in seconds since 1970"
+    kept, notes = np.ones(n, bool), {}
     for name, codes in zip(meant, (user, item, state[rating.codes], time)):
         if n and codes.min() >= 0:
             continue
@@ -98,19 +98,17 @@ def usable_rows(
             zeros = " (empty, or 0 or -1 outside of --scale)" * (name == "rating")
             notes[f"rows without {name}{zeros}"] = count
         bad_rows = np.flatnonzero(kept & (codes <= BAD_ID))
-        if len(bad_rows):
-            num_bad += len(bad_rows)
-            column, rows = table.columns[name], bad_rows[:2].tolist()
-            texts = isinstance(column, Column)  # not an array
-            shown = [column.values[column.codes[r]] if texts else column[r].item() for r in rows]
-            examples = " and ".join(shorten(repr(value), 80) for value in shown)
-            wrong.append(
-                f"column {table.labels[name]}: {len(bad_rows):,} values are no {meant[name]}, such "
-                f"as {examples} (row {bad_rows[0] + table.first_row})"
-            )
+        for row in bad_rows[:2].tolist():
+            column = table.columns[name]
+            value = column[row].item() if isinstance(column, np.ndarray) else column.value(row)
+            where = f"row {row + table.first_row}, column {table.labels[name]}"
+            table.bad(f"{where}: {value!r:.80} is no {meant[name]}", count=0)
+        table.num_bad += len(bad_rows)
+        table.num_rows -= len(bad_rows)
         kept &= codes >= 0
-    if lines := check_bad(table, source, num_bad, wrong):
-        notes[f"rows that could not be read ({lines})"] = num_bad + table.num_bad
+    check_bad(table, source)
+    if table.num_bad:
+        notes[f"rows that could not be read ({'; '.join(table.first_bad)})"] = table.num_bad
     if scale:
         numbers = 1 + 4 * (numbers - low) / (high - low)
         notes[f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"] = int(kept.sum())

@@ -39,14 +39,14 @@ class Table:
     # times that are numbers or moments stay an array
     columns: dict[str, Column | np.ndarray] = field(default_factory=dict)
     num_rows: int = 0
-    num_bad: int = 0
+    num_bad: int = 0  # beside them
     first_bad: list[str] = field(default_factory=list)
     first_row: int = 1  # number of the first row: behind a header it is 2
     delimiter: str = ","
 
-    def bad(self, line: str) -> None:
-        self.num_bad += 1
-        self.first_bad = [*self.first_bad, shorten(line)][:3]
+    def bad(self, line: str, count: int = 1) -> None:
+        self.num_bad += count
+        self.first_bad = [*self.first_bad, shorten(line)][:5]
 
 
 def shorten(text: str, length: int = 200) -> str:
@@ -59,16 +59,12 @@ def brief(names: Iterable[str]) -> list[str]:
     return [shorten(str(name), 40) for name in list(names)[:20]]
 
 
-def check_bad(table: Table, source, num_bad: int = 0, wrong: Iterable[str] = ()) -> str:
-    """What cannot be used, "" for nothing: lines of the file, and `num_bad` rows for the reasons
-    `wrong`; ValueError if that is more than 1 %."""
-    total, unread = table.num_rows + table.num_bad, table.num_bad
-    lines = [f"unreadable lines ({unread:,}): {'; '.join(table.first_bad)}"] if unread else []
-    reasons = "; ".join([*lines, *wrong])
-    if unread + num_bad > MAX_BAD_SHARE * total:
-        count = f"{unread + num_bad:,} of {total:,} rows cannot be used (1% may be)"
-        raise ValueError(f"{source}: {count}: {reasons}")
-    return reasons
+def check_bad(table: Table, source) -> None:
+    """ValueError if more than 1 % of the rows are bad."""
+    total = table.num_rows + table.num_bad
+    if table.num_bad > MAX_BAD_SHARE * total:
+        count = f"{table.num_bad:,} of {total:,} rows cannot be used (1% may be)"
+        raise ValueError(f"{source}: {count}: {'; '.join(table.first_bad)}")
 
 
 def read_table(files: list[Path], kind: str, find, root: Path | None = None) -> Table:
@@ -133,8 +129,11 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
         if mark not in lines[skip] and "::" in lines[skip]:
             mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
             lines[skip:] = [line.replace("::", BETWEEN) for line in lines[skip:]]
+        plain = kind == "plain" or mark == BETWEEN or (kind == "recbole" and mark == "\t")
+        quotes = "" if plain else quote_style(content, mark, file)
+        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
         top = [line for line in lines[skip:] if line.strip()][:2]
-        first, *below = [next(csv.reader([line], delimiter=mark)) for line in top]
+        first, *below = [next(csv.reader([s], delimiter=mark, quoting=quoting)) for s in top]
         first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
         names = {*table.labels.values()}
         header = named and not names.isdisjoint(first)
@@ -154,16 +153,12 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
         width = len(first) if header or not width else width
         fields = {place: name for name, place in places.items()}
         columns = [fields.get(n, str(n)) for n in range(width)]
-        plain = kind == "plain" or mark == BETWEEN or (kind == "recbole" and mark == "\t")
-        quotes = "" if plain else quote_style(content, mark)
-        if quotes == "stray":
-            print0(f"note: {file}: some quotes neither begin nor end a field: all are characters")
         yield read_csv(content, file, table, columns, skip + header, mark, quotes)
 
 
-def quote_style(content: bytes, mark: str) -> str:
-    """How quotes stand in a table: "" for none, "doubled" inside quotes, "escaped" by a backslash,
-    or "stray": some neither begin nor end a field."""
+def quote_style(content: bytes, mark: str, file) -> str:
+    """How quotes stand inside quotes, "doubled" or "escaped" by a backslash; "" where there are
+    none, or some that neither begin nor end a field: then all are characters, which is noted."""
     content += b"\n" * (not content.endswith(b"\n"))  # it also stands in front of the first byte
     data = np.frombuffer(content, np.uint8)
     edges = np.isin(np.arange(256), [*b'\r\n"', ord(mark)])
@@ -173,7 +168,8 @@ def quote_style(content: bytes, mark: str) -> str:
         sound = edges[data[at[::2] - 1]].all() and edges[data[at[1::2] + 1]].all()
         if sound and len(at) % 2 == 0:
             return style if len(quotes) else ""
-    return "stray"
+    print0(f"note: {file}: some quotes neither begin nor end a field: all are characters")
+    return ""
 
 
 def read_csv(
@@ -189,9 +185,9 @@ def read_csv(
     read = pa.csv.ReadOptions(column_names=columns, skip_rows=skip, block_size=BLOCK)
     parse = pa.csv.ParseOptions(
         delimiter=mark,
-        quote_char='"' if quotes in ("doubled", "escaped") else False,
+        quote_char='"' if quotes else False,
         escape_char="\\" if quotes == "escaped" else False,
-        newlines_in_values=quotes in ("doubled", "escaped"),
+        newlines_in_values=bool(quotes),
         invalid_row_handler=skipped,
     )
     known_bad = table.num_bad, table.first_bad

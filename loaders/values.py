@@ -29,6 +29,9 @@ class Column:
     codes: np.ndarray  # (n,) int32, -1 for null
     values: list
 
+    def value(self, row: int):
+        return self.values[self.codes[row]]
+
 
 # ---------------------------------------------------------------------------------------------- ids
 def id_text(value) -> str | None:
@@ -151,10 +154,10 @@ def read_times(column: Column | np.ndarray) -> tuple[np.ndarray, int]:
     ticks = column
     if isinstance(column, Column):
         numbers = np.array([*map(read_number, column.values), ABSENT])
-        if np.isnan(numbers).sum() > (len(numbers) - 1) / 2 or len(numbers) == 1:
+        ticks = numbers[column.codes]
+        if np.isnan(numbers).sum() > len(column.values) / 2:
             moments = np.array([*map(microseconds, column.values), NO_ID], np.int64)
             return moments[column.codes], MICRO
-        ticks = numbers[column.codes]
     elif ticks.dtype.kind == "M":
         return ticks.view(np.int64), MICRO
     fine = (ticks >= 0) & (ticks < 9e18)

@@ -196,18 +196,18 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     "empty": ("\n", {}, ["a.csv", "empty"]),
     "no header": (table([row[:3] for row in ROWS], None), {}, ["which column is the user", "--columns"]),  # noqa: E501
     "a name twice": (table(names=[*NAMES[:3], "rating", "title"]), {}, ["several columns are named rating", "--columns"]),  # noqa: E501
-    "ids that differ as written": (table(changed(1, "{}.0".format)[:9], NAMES[:4] + ["x"]), {"item_file": ITEMS.replace("B", "")}, ["the log has '1.0', the file has '0'", "write ids alike"]),  # noqa: E501
+    "ids that differ as written": (table(changed(1, "{}.0".format)[:9], NAMES[:4] + ["x"]), {"item_file": ITEMS.replace("B", "")}, ["the log has ids such as ['1.0', '2.0'], the file ['0', '1']", "write them alike"]),  # noqa: E501
     "no such column": (table(), {"columns": "item=sku"}, ["item=sku: no such column", "item_id"]),
     "two times": (table(TWO_TIMES, [*NAMES[:3], "created_at", "updated_at"]), {}, ["created_at or updated_at", "timestamp=NAME"]),  # noqa: E501
     "an hour of the day": (table(HOURS, [*NAMES[:3], "time", "title"]), {}, ["column time", "--columns"]),  # noqa: E501
     "customers' names": (table(CUSTOMERS, [*NAMES[:4], "name"]), {}, ["40 items have several titles in column name", "--columns"]),  # noqa: E501
     "no columns of items": (table(BARE, None, "\t"), POSITIONS, ["which column is the item", "--item_columns"]),  # noqa: E501
     "a column too far": (table(BARE, None, "\t"), POSITIONS | {"item_columns": "item=1,title=9"}, ["title=9: no such column"]),  # noqa: E501
-    "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["0 of 40 items", "the log has '1', the file has 'B0'", "--item_columns"]),  # noqa: E501
-    "outside the scale": (table(), {"scale": "0,1"}, ["column rating", "no numbers in --scale 0,1", "row 2"]),  # noqa: E501
-    "not binary": (table(), {"scale": "binary"}, ["no numbers in --scale binary"]),
+    "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["titles of 0 of 40 items", "the file ['B0', 'B1']", "--item_columns"]),  # noqa: E501
+    "outside the scale": (table(), {"scale": "0,1"}, ["column rating", "no number in --scale 0,1", "row 2"]),  # noqa: E501
+    "not binary": (table(), {"scale": "binary"}, ["no number in --scale binary"]),
     "no user": (table(changed(0, lambda _: "NULL")), {}, [f"({len(ROWS)} rows without user)"]),
-    **{t: (table(changed(3, lambda _, t=t: t)), {}, [f"column timestamp: {len(ROWS)} values are no times", repr(t), "written as 2024-12-31"]) for t in UNKNOWN},  # noqa: E501
+    **{t: (table(changed(3, lambda _, t=t: t)), {}, ["row 2, column timestamp", repr(t), "written as 2024-12-31"]) for t in UNKNOWN},  # noqa: E501
     "json title lists": (lines(r | {"title": [r["title"]]} for r in RECORDS), {"dataset": "jsonl"}, ["a list or an object, ['Film, 1']", "write a text"]),  # noqa: E501
     "json of columns": (json.dumps({name: {"0": 1} for name in NAMES}), {"dataset": "jsonl"}, ["lines=True"]),  # noqa: E501
     "cut array": (json.dumps(RECORDS)[:-9], {"dataset": "jsonl"}, ["not a JSON array"]),
@@ -324,10 +324,10 @@ def test_few_bad_rows_are_counted_and_more_than_one_in_a_hundred_are_an_error(tm
     found = load(put(tmp_path / "a.csv", "\n".join(text)))
     (note,) = (why for why in found.notes if "could not be read" in why)
     assert found.notes[note] == 2
-    assert all(part in note for part in ("column rating", "(row 18)", "u1,i2")), note
+    assert all(part in note for part in ("row 18, column rating: 'stars'", "u1,i2")), note
     text[40:60] = [f"u1,i2,bad{n % 2},9,T2" for n in range(20)]
     message = refusal(put(tmp_path / "b.csv", "\n".join(text)))
-    for part in ("b.csv", "22 of 400 rows", "column rating", "'stars' and 'bad0'", "row 18", "3.5"):
+    for part in ("b.csv", "22 of 400 rows", "row 18, column rating: 'stars'", "'bad0'", "3.5"):
         assert part in message, message
 
 
@@ -390,7 +390,7 @@ def test_titles_that_are_hardly_the_items_are_noted(tmp_path, capsys):
     assert "40 items have several titles" in capsys.readouterr().out
     found = load(file, item_file=str(put(tmp_path / "few.csv", ITEMS + "1,One\n")))
     assert found.titles[0] == "One" and "10" in found.titles
-    assert "few.csv: 1 of 40 items" in capsys.readouterr().out
+    assert "few.csv: titles of 1 of 40 items" in capsys.readouterr().out
 
 
 def test_titles_are_one_line_of_a_prompt():

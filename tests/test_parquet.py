@@ -86,9 +86,9 @@ def test_types_of_columns(kind, tmp_path):
 REFUSED = [
     ("user", pa.array([[1]] * 70), "column user: list<.*> is no text, number"),
     ("item", pa.array([{"id": 1}] * 70), "column item: struct<.*> is no text"),
-    ("rating", pa.array([dt.date(2020, 1, 1)] * 70), "column rating: 70 values are no numbers"),
+    ("rating", pa.array([dt.date(2020, 1, 1)] * 70), "column rating: .* is no number"),
     ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no .*moment"),
-    ("item", pa.array([b"\xff\xfe"] * 70), "column item: 70 values are no item ids"),
+    ("item", pa.array([b"\xff\xfe"] * 70), "column item: .* is no id"),
     ("item", pa.array([1.5] * 70), "column item: .* 1.5"),
     ("user", pa.nulls(70), "70 rows without user"),
     ("rating", pa.nulls(70), "70 rows without rating"),
