@@ -114,7 +114,7 @@ STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogate
 WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 256)}
 
 
-def decode(content: bytes, file: Path, quiet: bool = False) -> str:
+def decode(content: bytes, file: Path) -> str:
     """Text of UTF-8, or of Windows-1252 with a note; else a ValueError."""
     text = content.decode("utf-8-sig", "surrogateescape")
     if not (stray := STRAY.findall(text)):
@@ -125,9 +125,8 @@ def decode(content: bytes, file: Path, quiet: bool = False) -> str:
     if count - len(stray) > count / 4:  # letters of western languages stand alone
         way_out = "save it as UTF-8, such as by iconv -f GB18030 -t UTF-8"
         raise ValueError(f"{file}: not text in UTF-8 (near {example!r}): {way_out}")
-    if not quiet:
-        what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
-        print0(f"note: {file}: {what}. If that is wrong, save the file as UTF-8")
+    what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
+    print0(f"note: {file}: {what}. If that is wrong, save the file as UTF-8")
     return text
 
 

@@ -140,8 +140,9 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
     texts = [id_text(value) or "" for value in column.values]
     order = sorted({*texts} - ABSENT_TITLES)
     rank, none = {text: n for n, text in enumerate(order)}, len(order)
-    place = np.array([*(rank.get(text, none) for text in texts), none])[column.codes]
-    lowest = np.full(num_items + 1, none)  # the last is of codes that are no items
+    ranks = np.array([*(rank.get(text, none) for text in texts), none], np.int32)
+    place = ranks[column.codes]
+    lowest = np.full(num_items + 1, none, np.int32)  # the last is of codes that are no items
     np.minimum.at(lowest, items, place)
     other = np.flatnonzero((place > lowest[items]) & (place < none) & (items >= 0))
     titles = [*map([*order, ""].__getitem__, lowest[:-1].tolist())]
@@ -165,8 +166,7 @@ def titles_beside(config, rows: Rows) -> list[str]:
         given = {f: names[f] for f in ("item", "title") if f in names and not names[f].isdigit()}
     find = Finder(given, ("item", "title"), ("item", "title"), "--item_columns")
     find.strict = bool(config.item_columns)
-    table = read_table(files, kind, find, root)
-    check_bad(table, source)
+    table = check_bad(read_table(files, kind, find, root), source)
     codes, ids = read_ids(table.columns["item"])
     known = {text: code for code, text in enumerate(rows.item_ids)}
     items = np.array([*(known.get(text, -1) for text in ids), -1, -1])[codes]

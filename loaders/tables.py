@@ -59,12 +59,13 @@ def brief(names: Iterable[str]) -> list[str]:
     return [shorten(str(name), 40) for name in list(names)[:20]]
 
 
-def check_bad(table: Table, source) -> None:
-    """ValueError if more than 1 % of the rows are bad."""
+def check_bad(table: Table, source) -> Table:
+    """The table; ValueError if more than 1 % of its rows are bad."""
     total = table.num_rows + table.num_bad
     if table.num_bad > MAX_BAD_SHARE * total:
         count = f"{table.num_bad:,} of {total:,} rows cannot be used (1% may be)"
         raise ValueError(f"{source}: {count}: {'; '.join(table.first_bad)}")
+    return table
 
 
 def read_table(files: list[Path], kind: str, find, root: Path | None = None) -> Table:
@@ -123,16 +124,16 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
         skip = next((n for n, line in enumerate(lines) if line.strip()), None)
         if skip is None:
             continue
-        if "\0" in lines[skip]:
+        top = [line for line in lines[skip:] if line.strip()][:2]
+        if "\0" in top[0]:
             raise ValueError(f"{file}: not text in UTF-8; save it as UTF-8")
-        mark = max((",", ";", "\t", "|"), key=re.sub('"[^"]*"', "", lines[skip]).count)
-        if mark not in lines[skip] and "::" in lines[skip]:
+        mark = max((",", ";", "\t", "|"), key=re.sub('"[^"]*"', "", top[0]).count)
+        if mark not in top[0] and "::" in top[0]:
             mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
-            lines[skip:] = [line.replace("::", BETWEEN) for line in lines[skip:]]
+            top = [line.replace("::", BETWEEN) for line in top]
         plain = kind == "plain" or mark == BETWEEN or (kind == "recbole" and mark == "\t")
         quotes = "" if plain else quote_style(content, mark, file)
         quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-        top = [line for line in lines[skip:] if line.strip()][:2]
         first, *below = [next(csv.reader([s], delimiter=mark, quoting=quoting)) for s in top]
         first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
         names = {*table.labels.values()}

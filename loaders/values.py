@@ -37,7 +37,8 @@ class Column:
 def id_text(value) -> str | None:
     """The text of an id; None where the value is none (True, 1.5, a list)."""
     if isinstance(value, bytes):
-        value = str(UUID(bytes=value)) if len(value) == 16 else value.decode(errors="replace")
+        text = value.decode(errors="backslashreplace")
+        value = str(UUID(bytes=value)) if len(value) == 16 else text
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == value // 1:

@@ -141,11 +141,10 @@ def beer_blocks() -> str:
 
 def beer_csv() -> bytes:
     out = io.StringIO()
-    names = (
-        "review_overall,beer_name,beer_abv,beer_style,beer_beerid,review_profilename,review_time"
-    )
+    names = ",review_overall,beer_name,beer_abv,beer_style,beer_beerid,review_profilename"
     rows = [[n, *record.values()] for n, record in enumerate(BEER)]
-    csv.writer(out, quoting=csv.QUOTE_NONNUMERIC).writerows([["", *names.split(",")], *rows])
+    names = [*names.split(","), "review_time"]
+    csv.writer(out, quoting=csv.QUOTE_NONNUMERIC).writerows([names, *rows])
     return out.getvalue().encode("latin-1")
 
 
@@ -299,7 +298,9 @@ def test_own_hours_and_missing_columns(tmp_path, capsys):
     expected = [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]
     assert rows_of(load("csv", clicks)) == expected
     notes = capsys.readouterr().out
-    assert all(text in notes for text in ("no rating column", "no timestamp column", "no titles"))
+    assert all(
+        text in notes for text in ("no rating column", "no timestamp column", "have no title")
+    )
 
 
 @pytest.mark.parametrize("text", ["user", "user=", "who=x", "user=a;item=b,x", "user=i,item=i"])
@@ -353,19 +354,12 @@ def test_logs_without_a_liked_item_say_so(tmp_path):
 
 # ------------------------------------------------------------------------------------ prepared JSON
 def foreign_entry(n: int, scores: bool) -> dict:
-    items = [f"T{(n + 3 * i) % 97}" for i in range(20)]
-    entry = {
-        "historyList": [f"H{n}", f"T{n + 1}"],
-        "itemList": items,
-        "trueSelection": items[n % 20],
-    }
-    if scores:
-        entry |= {
-            "historyRatingList": [4, 3.5],
-            "itemScoreList": [1 + 0.1 * i for i in range(20)],
-            "randomNegative": items[10:],
-        }
-    return entry if scores else entry | {"historyList": "::".join(entry["historyList"])}
+    items, seen = [f"T{(n + 3 * i) % 97}" for i in range(20)], [f"H{n}", f"T{n + 1}"]
+    entry = {"itemList": items, "trueSelection": items[n % 20]}
+    if not scores:
+        return entry | {"historyList": "::".join(seen)}
+    entry |= {"historyList": seen, "historyRatingList": [4, 3.5], "randomNegative": items[10:]}
+    return entry | {"itemScoreList": [1 + 0.1 * i for i in range(20)]}
 
 
 @pytest.mark.parametrize("scores", [False, True], ids=["S-DPO", "authors"])
@@ -406,15 +400,10 @@ def test_prepared_json_that_does_not_fit_is_named(count, tmp_path):
 SAMPLES = {  # data set, file or folder -> hash, interactions, users, items
     ("amazon", "amazon/Gift_Cards_5.json.gz"): ("35ff77b3e91d277c", 2965, 458, 148),
     ("jsonl", "amazon/AMAZON_FASHION_5.json.gz"): ("eab63c8592ea0c2b", 3042, 406, 31),
-    ("beeradvocate", "beeradvocate/beeradvocate.sample.json"): (
-        "579acb9d37e30cbe",
-        2457,
-        1331,
-        287,
-    ),  # noqa: E501
+    ("beeradvocate", "beeradvocate/beeradvocate.sample.json"): ("579acb9d37e30cbe", 2457, 1331, 287),  # noqa: E501
     ("beeradvocate", "beeradvocate/beer_reviews.sample.csv"): ("bc33fe63d84a2b19", 6521, 3860, 57),
     ("lastfm", "lastfm"): ("10d8dc62a2c822fd", 205, 2, 204),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dataset, name", SAMPLES)

@@ -88,8 +88,7 @@ REFUSED = [
     ("item", pa.array([{"id": 1}] * 70), "column item: struct<.*> is no text"),
     ("rating", pa.array([dt.date(2020, 1, 1)] * 70), "column rating: .* is no number"),
     ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no .*moment"),
-    ("item", pa.array([b"\xff\xfe"] * 70), "column item: .* is no id"),
-    ("item", pa.array([1.5] * 70), "column item: .* 1.5"),
+    ("item", pa.array([1.5] * 70), "column item: 1.5 is no id"),
     ("user", pa.nulls(70), "70 rows without user"),
     ("rating", pa.nulls(70), "70 rows without rating"),
 ]
