@@ -287,14 +287,15 @@ def parquet_parts(files: list[Path], kind: str, find, root: Path, table: Table) 
         folders = file.relative_to(root).parts[:-1] if root.is_dir() else ()
         fixed = dict(folder.split("=", 1) for folder in folders if "=" in folder)
         try:
-            names = [*pq.read_schema(file).names, *fixed]
+            schema = pq.read_schema(file)
+            names = [*schema.names, *fixed]
             table.labels = table.labels or find.by_name(names, file)
             if missing := {*table.labels.values()} - {*names}:
                 raise ValueError(f"{file}: no column {missing.pop()}; there are {brief(names)}")
             stored = [name for name in table.labels.values() if name not in fixed]
-            part = pq.ParquetFile(
-                file, read_dictionary=stored, pre_buffer=False, coerce_int96_timestamp_unit="us"
-            ).read(stored)
+            flat = [name for name in stored if not pa.types.is_nested(schema.field(name).type)]
+            options = {"pre_buffer": False, "coerce_int96_timestamp_unit": "us"}
+            part = pq.ParquetFile(file, read_dictionary=flat, **options).read(stored)
         except (pa.ArrowException, OSError, MemoryError, OverflowError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{file}: cannot be read as Parquet ({reason})") from None

@@ -112,11 +112,11 @@ def scale_doubt(numbers: np.ndarray) -> str:
     zero_to_four = low == 0 and high == 4 and (rated == np.floor(rated)).all()
     if not len(rated) or (low >= 0 and 4 <= high <= 5 and not zero_to_four):
         return ""
+    scale = f"{low if low < high else high - 1:g},{high:g}"
     return (
         f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; name the lowest "
-        f"and the highest possible one (0 or -1 outside of them means none), and they are mapped: "
-        f"--scale {min(low, high - 1):g},{high:g}; likes: --scale binary; hours, plays or prices: "
-        "--percentile item"
+        "and the highest possible one (0 or -1 outside of them means none), and they are mapped: "
+        f"--scale {scale}; likes: --scale binary; hours, plays or prices: --percentile item"
     )
 
 

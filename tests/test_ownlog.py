@@ -196,7 +196,7 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     "empty": ("\n", {}, ["a.csv", "empty"]),
     "no header": (table([row[:3] for row in ROWS], None), {}, ["which column is the user", "--columns"]),  # noqa: E501
     "a name twice": (table(names=[*NAMES[:3], "rating", "title"]), {}, ["several columns are named rating", "--columns"]),  # noqa: E501
-    "ids that differ as written": (table(changed(1, "{}.0".format)[:9], NAMES[:4] + ["x"]), {"item_file": ITEMS.replace("B", "")}, ["the log has ids such as ['1.0', '2.0'], the file ['0', '1']", "write them alike"]),  # noqa: E501
+    "ids that differ as written": (table(changed(1, "{}.0".format)[:9], NAMES[:4] + ["x"]), {"item_file": ITEMS.replace("B", "")}, ["the log has ids such as ['1.0', '3.0'], the file ['0', '1']", "write them alike"]),  # noqa: E501
     "no such column": (table(), {"columns": "item=sku"}, ["item=sku: no such column", "item_id"]),
     "two times": (table(TWO_TIMES, [*NAMES[:3], "created_at", "updated_at"]), {}, ["created_at or updated_at", "timestamp=NAME"]),  # noqa: E501
     "an hour of the day": (table(HOURS, [*NAMES[:3], "time", "title"]), {}, ["column time", "--columns"]),  # noqa: E501
