@@ -54,7 +54,7 @@ def find_files(
         rests = {"".join(w for w in words[f] if w not in joined) for f in found}
         if len({NUMBER.sub("#", rest) for rest in rests}) > 1:
             names = f"{[f.name for f in found[:20]]}; give one of them as --data_dir"
-            raise ValueError(f"{path}: several files could be {what}: {names}")
+            raise ValueError(f"{path}: several files could be the {what}: {names}")
         if found:
             return sorted(found, key=lambda f: [joined.index(w) for w in words[f] if w in joined])
     raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; found {inside})")

@@ -184,9 +184,9 @@ def titles_beside(config, rows: Rows) -> list[str]:
 
 # ------------------------------------------------------------------------------------------ the log
 PATTERNS = {  # of the files in a folder, and what they are called
-    "csv": (("*.csv*", "*.tsv*", "*.txt*"), "a CSV file"),
-    "jsonl": (("*.jsonl*", "*.json*"), "a file of JSON lines"),
-    "recbole": (("*.inter*",), "a .inter file"),
+    "csv": (("*.csv*", "*.tsv*", "*.txt*"), "CSV file"),
+    "jsonl": (("*.jsonl*", "*.json*"), "file of JSON lines"),
+    "recbole": (("*.inter*",), ".inter file"),
 }
 PARQUET = (".parquet", ".parq", ".pq")
 

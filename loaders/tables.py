@@ -101,11 +101,13 @@ def coded(column: pa.ChunkedArray, name: str, label: str) -> Column | np.ndarray
         if is_moment:
             column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
         numbers = column if types.is_floating(kind) else column.cast(pa.int64())
+        numbers = numbers.combine_chunks()
     else:
         column = column if types.is_dictionary(column.type) else column.dictionary_encode()
         whole = column.unify_dictionaries().combine_chunks()
         numbers = whole.indices.cast(pa.int32())
-    array = (numbers.fill_null(-1) if numbers.null_count else numbers).to_numpy()
+    # to_numpy would import pandas, if it is installed
+    array = np.from_dlpack(numbers.fill_null(-1) if numbers.null_count else numbers)
     if is_time:
         return array.view("M8[us]") if is_moment else array
     return Column(array, whole.dictionary.to_pylist())
@@ -136,8 +138,8 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
         quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
         first, *below = [next(csv.reader([s], delimiter=mark, quoting=quoting)) for s in top]
         first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
-        names = {*table.labels.values()}
-        header = named and not names.isdisjoint(first)
+        names = [*table.labels.values()]
+        header = named and any(name in first for name in names)
         if not names:
             if len(first) == 1:
                 raise ValueError(
@@ -147,8 +149,8 @@ def csv_parts(files: list[Path], kind: str, find, root, table: Table) -> Iterato
                 )
             table.labels, places, named = find.in_rows(first, *below, source=file)
             table.first_row, table.delimiter, header = 1 + named, mark, named
-        elif header and (missing := names - {*first}):
-            raise ValueError(f"{file}: no column {missing.pop()}; there are {brief(first)}")
+        elif header and (missing := [name for name in names if name not in first]):
+            raise ValueError(f"{file}: no column {missing[0]}; there are {brief(first)}")
         elif header:
             places = {f: first.index(n) for f, n in table.labels.items()}
         width = len(first) if header or not width else width
@@ -290,8 +292,8 @@ def parquet_parts(files: list[Path], kind: str, find, root: Path, table: Table) 
             schema = pq.read_schema(file)
             names = [*schema.names, *fixed]
             table.labels = table.labels or find.by_name(names, file)
-            if missing := {*table.labels.values()} - {*names}:
-                raise ValueError(f"{file}: no column {missing.pop()}; there are {brief(names)}")
+            if missing := [name for name in table.labels.values() if name not in names]:
+                raise ValueError(f"{file}: no column {missing[0]}; there are {brief(names)}")
             stored = [name for name in table.labels.values() if name not in fixed]
             flat = [name for name in stored if not pa.types.is_nested(schema.field(name).type)]
             options = {"pre_buffer": False, "coerce_int96_timestamp_unit": "us"}
