@@ -95,7 +95,7 @@ def usable_rows(
         if n and codes.min() >= 0:
             continue
         if count := int((kept & (codes == NO_ID)).sum()):
-            zeros = " (empty, or 0 or -1 outside of --scale)" * (name == "rating")
+            zeros = " (empty, or 0 or -1 outside of the scale)" * (name == "rating")
             notes[f"rows without {name}{zeros}"] = count
         bad_rows = np.flatnonzero(kept & (codes <= BAD_ID))
         for row in bad_rows[:2].tolist():
