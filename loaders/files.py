@@ -1,15 +1,13 @@
 """Raw files: found in a folder, unpacked, decoded.
 
-Hidden files (.x, and macOS's ._x) are skipped. A file may be packed by gzip, bzip2, xz or zstd, or
-be the single file of a zip. Text is UTF-8, or UTF-16 with a byte-order mark; bytes that are not
-UTF-8 are read as Windows-1252 with a note, if they look like letters of western languages."""
+Hidden files (.x, _x, and macOS's ._x) are skipped. A file may be packed by gzip, bzip2, xz or zstd,
+or be the single file of a zip. Text is UTF-8; bytes that are not UTF-8 are read as Windows-1252
+with a note, if they look like letters of western languages."""
 
-import codecs
 import contextlib
 import fnmatch
 import io
 import lzma
-import os
 import re
 import zipfile
 import zlib
@@ -22,21 +20,15 @@ from common import print0
 
 # ------------------------------------------------------------------------------------------ folders
 SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
-NUMBERED = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")  # a UUID, or a number
+NUMBER = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")  # a UUID, or a number
 
 
 def visible_files(folder: Path, below: bool = False) -> list[Path]:
     """The files of a folder, part 10 after part 9; `below` in its folders, too."""
-    found = [f for f in (folder.rglob("*") if below else folder.iterdir()) if f.is_file()]
-    names = {f: f.relative_to(folder) for f in found}
-    hidden = (".", "_") if below else "."
-    found = [f for f in found if not any(part.startswith(hidden) for part in names[f].parts)]
-
-    def by_number(file: Path) -> list:
-        texts = re.split(r"(\d+)", str(names[file]))
-        return [int(text) if text.isdecimal() else text for text in texts]
-
-    return sorted(found, key=by_number)
+    names = {f: f.relative_to(folder) for f in (folder.rglob("*") if below else folder.iterdir())}
+    hidden = {f for f, name in names.items() if any(p.startswith((".", "_")) for p in name.parts)}
+    numbered = {f: re.sub(r"\d+", lambda n: n[0].zfill(20), str(n)) for f, n in names.items()}
+    return sorted((f for f in names if f not in hidden and f.is_file()), key=numbered.get)
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
@@ -54,40 +46,23 @@ def find_files(
     path = Path(path)
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; expected {what}")
-    for pattern in patterns:
+    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such path"
+    for pattern in patterns if path.is_dir() else ():
         found = matching_files(path, pattern)
-        found = [f for f in found if not without or not fnmatch.fnmatch(f.name.lower(), without)]
-        parts = found if len(found) < 2 else as_parts(found, joined)
-        if found and not parts:
-            raise ValueError(
-                f"{path}: several files could be {what}: {[f.name for f in found]}; give one of "
-                "them as --data_dir"
-            )
-        if parts:
-            return parts
-    inside = [f.name for f in sorted(path.iterdir())][:8]
-    raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; there are {inside})")
-
-
-def as_parts(files: list[Path], joined: Sequence[str]) -> list[Path]:
-    """The files in their order as parts of one; none if their names differ by more."""
-    if len({NUMBERED.sub("#", f.name.lower()) for f in files}) == 1:
-        return files
-    words = [re.split(r"([^a-z]+)", f.name.lower()) for f in files]
-    splits = [next((name for name in joined if name in parts), None) for parts in words]
-    rest = {tuple("#" if w == split else w for w in parts) for split, parts in zip(splits, words)}
-    if None in splits or len(set(splits)) < len(files) or len(rest) > 1:
-        return []
-    return [f for _, f in sorted(zip(splits, files), key=lambda pair: joined.index(pair[0]))]
+        found = [f for f in found if not fnmatch.fnmatch(f.name.lower(), without)]
+        words = {f: re.split("([^a-z]+)", f.name.lower()) for f in found}
+        rests = {"".join(w for w in words[f] if w not in joined) for f in found}
+        if len({NUMBER.sub("#", rest) for rest in rests}) > 1:
+            names = f"{[f.name for f in found[:20]]}; give one of them as --data_dir"
+            raise ValueError(f"{path}: several files could be the {what}: {names}")
+        if found:
+            return sorted(found, key=lambda f: [joined.index(w) for w in words[f] if w in joined])
+    raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; found {inside})")
 
 
 def name_of(files: list[Path]) -> str:
-    """The file, or a pattern of the parts' names, for messages."""
-    start = os.path.commonprefix([f.name for f in files])
-    end = os.path.commonprefix([f.name[len(start) :][::-1] for f in files])[::-1]
-    return str(files[0] if len(files) == 1 else files[0].parent / f"{start}*{end}")
+    """The file, or a pattern of the parts, for messages."""
+    return str(files[0] if len(files) == 1 else files[0].parent / f"*{files[0].suffix}")
 
 
 def facts(files: Iterable[Path]) -> list:
@@ -116,15 +91,12 @@ def open_bytes(file: Path) -> Iterator:
                 raise ValueError(f"{file}: {what}; unpack it, and give the table as CSV")
             stream = archive.open(names[0])
         else:
-            known = [codec for first, codec in PACKED.items() if start.startswith(first)]
-            stream = pa.OSFile(str(file))
-            stream = pa.CompressedInputStream(stream, known[0]) if known else stream
+            codec = next((PACKED[first] for first in PACKED if start.startswith(first)), None)
+            stream = pa.input_stream(str(file), compression=codec)
         with stream:
             yield stream
     except DAMAGE as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise ValueError(f"{file}: cannot be opened ({error.strerror})") from None
-        what = f"the compressed file is damaged or cut off ({error}); fetch it again"
+        what = f"cannot be read ({error}): damaged or cut off? Fetch it again"
         raise ValueError(f"{file}: {what}") from None
 
 
@@ -138,15 +110,12 @@ def read_head(file: Path, size: int = 1 << 20) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------- text
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogateescape
 WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 256)}
 
 
-def decode(content: bytes, file: Path, quiet: bool = False) -> str:
-    """Text of UTF-8, marked UTF-16, or Windows-1252 with a note; else a ValueError."""
-    if content.startswith(UTF16):
-        return content.decode("utf-16", "replace")
+def decode(content: bytes, file: Path) -> str:
+    """Text of UTF-8, or of Windows-1252 with a note; else a ValueError."""
     text = content.decode("utf-8-sig", "surrogateescape")
     if not (stray := STRAY.findall(text)):
         return text
@@ -154,13 +123,10 @@ def decode(content: bytes, file: Path, quiet: bool = False) -> str:
     text = text.translate(WESTERN)
     example = text[max(0, first - 20) : first + 20].strip()
     if count - len(stray) > count / 4:  # letters of western languages stand alone
-        raise ValueError(
-            f"{file}: not text in UTF-8 (near {example!r} in Windows-1252): save it as UTF-8, such "
-            "as by iconv -f GB18030 -t UTF-8, or by open(..., encoding=...) in Python"
-        )
-    if not quiet:
-        what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
-        print0(f"note: {file}: {what}. If that is wrong, save the file as UTF-8")
+        way_out = "save it as UTF-8, such as by iconv -f GB18030 -t UTF-8"
+        raise ValueError(f"{file}: not text in UTF-8 (near {example!r}): {way_out}")
+    what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
+    print0(f"note: {file}: {what}. If that is wrong, save the file as UTF-8")
     return text
 
 

@@ -13,20 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data import ITEMS, Interactions, Words, select_rows
-from loaders.tables import MAX_BAD_SHARE, Table, check_bad, shorten
-from loaders.values import (
-    ABSENT,
-    ABSENT_IDS,
-    BAD_ID,
-    NO_ID,
-    TIME_ADVICE,
-    Column,
-    parse_scale,
-    rating_doubt,
-    read_ids,
-    read_numbers,
-    read_times,
-)
+from loaders import values
+from loaders.tables import Table, check_bad
+from loaders.values import ABSENT, ABSENT_IDS, BAD_ID, NO_ID, Column, parse_scale, read_times
 
 # ------------------------------------------------------------------------------------------- titles
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
@@ -46,15 +35,14 @@ def clean_title(title: str) -> str:
 
 def unique_titles(titles: list[str]) -> list[str]:
     """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
-    taken, out = set(titles), []
-    first, next_number = set(), {}
+    taken, used, numbers, out = set(titles), set(), {}, []
     for title in titles:
-        name, number = title, next_number.get(title, 1)
-        while name in first or (number > 1 and name in taken):
+        name, number = title, numbers.get(title, 1)
+        while name in used or (number > 1 and name in taken):
             number += 1
             name = f"{title} ({number})"
-        next_number[title] = number
-        first.add(name)
+        numbers[title] = number
+        used.add(name)
         out.append(name)
     return out
 
@@ -74,7 +62,6 @@ class Rows:
     item_ids: list[str]
     kept: np.ndarray | None = None  # (rows of the table,) bool
     notes: dict[str, int] = field(default_factory=dict)
-    values: np.ndarray | None = None  # distinct ratings as read
 
 
 def usable_rows(
@@ -85,109 +72,67 @@ def usable_rows(
     absent: frozenset = ABSENT_IDS,  # texts that are no id
 ) -> Rows:
     """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
-    n, notes, such = table.num_rows, {}, []
-    user, user_ids = read_ids(table.columns["user"], absent)
-    item, item_ids = read_ids(table.columns["item"], absent)
+    n = table.num_rows
+    user, user_ids = values.read_ids(table.columns["user"], absent)
+    item, item_ids = values.read_ids(table.columns["item"], absent)
     rating = table.columns.get("rating") or Column(np.zeros(n, np.int32), [1.0])
-    numbers = read_numbers(rating, table.delimiter)
-    counts = np.roll(np.bincount(rating.codes + 1, minlength=len(numbers)), -1)  # null is the last
+    numbers = values.read_numbers(rating, table.delimiter)
     low, high = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
-    values = np.unique(numbers[np.isfinite(numbers) & (counts > 0)])
     inside = (numbers >= low) & (numbers <= high)
     if scale == "binary":
         inside &= (numbers == 0) | (numbers == 1)
-    for mark in (0.0, -1.0):  # outside of the scale they mean none
-        if not low <= mark <= high and (times := int(counts[numbers == mark].sum())):
-            such.append(f"{mark:g} {times:,} times")
-            numbers[numbers == mark] = ABSENT
-    state = np.where(numbers == ABSENT, NO_ID, np.where(inside, 0, BAD_ID)).astype(np.int8)
+    none = (numbers == ABSENT) | (~inside & ((numbers == 0) | (numbers == -1)))
+    state = np.where(inside, 0, np.where(none, NO_ID, BAD_ID)).astype(np.int8)
     time, per_second = table.first_row + np.arange(n), 1
     if "timestamp" in table.columns:
         time, per_second = read_times(table.columns["timestamp"])
 
-    states = {"user": user, "item": item, "rating": state[rating.codes], "timestamp": time}
-    states = {name: codes for name, codes in states.items() if n and codes.min() < 0}
-    kept = np.ones(n, bool)
-    for name, codes in states.items():
-        rows = kept & (codes == NO_ID)
-        if count := int(rows.sum()):
-            marks = f" ({', '.join(such)})" * (name == "rating" and bool(such))
-            notes[f"rows without {name}{marks}"] = count
-            kept &= ~rows
-    wrong = {}
-    for name, codes in states.items():
-        wrong[name] = np.flatnonzero(kept & (codes <= BAD_ID))
-        kept[wrong[name]] = False
-    if count := table.num_bad + sum(map(len, wrong.values())):
-        check_share(table, source, wrong, count, rating_doubt(values, scale, amounts))
-        first = [
-            f"row {rows[0] + table.first_row}, {table.labels[name]} {shown(table, name, rows[0])}"
-            for name, rows in wrong.items()
-            if len(rows)
-        ]
-        lines = "; ".join([*table.first_bad, *first][:3])
-        notes[f"rows that could not be read ({lines})"] = count
+    bounds = f"in --scale {scale}" if scale else "from 0 on" if amounts else "above 0 and up to 5"
+    meant = {"user": "id", "item": "id", "rating": f"number {bounds}, written as 3.5"}
+    meant["timestamp"] = "time, written as 2024-12-31 23:59:59, or in seconds since 1970"
+    kept, notes = np.ones(n, bool), {}
+    for name, codes in zip(meant, (user, item, state[rating.codes], time)):
+        if n and codes.min() >= 0:
+            continue
+        if count := int((kept & (codes == NO_ID)).sum()):
+            zeros = " (empty, or 0 or -1 outside of the scale)" * (name == "rating")
+            notes[f"rows without {name}{zeros}"] = count
+        bad_rows = np.flatnonzero(kept & (codes <= BAD_ID))
+        for row in bad_rows[:2].tolist():
+            column = table.columns[name]
+            value = column[row].item() if isinstance(column, np.ndarray) else column.value(row)
+            where = f"row {row + table.first_row}, column {table.labels[name]}"
+            table.bad(f"{where}: {value!r:.80} is no {meant[name]}", count=0)
+        table.num_bad += len(bad_rows)
+        table.num_rows -= len(bad_rows)
+        kept &= codes >= 0
+    check_bad(table, source)
+    if table.num_bad:
+        notes[f"rows that could not be read ({'; '.join(table.first_bad)})"] = table.num_bad
     if scale:
-        mapped = f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"
-        notes[mapped] = int(counts[inside].sum())
         numbers = 1 + 4 * (numbers - low) / (high - low)
+        notes[f"ratings of {low:g} to {high:g} mapped to 1 to 5 (--scale)"] = int(kept.sum())
     if not kept.any():
         reasons = "; ".join(f"{count:,} {why}" for why, count in notes.items())
         raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
     columns = user, item, numbers.astype(np.float32)[rating.codes], time
     columns = columns if kept.all() else (column[kept] for column in columns)
-    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes, values)
-
-
-def shown(table: Table, name: str, row: int) -> str:
-    """A value, for a message."""
-    column = table.columns[name]
-    texts = isinstance(column, Column)
-    return shorten(repr(column.values[column.codes[row]] if texts else column[row].item()))
-
-
-def check_share(table: Table, source, wrong: dict[str, np.ndarray], bad: int, doubt: str) -> None:
-    """ValueError where more than 1 % of the rows are bad: column, count, examples, the way out."""
-    total = table.num_rows + table.num_bad
-    if bad <= MAX_BAD_SHARE * total:
-        return
-    name = max(wrong, key=lambda name: len(wrong[name]), default="")
-    if not name or table.num_bad > len(wrong[name]):
-        check_bad(table, source)
-    what, way_out = {
-        "timestamp": ("no times whose order is known", TIME_ADVICE),
-        "rating": ("no ratings", doubt) if doubt else ("no numbers", "write it alone, such as 3.5"),
-    }.get(name, (f"no {name} ids", "name another column, or write texts"))
-    rows = wrong[name]
-    examples = [*dict.fromkeys(shown(table, name, row) for row in rows[:1000].tolist())][:2]
-    raise ValueError(
-        f"{source}: {bad:,} of {total:,} rows cannot be used (1% may be): column "
-        f"{table.labels[name]}: {len(rows):,} values are {what}, such as {' and '.join(examples)} "
-        f"(row {rows[0] + table.first_row}): {way_out}"
-    )
+    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes)
 
 
 # --------------------------------------------------------------------------------------- the table
 def stable_order(key: np.ndarray) -> np.ndarray:
-    """np.argsort(key, kind="stable") of integers >= 0 (n,), in a fifth of its time where key and
-    row fit into one number."""
-    bits = len(key).bit_length()
-    if len(key) and int(key.max()) >= 1 << 63 - bits:
+    """np.argsort(key, kind="stable") of integers (n,), in a fifth of its time where key and row
+    fit into one number."""
+    n, bits = len(key), len(key).bit_length()
+    if not n or int(key.max()) - int(key.min()) >= 1 << 63 - bits:
         return np.argsort(key, kind="stable")
-    packed = key.astype(np.int64)
+    packed = np.subtract(key, key.min(), dtype=np.int64)
     packed <<= bits
-    packed |= np.arange(len(key))
+    packed |= np.arange(n)
     packed.sort()
     packed &= (1 << bits) - 1
     return packed
-
-
-def sort_order(first: np.ndarray, then: np.ndarray) -> np.ndarray:
-    """np.lexsort((then, first)) of integers (n,), `first` >= 0."""
-    if not len(then) or int(then.max()) - int(then.min()) >= 1 << 63:
-        return np.lexsort((then, first))
-    order = stable_order(then - then.min())
-    return order[stable_order(first[order])]
 
 
 def finish(
@@ -202,21 +147,22 @@ def finish(
     """The sorted log, in which the order of the lines changes nothing but ties in time."""
     user, user_ids = recoded(rows.user, by_text, rows.user_ids)
     item, item_ids, titles = recoded(rows.item, by_text, rows.item_ids, titles)
-    order = sort_order(user, rows.time)
+    order = stable_order(rows.time)
+    order = order[stable_order(user[order])]  # by user, then time
     user, item, amount, time = (c[order] for c in (user, item, rows.amount, rows.time))
     del order
 
-    order = stable_order(user.astype(np.int64) * len(item_ids) + item)  # of a pair by time
-    pair_ends = np.append((np.diff(user[order]) != 0) | (np.diff(item[order]) != 0), True)
+    key = user.astype(np.int64) * len(item_ids) + item
+    order = stable_order(key)  # of a pair by time
+    pair_ends = np.append(np.diff(key[order]) != 0, True)
+    del key
     if merged := int((~pair_ends).sum()):
-        chosen = pair_ends
-        if repeats == "sum":  # the first time; of equal times the row further down
+        chosen = np.flatnonzero(pair_ends)
+        if repeats == "sum":  # at the first time; of equal times at the row further down
             pair = np.append(0, np.cumsum(pair_ends)[:-1])
-            begin = np.append(0, np.flatnonzero(pair_ends)[:-1] + 1)
-            first = time[order] == time[order][begin][pair]
-            chosen = first & (pair_ends | ~np.append(first[1:], False))
-            sums = np.bincount(pair, amount[order])[pair].astype(np.float32)
-            amount[order] = sums
+            ends = np.flatnonzero(pair_ends | np.append(np.diff(time[order]) != 0, True))
+            chosen = ends[np.append(True, np.diff(pair[ends]) != 0)]
+            amount[order[chosen]] = np.bincount(pair, amount[order])
         keep = np.zeros(len(user), bool)
         keep[order[chosen]] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
@@ -226,15 +172,13 @@ def finish(
         group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
         amount = percentile_ratings(amount, group)
     start = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
-    seconds = time // rows.per_second
-    log = Interactions(
-        user, item, amount, seconds, start, titles, user_ids, item_ids, name, words=words
-    )
+    time //= rows.per_second
+    ids = titles, user_ids, item_ids
+    log = Interactions(user, item, amount, time, start, *ids, name, words=words)
     titled = np.array([bool(title) for title in titles])
     if not titled.any():
-        raise ValueError(
-            f"{rows.source}: not one of its {len(titles):,} items has a title; first {item_ids[:3]}"
-        )
+        shown = f"its {len(titles):,} items has a title; first {item_ids[:3]}"
+        raise ValueError(f"{rows.source}: not one of {shown}")
     if not titled.all():
         kept = titled[item]
         rows.notes["interactions with an item that has no title"] = int((~kept).sum())
@@ -278,17 +222,13 @@ def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Ratings 1 to 5 (float32) by rank inside each group: ceil(5 * mid-rank / size), so that the
     top fifth gets 5.
 
-    amount (n,) float, group (n,) int codes. Equal amounts get equal ratings, a group of one gets 3
+    amount (n,) float, group (n,) codes. Equal amounts get equal ratings, a group of one gets 3
     (appendix E.1)."""
-    order = np.lexsort((amount, group))
-    g, a = group[order], amount[order]
-    new_group = np.append(True, g[1:] != g[:-1])
-    new_tie = new_group | np.append(True, a[1:] != a[:-1])
-    first, tie = np.flatnonzero(new_group), np.flatnonzero(new_tie)  # rows where they begin
-    size, length = np.diff(np.append(first, len(g))), np.diff(np.append(tie, len(g)))
-    of = np.cumsum(new_group)[tie] - 1  # the group of each tie
-    # (r - 1/2) / n is the share of the group that lies below: rows before it, and half of its own
-    share = (tie - first[of] + length / 2) / size[of]
-    ratings = np.empty(len(g), np.float32)
-    ratings[order] = np.repeat(np.ceil(5 * share), length)
-    return ratings
+    amounts, rank = np.unique(amount, return_inverse=True)
+    group = group.astype(np.int64)
+    key = group * len(amounts) + rank  # rows of an equal one are a tie
+    keys, tie, length = np.unique(key, return_inverse=True, return_counts=True)
+    size, of = np.bincount(group), keys // len(amounts)
+    before = np.cumsum(length) - length - (np.cumsum(size) - size)[of]  # in the group, and lower
+    share = (before + length / 2) / size[of]
+    return np.ceil(5 * share).astype(np.float32)[tie]

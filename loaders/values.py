@@ -1,8 +1,7 @@
-"""What the values of a column mean: ids, numbers however they are written, scales, moments in time.
+"""What the values of a column mean: ids, numbers, scales, moments in time.
 
 A column is coded, and only its distinct values are converted. A value that is left empty (NULL, NA,
-...) is ABSENT: its row is left out and counted. One that is not understood is BAD. Dates with the
-day or the month first are not understood, because nobody can tell them apart."""
+...) is ABSENT, one that is not understood (a date with the day or the month first) is BAD."""
 
 import contextlib
 import math
@@ -30,36 +29,16 @@ class Column:
     codes: np.ndarray  # (n,) int32, -1 for null
     values: list
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    @staticmethod
-    def of(values) -> "Column":
-        """The column of a list of Python values."""
-        places: dict = {}
-        known = (-1 if v is None else places.setdefault(v, len(places)) for v in values)
-        return Column(np.fromiter(known, np.int32, len(values)), list(places))
-
-    @staticmethod
-    def joined(columns: list["Column"]) -> "Column":
-        """The rows of several columns, one after the other."""
-        if len(columns) == 1:
-            return columns[0]
-        places, codes = {}, [np.zeros(0, np.int32)]
-        for column in columns:
-            new = [places.setdefault(value, len(places)) for value in column.values]
-            codes.append(np.array([*new, -1], np.int32)[column.codes])
-        return Column(np.concatenate(codes), list(places))
+    def value(self, row: int):
+        return self.values[self.codes[row]]
 
 
 # ---------------------------------------------------------------------------------------------- ids
 def id_text(value) -> str | None:
     """The text of an id; None where the value is none (True, 1.5, a list)."""
     if isinstance(value, bytes):
-        try:
-            value = str(UUID(bytes=value)) if len(value) == 16 else value.decode()
-        except UnicodeDecodeError:
-            return None
+        text = value.decode(errors="backslashreplace")
+        value = str(UUID(bytes=value)) if len(value) == 16 else text
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == value // 1:
@@ -73,28 +52,26 @@ def read_ids(column: Column, absent=ABSENT_IDS) -> tuple[np.ndarray, list[str]]:
     """Code of each row's id (n,), NO_ID or BAD_ID; and the ids in order of appearance."""
     places, new = dict.fromkeys(absent, NO_ID), []
     for text in map(id_text, column.values):
-        long = text is None or len(text) > 1000
-        new.append(BAD_ID if long else places.setdefault(text, len(places) - len(absent)))
-    ids = [text.encode("utf-8", "replace").decode() for text in [*places][len(absent) :]]
-    return np.array([*new, NO_ID], np.int32)[column.codes], ids
+        new.append(BAD_ID if text is None else places.setdefault(text, len(places) - len(absent)))
+    return np.array([*new, NO_ID], np.int32)[column.codes], [*places][len(absent) :]
 
 
 # ------------------------------------------------------------------------------------------ numbers
-WORDS = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0, "t": 1.0, "f": 0.0, "y": 1.0, "n": 0.0}
-SPACES = re.compile(r"(?<=\d)[\s\u00a0\u202f'’](?=\d{3}(?:\D|$))")  # 1 234, 1'234
+WORDS = {"true": 1.0, "false": 0.0}
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # 1,234.5
-DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+|[-+]?\d{1,3}(?:\.\d{3})+(?:,\d+)?")  # 3,5 and 1.234,5
+DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+")  # 3,5
 
 
 def read_number(value, decimal_comma: bool = False) -> float:
     """A number, ABSENT or BAD; a comma stands between thousands, or is decimal."""
     if isinstance(value, str):
-        value = SPACES.sub("", value.strip())
+        value = value.strip()
         if value in ABSENT_TEXTS:
             return ABSENT
-        if (DECIMAL_COMMA if decimal_comma else THOUSANDS).fullmatch(value):
-            drop = "." if decimal_comma else ","
-            value = value.replace(drop, "").replace(",", ".")
+        if decimal_comma:
+            value = value.replace(".", "?").replace(",", ".")  # 1.234 may be 1234
+        elif THOUSANDS.fullmatch(value):
+            value = value.replace(",", "")
         value = WORDS.get(value.lower(), value)
     try:
         number = float(value)
@@ -106,10 +83,11 @@ def read_number(value, decimal_comma: bool = False) -> float:
 def read_numbers(column: Column, delimiter: str = ",") -> np.ndarray:
     """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them.
 
-    A comma is decimal, unless all values that have one have it between thousands. In a file whose
-    fields a semicolon divides it is decimal always."""
+    Commas stand between thousands, unless one cannot: then all are decimal. In a file whose fields
+    a semicolon divides they are decimal always."""
     texts = [v.strip() for v in column.values if isinstance(v, str) and "," in v]
-    decimal_comma = delimiter == ";" or not all(map(THOUSANDS.fullmatch, texts))
+    decimals = [t for t in texts if DECIMAL_COMMA.fullmatch(t) and not THOUSANDS.fullmatch(t)]
+    decimal_comma = bool(decimals or (texts and delimiter == ";"))
     return np.array([*(read_number(value, decimal_comma) for value in column.values), ABSENT])
 
 
@@ -125,37 +103,21 @@ def parse_scale(text: str) -> tuple[float, float] | None:
     return ends[0], ends[1]
 
 
-def rating_doubt(values: np.ndarray, scale: str, amounts: bool = False) -> str:
-    """Why these do not look like ratings of a scale from 1 to 5, and the options that say what
-    they are; "" if they do."""
-    if amounts or not len(values):
+def scale_doubt(numbers: np.ndarray) -> str:
+    """Why these numbers are hardly ratings from 1 to 5, and the options that say what they are; ""
+    if they look like them."""
+    rated = numbers[np.isfinite(numbers)]
+    rated = rated[rated != -1] if (rated > 1).any() else rated  # among others, -1 means none
+    low, high = rated.min(initial=np.inf), rated.max(initial=-np.inf)
+    zero_to_four = low == 0 and high == 4 and (rated == np.floor(rated)).all()
+    if not len(rated) or (low >= 0 and 4 <= high <= 5 and not zero_to_four):
         return ""
-    low, high, fractions = values.min(), values.max(), (values != np.floor(values)).any()
-    found, zeros, ranks = f"ratings from {low:g} to {high:g}", bool((values == 0).any()), ""
-    if scale:
-        first, last = parse_scale(scale)
-        what = "values other than 0 and 1 of" if scale == "binary" else "ratings outside"
-        outside = scale == "binary" or low < first or high > last
-        return f"{what} --scale {first:g},{last:g}: {found}" if outside else ""
-    signed = low < 0 and (low != -1 or high <= 1)
-    most = max(high, -low) if signed else high
-    end = next((e for e in (1, 2, 3, 4, 5, 10, 20, 100) if most <= e), 0)
-    end = end or 10.0 ** math.ceil(math.log10(most))
-    if signed:
-        advice = f"--scale {-end:g},{end:g}"
-    elif high > 5:
-        advice, ranks = f"--scale 0,{end:g}", "; hours, plays or prices: --percentile item"
-        advice = advice if high > 10 else f"{advice}, or if 0 means none: " * zeros + "--scale 1,10"
-    elif high <= 1:
-        advice = "--scale 0,1" if fractions else "--scale binary"
-    elif high < 4 or (high == 4 and zeros and not fractions):
-        start = 0 if zeros or values[values > 0].min() < 1 else 1
-        advice = f"--scale {start},{math.ceil(high)}"
-        ranks = "; if they are 1 to 5 all the same: --scale 1,5"
-    else:
-        return ""
-    what = "not those of a scale from 1 to 5; say which scale it is, and they are mapped"
-    return f"{found} are {what}: {advice}{ranks}"
+    scale = f"{low if low < high else high - 1:g},{high:g}"
+    return (
+        f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; name the lowest "
+        "and the highest possible one (0 or -1 outside of them means none), and they are mapped: "
+        f"--scale {scale}; likes: --scale binary; hours, plays or prices: --percentile item"
+    )
 
 
 # -------------------------------------------------------------------------------------------- times
@@ -164,7 +126,6 @@ DATE = re.compile(  # 2017/07/14 20:09, 2017-07-14 20:09:44.5 UTC, 2017-07-14 20
     r"\s*(?:Z|UTC|GMT|([-+]\d\d):?(\d\d)?)?(?:\s*UTC)?",
     re.IGNORECASE,
 )
-TIME_ADVICE = "write times as 2024-12-31 or 2024-12-31 23:59:59, or in seconds since 1970"
 MICRO = 1_000_000
 DATES = {"%Y%m%d": (19700101, 21001231), "%Y%m%d%H%M%S": (197001 * 10**8, 2101 * 10**10)}
 
@@ -194,10 +155,10 @@ def read_times(column: Column | np.ndarray) -> tuple[np.ndarray, int]:
     ticks = column
     if isinstance(column, Column):
         numbers = np.array([*map(read_number, column.values), ABSENT])
-        if np.isnan(numbers).sum() > (len(numbers) - 1) / 2 or len(numbers) == 1:
+        ticks = numbers[column.codes]
+        if np.isnan(numbers).sum() > len(column.values) / 2:
             moments = np.array([*map(microseconds, column.values), NO_ID], np.int64)
             return moments[column.codes], MICRO
-        ticks = numbers[column.codes]
     elif ticks.dtype.kind == "M":
         return ticks.view(np.int64), MICRO
     fine = (ticks >= 0) & (ticks < 9e18)
@@ -215,6 +176,8 @@ def read_times(column: Column | np.ndarray) -> tuple[np.ndarray, int]:
                 dates = [datetime.strptime(str(n), form) for n in distinct.tolist()]
                 good = np.array(dates, "datetime64[us]").astype(np.int64)[places]
                 per_second = MICRO
+    if len(good) == len(ticks):
+        return good, per_second
     out = np.where((ticks == ABSENT) | (ticks == -1), NO_ID, BAD_ID)
     out[fine] = good
     return out, per_second

@@ -37,7 +37,7 @@ def test_a_log_is_found_whatever_its_case_and_beside_hidden_files(name, tmp_path
     ("amazon", ["Beauty.csv", "meta_Beauty.jsonl"], r"Beauty\.csv.*reviewerID.*rating"),
     ("prepared", ["a-train.json", "b-train.json", "a-test.json"], r"one train file.*b-train"),
     ("prepared", ["a-train.json"], r"one test file.*a-train\.json"),
-    ("csv", ["p0.csv", "p1.csv", "p2.csv"], r"p\*\.csv: 2 of 8 rows"),
+    ("csv", ["p0.csv", "p1.csv", "p2.csv"], r"\*\.csv: 2 of 8 rows"),
 ])  # fmt: skip
 def test_folders_that_hold_no_log_or_several_are_refused_by_name(dataset, files, culprit, tmp_path):
     for file in files:

@@ -46,7 +46,6 @@ TYPES = {
     "binary": {"item": BYTES},
     "dictionaries": {name: CODES[name] for name in ("user", "item", "rating", "title")},
     "decimal ratings": {"rating": pa.array([decimal.Decimal(r[2]) for r in ROWS], pa.decimal128(9, 2))},  # noqa: E501
-    "half floats": {"rating": column("rating", pa.float32()).cast(pa.float16())},
     "texts of numbers": {"rating": pa.array([f"{r[2]}.0" for r in ROWS])},
     "UTC": {"timestamp": pa.array(MOMENTS, pa.timestamp("us", "UTC"))},
     "a zone": {"timestamp": pa.array(MOMENTS, pa.timestamp("ms", "America/New_York"))},
@@ -85,12 +84,11 @@ def test_types_of_columns(kind, tmp_path):
 
 
 REFUSED = [
-    ("user", pa.array([[1]] * 70), "column user: list<.*> is neither a text nor a number"),
-    ("item", pa.array([{"id": 1}] * 70), "column item: struct<.*> is neither"),
-    ("rating", pa.array([dt.date(2020, 1, 1)] * 70), "column rating: 70 values are no numbers"),
-    ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no moment"),
-    ("item", pa.array([b"\xff\xfe"] * 70), "column item: 70 values are no item ids"),
-    ("item", pa.array([1.5] * 70), "column item: .* 1.5"),
+    ("user", pa.array([[1]] * 70), "column user: list<.*> is no text, number"),
+    ("item", pa.array([{"id": 1}] * 70), "column item: struct<.*> is no text"),
+    ("rating", pa.array([dt.date(2020, 1, 1)] * 70), "column rating: .* is no number"),
+    ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no .*moment"),
+    ("item", pa.array([1.5] * 70), "column item: 1.5 is no id"),
     ("user", pa.nulls(70), "70 rows without user"),
     ("rating", pa.nulls(70), "70 rows without rating"),
 ]
@@ -132,9 +130,9 @@ def test_a_folder_of_parts_is_one_log(form, tmp_path):
 @pytest.mark.parametrize("name, files, culprit", [
     ("empty", {"notes.txt": None}, r"no \.parquet file.*notes\.txt"),
     ("nowhere", {}, r"nowhere: no \.parquet file"),
-    ("delta", {"0.parquet": columns(), "_delta_log/0.json": None}, "Delta Lake.*export it"),
+    ("delta", {"0.parquet": columns(), "_delta_log/0.json": None}, "delta: .*Delta.*export it"),
     ("two", {"0.parquet": columns(), "1.parquet": {"who": ["a"], "item": ["b"]}},
-     r"two: which column is the user\?.*\['item'\]"),
+     r"1\.parquet: no column user; there are \['who', 'item'\]"),
 ])  # fmt: skip
 def test_a_folder_without_parts_or_of_another_kind_is_refused(name, files, culprit, tmp_path):
     for file, table in files.items():
