@@ -33,8 +33,7 @@ from common import arg, changed_options, is_main, parse_config, print0, read_jso
 from data import NUM_CANDIDATES, Example, Interactions, build_tree, micro_batches, render_prompt
 from loaders.frozen import find_prepared, prepare
 from loaders.users import Catalogue, User, listed_users, read_user, user_of_log
-from runtime.passes import prefetch, progress
-from runtime.processes import rank_zero_first, setup_distributed
+from runtime.processes import prefetch, progress, rank_zero_first, setup_distributed
 from runtime.sources import (
     SourceConfig,
     check_run_data,

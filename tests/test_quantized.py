@@ -1,7 +1,5 @@
 """A base in 4 bits: logits of transformers + bitsandbytes, autograd's gradients, any ranks."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +14,6 @@ from kernels.nf4 import Linear4bit, matrix, quantize_nf4
 from loaders.frozen import DataConfig, prepare
 from lora import apply_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from model import load_pretrained, save_pretrained
-from runtime.policy import say_what_4_bits_cost
-from runtime.sharding import shard
 from train import TrainConfig
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
@@ -218,36 +214,16 @@ def in_4_bits(tmp_path_factory):
     return tmp_path, flags, metrics, output
 
 
-def test_training_and_evaluation_say_once_what_4_bits_cost_on_a_cpu(in_4_bits, capsys):
-    """With the figures that docs/kernel.md shows as measured; on a GPU there is no such note."""
-    tmp_path, _, _, output = in_4_bits
+def test_a_run_in_4_bits_is_evaluated_as_it_was(in_4_bits):
+    """eval.py reads from the run that its base is in 4 bits."""
+    tmp_path = in_4_bits[0]
     flags = (f"--run={tmp_path / 'one'}", f"--prepared_dir={tmp_path / 'prepared'}")
-    evaluated = run_script(ROOT / "eval.py", *flags, cwd=tmp_path)  # of two stages
+    evaluated = run_script(ROOT / "eval.py", *flags, "--output_dir=again", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
-    page = (ROOT / "docs" / "kernel.md").read_text().split("bench/four_bit.py")[1]
-    pairs = re.findall(r"(stored|takes|step) ([\d.,]+)(?: s)? against ([\d.,]+\d)", page)
-    share = {name: float(a.replace(",", "")) / float(b.replace(",", "")) for name, a, b in pairs}
-    for text in (output, evaluated.stdout):
-        assert text.count("note: --load_in_4bit on a CPU") == 1
-        assert f"{share['stored']:.2f} of the memory of 16 bits" in text
-        assert (
-            f"loading {share['takes']:.1f} times and a training step {share['step']:.1f} times"
-            in text
-        )
-    say_what_4_bits_cost.cache_clear()
-    say_what_4_bits_cost("cuda")
-    assert not capsys.readouterr().out
-
-
-def test_bytes_that_cannot_be_divided_are_one_clear_error(group, monkeypatch):
-    """torch 2.11's fully_shard gives every parameter a gradient, for a moment."""
-
-    def fully_shard(module, **options):
-        raise RuntimeError("only Tensors of floating point dtype can require gradients")
-
-    monkeypatch.setattr("runtime.sharding.fully_shard", fully_shard)
-    with pytest.raises(ValueError, match="--shard none"):
-        shard(tiny_model(), "full", 0, "cpu", torch.float32)
+    for stage in ("sft", "recpo"):
+        files = (tmp_path / "one" / stage / "eval", tmp_path / "again" / stage)
+        answers = [(file / "predictions.jsonl").read_text() for file in files]
+        assert answers[0] == answers[1]
 
 
 def assert_same_losses(a: dict, b: dict) -> None:

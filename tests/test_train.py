@@ -20,7 +20,6 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, load_interactions, prepare
 from lora import lora_layers
 from losses import target_margins
-from runtime.runs import NotFinite
 from runtime.stages import load_stage
 from train import Objective, Schedule, TrainConfig, load_policy, train_step
 
@@ -79,10 +78,9 @@ def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
     """Each from the same SFT result;
     one big micro-batch and many small ones, on two ranks, give the same losses."""
     flags = ("--sft_epochs=1", "--epochs=1.5", "--beta=0.2", f"--stages=sft,{','.join(MORE)}")
-    output, small = run_train(
+    _, small = run_train(
         tmp_path, "small", *flags, "--micro_batch_tokens=500", "--shard=none", processes=2
     )
-    assert "SimPO's gamma / beta is 10" in output
     _, big = run_train(tmp_path, "big", *flags)
     assert_same_losses(small, big, MORE)
     for stage in MORE:
@@ -291,7 +289,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
     before = state()
     result = step(poisoned)
     assert all(map(torch.equal, before, state()))
-    with pytest.raises(NotFinite, match="not finite; this update was left out") as error:
+    with pytest.raises(ValueError, match="not finite; this update was left out") as error:
         result.read()
     assert error.value.args[1] == ([0] if culprit == "loss" else [])
     step(objective).read()  # and the next one is whole again
