@@ -31,9 +31,8 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import encode_split, prepare
 from model import Transformer, generate
 from runtime import sources
-from runtime.passes import planned, prefetch, progress, rounds
 from runtime.policy import free_memory
-from runtime.processes import setup_distributed
+from runtime.processes import planned, prefetch, progress, rounds, setup_distributed
 from runtime.stages import save_predictions
 
 ALL = range(NUM_CANDIDATES)  # slots

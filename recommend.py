@@ -34,8 +34,7 @@ from data import NUM_CANDIDATES, Example, Interactions, build_tree, micro_batche
 from loaders.counting import best_items
 from loaders.frozen import find_prepared, prepare
 from loaders.users import Catalogue, User, listed_users, read_user, user_of_log
-from runtime.passes import prefetch, progress
-from runtime.processes import rank_zero_first, setup_distributed
+from runtime.processes import prefetch, progress, rank_zero_first, setup_distributed
 from runtime.sources import (
     SourceConfig,
     check_run_data,

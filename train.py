@@ -41,15 +41,11 @@ from loaders.frozen import data_defaults, encode_split, prepare
 from lora import base_of
 from losses import LOSSES, MARGINS, Titles, sft_loss
 from model import ModelConfig, Transformer
-from runtime import policy, runs, stages
-from runtime.checkpoint import save_checkpoint
-from runtime.estimate import dry_run, say_duration
-from runtime.passes import Schedule, any_rank, prefetch
+from runtime import policy, processes, sharding, stages
+from runtime.estimate import dry_run
 from runtime.policy import ModelOptions, load_policy
-from runtime.processes import rank_zero_first, say_processes, setup_distributed
-from runtime.reference import check_first_rewards, prepare_reference, print_preference_notes
-from runtime.runs import Logger, Run, StepMetrics
-from runtime.sharding import average_gradients, local, reduce_metrics, reshard
+from runtime.processes import Logger, Run, Schedule, StepMetrics, any_rank, prefetch
+from runtime.sharding import local, reduce_metrics, reshard, save_checkpoint
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = 50_000_000  # parameters; a model of fewer has other defaults
@@ -74,6 +70,7 @@ class TrainConfig(ModelOptions):
         "sft,recpo",
         f"raw (test the model as it is), sft, and any of {', '.join(LOSSES)}, from the sft result",
         group="objective",
+        free=True,
     )
     beta: float = arg(1.0, "reward = beta * log-ratio", above=0, read_by=ANY_LOSS)
     margin_lambda: float = arg(2.0, "recpo's λ; simpo's γ", at_least=0, read_by=("recpo", "simpo"))
@@ -362,7 +359,7 @@ def train_step(
             sums[name] += total.double()
             counts[name] += count
     if not sharded and world_size > 1:
-        average_gradients(optimizer)
+        sharding.average_gradients(optimizer)
 
     # Plain local tensors: DTensor's own clip_grad_norm_ costs more than a small model's whole step.
     gradients = [local(p.grad) for p in group["params"]]
@@ -448,17 +445,20 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
         weight_decay=0.0,
         fused=True,
     )
-    runs.describe_stage(run, name, model, schedule, peak, runs.source(base, adapter))
-    weights = stages.starting_weights(base, adapter)
+    count = sum(p.numel() for p in sharding.trained(model).values())
+    size = f"{schedule.num_steps} steps of {config.batch_size} prompts, {count:,} parameters"
+    print0(f"\n== {name}: {size}, from {base}{f' + {adapter} and its r and alpha' * bool(adapter)}")
+    weights = stages.weights_key(base, adapter)
     made_from = {"data": run.data_hash, "weights": weights}
     made_from["token ids"] = stages.tokens_key(run.train, objective.slots)
+    dtype = policy.stored_dtype(config, run.device)
     if objective.has_reference:
-        made_from["reference"] = prepare_reference(run, made_from, objective, schedule)
-    if name != "sft":
-        print_preference_notes(config, objective)
+        key = stages.prepare_reference(run, made_from, dtype, objective, schedule)
+        made_from["reference"] = key
     model.train()
-    start = stages.resume_stage(run, folder, model, optimizer, objective, made_from)
-    log = Logger(run, name, folder, schedule)
+    start, best = stages.resume_stage(folder, model, optimizer, objective, made_from)
+    later = [plan(run, s, None)[1] for s in config.stage_list[1 + config.stage_list.index(name) :]]
+    log = Logger(run, name, folder, schedule, later)
 
     def micro_batches(step: int) -> list[MicroBatch]:
         """This rank's part of a step, on its device."""
@@ -467,8 +467,8 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
 
     def save(done: int) -> None:
         log.flush()
-        state = made_from | objective.state() | {"logged": log.size()}
-        save_checkpoint(folder, done, model, optimizer, state, config.save_total_limit)
+        state = made_from | objective.state() | {"logged": log.file.tell()}
+        save_checkpoint(folder, done, model, optimizer, best, state, config.save_total_limit)
 
     stop.in_loop = True
     ahead = prefetch(micro_batches, range(start, schedule.num_steps))
@@ -477,28 +477,23 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
         result = train_step(model, optimizer, batches, objective, lr, config, replicas)
         objective.after_step(result.on_device)
         if step == 0 and objective.has_reference:
-            check_first_rewards(objective, policy.stored_dtype(config, run.device) == torch.float32)
+            stages.check_first_rewards(objective, exact=dtype == torch.float32)
         log(step, result)
-        if step == start + 10 and not run.timed:
-            run.timed = True
-            say_duration(run, log.seconds, plans(run), name, step)
-
         done = step + 1
         if run.val is not None and schedule.due(config.eval_steps, done):
             log.flush()
-            stages.validate(log, done, validation_metrics(run, model), model)
+            best = stages.validate(log, done, validation_metrics(run, model), model, best)
         saved = bool(config.save_steps) and schedule.due(config.save_steps, done)
         if saved:  # with the validation of its step
             save(done)
         if any_rank(bool(stop.asked)):
             if not saved:
                 save(done)
-            log.close()
             stop.stop(f"after step {done}, which is saved")
     stop.in_loop = False
-    log.close()
-    if config.keep == "best" and run.val is not None:
-        stages.load_best(log, model)
+    log.flush()
+    for parameter, tensor in best.items():  # with --keep best
+        local(sharding.trained(model)[parameter].data).copy_(local(tensor))
     with writing(folder):
         stages.save_stage(run, model, base, folder, weights)
     finish_stage(run, name, model, folder)
@@ -514,7 +509,7 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
         with writing(folder / "eval"):
             stages.save_predictions(folder / "eval", metrics, records)
         with writing(final):
-            for kept in (*folder.glob("checkpoint-*"), *folder.glob("best-*")):
+            for kept in folder.glob("checkpoint-*"):
                 shutil.rmtree(kept)
             folder.rename(final)
         print0(results_table({name: metrics}))
@@ -524,7 +519,7 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
 def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
     """Test the untrained model: the raw model of the paper's Table 1."""
     folder = run.folder / "raw.unfinished"
-    print0(f"\n== raw: nothing is trained, {runs.source(base, adapter)} is tested as it is")
+    print0(f"\n== raw: nothing is trained, {base}{f' + {adapter}' * bool(adapter)} is tested")
     model, _ = load_policy(run.config, "raw", base, adapter, run.device)
     if is_main():
         folder.mkdir(exist_ok=True)
@@ -544,15 +539,14 @@ def read_options(argv: list[str]) -> TrainConfig:
 
 def main() -> None:
     config = read_options(sys.argv[1:])
-    rank, world_size, device = setup_distributed()
-    with runs.open_run_folder(config) as folder:
-        stop = runs.StopRequest(folder)
-        say_processes(world_size, device, policy.stored_dtype(config, device), folder)
-        if config.load_in_4bit:
-            policy.say_what_4_bits_cost(device.type)
-        with rank_zero_first():
+    rank, world_size, device = processes.setup_distributed()
+    with processes.open_run_folder(config) as folder:
+        stop = processes.StopRequest(folder)
+        on = f"{device.type}, {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
+        print0(f"processes: {world_size}, {on}, run folder {folder}")
+        with processes.rank_zero_first():
             prepared = prepare(config, check=is_main())
-        with rank_zero_first("LOCAL_RANK"):
+        with processes.rank_zero_first("LOCAL_RANK"):
             if config.model == TITLES:
                 base = titles_base(
                     prepared.interactions,
@@ -563,7 +557,7 @@ def main() -> None:
             else:
                 base = find_base(config.model, config.adapter, weights=not config.dry_run)
         tokenizer = Tokenizer(base, config.prompt_format)
-        with rank_zero_first():
+        with processes.rank_zero_first():
             histories = config.history_weight > 0
             train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
             test = encode_split(prepared, "test", tokenizer, config.max_length)
@@ -582,7 +576,10 @@ def main() -> None:
             baselines=prepared.baselines("test") if is_main() else {},
             stop=stop,
         )
-        runs.describe_data(run)
+        example = [*train.prompts[0].tolist(), *train.slots(0, train.examples.target[:1])[0]]
+        text = tokenizer.inner.decode(example, skip_special_tokens=False)
+        sizes = f"{len(train.prompts):,} training prompts, {train.num_shortened} of them shortened"
+        print0(f"data {run.data_hash[:12]}, {sizes}\n\nfirst training prompt:\n{text}")
         if config.dry_run:
             dry_run(run, plans(run))
         else:
@@ -601,7 +598,7 @@ def run_stages(run: Run) -> None:
         stages.check_finished(folder / stage, "data", run.data_hash)
     for stage in config.stage_list:
         if stage in finished:
-            stages.check_finished(folder / stage, "weights", stages.starting_weights(*start))
+            stages.check_finished(folder / stage, "weights", stages.weights_key(*start))
             print0(f"\n== {stage}: finished before, in {folder / stage}")
         elif stage == "raw":
             test_raw(run, *start)

@@ -41,7 +41,7 @@ from loaders import planted
 from loaders.frozen import DataConfig, data_defaults, prepare
 from losses import sft_loss
 from model import ModelConfig, Transformer, init_weights, save_pretrained
-from runtime.passes import progress
+from runtime.processes import progress
 
 BASE = Path(__file__).parent / "base"
 TITLES = "titles"  # train.py --model titles

@@ -1,28 +1,42 @@
-"""The processes of a run: torchrun's group, their threads, and what rank 0 does for the others."""
+"""A run: its processes, how passes are divided over them, its folder, the wish to stop, its log."""
 
 import contextlib
+import itertools
+import json
+import math
 import os
-from collections.abc import Callable
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
 
-from common import is_main, print0
+from common import Stopped, hours, is_main, print0, read_json, writing
+from data import micro_batches
+
+Run = SimpleNamespace  # what all stages share; train.main makes it
 
 
 def setup_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.device_count() >= local_world:  # NCCL wants a GPU per process
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    elif torch.cuda.is_available():
-        print0(f"note: fewer GPUs than the {local_world} processes: running on the CPU")
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         group = {} if "RANK" in os.environ else alone
@@ -32,29 +46,15 @@ def setup_distributed() -> tuple[int, int, torch.device]:
         torch.set_num_threads(max(1, cores // local_world))
     elif device.type == "cpu" and not given:
         # A thread on a core that another process keeps busy makes all the others wait for it.
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - busy_cores())))
+        running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]) - 1
+        busy = round(min(running, os.getloadavg()[0]))  # now, and over the last minute
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - busy)))
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def busy_cores() -> int:
-    """Count the cores that other processes keep busy now, and have over the last minute."""
-    running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
-    return round(min(int(running) - 1, os.getloadavg()[0]))
-
-
-def say_processes(world_size: int, device: torch.device, dtype, folder: Path) -> None:
-    """Print the first line of a run: what it runs on, and where it writes."""
-    n = torch.get_num_threads()
-    threads = f"{n} thread{'s' * (n > 1)} each (OMP_NUM_THREADS sets another number)"
-    processes = "1 process" if world_size == 1 else f"{world_size} processes"
-    print0(f"{processes}, {threads}, {device.type}, {dtype}, run folder {folder}")
 
 
 @contextlib.contextmanager
 def rank_zero_first(rank_variable: str = "RANK"):
-    """Let rank 0 (with "LOCAL_RANK": of every machine) go through the block, then the others.
-
-    These find its work done. An error ends the first one's process, and torchrun the others."""
+    """Let rank 0 (with "LOCAL_RANK": of every machine) go through the block, then the others."""
     leads = int(os.environ.get(rank_variable, 0)) == 0
     if leads:
         yield
@@ -63,8 +63,202 @@ def rank_zero_first(rank_variable: str = "RANK"):
         yield
 
 
-def from_rank_0(make: Callable[[], Any]) -> Any:
+def from_rank_0(make: Callable):
     """Call `make` on rank 0 alone and give its result to all: others may have another disk."""
     shared = [make() if is_main() else None]
     dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is true on one."""
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+class Schedule:
+    """The examples of every step, a function of (seed, epoch, step), and how ranks divide them."""
+
+    def __init__(self, config, epochs: float, widths: np.ndarray, world_size: int):
+        self.config, self.widths, self.world_size = config, widths, world_size
+        self.steps_per_epoch = math.ceil(len(widths) / config.batch_size)
+        self.num_steps = math.ceil(round(epochs * self.steps_per_epoch, 6))  # 1.1 * 100 > 110
+        self.num_steps = min(self.num_steps, config.max_steps or self.num_steps)
+        self.step_tokens = float(widths.sum(1).mean()) * config.batch_size
+        self.epoch, self.order = -1, np.empty(0)
+
+    def examples(self, step: int) -> np.ndarray:
+        epoch, t = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.config.seed, epoch])
+            self.epoch, self.order = epoch, rng.permutation(len(self.widths))
+        return self.order[t * self.config.batch_size : (t + 1) * self.config.batch_size]
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        budget = self.config.micro_batch_tokens
+        return micro_batches(self.widths, self.examples(step), self.world_size, budget)[rank]
+
+    def due(self, every: int, steps: int) -> bool:
+        """Whether what happens every so many steps, and at the end, is due after this many."""
+        return steps == self.num_steps or bool(every) and steps % every == 0
+
+
+def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:
+    """Divide this rank's examples into micro-batches, narrow ones first."""
+    return [batch for batch in micro_batches(widths, indices, 1, budget)[0][::-1] if batch]
+
+
+def prefetch(make: Callable, items: Iterable) -> Iterator:
+    """Yield make(item) for each item, in order; the next is made in the background meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for item in items:
+            made, ahead = ahead, pool.submit(make, item)
+            if made:
+                yield made.result()
+        if ahead:
+            yield ahead.result()
+
+
+def rounds(batches: list[list[int]], any_rank: Callable[[bool], bool]) -> Iterator[list[int]]:
+    """The batches, then [] while another rank has some left: a sharded model needs equally many."""
+    n = 0
+    while any_rank(n < len(batches)):
+        yield batches[n] if n < len(batches) else []
+        n += 1
+
+
+def progress(items: Iterable, what: str, total: int) -> Iterable:
+    """The items, with a bar on rank 0; where there is no terminal, one line a minute."""
+    after, off = 0.1 if sys.stderr.isatty() else 60, not is_main()  # seconds
+    return tqdm(items, what, total, leave=False, mininterval=after, delay=after, disable=off)
+
+
+@contextlib.contextmanager
+def open_run_folder(config) -> Iterator[Path]:
+    """Make or re-enter the run folder, which goes again if the start fails; a dry run has none."""
+    numbered = (f"runs/{config.dataset}-{n}" for n in itertools.count(1))
+    named = os.devnull if config.dry_run else config.output_dir
+    folder = Path(from_rank_0(lambda: named or next(f for f in numbered if not os.path.exists(f))))
+    is_new, file = is_main() and not folder.exists(), folder / "config.json"
+
+    def holds_a_run() -> bool:
+        return any(file.stat().st_size for file in folder.glob("*/*"))
+
+    if is_main() and not config.dry_run:
+        if holds_a_run():
+            started = {f.name: f.default for f in fields(config)} | read_json(file)
+            free = {f.name for f in fields(config) if f.metadata["free"]}
+            other = [n for n, v in asdict(config).items() if v != started[n] and n not in free]
+            if other or not config.resume:
+                found = f", with other values of {', '.join(other)}" if other else ""
+                way_out = "--resume auto and its options go on, or choose another --output_dir"
+                raise ValueError(f"{folder} holds a run already{found}: {way_out}")
+        with writing(f"--output_dir {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    try:
+        yield folder
+    except BaseException:
+        if is_new and not holds_a_run():
+            shutil.rmtree(folder)
+        raise
+
+
+class StopRequest:
+    """Ctrl-C, or a scheduler's SIGTERM: while steps run all ranks save and leave together."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.asked, self.in_loop = folder, 0, False
+        signal.signal(signal.SIGTERM, self.note)
+        signal.signal(signal.SIGINT, self.note)
+
+    def note(self, number, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.asked = number
+        if not self.in_loop:
+            self.stop("before a step: nothing is to be saved")
+        print0("\nthis step is finished and saved; a second Ctrl-C ends at once")
+
+    def stop(self, where: str) -> None:
+        """Leave; the last line is the command that goes on, as the run was started."""
+        command, code = ["python", *sys.argv], 130 if self.asked == signal.SIGINT else 0
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # then torchrun is what started this process
+            command[1:] = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[1:-1]
+        for option, value in ("--output_dir", str(self.folder)), ("--resume", "auto"):
+            if not any(word.split("=")[0] == option for word in command):
+                command += [option, value]
+        raise Stopped(f"stopped {where}. This goes on:\n{shlex.join(command)}", code)
+
+
+class StepMetrics:
+    """Metrics of one step on their way to the host: read one step later, they never wait."""
+
+    def __init__(self, means: dict[str, Tensor], not_finite: Tensor, lr: float):
+        self.on_device, self.lr, self.arrived = means, lr, None
+        values = torch.cat([torch.stack(list(means.values())), not_finite])
+        self.values = values.to("cpu", non_blocking=True)  # into pinned memory
+        if values.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """Wait for the values; ValueError(message, ranks) if loss or gradient was not finite."""
+        if self.arrived:
+            self.arrived.synchronize()
+        values = self.values.tolist()  # the metrics, then a flag for each rank
+        metrics = dict(zip(self.on_device, values, strict=False)) | {"learning_rate": self.lr}
+        ranks = [rank for rank, flag in enumerate(values[len(self.on_device) :]) if flag]
+        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+            what = f"the loss of ranks {ranks} is" if ranks else "the gradient alone is"
+            raise ValueError(f"{what} not finite; this update was left out: lower the rate", ranks)
+        return metrics
+
+
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "mean_token_accuracy")
+SHOWN += ("grad_norm", "learning_rate")  # metrics of a printed line
+
+
+class Logger:
+    """A stage's log: metrics.jsonl has every step, the screen a line every --logging_steps."""
+
+    def __init__(self, run: Run, stage: str, folder: Path, schedule, later: list):
+        self.run, self.stage, self.schedule = run, stage, schedule
+        self.later = sum(s.num_steps * s.step_tokens for s in later) / schedule.step_tokens
+        self.file = open(folder / "metrics.jsonl" if is_main() else os.devnull, "a")
+        self.pending: tuple[int, StepMetrics] | None = None  # the last step, not written yet
+        self.stamps: list[float] = []  # of every step
+
+    def __call__(self, step: int, result: StepMetrics) -> None:
+        """Write the step before: this one's metrics are read while the GPU works on the next."""
+        self.flush()
+        self.pending = step + 1, result
+        self.stamps.append(time.monotonic())
+
+    def flush(self) -> None:
+        """Wait for the last step's metrics and write them; what is not finite is an error."""
+        if self.pending is None:
+            return
+        (step, result), self.pending, plan = self.pending, None, self.schedule
+        line = f"{self.stage:5} {step:5}/{plan.num_steps}"
+        try:
+            metrics = result.read()
+        except ValueError as error:
+            raise ValueError(f"{self.stage}, step {step}: {error.args[0]}") from None
+        metrics["epoch"] = step / plan.steps_per_epoch
+        self.write({"phase": self.stage, "step": step, **metrics})
+        if plan.due(self.run.config.logging_steps, step):
+            line += "".join(f" | {name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+            if len(self.stamps) > 2:  # the first two steps warm up
+                seconds = (self.stamps[-1] - self.stamps[1]) / (len(self.stamps) - 2)
+                left = hours(seconds * (plan.num_steps - step + self.later))
+                line += f" | {1000 * seconds:.0f} ms/step | {left} to the end of the run"
+            print0(line)
+
+    def write(self, line: dict) -> None:
+        """Append a line to metrics.jsonl."""
+        with writing(self.file.name):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()

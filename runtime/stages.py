@@ -1,10 +1,7 @@
-"""A stage and its folder: what it was made from, where it goes on, what it leaves behind.
+"""A stage and its folder: what it was made from, its reference, its validation, what it leaves.
 
-Validation: every --eval_steps steps, and at the end of a stage, --val_size users of the validation
-split (the last interaction but one of each) are answered in one pass; an answer that no candidate
-verifies counts as invalid, so this costs a prefill. With --keep best the weights of the step with
-the highest hit_ratio@1 (the earlier of equal ones) are what is saved and tested.
-"""
+The reference is the policy before its first step: a file of log-probs, named by what they were made
+from and not by how the work was divided. A missing or damaged one is computed again."""
 
 import hashlib
 import json
@@ -14,38 +11,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 
-from common import is_main, print0, read_json, reading
-from data import TEMPLATES, Encoded, Examples, encode_examples
+from common import is_main, print0, read_json, writing
+from data import TEMPLATES, Encoded, Examples, encode_examples, to_device
 from hub.chat import add_end_of_turn
-from hub.files import Weights, base_fingerprint, resolve_path
+from hub.files import base_fingerprint, resolve_path, save_tensors
 from hub.tokenizer import Tokenizer
 from lora import base_of, read_adapter_config, save_adapter
 from model import ModelConfig, Transformer, save_pretrained
-from runtime.checkpoint import (
-    damaged_files,
-    load_checkpoint,
-    newest,
-    newest_checkpoint,
-    write_tensors,
-)
-from runtime.processes import from_rank_0
-from runtime.runs import Logger, Run
-from runtime.sharding import fill, gathered, trained
+from runtime import sharding
+from runtime.processes import Logger, Run, from_rank_0, prefetch, progress
+from runtime.sharding import gathered, hash_of, is_whole, reshard, trained
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
 # options that shape a prompt; with words and template they are kept beside adapter or model
 PROMPT_OPTIONS = ("prompt_format", "max_length", "history", "history_items", "min_rating")
 PROMPT_OPTIONS += ("ratings", "list_in_prompt", "scale", "dataset")
+SHOWN = {"hit_ratio@1": "written", "valid_ratio": "valid"}  # metric -> what the screen calls it
+SHOWN |= {"ranking/hit_ratio@1": "ranked first", "ranking/mrr": "mrr"}
 
 
-# ------------------------------------------------------------------------ what it was made from
 def weights_key(base: Path, adapter: Path | None) -> str:
     """Hash of the weights that a stage starts from: base, and the adapter it goes on with."""
-    digest = hashlib.sha256(str(ModelConfig.from_pretrained(base)).encode())
-    digest.update(base_fingerprint(base).encode())
+    digest = hashlib.sha256(f"{ModelConfig.from_pretrained(base)}{base_fingerprint(base)}".encode())
     if adapter:
         config = read_adapter_config(adapter)
         names = ("r", "lora_alpha", "target_modules", "use_rslora")  # not the path of its base
@@ -56,152 +48,146 @@ def weights_key(base: Path, adapter: Path | None) -> str:
     return digest.hexdigest()
 
 
-def starting_weights(base: Path, adapter: Path | None) -> str:
-    """weights_key, for which rank 0 alone reads the files."""
-    return from_rank_0(lambda: weights_key(base, adapter))
-
-
 def tokens_key(encoded: Encoded, slots: np.ndarray) -> str:
     """Hash of all token ids that a stage trains on: prompts, and the titles at `slots` (E, N)."""
     digest = hashlib.sha256()
     for e, prompt in enumerate(encoded.prompts):
-        completions = encoded.slots(e, slots[e])  # ids of N titles
-        digest.update(f"{len(prompt)} {completions}".encode() + prompt.tobytes())
+        digest.update(f"{len(prompt)} {encoded.slots(e, slots[e])}".encode() + prompt.tobytes())
     return digest.hexdigest()
 
 
-def check_finished(
-    stage: Path, what: str, now: str, way_out: str = "choose another --output_dir"
-) -> None:
+def check_finished(stage: Path, what: str, now: str, way_out="choose another --output_dir") -> None:
     """Raise if a finished stage was made from other data or weights than there are now."""
-    kept = {
-        "data": ("eval/metrics.json", "data_hash"),
-        "weights": ("base.json", "starting_weights"),
-    }
-    file, key = kept[what]
-    before = str(read_json(stage / file).get(key))
+    facts = read_json(stage / "base.json") | read_json(stage / "eval" / "metrics.json")
+    before = str(facts.get({"data": "data_hash", "weights": "starting_weights"}[what]))
     if before != now:
-        raise ValueError(
-            f"{stage.name} was finished on {what} {before[:12]}, now it is {now[:12]}, so they "
-            f"cannot stand in one table: put the old {what} back, or {way_out} ({stage})"
-        )
+        found = f"{stage} was finished on {what} {before[:12]}, now it is {now[:12]}"
+        raise ValueError(f"{found}: put the old {what} back, or {way_out}")
 
 
 def load_stage(folder: Path, model: str = "") -> tuple[Path, Path | None]:
-    """The base and the adapter of a finished stage; a folder with all weights is its own base.
-
-    `model` is where a base outside the run lies now; it must be the one that was trained on."""
-    if not (folder / "base.json").exists():
-        raise ValueError(f"{folder}: no finished stage of a run (base.json is missing)")
-    if (folder / "config.json").exists():
+    """The base and the adapter of a finished stage; `model` is where a base that moved lies now."""
+    if (folder / "config.json").exists():  # all weights: it is its own base
         return folder, None
-    with reading(folder / "base.json"):
-        facts = read_json(folder / "base.json")
-        named, recorded = str(facts["base"]), facts.get("base_fingerprint")
-        adapter = Path(facts["adapter"]) if "adapter" in facts else None
-    if (folder / "adapter_config.json").exists():
-        adapter = folder
-    if named.startswith(".."):  # another stage of this run, which moves with it
-        named, model = os.path.normpath(folder / named), ""
+    facts = read_json(folder / "base.json")
+    base, fingerprint = facts["base"], facts.get("base_fingerprint")
+    adapter = folder if (folder / "adapter_config.json").exists() else facts.get("adapter")
+    if base.startswith(".."):  # another stage of this run, which moves with it
+        return Path(os.path.normpath(folder / base)), adapter and Path(adapter)
     try:
-        base = resolve_path(model or named)
+        path = resolve_path(model or base)
     except ValueError as error:
-        raise ValueError(
-            f"{folder}: its base model {model or named} is not there; if it was moved, give its "
-            f"new place by --model ({error})"
-        ) from None
-    if model and recorded and recorded != base_fingerprint(base):
-        raise ValueError(
-            f"--model {model} holds other weights than {named}, on which {folder} was trained"
-        )
-    return base, adapter
+        way_out = "if it was moved, give its new place by --model"
+        raise ValueError(f"{folder}: its base {base} is not there; {way_out} ({error})") from None
+    if model and fingerprint and fingerprint != base_fingerprint(path):
+        raise ValueError(f"--model {model} holds other weights than {base}, the base of {folder}")
+    return path, adapter and Path(adapter)
 
 
-# ------------------------------------------------------------------------ where it goes on
-def resume_stage(run: Run, folder: Path, model, optimizer, objective, made_from: dict) -> int:
-    """Load the newest whole checkpoint; returns the steps that are done, 0 in a fresh folder."""
-    checkpoint = from_rank_0(lambda: newest_checkpoint(folder))
+def resume_stage(folder: Path, model, optimizer, objective, made_from: dict) -> tuple[int, dict]:
+    """Load the newest whole checkpoint, or start anew; steps that are done, best weights so far."""
+    checkpoint = from_rank_0(lambda: sharding.newest_checkpoint(folder))
     if checkpoint is None:
         if is_main():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        return 0
-    state = load_checkpoint(checkpoint, model, optimizer, made_from)
+        return 0, {}
+    state, best = sharding.load_checkpoint(checkpoint, model, optimizer, made_from)
     objective.load_state(state)
     if is_main():  # cut off what was logged after it
-        log = folder / "metrics.jsonl"
-        os.truncate(log, min(log.stat().st_size, state["logged"]))
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.truncate(min(log.tell(), state["logged"]))
     print0(f"going on from {checkpoint}, after step {state['step']}")
-    if state["world_size"] != run.world_size:
-        rng = np.random.default_rng([run.config.seed, state["step"], run.rank])
-        torch.manual_seed(int(rng.integers(2**62)))
-        print0(f"note: it was made by {state['world_size']} processes; dropout is seeded anew")
-    return state["step"]
+    return state["step"], best
 
 
-# ------------------------------------------------------------------------ validation
-SHOWN = {  # metric -> what the screen calls it
-    "hit_ratio@1": "written",
-    "valid_ratio": "valid",
-    "ranking/hit_ratio@1": "ranked first",
-    "ranking/mrr": "mrr",
-}
+def prepare_reference(run: Run, made_from: dict, dtype, objective, schedule) -> str:
+    """Fill in log-probs of the starting weights, which the model still has; returns their key."""
+    facts = f"{made_from['weights']} {made_from['token ids']} {dtype} {run.config.load_in_4bit}"
+    key = hashlib.sha256(facts.encode()).hexdigest()
+    file = run.folder / f"reference-{key[:12]}.safetensors"
+    logps = from_rank_0(lambda: load_file(file)["logps"].clone() if is_whole(file) else None)
+    if logps is None:
+        logps = reference_pass(objective, schedule, run.rank)
+        if is_main():
+            with writing(file):
+                save_tensors({"logps": logps}, file)
+                Path(f"{file}.sha256").write_text(hash_of(file))
+        dist.barrier()
+    objective.reference_logps = logps
+    return key
+
+
+@torch.no_grad()
+def reference_pass(objective, schedule, rank: int) -> Tensor:
+    """Log-probs (E, N) by the first epoch's micro-batches: so first rewards are 0; NaN: unseen."""
+    steps = range(min(schedule.num_steps, schedule.steps_per_epoch))
+    planned = [(b, schedule.examples(s)) for s in steps for b in schedule.micro_batches(s, rank)]
+    prepared = prefetch(lambda plan: objective.prepare(*plan), planned)
+    logps = torch.zeros(objective.slots.shape, device=objective.device)
+    unseen = torch.ones(len(logps), 1, dtype=torch.bool)
+    objective.model.eval()
+    for batch, examples in progress(planned, "reference", len(planned)):
+        tree = next(prepared).tree
+        sums = tree.sum_logps(objective.model(tree)[0])
+        unseen[examples] = False
+        if batch:
+            logps[to_device(torch.tensor(batch), objective.device)] = sums
+    reshard(objective.model)
+    dist.all_reduce(logps)  # each example was scored on one rank
+    return logps.cpu().masked_fill(unseen, torch.nan)
+
+
+def check_first_rewards(objective, exact: bool) -> None:
+    """Raise unless the policy is its reference before the first update, in bf16 nearly so."""
+    rewards = torch.cat([r.flatten() for r in objective.first_rewards]).double()
+    rewards, objective.first_rewards = rewards / objective.config.beta, None
+    worst = torch.stack([rewards.abs().max(), rewards.square().mean().sqrt()])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)  # so that all ranks stop, or none
+    largest, rms = worst.tolist()
+    found = f"log-ratios before the first step: at most {largest:.1e} nats per title, rms {rms:.1e}"
+    if not (largest < 1e-3 if exact else rms <= 0.5):
+        raise ValueError(f"policy and reference differ before training: {found}")
+    print0(f"{found} (0: the policy is its reference)")
 
 
 def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
     """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
-    size = min(config.val_size, len(val))
-    if size == 0:
-        return None
-    rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[:size]
-    return encode_examples(val.select(np.sort(rows)), tokenizer, config.max_length)
+    rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[: config.val_size]
+    sample = val.select(np.sort(rows))
+    return encode_examples(sample, tokenizer, config.max_length) if len(rows) else None
 
 
-def validate(log: Logger, step: int, summary: dict | None, model: Transformer) -> None:
-    """Log what the model has reached after `step` steps, and keep its weights if none were better.
-
-    `summary` is there on rank 0; all ranks must call."""
+def validate(log: Logger, step: int, summary: dict | None, model, best: dict) -> dict:
+    """Log what rank 0 knows of the model after `step` steps; its weights if better, else `best`."""
 
     def report() -> bool:
-        metrics = {f"val/{name}": summary[name] for name in ("n", *SHOWN)}
-        log.write({"phase": "val", "step": step, **metrics})
-        shown = " | ".join(f"{word} {summary[name]:.4f}" for name, word in SHOWN.items())
-        print0(f"{log.stage:5} {step:5} | val n {summary['n']} | {shown}")
-        before = [read_json(best / "state.json") for best in newest(log.folder, "best")]
-        return all(summary["hit_ratio@1"] > best["val/hit_ratio@1"] for best in before)
+        lines = [json.loads(line) for line in Path(log.file.name).read_text().splitlines()]
+        before = [line["val/hit_ratio@1"] for line in lines if line["phase"] == "val"]
+        log.write({"phase": "val", "step": step, **{f"val/{n}": summary[n] for n in ("n", *SHOWN)}})
+        is_best = summary["hit_ratio@1"] > max(before, default=-1)
+        shown = [f"{word} {summary[name]:.4f}" for name, word in SHOWN.items()] + ["best"] * is_best
+        print0(f"{log.stage:5} {step:5} | val n {summary['n']} | {' | '.join(shown)}")
+        return is_best
 
     if from_rank_0(report) and log.run.config.keep == "best":
-        value = summary["hit_ratio@1"] if is_main() else None
-        weights = trained(model)
-        write_tensors(log.folder / f"best-{step}", weights, {"val/hit_ratio@1": value}, keep=1)
+        return {name: p.detach().clone() for name, p in trained(model).items()}
+    return best
 
 
-def load_best(log: Logger, model: Transformer) -> None:
-    """Put the best step's weights into the model."""
-    best = from_rank_0(lambda: newest(log.folder, "best")[0])
-    if damaged := from_rank_0(lambda: damaged_files(best)):
-        raise ValueError(f"{best} is damaged ({damaged}): delete {log.folder} to train it again")
-    value = read_json(best / "state.json")["val/hit_ratio@1"]
-    steps = f"step {best.name.removeprefix('best-')} of {log.schedule.num_steps}"
-    print0(f"{log.stage}: keeping {steps}, val/hit_ratio@1 {value:.4f}")
-    fill(trained(model), Weights(best).rows)
-
-
-# ------------------------------------------------------------------------ what it leaves behind
 def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: str) -> None:
-    """Write the adapter in PEFT's format, or the whole model with its tokenizer."""
-    state = model.state_dict()
-    if getattr(model, "lora_config", None):
+    """Write the adapter in PEFT's format, or the whole model with its tokenizer; and base.json."""
+    state, is_adapter = model.state_dict(), bool(getattr(model, "lora_config", None))
+    if is_adapter:
         whole = dict(gathered({name: t for name, t in state.items() if ".lora_" in name}))
-        model.name_or_path = base_name(run, base)  # what adapter_config.json calls it
-        if is_main():
-            save_adapter(model, folder, whole)
     else:
         save_pretrained(model, folder, gathered(state), write=is_main())
-        if is_main():
-            copy_tokenizer(base, folder, run.config.prompt_format)
     if is_main():
-        write_base(run, base, folder, weights)
+        model.name_or_path = write_base(run, base, folder, weights)
+        if is_adapter:
+            save_adapter(model, folder, whole)
+        else:
+            copy_tokenizer(base, folder, run.config.prompt_format)
 
 
 def copy_tokenizer(base: Path, folder: Path, prompt_format: str | None) -> None:
@@ -213,33 +199,20 @@ def copy_tokenizer(base: Path, folder: Path, prompt_format: str | None) -> None:
         add_end_of_turn(folder, Tokenizer(base, "chat").eos_id)
 
 
-def write_base(
-    run: Run, base: Path, folder: Path, weights: str, adapter: Path | None = None
-) -> None:
-    """Write base.json and prompt.json for those who ask a stage without its run.
-
-    The one names the model that its adapter stands on, and what it started from; the other has what
-    shapes its prompts. `adapter` is another stage's or run's, if that is what was tested."""
-    facts = {"base": base_name(run, base)}
-    if base.resolve().is_relative_to(run.folder.resolve()):  # then the run folder may be moved
-        facts["base"] = os.path.relpath(base, folder)
-    if adapter:
-        facts["adapter"] = str(adapter.resolve())
+def write_base(run: Run, base: Path, folder: Path, weights: str, adapter=None) -> str:
+    """Write base.json and prompt.json, for who asks a stage without its run; its base's name."""
+    given = run.config.model or (base_of(run.config.adapter) if run.config.adapter else "")
+    is_hub_name = "/" in given and base == run.base and not Path(given).is_dir()
+    name = given if is_hub_name else str(base.resolve())
+    inside = base.resolve().is_relative_to(run.folder.resolve())  # then the run folder may be moved
+    facts = {"base": os.path.relpath(base, folder) if inside else name}
+    facts |= {"adapter": str(adapter.resolve())} if adapter else {}
     facts |= {"starting_weights": weights, "base_fingerprint": base_fingerprint(base)}
     (folder / "base.json").write_text(json.dumps(facts) + "\n")
-    prompt = {name: getattr(run.config, name) for name in PROMPT_OPTIONS}
-    prompt["words"] = run.train.examples.interactions.words
-    prompt["template"] = TEMPLATES[0]  # by which users are asked for
+    prompt = {option: getattr(run.config, option) for option in PROMPT_OPTIONS}
+    prompt |= {"words": run.train.examples.interactions.words, "template": TEMPLATES[0]}
     (folder / "prompt.json").write_text(json.dumps(prompt, indent=1) + "\n")
-
-
-def base_name(run: Run, base: Path) -> str:
-    """A base as anyone finds it: its hub name, if it was given so, else its absolute path."""
-    given = run.config.model
-    if not given and run.config.adapter:
-        given = base_of(run.config.adapter)
-    is_hub_name = "/" in given and base == run.base and not Path(given).is_dir()
-    return given if is_hub_name else str(base.resolve())
+    return name
 
 
 def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:

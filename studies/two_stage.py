@@ -29,8 +29,7 @@ from loaders.counting import Retriever, training_rows
 from loaders.frozen import prepare
 from loaders.planted import bayes_scores, world_of
 from model import Transformer
-from runtime.passes import progress
-from runtime.processes import setup_distributed
+from runtime.processes import progress, setup_distributed
 from runtime.sources import check_run_data, load_source, sources_of, with_run_options
 from runtime.stages import write_whole
 from studies.probes import predictions

@@ -1,9 +1,8 @@
 """Runs of whole scripts, without the seconds that importing torch takes.
 
-A server process (this file run as a script) has imported what the scripts import. For every run it
-forks a child with its own directory, environment, arguments, output and `__main__`, which dies of
-signals alone. With `processes` > 1 there is a child per rank, in the environment that torchrun
-would give it; when one fails the others are ended. torchrun itself: test_checkpoint.py."""
+A server process (this file run as a script) has imported what the scripts import, and forks a child
+for every run, with its own directory, environment, arguments, output and `__main__`. With
+`processes` > 1 there is a child per rank, as torchrun would start it."""
 
 import atexit
 import contextlib
@@ -104,13 +103,18 @@ def ask(request: dict):
 
 # ------------------------------------------------------------------------ runs
 class Script:
-    """A started script: a process per rank."""
+    """A started script: a process per rank, in the environment that torchrun gives it."""
 
     def __init__(self, script, argv, processes: int, cwd, env: dict, stdout, stderr):
         request = {"script": str(script), "argv": [str(a) for a in argv], "cwd": str(cwd)}
         request |= {"stdout": str(stdout), "stderr": str(stderr)}
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-        ranks = ranks_of(processes) if processes > 1 else [{}]
+        env, ranks = os.environ | {"OMP_NUM_THREADS": "1"} | env, [{}]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
         self.pids = [ask(request | {"env": env | rank}) for rank in ranks]
         self.codes: list[int | None] = [None] * len(self.pids)
 
@@ -149,15 +153,6 @@ class Script:
             time.sleep(0.01)
 
 
-def ranks_of(processes: int) -> list[dict]:
-    """What torchrun puts into the environment of each process on one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    return [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
-
-
 def run_script(
     script, *argv, processes: int = 1, cwd=ROOT, seconds: float = 300, **env: str
 ) -> subprocess.CompletedProcess:
@@ -186,10 +181,8 @@ def run_train(tmp_path: Path, name: str, *flags, processes: int = 1, expect: int
 
 def start_train(tmp_path: Path, name: str, *flags, processes: int = 1, script=TRAIN) -> Script:
     """A run that goes on beside the test; what it prints goes to tmp_path/name.log."""
-    log = tmp_path / f"{name}.log"
-    return Script(
-        script, (*TINY, *places(tmp_path, name), *flags), processes, tmp_path, {}, log, log
-    )
+    log, flags = tmp_path / f"{name}.log", (*TINY, *places(tmp_path, name), *flags)
+    return Script(script, flags, processes, tmp_path, {}, log, log)
 
 
 def start_torchrun(tmp_path: Path, name: str, *options, flags=()) -> subprocess.Popen:
@@ -221,17 +214,19 @@ def lines(file: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def results_of(folder: Path) -> dict[str, torch.Tensor]:
-    """What both stages have trained: adapters, or all weights."""
-    files = [*folder.glob("sft/model.safetensors"), *folder.glob("*/adapter_model.safetensors")]
-    return {f"{f.parent.name}/{name}": t for f in files for name, t in load_file(f).items()}
-
-
 def assert_same_results(a: Path, b: Path, atol: float = 0.0) -> None:
-    first, second = results_of(a), results_of(b)
+    """What the stages have trained, adapters or all weights, is equal, or as close as that."""
+    first, second = (
+        {
+            f"{f.parent.name}/{n}": t
+            for f in run.glob("*/*model.safetensors")
+            for n, t in load_file(f).items()
+        }
+        for run in (a, b)
+    )
     assert first and first.keys() == second.keys()
     for name, tensor in first.items():
-        assert (tensor - second[name]).abs().max().item() <= atol, name
+        torch.testing.assert_close(tensor, second[name], atol=atol, rtol=0, msg=name)
 
 
 def uninterrupted(tmp_path: Path, processes: int) -> Path:

@@ -10,33 +10,16 @@ import subprocess
 import time
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from launch import (
-    ROOT,
-    SAVING,
-    TINY,
-    assert_same_results,
-    losses,
-    places,
-    run_train,
-    start_torchrun,
-    start_train,
-    uninterrupted,
-    wait_for,
-)
+from launch import ROOT, SAVING, TINY, losses, places, run_train, start_train, wait_for
 
 import train
 from lora import apply_lora
-from runtime.checkpoint import (
-    damaged_files,
-    load_checkpoint,
-    newest,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from runtime.sharding import load_checkpoint, newest, newest_checkpoint, save_checkpoint
 
 
 def kill_and_resume(whole, name: str, seed: int, processes: int = 1) -> None:
@@ -48,13 +31,11 @@ def kill_and_resume(whole, name: str, seed: int, processes: int = 1) -> None:
     time.sleep(random.Random(seed).uniform(0, 0.8 * seconds))
     process.kill()
     run_train(tmp_path, name, *SAVING, "--resume=auto", processes=processes)
-    expected = uninterrupted(tmp_path, processes)
-    assert_same_results(tmp_path / name, expected)
+    expected = launch.uninterrupted(tmp_path, processes)
+    launch.assert_same_results(tmp_path / name, expected)
     for file in ("sft/metrics.jsonl", "recpo/metrics.jsonl"):
         assert (tmp_path / name / file).read_text() == (expected / file).read_text()
-    left = {f.name for f in (tmp_path / name / "sft").iterdir()}
-    assert not any(name.startswith(("checkpoint", "best")) for name in left)
-    assert not list((tmp_path / name).glob("*.unfinished"))
+    assert not [*(tmp_path / name).glob("*.unfinished"), *(tmp_path / name).glob("*/checkpoint-*")]
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -79,14 +60,14 @@ def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
     if not (tmp_path / "all-weights").exists():
         run_train(tmp_path, "all-weights", *flags)
     process = start_train(tmp_path, name, *flags, processes=2)
-    wait_for(lambda: newest(tmp_path / name / "sft.unfinished", "checkpoint"), process)
+    wait_for(lambda: newest(tmp_path / name / "sft.unfinished"), process)
     process.kill()
     output, metrics = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
-    assert "made by 2 processes" in output
+    assert "going on from" in output
     _, expected = run_train(tmp_path, "all-weights", *flags, "--resume=auto")
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(metrics, stage), losses(expected, stage), atol=1e-4)
-    assert_same_results(tmp_path / name, tmp_path / "all-weights", atol=1e-4)
+    launch.assert_same_results(tmp_path / name, tmp_path / "all-weights", atol=1e-4)
 
 
 # ------------------------------------------------------------------------ inside a preference stage
@@ -119,7 +100,7 @@ def killed(whole):
     script.write_text(DYING)
     flags = (*SAVING, "--resume=auto")
     run_train(tmp_path, folder.name, *flags, processes=2, expect=1, script=script)
-    assert newest(folder / "recpo.unfinished", "checkpoint")[0].name == "checkpoint-4"
+    assert newest(folder / "recpo.unfinished")[0].name == "checkpoint-4"
     return whole, folder
 
 
@@ -145,7 +126,7 @@ def test_a_kill_inside_a_preference_stage_changes_no_loss(killed, reference, pro
     assert "checkpoint-4, after step 4" in output and file.exists()
     expected = losses(metrics, "recpo")
     np.testing.assert_allclose(losses(resumed, "recpo"), expected, rtol=0, atol=1e-4)
-    assert_same_results(tmp_path / name, tmp_path / "whole", atol=1e-4)
+    launch.assert_same_results(tmp_path / name, tmp_path / "whole", atol=1e-4)
 
 
 # ------------------------------------------------------------------------ one checkpoint
@@ -160,20 +141,23 @@ def model_and_optimizer(steps: int = 1):
     return model, optimizer
 
 
-def save(folder: Path, step: int, keep: int = 2):
+def save(folder: Path, step: int, keep: int = 2, best=()):
     model, optimizer = model_and_optimizer()
-    save_checkpoint(folder, step, model, optimizer, {"data": "abc"}, keep)
+    save_checkpoint(folder, step, model, optimizer, dict(best), {"data": "abc"}, keep)
     return folder / f"checkpoint-{step}", model, optimizer
 
 
 def test_a_checkpoint_gives_back_every_bit(group, tmp_path):
-    """Adapter, both moments, step count and random state come back as they were; no file is a
-    pickle, and the hashes are those of sha256sum."""
-    folder, model, optimizer = save(tmp_path, 7)
+    """Adapter, both moments, step count, best weights and random state come back as they were; no
+    file is a pickle, and the hashes are those of sha256sum."""
+    other, _ = model_and_optimizer()
+    kept = {name: p.detach() for name, p in other.named_parameters() if p.requires_grad}
+    folder, model, optimizer = save(tmp_path, 7, best=kept)
     expected_random = torch.rand(3)
     fresh, fresh_optimizer = model_and_optimizer(steps=0)
-    state = load_checkpoint(folder, fresh, fresh_optimizer, {"data": "abc"})
+    state, best = load_checkpoint(folder, fresh, fresh_optimizer, {"data": "abc"})
     assert state["step"] == 7 and torch.equal(torch.rand(3), expected_random)
+    assert best.keys() == kept.keys() and all(torch.equal(best[n], t) for n, t in kept.items())
     for (name, p), q in zip(model.named_parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p, q), name
         assert not p.requires_grad or optimizer.state[p].keys() == {"exp_avg", "exp_avg_sq", "step"}
@@ -193,23 +177,14 @@ def test_the_newest_are_kept(group, tmp_path):
     assert newest_checkpoint(tmp_path).name == "checkpoint-10"
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-@pytest.mark.parametrize("step", [6, 10])
-def test_a_damaged_checkpoint_takes_no_place_of_a_new_one(group, tmp_path, keep, step):
-    """A run that passed over checkpoint-8 saves another step and goes on from it, whatever the
-    limit: the damaged one does not count."""
-    save(tmp_path, 4)
-    (save(tmp_path, 8)[0] / "state.json").write_text("{}")
-    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
-    saved = save(tmp_path, step, keep=keep)[0]
-    assert newest_checkpoint(tmp_path) == saved
-    assert {f.name for f in tmp_path.iterdir()} == set([saved.name, "checkpoint-4"][:keep])
+DAMAGE = [(file, how) for file in ("model.safetensors", "state.json") for how in ("flipped", "cut")]
+DAMAGE += [(file, how) for file, _ in DAMAGE[::2] for how in ("gone", "without hash")]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "without hash"])
-def test_damaged_files_are_found_and_passed_over(group, tmp_path, file, how, capsys):
-    """A damaged checkpoint and its file are named, and the checkpoint before is taken."""
+@pytest.mark.parametrize(("file", "how"), DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(group, tmp_path, file, how, capsys):
+    """With its file, and the one before is taken. It takes no place of a new one, whatever the
+    limit: the run saves the same or another step and goes on from it."""
     older, damaged = save(tmp_path, 4)[0], save(tmp_path, 8)[0]
     content = bytearray((damaged / file).read_bytes())
     content[len(content) // 2] ^= 4 * (how == "flipped")
@@ -218,10 +193,14 @@ def test_damaged_files_are_found_and_passed_over(group, tmp_path, file, how, cap
         (damaged / f"{file}{'.sha256' * (how == 'without hash')}").unlink()
     assert newest_checkpoint(tmp_path) == older
     assert re.search(f"{damaged} is damaged .*{file}", capsys.readouterr().out)
+    for step, keep in ((6, 2), (8, 1)):
+        saved = save(tmp_path, step, keep)[0]
+        assert newest_checkpoint(tmp_path) == saved
+        assert {f.name for f in tmp_path.iterdir()} == {saved.name, *[older.name][: keep - 1]}
 
 
 def test_a_checkpoint_of_other_data_is_refused(group, tmp_path):
-    """Other data, or something that it was not made from, is an error that names both."""
+    """Other data, or something that it was not made from, is an error that names it."""
     folder, *_ = save(tmp_path, 4)
     for what, now in (("data", "xyz"), ("reference", "123")):
         with pytest.raises(ValueError, match=f"checkpoint-4.*other {what}.*another --output_dir"):
@@ -263,13 +242,12 @@ def test_another_tokenizer_is_refused_without_a_reference_too(in_process, tmp_pa
 
 
 # ------------------------------------------------------------------------ guards
-def test_a_loss_that_is_not_finite_names_step_rank_and_examples(tmp_path):
+def test_a_loss_that_is_not_finite_names_step_and_rank(tmp_path):
     """Both ranks stop with one message."""
     flags = ("--sft_learning_rate=1e30", "--max_grad_norm=0", "--save_steps=1", "--sft_epochs=4")
     output, _ = run_train(tmp_path, "stops", *flags, processes=2, expect=1)
-    message = r"error \(rank [01]\): sft, step \d+, (rank [01, ]+|the gradient only), "
-    message += r"examples \d+ \(user .*not finite.*checkpoint-1"
-    assert re.search(message, output), output[-3000:]
+    message = r"error \(rank [01]\): sft, step \d+: the (loss of ranks \[[01, ]+\]|gradient alone) "
+    assert re.search(message + "is not finite", output), output[-3000:]
     assert "Traceback (most recent" not in output.split("error (rank")[0]
 
 
@@ -281,26 +259,27 @@ def workers_of(agent: subprocess.Popen) -> list[int]:
 def test_a_rank_that_dies_ends_the_others(whole):
     """One of two workers is killed: torchrun ends the other and itself, names rank and signal."""
     tmp_path = whole[0]
-    flags = ["--sft_epochs=500"]
-    agent = start_torchrun(tmp_path, "one-dies", "--nproc_per_node=2", flags=flags)
+    agent = launch.start_torchrun(
+        tmp_path, "one-dies", "--nproc_per_node=2", flags=["--sft_epochs=500"]
+    )
     folder = tmp_path / "one-dies" / "sft.unfinished"
-    wait_for(lambda: newest(folder, "checkpoint"), agent)
+    wait_for(lambda: newest(folder), agent)
     workers = workers_of(agent)
     os.kill(workers[1], signal.SIGKILL)
     assert agent.wait(60) != 0
     assert re.search(r"exitcode\s*: -9", (tmp_path / "one-dies.log").read_text())
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    assert not damaged_files(newest(folder, "checkpoint")[0])
+    assert newest_checkpoint(folder) == newest(folder)[0]
 
 
 def test_torchrun_restarts_go_on_by_themselves(whole):
     """A worker is killed; with --max-restarts it starts again and goes on to the same bits."""
     tmp_path, name = whole[0], "restarted"
-    agent = start_torchrun(tmp_path, name, "--nproc_per_node=1", "--max-restarts=1")
+    agent = launch.start_torchrun(tmp_path, name, "--nproc_per_node=1", "--max-restarts=1")
     folder, log = tmp_path / name / "sft.unfinished", tmp_path / f"{name}.log"
-    wait_for(lambda: len(newest(folder, "checkpoint")) > 1, agent)
+    wait_for(lambda: len(newest(folder)) > 1, agent)
     for worker in workers_of(agent):
         os.kill(worker, signal.SIGKILL)
     assert agent.wait(200) == 0, log.read_text()[-3000:]
     assert "going on from" in log.read_text()
-    assert_same_results(tmp_path / name, tmp_path / "whole")
+    launch.assert_same_results(tmp_path / name, tmp_path / "whole")

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from data import tree_widths
 from hub.tokenizer import Tokenizer
 from loaders.frozen import encode_split
-from runtime.passes import Schedule
+from runtime.processes import Schedule
 from train import Objective, TrainConfig, load_policy, train_step
 
 META = torch.device("meta")

@@ -17,7 +17,6 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, encode_split, load_interactions
 from lora import lora_layers
 from losses import target_margins
-from runtime.runs import NotFinite
 from runtime.stages import load_stage
 from train import Objective, load_policy, train_step
 
@@ -73,8 +72,7 @@ def test_every_loss_trains_whatever_the_micro_batches(tmp_path):
     flags = ("--sft_epochs=1", "--epochs=1.5", "--beta=0.2", f"--stages=sft,{','.join(MORE)}")
     flags += ("--test_size=2", "--no_decode_rest", "--val_size=0")
     parts = ("--micro_batch_tokens=500", "--shard=none")
-    output, small = run_train(tmp_path, "small", *flags, *parts, processes=2)
-    assert "SimPO's gamma / beta is 10" in output
+    _, small = run_train(tmp_path, "small", *flags, *parts, processes=2)
     _, big = run_train(tmp_path, "big", *flags)
     assert_same_losses(small, big, MORE)
     for stage in MORE:
@@ -187,7 +185,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
     step(objective).read()
     before, result = state(), step(poisoned)
     assert all(map(torch.equal, before, state()))
-    with pytest.raises(NotFinite, match="not finite; this update was left out") as error:
+    with pytest.raises(ValueError, match="not finite; this update was left out") as error:
         result.read()
     assert error.value.args[1] == ([0] if culprit == "loss" else [])
     step(objective).read()  # and the next one is whole again

@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 import train
 from common import Stopped
 from loaders.frozen import DataConfig, prepare
-from runtime.checkpoint import save_checkpoint
 from runtime.stages import SHOWN, encode_sample
 from train import TrainConfig
 
 # an adapter and dropout in SFT, so that random state matters
-SHORT = ("--stages=sft", "--max_steps=4", "--sft_lora_r=4")
+SHORT = ("--stages=sft", "--max_steps=4", "--sft_lora_r=4", "--eval_steps=1", "--keep=best")
 
 
 def val_lines(folder: Path) -> list[dict]:
@@ -26,11 +25,17 @@ def val_lines(folder: Path) -> list[dict]:
     return [m for m in lines if m["phase"] == "val"]
 
 
-# ------------------------------------------------------------------------ the curve
+def assert_same_weights(a: Path, b: Path, atol: float = 0.0) -> None:
+    (file,) = (f.name for f in a.glob("*model.safetensors"))
+    ours, theirs = load_file(a / file), load_file(b / file)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=atol, rtol=0)
+
+
 def test_validation_changes_no_step(tmp_path):
     """Losses with and without it are the same bits, dropout included; the curve has every step."""
-    output, metrics = run_train(tmp_path, "often", *SHORT, "--eval_steps=1", "--keep=best")
-    _, without = run_train(tmp_path, "never", *SHORT, "--val_size=0")
+    output, metrics = run_train(tmp_path, "often", *SHORT)
+    _, without = run_train(tmp_path, "never", *SHORT[:3], "--val_size=0")
     assert losses(metrics, "sft").tolist() == losses(without, "sft").tolist()
     assert not val_lines(tmp_path / "never" / "sft")
     curve = val_lines(tmp_path / "often" / "sft")
@@ -40,16 +45,14 @@ def test_validation_changes_no_step(tmp_path):
 
 def test_validation_on_two_sharded_ranks_is_that_of_one(tmp_path):
     """Every rank answers its share; curves agree to rounding, and so does what is kept."""
-    flags = (*SHORT, "--max_steps=2", "--lora_dropout=0", "--eval_steps=1", "--keep=best")
+    flags = (*SHORT, "--max_steps=2", "--lora_dropout=0")
     for name, processes in (("one", 1), ("two", 2)):
         run_train(tmp_path, name, *flags, processes=processes)
     one, two = (val_lines(tmp_path / name / "sft") for name in ("one", "two"))
     assert [m["step"] for m in one] == [m["step"] for m in two] == [1, 2]
     for key in ("val/hit_ratio@1", "val/valid_ratio", "val/ranking/mrr"):
         assert [m[key] for m in one] == pytest.approx([m[key] for m in two], abs=1e-6)
-    adapters = [load_file(tmp_path / n / "sft/adapter_model.safetensors") for n in ("one", "two")]
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(adapters[1][name], tensor, atol=1e-4, rtol=0)
+    assert_same_weights(tmp_path / "one/sft", tmp_path / "two/sft", atol=1e-4)
 
 
 def test_validation_users_are_a_sample_of_the_validation_split(tmp_path, monkeypatch):
@@ -66,8 +69,7 @@ def test_validation_users_are_a_sample_of_the_validation_split(tmp_path, monkeyp
 
 def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypatch):
     """What a stage answers are examples of the val split, and test is answered last."""
-    answered = []
-    inner = train.predict
+    answered, inner = [], train.predict
 
     def spy(model, tokenizer, encoded, *rest, **options):
         interactions, position = encoded.examples.interactions, encoded.examples.position
@@ -75,8 +77,7 @@ def test_a_run_validates_on_the_validation_split(in_process, tmp_path, monkeypat
         return inner(model, tokenizer, encoded, *rest, **options)
 
     monkeypatch.setattr(train, "predict", spy)
-    flags = (*TINY, *SHORT, "--max_steps=2", "--eval_steps=1", *places(tmp_path, "run"))
-    in_process(train.main, *flags)
+    in_process(train.main, *TINY, *SHORT, "--max_steps=2", *places(tmp_path, "run"))
     assert answered == [{2}, {2}, {1}]
 
 
@@ -86,11 +87,11 @@ def decreed(in_process, tmp_path, monkeypatch):
     """run(name, values, *flags): SFT whose validations have these hit ratios, in order.
 
     `die`, a step's number, ends the run when its checkpoint is in place; a SIGTERM comes before the
-    step `stop_step` or in the validation `stop_val`. Returns lines of the curve and the adapter."""
+    step `stop_step` or in the validation `stop_val`."""
+    train_step, save_checkpoint = train.train_step, train.save_checkpoint
 
-    def run(name, values, *flags, die=0, stop_step=0, stop_val=0):
+    def run(name, values, *flags, die=0, stop_step=0, stop_val=0) -> None:
         left, taken = list(values), []
-        inner = train_step
 
         def summary(run, model):
             if len(values) - len(left) + 1 == stop_val:
@@ -101,7 +102,7 @@ def decreed(in_process, tmp_path, monkeypatch):
             taken.append(1)
             if len(taken) == stop_step:
                 signal.raise_signal(signal.SIGTERM)
-            return inner(*args, **kwargs)
+            return train_step(*args, **kwargs)
 
         def save(folder, step, *facts):
             save_checkpoint(folder, step, *facts)
@@ -111,33 +112,30 @@ def decreed(in_process, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "validation_metrics", summary)
         monkeypatch.setattr(train, "train_step", step)
         monkeypatch.setattr(train, "save_checkpoint", save)
-        options = (*TINY, *SHORT, *places(tmp_path, name), "--eval_steps=1", "--keep=best")
-        in_process(train.main, *options, "--save_steps=1", *flags)
+        in_process(train.main, *TINY, *SHORT, *places(tmp_path, name), "--save_steps=1", *flags)
         assert not left and len(taken) == len(values)
-        folder = tmp_path / name / "sft"
-        return val_lines(folder), load_file(folder / "adapter_model.safetensors")
 
-    train_step = train.train_step
     return run
 
 
-def assert_same(first, second) -> None:
-    """The same curve, with each step once, and the same adapter to the bit."""
-    assert first[0] == second[0] and [m["step"] for m in first[0]] == [1, 2, 3, 4]
-    assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
+def assert_as_if_whole(decreed, tmp_path, name: str) -> None:
+    """The curve of an uninterrupted run, with each step once, and its adapter to the bit."""
+    decreed("whole", VALUES)
+    first, second = (val_lines(tmp_path / n / "sft") for n in (name, "whole"))
+    assert first == second and [m["step"] for m in first] == [1, 2, 3, 4]
+    assert_same_weights(tmp_path / name / "sft", tmp_path / "whole/sft")
 
 
 VALUES = (0.2, 0.5, 0.5, 0.1)
 
 
-def test_the_best_step_is_kept_the_earlier_of_equal_ones(decreed, tmp_path, capsys):
+def test_the_best_step_is_kept_the_earlier_of_equal_ones(decreed, tmp_path):
     """--keep best saves the weights of step 2, where .5 is reached first."""
     with pytest.raises(KeyboardInterrupt):
         decreed("stopped", VALUES, die=2)
-    _, adapter = decreed("whole", VALUES)
-    assert "sft: keeping step 2 of 4, val/hit_ratio@1 0.5000" in capsys.readouterr().out
+    decreed("whole", VALUES)
     held = load_file(tmp_path / "stopped/sft.unfinished/checkpoint-2/model.safetensors")
-    for name, tensor in adapter.items():
+    for name, tensor in load_file(tmp_path / "whole/sft/adapter_model.safetensors").items():
         assert torch.equal(held[name.removeprefix("base_model.model.")], tensor)
 
 
@@ -150,16 +148,8 @@ def test_a_killed_run_keeps_the_best_step_of_before(decreed, tmp_path, die, dama
         decreed("killed", VALUES, die=die)
     if damaged:
         (tmp_path / f"killed/sft.unfinished/checkpoint-{die}/state.json").write_text("{}")
-    resumed = decreed("killed", VALUES[die - damaged :], "--resume=auto")
-    assert_same(resumed, decreed("whole", VALUES))
-
-
-def test_a_damaged_best_step_is_named(decreed, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        decreed("killed", VALUES, die=3)
-    (tmp_path / "killed/sft.unfinished/best-2/model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="best-2 is damaged .*model.safetensors.*delete"):
-        decreed("killed", VALUES[3:], "--resume=auto")
+    decreed("killed", VALUES[die - damaged :], "--resume=auto")
+    assert_as_if_whole(decreed, tmp_path, "killed")
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -170,8 +160,8 @@ def test_a_signal_loses_neither_the_step_nor_its_validation(decreed, tmp_path, w
     with pytest.raises(Stopped, match=f"after step {number}, which is saved"):
         decreed("stopped", VALUES, "--save_steps=0", **{when: number})
     assert not (tmp_path / "stopped/sft").exists()
-    resumed = decreed("stopped", VALUES[number:], "--save_steps=0", "--resume=auto")
-    assert_same(resumed, decreed("whole", VALUES))
+    decreed("stopped", VALUES[number:], "--save_steps=0", "--resume=auto")
+    assert_as_if_whole(decreed, tmp_path, "stopped")
 
 
 # train.py in which the first validation is the best one
@@ -190,17 +180,14 @@ train.run_cli(train.main)
 
 def test_the_best_step_of_full_training_on_two_sharded_ranks(tmp_path):
     """All weights, each rank its rows: step 1, the best by decree, is what both divisions save."""
-    script = tmp_path / "decree.py"
+    script, flags = tmp_path / "decree.py", (*SHORT, "--sft_lora_r=0")
     script.write_text(DECREE)
-    flags = (*SHORT, "--sft_lora_r=0", "--max_steps=2", "--eval_steps=1", "--keep=best")
-    saved = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        output, _ = run_train(tmp_path, folder.name, *flags, processes=processes, script=script)
-        assert "keeping step 1 of 2" in output
-        saved[processes] = load_file(folder / "sft" / "model.safetensors")
-    for name, tensor in saved[1].items():
-        torch.testing.assert_close(saved[2][name], tensor, atol=1e-4, rtol=0)
+    run_train(tmp_path, "1", *flags, "--max_steps=2", script=script)
+    run_train(tmp_path, "2", *flags, "--max_steps=2", script=script, processes=2)
+    assert_same_weights(tmp_path / "1/sft", tmp_path / "2/sft", atol=1e-4)
+    last, _ = run_train(tmp_path, "last", *flags, "--max_steps=2", "--keep=last", script=script)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "1/sft", tmp_path / "last/sft", atol=1e-4)
 
 
 def test_keeping_the_best_needs_validation():

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from runtime.passes import prefetch, progress
+from runtime.processes import prefetch, progress
 
 
 def test_prefetch_keeps_the_order_and_runs_one_ahead():
