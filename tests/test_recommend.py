@@ -27,8 +27,9 @@ from lora import load_adapter
 from model import load_pretrained, save_pretrained
 from recommend import Ranker, RecommendConfig, job_key, recommend_users, shown_order
 from runtime.sources import export_merged, sources_of, with_run_options
-from runtime.stages import base_name
+from runtime.stages import write_base
 from studies import sequential
+from train import TrainConfig
 
 BASE = ROOT / "demo" / "base"
 WORDS = ("items", "chose", "choose")  # of a log that has none of its own
@@ -458,8 +459,11 @@ def test_a_base_is_recorded_so_that_it_is_found_again(one_process, tmp_path):
     config = RecommendConfig(adapter=str(moved / "recpo"), request="my.json")
     assert sources_of(config) == {"recpo": (moved / "sft", moved / "recpo")}
     for given in ("org/name", str(BASE)):
-        run = SimpleNamespace(base=BASE, config=SimpleNamespace(model=given, adapter=""))
-        assert base_name(run, BASE) == given
+        examples = SimpleNamespace(interactions=SimpleNamespace(words=WORDS))
+        run = SimpleNamespace(base=BASE, folder=tmp_path / "run", config=TrainConfig(model=given))
+        run.train = SimpleNamespace(examples=examples)
+        assert write_base(run, BASE, tmp_path, "weights") == given
+        assert json.loads((tmp_path / "base.json").read_text())["base"] == given
 
 
 # -------------------------------------------------------------------------------- in other programs
