@@ -417,7 +417,7 @@ GOOD = '{"user": "ok", "history": [{"item": "s1", "rating": 4}]}'
         (GOOD[:-1] + ', "candidates": ["s2", "s3"]}', {}, "2 candidates, at least 20"),
         ("nobody", {"users": "ids.txt"}, "ids.txt:2: the log has no user 'nobody'"),
         ("", {"users": "ids.txt"}, "ids.txt names nobody"),
-        ("", {"users": "gone.txt"}, "gone.txt: cannot be opened"),
+        ("", {"users": "gone.txt"}, "gone.txt: cannot be read"),
         ("", {"top_k": 30}, "--top_k must be >= 1, <= 20"),
         ("", {"output": ""}, "needs --output"),
         ("", {"output": "ids.txt"}, "exists already"),
