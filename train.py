@@ -578,8 +578,12 @@ def main() -> None:
         )
         example = [*train.prompts[0].tolist(), *train.slots(0, train.examples.target[:1])[0]]
         text = tokenizer.inner.decode(example, skip_special_tokens=False)
-        sizes = f"{len(train.prompts):,} training prompts, {train.num_shortened} of them shortened"
-        print0(f"data {run.data_hash[:12]}, {sizes}\n\nfirst training prompt:\n{text}")
+        lengths = [len(prompt) for prompt in train.prompts]
+        print0(
+            f"data {run.data_hash[:12]}: {len(lengths):,} training and {len(test.prompts):,} test "
+            f"prompts of {np.mean(lengths):.0f} tokens (longest {max(lengths)}), "
+            f"{train.num_shortened} shortened\n\nfirst training prompt:\n{text}"
+        )
         if config.dry_run:
             dry_run(run, plans(run))
         else:

@@ -27,8 +27,7 @@ class SourceConfig(ModelOptions):
 
     run: str = arg("", "run folder of train.py, with its options", group="what is evaluated")
     stage: str = arg("", "stage of the run; empty = all finished ones")
-    # options that are read from prompt.json without --run
-    KEPT = ("prompt_format", "max_length", "list_in_prompt")
+    KEPT = ("prompt_format", "max_length", "list_in_prompt")  # from prompt.json, without --run
 
     def __post_init__(self):
         super().__post_init__()

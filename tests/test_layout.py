@@ -14,17 +14,17 @@ ROOMS = {
     "common": 190,
     "hub": 850,
     "model": 440,
-    "data": 562,
+    "data": 560,
     "lora": 300,
-    "loaders": 3207,
-    "runtime": 1717,
+    "loaders": 2540,
+    "runtime": 1100,
     "eval": 320,
-    "demo": 718,
+    "demo": 575,
     "train": 640,
-    "studies": 1700,
+    "studies": 1739,
     "recommend": 260,
     "bench": 800,
-    "tests": 12964,
+    "tests": 10500,
 }
 ORDER = tuple(ROOMS)[:-1]
 WITH_PROCESS_GROUPS = ("common", "runtime", "train", "recommend", "bench")

@@ -239,7 +239,7 @@ def test_build_tree_refuses_empty_and_uneven_input():
     groups = [[[EOS], [EOS]], [[EOS]]]
     uneven = [([[5], [6]], groups), ([[5]], [[]]), ([[]], [[[EOS]]]), ([[5]], [[[EOS], []]])]
     for prompts, completions in (([], []), ([[5]], []), *uneven):
-        with pytest.raises(ValueError, match="no empty prompt or completion, and the same number"):
+        with pytest.raises(ValueError, match="the same number of completions, at least 1"):
             build_tree(prompts, completions)
 
 

@@ -223,7 +223,7 @@ def test_the_command_that_goes_on_is_complete(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"), [("--beta=x", "invalid float value"), ("--data_dir=no", "no such file")]
+    ("flag", "message"), [("--beta=x", "invalid float value"), ("--data_dir=no", "no such path")]
 )
 def test_torchrun_ends_with_the_error_of_one_rank(tmp_path, flag, message):
     """Found by both ranks, or by rank 0 while the other waits: said once, at the very end."""
