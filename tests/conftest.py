@@ -1,5 +1,4 @@
-"""Tiny models of every supported family, all their parameters away from the initial values,
-and how to write them."""
+"""Tiny models of every supported family, their files, and runs that tests share."""
 
 import json
 import os
@@ -28,14 +27,13 @@ from hub.files import note_once
 from hub.tokenizer import Tokenizer
 from model import ModelConfig, Transformer, save_pretrained
 
-# a parameter of tests that run on a GPU: `pytest -m gpu`
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])  # tests of `pytest -m gpu`
 
 torch.set_num_threads(1)  # tensors this small cost more to divide than to compute
 
-# config.json as published (the layout of transformers 4), but small. Head size 8 gives rotary
-# wavelengths of 6 to 118,000 positions: kept, in between and slowed down by the llama3 scaling.
+# config.json as published by transformers 4, but small. Head size 8 gives rotary wavelengths of 6
+# to 118,000 positions: kept, in between and slowed down by the llama3 scaling.
 EOS = 2
 COMMON = {
     "vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -55,12 +53,11 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 LLAMA3 = LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}
-LLAMA32_ROPE = LLAMA3_ROPE | {"factor": 32.0}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 FAMILIES = {
     "llama2": LLAMA | UNTIED | {"num_key_value_heads": 4},
     "llama3.1": LLAMA3 | UNTIED,
-    "llama3.2": LLAMA3 | TIED | {"rope_scaling": LLAMA32_ROPE, "head_dim": 8},
+    "llama3.2": LLAMA3 | TIED | {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "head_dim": 8},
     "qwen2.5": QWEN2 | UNTIED,
     "qwen2.5-tied": QWEN2 | TIED,
     "qwen3": QWEN3 | TIED,
@@ -74,12 +71,6 @@ def seed():
     note_once.cache_clear()
 
 
-@pytest.fixture
-def config() -> ModelConfig:
-    return tiny_config("llama3.1")
-
-
-# ------------------------------------------------------------------------ whole runs
 @pytest.fixture(scope="session")
 def one_process(tmp_path_factory):
     """A finished SFT + RecPO run in one process, in micro-batches of one prompt."""
@@ -90,18 +81,9 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A run that nothing interrupted, in one process, and the seconds it took."""
-    tmp_path = tmp_path_factory.mktemp("runs")
-    started = time.time()
+    tmp_path, started = tmp_path_factory.mktemp("runs"), time.time()
     _, metrics = run_train(tmp_path, "whole", *SAVING)
     return tmp_path, metrics, time.time() - started
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_group_is_left():
-    """A script's main() that ran in this process may leave its process group behind."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -114,7 +96,7 @@ def group():
 
 @pytest.fixture
 def in_process(monkeypatch, tmp_path):
-    """call(main, *flags): a script's main() in this process, in a process group that is its own."""
+    """call(main, *flags): a script's main() in this process, in a process group of its own."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.chdir(tmp_path)
 
@@ -130,23 +112,15 @@ def in_process(monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------ examples, tokenizers
 def examples_at(
     interactions: Interactions, positions: list[int], candidates: np.ndarray, history: int = 20
 ) -> Examples:
     E, n = candidates.shape
-    return Examples(
-        interactions,
-        "test",
-        history,
-        np.array(positions),
-        candidates.astype(np.int32),
-        target=np.zeros(E, np.int32),
-        scores=np.zeros((E, n), np.float32),
-        is_random=np.ones((E, n), bool),
-        negative_order=np.tile(np.arange(1, n, dtype=np.int32), (E, 1)),
-        template=np.zeros(E, np.int32),
-    )
+    facts = {"target": np.zeros(E, np.int32), "template": np.zeros(E, np.int32)}
+    facts |= {"scores": np.zeros((E, n), np.float32), "is_random": np.ones((E, n), bool)}
+    facts["negative_order"] = np.tile(np.arange(1, n, dtype=np.int32), (E, 1))
+    taken = {"position": np.array(positions), "candidates": candidates.astype(np.int32)}
+    return Examples(interactions, "test", history, **taken, **facts)
 
 
 @pytest.fixture(scope="session")
@@ -156,8 +130,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     for family, folder in found.items():
         inner = llama2_style() if family == "llama2" else byte_level(family)
         inner.save(str(folder / "tokenizer.json"))
-        eos_id = inner.token_to_id(END_OF_TEXT[family])
-        write_json(folder / "config.json", {"eos_token_id": eos_id})
+        write_json(folder / "config.json", {"eos_token_id": inner.token_to_id(END_OF_TEXT[family])})
     return found
 
 
@@ -171,7 +144,6 @@ def tokenizer(family, folders) -> Tokenizer:
     return Tokenizer(folders[family])
 
 
-# ------------------------------------------------------------------------ models and files
 def tiny_config(family: str) -> ModelConfig:
     raw = FAMILIES[family]
     known = {f.name: raw[f.name] for f in fields(ModelConfig) if f.name in raw}
@@ -186,12 +158,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, p in model.named_parameters():
             drawn = torch.randn(p.shape, generator=generator)
             if p.ndim == 2:
-                drawn *= 0.2 if "embed" in name else p.shape[1] ** -0.5
-            elif name.endswith("bias"):
-                drawn /= 2
+                p.copy_(drawn * (0.2 if "embed" in name else p.shape[1] ** -0.5))
             else:
-                drawn = 1 + 0.3 * drawn
-            p.copy_(drawn)
+                p.copy_(drawn / 2 if name.endswith("bias") else 1 + 0.3 * drawn)
     return model
 
 
@@ -200,13 +169,11 @@ def tiny_model(family: str = "llama3.1", seed: int = 0) -> Transformer:
 
 
 def write_checkpoint(path: Path, family: str = "llama3.1", seed: int = 0, **kwargs) -> Path:
-    """A random model of that family in a Hugging Face directory, written by save_pretrained."""
     save_pretrained(tiny_model(family, seed), path, **kwargs)
     return path
 
 
 def change_tensors(file: Path, change) -> None:
-    """Rewrite a safetensors file with change(tensors), in place."""
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -219,7 +186,7 @@ def write_json(file: Path, content) -> Path:
 
 
 def transformers_model(family: str, path: Path, seed: int = 0):
-    """A random model of transformers, saved at `path`, which reads the published config.json."""
+    """A random model, saved at `path`, that transformers makes of the published config.json."""
     transformers = pytest.importorskip("transformers")
     write_json(path / "config.json", FAMILIES[family])
     config = transformers.AutoConfig.from_pretrained(path)

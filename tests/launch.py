@@ -1,15 +1,12 @@
 """Runs of whole scripts, without the seconds that importing torch takes.
 
-A server process (this file run as a script) has imported what the scripts import, and forks a child
-for every run, with its own directory, environment, arguments, output and `__main__`. With
-`processes` > 1 there is a child per rank, as torchrun would start it."""
+A server process has imported what the scripts import, and forks a child for every run; with
+`processes` > 1 one per rank, as torchrun would start it."""
 
-import atexit
 import contextlib
-import functools
 import gc
-import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -18,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,162 +31,110 @@ TINY = [
     "--sft_epochs=2", "--epochs=2", "--logging_steps=1", "--lora_r=4", "--shard=full",
     "--stages=sft,recpo", "--sft_lora_r=0",
 ]  # fmt: skip
-# A run whose random state matters (an adapter and dropout in SFT, which all weights would not
-# have), and which keeps all that a run can
+# A run whose random state matters (an adapter and dropout in SFT), and which keeps all it can
 SAVING = ("--save_steps=2", "--sft_lora_r=4", "--lora_dropout=0.1", "--micro_batch_tokens=1500")
 SAVING += ("--history_weight=0.1", "--eval_steps=1", "--keep=best")
 SCRIPTS = ("train", "eval", "recommend", "loaders")
 SCRIPTS += ("studies.report", "studies.probes", "studies.sequential")
 
 
-# ------------------------------------------------------------------------ the server
-def serve() -> None:
-    """Fork a run per request {script, argv, cwd, env, stdout, stderr}; {poll: pid}: its end."""
-    for name in (*SCRIPTS, "torch._dynamo"):
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # what was imported is no child's garbage
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif (answer := os.fork()) == 0:
-            become(request)
-        print(json.dumps(answer), flush=True)
-
-
-def become(request: dict) -> None:
-    """Run the script in this process, which ends with it."""
-    for number, file in enumerate(("/dev/null", request["stdout"], request["stderr"])):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY
-        os.dup2(os.open(file, flags), number)
-    os.chdir(request["cwd"])
-    os.environ.clear()
-    os.environ.update(request["env"])
-    script, code = request["script"], 1
-    sys.argv = [script, *request["argv"]]
-    try:
-        if script.endswith(".py"):
-            sys.path[0] = str(Path(script).parent)
-            runpy.run_path(script, run_name="__main__")
-        else:
-            sys.path[0] = request["cwd"]
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-@functools.cache
-def server() -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
-    atexit.register(lambda: (process.stdin.close(), process.wait()))
-    return process
-
-
-def ask(request: dict):
-    """The server's answer to one request."""
-    print(json.dumps(request), file=server().stdin, flush=True)
-    return json.loads(server().stdout.readline())
-
-
 # ------------------------------------------------------------------------ runs
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([*SCRIPTS, "torch._dynamo"])
+
+
+def become(script: str, argv: list[str], cwd, env: dict, outputs: tuple) -> None:
+    """Run a file (….py) or a module (studies.report) in this process, which ends with it."""
+    gc.freeze()  # what the server imported is no child's garbage
+    for number, file in enumerate(outputs, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv, sys.path[0] = [script, *argv], str(cwd)
+    if script.endswith(".py"):
+        sys.path[0] = str(Path(script).parent)
+        runpy.run_path(script, run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
 class Script:
     """A started script: a process per rank, in the environment that torchrun gives it."""
 
-    def __init__(self, script, argv, processes: int, cwd, env: dict, stdout, stderr):
-        request = {"script": str(script), "argv": [str(a) for a in argv], "cwd": str(cwd)}
-        request |= {"stdout": str(stdout), "stderr": str(stderr)}
-        env, ranks = os.environ | {"OMP_NUM_THREADS": "1"} | env, [{}]
+    def __init__(self, script, argv, processes: int, cwd, outputs: tuple):
+        env, ranks = os.environ | {"OMP_NUM_THREADS": "1"}, [{}]
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
             env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
-        self.pids = [ask(request | {"env": env | rank}) for rank in ranks]
-        self.codes: list[int | None] = [None] * len(self.pids)
+        command = str(script), [str(a) for a in argv], cwd
+        calls = [(*command, env | rank, outputs) for rank in ranks]
+        self.ranks = [FORKS.Process(target=become, args=call) for call in calls]
+        with patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):  # the server's
+            for rank in self.ranks:
+                rank.start()
 
     def poll(self) -> int | None:
         """None while a process lives; then 0, or the code of the first that failed (-9: killed)."""
-        for n, pid in enumerate(self.pids):
-            if self.codes[n] is None:
-                self.codes[n] = ask({"poll": pid})
-        return None if None in self.codes else next((code for code in self.codes if code), 0)
+        codes = [rank.exitcode for rank in self.ranks]
+        return None if None in codes else next((code for code in codes if code), 0)
 
     def wait(self, seconds: float = 300) -> int:
-        """The exit code; when one process fails the others are ended, as torchrun does."""
+        """The exit code; when one process fails the others are killed, as torchrun does."""
         end = time.time() + seconds
         while (code := self.poll()) is None:
-            if any(self.codes):
+            if time.time() > end or any(rank.exitcode for rank in self.ranks):
                 time.sleep(0.2)  # they may have the same to say
                 self.kill()
-            if time.time() > end:
-                self.kill()
-                raise TimeoutError(f"processes {self.pids} did not end in {seconds} s")
             time.sleep(0.02)
         return code
 
     def send_signal(self, number: int) -> None:
         """To every process that has not been seen to end."""
-        self.poll()
-        for pid, code in zip(self.pids, self.codes, strict=True):
-            if code is None:
+        for rank in self.ranks:
+            if rank.exitcode is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+                    os.kill(rank.pid, number)
 
     def kill(self) -> None:
         """kill -9, and wait until all are gone."""
         self.send_signal(signal.SIGKILL)
-        while self.poll() is None:
-            time.sleep(0.01)
+        for rank in self.ranks:
+            rank.join()
 
 
-def run_script(
-    script, *argv, processes: int = 1, cwd=ROOT, seconds: float = 300, **env: str
-) -> subprocess.CompletedProcess:
-    """Run a file (….py) or a module (studies.report) to its end."""
+def run_script(script, *argv, processes: int = 1, cwd=ROOT) -> subprocess.CompletedProcess:
+    """Run a script to its end."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "out", Path(folder) / "err"
-        code = Script(script, argv, processes, cwd, env, *files).wait(seconds)
+        code = Script(script, argv, processes, cwd, files).wait()
         texts = [f.read_text() if f.exists() else "" for f in files]
     return subprocess.CompletedProcess([str(script), *argv], code, *texts)
 
 
 def run_train(tmp_path: Path, name: str, *flags, processes: int = 1, expect: int = 0, script=TRAIN):
-    """One run of train.py in tmp_path/name; returns (output, metrics by stage).
-
-    `expect` 0: it must end well; otherwise it must not."""
+    """A run in tmp_path/name that ends well, unless `expect`; its output, metrics by stage."""
     flags = (*TINY, *places(tmp_path, name), *flags)
     done = run_script(script, *flags, processes=processes, cwd=tmp_path)
     output = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), output[-3000:]
-    metrics = {}
-    for file in (tmp_path / name).glob("*/metrics.jsonl"):
-        steps = [json.loads(line) for line in file.read_text().splitlines()]
-        metrics[file.parent.name] = [m for m in steps if m["phase"] != "val"]
-    return output, metrics
+    return output, {f.parent.name: log_of(f.parent) for f in (tmp_path / name).glob("*/*.jsonl")}
 
 
-def start_train(tmp_path: Path, name: str, *flags, processes: int = 1, script=TRAIN) -> Script:
+def start_train(tmp_path: Path, name: str, *flags, processes: int = 1) -> Script:
     """A run that goes on beside the test; what it prints goes to tmp_path/name.log."""
     log, flags = tmp_path / f"{name}.log", (*TINY, *places(tmp_path, name), *flags)
-    return Script(script, flags, processes, tmp_path, {}, log, log)
+    return Script(TRAIN, flags, processes, tmp_path, (log, log))
 
 
-def start_torchrun(tmp_path: Path, name: str, *options, flags=()) -> subprocess.Popen:
+def start_torchrun(tmp_path: Path, name: str, *options, flags=SAVING) -> subprocess.Popen:
     """train.py by torchrun itself, from tmp_path; what it prints goes to tmp_path/name.log."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(TRAIN)]
-    command += [*TINY, *SAVING, *places(tmp_path, name), *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(TRAIN), *TINY, *flags]
     log, env = open(tmp_path / f"{name}.log", "w"), os.environ | {"OMP_NUM_THREADS": "1"}
+    command += places(tmp_path, name)
     return subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=env)
 
 
@@ -206,6 +151,12 @@ def wait_for(condition, process, seconds: float = 120) -> None:
 
 
 # ------------------------------------------------------------------------ what they leave
+def log_of(stage: Path, validation: bool = False) -> list[dict]:
+    """Metrics of the steps that metrics.jsonl has, or of the validations."""
+    steps = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [m for m in steps if (m["phase"] == "val") == validation]
+
+
 def losses(metrics: dict, stage: str) -> np.ndarray:
     return np.array([m["loss"] for m in metrics[stage]])
 
@@ -217,16 +168,10 @@ def lines(file: Path) -> int:
 def assert_same_results(a: Path, b: Path, atol: float = 0.0) -> None:
     """What the stages have trained, adapters or all weights, is equal, or as close as that."""
     first, second = (
-        {
-            f"{f.parent.name}/{n}": t
-            for f in run.glob("*/*model.safetensors")
-            for n, t in load_file(f).items()
-        }
-        for run in (a, b)
+        {f.parent.name: load_file(f) for f in run.glob("*/*model.safetensors")} for run in (a, b)
     )
-    assert first and first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], atol=atol, rtol=0, msg=name)
+    assert first
+    torch.testing.assert_close(first, second, atol=atol, rtol=0)
 
 
 def uninterrupted(tmp_path: Path, processes: int) -> Path:
@@ -235,7 +180,3 @@ def uninterrupted(tmp_path: Path, processes: int) -> Path:
     if not reference.exists():
         run_train(tmp_path, reference.name, *SAVING, processes=processes)
     return reference
-
-
-if __name__ == "__main__":
-    serve()
