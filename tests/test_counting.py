@@ -73,15 +73,6 @@ def test_scores_are_those_of_a_dict_loop(name, examples):
     assert fewer.scores(np.array([1, 2]))[5] == 0 and np.isfinite(fewer.scores(np.array([5]))).all()
 
 
-def test_best_items_by_score_then_code():
-    """Equal scores in the order of their codes, also across the end of the list."""
-    scores = np.array([1.0, 3.0, 2.0, 2.0, 0.0, 2.0, 3.0])
-    rows = ([], 3, [1, 6, 2]), ([1, 2], 3, [6, 3, 5]), ([1, 2], 99, [6, 3, 5, 0, 4])
-    for exclude, n, expected in rows:
-        assert counting.best_items(scores, np.array(exclude, int), n).tolist() == expected
-    assert scores.max() == 3.0  # the caller's array is left alone
-
-
 # -------------------------------------------------------------------------------- retrieved lists
 CONFIG = DataConfig(followers=3, min_history=4, train_size=50, negatives="retrieved")
 
@@ -135,7 +126,6 @@ def test_a_user_who_touched_almost_everything_is_refused():
 @needs_movielens
 @pytest.mark.parametrize("core, num_examples, hits", [(0, 3563, (0.326, 0.498, 0.587)), (20, 3548, (0.294, 0.468, 0.560))])  # noqa: E501  # fmt: skip
 def test_movielens_reference_points(core, num_examples, hits):
-    """The known hit_ratio@1 of counting; data_seed moves it by about .01."""
     config = DataConfig(dataset="movielens", data_dir=str(MOVIELENS), core=core)
     test = build_examples(k_core(movielens(), core), config)["test"]
     assert len(test) == num_examples
