@@ -111,16 +111,9 @@ def test_lists_hold_the_best_of_a_plain_loop_beside_the_followers(exclude):
 
 
 def test_equal_scores_go_to_the_more_popular_item():
-    """Nothing follows the history: all scores are 0, and popularity, then the code, decides."""
     log = log_in_order([[0, 1, 2], [3, 4, 5, 6], [3, 5, 6, 7], [5, 3, 8, 9]])
     found = markov_top(log, np.array([2]), 20, 8)
     assert found.tolist() == [[3, 5, 4, 6, 7, 8, 9, -1]]  # 3 comes thrice, 5 twice, 4 once
-
-
-def test_a_user_who_touched_almost_everything_is_refused():
-    log = log_in_order([list(range(12)), list(range(25))])
-    with pytest.raises(ValueError, match="user 1: fewer than 17 items"):
-        build_examples(log, replace(CONFIG, min_history=3), markov_top)
 
 
 @needs_movielens

@@ -124,16 +124,16 @@ def amazon_ratings(*ids: str) -> str:
     return "\n".join(",".join(str(review[name]) for name in names) for review in AMAZON)
 
 
+KEYS_2023 = ("user_id", "parent_asin", "rating", "timestamp")
 AMAZON_2023 = [  # milliseconds; what a review is called is no title
-    {"user_id": r["reviewerID"], "parent_asin": r["asin"], "rating": r["overall"], "asin": "B0V",
-     "timestamp": 1000 * r["unixReviewTime"], "title": "Great!"}
+    dict(zip(KEYS_2023, (*list(r.values())[:3], 1000 * r["unixReviewTime"]))) | {"title": "Great!"}
     for r in AMAZON
-]  # fmt: skip
+]
 
 
 def amazon_csv(rows: list[dict], *more: str) -> str:
-    """Of 2023, with or without the histories of the benchmark."""
-    names = ["user_id", "parent_asin", "rating", "timestamp", *more]
+    """With or without the histories of the benchmark."""
+    names = [*KEYS_2023, *more]
     lines = [names, *([str(r.get(name, "B0P9 B0P8")) for name in names] for r in rows)]
     return "\n".join(",".join(line) for line in lines) + "\n"
 
@@ -167,15 +167,13 @@ def archive() -> bytes:
 META = {"meta_Books.json": json_lines(AMAZON_META)}
 GAMES = {"steam_games.json.gz": literal_lines(STEAM_GAMES)}
 NEW_META = {"meta_Books.jsonl": json_lines({"parent_asin": m["asin"], "title": m["title"]} for m in AMAZON_META)}  # noqa: E501  # fmt: skip
+SPLITS = {"train": AMAZON_2023[:1], "valid": AMAZON_2023[1:3], "test": AMAZON_2023[3:]}
 AMAZON_FORMS = {
     "lines": {"Books.jsonl.gz": json_lines(AMAZON_2023)},
     "array": {"Books.json": json.dumps(AMAZON_2023)},
     "ratings": {"Books.csv": amazon_csv(AMAZON_2023)},
     "history": {"Books.csv": amazon_csv(AMAZON_2023, "history")},
-    "splits": {
-        f"Books.{split}.csv": amazon_csv(AMAZON_2023[rows], "history")
-        for split, rows in (("train", slice(1)), ("valid", slice(1, 3)), ("test", slice(3, 5)))
-    },
+    "splits": {f"Books.{s}.csv": amazon_csv(rows, "history") for s, rows in SPLITS.items()},
 }
 FORMS = {  # form -> data set, its files
     "amazon 2018": ("amazon", {"Books_5.json.gz": json_lines(AMAZON)} | META),
@@ -261,8 +259,6 @@ OWN = [
     ("bob", "7", 5, 1600000050, "Go"),
 ]
 OWN_ROWS = [row[:4] for row in OWN]
-
-
 NAMES = ("user", "item", "rating", "timestamp", "title")
 
 
@@ -274,11 +270,10 @@ def own_csv(names=NAMES, order=range(5), delimiter=",", rows=OWN) -> str:
 
 
 def test_own_hours_and_missing_columns(tmp_path, capsys):
-    """Hours are ranks; no rating, no time, no title each have a meaning, and a note."""
+    """Hours are ranks, times are line numbers; a note says what is missing."""
     file = put(tmp_path / "hours.csv", own_csv(("user", "item", "hours", "date", "title")))
     assert load("csv", file).rating.tolist() == [2, 3, 4]
     clicks = put(tmp_path / "clicks.csv", "user,item\nb,1\na,1\nb,2\nb,1\nb,1\n")
-    # times are line numbers
     assert rows_of(load("csv", clicks)) == [("a", "1", 2, 3), ("b", "1", 4, 2), ("b", "2", 3, 4)]
     notes = capsys.readouterr().out
     assert all(f"no {name} column" in notes for name in ("rating", "timestamp"))
@@ -290,9 +285,8 @@ def test_columns_are_the_likely_ones(tmp_path):
     text = f"user_id,name,product_id,product_name,user,rating\n{rows}"
     interactions = load("csv", put(tmp_path / "a.csv", text))
     assert interactions.user_ids == ["0", "1", "2"] and interactions.titles[2] == "Thing 2"
-    text = '{"user": "a", "item": "1"}\n' + json_lines(
-        {"user": "a", "item": str(n), "rating": 4.5} for n in range(200)
-    )
+    lines = [{"user": "a", "item": str(n), "rating": 4.5} for n in range(200)]
+    text = '{"user": "a", "item": "1"}\n' + json_lines(lines)
     interactions = load("jsonl", put(tmp_path / "a.jsonl", text))
     assert set(interactions.rating.tolist()) == {4.5} and len(interactions.user) == 200
 

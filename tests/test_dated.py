@@ -12,7 +12,7 @@ from loaders.counting import counting_baselines, markov_top
 from loaders.dated import LAST_TENTH, build_dated_examples, date_of
 from loaders.frozen import DataConfig, prepare
 from studies.probes import ProbeConfig
-from studies.sequential import BaselineConfig, training_windows
+from studies.sequential import BaselineConfig
 from studies.sequential import train as train_sequential
 
 DATE = 1_000_000
@@ -97,10 +97,6 @@ def test_who_is_tested_on_what():
 def test_sequential_models_and_tiny_bases_train_before_the_date():
     interactions, splits = build_dated_examples(LOGS[1], CONFIG)
     assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
-    windows, users = training_windows(interactions, 8)
-    for user in range(interactions.num_users):
-        known = interactions.item[interactions.start[user] : interactions.training_end()[user]] + 1
-        assert set(windows[users == user].ravel().tolist()) <= {0, *known.tolist()}
     options = {"hidden_size": 8, "num_layers": 1, "num_sampled": 0, "split_date": LAST_TENTH}
     trained, start = (
         train_sequential(BaselineConfig(**options, **more), interactions, splits["val"], report=len)
@@ -119,7 +115,6 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
     assert (read.interactions.training_end() == made.interactions.training_end()).all()
     times = [read.interactions.timestamp[read.splits[s].position] for s in ("val", "test")]
     assert times[1].min() > times[0].max()
-    assert any("training does not see" in why for why in read.interactions.notes)
     usual = prepare(replace(config, split_date=""))
     assert usual.interactions.train_end is None and usual.folder != made.folder
 

@@ -1,17 +1,16 @@
-"""docs/data.md: its commands run on small files of the same shape, its queries in SQLite."""
+"""docs/data.md: its commands run on small files of the same shape."""
 
 import csv
 import io
 import json
 import re
 import shlex
-import sqlite3
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_datasets import INTER, ITEM, amazon_csv, json_lines, load, put, rows_of
+from test_datasets import INTER, ITEM, amazon_csv, json_lines, put
 
 from common import parse_config
 from loaders.frozen import DataConfig, prepare
@@ -19,7 +18,6 @@ from loaders.frozen import DataConfig, prepare
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-QUERIES = [text for kind, text in BLOCKS if kind == "sql"]
 ITEMS = range(1, 61)
 EVENTS = [
     (u, 1 + (7 * u + 3 * n) % 60, 1 + (u + n) % 5, 1600000000 + 86400 * n + u)
@@ -75,7 +73,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.split()[4:7]))
 def test_commands_of_the_page(command, files, tmp_path, monkeypatch, capsys):
-    assert len(COMMANDS) >= 8 and len(QUERIES) == 2
+    assert len(COMMANDS) >= 8
     monkeypatch.chdir(files)
     flags = [*shlex.split(command)[3:], f"--prepared_dir={tmp_path}"]
     prepared = prepare(parse_config(DataConfig, flags))
@@ -84,29 +82,3 @@ def test_commands_of_the_page(command, files, tmp_path, monkeypatch, capsys):
     assert all("Title" in title and '"";' not in title for title in interactions.titles)
     assert 4 < interactions.rating.max() <= 5
     assert len(prepared.splits["train"]) > 0 and "ids are shown" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("query", QUERIES, ids=["ratings", "plays"])
-def test_queries_of_the_page(query, tmp_path):
-    """The last rating of a pair, or its repeats at the first time; of the kept users."""
-    again = EVENTS + [(u, i, 6 - r, t + 50) for u, i, r, t in EVENTS[::3]]
-    with sqlite3.connect(":memory:") as db:
-        for table_of, rows in (
-            ("events (user_id, item_id, rating, event_time)", again),
-            ("items (item_id, name)", [(i, f"Title {i}") for i in ITEMS]),
-            ("users_kept (user_id)", [(u,) for u in range(1, 11, 2)]),
-        ):
-            db.execute(f"CREATE TABLE {table_of}")
-            places = ", ".join("?" * len(rows[0]))
-            db.executemany(f"INSERT INTO {table_of} VALUES ({places})", rows)
-        cursor = db.execute(query)
-        names, rows = [column[0] for column in cursor.description], cursor.fetchall()
-    plays, expected = "plays" in names, {}
-    assert names == ["user", "item", "plays" if plays else "rating", "timestamp", "title"]
-    for u, i, r, t in sorted(again, key=lambda e: e[3]):
-        if u % 2:
-            count, first = expected.get((u, i), (0, t))
-            expected[u, i] = (count + 1, first) if plays else (r, t)
-    assert {(u, i): (r, t) for u, i, r, t, _ in rows} == expected
-    interactions = load("csv", put(tmp_path / "log.csv", table(",".join(names), rows)))
-    assert len(rows_of(interactions)) == len(expected) and "Title" in interactions.titles[0]

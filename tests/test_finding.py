@@ -117,25 +117,21 @@ def test_whatever_is_read_is_part_of_the_key(kind, tmp_path):
 
 
 # ------------------------------------------------------------------------------ MovieLens
-RATINGS = [(7, 10, 4.5, 978301968), (7, 20, 1, 978300760), (2, 30, 3, 978298413)]
-MOVIES = [(10, "Léon, The (1994)", "A"), (20, 'Say "A, B" (1999)', "B"), (30, "Babylon 5", "()")]
-EDITIONS = {  # the two files, what divides their fields, and more fields
-    "dat": ("ratings.dat", "movies.dat", "::", "::", "::A"),
-    "csv": ("ratings.csv", "movies.csv", ",", ",", ""),
-    "100k": ("u.data", "u.item", "\t", "|", "|01-Jan-1994||http://us.imdb.com/M/?Leon|0|1"),
+RATINGS = "7::10::4.5::978301968\n7::20::1::978300760\n2::30::3::978298413\n"
+RATED = [("2", "30", 3, 978298413), ("7", "20", 1, 978300760), ("7", "10", 4.5, 978301968)]
+MOVIES = '10::Léon, The (1994)\n20::Say "A, B" (1999)\n30::Babylon 5\n'
+QUOTED = '10,"Léon, The (1994)",A\n20,"Say ""A, B"" (1999)",B\n30,Babylon 5,()\n'
+EDITIONS = {
+    "dat": {"ratings.dat": RATINGS, "movies.dat": MOVIES.replace("\n", "::A\n")},
+    "csv": {
+        "ratings.csv": "userId,movieId,rating,timestamp\n" + RATINGS.replace("::", ","),
+        "movies.csv": "movieId,title,genres\n" + QUOTED,
+    },
+    "100k": {
+        "u.data": RATINGS.replace("::", "\t"),
+        "u.item": MOVIES.replace("::", "|").replace("\n", "|01-Jan-1994||http://x/M/?Leon|0|1\n"),
+    },
 }
-
-
-def movielens_files(edition: str, encoding: str = "utf-8") -> dict[str, bytes]:
-    ratings, movies, between, movie_between, more = EDITIONS[edition]
-    texts = {
-        ratings: "".join(between.join(map(str, row)) + "\n" for row in RATINGS),
-        movies: "".join(f"{i}{movie_between}{name}{more}\n" for i, name, _ in MOVIES),
-    }
-    if edition == "csv":
-        texts[ratings] = "userId,movieId,rating,timestamp\n" + texts[ratings]
-        texts[movies] = own_csv(("movieId", "title", "genres"), range(3), rows=MOVIES)
-    return {name: text.encode(encoding) for name, text in texts.items()}
 
 
 @pytest.mark.parametrize("place", ["folder", "around", "ratings", "zip", "around the zip"])
@@ -144,20 +140,17 @@ def movielens_files(edition: str, encoding: str = "utf-8") -> dict[str, bytes]:
 def test_editions_of_movielens(edition, place, encoding, tmp_path):
     """10M, latest and 25M, 100K: one log; titles are UTF-8 where they can be."""
     folder, archive = tmp_path / "ml-some", tmp_path / "ml-some.zip"
-    files = movielens_files(edition, encoding)
     with zipfile.ZipFile(archive, "w") as z:
-        for name, content in files.items():
-            z.writestr(f"ml-some/{name}", content)
+        for name, text in EDITIONS[edition].items():
+            z.writestr(f"ml-some/{name}", text.encode(encoding))
             z.writestr(f"__MACOSX/ml-some/._{name}", b"\x00\x05")
+            if "zip" not in place:
+                put(folder / name, text.encode(encoding))
     if "zip" not in place:
         archive.unlink()
-        for name, content in files.items():
-            put(folder / name, content)
-    paths = {"folder": folder, "ratings": folder / EDITIONS[edition][0], "zip": archive}
+    paths = {"folder": folder, "ratings": folder / next(iter(EDITIONS[edition])), "zip": archive}
     found = load("movielens", paths.get(place, tmp_path))
-    by_time = sorted(RATINGS, key=lambda row: (row[0], row[3]))
-    assert rows_of(found) == [(str(u), str(i), r, t) for u, i, r, t in by_time]
-    assert found.titles == ["The Léon", 'Say "A, B"', "Babylon 5"]
+    assert rows_of(found) == RATED and found.titles == ["The Léon", 'Say "A, B"', "Babylon 5"]
     assert found.words == words_of("movielens")
     assert found.name != "movielens"  # the paper's table is of 1M
 

@@ -195,7 +195,6 @@ SCALES = [  # ratings of 1 to 5 changed, the advice, the ends that it maps
     (lambda r: str(int(r) * 2.5 - 2.5), "0,10", (0, 10)),
     (lambda r: str(int(r) * 20), "20,100", (20, 100)),
     (lambda r: str(1 if int(r) > 3 else -1), "-1,1", (-1, 1)),
-    (lambda r: str(5 * int(r) - 15), "-10,10", (-10, 10)),
 ]
 
 
@@ -208,8 +207,8 @@ def test_another_scale_is_refused_with_the_option_that_maps_it(change, first, en
     (low, high), number = ends, {"true": 1, "false": 0}
     expected = [1 + 4 * (float(number.get(row[2], row[2])) - low) / (high - low) for row in rows]
     interactions = load(file, scale=first)
-    by_pair = {(u, i): r for u, i, r, _ in rows_of(interactions)}
-    np.testing.assert_allclose([by_pair[row[:2]] for row in rows], expected, rtol=1e-6)
+    ratings = {(u, i): r for u, i, r, _ in rows_of(interactions)}
+    np.testing.assert_allclose([ratings[row[:2]] for row in rows], expected, rtol=1e-6)
     assert f"ratings of {low} to {high} mapped to 1 to 5 (--scale)" in interactions.notes
 
 
@@ -229,10 +228,10 @@ def test_scales_that_look_like_one_to_five_and_others(values, advice):
 def test_zero_is_a_rating_only_where_the_scale_has_it(tmp_path):
     rows = changed(2, lambda r: str(5 * (int(r) - 1) // 4))  # 0 to 5
     file, liked = put(tmp_path / "a.csv", table(rows)), sum(int(r[2]) > 1 for r in ROWS)
-    for scale, count in (("", liked), ("0,5", len(rows)), ("1,5", liked)):
-        found = load(file, scale=scale)
-        assert len(found.user) == count
-    assert sum(found.notes.values()) >= len(rows) - liked
+    found = load(file)
+    assert len(found.user) == liked == len(rows) - sum(found.notes.values())
+    for scale, count in (("0,5", len(rows)), ("1,5", liked)):
+        assert len(load(file, scale=scale).user) == count
 
 
 @pytest.mark.parametrize("texts, delimiter, numbers", [
@@ -248,11 +247,9 @@ def test_numbers_with_commas_are_read_as_the_column_writes_them(texts, delimiter
 # ------------------------------------------------------------------------ what is left out
 @pytest.mark.parametrize("mark", ["", "\\N", "NA", "null", "NaN", "None", "-1", "#N/A"])
 def test_absent_values_are_counted_and_never_ids_or_titles(mark, tmp_path, capsys):
-    rows = [list(row) for row in ROWS]
+    rows = [[*row[:4], mark if row[1] == "7" else row[4]] for row in ROWS]
     for column in range(4):
         rows[10 * column][column] = mark
-    for row in rows:
-        row[4] = mark if row[1] == "7" else row[4]
     found = load(put(tmp_path / "a.csv", table(rows)))
     assert len(found.user) == len(ROWS) - 4 == len(ROWS) - sum(found.notes.values())
     reasons = {re.sub(r" \(.*", "", why) for why in found.notes}
@@ -294,7 +291,7 @@ def test_times_with_the_year_first_and_numbers_of_any_unit(text):
 def test_a_column_of_times_has_one_unit(unit, tmp_path):
     ticks = [(int(r[0]) * 7919 + int(r[1]) * 60013) % 3_000_000 * unit for r in ROWS]
     ticks[0] = min(253402300799 * unit, 8 * 10**18)
-    rows = [(*r[:3], str(t), r[4]) for r, t in zip(ROWS, ticks, strict=True)]
+    rows = [(*r[:3], str(t), r[4]) for r, t in zip(ROWS, ticks)]
     found = load(put(tmp_path / "a.csv", table(rows)))
     order = sorted(rows, key=lambda r: (r[0], int(r[3])))
     assert [r[:2] for r in rows_of(found)] == [r[:2] for r in order]

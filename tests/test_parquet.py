@@ -33,14 +33,12 @@ TYPES = {
     "int64 and uint32 ids": {"user": column("user", pa.int64()), "item": column("item", pa.uint32())},  # noqa: E501
     "float ids": {"user": column("user", pa.float64()), "item": column("item", pa.float32())},
     "decimal ids": {"item": column("item", pa.decimal128(38, 0))},
-    "string views": {"user": column("user", pa.string()).cast(pa.string_view())},
     "binary": {"item": pa.array([r[1].encode() for r in ROWS], pa.binary())},
     "dictionaries": {name: CODES[name] for name in ("user", "item", "rating", "title")},
     "decimal ratings": {"rating": pa.array([decimal.Decimal(r[2]) for r in ROWS], pa.decimal128(9, 2))},  # noqa: E501
     "UTC": {"timestamp": pa.array(MOMENTS, pa.timestamp("us", "UTC"))},
     "a zone": {"timestamp": pa.array(MOMENTS, pa.timestamp("ms", "America/New_York"))},
     "no zone": {"timestamp": pa.array([m.replace(tzinfo=None) for m in MOMENTS], pa.timestamp("ns"))},  # noqa: E501
-    "uint32 seconds": {"timestamp": column("timestamp", pa.uint32())},
     "milliseconds as a number": {"timestamp": pa.array([r[3] * 1000 for r in ROWS])},
     "texts of times": {"timestamp": pa.array([m.isoformat() for m in MOMENTS])},
 }  # fmt: skip
