@@ -7,13 +7,14 @@ from itertools import islice
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_json
 from launch import ROOT, TRAIN, run_script
 
-import eval as evaluation
 import recommend
 from data import Example, build_tree, render_prompt
 from hub.tokenizer import Tokenizer
@@ -41,7 +42,6 @@ LOG = make_interactions(
 
 # ----------------------------------------------------------------------------------------- requests
 def asked(rows, candidates=("X", "Y"), log=None, **options):
-    """read_user of a request; options of DataConfig."""
     given = list(candidates) if isinstance(candidates, tuple) else candidates
     entry, config = {"history": rows, "candidates": given}, DataConfig(dataset="csv", **options)
     return read_user(entry, "my.json", Catalogue(log), config, fewest=2)
@@ -66,7 +66,6 @@ def test_a_request_is_cleaned_as_training_cleans():
     ("binary", 0, 1, ()),
 ])  # fmt: skip
 def test_ratings_are_mapped_and_filtered_as_the_logs(scale, rating, shown, refused):
-    """By --scale, in the log's precision; what the log could not hold is refused."""
     options = {"scale": scale, "min_rating": shown, "history_items": "positive"}
     user = asked([{"title": "A", "rating": rating}], **options)
     assert user.history == [("A", np.float32(shown))]
@@ -109,33 +108,28 @@ def test_requests_that_training_never_saw_are_refused(history, candidates, culpr
         asked(history, candidates)
 
 
-def test_a_long_request_loses_its_oldest_history():
+@pytest.mark.parametrize("longest", [1024, 150])
+def test_a_long_request_loses_its_oldest_history(longest):
     """As training prompts do; and what does not fit with one item of it is an error."""
     user = asked([{"title": f"Red Sea {n}", "rating": 4} for n in range(20)])
-    for longest, oldest in ((1024, True), (150, False), (20, None)):
-        config = SimpleNamespace(max_length=longest, list_in_prompt=True)
-        ranker = SimpleNamespace(config=config, words=WORDS, tokenizer=Tokenizer(BASE))
-        if oldest is None:
-            with pytest.raises(ValueError, match="do not fit --max_length 20"):
-                Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
-            continue
-        ids, completions = Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
-        assert len(ids) + max(map(len, completions)) <= longest
-        prompt = ranker.tokenizer.inner.decode(ids)
-        assert "Red Sea 19" in prompt and ("Red Sea 0 " in prompt) == oldest
+    config = SimpleNamespace(max_length=longest, list_in_prompt=True)
+    ranker = SimpleNamespace(config=config, words=WORDS, tokenizer=Tokenizer(BASE))
+    ids, completions = Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
+    assert len(ids) + max(map(len, completions)) <= longest
+    prompt = ranker.tokenizer.inner.decode(ids)
+    assert "Red Sea 19" in prompt and ("Red Sea 0 " in prompt) == (longest == 1024)
+    config.max_length = 20
+    with pytest.raises(ValueError, match="do not fit --max_length 20"):
+        Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
 
 
 # ------------------------------------------------------------------------------------------- a run
-WORLD = planted_world(World(num_users=40))
-TITLES, RATED = WORLD.titles, {}  # user -> history, as a request names it
+WORLD, RATED = planted_world(World(num_users=40)), {}  # user -> history, as a request names it
+TITLES, TITLE_OF = WORLD.titles, {f"s{i}": title for i, title in enumerate(WORLD.titles)}
 for u, i, r in zip(WORLD.user, WORLD.item, WORLD.rating):
     RATED.setdefault(f"u{u}", []).append({"item": f"s{i}", "rating": int(2 * r)})
 DATA = ["--dataset=csv", "--scale=0,10", "--history=6", "--followers=3", "--min_rating=3.4"]
 DATA += ["--train_size=32", "--test_size=20", "--dtype=float32"]
-
-
-def title_of(item: str) -> str:
-    return TITLES[int(item[1:])]
 
 
 def read(file: Path) -> list[dict]:
@@ -148,8 +142,8 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     lines = ["user,item,title,rating,timestamp"]
     for user, history in RATED.items():
-        for time, e in enumerate(history):
-            lines.append(f"{user},{e['item']},{title_of(e['item'])},{e['rating']},{time + 1}")
+        for time, e in enumerate(history, 1):
+            lines.append(f"{user},{e['item']},{TITLE_OF[e['item']]},{e['rating']},{time}")
     (folder / "log.csv").write_text("\n".join(lines))
     flags = [*DATA, f"--data_dir={folder / 'log.csv'}", "--max_length=700", "--stages=raw,sft"]
     flags += ["--val_size=0", "--max_steps=4", "--batch_size=8", "--sft_learning_rate=1e-3"]
@@ -158,7 +152,7 @@ def run(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     history = [{"item": "s0", "rating": 1}, *({"title": t, "rating": 5} for t in TITLES[1:5])]
     request = {"history": history, "candidates": ["s20", {"item": "s21"}, *TITLES[22:40]]}
-    (folder / "my.json").write_text(json.dumps(request))
+    write_json(folder / "my.json", request)
     return folder / "run"
 
 
@@ -175,14 +169,14 @@ def ask(run, in_process, capsys):
 
 
 def change(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    write_json(file, json.loads(file.read_text()) | changes)
 
 
 def test_an_adapter_alone_is_asked_as_its_run_asks(run, ask, tmp_path):
     """prompt.json beside it has words, template and options; without it, others; a note where most
     of its test answers were invalid; ids need the examples of its run."""
     expected = ask(f"--run={run}", "--stage=sft")
-    assert len(expected) == 21 and expected[0] == "sft:"
+    assert expected[0] == "sft:"
     assert {line.split("  ")[-1] for line in expected[1:]} == set(TITLES[20:40])
     shares = [float(line.split()[1].rstrip("%")) for line in expected[1:]]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=1)
@@ -200,17 +194,12 @@ def test_an_adapter_alone_is_asked_as_its_run_asks(run, ask, tmp_path):
         ask(f"--run={run}", f"--prepared_dir={tmp_path}")
 
 
-def test_an_option_that_says_otherwise_is_refused(run, tmp_path):
-    """Beside a run as beside a model that keeps its own; where nothing is kept it holds."""
+def test_an_option_that_says_otherwise_is_refused(run):
     options = {"adapter": str(run / "sft"), "request": "my.json"}
     taken = with_run_options(RecommendConfig(**options, history=6))
     assert (taken.history, taken.max_length, taken.scale) == (6, 700, "0,10")
     with pytest.raises(ValueError, match="--history 7 has no effect .* 6 .*prompt.json.*leave"):
         with_run_options(RecommendConfig(**options, history=7))
-    config = evaluation.EvalConfig(adapter=str(run / "sft"), history=7)
-    assert with_run_options(config) == replace(config, max_length=700)  # of other examples
-    config = RecommendConfig(adapter=str(tmp_path), request="my.json", history=7)
-    assert with_run_options(config) == config
 
 
 def cases(run: Path) -> list[tuple]:
@@ -265,7 +254,7 @@ def test_every_user_gets_what_the_retriever_finds_untouched(name, run, tmp_path,
         left = sorted(set(range(log.num_items)) - set(history), key=lambda c: (-scores[c], c))
         assert retrieved_order(record) == [log.item_ids[c] for c in left[:20]]
         assert sorted(i["retrieved"] for i in record["items"]) == list(range(1, 21))
-        assert all(i["title"] == title_of(i["item"]) for i in record["items"])
+        assert all(i["title"] == TITLE_OF[i["item"]] for i in record["items"])
         assert abs(sum(i["probability"] for i in record["items"]) - 1) < 1e-4
 
 
@@ -274,9 +263,9 @@ def test_order_is_that_of_the_titles_behind_the_prompt(run, whole):
     tokenizer, model = Tokenizer(BASE), load_pretrained(BASE)
     load_adapter(model, run / "sft")
     for record in whole[:3]:
-        newest = RATED[record["user"]][-6:]
-        history = [(title_of(e["item"]), float(np.float32(1 + 0.4 * e["rating"]))) for e in newest]
-        by_rank = list(map(title_of, retrieved_order(record)))
+        newest = ((e["item"], 1 + 0.4 * e["rating"]) for e in RATED[record["user"]][-6:])
+        history = [(TITLE_OF[item], float(np.float32(r))) for item, r in newest]
+        by_rank = [TITLE_OF[item] for item in retrieved_order(record)]
         titles = [by_rank[i] for i in shown_order(record["user"], 20)]
         text = render_prompt(Example(WORDS, record["user"], history, titles, 0, [], 0))
         prompts = tokenizer.encode_prompts([text])
@@ -293,13 +282,8 @@ def test_order_is_that_of_the_titles_behind_the_prompt(run, whole):
 def test_a_cut_file_goes_on_without_repeating(run, whole, tmp_path, monkeypatch):
     """Killed in the middle of a line, with parts of two ranks: only what is missing is ranked; with
     other options the parts are refused."""
-    output, names = tmp_path / "cut.jsonl", []
-    config = options(run, output=output)
-    encode, score = Ranker.encode, Ranker.score
-
-    def counts(self, user, titles):
-        names.append(user.name)
-        return encode(self, user, titles)
+    output, score = tmp_path / "cut.jsonl", Ranker.score
+    config, part = options(run, output=output), tmp_path / "cut.jsonl.part-0"
 
     def dies(*args):
         yield from islice(score(*args), 9)
@@ -308,25 +292,25 @@ def test_a_cut_file_goes_on_without_repeating(run, whole, tmp_path, monkeypatch)
     monkeypatch.setattr(Ranker, "score", dies)
     with pytest.raises(KeyboardInterrupt):
         recommend_users(config)
-    part = tmp_path / "cut.jsonl.part-0"
     key, *kept = part.read_bytes().splitlines(keepends=True)
     assert len(kept) == 9 and not output.exists()
     (tmp_path / "cut.jsonl.part-1").write_bytes(key + b"".join(kept[:5]))  # of another rank
     part.write_bytes(key + b"".join(kept[5:-1]) + kept[-1][:30])  # the last line was cut
     monkeypatch.setattr(Ranker, "score", score)
-    monkeypatch.setattr(Ranker, "encode", counts)
     with pytest.raises(ValueError, match="part-. was begun with another model"):
         recommend_users(replace(config, top_k=3))
     others = ((BASE, run / "sft"), "b"), ((BASE, run / "sft"), "c"), ((BASE, None), "b")
     assert len({job_key(config, weights, data) for weights, data in others}) == 3
+    encode = Mock(side_effect=Ranker.encode)
+    monkeypatch.setattr(Ranker, "encode", lambda *args: encode(*args))
     recommend_users(config)
+    names = [call.args[1].name for call in encode.call_args_list]
     assert len(names) == len(set(names)) == len(RATED) - 8
     same(read(output), whole)
     assert not list(tmp_path.glob("cut.jsonl.*"))
 
 
 def test_two_ranks_write_what_one_does(run, whole, tmp_path):
-    """From the command line: the same file, no part is left, and the end is said once."""
     flags = [f"--run={run}", f"--prepared_dir={run.parent / 'prepared'}", "--users=all"]
     flags += ["--top_k=20", f"--output={tmp_path / 'two.jsonl'}"]
     done = run_script(ROOT / "recommend.py", *flags, processes=2, cwd=tmp_path)
@@ -354,11 +338,12 @@ def test_named_and_new_users(run, whole, tmp_path, capsys):
     seen = {"item": "elsewhere-9", "title": f" {best} ".replace(" ", "  "), "rating": 9}
     unread = [{"title": "A story never seen", "rating": 9}, {"title": TITLES[3], "rating": 8}]
     given = [TITLES[4], "s5", {"title": "Fresh"}, {"item": "new-1", "title": "Fresher"}]
+    everything = [{"item": f"s{i}", "rating": 8} for i in range(len(TITLES))]
     entries = [
         {"user": "u7", "history": RATED["u7"]},
         {"user": "again", "history": [seen, *RATED["u7"]]},
         {"user": "cold", "history": unread, "candidates": given},
-        {"user": "greedy", "history": [{"item": f"s{i}", "rating": 8} for i in range(len(TITLES))]},
+        {"user": "greedy", "history": everything},
     ]
     lines = "\n".join(map(json.dumps, entries))
     records = {r["user"]: r for r in recommended("new.jsonl", lines, top_k=4)}
@@ -376,13 +361,11 @@ GOOD = '{"user": "ok", "history": [{"item": "s1", "rating": 4}]}'
 
 @pytest.mark.parametrize(("line", "changes", "culprit"), [
     ("not json", {}, "new.jsonl:2: expected"),
-    (GOOD.replace("user", "name"), {}, 'new.jsonl:2: expected .* "user"'),
     (GOOD.replace("s1", "s999"), {}, "new.jsonl:2: history entry 1 .*'s999'.* of the log"),
     (GOOD.replace("ok", "b").replace("item", "title"), {}, "new.jsonl:2: .* give candidates"),
     (GOOD, {}, "new.jsonl:2: user 'ok' stands in another line"),
     (GOOD[:-1] + ', "candidates": ["s2", "s3"]}', {}, "2 candidates, at least 20"),
     ("nobody", {"users": "ids.txt"}, "ids.txt:2: the log has no user 'nobody'"),
-    ("", {"users": "ids.txt"}, "ids.txt names nobody"),
     ("", {"users": "gone.txt"}, "gone.txt: cannot be read"),
     ("", {"top_k": 30}, "--top_k must be >= 1, <= 20"),
     ("", {"output": ""}, "needs --output"),
@@ -391,7 +374,6 @@ GOOD = '{"user": "ok", "history": [{"item": "s1", "rating": 4}]}'
     ("", {"users": "", "request": "a.json"}, "--output, --top_k: for --users only"),
 ])  # fmt: skip
 def test_bad_users_and_jobs_are_refused(run, tmp_path, monkeypatch, line, changes, culprit):
-    """By file, line or option, before anything is ranked."""
     monkeypatch.chdir(tmp_path)
     Path("new.jsonl").write_text(f"{GOOD}\n{line}\n")
     Path("ids.txt").write_text(f"\n{line}\n")
@@ -423,10 +405,9 @@ def test_a_base_is_recorded_so_that_it_is_found_again(one_process, tmp_path):
     moved = shutil.copytree(one_process[0] / "one", tmp_path / "moved")
     config = RecommendConfig(adapter=str(moved / "recpo"), request="my.json")
     assert sources_of(config) == {"recpo": (moved / "sft", moved / "recpo")}
-    train = SimpleNamespace(examples=SimpleNamespace(interactions=LOG))
     for given in ("org/name", str(BASE)):
-        config = TrainConfig(model=given)
-        run = SimpleNamespace(base=BASE, folder=tmp_path / "run", config=config, train=train)
+        run = Mock(base=BASE, folder=tmp_path / "run", config=TrainConfig(model=given))
+        run.train.examples.interactions.words = WORDS
         assert write_base(run, BASE, tmp_path, "weights") == given
         assert json.loads((tmp_path / "base.json").read_text())["base"] == given
 
@@ -449,13 +430,3 @@ def test_other_programs_give_our_answers(run, tmp_path):
             written = model.generate(input_ids=ids, **how)[0, ids.shape[1] :]
             text = tokenizer.decode(written, skip_special_tokens=True)
             assert text.strip().split("\n")[0] == record["answer"]
-
-
-def test_a_merged_export_gives_our_answers(run, tmp_path, in_process):
-    """In eval.py --model, which reads prompt.json there."""
-    export_merged(run / "sft", tmp_path / "merged")
-    places = [f"--prepared_dir={run.parent / 'prepared'}", f"--data_dir={run.parent / 'log.csv'}"]
-    in_process(evaluation.main, f"--model={tmp_path / 'merged'}", *DATA, *places, "--output_dir=o")
-    for found, (_, record) in zip(read(Path("o/merged/predictions.jsonl")), cases(run)):
-        assert found["answer"] == record["answer"]
-        np.testing.assert_allclose(found["logps"], record["logps"], atol=1e-3)
