@@ -1,4 +1,4 @@
-"""The README and docs/: small enough, and no link, name or option in them that is not there."""
+"""The README and docs/: no link, command or option in them that is not there."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ import sys
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from launch import ROOT
@@ -17,7 +17,6 @@ import train
 from common import parse_config, read_json
 from eval import EvalConfig
 from studies import tables
-from train import read_options
 
 PAGES = [ROOT / "README.md", ROOT / "NOTES.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = {folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists()}
@@ -30,27 +29,19 @@ COMMANDS = [  # words of the lines of bash blocks, and of inline code that start
 ]
 
 
-class Parsing(BaseException):
-    """A program is about to read its command line."""
-
-
 @cache
 def options_of(program: Path) -> set[str]:
-    """The options of a program: it is started, and stopped where it reads its command line."""
-    found = []
-
-    def parse_known_args(self, *_):
-        found.append(self)
-        raise Parsing
-
+    """The program is started, and stopped where it reads its command line."""
+    read = Mock(side_effect=GeneratorExit)
     with (
-        patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
+        patch.object(argparse.ArgumentParser, "parse_known_args", lambda self, *_: read(self)),
         patch.object(sys, "path", [str(program.parent), *sys.path]),  # as Python starts a file
         patch.dict(os.environ),
-        pytest.raises(Parsing),
+        pytest.raises(GeneratorExit),
     ):
         runpy.run_path(str(program), run_name="__main__")
-    return {option for action in found[0]._actions for option in action.option_strings}
+    actions = read.call_args.args[0]._actions
+    return {option for action in actions for option in action.option_strings}
 
 
 def test_the_pages_are_short():
@@ -61,7 +52,6 @@ def test_the_pages_are_short():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
-    """To a file, and to a heading's anchor as GitHub makes it."""
     for target in re.findall(r"\]\((?!\w+://)([^)\s]+)\)", TEXTS[page]):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
@@ -73,7 +63,7 @@ def test_every_link_leads_somewhere(page):
 
 def read_train(argv: list[str]) -> None:
     with patch.object(train, "defaults", lambda given: {}):  # the models are not there
-        read_options(argv)
+        train.read_options(argv)
 
 
 def read_tables(argv: list[str]) -> None:
@@ -87,8 +77,6 @@ READERS |= {ROOT / "eval.py": lambda argv: parse_config(EvalConfig, argv)}
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_is_accepted(words, monkeypatch):
-    """The program, its options and its configuration exist; training, evaluation and tables take
-    the command as a whole."""
     monkeypatch.chdir(ROOT)
     assert all(Path(word).exists() for word in words if word.startswith("configs/"))
     for place, word in enumerate(words):
@@ -107,19 +95,8 @@ def test_every_option_of_training_is_documented():
     assert {field.name for field in fields(train.TrainConfig)} <= named
 
 
-def test_names_in_the_reading_order_are_in_the_file_of_their_row():
-    """Functions, classes and constants at the top of the file."""
-    rows = re.findall(r"^\| \d\. \[(\w+\.py)\]\S* \| (.*) \|$", TEXTS[PAGES[0]], re.MULTILINE)
-    assert len(rows) == 6
-    for file, text in rows:
-        names, source = re.findall(r"`(\w+)`", text), (ROOT / file).read_text()
-        defined = re.findall(r"^(?:def |class )?(\w+)(?:[(:]| = )", source, re.MULTILINE)
-        assert names and set(names) <= set(defined), file
-
-
 def test_the_papers_five_data_sets_have_a_configuration():
-    """They differ in the data alone, and a training example needs fewer interactions than a user
-    of the paper's Table 3 has on average."""
+    """A training example needs fewer interactions than a user of Table 3 has on average."""
     average = {"movielens": 166, "amazon": 13, "steam": 27, "beeradvocate": 20, "lastfm": 314}
     own = {"dataset", "core", "min_history", "followers", "test_size", "output_dir"}
     paper = read_json(ROOT / "configs/paper.json")

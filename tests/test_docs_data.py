@@ -1,18 +1,16 @@
-"""docs/data.md: its commands run on small files of the same shape, its queries in SQLite."""
+"""docs/data.md: its commands run on small files of the same shape."""
 
 import csv
 import io
 import json
 import re
 import shlex
-import sqlite3
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_datasets import INTER, ITEM, json_lines, load, put, rows_of
-from test_finding import amazon_csv
+from test_datasets import INTER, ITEM, amazon_csv, json_lines, put
 
 from common import parse_config
 from loaders.frozen import DataConfig, prepare
@@ -20,7 +18,6 @@ from loaders.frozen import DataConfig, prepare
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-QUERIES = [text for kind, text in BLOCKS if kind == "sql"]
 ITEMS = range(1, 61)
 EVENTS = [
     (u, 1 + (7 * u + 3 * n) % 60, 1 + (u + n) % 5, 1600000000 + 86400 * n + u)
@@ -37,15 +34,14 @@ def table(names: str, rows) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with everything that the commands name."""
     folder = tmp_path_factory.mktemp("data")
     names, titled = [(i, f"Title {i}") for i in ITEMS], [(*e, f"Title {e[1]}") for e in EVENTS]
     keys = ("user_id", "parent_asin", "rating", "timestamp")
     rows = [(f"AE{u}", f"B{i:09d}", float(r), t * 1000) for u, i, r, t in EVENTS]
+    reviews = amazon_csv([dict(zip(keys, row)) for row in rows])
     plays = [{"uid": u, "vid": i, "at": t} for u, i, _, t in EVENTS for _ in range(1 + u % 4)]
     hours = [(u, i, 10 * r + 0.1 * u, t, title) for u, i, r, t, title in titled]
     anime = [(u, i, -1 if (u + i) % 9 == 0 else 2 * r) for u, i, r, _ in EVENTS]
-    reviews = amazon_csv([dict(zip(keys, row, strict=True)) for row in rows], False)
     products = ({"parent_asin": f"B{i:09d}", "title": t} for i, t in names)
     tabs = ["\t".join(map(str, event)) for event in EVENTS]
     for name, text in {
@@ -63,9 +59,10 @@ def files(tmp_path_factory) -> Path:
         "anime/anime.csv": table("anime_id,name,genre", [(*n, "Action, Drama") for n in names]),
     }.items():
         put(folder / name, text)
-    user, item, rating, time = map(list, zip(*EVENTS, strict=True))
-    columns = {"user_id": user, "item_id": item, "rating": rating}
-    whole = pa.table(columns | {"event_time": pa.array(time).cast(pa.timestamp("s", "UTC"))})
+    names_of = ("user_id", "item_id", "rating", "event_time")
+    whole = pa.table(dict(zip(names_of, map(list, zip(*EVENTS)))))
+    times = whole["event_time"].cast(pa.timestamp("s", "UTC"))
+    whole = whole.set_column(3, "event_time", times)
     for part in range(2):
         file = put(folder / f"exported/part-{part}.snappy.parquet", "")
         pq.write_table(whole.slice(100 * part, 100), file)
@@ -74,14 +71,9 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_page_is_half_as_long_as_it_was():
-    assert len(COMMANDS) >= 8 and len(QUERIES) == 2 and len(PAGE.encode()) <= 4207
-    assert all(command.startswith("python -m loaders --dataset ") for command in COMMANDS)
-
-
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.split()[4:7]))
 def test_commands_of_the_page(command, files, tmp_path, monkeypatch, capsys):
-    """Each prepares examples whose titles are the items' (other forms: test_ownlog.py)."""
+    assert len(COMMANDS) >= 8
     monkeypatch.chdir(files)
     flags = [*shlex.split(command)[3:], f"--prepared_dir={tmp_path}"]
     prepared = prepare(parse_config(DataConfig, flags))
@@ -90,31 +82,3 @@ def test_commands_of_the_page(command, files, tmp_path, monkeypatch, capsys):
     assert all("Title" in title and '"";' not in title for title in interactions.titles)
     assert 4 < interactions.rating.max() <= 5
     assert len(prepared.splits["train"]) > 0 and "ids are shown" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("query", QUERIES, ids=["ratings", "plays"])
-def test_queries_of_the_page(query, tmp_path):
-    """They give the five columns of the kept users: the last rating of a pair, or its repeats at
-    the first time."""
-    again = [(u, i, 6 - r, t + 50) for u, i, r, t in EVENTS[::3]]
-    with sqlite3.connect(":memory:") as db:
-        for name, columns, rows in (
-            ("events", "user_id, item_id, rating, event_time", EVENTS + again),
-            ("items", "item_id, name", [(i, f"Title {i}") for i in ITEMS]),
-            ("users_kept", "user_id", [(u,) for u in range(1, 11, 2)]),
-        ):
-            db.execute(f"CREATE TABLE {name} ({columns})")
-            places = ", ".join("?" * len(rows[0]))
-            db.executemany(f"INSERT INTO {name} VALUES ({places})", rows)
-        cursor = db.execute(query)
-        names, rows = [column[0] for column in cursor.description], cursor.fetchall()
-    plays = "plays" in names
-    assert names == ["user", "item", "plays" if plays else "rating", "timestamp", "title"]
-    expected: dict = {}
-    for u, i, r, t in sorted(EVENTS + again, key=lambda e: e[3]):
-        if u % 2:
-            count, first = expected.get((u, i), (0, t))
-            expected[u, i] = (count + 1, first) if plays else (r, t)
-    assert {(u, i): (r, t) for u, i, r, t, _ in rows} == expected
-    interactions = load("csv", put(tmp_path / "log.csv", table(",".join(names), rows)))
-    assert len(rows_of(interactions)) == len(expected) and "Title" in interactions.titles[0]

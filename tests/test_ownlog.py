@@ -1,6 +1,4 @@
-"""Own logs as people have them: dialects, scales, times, marks of absence, joins, refusals.
-
-Every file is made here, in the shapes that spreadsheets, warehouses and older data sets write."""
+"""Own logs as people have them: dialects, scales, times, marks of absence, joins, refusals."""
 
 import bz2
 import csv
@@ -14,9 +12,9 @@ import zipfile
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_datasets import put, rows_of
+from test_datasets import json_lines, put, rows_of
 
-from loaders.frozen import DataConfig, load_interactions, prepare
+from loaders.frozen import DataConfig, load_interactions
 from loaders.table import clean_title
 from loaders.values import Column, parse_scale, read_numbers, read_times, scale_doubt
 
@@ -38,7 +36,6 @@ def table(rows=ROWS, names=NAMES, delimiter=",", end="\n", **quoting) -> str:
 
 
 def changed(column: int, change) -> list[tuple]:
-    """ROWS with one column rewritten."""
     return [row[:column] + (change(row[column]),) + row[column + 1 :] for row in ROWS]
 
 
@@ -47,22 +44,11 @@ def load(path, **options):
 
 
 def refusal(path, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        load(path, **options)
-    return str(error.value)
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return load(put(tmp_path_factory.mktemp("sound") / "sound.csv", table()))
+    return str(pytest.raises(ValueError, load, path, **options).value)
 
 
 def column_of(texts: list[str]) -> Column:
     return Column(np.arange(len(texts), dtype=np.int32), texts)
-
-
-def same(interactions, other) -> bool:
-    return rows_of(interactions) == rows_of(other) and interactions.titles == other.titles
 
 
 def zipped(*names: str) -> bytes:
@@ -71,10 +57,6 @@ def zipped(*names: str) -> bytes:
         for name in names:
             z.writestr(name, table())
     return out.getvalue()
-
-
-def lines(records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 # ------------------------------------------------------------------------ dialects
@@ -87,7 +69,6 @@ CSV = {  # name -> content and options: each holds ROWS
     **{f"delimiter {d!r}": (table(delimiter=d), {}) for d in ",;\t|"},
     **{f"ends {e!r}": (table(end=e), {}) for e in ("\r", "\r\n")},
     "utf-8-sig": (table().encode("utf-8-sig"), {}),
-    "all quoted": (table(quoting=csv.QUOTE_ALL), {}),
     "no last line break": (table().rstrip("\n"), {}),
     "line breaks in quotes": (table(REVIEWED, [*NAMES, "text"]), {}),
     "reversed": (table([r[::-1] for r in REVIEWED], [*NAMES, "text"][::-1]), {}),
@@ -105,37 +86,33 @@ CSV = {  # name -> content and options: each holds ROWS
 }
 RECORDS = [dict(zip(NAMES, row, strict=True)) for row in ROWS]
 NUMBERS = [r | {"rating": float(r["rating"]), "timestamp": int(r["timestamp"])} for r in RECORDS]
-MIXED = [r | {"item_id": int(r["item_id"]) if n % 2 else r["item_id"]} for n, r in enumerate(RECORDS)]  # noqa: E501  # fmt: skip
 NESTED = [r | {"text": [{"a": n}], "style": {str(n): n}} for n, r in enumerate(RECORDS)]
 JSON = {
-    "lines": lines(RECORDS),
+    "lines": json_lines(RECORDS),
     "array": json.dumps(RECORDS),
     "indented array": "\ufeff" + json.dumps(RECORDS, indent=2),
     "one long line": json.dumps([r | {"text": "é" * 3000} for r in RECORDS], ensure_ascii=False),
-    "numbers": lines(NUMBERS),
-    "ids of two types": lines(MIXED),
-    "other keys": lines(NESTED),
-    "no last line break": lines(RECORDS).rstrip(),
-    "a bad line": lines(RECORDS) + "oops\n",
+    "numbers": json_lines(NUMBERS),
+    "ids of two types": json_lines(RECORDS[:1] + [r | {"item_id": int(r["item_id"])} for r in RECORDS[1:]]),  # noqa: E501
+    "other keys": json_lines(NESTED),
+    "a bad line": json_lines(RECORDS) + "oops\n",
     "literals": "".join(f"{record}\n" for record in RECORDS),
-}
+}  # fmt: skip
+DIALECTS = CSV | {f"json {name}": (text, {"dataset": "jsonl"}) for name, text in JSON.items()}
 
 
-@pytest.mark.parametrize("name", [*CSV, *(f"json {name}" for name in JSON)])
-def test_dialects_of_one_log(name, sound, tmp_path):
-    if name in CSV:
-        content, options = CSV[name]
-        assert same(load(put(tmp_path / "a.csv", content), **options), sound)
-    else:
-        file = put(tmp_path / "a.json", JSON[name.removeprefix("json ")])
-        assert same(load(file, dataset="jsonl"), sound)
+@pytest.mark.parametrize("name", DIALECTS)
+def test_dialects_of_one_log(name, tmp_path):
+    content, options = DIALECTS[name]
+    found = load(put(tmp_path / "a.log", content), **options)
+    assert rows_of(found) == [(u, i, int(r), int(t)) for u, i, r, t, _ in ROWS]
+    assert found.titles == [f"Film, {i}" for i in found.item_ids]
 
 
-@pytest.mark.parametrize("title", ['Film "uncut", 1', '"1', '1"', '"a", "b"', "C:\\1", '5" disk'])
+@pytest.mark.parametrize("title", ['Film "uncut", 1', '"1', '1"', '"a", "b"', "C:\\1"])
 @pytest.mark.parametrize("form", ["doubled", "backslash", "tabs"])
 def test_quotes_in_titles(title, form, tmp_path):
-    """Doubled, or escaped by a backslash as Spark and MySQL do, and the file does not say which;
-    in a table with tabs they are part of a name."""
+    """Doubled, or escaped by a backslash as Spark does; in tables with tabs, characters."""
     rows = [(*row[:4], f"{title} {row[1]}") for row in ROWS]
     text = table(rows, quoting=csv.QUOTE_ALL)
     if form == "tabs":
@@ -149,11 +126,11 @@ def test_quotes_in_titles(title, form, tmp_path):
 
 @pytest.mark.parametrize("second", ["T110", "", 'T" oops'])
 def test_a_quote_that_is_not_closed_swallows_no_line(second, tmp_path, capsys):
-    """Then all quotes are characters, which is said; rows with too many fields are counted."""
     rows = [f"u{n % 9},i{n},{1 + n % 5},{n},T{n}" for n in range(2000)]
     rows[100], rows[110] = 'u1,i100,3,100,"Unclosed', f"u2,i110,3,110,{second}"
     rows[120] = 'u3,i120,3,120,"A, B"'
-    found = load(put(tmp_path / "a.csv", "\n".join(["user,item,rating,timestamp,title", *rows])))
+    text = "\n".join(["user,item,rating,timestamp,title", *rows])
+    found = load(put(tmp_path / "a.csv", text))
     assert len(found.user) == 1999 and '"Unclosed' in found.titles
     (why,) = found.notes
     assert "A, B" in why and "all are characters" in capsys.readouterr().out
@@ -163,16 +140,6 @@ def test_western_text_that_is_not_utf8_is_decoded_with_a_note(tmp_path, capsys):
     text = table(changed(4, lambda t: f"It’s Café {t[6:]}"))
     assert load(put(tmp_path / "a.csv", text.encode("cp1252"))).titles[0] == "It’s Café 1"
     assert "not UTF-8; read as Windows-1252" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("first", [("2", "1", "3"), ("196", "242", "3"), ("1", "2", "3")])
-@pytest.mark.parametrize("delimiter", list(",\t|;"))
-def test_numbers_are_positions_whatever_the_first_row_holds(first, delimiter, tmp_path):
-    """A first row that holds the very numbers of the columns is a row."""
-    rows = [first, *(row[:3] for row in ROWS if row[:2] != first[:2])]
-    file = put(tmp_path / "u.data", table(rows, None, delimiter))
-    interactions = load(file, columns="user=1,item=2,rating=3")
-    assert {(u, i) for u, i, *_ in rows_of(interactions)} == {row[:2] for row in rows}
 
 
 # ------------------------------------------------------------------------ refusals
@@ -191,35 +158,24 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     "a delimiter of its own": (table(delimiter="\x01"), {}, ["one field", "tab"]),
     "Excel's sep=": ("sep=;\n" + table(delimiter=";"), {}, ["which column is the user", "sep="]),
     "cut gzip": (gzip.compress(table().encode())[:-300], {}, ["damaged or cut off"]),
-    "cut xz": (lzma.compress(table().encode())[:-300], {}, ["damaged or cut off"]),
     "Netflix": ("1:\n" + "7,5,2020-09-20\n" * 9, {}, ["'1:', is one field", "Netflix"]),
-    "empty": ("\n", {}, ["a.csv", "empty"]),
     "no header": (table([row[:3] for row in ROWS], None), {}, ["which column is the user", "--columns"]),  # noqa: E501
     "a name twice": (table(names=[*NAMES[:3], "rating", "title"]), {}, ["several columns are named rating", "--columns"]),  # noqa: E501
     "ids that differ as written": (table(changed(1, "{}.0".format)[:9], NAMES[:4] + ["x"]), {"item_file": ITEMS.replace("B", "")}, ["the log has ids such as ['1.0', '3.0'], the file ['0', '1']", "write them alike"]),  # noqa: E501
-    "no such column": (table(), {"columns": "item=sku"}, ["item=sku: no such column", "item_id"]),
     "two times": (table(TWO_TIMES, [*NAMES[:3], "created_at", "updated_at"]), {}, ["created_at or updated_at", "timestamp=NAME"]),  # noqa: E501
     "an hour of the day": (table(HOURS, [*NAMES[:3], "time", "title"]), {}, ["column time", "--columns"]),  # noqa: E501
     "customers' names": (table(CUSTOMERS, [*NAMES[:4], "name"]), {}, ["40 items have several titles in column name", "--columns"]),  # noqa: E501
     "no columns of items": (table(BARE, None, "\t"), POSITIONS, ["which column is the item", "--item_columns"]),  # noqa: E501
-    "a column too far": (table(BARE, None, "\t"), POSITIONS | {"item_columns": "item=1,title=9"}, ["title=9: no such column"]),  # noqa: E501
     "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["titles of 0 of 40 items", "the file ['B0', 'B1']", "--item_columns"]),  # noqa: E501
     "outside the scale": (table(), {"scale": "0,1"}, ["column rating", "no number in --scale 0,1", "row 2"]),  # noqa: E501
-    "not binary": (table(), {"scale": "binary"}, ["no number in --scale binary"]),
-    "no user": (table(changed(0, lambda _: "NULL")), {}, [f"({len(ROWS)} rows without user)"]),
     **{t: (table(changed(3, lambda _, t=t: t)), {}, ["row 2, column timestamp", repr(t), "written as 2024-12-31"]) for t in UNKNOWN},  # noqa: E501
-    "json title lists": (lines(r | {"title": [r["title"]]} for r in RECORDS), {"dataset": "jsonl"}, ["a list or an object, ['Film, 1']", "write a text"]),  # noqa: E501
-    "json of columns": (json.dumps({name: {"0": 1} for name in NAMES}), {"dataset": "jsonl"}, ["lines=True"]),  # noqa: E501
-    "cut array": (json.dumps(RECORDS)[:-9], {"dataset": "jsonl"}, ["not a JSON array"]),
-    "no json": ("user,item\n" * 9, {"dataset": "jsonl"}, ["9 of 9 rows", "line 1: user,item"]),
-    "bad json lines": (lines(RECORDS) + "oops\n" * 9, {"dataset": "jsonl"}, ["9 of ", "oops"]),
-    "json in gbk": (('{"user": "' + GBK[0] + '"}\n').encode("gbk"), {"dataset": "jsonl"}, ["UTF-8"]),  # noqa: E501
+    "json title lists": (json_lines(r | {"title": [r["title"]]} for r in RECORDS), {"dataset": "jsonl"}, ["a list or an object, ['Film, 1']", "write a text"]),  # noqa: E501
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_read_is_refused_with_the_culprit_and_the_way_out(name, tmp_path):
-    """Where the message ends in a command, that command reads every row."""
+    """Where it ends in a command, that command reads every row."""
     content, options, culprits = REFUSED[name]
     if "item_file" in options:
         items = put(tmp_path / "u.item", options["item_file"].encode("latin-1"))
@@ -236,31 +192,24 @@ def test_what_cannot_be_read_is_refused_with_the_culprit_and_the_way_out(name, t
 SCALES = [  # ratings of 1 to 5 changed, the advice, the ends that it maps
     (lambda r: str(int(int(r) > 3)), "0,1", (0, 1)),
     (lambda r: "true" if int(r) > 3 else "false", "0,1", (0, 1)),
-    (lambda r: str(int(r) / 5), "0.2,1", (0.2, 1)),
-    (lambda r: str(int(r) * 2), "2,10", (2, 10)),
     (lambda r: str(int(r) * 2.5 - 2.5), "0,10", (0, 10)),
     (lambda r: str(int(r) * 20), "20,100", (20, 100)),
-    (lambda r: str((int(r) + 1) // 2), "1,3", (1, 3)),
-    (lambda r: str(int(r) - 1), "0,4", (0, 4)),
     (lambda r: str(1 if int(r) > 3 else -1), "-1,1", (-1, 1)),
-    (lambda r: str(5 * int(r) - 15), "-10,10", (-10, 10)),
 ]
 
 
 @pytest.mark.parametrize("change, first, ends", SCALES)
 def test_another_scale_is_refused_with_the_option_that_maps_it(change, first, ends, tmp_path):
-    """It maps linearly."""
     rows = changed(2, change)
     file = put(tmp_path / "a.csv", table(rows))
     message = refusal(file)
     assert f"--scale {first};" in message and "binary" in message and "--percentile" in message
-    low, high = ends
-    number = {"true": 1, "false": 0}
+    (low, high), number = ends, {"true": 1, "false": 0}
     expected = [1 + 4 * (float(number.get(row[2], row[2])) - low) / (high - low) for row in rows]
     interactions = load(file, scale=first)
-    by_pair = {(u, i): r for u, i, r, _ in rows_of(interactions)}
-    np.testing.assert_allclose([by_pair[row[:2]] for row in rows], expected, rtol=1e-6)
-    assert interactions.notes[f"ratings of {low} to {high} mapped to 1 to 5 (--scale)"] == len(rows)
+    ratings = {(u, i): r for u, i, r, _ in rows_of(interactions)}
+    np.testing.assert_allclose([ratings[row[:2]] for row in rows], expected, rtol=1e-6)
+    assert f"ratings of {low} to {high} mapped to 1 to 5 (--scale)" in interactions.notes
 
 
 @pytest.mark.parametrize("values, advice", [
@@ -269,7 +218,7 @@ def test_another_scale_is_refused_with_the_option_that_maps_it(change, first, en
 ])  # fmt: skip
 def test_scales_that_look_like_one_to_five_and_others(values, advice):
     """-1 or 0 may mean none; the advice is a scale."""
-    for text in ("1", "5,1", "0,x", "0,inf", "low,high", "1,2,3"):
+    for text in ("1", "5,1", "0,x", "0,inf", "1,2,3"):
         with pytest.raises(ValueError, match="--scale"):
             parse_scale(text)
     doubt = scale_doubt(np.array(values, float))
@@ -278,21 +227,17 @@ def test_scales_that_look_like_one_to_five_and_others(values, advice):
 
 def test_zero_is_a_rating_only_where_the_scale_has_it(tmp_path):
     rows = changed(2, lambda r: str(5 * (int(r) - 1) // 4))  # 0 to 5
-    file, zeros = put(tmp_path / "a.csv", table(rows)), sum(int(r[2]) == 1 for r in ROWS)
+    file, liked = put(tmp_path / "a.csv", table(rows)), sum(int(r[2]) > 1 for r in ROWS)
     found = load(file)
-    assert len(found.user) == len(rows) - zeros == len(rows) - sum(found.notes.values())
-    assert len(load(file, scale="0,5").user) == len(rows)
-    assert len(load(file, scale="1,5").user) == len(rows) - zeros
+    assert len(found.user) == liked == len(rows) - sum(found.notes.values())
+    for scale, count in (("0,5", len(rows)), ("1,5", liked)):
+        assert len(load(file, scale=scale).user) == count
 
 
 @pytest.mark.parametrize("texts, delimiter, numbers", [
-    (["3,5", "4"], ";", [3.5, 4]),
-    (["3,500", "4"], ";", [3.5, 4]),
-    (["3,5", "1,25"], ",", [3.5, 1.25]),
-    (["2,800.0", "700.0"], ",", [2800, 700]),
-    (["1,234,567", "12"], "\t", [1234567, 12]),
-    (["3.5", "4"], ";", [3.5, 4]),
-    (["1.234", "2,5"], ";", [np.nan, 2.5]),
+    (["3,500", "4"], ";", [3.5, 4]), (["3,5", "1,25"], ",", [3.5, 1.25]),
+    (["2,800.0", "700.0"], ",", [2800, 700]), (["1,234,567", "12"], "\t", [1234567, 12]),
+    (["3.5", "4"], ";", [3.5, 4]), (["1.234", "2,5"], ";", [np.nan, 2.5]),
     (["1 234", "1'234.5"], ",", [np.nan, np.nan]),
 ])  # fmt: skip
 def test_numbers_with_commas_are_read_as_the_column_writes_them(texts, delimiter, numbers):
@@ -302,39 +247,31 @@ def test_numbers_with_commas_are_read_as_the_column_writes_them(texts, delimiter
 # ------------------------------------------------------------------------ what is left out
 @pytest.mark.parametrize("mark", ["", "\\N", "NA", "null", "NaN", "None", "-1", "#N/A"])
 def test_absent_values_are_counted_and_never_ids_or_titles(mark, tmp_path, capsys):
-    rows = [list(row) for row in ROWS]
+    rows = [[*row[:4], mark if row[1] == "7" else row[4]] for row in ROWS]
     for column in range(4):
         rows[10 * column][column] = mark
-    for row in rows:
-        row[4] = mark if row[1] == "7" else row[4]
     found = load(put(tmp_path / "a.csv", table(rows)))
     assert len(found.user) == len(ROWS) - 4 == len(ROWS) - sum(found.notes.values())
     reasons = {re.sub(r" \(.*", "", why) for why in found.notes}
     assert reasons == {f"rows without {n}" for n in ("user", "item", "rating", "timestamp")}
-    assert mark not in found.user_ids + found.item_ids
     assert found.titles[found.item_ids.index("7")] == "7"
     assert "1 of 40 items have no title" in capsys.readouterr().out
 
 
 def test_few_bad_rows_are_counted_and_more_than_one_in_a_hundred_are_an_error(tmp_path):
-    """Column, count, two examples, the first row, the way out."""
     text = ["user,item,rating,timestamp,title"]
     text += [f"u{n % 7},i{n % 50},{1 + n % 5},{n},T{n % 50}" for n in range(400)]
     text[17], text[30] = "u1,i2,stars,9,T2", "u1,i2"
     found = load(put(tmp_path / "a.csv", "\n".join(text)))
     (note,) = (why for why in found.notes if "could not be read" in why)
-    assert found.notes[note] == 2
-    assert all(part in note for part in ("row 18, column rating: 'stars'", "u1,i2")), note
+    assert found.notes[note] == 2 and "row 18, column rating: 'stars'" in note and "u1,i2" in note
     text[40:60] = [f"u1,i2,bad{n % 2},9,T2" for n in range(20)]
     message = refusal(put(tmp_path / "b.csv", "\n".join(text)))
     for part in ("b.csv", "22 of 400 rows", "row 18, column rating: 'stars'", "'bad0'", "3.5"):
-        assert part in message, message
+        assert part in message
 
 
 # ------------------------------------------------------------------------ times and order
-SECONDS = 1500062984
-
-
 @pytest.mark.parametrize("text", [
     "2017-07-14 20:09:44 UTC", "2017/07/14 20:09:44", "2017-07-14 20:09:44.000 UTC",
     "2017.07.14 20:09:44", "2017-07-14T20:09:44Z", "2017-07-14 20:09:44+00", "2017-07-14 20:09:44",
@@ -344,25 +281,17 @@ SECONDS = 1500062984
 ])  # fmt: skip
 def test_times_with_the_year_first_and_numbers_of_any_unit(text):
     ticks, per_second = read_times(column_of([text]))
-    assert (ticks // per_second).tolist() == [SECONDS]
-
-
-def test_eight_digits_that_are_dates_throughout_are_dates():
-    for texts, first in (
-        (["20200901", "20200930"], 1598918400),
-        (["20200901", "20200931"], 20200901),
-    ):
-        ticks, per_second = read_times(column_of(texts))
+    assert (ticks // per_second).tolist() == [1500062984]
+    for last, first in (("20200930", 1598918400), ("20200931", 20200901)):  # dates, or not all
+        ticks, per_second = read_times(column_of(["20200901", last]))
         assert ticks[0] // per_second == first
 
 
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
 def test_a_column_of_times_has_one_unit(unit, tmp_path):
-    """Relative times, too: users come in the same order whatever the unit, and one time far
-    outside changes nothing else."""
     ticks = [(int(r[0]) * 7919 + int(r[1]) * 60013) % 3_000_000 * unit for r in ROWS]
     ticks[0] = min(253402300799 * unit, 8 * 10**18)
-    rows = [(*r[:3], str(t), r[4]) for r, t in zip(ROWS, ticks, strict=True)]
+    rows = [(*r[:3], str(t), r[4]) for r, t in zip(ROWS, ticks)]
     found = load(put(tmp_path / "a.csv", table(rows)))
     order = sorted(rows, key=lambda r: (r[0], int(r[3])))
     assert [r[:2] for r in rows_of(found)] == [r[:2] for r in order]
@@ -383,27 +312,8 @@ def test_of_a_pair_the_later_rating_stays_whatever_the_size_of_the_keys(tmp_path
 
 
 # ------------------------------------------------------------------------ joins and titles
-def test_titles_that_are_hardly_the_items_are_noted(tmp_path, capsys):
-    """Customers' names that were asked for; a second file that has few items."""
-    file = put(tmp_path / "a.csv", table(CUSTOMERS, [*NAMES[:4], "name"]))
-    load(file, columns="title=name")
-    assert "40 items have several titles" in capsys.readouterr().out
-    found = load(file, item_file=str(put(tmp_path / "few.csv", ITEMS + "1,One\n")))
-    assert found.titles[0] == "One" and "10" in found.titles
-    assert "few.csv: titles of 1 of 40 items" in capsys.readouterr().out
-
-
 def test_titles_are_one_line_of_a_prompt():
     assert clean_title(" A\nB\x0b\x85C\u2028D\x00E &lt;b&gt; \ud800 \ufeff") == "A B C D E <b> ?"
-    assert clean_title(" Sam &amp; Max\n Hit\tthe  Road ") == "Sam & Max Hit the Road"
     text = "Q&notation &copy right &amp; Sam &#40;1&#41;"
     assert clean_title(text) == "Q&notation &copy right & Sam (1)"
     assert len(clean_title("x" * 1000)) == 200
-
-
-def test_the_scale_is_part_of_the_prepared_examples(tmp_path):
-    file = put(tmp_path / "a.csv", table(changed(2, lambda r: str(int(r) * 20))))
-    options = {"dataset": "csv", "data_dir": str(file), "followers": 3, "exclude": "seen"}
-    options |= {"prepared_dir": str(tmp_path / "p"), "history": 5}
-    hashes = {prepare(DataConfig(**options, scale=s)).hash for s in ("0,100", "20,100", "0,100")}
-    assert len(hashes) == 2

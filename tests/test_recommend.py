@@ -1,5 +1,4 @@
-"""Asking a model: requests as training reads its log, prompt.json beside the weights, lists for
-many users, a base that moved, and the same answers in other programs."""
+"""Asking a model: requests, runs, lists for many users, the same answers in other programs."""
 
 import json
 import shutil
@@ -8,13 +7,14 @@ from itertools import islice
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_json
 from launch import ROOT, TRAIN, run_script
 
-import eval as evaluation
 import recommend
 from data import Example, build_tree, render_prompt
 from hub.tokenizer import Tokenizer
@@ -42,7 +42,6 @@ LOG = make_interactions(
 
 # ----------------------------------------------------------------------------------------- requests
 def asked(rows, candidates=("X", "Y"), log=None, **options):
-    """read_user of a request; options of DataConfig."""
     given = list(candidates) if isinstance(candidates, tuple) else candidates
     entry, config = {"history": rows, "candidates": given}, DataConfig(dataset="csv", **options)
     return read_user(entry, "my.json", Catalogue(log), config, fewest=2)
@@ -60,17 +59,13 @@ def test_a_request_is_cleaned_as_training_cleans():
     assert title == "A" and np.isnan(rating)
 
 
-@pytest.mark.parametrize(
-    ("scale", "rating", "shown", "refused"),
-    [
-        ("", 4.5, 4.5, (9.5, 0, nan, True, "4", None)),
-        ("0,100", 80, 4.2, (-7, 101, 1e9)),
-        ("binary", 1, 5, (-7, 0.5)),
-        ("binary", 0, 1, ()),
-    ],
-)
+@pytest.mark.parametrize(("scale", "rating", "shown", "refused"), [
+    ("", 4.5, 4.5, (9.5, 0, nan, True, "4", None)),
+    ("0,100", 80, 4.2, (-7, 101, 1e9)),
+    ("binary", 1, 5, (-7, 0.5)),
+    ("binary", 0, 1, ()),
+])  # fmt: skip
 def test_ratings_are_mapped_and_filtered_as_the_logs(scale, rating, shown, refused):
-    """By --scale, in the log's precision; what the log could not hold is refused."""
     options = {"scale": scale, "min_rating": shown, "history_items": "positive"}
     user = asked([{"title": "A", "rating": rating}], **options)
     assert user.history == [("A", np.float32(shown))]
@@ -90,64 +85,51 @@ def test_ids_and_titles_name_items_of_the_log(capsys):
 
 
 def test_unknown_titles_are_ranked_with_a_note_of_the_nearest(capsys):
-    """Of the first five; one more note says that there are others."""
-    given = ["Owl", "Xyzzy", *(f"Film {n}" for n in range(30))]
-    user = asked([{"title": "The Last Staton", "rating": 4}], given, LOG)
+    user = asked([{"title": "The Last Staton", "rating": 4}], ["Owl", "Xyzzy"], LOG)
     assert user.history == [("The Last Staton", 4.0)] and (None, "Xyzzy") in user.candidates
-    near, far, *others = capsys.readouterr().out.splitlines()
-    assert "history entry 1" in near and near.endswith('did you mean "The Last Station"?')
-    assert "candidate 2" in far and "did you mean" not in far and len(others) == 4
+    near, far = capsys.readouterr().out.splitlines()
+    assert near.endswith('did you mean "The Last Station"?') and "candidate 2" in far
 
 
 ONE = [{"title": "A", "rating": 4}]
 
 
-@pytest.mark.parametrize(
-    ("history", "candidates", "culprit"),
-    [
-        ([{"title": "", "rating": 4}], ["A", "B"], "history entry 1"),
-        ([{"item": "1", "rating": 4}], ["A", "B"], "history entry 1 .* item id .* none is at hand"),
-        (ONE, ["A", "&nbsp;"], "candidate 2"),
-        (ONE, ["\u00e9t\u00e9", "B", "e\u0301te\u0301"], "candidate 3 stands there twice"),
-        (ONE, ["A"], "1 candidates, at least 2"),
-        ([], ["A", "B"], "the history is empty"),
-        (ONE, None, "expected {"),
-    ],
-)
+@pytest.mark.parametrize(("history", "candidates", "culprit"), [
+    ([{"title": "", "rating": 4}], ["A", "B"], "history entry 1"),
+    ([{"item": "1", "rating": 4}], ["A", "B"], "history entry 1 .* item id .* none is at hand"),
+    (ONE, ["A", "&nbsp;"], "candidate 2"),
+    (ONE, ["\u00e9t\u00e9", "B", "e\u0301te\u0301"], "candidate 3 stands there twice"),
+    (ONE, ["A"], "1 candidates, at least 2"),
+    ([], ["A", "B"], "the history is empty"),
+    (ONE, None, "expected {"),
+])  # fmt: skip
 def test_requests_that_training_never_saw_are_refused(history, candidates, culprit):
     with pytest.raises(ValueError, match=f"my.json: {culprit}"):
         asked(history, candidates)
 
 
-def test_a_long_request_loses_its_oldest_history():
+@pytest.mark.parametrize("longest", [1024, 150])
+def test_a_long_request_loses_its_oldest_history(longest):
     """As training prompts do; and what does not fit with one item of it is an error."""
     user = asked([{"title": f"Red Sea {n}", "rating": 4} for n in range(20)])
-    tokenizer = Tokenizer(BASE)
-
-    def prompt(max_length: int) -> str:
-        config = SimpleNamespace(max_length=max_length, list_in_prompt=True)
-        ranker = SimpleNamespace(config=config, words=WORDS, tokenizer=tokenizer)
-        ids, completions = Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
-        assert len(ids) + max(map(len, completions)) <= max_length
-        return tokenizer.inner.decode(ids)
-
-    assert "Red Sea 0 " in prompt(1024)
-    assert "Red Sea 19" in prompt(150) and "Red Sea 0 " not in prompt(150)
+    config = SimpleNamespace(max_length=longest, list_in_prompt=True)
+    ranker = SimpleNamespace(config=config, words=WORDS, tokenizer=Tokenizer(BASE))
+    ids, completions = Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
+    assert len(ids) + max(map(len, completions)) <= longest
+    prompt = ranker.tokenizer.inner.decode(ids)
+    assert "Red Sea 19" in prompt and ("Red Sea 0 " in prompt) == (longest == 1024)
+    config.max_length = 20
     with pytest.raises(ValueError, match="do not fit --max_length 20"):
-        prompt(20)
+        Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
 
 
 # ------------------------------------------------------------------------------------------- a run
-WORLD = planted_world(World(num_users=40))
-TITLES, RATED = WORLD.titles, {}  # user -> history, as a request names it
+WORLD, RATED = planted_world(World(num_users=40)), {}  # user -> history, as a request names it
+TITLES, TITLE_OF = WORLD.titles, {f"s{i}": title for i, title in enumerate(WORLD.titles)}
 for u, i, r in zip(WORLD.user, WORLD.item, WORLD.rating):
     RATED.setdefault(f"u{u}", []).append({"item": f"s{i}", "rating": int(2 * r)})
 DATA = ["--dataset=csv", "--scale=0,10", "--history=6", "--followers=3", "--min_rating=3.4"]
 DATA += ["--train_size=32", "--test_size=20", "--dtype=float32"]
-
-
-def title_of(item: str) -> str:
-    return TITLES[int(item[1:])]
 
 
 def read(file: Path) -> list[dict]:
@@ -160,8 +142,8 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("asked")
     lines = ["user,item,title,rating,timestamp"]
     for user, history in RATED.items():
-        for time, e in enumerate(history):
-            lines.append(f"{user},{e['item']},{title_of(e['item'])},{e['rating']},{time + 1}")
+        for time, e in enumerate(history, 1):
+            lines.append(f"{user},{e['item']},{TITLE_OF[e['item']]},{e['rating']},{time}")
     (folder / "log.csv").write_text("\n".join(lines))
     flags = [*DATA, f"--data_dir={folder / 'log.csv'}", "--max_length=700", "--stages=raw,sft"]
     flags += ["--val_size=0", "--max_steps=4", "--batch_size=8", "--sft_learning_rate=1e-3"]
@@ -170,19 +152,16 @@ def run(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     history = [{"item": "s0", "rating": 1}, *({"title": t, "rating": 5} for t in TITLES[1:5])]
     request = {"history": history, "candidates": ["s20", {"item": "s21"}, *TITLES[22:40]]}
-    (folder / "my.json").write_text(json.dumps(request))
+    write_json(folder / "my.json", request)
     return folder / "run"
 
 
 @pytest.fixture
 def ask(run, in_process, capsys):
     """ask(*flags): the lines that recommend.py prints for the request of the run's folder."""
+    places = f"--request={run.parent / 'my.json'}", f"--prepared_dir={run.parent / 'prepared'}"
 
     def call(*flags) -> list[str]:
-        places = (
-            f"--request={run.parent / 'my.json'}",
-            f"--prepared_dir={run.parent / 'prepared'}",
-        )
         in_process(recommend.main, *places, *flags)
         return capsys.readouterr().out.splitlines()
 
@@ -190,14 +169,14 @@ def ask(run, in_process, capsys):
 
 
 def change(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    write_json(file, json.loads(file.read_text()) | changes)
 
 
 def test_an_adapter_alone_is_asked_as_its_run_asks(run, ask, tmp_path):
-    """prompt.json beside it has words, template and options: equal log-probs; without, others; a
-    note where most of its test answers were invalid; ids need the examples of its run."""
+    """prompt.json beside it has words, template and options; without it, others; a note where most
+    of its test answers were invalid; ids need the examples of its run."""
     expected = ask(f"--run={run}", "--stage=sft")
-    assert len(expected) == 21 and expected[0] == "sft:"
+    assert expected[0] == "sft:"
     assert {line.split("  ")[-1] for line in expected[1:]} == set(TITLES[20:40])
     shares = [float(line.split()[1].rstrip("%")) for line in expected[1:]]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=1)
@@ -215,17 +194,12 @@ def test_an_adapter_alone_is_asked_as_its_run_asks(run, ask, tmp_path):
         ask(f"--run={run}", f"--prepared_dir={tmp_path}")
 
 
-def test_an_option_that_says_otherwise_is_refused(run, tmp_path):
-    """Beside a run as beside a model that keeps its own; where nothing is kept it holds."""
+def test_an_option_that_says_otherwise_is_refused(run):
     options = {"adapter": str(run / "sft"), "request": "my.json"}
     taken = with_run_options(RecommendConfig(**options, history=6))
     assert (taken.history, taken.max_length, taken.scale) == (6, 700, "0,10")
     with pytest.raises(ValueError, match="--history 7 has no effect .* 6 .*prompt.json.*leave"):
         with_run_options(RecommendConfig(**options, history=7))
-    config = evaluation.EvalConfig(adapter=str(run / "sft"), history=7)
-    assert with_run_options(config) == replace(config, max_length=700)  # of other examples
-    config = RecommendConfig(adapter=str(tmp_path), request="my.json", history=7)
-    assert with_run_options(config) == config
 
 
 def cases(run: Path) -> list[tuple]:
@@ -234,17 +208,6 @@ def cases(run: Path) -> list[tuple]:
     examples = find_prepared(run.parent / "prepared", metrics["data_hash"]).splits["test"]
     records = read(run / "sft/eval/predictions.jsonl")
     return [(render_prompt(examples[r["example"]]), r) for r in records]
-
-
-def test_prompts_are_shown_as_the_model_reads_them(run, in_process, capsys):
-    """eval.py --show_prompts: text whose ids are the prompt's, and the answer with its end."""
-    flags = (f"--run={run}", f"--prepared_dir={run.parent / 'prepared'}", "--show_prompts=2")
-    in_process(evaluation.main, *flags)
-    out = capsys.readouterr().out
-    for prompt, record in cases(run)[:2]:
-        shown = prompt.replace("\n", "\n ")  # the tokenizer's own rule
-        assert f"{shown}\n--- answer\n {record['target']}<|end_of_text|>\n" in out
-    assert out.count("--- user") == 2
 
 
 # --------------------------------------------------------------------------------------- many users
@@ -291,7 +254,7 @@ def test_every_user_gets_what_the_retriever_finds_untouched(name, run, tmp_path,
         left = sorted(set(range(log.num_items)) - set(history), key=lambda c: (-scores[c], c))
         assert retrieved_order(record) == [log.item_ids[c] for c in left[:20]]
         assert sorted(i["retrieved"] for i in record["items"]) == list(range(1, 21))
-        assert all(i["title"] == title_of(i["item"]) for i in record["items"])
+        assert all(i["title"] == TITLE_OF[i["item"]] for i in record["items"])
         assert abs(sum(i["probability"] for i in record["items"]) - 1) < 1e-4
 
 
@@ -300,18 +263,13 @@ def test_order_is_that_of_the_titles_behind_the_prompt(run, whole):
     tokenizer, model = Tokenizer(BASE), load_pretrained(BASE)
     load_adapter(model, run / "sft")
     for record in whole[:3]:
-        newest = [
-            (e["item"], np.float32(1 + 0.4 * e["rating"])) for e in RATED[record["user"]][-6:]
-        ]
-        history = [(title_of(item), float(rating)) for item, rating in newest]
-        by_rank = list(map(title_of, retrieved_order(record)))
+        newest = ((e["item"], 1 + 0.4 * e["rating"]) for e in RATED[record["user"]][-6:])
+        history = [(TITLE_OF[item], float(np.float32(r))) for item, r in newest]
+        by_rank = [TITLE_OF[item] for item in retrieved_order(record)]
         titles = [by_rank[i] for i in shown_order(record["user"], 20)]
         text = render_prompt(Example(WORDS, record["user"], history, titles, 0, [], 0))
-        prompts, completions = (
-            tokenizer.encode_prompts([text]),
-            tokenizer.encode_completions(titles),
-        )
-        tree = build_tree(prompts, [completions])
+        prompts = tokenizer.encode_prompts([text])
+        tree = build_tree(prompts, [tokenizer.encode_completions(titles)])
         with torch.no_grad():
             shares = tree.sum_logps(model(tree)[0])[0].softmax(0)
         order = shares.argsort(descending=True).tolist()
@@ -324,13 +282,8 @@ def test_order_is_that_of_the_titles_behind_the_prompt(run, whole):
 def test_a_cut_file_goes_on_without_repeating(run, whole, tmp_path, monkeypatch):
     """Killed in the middle of a line, with parts of two ranks: only what is missing is ranked; with
     other options the parts are refused."""
-    output, names = tmp_path / "cut.jsonl", []
-    config = options(run, output=output)
-    encode, score = Ranker.encode, Ranker.score
-
-    def counts(self, user, titles):
-        names.append(user.name)
-        return encode(self, user, titles)
+    output, score = tmp_path / "cut.jsonl", Ranker.score
+    config, part = options(run, output=output), tmp_path / "cut.jsonl.part-0"
 
     def dies(*args):
         yield from islice(score(*args), 9)
@@ -339,28 +292,27 @@ def test_a_cut_file_goes_on_without_repeating(run, whole, tmp_path, monkeypatch)
     monkeypatch.setattr(Ranker, "score", dies)
     with pytest.raises(KeyboardInterrupt):
         recommend_users(config)
-    part = tmp_path / "cut.jsonl.part-0"
     key, *kept = part.read_bytes().splitlines(keepends=True)
     assert len(kept) == 9 and not output.exists()
     (tmp_path / "cut.jsonl.part-1").write_bytes(key + b"".join(kept[:5]))  # of another rank
     part.write_bytes(key + b"".join(kept[5:-1]) + kept[-1][:30])  # the last line was cut
     monkeypatch.setattr(Ranker, "score", score)
-    monkeypatch.setattr(Ranker, "encode", counts)
     with pytest.raises(ValueError, match="part-. was begun with another model"):
         recommend_users(replace(config, top_k=3))
     others = ((BASE, run / "sft"), "b"), ((BASE, run / "sft"), "c"), ((BASE, None), "b")
     assert len({job_key(config, weights, data) for weights, data in others}) == 3
+    encode = Mock(side_effect=Ranker.encode)
+    monkeypatch.setattr(Ranker, "encode", lambda *args: encode(*args))
     recommend_users(config)
+    names = [call.args[1].name for call in encode.call_args_list]
     assert len(names) == len(set(names)) == len(RATED) - 8
     same(read(output), whole)
     assert not list(tmp_path.glob("cut.jsonl.*"))
 
 
 def test_two_ranks_write_what_one_does(run, whole, tmp_path):
-    """From the command line: the same file, no part is left, and the end is said once."""
-    places = {"run": run, "prepared_dir": run.parent / "prepared", "output": tmp_path / "two.jsonl"}
-    flags = [f"--{name}={value}" for name, value in places.items()]
-    flags += ["--users=all", "--top_k=20"]
+    flags = [f"--run={run}", f"--prepared_dir={run.parent / 'prepared'}", "--users=all"]
+    flags += ["--top_k=20", f"--output={tmp_path / 'two.jsonl'}"]
     done = run_script(ROOT / "recommend.py", *flags, processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(f"two.jsonl: {len(RATED)} users") == 1
@@ -368,32 +320,33 @@ def test_two_ranks_write_what_one_does(run, whole, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["two.jsonl"]
 
 
-def recommended(run: Path, users: Path, text: str, **changes) -> list[dict]:
-    """The lines for the users of a file."""
-    users.write_text(text)
-    recommend_users(options(run, users=users, output=users.with_suffix(".out"), **changes))
-    return read(users.with_suffix(".out"))
-
-
 def test_named_and_new_users(run, whole, tmp_path, capsys):
     """Ids keep the file's order; a copy of a user of the log gets that user's list, without what it
     has seen by title under another id; given candidates may be new; who has touched everything has
     an empty line."""
+
+    def recommended(name: str, text: str, **changes) -> list[dict]:
+        users, output = tmp_path / name, tmp_path / f"{name}.out"
+        users.write_text(text)
+        recommend_users(options(run, users=users, output=output, **changes))
+        return read(output)
+
     by_user = {r["user"]: r for r in whole}
-    named = recommended(run, tmp_path / "ids.txt", "u7\n\nu3\n")
+    named = recommended("ids.txt", "u7\n\nu3\n")
     same(named, [by_user["u7"], by_user["u3"]])
     best = by_user["u7"]["items"][0]["title"]
     seen = {"item": "elsewhere-9", "title": f" {best} ".replace(" ", "  "), "rating": 9}
     unread = [{"title": "A story never seen", "rating": 9}, {"title": TITLES[3], "rating": 8}]
     given = [TITLES[4], "s5", {"title": "Fresh"}, {"item": "new-1", "title": "Fresher"}]
+    everything = [{"item": f"s{i}", "rating": 8} for i in range(len(TITLES))]
     entries = [
         {"user": "u7", "history": RATED["u7"]},
         {"user": "again", "history": [seen, *RATED["u7"]]},
         {"user": "cold", "history": unread, "candidates": given},
-        {"user": "greedy", "history": [{"item": f"s{i}", "rating": 8} for i in range(len(TITLES))]},
+        {"user": "greedy", "history": everything},
     ]
     lines = "\n".join(map(json.dumps, entries))
-    records = {r["user"]: r for r in recommended(run, tmp_path / "new.jsonl", lines, top_k=4)}
+    records = {r["user"]: r for r in recommended("new.jsonl", lines, top_k=4)}
     same([records["u7"]], [by_user["u7"] | {"items": by_user["u7"]["items"][:4]}])
     again, cold = records["again"]["items"], records["cold"]["items"]
     assert best not in {i["title"] for i in again} and len(again) == 4
@@ -406,27 +359,21 @@ def test_named_and_new_users(run, whole, tmp_path, capsys):
 GOOD = '{"user": "ok", "history": [{"item": "s1", "rating": 4}]}'
 
 
-@pytest.mark.parametrize(
-    ("line", "changes", "culprit"),
-    [
-        ("not json", {}, "new.jsonl:2: expected"),
-        (GOOD.replace("user", "name"), {}, 'new.jsonl:2: expected .* "user"'),
-        (GOOD.replace("s1", "s999"), {}, "new.jsonl:2: history entry 1 .*'s999'.* of the log"),
-        (GOOD.replace("ok", "b").replace("item", "title"), {}, "new.jsonl:2: .* give candidates"),
-        (GOOD, {}, "new.jsonl:2: user 'ok' stands in another line"),
-        (GOOD[:-1] + ', "candidates": ["s2", "s3"]}', {}, "2 candidates, at least 20"),
-        ("nobody", {"users": "ids.txt"}, "ids.txt:2: the log has no user 'nobody'"),
-        ("", {"users": "ids.txt"}, "ids.txt names nobody"),
-        ("", {"users": "gone.txt"}, "gone.txt: cannot be read"),
-        ("", {"top_k": 30}, "--top_k must be >= 1, <= 20"),
-        ("", {"output": ""}, "needs --output"),
-        ("", {"output": "ids.txt"}, "exists already"),
-        ("", {"dataset": "prepared"}, "prepared examples have none"),
-        ("", {"users": "", "request": "a.json"}, "--output, --top_k: for --users only"),
-    ],
-)
+@pytest.mark.parametrize(("line", "changes", "culprit"), [
+    ("not json", {}, "new.jsonl:2: expected"),
+    (GOOD.replace("s1", "s999"), {}, "new.jsonl:2: history entry 1 .*'s999'.* of the log"),
+    (GOOD.replace("ok", "b").replace("item", "title"), {}, "new.jsonl:2: .* give candidates"),
+    (GOOD, {}, "new.jsonl:2: user 'ok' stands in another line"),
+    (GOOD[:-1] + ', "candidates": ["s2", "s3"]}', {}, "2 candidates, at least 20"),
+    ("nobody", {"users": "ids.txt"}, "ids.txt:2: the log has no user 'nobody'"),
+    ("", {"users": "gone.txt"}, "gone.txt: cannot be read"),
+    ("", {"top_k": 30}, "--top_k must be >= 1, <= 20"),
+    ("", {"output": ""}, "needs --output"),
+    ("", {"output": "ids.txt"}, "exists already"),
+    ("", {"dataset": "prepared"}, "prepared examples have none"),
+    ("", {"users": "", "request": "a.json"}, "--output, --top_k: for --users only"),
+])  # fmt: skip
 def test_bad_users_and_jobs_are_refused(run, tmp_path, monkeypatch, line, changes, culprit):
-    """By file, line or option, before anything is ranked."""
     monkeypatch.chdir(tmp_path)
     Path("new.jsonl").write_text(f"{GOOD}\n{line}\n")
     Path("ids.txt").write_text(f"\n{line}\n")
@@ -459,9 +406,8 @@ def test_a_base_is_recorded_so_that_it_is_found_again(one_process, tmp_path):
     config = RecommendConfig(adapter=str(moved / "recpo"), request="my.json")
     assert sources_of(config) == {"recpo": (moved / "sft", moved / "recpo")}
     for given in ("org/name", str(BASE)):
-        examples = SimpleNamespace(interactions=SimpleNamespace(words=WORDS))
-        run = SimpleNamespace(base=BASE, folder=tmp_path / "run", config=TrainConfig(model=given))
-        run.train = SimpleNamespace(examples=examples)
+        run = Mock(base=BASE, folder=tmp_path / "run", config=TrainConfig(model=given))
+        run.train.examples.interactions.words = WORDS
         assert write_base(run, BASE, tmp_path, "weights") == given
         assert json.loads((tmp_path / "base.json").read_text())["base"] == given
 
@@ -472,11 +418,9 @@ def test_other_programs_give_our_answers(run, tmp_path):
     docs/serve.md does it, writes what eval.py recorded."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     export_merged(run / "sft", tmp_path)
-    base, merged = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for folder in (BASE, tmp_path)
-    )
-    adapted, pairs = peft.PeftModel.from_pretrained(base, run / "sft"), cases(run)
+    load, pairs = transformers.AutoModelForCausalLM.from_pretrained, cases(run)
+    adapted = peft.PeftModel.from_pretrained(load(BASE, dtype=torch.float32), run / "sft")
+    merged = load(tmp_path, dtype=torch.float32)
     assert len(pairs) == 20
     for model, folder, shown in ((adapted, BASE, pairs), (merged, tmp_path, pairs[:8])):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -486,13 +430,3 @@ def test_other_programs_give_our_answers(run, tmp_path):
             written = model.generate(input_ids=ids, **how)[0, ids.shape[1] :]
             text = tokenizer.decode(written, skip_special_tokens=True)
             assert text.strip().split("\n")[0] == record["answer"]
-
-
-def test_a_merged_export_gives_our_answers(run, tmp_path, in_process):
-    """In eval.py --model, which reads prompt.json there."""
-    export_merged(run / "sft", tmp_path / "merged")
-    places = [f"--prepared_dir={run.parent / 'prepared'}", f"--data_dir={run.parent / 'log.csv'}"]
-    in_process(evaluation.main, f"--model={tmp_path / 'merged'}", *DATA, *places, "--output_dir=o")
-    for found, (_, record) in zip(read(Path("o/merged/predictions.jsonl")), cases(run)):
-        assert found["answer"] == record["answer"]
-        np.testing.assert_allclose(found["logps"], record["logps"], atol=1e-3)

@@ -7,36 +7,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_counting import log_in_order
 
-from data import Interactions, build_examples
+from data import build_examples
 from eval import ranking_metrics
 from loaders.frozen import DataConfig, prepare
-from loaders.table import make_interactions
 from studies import sequential
 from studies.sequential import MODELS, BaselineConfig, GRU4Rec, candidate_scores, step_loss, train
 
 SMALL = {"hidden_size": 32, "max_items": 8, "num_sampled": 30, "batch_size": 32, "dropout": 0.1}
 
 
-def log_of(sequences: list[list[int]]) -> Interactions:
-    rows = [(u, item, 5.0, t) for u, items in enumerate(sequences) for t, item in enumerate(items)]
-    return make_interactions(*zip(*rows, strict=True), {i: f"item {i}" for i in range(1000)})
-
-
 @pytest.fixture(scope="module")
 def circle():
     """(log, splits): every user walks around a circle of items, from a place of his own."""
     starts = np.random.default_rng(0).integers((0, 10), (60, 25), (100, 2)).tolist()
-    log = log_of([[(start + t) % 60 for t in range(length)] for start, length in starts])
+    log = log_in_order([[(start + t) % 60 for t in range(length)] for start, length in starts])
     return log, build_examples(log, DataConfig(followers=2, min_history=2))
 
 
 @pytest.mark.parametrize("size", [3, 8, 50])
 def test_every_item_is_predicted_once_and_the_last_two_never(size):
-    """Windows cover all but a user's first item, each once, with what came before it, and nothing
-    of validation or test; a test case shows the last items before it, of this user alone."""
+    """Windows hold nothing of validation or test; a test case shows this user's last items."""
     rng = np.random.default_rng(size)
-    log = log_of([rng.permutation(40)[: rng.integers(1, 30)].tolist() for _ in range(30)])
+    log = log_in_order([rng.permutation(40)[: rng.integers(1, 30)].tolist() for _ in range(30)])
     windows, users = sequential.training_windows(log, size)
     for user in range(30):
         items = (log.item[log.start[user] : log.start[user + 1]] + 1).tolist()
@@ -62,8 +56,6 @@ def test_states_do_not_see_later_items(name):
 
 
 def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
-    """Without samples it is the full cross-entropy; a target drawn by chance does not compete with
-    itself."""
     model = GRU4Rec(BaselineConfig(**SMALL), 6, 1).eval()
     windows, users = torch.tensor([[0, 1, 2, 3, 6]]), torch.tensor([0])
     generator, pool = torch.Generator().manual_seed(0), torch.arange(1, 7)
@@ -83,8 +75,7 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_simple_rule_is_learnt(name, circle):
-    """On a log where the next item follows from the last one, each puts it first among 20 nearly
-    always; SASRec as a retriever gives the candidates the same scores."""
+    """Each puts it first nearly always; SASRec as a retriever gives the same scores."""
     log, splits = circle
     config = BaselineConfig(method=name, epochs=25, learning_rate=1e-2, patience=3, **SMALL)
     model, history = train(config, log, splits["val"], report=lambda line: None)
@@ -99,8 +90,6 @@ def test_a_simple_rule_is_learnt(name, circle):
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_training(circle, monkeypatch):
-    """Validation alone decides: the weights are those of its best epoch, and `patience` worse ones
-    end it."""
     log, val = circle[0], circle[1]["val"]
     script, seen = iter([0.2, 0.5, 0.4, 0.5, 0.3, 0.9]), []
 
@@ -117,23 +106,18 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(circle, monkeypatch):
 
 
 def test_the_command_stops_by_validation_and_tests_once(tmp_path, monkeypatch):
-    """Its history is that of a training that sees the validation split, and not the one that the
-    test split would give; metrics and predictions have the keys of a trained stage."""
     data = {"planted_users": 100, "followers": 3, "prepared_dir": str(tmp_path / "p")}
     data |= {"epochs": 3, "hidden_size": 16, "num_layers": 1, "dataset": "planted"}
     flags = [f"--{name}={value}" for name, value in data.items()]
     monkeypatch.setattr(sys, "argv", ["sequential", *flags, f"--output_dir={tmp_path / 'out'}"])
     sequential.main()
     config = BaselineConfig(**data)
-    prepared, histories = prepare(config), {}
-    for split in ("val", "test"):
-        examples = prepared.splits[split]
-        _, histories[split] = train(config, prepared.interactions, examples, report=id)
+    prepared = prepare(config)
+    val, test = prepared.splits["val"], prepared.splits["test"]
+    by_val, by_test = (train(config, prepared.interactions, s, report=id)[1] for s in (val, test))
     metrics = json.loads((tmp_path / "out/eval/metrics.json").read_text())
-    assert metrics["history"] == histories["val"] != histories["test"]
+    assert metrics["history"] == by_val != by_test and metrics["n"] == len(test)
     assert {"hit_ratio@1_ci95", "valid_ratio", "ranking/ndcg@5", "baselines"} <= metrics.keys()
-    lines = (tmp_path / "out/eval/predictions.jsonl").read_text().splitlines()
-    assert metrics["n"] == len(lines) == len(prepared.splits["test"])
     for kind in ("popularity", "retrieved"):  # and on the other lists, for the report
         file = tmp_path / "out/probes/sasrec" / kind / "metrics.json"
         assert json.loads(file.read_text())["data_hash"] == metrics["data_hash"] == prepared.hash
