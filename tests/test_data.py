@@ -1,6 +1,5 @@
-"""Examples against plain loops over the log; prompts, tokens, batches; `python -m loaders`."""
+"""Examples against plain loops over the log; prompts, tokens, batches."""
 
-import re
 import unicodedata
 from dataclasses import replace
 from itertools import product
@@ -10,14 +9,12 @@ import numpy as np
 import pytest
 from conftest import write_json
 from families import NASTY, WORDS, spelling_bpe
-from launch import run_script
 
 import data
 from data import NUM_CANDIDATES, Interactions, build_examples, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, prepare, words_of
+from loaders.frozen import DataConfig, words_of
 from loaders.movielens import WORDS as MOVIES
-from loaders.planted import DEFAULTS
 from loaders.table import make_interactions
 
 SPLITS = ("train", "val", "test")
@@ -38,18 +35,9 @@ def log_of(rows: list[tuple]) -> Interactions:
     return make_interactions(*zip(*rows, strict=True), titles, "movielens")
 
 
-def own_rows(interactions: Interactions, row: int) -> range:
-    """All rows of the user who owns this one."""
-    user = interactions.user[row]
-    return range(int(interactions.start[user]), int(interactions.start[user + 1]))
-
-
-def arrays_of(splits: dict[str, data.Examples]) -> list[np.ndarray]:
-    return [getattr(splits[split], name) for split in SPLITS for name in data.Examples.ARRAYS]
-
-
 def all_equal(a: dict[str, data.Examples], b: dict[str, data.Examples]) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(arrays_of(a), arrays_of(b), strict=True))
+    pairs = [(a[split], b[split], name) for split in SPLITS for name in data.Examples.ARRAYS]
+    return all(np.array_equal(getattr(x, name), getattr(y, name)) for x, y, name in pairs)
 
 
 # ------------------------------------------------------------------------ examples
@@ -106,7 +94,8 @@ def test_examples_equal_a_plain_loop(seed, name, monkeypatch):
         assert sorted(examples.position.tolist()) == expected[split]
         num_follow = config.followers if split == "train" else 1
         for e, p in enumerate(examples.position.tolist()):
-            rows = own_rows(interactions, p)
+            user = interactions.user[p]
+            rows = range(*interactions.start[user : user + 2].tolist())
             steps = {item[p + s]: s for s in range(num_follow)}
             candidates = examples.candidates[e].tolist()
             randoms = set(candidates) - steps.keys()
@@ -130,7 +119,7 @@ def test_examples_equal_a_plain_loop(seed, name, monkeypatch):
             titles = [interactions.titles[i] for i in shown]
             ratings = rating[max(rows.start, p - config.history) : p]
             assert examples[e].history == list(zip(titles, ratings, strict=True))
-            assert examples[e].user == interactions.user_ids[interactions.user[p]]
+            assert examples[e].user == interactions.user_ids[user]
     assert touched > 100 if config.exclude == "seen" else touched == 0
 
 
@@ -183,9 +172,8 @@ def test_random_candidates_have_the_stated_distribution(kind):
 
 def test_a_log_without_an_example_or_candidates_is_refused():
     rows = random_rows(9, shortest=12, longest=16)
-    for options in ({}, {"followers": 2, "min_rating": 5.5}):
-        with pytest.raises(ValueError, match="no train example.*--min_history.*--min_rating"):
-            build_examples(log_of(rows), DataConfig(**options))
+    with pytest.raises(ValueError, match="no train example.*--min_history.*--min_rating"):
+        build_examples(log_of(rows), DataConfig())
     disliked = log_of(rows)
     disliked.rating[disliked.start[1:] - 2] = 3
     with pytest.raises(ValueError, match="no val example"):
@@ -299,24 +287,13 @@ def test_candidates_with_equal_tokens_are_refused(folders):
         encode_examples(examples, Tokenizer(folders["qwen"]), 10_000)
 
 
-def hand_made(tmp_path, words: list[str]) -> Tokenizer:
-    spelling_bpe(["</s>"], words).save(str(tmp_path / "tokenizer.json"))
-    write_json(tmp_path / "config.json", {"eos_token_id": 0})
-    return Tokenizer(tmp_path)
-
-
 def test_a_boundary_that_moves_is_refused(tmp_path):
     """By a token ":" + space, even if "Answer:" alone keeps its boundary."""
-    examples = nasty_examples()
-    tokenizer = hand_made(tmp_path, [":Ġ"])
-    with pytest.raises(ValueError, match="title 'Alien 3': .*merges"):
-        tokenizer.encode_completions(["Alien 3"])
-    tokenizer = hand_made(tmp_path, ["Answer", "ĊA", "Answer:", ":Ġ"])
-    encode_examples(examples, tokenizer, 100_000)  # "ĊA" comes too late to matter
-    tokenizer = hand_made(tmp_path, ["ĊA", "Answer", "Answer:", ":Ġ"])
-    tokenizer.encode_completions(["Alien 3"])
+    write_json(tmp_path / "config.json", {"eos_token_id": 0})
+    spelling_bpe(["</s>"], ["ĊA", "Answer", "Answer:", ":Ġ"]).save(str(tmp_path / "tokenizer.json"))
+    Tokenizer(tmp_path).encode_completions(["Alien 3"])
     with pytest.raises(ValueError, match="prompt and completion tokenise differently together"):
-        encode_examples(examples, tokenizer, 100_000)
+        encode_examples(nasty_examples(), Tokenizer(tmp_path), 100_000)
 
 
 # ------------------------------------------------------------------------ batches
@@ -333,8 +310,8 @@ def test_micro_batches_divide_the_batch(num_ranks, num_examples, budget):
     flat = [i for batches in plan for batch in batches for i in batch]
     assert sorted(flat) == sorted(indices.tolist()) and all(type(i) is int for i in flat)
     for batches in plan:
-        several = [batch for batch in batches if len(batch) > 1]
-        assert all(len(batch) * widths[batch].max(0).sum() <= budget for batch in several)
+        for batch in (batch for batch in batches if len(batch) > 1):
+            assert len(batch) * widths[batch].max(0).sum() <= budget
         order = [widths[i].sum() for batch in batches for i in batch]
         assert order == sorted(order, reverse=True)
         sizes = [len(batch) for batch in batches]
@@ -354,25 +331,3 @@ def test_micro_batches_by_hand():
     assert data.micro_batches(widths[:2], [1], 4, 60) == [[[1]], [[]], [[]], [[]]]
     assert data.micro_batches([(90, 10), (10, 90)], range(2), 1, 200) == [[[0], [1]]]
     assert data.micro_batches([(90, 10), (10, 90)], range(2), 1, 360) == [[[0, 1]]]
-
-
-# ------------------------------------------------------------------------ command line
-def test_loaders_prints_statistics_and_an_example(folders, tmp_path):
-    """The table, the splits, one prompt and its token boundary."""
-    options = {"train_size": 40, "followers": 4, "planted_users": 80}
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    flags += ["--show=7", f"--tokenizer={folders['llama3']}"]
-    done = run_script("loaders", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "prepared").iterdir()
-    made = DataConfig(**DEFAULTS | options, prepared_dir=str(tmp_path / "prepared"))
-    prepared = prepare(made)
-    example = prepared.splits["train"][7]
-    assert f"prepared in prepared/{folder.name}, hash {prepared.hash[:16]}" in done.stdout
-    row = "| {users:,} | {items:,} | {interactions:,} |".format(**prepared.raw_counts)
-    assert f"| read {row}\n| after --core 0 {row}" in done.stdout
-    assert render_prompt(example) in done.stdout
-    assert f"chosen:   {example.candidates[example.target]!r}" in done.stdout
-    assert len(re.findall(r"^rejected: .*(random|follows)", done.stdout, re.MULTILINE)) == 3
-    assert re.search(r"^boundary: .*':' \|\| .*'<\|end_of_text\|>'", done.stdout, re.MULTILINE)
-    assert "40 examples" in done.stdout and not done.stderr

@@ -1,9 +1,7 @@
 """Finding and checking weights: the precedence of transformers, or one message with the culprit."""
 
 import json
-import os
 import shutil
-import stat
 from unittest.mock import Mock
 
 import pytest
@@ -12,15 +10,10 @@ from conftest import change_tensors, max_diff, tiny_model, write_checkpoint, wri
 from safetensors.torch import save_file
 
 from hub.files import INDEX, base_fingerprint, resolve_path
-from lora import apply_lora, save_adapter
-from model import load_pretrained, save_pretrained
+from model import load_pretrained
 
 INPUT_IDS = torch.arange(3, 17).view(2, 7)
-EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
-
-
-def change_weights(path, change) -> None:
-    change_tensors(path / "model.safetensors", change)
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def transformers_logits(path):
@@ -54,7 +47,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("change, culprit", REFUSED)
 def test_tensors_that_do_not_fit_are_named(change, culprit, tmp_path):
-    change_weights(write_checkpoint(tmp_path), change)
+    change_tensors(write_checkpoint(tmp_path) / "model.safetensors", change)
     with pytest.raises(ValueError, match=culprit) as error:
         load_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
@@ -80,7 +73,8 @@ def test_files_that_are_not_there_or_cut_off_are_named(tmp_path):
 def test_another_head_beside_a_tied_config(tmp_path, capsys):
     """It is used and said, as in transformers 5."""
     path = write_checkpoint(tmp_path, family := "llama3.2")
-    change_weights(path, lambda t: t.update({"lm_head.weight": 2 * t[EMBEDDING]}))
+    doubled = {"lm_head.weight": 2 * tiny_model(family).lm_head.weight.detach()}
+    change_tensors(path / "model.safetensors", lambda t: t.update(doubled))
     model = load_pretrained(path)
     assert "another lm_head.weight is stored" in capsys.readouterr().out
     assert max_diff(model.logits(INPUT_IDS), 2 * tiny_model(family).logits(INPUT_IDS)) < 1e-4
@@ -99,43 +93,22 @@ def test_the_fingerprint_is_of_every_byte_and_of_no_division(tmp_path):
         lambda t: t.update({UP: t[UP].to(torch.bfloat16)}),
         lambda t: t.update({UP + "x": t.pop(UP)}),
     ):
-        change_weights(path, change)
+        change_tensors(path / "model.safetensors", change)
         assert base_fingerprint(path) not in seen
         seen.add(base_fingerprint(path))
 
 
-def test_a_hub_name_downloads_what_is_needed(monkeypatch, tmp_path):
-    """Configuration, tokenizer, template; weights only where asked for; never a pickle."""
+def test_a_hub_name_downloads_what_is_needed_or_is_one_message(monkeypatch, tmp_path):
+    """Weights only where asked for; never a pickle. A refusal hands on the library's sentence."""
+    from huggingface_hub.errors import GatedRepoError
+
     download = Mock(return_value=tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert resolve_path("org/model") == resolve_path("org/model", weights=False) == tmp_path
     patterns = [call.kwargs["allow_patterns"] for call in download.call_args_list]
     assert patterns == [["*.json", "*.jinja", "*.safetensors"], ["*.json", "*.jinja"]]
-
-
-def test_a_hub_that_refuses_or_is_not_there_is_one_message(monkeypatch):
-    """It names what was asked for, and hands on the library's sentence of what to do."""
-    from huggingface_hub import errors
-
-    for kind in (errors.GatedRepoError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError):
-        error = kind.__new__(kind)
-        Exception.__init__(error, "ask on its page, log in")
-        refuse = Mock(side_effect=error)
-        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-        with pytest.raises(ValueError, match="org/model: no such directory.*log in"):
-            resolve_path("org/model")
-    with pytest.raises(ValueError, match="no such directory"):
-        resolve_path("./org/model")
-
-
-def test_written_files_have_the_permissions_of_any_other(tmp_path):
-    """As the umask says: a service of another user may load what was trained."""
-    mask = os.umask(0o027)
-    try:
-        save_pretrained(tiny_model(), tmp_path / "model")
-        save_adapter(apply_lora(tiny_model(), 2, 4), tmp_path / "adapter")
-    finally:
-        os.umask(mask)
-    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*")}
-    assert len(modes) == 6, modes
-    assert all(mode == (0o640 if "." in name else 0o750) for name, mode in modes.items()), modes
+    download.side_effect = GatedRepoError.__new__(GatedRepoError)
+    Exception.__init__(download.side_effect, "ask on its page, log in")
+    for name, culprit in (("org/model", ".*log in"), ("./org/model", "")):
+        with pytest.raises(ValueError, match=f"org/model: no such directory{culprit}"):
+            resolve_path(name)

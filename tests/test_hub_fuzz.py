@@ -64,44 +64,41 @@ def write_sound(folder: Path, name: str) -> None:
         write_checkpoint(folder, shard_bytes=20_000 if "index" in name else 10**9)
 
 
-def mutated_json(content, rng: random.Random):
+def mutated_json(content, rng: random.Random) -> str:
     """A value somewhere replaced or removed."""
     node = content
-    while keys := list(node if isinstance(node, dict) else range(len(node))):
-        key = rng.choice(keys)
-        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
-            node = node[key]
-            continue
-        if rng.random() < 0.8:
-            node[key] = json.loads(json.dumps(rng.choice(ODD)))
-        else:
-            del node[key]
-        break
-    return content
+    while True:
+        key = rng.choice(list(node if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], dict | list) or not node[key] or rng.random() < 0.2:
+            break
+        node = node[key]
+    if rng.random() < 0.8:
+        node[key] = rng.choice(ODD)
+    else:
+        del node[key]
+    return json.dumps(content)
 
 
 def mutated(content: bytes, name: str, rng: random.Random) -> bytes:
+    """JSON, and the header of safetensors, which is JSON, mostly stay readable."""
     if name.endswith(".json") and rng.random() < 0.8:
-        text = json.dumps(mutated_json(json.loads(content), rng))
-        return text.encode(errors="surrogatepass")
-    if name.endswith(".safetensors") and rng.random() < 0.6:  # its header is JSON
+        return mutated_json(json.loads(content), rng).encode()
+    if name.endswith(".safetensors") and rng.random() < 0.6:
         (size,) = struct.unpack("<Q", content[:8])
-        header = json.dumps(mutated_json(json.loads(content[8 : 8 + size]), rng)).encode()
+        header = mutated_json(json.loads(content[8 : 8 + size]), rng).encode()
         return struct.pack("<Q", len(header)) + header + content[8 + size :]
-    if rng.random() < 0.5:
-        return content[: rng.randrange(len(content))] + rng.randbytes(rng.randrange(50))
     at = rng.randrange(min(len(content), 9000))
-    return content[:at] + rng.randbytes(rng.choice([1, 3, 20])) + content[at + 1 :]
+    rest = content[at + 1 :] if rng.random() < 0.5 else b""
+    return content[:at] + rng.randbytes(rng.randrange(20)) + rest
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_mutated_files_are_read_or_refused(name, tmp_path):
-    sound, tried, refused = tmp_path / "sound", tmp_path / "tried", 0
+    sound, refused = tmp_path / "sound", 0
     write_sound(sound, name)
     KINDS[name](shutil.copytree(sound, tmp_path / "read"))
     for n in range(20):
-        shutil.rmtree(tried, ignore_errors=True)
-        shutil.copytree(sound, tried)
+        tried = shutil.copytree(sound, tmp_path / f"{n}")
         content = mutated((sound / name).read_bytes(), name, random.Random(f"{name} {n}"))
         (tried / name).write_bytes(content)
         try:

