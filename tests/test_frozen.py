@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import SPLITS, all_equal, nasty_examples, own_rows
+from test_data import SPLITS, all_equal, nasty_examples
 from test_loaders import rows_of
 
 from data import build_examples, encode_examples, k_core, render_prompt
@@ -81,7 +81,9 @@ def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
             assert (getattr(test, name) == getattr(first, name)).all()
         form = "{} | Rating: {:g}" if options["ratings"] else "{}"
         for e, at in enumerate(test.position.tolist()):
-            rows = [r for r in own_rows(log, at) if r < at and (not liked or log.rating[r] >= 4)]
+            rows = [
+                r for r in range(log.start[log.user[at]], at) if not liked or log.rating[r] >= 4
+            ]
             shown = [form.format(log.titles[log.item[r]], log.rating[r]) for r in rows[-20:]]
             prompt = render_prompt(test[e])
             assert "\n".join(["", *shown, ""]) in prompt
