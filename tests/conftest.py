@@ -86,18 +86,14 @@ def whole(tmp_path_factory):
     return tmp_path, metrics, time.time() - started
 
 
-@pytest.fixture(autouse=True)
-def no_group_is_left():
-    """A script's main() that ran in this process may leave its process group behind."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.fixture
 def group():
-    """A process group of one."""
+    """A process group of one; a script's main() that ran before may have left its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -142,6 +142,8 @@ def small_world(tmp_path_factory):
     """Options, encoded training examples and a base, in a process group of one."""
     config, prepared, base = make_world(tmp_path_factory.mktemp("world"))
     encoded = encode_split(prepared, "train", Tokenizer(base), 1024)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield config, encoded, base
     dist.destroy_process_group()
