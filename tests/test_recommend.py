@@ -15,6 +15,7 @@ import torch
 from conftest import write_json
 from launch import ROOT, TRAIN, run_script
 
+import eval as evaluation
 import recommend
 from data import Example, build_tree, render_prompt
 from hub.tokenizer import Tokenizer
@@ -208,6 +209,17 @@ def cases(run: Path) -> list[tuple]:
     examples = find_prepared(run.parent / "prepared", metrics["data_hash"]).splits["test"]
     records = read(run / "sft/eval/predictions.jsonl")
     return [(render_prompt(examples[r["example"]]), r) for r in records]
+
+
+def test_prompts_are_shown_as_the_model_reads_them(run, in_process, capsys):
+    """eval.py --show_prompts: text whose ids are the prompt's, and the answer with its end."""
+    flags = (f"--run={run}", f"--prepared_dir={run.parent / 'prepared'}", "--show_prompts=2")
+    in_process(evaluation.main, *flags)
+    out = capsys.readouterr().out
+    for prompt, record in cases(run)[:2]:
+        shown = prompt.replace("\n", "\n ")  # the tokenizer's own rule
+        assert f"{shown}\n--- answer\n {record['target']}<|end_of_text|>\n" in out
+    assert out.count("--- user") == 2
 
 
 # --------------------------------------------------------------------------------------- many users
@@ -430,3 +442,13 @@ def test_other_programs_give_our_answers(run, tmp_path):
             written = model.generate(input_ids=ids, **how)[0, ids.shape[1] :]
             text = tokenizer.decode(written, skip_special_tokens=True)
             assert text.strip().split("\n")[0] == record["answer"]
+
+
+def test_a_merged_export_gives_our_answers(run, tmp_path, in_process):
+    """In eval.py --model, which reads prompt.json there."""
+    export_merged(run / "sft", tmp_path / "merged")
+    places = [f"--prepared_dir={run.parent / 'prepared'}", f"--data_dir={run.parent / 'log.csv'}"]
+    in_process(evaluation.main, f"--model={tmp_path / 'merged'}", *DATA, *places, "--output_dir=o")
+    for found, (_, record) in zip(read(Path("o/merged/predictions.jsonl")), cases(run)):
+        assert found["answer"] == record["answer"]
+        np.testing.assert_allclose(found["logps"], record["logps"], atol=1e-3)
