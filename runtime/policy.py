@@ -14,7 +14,7 @@ from model import empty_model, materialize, read_weights
 from runtime.sharding import fill, local, own_rows, shard, stored_parameters
 
 THREE_WAYS = """Three ways:
-  --model titles     a tiny base for this log: 2 cores, 20 minutes for 1,000 titles, 50 for 4,000
+  --model titles     a small model for this log's titles alone: 2 cores, 2 GB, 5 to 15 minutes
   --model NAME       a directory or hub name; SmolLM2-135M, Qwen3-0.6B: a GPU of 16 GB, an hour;
                      Llama-3.1-8B, the paper's: GPUs of 24 GB or more, hours (--dry_run)
   --model demo/base  minutes, to try the plumbing: it reads the planted world's titles alone"""
