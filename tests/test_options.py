@@ -3,12 +3,17 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from conftest import write_json
 from launch import TINY
 
 import train
-from common import parse_config
+from common import parse_config, read_json
+from demo.pretrain import BASE
+from eval import summarise
+from runtime.stages import save_predictions
 from studies.tables import command_of
 from train import TrainConfig
 
@@ -130,3 +135,25 @@ def test_options_of_the_step_reach_every_step_of_their_stage(in_process, tmp_pat
     assert rates[6:] == pytest.approx([5e-4, 1e-3, 1e-3]) and set(betas) == {(0.9, 0.9)}
     assert brought[:6] == (None,) * 6 and used[6] == brought[6] == 0  # the policy is its reference
     assert used[7] == brought[6].float() and used[8] == brought[7].float() != 0
+
+
+def test_defaults_suit_the_model(tmp_path, capsys):
+    """Below 50 million parameters, for titles of one's own, above; which holds is said."""
+    large = read_json(BASE / "config.json") | {"hidden_size": 1024, "vocab_size": 64000}
+    write_json(tmp_path / "config.json", large)
+    for model, file in ((BASE, "small.json"), ("titles", "titles.json"), (tmp_path, None)):
+        found = train.defaults({"model": str(model), "dataset": "csv"})
+        assert found == (read_json(ROOT / "configs" / file) if file else {})
+        assert (f"configs/{file}" if file else "the paper's") in capsys.readouterr().out
+
+
+def test_a_trained_stage_whose_answers_are_mostly_invalid_is_warned_of(tmp_path, capsys):
+    """On the screen and in results.md; the raw model is not."""
+    record = {"logps": [0.0, -1.0], "target_slot": 0, "how": "verified", "hit": False}
+    for stage, valid in (("raw", 4), ("sft", 4), ("recpo", 5)):
+        metrics = summarise([record | {"valid": n < valid} for n in range(10)])
+        save_predictions(tmp_path / stage / "eval", metrics, [])
+    run = Mock(folder=tmp_path, config=TrainConfig(stages="raw,sft,recpo"), data_hash="0" * 64)
+    train.write_results(run, Mock(optimum=lambda split: None))
+    for text in (capsys.readouterr().out, (tmp_path / "results.md").read_text()):
+        assert text.count("WARNING") == text.count("WARNING: sft: only 40.0%") == 1
