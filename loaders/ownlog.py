@@ -52,10 +52,6 @@ def parse_columns(
     return columns
 
 
-def parse_item_columns(text: str) -> dict[str, str]:
-    return parse_columns(text, "--item_columns", ("item", "title"))
-
-
 def plain_name(name: str) -> str:
     return re.sub(r"[\s_\-.]", "", name).lower()
 
@@ -160,11 +156,12 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
 def titles_beside(config, rows: Rows) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
     files, kind, root = item_files(config)
-    source, given = name_of(files), parse_item_columns(config.item_columns)
+    source, both = name_of(files), ("item", "title")
+    given = parse_columns(config.item_columns, "--item_columns", both)
     if not given:  # names of --columns that the second file has, too
         names = parse_columns(config.columns)
-        given = {f: names[f] for f in ("item", "title") if f in names and not names[f].isdigit()}
-    find = Finder(given, ("item", "title"), ("item", "title"), "--item_columns")
+        given = {f: names[f] for f in both if f in names and not names[f].isdigit()}
+    find = Finder(given, both, both, "--item_columns")
     find.strict = bool(config.item_columns)
     table = check_bad(read_table(files, kind, find, root), source)
     codes, ids = read_ids(table.columns["item"])

@@ -16,7 +16,7 @@ ROOMS = {
     "model": 440,
     "data": 560,
     "lora": 300,
-    "loaders": 2540,
+    "loaders": 2539,
     "runtime": 1100,
     "eval": 320,
     "demo": 575,
