@@ -1,6 +1,7 @@
 """A run: its processes, how passes are divided over them, its folder, the wish to stop, its log."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -152,11 +153,14 @@ def open_run_folder(config) -> Iterator[Path]:
             free = {f.name for f in fields(config) if f.metadata["free"]}
             other = [n for n, v in asdict(config).items() if v != started[n] and n not in free]
             if other or not config.resume:
-                found = f", with other values of {', '.join(other)}" if other else ""
-                way_out = "--resume auto and its options go on, or choose another --output_dir"
-                raise ValueError(f"{folder} holds a run already{found}: {way_out}")
+                others = f", with other {', '.join(other)}" * bool(other)
+                way_out = "--resume auto and its options go on; or name another --output_dir"
+                raise ValueError(f"{folder} holds a run already{others}: {way_out}")
         with writing(f"--output_dir {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "w")  # held until this process ends
+            with writing(f"{lock.name}: another process trains in this folder; it"):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write_text(json.dumps(asdict(config), indent=2) + "\n")
     try:
         yield folder
@@ -180,7 +184,7 @@ class StopRequest:
         self.asked = number
         if not self.in_loop:
             self.stop("before a step: nothing is to be saved")
-        print0("\nthis step is finished and saved; a second Ctrl-C ends at once")
+        print0("\nfinishing this step and saving; a second Ctrl-C ends at once")
 
     def stop(self, where: str) -> None:
         """Leave; the last line is the command that goes on, as the run was started."""
@@ -258,7 +262,6 @@ class Logger:
             print0(line)
 
     def write(self, line: dict) -> None:
-        """Append a line to metrics.jsonl."""
         with writing(self.file.name):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()

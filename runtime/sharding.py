@@ -178,8 +178,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, best: dict, state
     tensors |= {f"random.{rank}.{k}": t for rank, of in enumerate(ranks) for k, t in of.items()}
     taken = int(next(iter(optimizer.state.values()))["step"])  # less those that were left out
     state = state | {"step": step, "optimizer_steps": taken, "world_size": len(ranks)}
-    final = folder / f"checkpoint-{step}"
-    part = final.with_suffix(".part")
+    final, part = (folder / f"checkpoint-{step}{end}" for end in ("", ".part"))
     with writing(part):
         if is_main():
             shutil.rmtree(part, ignore_errors=True)

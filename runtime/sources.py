@@ -17,8 +17,7 @@ from model import Transformer, load_pretrained, save_pretrained
 from runtime.policy import ModelOptions, stored_dtype
 from runtime.stages import check_finished, copy_tokenizer, load_stage
 
-# what is evaluated and where its data lie; all else a run has fixed
-NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir"}
+NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir"}  # all else a run has fixed
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ def check_run_data(config: SourceConfig, stages: Iterable[str], data_hash: str) 
 def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -> Words:
     """The words of the prompts that a model in this folder was trained on, or those of the data."""
     file, kept = folder / "eval" / "metrics.json", kept_prompt(folder)
-    valid = read_json(file)["valid_ratio"] if file.exists() else 1.0
-    if valid < 0.5:
+    if file.exists() and (valid := read_json(file)["valid_ratio"]) < 0.5:
         note = f"only {valid:.0%} of this model's test answers were listed titles ({file})"
         print0(f"note: {note}, so its probabilities mean little")
     words = log.words if log else words_of(config.dataset)

@@ -59,7 +59,7 @@ def test_a_run_folder_in_use_is_not_overwritten(one_process):
     before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
     for flags, message in (
         ((), "holds a run already: --resume auto"),
-        (("--resume=auto", "--beta=0.5", "--seed=3"), "other values of beta, seed: "),
+        (("--resume=auto", "--beta=0.5", "--seed=3"), "with other beta, seed: "),
     ):
         output, _ = run_train(tmp_path, "one", *flags, expect=1)
         assert message in output and "another --output_dir" in output and "Traceback" not in output
@@ -220,3 +220,9 @@ def test_models_go_with_their_stage(in_process, tmp_path, monkeypatch):
         assert len(made) == 2 and made[-1]() is None
     finally:
         gc.enable()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(group, tmp_path):
+    config = train.TrainConfig(output_dir=str(tmp_path / "run"))
+    with open_run_folder(config), pytest.raises(ValueError, match="another process trains"):
+        open_run_folder(config).__enter__()
