@@ -14,7 +14,7 @@ import numpy as np
 from common import run_cli, table
 from studies.methods import TESTED, read_lines, tested_values
 from studies.probes import digest_of
-from studies.statistics import holm, interval_of, paired, resampled_means, with_interval
+from studies.statistics import holm, paired, with_interval
 
 
 def agreement_text(first: list[dict], second: list[dict]) -> str:
@@ -24,18 +24,14 @@ def agreement_text(first: list[dict], second: list[dict]) -> str:
     before, after, rows = tested_values(first), tested_values(second), []
     for measure, name in TESTED.items():
         a, b = before[measure], after[measure]
-        difference = paired(b, a)
-        holm([difference])
+        holm([difference := paired(b, a)])
         rows.append([name, f"{a.mean():.3f}", f"{b.mean():.3f}", str(difference)])
-    before, after = (np.array([r["logps"] for r in records]) for records in (first, second))
-    squares = ((after - before) ** 2).mean(1)  # a user's titles are drawn together, (E,)
-    # quantiles keep their order under a root
-    low, high = np.sqrt(interval_of(resampled_means(squares)))
+    before, after = (np.array([r["logps"] for r in part]) for part in (first, second))
     same = (before.argmax(1) == after.argmax(1)).astype(float)
     return (
         f"{table(['', 'first', 'second', 'difference, paired'], rows)}\n\n{len(first)} users. "
         "A title's log-probability changes by (nats):\n"
-        f"root mean square {squares.mean() ** 0.5:.4f} [{low:.3f}, {high:.3f}]\n"
+        f"root mean square {((after - before) ** 2).mean() ** 0.5:.4f}\n"
         f"mean {with_interval((after - before).mean(1))}\n"
         f"same title first in {with_interval(same)} of the lists"
     )

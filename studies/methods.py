@@ -101,10 +101,8 @@ def read_result(place: Path, folder: Path, described: dict[str, str]) -> Result 
     for file in [*sorted(files), *sorted((run / "two_stage" / stage).glob("*.json"))]:
         content = read_json(file)
         if content.get("data_hash") != metrics["data_hash"]:
-            raise ValueError(
-                f"{file} was measured on data {content.get('data_hash')}, but its run was tested "
-                f"on {metrics['data_hash']}: --measure it again, or delete it"
-            )
+            what = "was measured on other data than its run was tested on"
+            raise ValueError(f"{file} {what}: --measure it again, or delete it")
         if "places" in content:
             name = f"two_stage/{file.stem}"
             found = gains(np.array(content["places"]["model"]))
@@ -138,10 +136,8 @@ def collect(folder: Path, table: dict) -> dict[str, Method]:
         for name, found in cases.items():
             expected, where = first.setdefault(name, (found, f"{r.run} {r.stage}"))
             if found != expected:
-                raise ValueError(
-                    f"{where} and {r.run} {r.stage} were tested on different users or candidates "
-                    f"({name}) and cannot stand in one table"
-                )
+                what = f"were tested on different users or candidates ({name})"
+                raise ValueError(f"{where} and {r.run} {r.stage} {what}: not for one table")
         method = methods.setdefault(r.method, Method(r.method, r.stage, r.config, []))
         for other in method.results:
             differ = ", ".join(sorted(changed(r.config, other.config)))
@@ -178,9 +174,7 @@ def sweep(methods: dict[str, Method], *options: str, stage: str = "recpo") -> li
             points.append((value if len(options) > 1 else value[0], m))
     plain = base_method(methods, "sdpo")
     if points and options == ("margin_lambda",) and plain:  # S-DPO is λ = 0, if trained alike
-        points += (
-            [(0.0, plain)] if changed(plain.config, base.config) <= {"margin", *options} else []
-        )
+        points += [(0.0, plain)] * (changed(plain.config, base.config) <= {"margin", *options})
     return sorted(points, key=lambda point: point[0])
 
 

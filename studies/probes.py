@@ -14,10 +14,9 @@
                  or what Markov retrieves for the history
 
 A good predictor of the next item has a *low* avoidance: the disliked item did come next. So chance,
-the counting recommenders and, in the planted world, the best possible recommender stand beside
-every figure (in aversion they rank the other way round). --output_dir gets STAGE/PROBE/metrics.json
-with what every user counts for. Legend: E examples; a choice (E, 20) holds the probability that
-each candidate is taken; an invalid answer takes none."""
+counting and, in the planted world, the best possible recommender stand beside every figure (in
+aversion they rank the other way round). --output_dir gets STAGE/PROBE/metrics.json. Legend: E
+examples; a choice (E, 20): the probability that each candidate is taken, none if invalid."""
 
 import hashlib
 import json
@@ -65,10 +64,8 @@ class ProbeConfig(EvalConfig):
         if self.probe != "length" and self.dataset == "prepared":
             raise ValueError("--probe needs a log; prepared examples have their candidates already")
         if self.probe in LAST_TWO and self.split_date:
-            raise ValueError(
-                f"--probe {self.probe} asks for each user's last two interactions, which a run "
-                "with --split_date may have trained on; only length fits it, and other lists"
-            )
+            what = "asks for the last two interactions, which --split_date may have trained on"
+            raise ValueError(f"--probe {self.probe} {what}; length fits, and other lists")
         if self.split != "test":
             raise ValueError("--split belongs to eval.py; a probe has its own examples")
 
@@ -232,8 +229,7 @@ def main() -> None:
     rows = {name: [found] for name, found in beside.items()}
     for name, records in predictions(config, examples, device):
         content = measured(probe, examples, records, beside, prepared.hash)
-        rows[f"{name}; written"] = [content["written"]]
-        rows[f"{name}; ranked first"] = [content["ranked"]]
+        rows |= {f"{name}; {shown}": [content[how]] for how, shown in HOW.items()}
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name / probe, content, records)
     print(f"\n{config.dataset}, data {prepared.hash[:12]}, decode {config.decode}")

@@ -3,12 +3,11 @@
     python -m studies.report runs/planted-table                         into its folder report/
     python -m studies.report runs/planted-table --measure all --output_dir results/planted-table
 
-Every tested stage and baseline below the folder is a result; the table file (FOLDER/table.json,
-which studies.tables leaves there, or --table) names its method. All must have been tested on the
-same users and candidates. Figures are means over seeds; differences are paired over users, and over
-the seeds that both methods have. 95 % intervals resample users: they do not cover another training
-run. Holm's correction covers all questions of a table. --measure first measures what is missing.
-Writes report.md, the table file and, with matplotlib, pictures."""
+Every tested stage and baseline below the folder is a result; FOLDER/table.json (of studies.tables)
+or --table names its method. All were tested on the same users and candidates. Figures are means
+over seeds; differences are paired over users and shared seeds. 95 % intervals resample users, not
+training runs; Holm's correction covers all questions of a table. --measure first measures what is
+missing. Writes report.md, the table file and, with matplotlib, pictures."""
 
 import argparse
 import json
@@ -66,7 +65,7 @@ def methods_section(methods: Methods, results: list) -> list[str]:
             versus[name] = difference_of(method, best[name], RANKED)
     holm(list(versus.values()))
     columns = ["method", "runs", *TESTED.values(), "against the best other, ranked first"]
-    columns += ["paper: HR@1, ValidRatio"] if paper else []
+    columns += ["paper: HR@1, ValidRatio"] * bool(paper)
     baselines = results[0].metrics["baselines"].items()
     rows = [[name, "", "", "", f"{value:.4f}", "", ""] for name, value in baselines]
     for name, method in methods.items():

@@ -3,13 +3,12 @@
     python -m studies.sequential --method sasrec --dataset movielens \\
         --data_dir ml-1m.zip --output_dir runs/ml1m-sasrec
 
-They turn a user's items into one vector per position and score an item by its inner product with
-that item's embedding. They train on all positions before each user's last two interactions (with a
-split in time: before the date), in windows of --max_items, with Adam and a sampled softmax; a low
-rating counts as an interaction, as in the papers. Training stops when validation HR@1 has not risen
-for --patience epochs; the best epoch is tested, once. Left out: session boundaries, BPR and top-1
-losses, Caser's several targets. Legend: B windows of a batch, T positions of a window, D width, E
-examples; item codes are shifted by one, and 0 is padding."""
+A user's items become one vector per position, whose inner product with an item's embedding is the
+item's score. They train on all positions before each user's last two interactions (or before a
+split's date), in windows of --max_items, with Adam and a sampled softmax; low ratings count, as in
+the papers. Training stops when validation HR@1 has not risen for --patience epochs; the best epoch
+is tested once. Left out: sessions, BPR and top-1 losses, Caser's several targets. Legend: B windows
+of a batch, T positions, D width, E examples; item codes are shifted by one, 0 is padding."""
 
 import json
 import math
@@ -101,34 +100,18 @@ class Caser(Recommender):
         return self.mix(torch.cat([states, self.users(users)[:, None].expand(-1, T, -1)], 2))
 
 
-class Block(nn.Module):
-    """Pre-norm self-attention and feed-forward of SASRec."""
-
-    def __init__(self, config: BaselineConfig):
-        super().__init__()
-        D = config.hidden_size
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.dropout = nn.Dropout(config.dropout)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        B, T, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, HEADS, D // HEADS)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, HEADS, T, D / HEADS) each
-        attended = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(B, T, D)
-        x = x + self.dropout(self.out(attended))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
-
-
 class SASRec(Recommender):
     """Causal self-attention over the items (arXiv:1808.09781)."""
 
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
         self.positions = nn.Embedding(config.max_items, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size)
+        D, pre_norm = config.hidden_size, {"batch_first": True, "norm_first": True}
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(D, HEADS, 4 * D, config.dropout, F.gelu, **pre_norm)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(D)
 
     def forward(self, items: Tensor, users: Tensor) -> Tensor:
         T = items.shape[1]
@@ -136,10 +119,10 @@ class SASRec(Recommender):
         # positions count from the end: windows are filled from the right
         x = self.dropout(x + self.positions.weight[-T:])
         order = torch.arange(T)
-        mask = (order <= order[:, None]) & (items != 0)[:, None, None]  # (B, 1, T, T)
-        mask = mask | torch.eye(T, dtype=torch.bool)  # padding sees itself, so that no row is empty
+        hidden = (order > order[:, None]) | (items == 0)[:, None]  # (B, T, T)
+        hidden &= ~torch.eye(T, dtype=torch.bool)  # padding sees itself, so that no row is empty
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, hidden.repeat_interleave(HEADS, 0))
         return self.norm(x)
 
 
@@ -259,7 +242,7 @@ def fit_retriever(
 ) -> Retriever:
     """A counting retriever fitted on these rows of the log (n,) bool, None: all; or SASRec, trained
     by the defaults here without the last two, and kept beside the prepared examples."""
-    interactions, file = prepared.interactions, prepared.folder / "sasrec.safetensors"
+    interactions, file = prepared.interactions, prepared.folder / "sasrec-2.safetensors"
     if name in COUNTING_RETRIEVERS:
         return Retriever(name, interactions, rows, config.history)
     own = BaselineConfig(**{f.name: getattr(config, f.name) for f in fields(DataConfig)})

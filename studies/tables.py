@@ -4,11 +4,10 @@
         --output_dir runs/planted-table
 
 A table is a JSON file: "common" options of every run, "training" options of train.py, and "runs".
-Each run has a name, a method (its row of the report; "{stage}" in it stands for the stage; runs
-that differ in their seed alone share one), its own options, perhaps "after": "run/stage", where it
-starts, and perhaps a "script" instead of train.py. "probes" are measured for the runs in "probed".
-Finished runs are skipped and interrupted ones go on. Every run leaves its log beside its folder,
-the table its copy in table.json for the report."""
+Each run has a name, a method (its row of the report; "{stage}" stands for the stage; seeds share
+one), its own options, perhaps "after": "run/stage", where it starts, and perhaps a "script" instead
+of train.py. "probes" are measured for the runs in "probed". Finished runs are skipped, interrupted
+ones go on. A run's log lies beside its folder, a copy of the table in table.json."""
 
 import argparse
 import json
@@ -63,8 +62,18 @@ def command_of(table: dict, run: dict, folder: Path, processes: int) -> list[str
     return [*launcher, str(ROOT / "train.py"), *flags_of(options)]
 
 
-def read_table(args: argparse.Namespace) -> dict:
-    """The table, completed by the command line; ValueError if it leaves something open."""
+def read_table() -> tuple[argparse.Namespace, dict]:
+    """The command line, and the table that it completes; ValueError if something is left open."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("table", type=Path, help="JSON file of the table's runs")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of a training run")
+    parser.add_argument("--dataset", default="", help="data set, where the table leaves it open")
+    parser.add_argument("--data_dir", default="", help="raw data, if the data set needs it")
+    parser.add_argument("--model", default="", help="model, where the table leaves it open")
+    parser.add_argument("--prepared_dir", default="prepared")
+    args = parser.parse_args()
     table = read_json(args.table)
     given = {"dataset": args.dataset, "data_dir": args.data_dir, "prepared_dir": args.prepared_dir}
     table["common"] |= {name: value for name, value in given.items() if value}
@@ -76,7 +85,7 @@ def read_table(args: argparse.Namespace) -> dict:
     names = {run.get("name") for run in table["runs"] if "method" in run} - {None}
     if len(names) < len(table["runs"]):
         raise ValueError(f"{args.table}: every run needs a name of its own and a method")
-    return table
+    return args, table
 
 
 def measure(run: Path, name: str) -> None:
@@ -112,22 +121,9 @@ def measure_missing(folder: Path, wanted: str) -> None:
                 print(f"{file.parent.name}, {name}: not measured: {error}", flush=True)
 
 
-def parse_args() -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("table", type=Path, help="JSON file of the table's runs")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of a training run")
-    parser.add_argument("--dataset", default="", help="data set, where the table leaves it open")
-    parser.add_argument("--data_dir", default="", help="raw data, if the data set needs it")
-    parser.add_argument("--model", default="", help="model, where the table leaves it open")
-    parser.add_argument("--prepared_dir", default="prepared")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    table, folder = read_table(args), args.output_dir
+    args, table = read_table()
+    folder = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
     for number, run in enumerate(table["runs"], 1):

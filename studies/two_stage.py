@@ -3,14 +3,13 @@
     python -m studies.two_stage --run runs/planted-1 --retriever markov
 
 A test case is a user's last interaction, if it was liked; its history is all that lies before. The
-retriever is fitted on training interactions only and orders the items that the history does not
-hold; the model ranks its first 20, the length of the lists that it is trained on, and the others
-keep the retriever's place. Measures: HR@k, the target is among the first k; NDCG@10, 1 / log2(1 +
-place), 0 behind the tenth; MRR, mean of 1 / place. The ceiling puts a retrieved target first
-always; in the planted world the optimum is the best possible order of the 20. `--retriever model`:
-a model with a token per title that is asked without the list ranks the whole catalogue itself, by
-one position's logits. Every user's places go to RUN/two_stage/STAGE/RETRIEVER.json. Left out:
-tuning of the retriever. Legend: E users, I items."""
+retriever is fitted on training interactions and orders the items that the history does not hold;
+the model ranks its first 20, the others keep the retriever's place. HR@k: the target is among the
+first k; NDCG@10: 1 / log2(1 + place), 0 behind the tenth; MRR: mean of 1 / place. The ceiling puts
+a retrieved target first always; in the planted world the optimum is the best order of the 20.
+`--retriever model`: a model with a token per title, asked without the list, ranks the catalogue
+itself, by one position's logits. Every user's places go to RUN/two_stage/STAGE/RETRIEVER.json.
+Legend: E users, I items."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -90,10 +89,8 @@ def retrieved(
         scores = scores.astype(float)
         scores[history] = -np.inf
         if np.isfinite(scores).sum() < NUM_CANDIDATES:
-            raise ValueError(
-                f"user {examples[e].user}: fewer than {NUM_CANDIDATES} items are left to retrieve; "
-                "the catalogue is too small for this study"
-            )
+            what = f"fewer than {NUM_CANDIDATES} items are left to retrieve"
+            raise ValueError(f"user {examples[e].user}: {what}; the catalogue is too small")
         order = np.argsort(-scores, kind="stable")
         lists.append(order[:NUM_CANDIDATES])
         target = examples.candidates[e, examples.target[e]]

@@ -68,7 +68,7 @@ def read_train(argv: list[str]) -> None:
 
 def read_tables(argv: list[str]) -> None:
     with patch.object(sys, "argv", ["studies.tables", *argv]):
-        tables.read_table(tables.parse_args())
+        tables.read_table()
 
 
 READERS = {ROOT / "train.py": read_train, ROOT / "studies/tables.py": read_tables}
