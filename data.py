@@ -13,10 +13,8 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
 Of the next 10 items the user's best is the chosen one (`chosen_follower`); the other 19 candidates
 are the rest of those 10 and random items (`draw_candidates`); the rejected titles are the first K
 of them in a random order (`Examples.negatives`). `python -m loaders` shows this for a data set.
-
-Legend: E examples, F followers among the candidates, B examples of a batch, N completions per
-example, P prompt width, C completion width, M scored tokens.
-"""
+Legend: E examples, F followers among the candidates, B examples of a batch, N completions of each,
+P prompt width, C completion width, M scored tokens."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -32,9 +30,9 @@ from hub.tokenizer import Tokenizer
 from losses import preference_score
 
 NUM_CANDIDATES = 20
-# of random candidates, as in the released code: rating 3, 10 steps from now
-RANDOM_RATING, RANDOM_STEPS = 3.0, 10
+RANDOM_RATING, RANDOM_STEPS = 3.0, 10  # of random candidates, as in the released code
 SPLITS = ("train", "val", "test")
+KINDS = ("uniform", "popularity", "retrieved")  # of random candidates
 BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded as one text
 
 Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
@@ -87,9 +85,8 @@ def k_core(interactions: Interactions, k: int) -> Interactions:
     return interactions if keep.all() else select_rows(interactions, keep)
 
 
-def select_rows(interactions: Interactions, keep: np.ndarray) -> Interactions:
+def select_rows(log: Interactions, keep: np.ndarray) -> Interactions:
     """Keep only these rows, and the users and items that occur in them."""
-    log = interactions
     users, user = np.unique(log.user[keep], return_inverse=True)
     items, item = np.unique(log.item[keep], return_inverse=True)
     start = np.concatenate([[0], np.cumsum(np.bincount(user))]).astype(np.int64)
@@ -116,12 +113,8 @@ class ExampleConfig:
     positive: str = arg("argmax", "chosen: best score, or first liked", choices=("argmax", "first"))
     min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
-    exclude: str = arg(
-        "all", "random candidates are new to the user, or to the prompt", choices=("all", "seen")
-    )
-    negatives: str = arg(
-        "uniform", "how random candidates are drawn", choices=("uniform", "popularity", "retrieved")
-    )
+    exclude: str = arg("all", "random items are new to: user, prompt", choices=("all", "seen"))
+    negatives: str = arg("uniform", "how random candidates are drawn", choices=KINDS)
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
 
     def __post_init__(self):
@@ -183,14 +176,12 @@ class Examples:
             listed=self.list_in_prompt,
         )
 
-    def history_rows(self, e: int) -> Sequence[int]:
+    def history_rows(self, e: int) -> list[int]:
         """Rows of the log that the prompt shows, oldest first."""
         p = int(self.position[e])
         start = int(self.interactions.start[self.interactions.user[p]])
-        if self.min_shown_rating:
-            liked = np.flatnonzero(self.interactions.rating[start:p] >= self.min_shown_rating)
-            return (start + liked[-self.history :]).tolist()
-        return range(max(start, p - self.history), p)
+        hidden = self.interactions.rating[start:p] < self.min_shown_rating  # never where it is NaN
+        return (start + np.flatnonzero(~hidden)[-self.history :]).tolist()
 
     def select(self, indices) -> "Examples":
         return replace(self, **{name: getattr(self, name)[indices] for name in self.ARRAYS})
@@ -219,11 +210,9 @@ def build_examples(
             liked = chosen_follower(interactions, rows, config)[1]
         if not liked.any():
             low, high = interactions.rating.min(), interactions.rating.max()
-            raise ValueError(
-                f"no {split} example: in none of {len(rows):,} places is the chosen item liked; "
-                f"lower --min_history {config.min_history}, --followers {config.followers} or "
-                f"--min_rating {config.min_rating:g} (ratings go from {low:g} to {high:g})"
-            )
+            what = f"no {split} example: in none of {len(rows):,} places is the chosen item liked"
+            lower = f"--min_history, --followers or --min_rating {config.min_rating:g}"
+            raise ValueError(f"{what}; lower {lower} (ratings go from {low:g} to {high:g})")
         rng = np.random.default_rng([config.data_seed, SPLITS.index(split)])
         size = config.train_size if split == "train" else config.test_size
         rows = rng.permutation(rows[liked])[: size or None]
@@ -241,13 +230,10 @@ def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[s
     return {"train": train, "val": end[first <= end - 2] - 2, "test": end[first <= end - 1] - 1}
 
 
-def chosen_follower(
-    interactions: Interactions, rows: np.ndarray, config: ExampleConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the followers is the chosen item (E,), and whether the user liked it (E,).
-
-    It has the highest preference score, of equal ones it is the sooner, and a random candidate must
-    score less. With --positive first it is the first liked one."""
+def chosen_follower(interactions: Interactions, rows: np.ndarray, config: ExampleConfig):
+    """Which follower is the chosen item (E,), and whether the user liked it (E,): the best by
+    preference score, of equals the sooner (with --positive first: the first liked one). A random
+    candidate must score less."""
     chosen, best = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf)
     for step in range(config.followers):
         ratings = interactions.rating[rows + step].astype(float)
@@ -275,19 +261,16 @@ def draw_candidates(
     users, count = log.user[rows], NUM_CANDIDATES - F
     seen = None  # (E, S) items that random candidates must not be; None: all that the user touched
     if config.exclude == "seen":
-        before = rows[:, None] - 1 - np.arange(config.history)
-        before = np.maximum(before, log.start[users][:, None])
+        before = np.maximum((rows - 1)[:, None] - np.arange(config.history), log.start[users, None])
         seen = log.item[np.concatenate([before, follow], 1)]
     if config.negatives == "retrieved":
         randoms = retrieve(log, rows, config.history, count, seen)
     else:
         randoms = _draw_unseen(log, users, count, seen, config.negatives, rng)
     if len(short := np.flatnonzero((randoms < 0).any(1))):
-        what = "are not in the prompt" if seen is not None else "this user never touched"
-        raise ValueError(
-            f"user {log.user_ids[users[short[0]]]}: fewer than {count} items left that {what} "
-            f"({log.num_items} in all); lower --core, raise --followers, or take --exclude seen"
-        )
+        what = f"user {log.user_ids[users[short[0]]]}: of {log.num_items} items fewer than {count}"
+        what += " are not in the prompt" if seen is not None else " are untouched by this user"
+        raise ValueError(f"{what}; lower --core, raise --followers, or take --exclude seen")
 
     items = np.concatenate([log.item[follow], randoms], 1).astype(np.int32)
     scores = np.full(items.shape, preference_score(RANDOM_RATING, RANDOM_STEPS, config.decay))
@@ -317,8 +300,8 @@ def draw_candidates(
 def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> np.ndarray:
     """(E, count) distinct items per row, new to the user, or not among `seen` (E, S) if given.
 
-    What is taken or repeated is drawn again; after 50 rounds, for users who touched nearly all, it
-    is drawn from what is left. A row is -1 where that is too little."""
+    What is taken or repeated is drawn again, after 50 rounds (of users who touched nearly all) from
+    what is left; a row is -1 where that is too little."""
     n, uniform, owners, items = log.num_items, kind == "uniform", log.user, log.item
     if seen is not None:
         users, owners, items = np.arange(len(seen)), np.arange(len(seen))[:, None], seen
@@ -340,10 +323,8 @@ def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> 
     weights = np.ones(n) if uniform else np.bincount(log.item, minlength=n)
     for e in left:
         free = np.setdiff1d(np.arange(n), taken[taken // n == users[e]] % n)
-        drawn[e] = -1
-        if len(free) >= count:
-            shares = weights[free] / weights[free].sum()
-            drawn[e] = rng.choice(free, size=count, replace=False, p=shares)
+        shares = weights[free] / weights[free].sum()
+        drawn[e] = rng.choice(free, count, False, shares) if len(free) >= count else -1
     return drawn
 
 
@@ -369,8 +350,7 @@ ALL_TEMPLATES = (*TEMPLATES, TEMPLATES[0].replace(LIKED, LEAST))
 
 def history_text(shown: list[tuple[str, float]]) -> str:
     """A line for each (title, rating), without the rating where it is NaN."""
-    lines = (title if isnan(rating) else f"{title} | Rating: {rating:g}" for title, rating in shown)
-    return "\n".join(lines)
+    return "\n".join(t if isnan(r) else f"{t} | Rating: {r:g}" for t, r in shown)
 
 
 def render_prompt(example: Example, skip: int = 0) -> str:
@@ -394,7 +374,6 @@ class Encoded:
     prompts: Sequence[np.ndarray]  # int32 ids
     completions: dict[int, list[int]]  # item code -> ids with EOS
     num_shortened: int = 0  # prompts that lost history items to fit max_length
-    num_dropped: int = 0  # history items lost in all
     histories: np.ndarray | None = None  # (E, 2) tokens between which each history stands
 
     def slots(self, e: int, slots) -> list[list[int]]:
@@ -415,46 +394,39 @@ def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
     return np.stack([list(map(len, encoded.prompts)), inner[items].sum(1)], 1)
 
 
-def shortened(
-    example: Example, completions: list[list[int]], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[int], int]:
+def shortened(example: Example, longest: int, tokenizer: Tokenizer, max_length: int):
     """Prompt ids that fit with the longest completion, and how many oldest items were left out."""
     for skip in range(max(1, len(example.history))):
         (prompt,) = tokenizer.encode_prompts([render_prompt(example, skip)])
-        if len(prompt) + max(map(len, completions)) <= max_length:
+        if len(prompt) + longest <= max_length:
             return prompt, skip
-    raise ValueError(
-        f"user {example.user}: {len(prompt)} prompt tokens do not fit --max_length {max_length} "
-        "even with a history of one item; raise --max_length"
-    )
+    what = f"user {example.user}: {len(prompt)} prompt tokens, with a history of one item"
+    raise ValueError(f"{what}; raise --max_length {max_length}")
 
 
 def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Render and tokenise once; long prompts lose their oldest history. ValueError names the user
-    whose candidates tokenise alike, or whose prompt and completion tokenise differently together.
-    """
+    """Render and tokenise once; long prompts lose their oldest history. ValueError: two candidates
+    have the same tokens, or a prompt and its completion others when they are encoded together."""
     items = np.unique(examples.candidates).tolist()
     titles = tokenizer.encode_completions([examples.interactions.titles[i] for i in items])
-    prompts = tokenizer.encode_prompts([render_prompt(examples[e]) for e in range(len(examples))])
-    encoded = Encoded(examples, prompts, dict(zip(items, titles, strict=True)))
-    for e, prompt in enumerate(prompts):
+    encoded = Encoded(examples, prompts := [], dict(zip(items, titles, strict=True)))
+    texts = [render_prompt(examples[e]) for e in range(len(examples))]
+    for e, prompt in enumerate(tokenizer.encode_prompts(texts)):
         candidates = encoded.slots(e, range(NUM_CANDIDATES))
         if len(set(map(tuple, candidates))) < NUM_CANDIDATES:
             same = f"two candidates have the same tokens: {examples[e].candidates}"
             raise ValueError(f"user {examples[e].user}: {same}")
-        skip = 0
-        if len(prompt) + max(map(len, candidates)) > max_length:
-            prompt, skip = shortened(examples[e], candidates, tokenizer, max_length)
-        encoded.num_shortened += skip > 0
-        encoded.num_dropped += skip
+        skip, longest = 0, max(map(len, candidates))
+        if len(prompt) + longest > max_length:
+            prompt, skip = shortened(examples[e], longest, tokenizer, max_length)
+            encoded.num_shortened += 1
         if e < BOUNDARY_CHECKS:
             text, target = render_prompt(examples[e], skip), examples.target[e]
             title = examples[e].candidates[target]
             (whole,) = tokenizer.encode_answered([text], [title])
             if prompt + candidates[target][:-1] != whole:
-                end = f"{text} {title}"[-80:]
-                raise ValueError(f"prompt and completion tokenise differently together: ...{end!r}")
-        prompts[e] = np.array(prompt, np.int32)  # a list of integers takes ten times the memory
+                raise ValueError(f"tokenised differently together: {text[-80:]!r} and {title!r}")
+        prompts.append(np.array(prompt, np.int32))  # a list of integers takes ten times the memory
     return encoded
 
 
@@ -477,24 +449,20 @@ class PromptTree:
         return replace(self, **{name: to_device(t, device) for name, t in tensors.items()})
 
     def with_prompt_labels(self, spans: np.ndarray) -> "PromptTree":
-        """Score these tokens of the prompts, too: spans (B, 2) of a first >= 1 and an end.
-
-        Their rows and labels come behind the M of completions; sum_logps takes the first M."""
-        width = self.input_ids.shape[1]
-        tokens = [b * width + torch.arange(*span) for b, span in enumerate(spans.tolist())]
-        tokens = torch.cat(tokens)  # flat
+        """Score the prompts' tokens in these spans (B, 2), too, behind the M of completions."""
+        every = torch.arange(self.input_ids.numel()).view(self.input_ids.shape)
+        tokens = torch.cat([row[slice(*span)] for row, span in zip(every, spans, strict=True)])
         labels = torch.cat([self.labels, self.input_ids.flatten()[tokens]])
         return replace(self, rows=torch.cat([self.rows, tokens - 1]), labels=labels)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
-        """(M,) token log-probs -> (B, N) sums per completion, bitwise the same in every run:
-        one row per completion, because index_add on a GPU adds in no fixed order."""
+        """(M,) token log-probs -> (B, N) sums per completion, the same bits in every run (a row per
+        completion: index_add on a GPU adds in no fixed order)."""
         B, N = len(self.input_ids), self.num_completions
         width = self.input_ids.shape[1] - self.prompt_width + 1  # C inputs, and EOS: a title fits
-        sequences = torch.arange(B * N, device=self.sequence_ids.device)
-        starts = torch.searchsorted(self.sequence_ids, sequences)  # sequence_ids ascend
+        starts = torch.searchsorted(self.sequence_ids, self.sequence_ids)  # (M,); ids ascend
         tokens = torch.arange(len(self.sequence_ids), device=self.sequence_ids.device)
-        cells = self.sequence_ids * width + tokens - starts[self.sequence_ids]  # (M,)
+        cells = self.sequence_ids * width + tokens - starts
         rows = token_logps.new_zeros(B * N * width).scatter(0, cells, token_logps[: len(tokens)])
         return rows.view(B, N, width).sum(2)
 
@@ -508,10 +476,8 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     sequences = [*prompts, *(ids for group in completions for ids in group)]
     same = len(prompts) == len(counts) and 0 < min(counts, default=0) == max(counts)
     if not same or min(map(len, sequences)) == 0:
-        raise ValueError(
-            "every prompt needs the same number of completions, at least 1, and nothing may be "
-            f"empty; got {counts} for {len(prompts)} prompts"
-        )
+        what = "every prompt needs as many completions as the others, and nothing may be empty"
+        raise ValueError(f"{what}; got {counts} for {len(prompts)} prompts")
     B, P, N = len(prompts), max(map(len, prompts)), counts[0]
     C = max(sum(len(ids) - 1 for ids in group) for group in completions)
     input_ids, position_ids = np.zeros((2, B, P + C), np.int64)
@@ -535,25 +501,20 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
 
 def to_device(tensor: Tensor, device) -> Tensor:
     """Copy without waiting: from pageable memory the host would wait until the GPU is idle."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    cuda = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
 def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Divide one global batch: for each rank a list of micro-batches of examples of similar widths.
 
-    They are sorted by tree_widths and dealt out in turn, for equal loads. A micro-batch holds one
-    example, or as many as stay within `budget` tokens, padding included; ranks that have fewer
-    micro-batches get empty ones."""
+    Sorted by tree_widths, they are dealt out in turn. A micro-batch holds one example, or as many
+    as stay within `budget` tokens with padding; ranks with fewer micro-batches get empty ones."""
     ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
     widths, ranks = np.asarray(widths), [[] for _ in range(num_ranks)]
-    for n, i in enumerate(ordered):
-        batches = ranks[n % num_ranks]
-        together = [*(batches[-1] if batches else []), i]
-        if not batches or len(together) * sum(np.max(widths[together], 0)) > budget:
-            batches.append([i])
-        else:
-            batches[-1] = together
-    most = max(map(len, ranks))
-    return [batches + [[] for _ in range(most - len(batches))] for batches in ranks]
+    for n, batches in enumerate(ranks):
+        for i in ordered[n::num_ranks]:
+            together = [*(batches.pop() if batches else []), i]
+            fits = len(together) == 1 or len(together) * widths[together].max(0).sum() <= budget
+            batches += [together] if fits else [together[:-1], [i]]
+    return [batches + [[]] * (max(map(len, ranks)) - len(batches)) for batches in ranks]

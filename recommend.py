@@ -94,13 +94,15 @@ class Ranker:
         listed = self.config.list_in_prompt
         example = Example(self.words, user.name, user.history, titles, 0, [], 0, listed)
         completions = self.tokenizer.encode_completions(titles)
-        prompt, _ = shortened(example, completions, self.tokenizer, self.config.max_length)
+        prompt, _ = shortened(
+            example, max(map(len, completions)), self.tokenizer, self.config.max_length
+        )
         return prompt, completions
 
     def top(self, user: User, log: Interactions) -> np.ndarray:
         """The 20 best items of the catalogue that the user has not touched, by the model itself."""
         example = Example(self.words, user.name, user.history, [], 0, [], 0, listed=False)
-        prompt, _ = shortened(example, [[0]], self.tokenizer, self.config.max_length)
+        prompt, _ = shortened(example, 1, self.tokenizer, self.config.max_length)
         (scores,) = title_scores(self.model, self.tokenizer, log.titles, [prompt])
         return best_items(scores, user.items, NUM_CANDIDATES)
 

@@ -178,7 +178,7 @@ def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
 
 # ------------------------------------------------------------------------------------------ on disk
 PREPARED_FORMAT = 5  # raised when the same options give other examples, or other files, than before
-ENCODED_FORMAT = 4  # raised when the same examples and tokenizer give other tokens than before
+ENCODED_FORMAT = 5  # raised when the same examples and tokenizer give other tokens than before
 # in the files these are log.user, ...: the names are part of the content hash
 LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start", "train_end")
 LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
@@ -259,7 +259,7 @@ def encode_split(
             arrays |= {f"{name}_ends": np.cumsum([len(one) for one in ids])}
         if histories:
             arrays["histories"] = history_spans(encoded, tokenizer)
-        counts = {"counts": [encoded.num_shortened, encoded.num_dropped]}
+        counts = {"counts": [encoded.num_shortened]}
         with contextlib.suppress(OSError):  # a full disk; then the next start encodes again
             write_folder(folder, arrays, counts)
     if folder.exists():

@@ -179,7 +179,7 @@ def test_a_log_without_an_example_or_candidates_is_refused():
     with pytest.raises(ValueError, match="no val example"):
         build_examples(disliked, DataConfig(followers=2))
     greedy = log_of(random_rows(8, num_items=60) + [("greedy", i, 5, i) for i in range(55)])
-    with pytest.raises(ValueError, match="user greedy: fewer than 10 items.*--exclude seen"):
+    with pytest.raises(ValueError, match="user greedy: of .* fewer than 10 .*--exclude seen"):
         build_examples(greedy, DataConfig(train_size=0))
     build_examples(greedy, DataConfig(train_size=0, exclude="seen"))
 
@@ -264,12 +264,10 @@ def test_prompts_lose_their_oldest_history_only_where_they_must(tokenizer):
             assert [*ids[0], *answer] == [*joint, tokenizer.eos_id]
         tree = encoded.tree([e], slots)
         assert widths[e] == [tree.prompt_width, tree.input_ids.shape[1] - tree.prompt_width]
-    shortened = sum(d > 0 for d in dropped)
-    assert (encoded.num_shortened, encoded.num_dropped) == (shortened, sum(dropped))
-    assert len(examples) / 2 < encoded.num_shortened < encoded.num_dropped
+    assert len(examples) / 2 < encoded.num_shortened == np.count_nonzero(dropped) < sum(dropped)
     assert encode_examples(examples, tokenizer, max(needed)).num_shortened == 0
     assert encode_examples(examples, tokenizer, max(needed) - 1).num_shortened >= 1
-    with pytest.raises(ValueError, match=r"user u\d+: .* --max_length 60 .*raise --max_length"):
+    with pytest.raises(ValueError, match=r"user u\d+: .*; raise --max_length 60"):
         encode_examples(examples, tokenizer, 60)
 
 
@@ -292,7 +290,7 @@ def test_a_boundary_that_moves_is_refused(tmp_path):
     write_json(tmp_path / "config.json", {"eos_token_id": 0})
     spelling_bpe(["</s>"], ["ĊA", "Answer", "Answer:", ":Ġ"]).save(str(tmp_path / "tokenizer.json"))
     Tokenizer(tmp_path).encode_completions(["Alien 3"])
-    with pytest.raises(ValueError, match="prompt and completion tokenise differently together"):
+    with pytest.raises(ValueError, match="tokenised differently together"):
         encode_examples(nasty_examples(), Tokenizer(tmp_path), 100_000)
 
 

@@ -120,7 +120,7 @@ def test_a_long_request_loses_its_oldest_history(longest):
     prompt = ranker.tokenizer.inner.decode(ids)
     assert "Red Sea 19" in prompt and ("Red Sea 0 " in prompt) == (longest == 1024)
     config.max_length = 20
-    with pytest.raises(ValueError, match="do not fit --max_length 20"):
+    with pytest.raises(ValueError, match="raise --max_length 20"):
         Ranker.encode(ranker, user, ["Owl", "Moon Fox"])
 
 
