@@ -140,5 +140,5 @@ def test_what_tells_of_later_and_what_leaves_nothing_is_refused():
     ):
         with pytest.raises(ValueError, match=culprit):
             DataConfig(split_date=LAST_TENTH, **options)
-    with pytest.raises(ValueError, match="only length fits it"):
+    with pytest.raises(ValueError, match="length fits, and other lists"):
         ProbeConfig(run="x", probe="adherence", split_date=LAST_TENTH)
