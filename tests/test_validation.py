@@ -23,6 +23,8 @@ def test_validation_changes_no_step(tmp_path):
     assert not log_of(tmp_path / "never/sft", validation=True)
     curve = log_of(tmp_path / "often/sft", validation=True)
     assert [m["step"] for m in curve] == [1, 2, 3, 4] and {m["val/n"] for m in curve} == {8}
+    lines = (tmp_path / "often/sft/metrics.jsonl").read_text().splitlines()
+    assert ["val/n" in line for line in lines] == [False, True] * 4  # each behind its step
     assert output.count("| val n 8 | written") == 4
 
 
