@@ -57,7 +57,7 @@ def kind_prompt(kinds, question: str, size: int, right: int, words: Words, rng) 
 
     Up to six others are of the history's other kinds. `question` is one of QUESTIONS, or for a
     recommender's prompt "disliked", or "any", which every listed title answers."""
-    order = [rng.permutation(kind).tolist() for kind in kinds]
+    order = [rng.permutation(kind).tolist() for kind in kinds]  # the last KEPT are for lists
     few = rng.permutation(len(kinds))[: 1 if question == "alike" else int(rng.choice(SPREADS))]
     history = rng.permutation([title for k in few for title in order[k][:-KEPT]]).tolist()
     shortest, longest = (1, 6) if question == "alike" else (4, 16)
@@ -131,7 +131,7 @@ class Practice:
         ]
 
     def num_prompts(self, size: int, shown: int, full: bool = False) -> int:
-        """Prompts in a micro-batch; few while lists are short, learnt in small steps, or `full`."""
+        """Prompts in a micro-batch; unless `full`, short lists are learnt in smaller steps."""
         title = 1 if self.config.title_tokens else 4  # tokens; a rating is one more
         tokens = 30 + title * size + (title + 1) * shown
         share = 1 if self.config.title_tokens or full else self.list_size / NUM_CANDIDATES

@@ -1,6 +1,7 @@
 """The pretrained base of the demo:
 it reads, it has no taste, and it is made again by its command."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -34,6 +35,18 @@ def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
     assert low <= 1 / 20 <= high
     masses = [np.exp(r["logps"]).sum() for r in records]
     assert np.mean(masses) > 0.65  # of all answers, on the 20 listed ones
+
+
+def test_the_demos_base_practises_the_same_prompts(tmp_path):
+    """Its tokens are the committed ones; the digest is of prompts of each phase."""
+    pretrain.new_base(PretrainConfig(), KINDS, WORDS, tmp_path)
+    tokens = [Tokenizer(folder).inner.get_vocab() for folder in (tmp_path, BASE)]
+    practice, digest = Practice(PretrainConfig(), KINDS, WORDS), hashlib.sha256()
+    for size, step in ((3, 0), (12, 7), (20, 8), (20, 5999), (20, 6000)):
+        practice.list_size = size
+        for prompt in sum(practice.draw(step), []):
+            digest.update(f"{prompt.text} {prompt.answers}".encode())
+    assert tokens[0] == tokens[1] and digest.hexdigest()[:12] == "9b612e0c7a33"
 
 
 def parts(prompt):
@@ -140,14 +153,8 @@ def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
     """In history, list and answer, with the line break before it; what is no such token is spelled.
 
     The longest title is taken."""
-    titles = [
-        "Jaws",
-        "Jaws 2",
-        "Go",
-        "Alien³",
-        "It's a Mad World",
-        *(f"Tale {n}" for n in range(30)),
-    ]
+    titles = ["Jaws", "Jaws 2", "Go", "Alien³", "It's a Mad World"]
+    titles += [f"Tale {n}" for n in range(30)]
     tokenizer = pretrain.write_tokenizer(tmp_path, [f" {title}" for title in titles], titles)
     completions = dict(zip(titles, tokenizer.encode_completions(titles), strict=True))
     assert {title for title, ids in completions.items() if len(ids) == 2} == {*titles} - {"Alien³"}
@@ -169,13 +176,7 @@ def test_the_base_is_small_and_encodes_any_text():
         assert tokenizer.answer(ids) == title
 
 
-SMALL = {
-    "hidden_size": 32,
-    "num_layers": 1,
-    "batch_tokens": 500,
-    "steps": 5,
-    "settle_steps": 4,
-}
+SMALL = {"hidden_size": 32, "num_layers": 1, "batch_tokens": 500, "steps": 5, "settle_steps": 4}
 
 
 @pytest.mark.parametrize("made", [3, 7])
@@ -245,10 +246,8 @@ def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert base(practised=practised) == base(practised=practised, dry_run=True) == first
         assert capsys.readouterr().out == ""
-    others = [
-        replace(log, titles=[f"{t}!" for t in log.titles]),
-        planted_world(World(num_users=61)),
-    ]
+    renamed = replace(log, titles=[f"{t}!" for t in log.titles])
+    others = [renamed, planted_world(World(num_users=61))]
     assert len({base(), base(practised=True), *map(base, others)}) == 4
 
 
