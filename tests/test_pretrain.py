@@ -1,5 +1,4 @@
-"""The pretrained base of the demo:
-it reads, it has no taste, and it is made again by its command."""
+"""The base of the demo: it reads, it has no taste, and it is made again by its command."""
 
 import hashlib
 import json
@@ -38,15 +37,16 @@ def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
 
 
 def test_the_demos_base_practises_the_same_prompts(tmp_path):
-    """Its tokens are the committed ones; the digest is of prompts of each phase."""
-    pretrain.new_base(PretrainConfig(), KINDS, WORDS, tmp_path)
-    tokens = [Tokenizer(folder).inner.get_vocab() for folder in (tmp_path, BASE)]
+    """Its tokens are the committed ones; the digest is of prompts and answers of each phase."""
+    _, tokenizer = pretrain.new_base(PretrainConfig(), KINDS, WORDS, tmp_path)
+    assert tokenizer.inner.get_vocab() == Tokenizer(BASE).inner.get_vocab()
     practice, digest = Practice(PretrainConfig(), KINDS, WORDS), hashlib.sha256()
     for size, step in ((3, 0), (12, 7), (20, 8), (20, 5999), (20, 6000)):
         practice.list_size = size
-        for prompt in sum(practice.draw(step), []):
-            digest.update(f"{prompt.text} {prompt.answers}".encode())
-    assert tokens[0] == tokens[1] and digest.hexdigest()[:12] == "9b612e0c7a33"
+        for batch in practice.draw(step):
+            tree = pretrain.answer_tree(batch, tokenizer, np.random.default_rng(step))
+            digest.update(tree.input_ids.numpy().tobytes() + tree.labels.numpy().tobytes())
+    assert digest.hexdigest()[:12] == "31d0699972cc"
 
 
 def parts(prompt):
@@ -139,6 +139,7 @@ def test_a_step_learns_from_all_its_parts(tmp_path, step):
     before = [p.detach().clone() for p in model.parameters()]
     results = pretrain.practise(model, optimizer, tokenizer, practice, step)
     assert np.shape(results) == (4, 3) and np.isfinite(results).all() and practice.list_size == 20
+    assert (practice.begins, practice.continues) == (0.1 * results[0][2], 0.1 * results[1][1])
     pairs = zip(before, model.parameters(), strict=True)
     assert not any(torch.equal(old, new) for old, new in pairs)
 
@@ -186,7 +187,7 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
     kinds, config = [[f"Tale {n} of {n * n}" for n in range(200)]], PretrainConfig(**SMALL)
     monkeypatch.setattr(pretrain, "SAVE_STEPS", 1)
     pretrain.pretrain(config, kinds, WORDS, tmp_path / "whole")
-    practise, again, taken = pretrain.practise, tmp_path / "again", []
+    practise, again, taken, fresh = pretrain.practise, tmp_path / "again", [], []
     again.mkdir()
     (again / "config.json").write_text("before")
 
@@ -194,6 +195,7 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
         taken.append(step)
         if step == made and taken.count(made) == 1:
             raise OSError("killed")
+        fresh.extend([] if optimizer.state else [step])
         return practise(model, optimizer, tokenizer, practice, step)
 
     monkeypatch.setattr(pretrain, "practise", killed)
@@ -201,7 +203,7 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
         pretrain.pretrain(config, kinds, WORDS, again)
     assert (again / "config.json").read_text() == "before"
     pretrain.pretrain(config, kinds, WORDS, again)
-    assert taken == [*range(made + 1), *range(made, 9)]
+    assert taken == [*range(made + 1), *range(made, 9)] and fresh == [0, 5]
     ends = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", again)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     assert {file.name for file in again.iterdir()} == {file.name for file in BASE.iterdir()}
@@ -213,7 +215,8 @@ def test_a_base_goes_on_only_from_its_own_checkpoint(tmp_path, monkeypatch):
     config, steps = PretrainConfig(**SMALL), []
 
     def killed(model, optimizer, tokenizer, practice, step):
-        steps.append(step)
+        steps.append((step, practice.list_size))
+        practice.list_size += 4
         if step == 1:
             raise OSError("killed")
         return [(1.0, 1.0, 1.0)]
@@ -225,7 +228,7 @@ def test_a_base_goes_on_only_from_its_own_checkpoint(tmp_path, monkeypatch):
     for options, kinds in runs:
         with pytest.raises(OSError, match="killed"):
             pretrain.pretrain(options, kinds, WORDS, tmp_path / "base")
-    assert steps == [0, 1, 0, 1, 0, 1, 0, 1, 1]
+    assert steps == [(0, 3), (1, 7)] * 4 + [(1, 7)]
 
 
 def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
