@@ -8,7 +8,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as HFTokenizer
 
 from data import Example, Examples, render_prompt
-from demo.pretrain import known_titles, save_tokenizer, train_tokenizer
+from demo.pretrain import known_titles, write_tokenizer
 from loaders.frozen import Prepared, prepare
 from loaders.movielens import WORDS as MOVIES
 from model import ModelConfig, init_weights, save_pretrained
@@ -121,11 +121,10 @@ def make_base_model(
     """A Hugging Face directory: a tokenizer of the titles and 1,000 prompts, random weights."""
     texts = [" " + title for title in known_titles(examples.interactions)]
     texts += [render_prompt(examples[e]) for e in range(min(1000, len(examples)))]
-    tokenizer = train_tokenizer(texts, vocab_size)
-    save_tokenizer(tokenizer, Path(path))
+    tokenizer = write_tokenizer(Path(path), texts, vocab_size=vocab_size)
     config = ModelConfig(
         model_type="llama",
-        vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
+        vocab_size=-(-tokenizer.inner.get_vocab_size() // 64) * 64,
         hidden_size=hidden_size,
         intermediate_size=-(-8 * hidden_size // 3 // 32) * 32,
         num_hidden_layers=num_layers,
@@ -134,7 +133,7 @@ def make_base_model(
         head_dim=64,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.token_to_id("<|end_of_text|>"),
+        eos_token_id=tokenizer.eos_id,
     )
     save_pretrained(init_weights(config, seed), path)
 

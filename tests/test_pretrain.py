@@ -1,6 +1,6 @@
-"""The pretrained base of the demo:
-it reads, it has no taste, and it is made again by its command."""
+"""The base of the demo: it reads, it has no taste, and it is made again by its command."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -19,6 +19,8 @@ from loaders.frozen import DataConfig, prepare
 from loaders.planted import WORDS, World, planted_world
 from model import ModelConfig, load_pretrained
 
+KINDS = np.reshape(World().titles(), (World.num_genres, -1)).tolist()
+
 
 def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
     """On prompts of the planted world it writes listed titles, and ranks the target by
@@ -34,6 +36,19 @@ def test_the_base_reads_lists_and_knows_no_taste(tmp_path):
     assert np.mean(masses) > 0.65  # of all answers, on the 20 listed ones
 
 
+def test_the_demos_base_practises_the_same_prompts(tmp_path):
+    """Its tokens are the committed ones; the digest is of prompts and answers of each phase."""
+    _, tokenizer = pretrain.new_base(PretrainConfig(), KINDS, WORDS, tmp_path)
+    assert tokenizer.inner.get_vocab() == Tokenizer(BASE).inner.get_vocab()
+    practice, digest = Practice(PretrainConfig(), KINDS, WORDS), hashlib.sha256()
+    for size, step in ((3, 0), (12, 7), (20, 8), (20, 5999), (20, 6000)):
+        practice.list_size = size
+        for batch in practice.draw(step):
+            tree = pretrain.answer_tree(batch, tokenizer, np.random.default_rng(step))
+            digest.update(tree.input_ids.numpy().tobytes() + tree.labels.numpy().tobytes())
+    assert digest.hexdigest()[:12] == "31d0699972cc"
+
+
 def parts(prompt):
     """Listed titles, and the history's titles with their ratings (None where it shows none)."""
     lines = prompt.text.split("\n")[1:-1]
@@ -46,7 +61,7 @@ def parts(prompt):
 @pytest.mark.parametrize("right", [0, 2])
 def test_a_question_has_the_listed_titles_of_the_kind_meant_as_answers(question, right):
     """Like the latest, the latest liked or disliked, or all; never a title of the history."""
-    kinds, rng = pretrain.planted_kinds(), np.random.default_rng(0)
+    kinds, rng = KINDS, np.random.default_rng(0)
     kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
     for _ in range(50):
         prompt = prompts.kind_prompt(kinds, question, 20, right, ("stories", "read", "read"), rng)
@@ -80,24 +95,10 @@ def test_mixed_titles_change_the_words_behind_their_first():
     assert prompts.mixed(["Emma", "Emma"], rng) == ["Emma"]
 
 
-def test_kinds_are_asked_for_where_their_titles_fill_a_list():
-    """A list without the kind meant, behind a history of 16, has 20 titles of the others."""
-    kinds = [[f"{kind} {n}" for n in range(30)] for kind in ("novel", "play", "tale")]
-    assert prompts.kinds_to_ask_for([*kinds, ["Emma"] * 5]) == kinds
-    assert prompts.kinds_to_ask_for([kinds[0], kinds[1][:29], kinds[2][:6]]) == []
-    assert prompts.kinds_to_ask_for([kinds[0]]) == prompts.kinds_to_ask_for([]) == []
-    least = prompts.kinds_to_ask_for([kinds[0], kinds[1], kinds[2][:6]])
-    rng = np.random.default_rng(0)
-    for question in ("disliked", *prompts.QUESTIONS):
-        for _ in range(30):
-            prompt = prompts.kind_prompt(least, question, 20, 0, ("books", "read", "read"), rng)
-            assert len(set(prompt.answers)) == 20
-
-
 @pytest.mark.parametrize("least", [5, 30, 400])
 def test_crowded_titles_are_of_few_kinds(least):
     """Of as many more kinds as a list and a history need, of all if there are not enough."""
-    kinds, rng = pretrain.planted_kinds(), np.random.default_rng(0)
+    kinds, rng = KINDS, np.random.default_rng(0)
     kind_of = {title: n for n, kind in enumerate(kinds) for title in kind}
     counts = set()
     for _ in range(50):
@@ -112,7 +113,7 @@ def test_the_last_steps_of_practice_ask_for_no_taste():
     disliked title; before that, in the last steps and in the first part by every listed title."""
     config = PretrainConfig()
     steps = config.steps
-    practice = Practice(config, pretrain.planted_kinds(), WORDS, Tokenizer(BASE))
+    practice = Practice(config, KINDS, WORDS)
     practice.list_size = 19
     assert [len(practice.draw(step)) for step in (0, steps - 1, steps)] == [2, 2, 2]
     practice.list_size, disliked = 20, 0
@@ -129,22 +130,22 @@ def test_the_last_steps_of_practice_ask_for_no_taste():
 
 
 @pytest.mark.parametrize("step", [0, 9])
-def test_a_step_learns_from_all_its_parts(step):
+def test_a_step_learns_from_all_its_parts(tmp_path, step):
     """Its mean NLL and shares are of four parts, and every weight moves."""
     config = PretrainConfig(steps=9, hidden_size=32, num_layers=1, batch_tokens=500)
-    tokenizer = Tokenizer(BASE)
-    practice = Practice(config, pretrain.planted_kinds(), WORDS, tokenizer)
+    model, tokenizer = pretrain.new_base(config, KINDS, WORDS, tmp_path)
+    practice, optimizer = Practice(config, KINDS, WORDS), pretrain.new_optimizer(model)
     practice.list_size = 20
-    model = pretrain.new_model(config, tokenizer)
     before = [p.detach().clone() for p in model.parameters()]
-    results = pretrain.practise(model, pretrain.new_optimizer(model), practice, step)
-    assert results.shape == (4, 3) and np.isfinite(results).all() and practice.list_size == 20
+    results = pretrain.practise(model, optimizer, tokenizer, practice, step)
+    assert np.shape(results) == (4, 3) and np.isfinite(results).all() and practice.list_size == 20
+    assert (practice.begins, practice.continues) == (0.1 * results[0][2], 0.1 * results[1][1])
     pairs = zip(before, model.parameters(), strict=True)
     assert not any(torch.equal(old, new) for old, new in pairs)
 
 
 def test_too_few_titles_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="2 different titles are too few .* need 40"):
+    with pytest.raises(ValueError, match="2 titles are too few .* needs 40"):
         pretrain.pretrain(PretrainConfig(), [["Emma", "Hamlet"]], WORDS, tmp_path / "base")
     assert not (tmp_path / "base").exists()
 
@@ -153,17 +154,9 @@ def test_a_title_may_be_one_token_wherever_it_stands(tmp_path):
     """In history, list and answer, with the line break before it; what is no such token is spelled.
 
     The longest title is taken."""
-    titles = [
-        "Jaws",
-        "Jaws 2",
-        "Go",
-        "Alien³",
-        "It's a Mad World",
-        *(f"Tale {n}" for n in range(30)),
-    ]
-    pretrain.write_tokenizer(tmp_path, [titles], WORDS, PretrainConfig(title_tokens=True))
-    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
-    tokenizer = Tokenizer(tmp_path)
+    titles = ["Jaws", "Jaws 2", "Go", "Alien³", "It's a Mad World"]
+    titles += [f"Tale {n}" for n in range(30)]
+    tokenizer = pretrain.write_tokenizer(tmp_path, [f" {title}" for title in titles], titles)
     completions = dict(zip(titles, tokenizer.encode_completions(titles), strict=True))
     assert {title for title, ids in completions.items() if len(ids) == 2} == {*titles} - {"Alien³"}
     assert all(tokenizer.answer(ids) == title for title, ids in completions.items())
@@ -184,15 +177,7 @@ def test_the_base_is_small_and_encodes_any_text():
         assert tokenizer.answer(ids) == title
 
 
-SMALL = {
-    "hidden_size": 32,
-    "num_layers": 1,
-    "batch_tokens": 500,
-    "steps": 5,
-    "settle_steps": 4,
-    "save_minutes": 0.0,
-    "vocab_size": 400,
-}
+SMALL = {"hidden_size": 32, "num_layers": 1, "batch_tokens": 500, "steps": 5, "settle_steps": 4}
 
 
 @pytest.mark.parametrize("made", [3, 7])
@@ -200,30 +185,50 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, monkeypatch,
     """A checkpoint after every step; stopped in its 5 steps or in the 4 last ones, the same call
     ends with the same bits. What stood in the directory stays until then."""
     kinds, config = [[f"Tale {n} of {n * n}" for n in range(200)]], PretrainConfig(**SMALL)
+    monkeypatch.setattr(pretrain, "SAVE_STEPS", 1)
     pretrain.pretrain(config, kinds, WORDS, tmp_path / "whole")
-    practise = pretrain.practise
-
-    def killed(model, optimizer, practice, step):
-        if step == made:
-            raise OSError("killed")
-        return practise(model, optimizer, practice, step)
-
-    again = tmp_path / "again"
+    practise, again, taken, fresh = pretrain.practise, tmp_path / "again", [], []
     again.mkdir()
     (again / "config.json").write_text("before")
+
+    def killed(model, optimizer, tokenizer, practice, step):
+        taken.append(step)
+        if step == made and taken.count(made) == 1:
+            raise OSError("killed")
+        fresh.extend([] if optimizer.state else [step])
+        return practise(model, optimizer, tokenizer, practice, step)
+
     monkeypatch.setattr(pretrain, "practise", killed)
     with pytest.raises(OSError, match="killed"):
         pretrain.pretrain(config, kinds, WORDS, again)
     assert (again / "config.json").read_text() == "before"
-    monkeypatch.setattr(pretrain, "practise", practise)
-    for other in ((replace(config, seed=1), kinds), (config, [[*kinds[0], "Emma"]])):
-        with pytest.raises(ValueError, match="made with other titles or options; delete"):
-            pretrain.pretrain(*other, WORDS, again)
     pretrain.pretrain(config, kinds, WORDS, again)
+    assert taken == [*range(made + 1), *range(made, 9)] and fresh == [0, 5]
     ends = [load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", again)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     assert {file.name for file in again.iterdir()} == {file.name for file in BASE.iterdir()}
     assert not (tmp_path / "again.part").exists()
+
+
+def test_a_base_goes_on_only_from_its_own_checkpoint(tmp_path, monkeypatch):
+    """Another seed, size or title begins anew, where a base was begun in the same place."""
+    config, steps = PretrainConfig(**SMALL), []
+
+    def killed(model, optimizer, tokenizer, practice, step):
+        steps.append((step, practice.list_size))
+        practice.list_size += 4
+        if step == 1:
+            raise OSError("killed")
+        return [(1.0, 1.0, 1.0)]
+
+    monkeypatch.setattr(pretrain, "SAVE_STEPS", 1)
+    monkeypatch.setattr(pretrain, "practise", killed)
+    seed, layers = replace(config, seed=1), replace(config, num_layers=2)
+    runs = [(config, KINDS), (seed, KINDS), (layers, KINDS), (config, KINDS[1:]), (config, KINDS)]
+    for options, kinds in runs:
+        with pytest.raises(OSError, match="killed"):
+            pretrain.pretrain(options, kinds, WORDS, tmp_path / "base")
+    assert steps == [(0, 3), (1, 7)] * 4 + [(1, 7)]
 
 
 def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
@@ -237,17 +242,15 @@ def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
 
     for practised in (False, True):
         dry = base(practised=practised, dry_run=True)
-        assert "would take about" in capsys.readouterr().out
-        assert not list(tmp_path.glob("titles-*/model.safetensors")) or practised
+        assert f"made in {9 * practised} steps" in capsys.readouterr().out
+        assert len(list(tmp_path.glob("titles-*"))) == practised
         first = base(practised=practised)
         assert load_pretrained(first).config == ModelConfig.from_pretrained(dry)
         capsys.readouterr()
-        assert base(practised=practised) == first
-        assert f"made before: {first}" in capsys.readouterr().out
-    others = [
-        replace(log, titles=[f"{t}!" for t in log.titles]),
-        planted_world(World(num_users=61)),
-    ]
+        assert base(practised=practised) == base(practised=practised, dry_run=True) == first
+        assert capsys.readouterr().out == ""
+    renamed = replace(log, titles=[f"{t}!" for t in log.titles])
+    others = [renamed, planted_world(World(num_users=61))]
     assert len({base(), base(practised=True), *map(base, others)}) == 4
 
 
@@ -271,13 +274,10 @@ def test_similar_titles_begin_with_similar_rows(tmp_path):
     """Half of a row is its item's direction, whose length is that of the random row it mixes with;
     an item that nobody chose, and every other token, keeps its row."""
     log = planted_world(World(num_users=60))
-    config = PretrainConfig(title_tokens=True, hidden_size=64, num_layers=1, vocab_size=400)
-    pretrain.write_tokenizer(tmp_path, [log.titles], WORDS, config)
-    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
-    tokenizer = Tokenizer(tmp_path)
-    before = pretrain.new_model(config, tokenizer).model.embed_tokens.weight.detach()
-    model = pretrain.new_model(config, tokenizer)
-    pretrain.place_titles(model, tokenizer, log, seed=0)
+    config = PretrainConfig(title_tokens=True, hidden_size=64, num_layers=1)
+    begun = [config, [log.titles], WORDS, tmp_path]
+    before = pretrain.new_base(*begun)[0].model.embed_tokens.weight.detach()
+    model, tokenizer = pretrain.new_base(*begun, log)
     after = model.model.embed_tokens.weight.detach()
     expected = pretrain.directions(log, 32)
     chosen = np.linalg.norm(expected, axis=1) > 0.5
