@@ -19,7 +19,7 @@ ROOMS = {
     "loaders": 2539,
     "runtime": 1100,
     "eval": 320,
-    "demo": 575,
+    "demo": 420,
     "train": 640,
     "studies": 1700,
     "recommend": 260,
