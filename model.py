@@ -124,7 +124,7 @@ class AttentionPlan:
     """What all layers share: the first `prompt_width` queries are causal, the others masked."""
 
     prompt_width: int
-    mask: Tensor | None  # (B, 1, T - prompt_width, keys) bool, True where a query may look
+    mask: Tensor | None  # (B, 1, T - prompt_width, keys) bool, True where a query sees a key
     cos: Tensor
     sin: Tensor
     cache: KVCache | None = None
@@ -182,7 +182,7 @@ class Attention(nn.Module):
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b in a's memory; not in graphs, where torch 2.11 would lose the output's gradient."""
+    """a * b in a's memory, except in graphs: torch 2.11 would lose the output's gradient there."""
     return a * b if torch.compiler.is_compiling() else a.mul_(b)
 
 

@@ -57,7 +57,7 @@ CHUNK = 256  # users retrieved and tokenised at a time, while others are ranked
 class RecommendConfig(SourceConfig):
     """Rank the candidates of one user, or write recommendations for many."""
 
-    request: str = arg("", "JSON file of one user, with candidates", group="what is asked")
+    request: str = arg("", "JSON file of one user, with candidates", group="request")
     users: str = arg("", "all of the log, a .txt file of their ids, or a .jsonl file of new users")
     retriever: str = arg(
         "markov", "finds candidates; model: itself, with a token per title", choices=RETRIEVERS

@@ -126,7 +126,7 @@ class Step:
             self.reference_logps = self.tree.sum_logps(model(self.tree)[0])
 
     def compute(self, tree):
-        """(loss, metrics) of the tree, as train_step asks for them."""
+        """(loss, metrics) of the tree, in the form that train_step expects."""
         logps = tree.sum_logps(self.model(tree)[0])
         margins = torch.full_like(logps[:, 1:], MARGIN)
         losses, _ = recpo_loss(logps, self.reference_logps, margins, beta=1.0)

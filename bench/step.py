@@ -72,7 +72,7 @@ def naive_model(ours: Transformer, peer: bool = False) -> nn.Module:
 
 
 def transformers_model(ours: Transformer) -> nn.Module:
-    """transformers' model of the same weights, not copied; ImportError where it is missing."""
+    """transformers' model of the same weights, not copied; ImportError if it is missing."""
     import transformers
 
     raw = {k: v for k, v in hf_config(vars(ours.config)).items() if k != "architectures"}

@@ -105,7 +105,7 @@ def llama3_scaling(stored: Tensor, rope_theta: float, head_dim: int) -> dict:
 
 
 def hf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    """Translate a name: blk.3.attn_q.weight becomes model.layers.3.self_attn.q_proj.weight."""
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not found or found[2] not in NAMES:
         raise ValueError(f"the weight {name} does not belong to these architectures")

@@ -24,7 +24,7 @@ NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir"}  # the run f
 class SourceConfig(ModelOptions):
     """A run folder, or a Hugging Face directory or PEFT adapter, and how it is loaded."""
 
-    run: str = arg("", "run folder of train.py, with its options", group="what is evaluated")
+    run: str = arg("", "run folder of train.py, with its options", group="source")
     stage: str = arg("", "stage of the run; empty = all finished ones")
     KEPT = ("prompt_format", "max_length", "list_in_prompt")  # from prompt.json, without --run
 

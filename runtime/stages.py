@@ -28,7 +28,7 @@ from runtime.sharding import gathered, hash_of, is_whole, reshard, trained
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
-# options that shape a prompt; with words and template they are kept beside adapter or model
+# options that shape a prompt; they are kept in prompt.json, with words and template
 PROMPT_OPTIONS = ("prompt_format", "max_length", "history", "history_items", "min_rating")
 PROMPT_OPTIONS += ("ratings", "list_in_prompt", "scale", "dataset")
 SHOWN = {"hit_ratio@1": "written", "valid_ratio": "valid"}  # metric -> what the screen calls it

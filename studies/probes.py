@@ -57,7 +57,7 @@ NUM_BINS = 5  # of history lengths, with equally many users except for ties
 class ProbeConfig(EvalConfig):
     """Measure a probe for the stages of a run, a Hugging Face directory or a PEFT adapter."""
 
-    probe: str = arg("length", "what is asked", group="probe", choices=PROBES)
+    probe: str = arg("length", "which probe", group="probe", choices=PROBES)
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,7 +146,7 @@ def digest_of(records: list[dict]) -> str:
 
 
 def measured(probe: str, examples: Examples, records: list[dict], beside: dict, data: str) -> dict:
-    """The outcomes of one model, as written and as ranked first, with the references beside."""
+    """The outcomes of one model, as written and as ranked first, and the references."""
     users = examples.interactions.user[examples.position]
     lengths = examples.position - examples.interactions.start[users]
     ranked = choice_of_scores(np.array([r["logps"] for r in records]))

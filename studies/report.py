@@ -91,7 +91,7 @@ def methods_section(methods: Methods, results: list) -> list[str]:
 
 
 def data_section(config: dict, prepared) -> list[str]:
-    """Table 3: sizes of the data set, if its examples are at hand."""
+    """Table 3: sizes of the data set, if its prepared examples are found."""
     if not prepared:
         return ["The prepared examples are not at hand; `python -m loaders` prints statistics."]
     known = {f.name for f in fields(DataConfig)}

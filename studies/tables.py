@@ -26,7 +26,7 @@ MEASURED = (*PROBES, "two_stage")
 
 
 def flags_of(options: dict) -> list[str]:
-    """{"a": 1, "b": true, "c": false} -> --a=1 --b --no_c"""
+    """Turn options into flags: {"a": 1, "b": true, "c": false} becomes --a=1 --b --no_c."""
     switches = {True: "--{}", False: "--no_{}"}
     return [
         switches[v].format(k) if isinstance(v, bool) else f"--{k}={v}" for k, v in options.items()
