@@ -26,7 +26,7 @@ hours = tqdm.format_interval  # 1:02:03, or 02:03
 def arg(default, help="", group="", choices=(), read_by=(), free=False, **bounds):
     """A dataclass field that is an option; `group` starts a new heading in --help.
 
-    `read_by`: stages or options of which a run must have one; `free`: may change on --resume."""
+    `read_by`: stages or options, one of which the run must have; `free`: may change on --resume."""
     rules = [f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
     rules = [f"one of {', '.join(filter(None, choices))}"] if choices else rules
     facts = [f"default: {default}"] * (default != "") + rules
@@ -54,8 +54,8 @@ def changed_options(config) -> set[str]:
 def parse_config(cls, argv=None, beneath=None):
     """Read one --flag per dataclass field, on top of those in --config file.json.
 
-    Without --config, `beneath(given)` may name other defaults than the dataclass's. A typed option
-    must have an effect; a file, or flags after --shared, may serve several runs."""
+    Without --config, `beneath(given)` may replace the dataclass's defaults. A typed option must
+    have an effect in this run; the options of a file, or of a command with --shared, need not."""
     given = parse(cls, argv)
     file, shared, typed = given.pop("config", ""), given.pop("shared", False), set(given)
     if file:
@@ -70,7 +70,7 @@ def parse_config(cls, argv=None, beneath=None):
     for f in fields(cls):
         readers = f.metadata["read_by"]
         if f.name in typed and readers and not (shared or set(readers) & config.present):
-            raise ValueError(f"--{f.name} is read by {', '.join(readers)} alone: leave it out")
+            raise ValueError(f"--{f.name} is read by {', '.join(readers)} only: leave it out")
     return config
 
 
@@ -110,7 +110,7 @@ def read_json(file) -> dict:
         content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, numbers without end
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, huge numbers, deep nesting
         raise ValueError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
@@ -123,7 +123,7 @@ def reading(file):
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{file}: its content is not what belongs there ({error!r})") from None
+        raise ValueError(f"{file}: its content is not as expected ({error!r})") from None
 
 
 @contextlib.contextmanager
@@ -162,14 +162,14 @@ def run_cli(main) -> None:
         rank = f" (rank {environ('RANK')})" if environ("WORLD_SIZE", "1") != "1" else ""
         text, report = f"error{rank}: {error}", environ("TORCHELASTIC_ERROR_FILE")
         restarts, most = (environ(f"TORCHELASTIC_{n}") for n in ("RESTART_COUNT", "MAX_RESTARTS"))
-        if report and restarts == most:  # then torchrun prints it, in a form of its own
+        if report and restarts == most:  # then torchrun prints it, in its own format
             facts = {"py_callstack": text, "timestamp": int(time.time())}
             Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": facts}}))
         else:
             print(text, file=sys.stderr, flush=True)
     if code or dist.is_initialized():
-        # Leave without the interpreter's teardown: after an error others may wait in a collective,
-        # after a good end threads of gloo and FSDP still run, and the teardown sometimes aborts.
+        # Skip the interpreter's shutdown: after an error other ranks may wait in a collective;
+        # after success threads of gloo and FSDP still run, and the shutdown sometimes aborts.
         if not code and torch.cuda.is_available():
             dist.destroy_process_group()
         sys.stdout.flush()
@@ -186,5 +186,5 @@ def print0(*args, **kwargs) -> None:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Format a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))

@@ -10,9 +10,9 @@ One real prompt (MovieLens-1M, shortened), and one of its completions:
     Back to the Future
     Answer:                                 the completion is " Back to the Future" + EOS
 
-Of the next 10 items the user's best is the chosen one (`chosen_follower`); the other 19 candidates
-are the rest of those 10 and random items (`draw_candidates`); the rejected titles are the first K
-of them in a random order (`Examples.negatives`). `python -m loaders` shows this for a data set.
+The chosen item is the best of the user's next 10 (`chosen_follower`). The other 19 candidates are
+the rest of those 10 and random items (`draw_candidates`); K of the 19, drawn at random, are the
+rejected titles (`Examples.negatives`). `python -m loaders` shows this for a data set.
 Legend: E examples, F followers among the candidates, B examples of a batch, N completions of each,
 P prompt width, C completion width, M scored tokens."""
 
@@ -36,8 +36,8 @@ KINDS = ("uniform", "popularity", "retrieved")  # of random candidates
 BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded as one text
 
 Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
-ITEMS: Words = ("items", "chose", "choose")  # where nothing better is known
-Retrieve = Callable[..., np.ndarray]  # --negatives retrieved: as loaders.counting.markov_top
+ITEMS: Words = ("items", "chose", "choose")  # if nothing better is known
+Retrieve = Callable[..., np.ndarray]  # for --negatives retrieved: loaders.counting.markov_top
 
 
 # ------------------------------------------------------------------------------------- interactions
@@ -56,7 +56,7 @@ class Interactions:
     name: str = ""  # of the data set
     notes: dict[str, int] = field(default_factory=dict)  # what was left out or changed -> how often
     words: Words = ITEMS
-    train_end: np.ndarray | None = None  # (users,) int64, training_end where it is another
+    train_end: np.ndarray | None = None  # (users,) int64, replaces the default of training_end
 
     def training_end(self) -> np.ndarray:
         """(users,) one past each user's last training row; usually the last two are held out."""
@@ -73,7 +73,7 @@ class Interactions:
 
 
 def k_core(interactions: Interactions, k: int) -> Interactions:
-    """Drop users and items with fewer than k interactions, until none is left; 0 keeps all."""
+    """Drop users and items with fewer than k interactions until all have k; k = 0 keeps all."""
     user, item = interactions.user, interactions.item
     keep, before = np.ones(len(user), bool), -1
     while k > 0 and keep.sum() != before:
@@ -105,15 +105,15 @@ class ExampleConfig:
     train_size: int = arg(10000, "training examples; 0 = all", group="examples", at_least=0)
     test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all", at_least=0)
     history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
-    history_items: str = arg("all", "its items: all, or liked ones", choices=("all", "positive"))
-    ratings: bool = arg(True, "show the ratings of a history; off: titles alone")
-    list_in_prompt: bool = arg(True, "show the candidates; off: the model picks one all the same")
-    min_history: int = arg(5, "interactions that must lie before an example", at_least=1)
+    history_items: str = arg("all", "show all items, or liked ones", choices=("all", "positive"))
+    ratings: bool = arg(True, "show the ratings of a history; off: titles only")
+    list_in_prompt: bool = arg(True, "list the candidates in the prompt; off: only score them")
+    min_history: int = arg(5, "interactions needed before an example", at_least=1)
     followers: int = arg(10, "later items among candidates", at_least=1, at_most=NUM_CANDIDATES - 1)
     positive: str = arg("argmax", "chosen: best score, or first liked", choices=("argmax", "first"))
     min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
-    exclude: str = arg("all", "random items are new to: user, prompt", choices=("all", "seen"))
+    exclude: str = arg("all", "random items are new to user or prompt", choices=("all", "seen"))
     negatives: str = arg("uniform", "how random candidates are drawn", choices=KINDS)
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
 
@@ -134,12 +134,12 @@ class Example:
     target: int  # index of the chosen candidate
     scores: list[float]  # preference score of each candidate
     template: int
-    listed: bool = True  # the candidates stand in the prompt
+    listed: bool = True  # the prompt lists the candidates
 
 
 @dataclass
 class Examples:
-    """A split with frozen candidates; example e predicts what follows row position[e] - 1."""
+    """A split with frozen candidates; the history of example e ends before row position[e]."""
 
     interactions: Interactions
     split: str
@@ -151,8 +151,8 @@ class Examples:
     is_random: np.ndarray  # (E, 20) bool
     negative_order: np.ndarray  # (E, 19) int32: the other slots in random order
     template: np.ndarray  # (E,) int32
-    min_shown_rating: float = 0.0  # history items with a lower one are not shown
-    ratings: bool = True  # of the history are shown
+    min_shown_rating: float = 0.0  # history items that are rated lower are not shown
+    ratings: bool = True  # show those of the history
     list_in_prompt: bool = True
 
     # field -> its name in prepared files, which is part of their hash
@@ -180,14 +180,14 @@ class Examples:
         """Rows of the log that the prompt shows, oldest first."""
         p = int(self.position[e])
         start = int(self.interactions.start[self.interactions.user[p]])
-        hidden = self.interactions.rating[start:p] < self.min_shown_rating  # never where it is NaN
+        hidden = self.interactions.rating[start:p] < self.min_shown_rating  # False for NaN
         return (start + np.flatnonzero(~hidden)[-self.history :]).tolist()
 
     def select(self, indices) -> "Examples":
         return replace(self, **{name: getattr(self, name)[indices] for name in self.ARRAYS})
 
     def negatives(self, K: int, source: str = "both") -> np.ndarray:
-        """(E, K) slots of the rejected titles: the first K in negative_order of this source."""
+        """(E, K) slots of the rejected titles: the first K of this source in negative_order."""
         is_random = np.take_along_axis(self.is_random, self.negative_order, 1)
         allowed = {"both": is_random | True, "random": is_random, "follow": ~is_random}[source]
         if (fewest := allowed.sum(1).min(initial=K)) < K:
@@ -199,10 +199,10 @@ class Examples:
 def build_examples(
     interactions: Interactions,
     config: ExampleConfig | None = None,
-    retrieve: Retrieve | None = None,  # what --negatives retrieved asks
+    retrieve: Retrieve | None = None,  # for --negatives retrieved
     places: dict[str, np.ndarray] | None = None,  # split -> rows that may be predicted
 ) -> dict[str, Examples]:
-    """The splits by name, each from its own seeded generator; ValueError if one is empty."""
+    """Build the splits, each with its own seeded generator; ValueError if one is empty."""
     config, splits = config or ExampleConfig(), {}
     for split, rows in (places or last_two_places(interactions, config)).items():
         liked = interactions.rating[rows] >= config.min_rating
@@ -210,7 +210,7 @@ def build_examples(
             liked = chosen_follower(interactions, rows, config)[1]
         if not liked.any():
             low, high = interactions.rating.min(), interactions.rating.max()
-            what = f"no {split} example: in none of {len(rows):,} places is the chosen item liked"
+            what = f"no {split} example: none of {len(rows):,} positions has a liked chosen item"
             lower = f"--min_history, --followers or --min_rating {config.min_rating:g}"
             raise ValueError(f"{what}; lower {lower} (ratings go from {low:g} to {high:g})")
         rng = np.random.default_rng([config.data_seed, SPLITS.index(split)])
@@ -222,7 +222,7 @@ def build_examples(
 
 
 def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[str, np.ndarray]:
-    """Split -> rows (n,) that may be predicted: each user's last, the one before, all earlier."""
+    """Rows to predict per split: each user's last (test), the one before (val), earlier ones."""
     user, row, end = interactions.user, np.arange(len(interactions.user)), interactions.start[1:]
     first = interactions.start[:-1] + config.min_history  # (users,)
     last = end - 2 - config.followers  # followers end before the last two: validation and test
@@ -231,9 +231,9 @@ def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[s
 
 
 def chosen_follower(interactions: Interactions, rows: np.ndarray, config: ExampleConfig):
-    """Which follower is the chosen item (E,), and whether the user liked it (E,): the best by
-    preference score, of equals the sooner (with --positive first: the first liked one). A random
-    candidate must score less."""
+    """Return the chosen follower of each row (E,), and whether it may be used (E,).
+    It has the best preference score, the earlier one of equals (--positive first: it is the first
+    liked one). It may be used if it is liked and scores above a random candidate."""
     chosen, best = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf)
     for step in range(config.followers):
         ratings = interactions.rating[rows + step].astype(float)
@@ -249,8 +249,8 @@ def chosen_follower(interactions: Interactions, rows: np.ndarray, config: Exampl
 def draw_candidates(
     interactions: Interactions,
     split: str,
-    rows: np.ndarray,  # (E,) what is predicted
-    steps: np.ndarray,  # (F,) how far behind it are the followers among the candidates
+    rows: np.ndarray,  # (E,) rows to predict
+    steps: np.ndarray,  # (F,) steps from such a row to the followers among the candidates
     config: ExampleConfig,
     rng: np.random.Generator,
     retrieve: Retrieve | None = None,
@@ -259,7 +259,7 @@ def draw_candidates(
     log, E, F = interactions, len(rows), len(steps)
     follow = rows[:, None] + steps  # (E, F) rows of the log
     users, count = log.user[rows], NUM_CANDIDATES - F
-    seen = None  # (E, S) items that random candidates must not be; None: all that the user touched
+    seen = None  # (E, S) items that are no random candidates; None: all that the user touched
     if config.exclude == "seen":
         before = np.maximum((rows - 1)[:, None] - np.arange(config.history), log.start[users, None])
         seen = log.item[np.concatenate([before, follow], 1)]
@@ -268,7 +268,7 @@ def draw_candidates(
     else:
         randoms = _draw_unseen(log, users, count, seen, config.negatives, rng)
     if len(short := np.flatnonzero((randoms < 0).any(1))):
-        what = f"user {log.user_ids[users[short[0]]]}: of {log.num_items} items fewer than {count}"
+        what = f"user {log.user_ids[users[short[0]]]}: of {log.num_items} items, fewer than {count}"
         what += " are not in the prompt" if seen is not None else " are untouched by this user"
         raise ValueError(f"{what}; lower --core, raise --followers, or take --exclude seen")
 
@@ -298,22 +298,22 @@ def draw_candidates(
 
 
 def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> np.ndarray:
-    """(E, count) distinct items per row, new to the user, or not among `seen` (E, S) if given.
+    """Draw (E, count) distinct items per row, new to the user or, if given, not in `seen` (E, S).
 
-    What is taken or repeated is drawn again, after 50 rounds (of users who touched nearly all) from
-    what is left; a row is -1 where that is too little."""
+    Taken or repeated items are drawn again; after 50 rounds (the user touched nearly all items)
+    they are drawn from the items that are left. A row is -1 if too few are left."""
     n, uniform, owners, items = log.num_items, kind == "uniform", log.user, log.item
     if seen is not None:
         users, owners, items = np.arange(len(seen)), np.arange(len(seen))[:, None], seen
     taken = np.sort((owners.astype(np.int64) * n + items).ravel())  # pairs of owner and item
     drawn = np.full((len(users), count), -1, np.int64)
-    left, missing = np.arange(len(users)), np.ones(drawn.shape, bool)  # rows, and what they miss
+    left, missing = np.arange(len(users)), np.ones(drawn.shape, bool)  # rows, their missing slots
     for _ in range(50):
         own, size = drawn[left], int(missing.sum())
         new = rng.integers(n, size=size) if uniform else rng.choice(log.item, size=size)
         own[missing], pairs = new, users[left[np.nonzero(missing)[0]]].astype(np.int64) * n + new
         missing[missing] = taken[np.searchsorted(taken, pairs) % len(taken)] == pairs
-        for k in range(count):  # of equal items the first stays
+        for k in range(count):  # the first of equal items stays
             missing[:, k] |= (own[:, :k] == own[:, k, None]).any(1)
         drawn[left] = own
         left, missing = left[missing.any(1)], missing[missing.any(1)]
@@ -343,13 +343,13 @@ TEMPLATES = (
     "History of a user ({things}[ and ratings, 1 = disliked, 5 = loved|, oldest first]):\n"
     "{history}\nPredict the next one the user will {do} and enjoy<, given these candidates|>:",
 )
-LOWEST = len(TEMPLATES)  # of the probe aversion; never drawn
+LOWEST = len(TEMPLATES)  # the template of the probe aversion; never drawn
 LIKED, LEAST = "will the user {do} next and like?", "would the user rate lowest?"
 ALL_TEMPLATES = (*TEMPLATES, TEMPLATES[0].replace(LIKED, LEAST))
 
 
 def history_text(shown: list[tuple[str, float]]) -> str:
-    """A line for each (title, rating), without the rating where it is NaN."""
+    """A line for each (title, rating), without the rating if it is NaN."""
     return "\n".join(t if isnan(r) else f"{t} | Rating: {r:g}" for t, r in shown)
 
 
@@ -374,7 +374,7 @@ class Encoded:
     prompts: Sequence[np.ndarray]  # int32 ids
     completions: dict[int, list[int]]  # item code -> ids with EOS
     num_shortened: int = 0  # prompts that lost history items to fit max_length
-    histories: np.ndarray | None = None  # (E, 2) tokens between which each history stands
+    histories: np.ndarray | None = None  # (E, 2) first token of each history, and one past its last
 
     def slots(self, e: int, slots) -> list[list[int]]:
         """Completion ids of these candidates of example e."""
@@ -387,8 +387,8 @@ class Encoded:
 
 
 def tree_widths(encoded: Encoded, slots: np.ndarray) -> np.ndarray:
-    """(E, 2) tokens of each example's prompt, and of its completions at `slots` (E, N) together."""
-    inner = np.zeros(encoded.examples.interactions.num_items, np.int64)  # EOS is no input
+    """(E, 2) token counts: each example's prompt, and all its completions at `slots` (E, N)."""
+    inner = np.zeros(encoded.examples.interactions.num_items, np.int64)  # EOS is never an input
     inner[list(encoded.completions)] = [len(ids) - 1 for ids in encoded.completions.values()]
     items = np.take_along_axis(encoded.examples.candidates, np.asarray(slots), 1)
     return np.stack([list(map(len, encoded.prompts)), inner[items].sum(1)], 1)
@@ -405,8 +405,8 @@ def shortened(example: Example, longest: int, tokenizer: Tokenizer, max_length: 
 
 
 def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Render and tokenise once; long prompts lose their oldest history. ValueError: two candidates
-    have the same tokens, or a prompt and its completion others when they are encoded together."""
+    """Render and tokenise all examples; prompts that are too long lose their oldest items.
+    ValueError if two candidates tokenise alike, or prompt and title differently as one text."""
     items = np.unique(examples.candidates).tolist()
     titles = tokenizer.encode_completions([examples.interactions.titles[i] for i in items])
     encoded = Encoded(examples, prompts := [], dict(zip(items, titles, strict=True)))
@@ -425,7 +425,7 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
             title = examples[e].candidates[target]
             (whole,) = tokenizer.encode_answered([text], [title])
             if prompt + candidates[target][:-1] != whole:
-                raise ValueError(f"tokenised differently together: {text[-80:]!r} and {title!r}")
+                raise ValueError(f"tokenised differently as one text: {text[-80:]!r}, {title!r}")
         prompts.append(np.array(prompt, np.int32))  # a list of integers takes ten times the memory
     return encoded
 
@@ -433,10 +433,10 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
 # ------------------------------------------------------------------------------------------ batches
 @dataclass
 class PromptTree:
-    """A batch: a row per prompt, right-padded; its N completions behind it, one after another."""
+    """A batch: a row per prompt, right-padded, then its N completions one after another."""
 
     input_ids: Tensor  # (B, P + C) int64
-    position_ids: Tensor  # (B, P + C) int64; completions go on from the prompt's true length
+    position_ids: Tensor  # (B, P + C) int64; completions continue from the prompt's true length
     branch_ids: Tensor  # (B, P + C) int64: 0 prompt, 1..N completion, -1 padding
     rows: Tensor  # (M,) flat index of the hidden state that predicts the token
     labels: Tensor  # (M,) the token
@@ -449,15 +449,15 @@ class PromptTree:
         return replace(self, **{name: to_device(t, device) for name, t in tensors.items()})
 
     def with_prompt_labels(self, spans: np.ndarray) -> "PromptTree":
-        """Score the prompts' tokens in these spans (B, 2), too, behind the M of completions."""
+        """Also score the prompts' tokens in these spans (B, 2), after the M of completions."""
         every = torch.arange(self.input_ids.numel()).view(self.input_ids.shape)
         tokens = torch.cat([row[slice(*span)] for row, span in zip(every, spans, strict=True)])
         labels = torch.cat([self.labels, self.input_ids.flatten()[tokens]])
         return replace(self, rows=torch.cat([self.rows, tokens - 1]), labels=labels)
 
     def sum_logps(self, token_logps: Tensor) -> Tensor:
-        """(M,) token log-probs -> (B, N) sums per completion, the same bits in every run (a row per
-        completion: index_add on a GPU adds in no fixed order)."""
+        """Sum token log-probs (M,) per completion (B, N), bitwise the same in every run.
+        Each completion gets a row, because index_add on a GPU adds in no fixed order."""
         B, N = len(self.input_ids), self.num_completions
         width = self.input_ids.shape[1] - self.prompt_width + 1  # C inputs, and EOS: a title fits
         starts = torch.searchsorted(self.sequence_ids, self.sequence_ids)  # (M,); ids ascend
@@ -468,7 +468,7 @@ class PromptTree:
 
 
 def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
-    """B prompts (lists or arrays of ids) and, per prompt, N completions that each end in EOS.
+    """Build the tree of B prompts (lists or arrays of ids), each with N completions ending in EOS.
 
     All of a completion is scored, but its EOS is a label only: n ids occupy n - 1 positions. The
     last prompt token predicts the first token of every completion."""
@@ -476,7 +476,7 @@ def build_tree(prompts: list, completions: list[list[list[int]]]) -> PromptTree:
     sequences = [*prompts, *(ids for group in completions for ids in group)]
     same = len(prompts) == len(counts) and 0 < min(counts, default=0) == max(counts)
     if not same or min(map(len, sequences)) == 0:
-        what = "every prompt needs as many completions as the others, and nothing may be empty"
+        what = "all prompts need the same number of completions, and nothing may be empty"
         raise ValueError(f"{what}; got {counts} for {len(prompts)} prompts")
     B, P, N = len(prompts), max(map(len, prompts)), counts[0]
     C = max(sum(len(ids) - 1 for ids in group) for group in completions)
@@ -508,8 +508,8 @@ def to_device(tensor: Tensor, device) -> Tensor:
 def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Divide one global batch: for each rank a list of micro-batches of examples of similar widths.
 
-    Sorted by tree_widths, they are dealt out in turn. A micro-batch holds one example, or as many
-    as stay within `budget` tokens with padding; ranks with fewer micro-batches get empty ones."""
+    Examples, sorted by tree_widths, are dealt out in turn. A micro-batch holds one example, or as
+    many as fit into `budget` tokens with padding; ranks with fewer micro-batches get empty ones."""
     ordered = sorted((int(i) for i in indices), key=lambda i: (-sum(widths[i]), i))
     widths, ranks = np.asarray(widths), [[] for _ in range(num_ranks)]
     for n, batches in enumerate(ranks):

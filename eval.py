@@ -1,16 +1,16 @@
 """Evaluation: what the model would answer, and how it ranks the candidates, from one forward pass.
 
-All 20 candidates hang on one PromptTree. Greedy decoding would write candidate c, and then stop,
+All 20 candidates branch off one PromptTree. Greedy decoding would write candidate c, and then stop,
 exactly if each of c's tokens is the argmax at its row and the argmax after the last one ends the
 answer (a stop id, or spaces and a line break). So the answer, its validity, and the exact ranking
-of the 20 come from one pass. Where no candidate verifies, prompts are decoded for real: another
-spelling of a title is possible. Where prompts do not show the list, answers are decoded along it.
+of the 20 come from one pass. If no candidate verifies, the prompt is decoded: a title may be spelt
+in other tokens. If prompts do not show the list, answers are decoded along its trie.
 
     python eval.py --run runs/planted-1              every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...     a Hugging Face directory, a PEFT adapter
 
-Written: hit_ratio@1 counts answers that are exactly the target's title, over *all* cases;
-valid_ratio, listed titles. Ranked first: ranking/*, by the log-probabilities of the 20 candidates.
+Written: hit_ratio@1 is the share of *all* answers that equal the target's title, valid_ratio of
+those that equal a listed title. Ranked first: ranking/*, by the log-probabilities of the 20.
 Legend: E examples, N = 20 candidates.
 """
 
@@ -45,11 +45,11 @@ class EvalConfig(sources.SourceConfig):
 
     split: str = arg("test", "which examples", group="how", choices=("val", "test"))
     decode: str = arg(
-        "greedy", "one pass, the long way, listed titles", choices=("greedy", "generate", "trie")
+        "greedy", "one pass; all generated; listed only", choices=("greedy", "generate", "trie")
     )
-    decode_rest: bool = arg(True, "generate where no candidate verifies; off: count it invalid")
+    decode_rest: bool = arg(True, "generate if no candidate verifies; off: count it invalid")
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
-    show_prompts: int = arg(0, "only print so many prompts and their answers", at_least=0)
+    show_prompts: int = arg(0, "only print this many prompts and their answers", at_least=0)
     output_dir: str = arg("", "for metrics.json and predictions.jsonl; empty = only print")
 
 
@@ -63,8 +63,8 @@ def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Te
 
 
 def trie_walk(completions: list[list[int]], token_logps: Iterator[float]) -> int:
-    """Greedy decoding along the trie of candidates: at each node the likeliest token, the first of
-    equals."""
+    """Decode greedily along the trie of candidates.
+    At each node the likeliest token is taken, the first of equals."""
     logps = [list(islice(token_logps, len(ids))) for ids in completions]
     alive, depth = list(range(len(completions))), 0
     while len(alive) > 1:
@@ -75,8 +75,8 @@ def trie_walk(completions: list[list[int]], token_logps: Iterator[float]) -> int
 
 
 def match_title(answer: str, titles: list[str]) -> int:
-    """Index of the title that equals the answer; if none does, the answer without one final ".";
-    else -1. Letters are composed (NFC), spaces are single."""
+    """Index of the title that equals the answer, or the answer without one final "."; else -1.
+    Letters are composed (NFC), and spaces are single."""
     texts = [*titles, answer, answer.removesuffix(".")]
     *titles, whole, cut = (unicodedata.normalize("NFC", " ".join(t.split())) for t in texts)
     return next((titles.index(text) for text in (whole, cut) if text in titles), -1)
@@ -132,7 +132,7 @@ def predict(
     batches = planned(widths, rest, micro_batch_tokens)
     for batch in progress(rounds(batches, any_rank), "answers written out", len(batches)):
         prompts = [encoded.prompts[e].tolist() for e in batch or nobody]
-        longest = max(map(len, encoded.completions.values()))  # another spelling takes more
+        longest = max(map(len, encoded.completions.values()))  # other spellings take more tokens
         outputs = generate(model, prompts, 2 * longest, stop_ids, any_rank)
         for e, ids in zip(batch, outputs, strict=False):
             example, text = encoded.examples[e], tokenizer.answer(ids)
@@ -144,8 +144,8 @@ def predict(
 
 @torch.no_grad()
 def compare_with_one_pass(model, tokenizer, encoded: Encoded, records: list[dict]) -> dict:
-    """How often generation writes another candidate than the one pass found, and how many of these
-    are near-ties: two best logits closer than NEAR_TIE on the way."""
+    """Count how often generation writes another candidate than the one pass, and the near-ties.
+    A near-tie: somewhere in the answer the two best logits are closer than NEAR_TIE."""
     differing, near_ties, stop_ids = 0, 0, tokenizer.stop_ids | tokenizer.newline_ids()
     for record in records:
         *ids, last = record["ids"]
@@ -169,9 +169,9 @@ def evaluate(
     decode_rest: bool = True,
     max_length: int = 1024,
     micro_batch_tokens: int = 8192,
-    baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N), to stand beside
+    baselines: dict[str, np.ndarray] | None = None,  # name -> scores (E, N)
 ) -> tuple[dict, list[dict]]:
-    """Score the given examples in this process: (metrics, predictions); train.py divides them."""
+    """Evaluate examples in this process (train.py divides them): (metrics, predictions)."""
     encoded, training = examples, model.training
     if not isinstance(examples, Encoded):
         encoded = encode_examples(examples, tokenizer, max_length)
@@ -216,7 +216,7 @@ def wilson(mean: float, n: int) -> list[float]:
 
 
 def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = None) -> dict:
-    """Metrics of all records, 95 % intervals under `<name>_ci95`; baselines: name -> (E, N)."""
+    """Metrics of all records, with 95 % intervals as `<name>_ci95`; baselines: name -> (E, N)."""
     metrics: dict = {"n": (n := len(records))}
 
     def put(name: str, values) -> None:
@@ -244,7 +244,7 @@ def summarise(records: list[dict], baselines: dict[str, np.ndarray] | None = Non
 
 
 def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None) -> str:
-    """Markdown: chance and counting baselines, the given rows (name -> metrics), upper bounds."""
+    """Markdown table of chance, counting baselines, the rows (name -> metrics) and upper bounds."""
     some = next(iter(rows.values()))
     written, meaning, key = "written", "the answer is the exact title", "answers_generated"
     counted = "answers written out, because no candidate verified in the one pass"

@@ -6,8 +6,8 @@
     scaling = lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv:2312.03732).
 
 Projections of one input are computed together, as one autograd function (kernels/lora.py). A and
-B stay fp32 over a bf16 base and are cast per use. Files are PEFT's two; what else they hold is
-refused. Left out: DoRA, rank or alpha patterns, trained biases, adapters of embeddings or head.
+B stay fp32 over a bf16 base and are cast per use. Files are PEFT's two; settings beyond plain LoRA
+are refused. Left out: DoRA, rank or alpha patterns, trained biases, adapters of embeddings or head.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.absmax = getattr(linear, "absmax", None)  # with it, `weight` is 4-bit codes
+        self.absmax = getattr(linear, "absmax", None)  # if set, `weight` holds 4-bit codes
         compiled = self.absmax is None
         self.projections = adapted_projections if compiled else outside_graphs(adapted_projections)
         like = {"bias": False, "device": linear.weight.device, "dtype": torch.float32}
@@ -60,7 +60,7 @@ class LoRALinear(nn.Linear):
 
     @staticmethod
     def project(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
-        """Compute several projections of one input, at least one of them adapted, together."""
+        """Compute several projections of one input together; at least one has an adapter."""
         lora = [layer for layer in layers if isinstance(layer, LoRALinear)]
         As = [layer.lora_A.weight if layer in lora else None for layer in layers]
         Bs = [layer.lora_B.weight if layer in lora else None for layer in layers]
@@ -72,7 +72,7 @@ class LoRALinear(nn.Linear):
         return first.projections(x, weights, biases, As, Bs, first.scaling, dropout, absmaxes)
 
     def draw_A(self, name: str, seed: int) -> Tensor:
-        """Draw A ~ U(-1/sqrt(in), 1/sqrt(in)) whole from (seed, name): all ranks start alike."""
+        """Draw the whole A ~ U(-1/sqrt(in), 1/sqrt(in)) from (seed, name): equal on all ranks."""
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         bound = 1 / math.sqrt(self.in_features)
@@ -104,7 +104,7 @@ def find_targets(linears: list[str], targets, strict: bool = True) -> list[str]:
         raise ValueError(f"target_modules {targets!r}: {error}") from None
     found = set().union(*matches)
     if not found or strict and not all(matches):
-        raise ValueError(f"target_modules {targets!r}: one matches no layer like {TARGET_MODULES}")
+        raise ValueError(f"target_modules {targets!r}: one matches no layer; use {TARGET_MODULES}")
     return [name for name in linears if name in found]
 
 
@@ -126,7 +126,7 @@ def apply_lora(
     linears = linear_names(model)
     targets = find_targets(linears, target_modules)
     short = sorted({name.rpartition(".")[2] for name in targets})
-    # whole paths only where the short names would select more
+    # full paths only if the short names would select more
     named = short if find_targets(linears, short) == targets else targets
     model.requires_grad_(False)
     scaling = lora_scaling(r, lora_alpha, use_rslora)
@@ -148,7 +148,7 @@ def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
 def merge_lora(model: Transformer) -> Transformer:
     """Fold every adapter into its weight, W += scaling * B A, and remove it, in place.
 
-    A 4-bit base gets its original weights back where they are found, else its 4-bit values."""
+    A 4-bit base gets its original weights back if they are found, else its dequantised values."""
     if not lora_layers(model):
         raise ValueError("the model carries no LoRA adapter to merge")
     for name, layer in lora_layers(model).items():
@@ -165,7 +165,7 @@ def merge_lora(model: Transformer) -> Transformer:
 
 
 def adapter_products(settings: dict, tensors: dict[str, Tensor]) -> dict:
-    """Weight -> (scaling * B, A) of a read adapter: read_weights adds their product."""
+    """Map each weight to (scaling * B, A) of an adapter; read_weights adds their product."""
     scaling = lora_scaling(settings["r"], settings["lora_alpha"], settings["use_rslora"])
     pairs = {}
     for name, A in tensors.items():
@@ -188,7 +188,7 @@ HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogon
 
 
 def read_adapter_config(path) -> dict:
-    """Read adapter_config.json with PEFT's defaults filled in; what is not supported is refused."""
+    """Read adapter_config.json and fill in PEFT's defaults; ValueError if it is not supported."""
     file = Path(path) / "adapter_config.json"
     config = {"peft_type": None} | read_json(file)
     config |= {key: value for key, value in SETTINGS.items() if config.get(key) is None}
@@ -210,7 +210,7 @@ def read_adapter_config(path) -> dict:
 
 
 def base_of(path) -> str:
-    """The base model that an adapter names; ValueError where it names none."""
+    """The base model that an adapter names; ValueError if it names none."""
     name = read_adapter_config(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         file = Path(path) / "adapter_config.json"
@@ -269,14 +269,14 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
         if equals_base(model, key.removeprefix(PEFT_PREFIX), tensors[key]):
             del tensors[key]  # PEFT's save_embedding_layers
         elif (plain := key.replace(".default.weight", ".weight")) not in tensors:
-            tensors[plain] = tensors.pop(key)  # a PEFT model in memory names its adapter so
+            tensors[plain] = tensors.pop(key)  # the name of an adapter in a PEFT model's memory
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     way_out = "plain LoRA on linear layers is read; adapters of head or embeddings, embeddings that"
     way_out += " were trained, DoRA, and models inside torch.compile, DDP or another PEFT are not"
     check_tensors(file, found, needed, way_out)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{file}: {key} holds NaN, infinity or no floats; take an earlier one")
+            raise ValueError(f"{file}: {key} holds NaN, infinity or no floats; use an earlier one")
     if not any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
         note_once(f"{file}: every lora_B is zero, so the adapter adds nothing to the base")
     trained_on = (handle.metadata() or {}).get("base_sha256")
@@ -287,7 +287,7 @@ def read_adapter(model: Transformer, path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def equals_base(model: Transformer, name: str, saved: Tensor) -> bool:
-    """Whether a tensor beside an adapter is the base's own embedding or head, in its dtype."""
+    """Whether a tensor stored with an adapter is the base's own embedding or head."""
     if name not in ("model.embed_tokens.weight", "lm_head.weight"):
         return False
     base, weights = model.get_parameter(name), Weights(model.source) if model.source else None

@@ -1,4 +1,4 @@
-"""The losses: SFT, RecPO, and what it is compared with, as pure functions of log-probabilities.
+"""SFT, RecPO and the losses it is compared with, as pure functions of log-probabilities.
 
     Δ_n = log π(y_n | x) - log π_ref(y_n | x)   log-ratio of completion n, summed over its tokens
     φ   = rating / (1 + steps)^decay            preference score of an item (steps 0: the next one)
@@ -20,9 +20,9 @@ The second form of RecPO is the one computed: exp() overflows at 89 in fp32, and
 can exceed that. λ m is added outside β (...), as in the authors' code: it is the reward gap, in
 nats, that the chosen item must exceed.
 
-LOSSES, at the end, has them by the names of --stages; `recpo` is where λ and φ enter eq. 7.
+LOSSES, at the end, lists them under the names of --stages; λ and φ enter eq. 7 in `recpo`.
 
-Legend: B examples, K rejected items of each (the chosen one first, then these K), M tokens.
+Legend: B examples, K rejected items per example (in a row after the chosen one), M tokens.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def target_margins(
     chosen = chosen_scores[:, None]
     if kind == "ratio":  # the method, eq. 4
         return chosen / rejected_scores
-    # the authors' log(1 + φ_w - φ_l); the clamp keeps it finite where the rejected scores higher
+    # the authors' log(1 + φ_w - φ_l); the clamp keeps it finite if the rejected item scores higher
     if kind == "log_diff":
         return torch.log((1 + chosen - rejected_scores).clamp(min=1e-3))
     if kind == "log_ratio":
@@ -63,7 +63,7 @@ def target_margins(
 
 def sft_loss(
     token_logps: Tensor,  # (M,)
-    num_target_tokens: float,  # of the global batch: its micro-batches add up to one mean
+    num_target_tokens: float,  # of the global batch, so that micro-batches add up to one mean
 ) -> Tensor:
     """Negative log-likelihood of the target tokens, an answer's EOS among them (eq. 1)."""
     return -token_logps.sum() / num_target_tokens
@@ -104,7 +104,7 @@ def dpo_loss(
 
 
 def check_pair(logps: Tensor) -> None:
-    """ValueError unless there is one rejected item."""
+    """Raise ValueError unless there is exactly one rejected item."""
     if logps.shape[1] != 2:
         raise ValueError(
             f"this loss compares two completions, got {logps.shape[1]}: "
@@ -112,10 +112,10 @@ def check_pair(logps: Tensor) -> None:
         )
 
 
-# ------------------------------------------------------------------------ by the names of --stages
+# ---------------------------------------------------------- the losses under the names of --stages
 @dataclass
 class Titles:
-    """What a preference loss is a function of, for B prompts."""
+    """The inputs of a preference loss, for B prompts."""
 
     policy_logps: Tensor  # (B, 1 + K) sums over tokens
     reference_logps: Tensor  # (B, 1 + K) the same before the first step; zeros without a reference
@@ -124,9 +124,9 @@ class Titles:
     kl: Tensor  # scalar, KTO: the mean log-ratio of titles that are neither chosen nor rejected
 
 
-# Each returns what Loss.__call__ does; the margins may be one number.
+# Each returns the same as Loss.__call__, except that the margins may be one number.
 def recpo(t: Titles, options):
-    """Eq. 7: its target margins are λ times those of φ."""
+    """RecPO (eq. 7), with λ times the target margins of φ."""
     margins = options.margin_lambda * target_margins(t.phi[:, 0], t.phi[:, 1:], options.margin)
     return *recpo_loss(t.policy_logps, t.reference_logps, margins, options.beta), margins
 
@@ -140,20 +140,20 @@ def dpo(t: Titles, options):
 
 
 def odpo(t: Titles, options):
-    """RecPO with one rejected item and ODPO's own margin; its weight α is 1."""
+    """ODPO is RecPO with one rejected item and a margin of its own; its weight α is 1."""
     offsets = target_margins(t.phi[:, 0], t.phi[:, 1:], "log_gap")
     return *recpo_loss(t.policy_logps, t.reference_logps, offsets, options.beta), offsets
 
 
 def ipo(t: Titles, options):
-    """Its rewards are per token, as its log-ratios are; β is τ of the paper."""
+    """IPO: log-ratios and rewards are means over tokens; β is the paper's τ."""
     logratios = (t.policy_logps - t.reference_logps) / t.lengths
     losses = (logratios[:, 0] - logratios[:, 1] - 1 / (2 * options.beta)) ** 2
     return losses, options.beta * logratios.detach(), 0.0
 
 
 def kto(t: Titles, options):
-    """The mean of 1 - σ(β (Δ_w - z)) and 1 - σ(β (z - Δ_l)), where z = max(kl, 0)."""
+    """KTO: the mean of 1 - σ(β (Δ_w - z)) and 1 - σ(β (z - Δ_l)), where z = max(kl, 0)."""
     logratios, z = t.policy_logps - t.reference_logps, t.kl.detach().clamp(min=0)
     good = torch.sigmoid(-options.beta * (logratios[:, 0] - z))
     bad = torch.sigmoid(-options.beta * (z - logratios[:, 1]))
@@ -161,19 +161,19 @@ def kto(t: Titles, options):
 
 
 def cpo(t: Titles, options):
-    """The preference part; the NLL part is --sft_weight, which is 1 by default for CPO."""
+    """The preference part of CPO; --sft_weight, by default 1 for CPO, weighs its NLL part."""
     return *dpo_loss(t.policy_logps, torch.zeros_like(t.policy_logps), options.beta), 0.0
 
 
 def simpo(t: Titles, options):
-    """Rewards are per token; γ, --margin_lambda here, is the gap to exceed, not divided by β."""
+    """SimPO: rewards are per token; γ (--margin_lambda) is the gap to exceed, not divided by β."""
     means, gamma = t.policy_logps / t.lengths, options.margin_lambda
     return *recpo_loss(means, torch.zeros_like(means), gamma, options.beta), gamma
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A preference loss, and what it asks of an example."""
+    """A preference loss and what it needs."""
 
     function: Callable
     pairwise: bool = True  # one rejected title, whatever --num_negatives says

@@ -6,7 +6,7 @@ safetensors files, so a checkpoint loads without a key table. hub/config.py refu
 `Transformer.forward(tree)` runs the prompt once and lets every completion branch off it:
 
     prompt  p0 p1 p2 p3           all completions see the prompt, none sees another;
-              ├── a1 a2           each goes on at position 4; the row of p3 predicts
+              ├── a1 a2           each continues at position 4; the row of p3 predicts
               └── b1 b2 b3        the first token of both.
 
 Left out: dropout outside LoRA, attention windows, mixture of experts, beam search, sampling.
@@ -124,7 +124,7 @@ class AttentionPlan:
     """What all layers share: the first `prompt_width` queries are causal, the others masked."""
 
     prompt_width: int
-    mask: Tensor | None  # (B, 1, T - prompt_width, keys) bool, True where a query may look
+    mask: Tensor | None  # (B, 1, T - prompt_width, keys) bool, True where a query sees a key
     cos: Tensor
     sin: Tensor
     cache: KVCache | None = None
@@ -182,7 +182,7 @@ class Attention(nn.Module):
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b in a's memory; not in graphs, where torch 2.11 would lose the output's gradient."""
+    """a * b in a's memory, except in graphs: torch 2.11 would lose the output's gradient there."""
     return a * b if torch.compiler.is_compiling() else a.mul_(b)
 
 
@@ -244,7 +244,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: what has the key prefix `model.`"""
+    """Embedding, blocks and final norm; their keys start with `model.`"""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -261,13 +261,13 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------ the model
 class Transformer(nn.Module):
-    """The language model. Always call `model(tree)`: inside, a sharded head is whole."""
+    """The language model. Always call `model(tree)`: a sharded head is whole only in forward."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.source: Path | None = None  # folder the weights were read from
-        self.name_or_path = ""  # how its user calls it
+        self.name_or_path = ""  # the name or path that the user gave
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
     def forward(self, tree) -> tuple[Tensor, Tensor]:
-        """Score a `data.PromptTree`: per scored token (token_logps (M,) fp32, greedy_ids (M,))."""
+        """Score a `data.PromptTree`: (log-probs of the M labels in fp32, argmax ids (M,))."""
         P, mask = tree.prompt_width, branch_mask(tree.branch_ids, tree.prompt_width)
         hidden = self.hidden_states(tree.input_ids, tree.position_ids, P, mask)  # (B, T, D)
         rows = hidden.flatten(0, 1).index_select(0, tree.rows)  # (M, D)
@@ -331,7 +331,7 @@ def empty_model(path, dtype: torch.dtype = torch.float32) -> Transformer:
     given, path = str(path), resolve_path(path)
     config = ModelConfig.from_pretrained(path)
     if config.tie_word_embeddings and stored_head_differs(path):
-        note_once(f"{path}: tie_word_embeddings, but another lm_head.weight is stored: it is used")
+        note_once(f"{path}: tie_word_embeddings, but another lm_head.weight is stored and used")
         config.tie_word_embeddings = False
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
@@ -340,7 +340,7 @@ def empty_model(path, dtype: torch.dtype = torch.float32) -> Transformer:
 
 
 def materialize(model: Transformer, device) -> None:
-    """Give a model on `meta` memory on the device; its weights are not yet filled in."""
+    """Allocate a `meta` model on the device; its weights are not filled in yet."""
     model.to_empty(device=device)
     model.inv_freq = inverse_frequencies(model.config).to(device)
     if model.config.tie_word_embeddings:
@@ -351,7 +351,7 @@ def materialize(model: Transformer, device) -> None:
 def read_weights(
     model: Transformer,
     parts: dict[str, tuple[Tensor, int, int]],  # where rows [start, stop) of a parameter go
-    products: dict[str, tuple[Tensor, Tensor]] | None = None,  # an adapter's, to be merged
+    products: dict[str, tuple[Tensor, Tensor]] | None = None,  # of an adapter to merge
 ) -> None:
     """Fill in a model's weights, whole or the rows of a rank, as floats or as 4-bit codes."""
     with torch.device("meta"):
@@ -373,7 +373,7 @@ def read_weights(
 
 
 def init_weights(config: ModelConfig, seed: int) -> Transformer:
-    """A random model: std hidden_size^-0.5, less with depth for projections into the residual."""
+    """Make a random model: std hidden_size^-0.5, smaller with depth for residual projections."""
     model, generator = Transformer(config), torch.Generator().manual_seed(seed)
     depth = 2 * config.num_hidden_layers
     for name, p in model.named_parameters():
@@ -395,7 +395,7 @@ def save_pretrained(
 ) -> None:
     """Write config.json and safetensors that transformers 4 and 5 read; no tokenizer files.
 
-    `tensors` are whole ones gathered from a sharded model; the rank with `write` writes them."""
+    `tensors`: whole ones, gathered from a sharded model; only the rank with `write` writes."""
     weights = dict(model.named_parameters())  # a tied head is not among them
     if any(name.endswith((".absmax", ".lora_A.weight")) for name in weights):
         raise ValueError("merge_lora the adapters and call hub.quantized.unquantized first")
@@ -413,7 +413,7 @@ def generate(
     stop_ids,  # ids that end an answer
     any_rank: Callable[[bool], bool] = bool,  # sharded: does any rank still need the pass?
 ) -> list[list[int]]:
-    """Decode a batch greedily: per prompt its new ids, the stop id included."""
+    """Decode a batch greedily; returns each prompt's new ids, including the stop id."""
     if not prompts or any(not ids for ids in prompts):
         raise ValueError("generate needs at least one prompt, and no empty one")
     device, stop_ids = model.inv_freq.device, set(stop_ids)

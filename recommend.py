@@ -1,7 +1,7 @@
-"""Recommendations: candidates of one user, or lists for every user of a log.
+"""Rank the candidates of one user, or write recommendations for many users.
 
     python recommend.py --run DIR --request my.json                       one user, printed
-    python recommend.py --model M --adapter A --request my.json           asked as A was trained
+    python recommend.py --model M --adapter A --request my.json           with the prompts of A
     python recommend.py --run DIR --users all --output recs.jsonl         all users of the run's log
     python recommend.py --run DIR --users users.txt --output recs.jsonl   ids of users, one a line
     python recommend.py --run DIR --users new.jsonl --output recs.jsonl   new users, one a line:
@@ -9,14 +9,14 @@
     {"user": "u1", "history": [{"title": "...", "rating": 4}, {"item": "7", "rating": 5}],
      "candidates": ["title or item id", {"title": "A new item"}]}
 
-my.json is such a line, which needs no user; histories are oldest first. Without candidates,
---retriever (fitted on the whole log; SASRec on all but each user's last two) finds the 20 best
-items that the user has not touched; they are shown in an order drawn from the user's id. One pass
-of the model ranks a list. Probabilities are shares of this list; "retrieved" is the retriever's
-rank, or null. A rank of torchrun appends its users' lines to `<output>.part-<rank>`; the same
-command goes on behind them, and rank 0 merges them at last (docs/serve.md).
+my.json holds one such object; it needs no "user". Histories are oldest first. If candidates are
+missing, --retriever (fitted on the whole log; SASRec on all but each user's last two) finds the 20
+best items that the user has not touched; they are shown in an order drawn from the user's id. One
+pass of the model ranks a list. Probabilities are shares of this list; "retrieved" is the
+retriever's rank, or null. Each rank of torchrun appends its users' lines to `<output>.part-<rank>`;
+the same command continues after them, and rank 0 merges them at the end (docs/serve.md).
 
-Left out: what several users are told together (diversity, stock); templates but the first.
+Left out: rules across users (diversity, stock), and all templates but the first.
 """
 
 import hashlib
@@ -50,20 +50,20 @@ from studies.sequential import fit_retriever
 from studies.two_stage import title_scores
 
 RETRIEVERS = ("markov", "item-knn", "popularity", "sasrec", "model")
-CHUNK = 256  # users that are retrieved and tokenised together, while others are ranked
+CHUNK = 256  # users retrieved and tokenised at a time, while others are ranked
 
 
 @dataclass(frozen=True)
 class RecommendConfig(SourceConfig):
     """Rank the candidates of one user, or write recommendations for many."""
 
-    request: str = arg("", "JSON file of one user, with candidates", group="what is asked")
+    request: str = arg("", "JSON file of one user, with candidates", group="request")
     users: str = arg("", "all of the log, a .txt file of their ids, or a .jsonl file of new users")
     retriever: str = arg(
-        "markov", "who finds candidates; model: itself, of a token per title", choices=RETRIEVERS
+        "markov", "finds candidates; model: itself, with a token per title", choices=RETRIEVERS
     )
-    top_k: int = arg(10, "items for each of many users", at_least=1, at_most=NUM_CANDIDATES)
-    output: str = arg("", "the .jsonl file of many users; a restart goes on with it")
+    top_k: int = arg(10, "items per user of --users", at_least=1, at_most=NUM_CANDIDATES)
+    output: str = arg("", "the .jsonl file to write for --users; a restart continues it")
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)
 
     KEPT = PROMPT_OPTIONS
@@ -81,7 +81,7 @@ class RecommendConfig(SourceConfig):
 
 
 class Ranker:
-    """The last stage that is named, asked as it was trained."""
+    """The last of the named stages, with the prompts of its training."""
 
     def __init__(self, config: RecommendConfig, log: Interactions | None, device):
         self.config, self.device = config, device
@@ -100,7 +100,7 @@ class Ranker:
         return prompt, completions
 
     def top(self, user: User, log: Interactions) -> np.ndarray:
-        """The 20 best items of the catalogue that the user has not touched, by the model itself."""
+        """The 20 untouched items of the catalogue that the model itself ranks highest."""
         example = Example(self.words, user.name, user.history, [], 0, [], 0, listed=False)
         prompt, _ = shortened(example, 1, self.tokenizer, self.config.max_length)
         (scores,) = title_scores(self.model, self.tokenizer, log.titles, [prompt])
@@ -120,7 +120,7 @@ class Ranker:
 
 
 def log_at_hand(config: RecommendConfig, stage: str) -> Interactions | None:
-    """The log that is given, or what a run has prepared, where it is still there."""
+    """The log that is given, or the one that the run prepared, if it still exists."""
     if config.data_dir and not config.run:
         return prepare(config).interactions
     file = folder_of(config, stage) / "eval" / "metrics.json"
@@ -129,7 +129,7 @@ def log_at_hand(config: RecommendConfig, stage: str) -> Interactions | None:
 
 
 def answer_request(config: RecommendConfig) -> None:
-    """Print the candidates of one user, best first, with their shares of all probability."""
+    """Print the candidates of one user, best first, with their probabilities."""
     _, _, device = setup_distributed()
     log = log_at_hand(config, list(sources_of(config))[-1])
     user = read_user(read_json(config.request), config.request, Catalogue(log), config, fewest=2)
@@ -142,14 +142,14 @@ def answer_request(config: RecommendConfig) -> None:
 
 # ------------------------------------------------------------------------------------- many users
 def shown_order(name: str, count: int) -> np.ndarray:
-    """A permutation that depends on the user alone, so that a prompt does not tell the ranks."""
+    """A permutation that depends only on the user, so that a prompt does not reveal the ranks."""
     digest = hashlib.sha256(f"{name}\0".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(count)
 
 
 def candidates_of(ranker: Ranker, user: User, retriever, log: Interactions) -> list[dict]:
-    """Given ones, or the best that the user has not touched by the retriever (None: by the model),
-    as they are shown."""
+    """The user's given candidates, or the 20 best untouched items, in the order of the prompt.
+    The retriever finds the best items; without one the model does."""
     rows = [(item, title, None) for item, title in user.candidates]
     if not rows:
         seen = user.items
@@ -160,7 +160,7 @@ def candidates_of(ranker: Ranker, user: User, retriever, log: Interactions) -> l
 
 
 def ranked(ranker: Ranker, users: list[User | int], retriever, log: Interactions) -> Iterator[dict]:
-    """The output's record of each user; the next chunk is encoded meanwhile."""
+    """Yield the output record of each user; the next chunk is encoded in the background."""
 
     def encode(at: int):
         asked = []
@@ -183,7 +183,7 @@ def ranked(ranker: Ranker, users: list[User | int], retriever, log: Interactions
 
 
 def job_key(config: RecommendConfig, source: tuple, data_hash: str) -> str:
-    """A hash of all that decides the lines: weights, data, users and options."""
+    """Hash of everything that the output depends on: weights, data, users and options."""
     files = [f for folder in source if folder for f in sorted(folder.glob("*")) if f.is_file()]
     facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     options = asdict(config) | dict.fromkeys(("output", "micro_batch_tokens", "prepared_dir"))
@@ -192,13 +192,13 @@ def job_key(config: RecommendConfig, source: tuple, data_hash: str) -> str:
 
 
 def finished_lines(output: Path, key: str) -> dict[str, str]:
-    """User -> line of all parts; a line without its line break was cut by a kill."""
+    """Map users to their lines in all parts; a line without a line break was cut by a kill."""
     found = {}
     for part in parts_of(output):
         head, *lines = part.read_text("utf-8", "replace").split("\n")[:-1] or [key]
         if head != key:
             raise ValueError(
-                f"{part} was begun with another model, data, users or options; delete "
+                f"{part} was started with another model, data, users or options; delete "
                 f"{output.name}.part-* or choose another --output"
             )
         found |= {json.loads(line)["user"]: line for line in lines}
@@ -210,12 +210,12 @@ def parts_of(output: Path) -> list[Path]:
 
 
 def recommend_users(config: RecommendConfig) -> None:
-    """Write --output for all users that --users names."""
+    """Write the recommendations for all users that --users names to --output."""
     output = Path(config.output)
     if output.exists():
         raise ValueError(f"--output {output} exists already; delete it or name another")
     if config.retriever == "model" and config.list_in_prompt:
-        raise ValueError("--retriever model needs a model that is asked without the list")
+        raise ValueError("--retriever model needs a model trained with --no_list_in_prompt")
     rank, world_size, device = setup_distributed()
     with rank_zero_first():
         prepared, own = prepare(config), config.retriever == "model"

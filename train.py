@@ -12,8 +12,8 @@ and takes its share, so any number of processes and micro-batches gives the same
 
 From top to bottom: options; the model; the objective (what a micro-batch adds to a step; the losses
 are in losses.py); one step; one stage with its loop; the run. Checkpoints, validation, the
-reference's log-probs and `--dry_run` are in runtime/. Legend: E examples, B those of a micro-batch,
-K rejected titles, N completions (1 + K; KTO: one more), M scored tokens.
+reference's log-probs and `--dry_run` are in runtime/. Legend: E examples, B of them in a
+micro-batch, K rejected titles, N completions (1 + K; KTO: one more), M scored tokens.
 """
 
 import math
@@ -48,7 +48,7 @@ from runtime.processes import Logger, Run, Schedule, StepMetrics, any_rank, pref
 from runtime.sharding import local, reduce_metrics, reshard, save_checkpoint
 
 CONFIGS = Path(__file__).parent / "configs"
-SMALL = 50_000_000  # parameters; a model of fewer has other defaults
+SMALL = 50_000_000  # parameters; smaller models have other defaults
 
 # ------------------------------------------------------------------------ options
 SFT, RECPO, ANY_LOSS = ("sft",), ("recpo",), tuple(LOSSES)  # who reads an option
@@ -59,8 +59,8 @@ LISTWISE = tuple(name for name, loss in LOSSES.items() if not loss.pairwise)
 class TrainConfig(ModelOptions):
     """SFT, then preference training, from a Hugging Face checkpoint.
 
-    Without --config, other defaults than these hold for models below 50 million parameters
-    (configs/small.json) and for --model titles (configs/titles.json)."""
+    Without --config, models below 50 million parameters take their defaults from
+    configs/small.json, and --model titles from configs/titles.json."""
 
     lora_r: int = arg(8, "LoRA rank; 0 = train all parameters", at_least=0)
     sft_lora_r: int = arg(-1, "LoRA rank in sft; -1 = lora_r", at_least=-1, read_by=SFT)
@@ -76,7 +76,7 @@ class TrainConfig(ModelOptions):
     margin_lambda: float = arg(2.0, "recpo's λ; simpo's γ", at_least=0, read_by=("recpo", "simpo"))
     margin: str = arg("ratio", "form of recpo's margin", choices=MARGINS, read_by=RECPO)
     num_negatives: int = arg(
-        3, "rejected titles a prompt", at_least=1, at_most=NUM_CANDIDATES - 1, read_by=LISTWISE
+        3, "rejected titles per prompt", at_least=1, at_most=NUM_CANDIDATES - 1, read_by=LISTWISE
     )
     negative_source: str = arg(
         "both", "which titles are rejected", choices=("both", "random", "follow"), read_by=ANY_LOSS
@@ -85,30 +85,30 @@ class TrainConfig(ModelOptions):
     sft_weight: float = arg(-1.0, "NLL's weight; -1: cpo 1, else 0", at_least=-1, read_by=ANY_LOSS)
     sft_epochs: float = arg(5.0, "may be a fraction", group="optimisation", above=0, read_by=SFT)
     epochs: float = arg(3.0, "epochs of a preference stage", above=0, read_by=ANY_LOSS)
-    max_steps: int = arg(0, "stop every stage after so many steps; 0 = off", at_least=0)
+    max_steps: int = arg(0, "stop every stage after this many steps; 0 = off", at_least=0)
     batch_size: int = arg(128, "prompts per optimizer step, over all processes", at_least=1)
-    micro_batch_tokens: int = arg(8192, "padded tokens of a forward pass", at_least=1, free=True)
+    micro_batch_tokens: int = arg(8192, "padded tokens per forward pass", at_least=1, free=True)
     sft_learning_rate: float = arg(1e-5, "peak rate of sft", above=0, read_by=SFT)
-    learning_rate: float = arg(1e-5, "peak of a preference stage", above=0, read_by=ANY_LOSS)
-    warmup_ratio: float = arg(0.05, "share of steps in which the rate rises", at_least=0, at_most=1)
+    learning_rate: float = arg(1e-5, "peak in preference stages", above=0, read_by=ANY_LOSS)
+    warmup_ratio: float = arg(0.05, "share of steps with a rising rate", at_least=0, at_most=1)
     adam_beta2: float = arg(0.999, "AdamW second-moment decay", at_least=0, below=1)
     max_grad_norm: float = arg(0.3, "clip the gradient's norm; 0 = off", at_least=0)
     shard: str = arg(
         "full", "split weights, copy them, or both", choices=("full", "none", "hybrid"), free=True
     )
     shard_group_size: int = arg(
-        0, "ranks of a copy; 0: a machine's", at_least=0, read_by=("--shard hybrid",), free=True
+        0, "ranks per copy; 0: a machine's", at_least=0, read_by=("--shard hybrid",), free=True
     )
     gradient_checkpointing: bool = arg(False, "recompute blocks: less memory, slower", free=True)
     compile: bool = arg(False, "torch.compile the blocks: a slow start, then faster", free=True)
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
-    decode_rest: bool = arg(True, "decode what is no candidate; off: invalid", group="output")
+    decode_rest: bool = arg(True, "generate if no candidate fits; off: invalid", group="output")
     val_size: int = arg(200, "validation users; 0 = none", at_least=0)
-    eval_steps: int = arg(0, "steps to a validation; 0: none", at_least=0, read_by=("--val_size",))
+    eval_steps: int = arg(0, "validate every N steps; 0: off", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
-    dry_run: bool = arg(False, "no training: first losses, memory of a rank, hours", free=True)
+    dry_run: bool = arg(False, "no training: print first losses, memory and hours", free=True)
     output_dir: str = arg("", "run folder; empty: the next runs/<dataset>-1, -2, ...", free=True)
-    save_steps: int = arg(100, "between checkpoints; 0 = only when stopped", at_least=0, free=True)
+    save_steps: int = arg(100, "save every N steps; 0 = only when stopped", at_least=0, free=True)
     save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1, free=True)
     resume: str = arg("", "auto: from the newest whole checkpoint", choices=("", "auto"), free=True)
     logging_steps: int = arg(10, "steps between printed lines", at_least=1, free=True)
@@ -124,9 +124,9 @@ class TrainConfig(ModelOptions):
         if self.dataset != "planted" and not (self.model or self.adapter):
             raise ValueError(f"--dataset {self.dataset} needs a --model. {policy.THREE_WAYS}")
         if self.model == TITLES and self.adapter:
-            raise ValueError(f"--model {TITLES} is a new base, no --adapter fits: leave it out")
+            raise ValueError(f"--model {TITLES} makes a new base: leave --adapter out")
         if self.load_in_4bit and 0 in (self.lora_r, self.sft_lora_r):
-            raise ValueError("--load_in_4bit needs adapters: no --lora_r 0, no --sft_lora_r 0")
+            raise ValueError("--load_in_4bit trains adapters: no --lora_r 0, no --sft_lora_r 0")
         if self.resume and not self.output_dir:
             raise ValueError("--resume needs --output_dir, the run folder to resume")
         if -1 < self.sft_weight < 0:
@@ -173,7 +173,7 @@ def defaults(given: dict) -> dict:
 
 # ------------------------------------------------------------------------ the objective
 def completion_slots(examples: Examples, loss: str, K: int, source: str) -> np.ndarray:
-    """(E, N) the candidates that become completions: chosen, K rejected, for KTO a neutral one."""
+    """(E, N) slots of the candidates to score: chosen, K rejected, for KTO also a neutral one."""
     slots = [examples.target[:, None], examples.negatives(K, source)]
     if loss == "kto":
         first, second = examples.negative_order[:, :1], examples.negative_order[:, 1:2]
@@ -182,8 +182,8 @@ def completion_slots(examples: Examples, loss: str, K: int, source: str) -> np.n
 
 
 def preference_metrics(t: Titles, losses: Tensor, rewards: Tensor, margins: Tensor) -> dict:
-    """Name -> (B,), TRL's names where they exist. Rewards of ipo and simpo are per token, and so
-    are the margins beside them; logps are sums."""
+    """Metrics of each prompt (B,) by name, with TRL's names where they exist.
+    Rewards and margins of ipo and simpo are per token; logps are sums."""
     gaps = rewards[:, :1] - rewards[:, 1:]  # (B, K)
     return {
         "preference_loss": losses,
@@ -201,26 +201,26 @@ def preference_metrics(t: Titles, losses: Tensor, rewards: Tensor, margins: Tens
 
 @dataclass
 class MicroBatch:
-    """What one forward pass needs, on its device; all counts are known beforehand, as numbers."""
+    """What one forward pass needs, on its device; all counts are plain numbers."""
 
     tree: PromptTree
-    weight: float  # 0: one example that only evens out the ranks' numbers of passes
+    weight: float  # 0: a filler example, so that all ranks make the same number of passes
     chosen: Tensor  # indices of the chosen titles' tokens among the M scored ones
     num_examples: int  # of the global batch
-    num_tokens: float  # target tokens of the global batch; those of histories by their weight
+    num_tokens: float  # target tokens of the global batch; history tokens count by their weight
     reference_logps: Tensor  # (B, N), zeros without a reference
     phi: Tensor  # (B, N) preference scores of the titles
     lengths: Tensor  # (B, N) tokens of the titles, EOS included
 
 
 class Objective:
-    """What a stage learns: SFT (eq. 1), a mean over target tokens, or a preference loss, a mean
-    over examples.
+    """A stage's objective: SFT (eq. 1) or a preference loss.
+    SFT is a mean over target tokens, a preference loss a mean over examples.
 
-    With --history_weight W the history's tokens are targets of SFT, too, and each counts W times:
-    every item tells what the user chose next. Reference log-probs are filled in before the first
+    With --history_weight W, SFT also predicts the history's tokens, each with weight W, because
+    every item shows what the user chose next. Reference log-probs are filled in before the first
     step. KTO's baseline z is the mean log-ratio of a listed title that is neither chosen nor
-    rejected; the global mean of one step serves the next, whatever the micro-batches (first: 0)."""
+    rejected; a step uses the global mean of the step before (the first: 0)."""
 
     def __init__(self, config, loss: str, model, encoded: Encoded, device):
         self.config, self.loss, self.model, self.encoded = config, loss, model, encoded
@@ -237,12 +237,12 @@ class Objective:
         self.phi = torch.from_numpy(np.take_along_axis(examples.scores, self.slots, 1))  # (E, N)
         self.reference_logps = torch.zeros(self.slots.shape)  # (E, N)
         self.has_reference = bool(self.method and self.method.has_reference)
-        # of the first step, where they must be zero; None once they were checked
+        # rewards of the first step, which must be zero; None after the check
         self.first_rewards: list[Tensor] | None = [] if self.has_reference else None
         self.kl = torch.zeros((), device=device)  # of the step before
 
     def num_tokens(self, examples) -> float:
-        """Number of target tokens: of chosen titles, plus history tokens times their weight."""
+        """Target tokens: those of the chosen titles, plus history tokens times their weight."""
         chosen = (self.encoded.slots(int(e), self.slots[e][:1]) for e in examples)
         count = sum(len(ids) for (ids,) in chosen)
         if self.history_weight:
@@ -312,7 +312,7 @@ class Objective:
         return loss, sums
 
     def at_the_start(self) -> tuple[Tensor, Tensor]:
-        """Losses (E,) where the policy is its reference, and target margins (E, K)."""
+        """Losses (E,) if policy and reference are equal, and target margins (E, K)."""
         zeros, phi = torch.zeros(len(self.slots), 1 + self.K), self.phi[:, : 1 + self.K]
         titles = Titles(zeros, zeros, phi, torch.ones_like(zeros), torch.zeros(()))
         losses, _, margins = self.method(titles, self.config)
@@ -328,7 +328,7 @@ class Objective:
         return {"kl": self.kl.item()} if self.loss == "kto" else {}
 
     def load_state(self, state: dict) -> None:
-        self.first_rewards = None  # those of the first step, which is over
+        self.first_rewards = None  # the first step is over
         self.kl = torch.tensor(state.get("kl", 0.0), device=self.device)
 
 
@@ -336,16 +336,16 @@ class Objective:
 def train_step(
     model, optimizer, batches: list, objective: Callable, lr: float, config, replicas: int = 0
 ) -> StepMetrics:
-    """Accumulate gradients over this rank's micro-batches, clip, step; metrics of the global batch.
+    """Accumulate gradients over micro-batches, clip and step; returns the global batch's metrics.
 
     `objective(batch) -> (loss, sums)`: the loss is already divided by global counts, so
     micro-batches and ranks add up to one big batch; `sums` maps metric names to (sum, count).
-    All ranks must bring the same number of batches. `replicas` ranks hold the same rows of a
+    All ranks must pass the same number of batches. `replicas` ranks hold the same rows of a
     gradient; 0: all do. Nothing here waits for the GPU."""
     sums, counts = defaultdict(float), defaultdict(float)
     sharded, world_size = hasattr(model, "set_requires_gradient_sync"), dist.get_world_size()
-    # Adapters are small: their gradients are reduced once per step. Those of all weights, whole in
-    # fp32, are what sharding is there to avoid: each micro-batch reduces its own.
+    # Adapters are small: their gradients are reduced once per step. Whole fp32 gradients of all
+    # weights would take the memory that sharding saves, so each micro-batch reduces its own.
     each_reduces = not getattr(model, "lora_config", None)
     (group,) = optimizer.param_groups
     # ------------------------- training step begins -------------------------
@@ -364,13 +364,13 @@ def train_step(
     # Plain local tensors: DTensor's own clip_grad_norm_ costs more than a small model's whole step.
     gradients = [local(p.grad) for p in group["params"]]
     sums["grad_norm"] = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    counts["grad_norm"] = (replicas or world_size) / world_size  # so many ranks hold the same rows
+    counts["grad_norm"] = (replicas or world_size) / world_size  # sums to the copies of each row
     means, not_finite = reduce_metrics(sums, counts)
     means["grad_norm"] = grad_norm = means["grad_norm"].sqrt()
     if config.max_grad_norm:
         clip = (config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, clip.float())
-    # fused AdamW leaves the whole update out where this is 1
+    # fused AdamW skips the update if this is 1
     optimizer.found_inf = (~(grad_norm + means["loss"]).isfinite()).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -388,9 +388,9 @@ def get_lr(step: int, num_steps: int, peak: float, warmup_ratio: float) -> float
 
 # ------------------------------------------------------------------------ evaluation over ranks
 def predict_on_all_ranks(run: Run, model, encoded: Encoded, decode_rest: bool) -> list[dict]:
-    """Records of all examples on rank 0, in their order, and none on the others.
+    """Predict all examples, divided over ranks; rank 0 gets the records in order, others none.
 
-    The model is left resharded, and in the mode it came in."""
+    The model is left resharded, and in the mode it was in."""
     training = model.training
     records = predict(
         model.eval(),
@@ -410,14 +410,14 @@ def predict_on_all_ranks(run: Run, model, encoded: Encoded, decode_rest: bool) -
 
 
 def validation_metrics(run: Run, model: Transformer) -> dict | None:
-    """Metrics of the validation users, on rank 0, in one pass: what is no candidate is invalid."""
+    """Metrics of the validation users on rank 0, from one pass: other answers are invalid."""
     records = predict_on_all_ranks(run, model, run.val, False)
     return summarise(records) if is_main() else None
 
 
 # ------------------------------------------------------------------------ one stage
 def plan(run: Run, name: str, model: Transformer | None) -> tuple[Objective, Schedule]:
-    """What a stage learns, and its steps."""
+    """The objective and the schedule of a stage."""
     objective = Objective(run.config, name, model, run.train, run.device)
     epochs = run.config.sft_epochs if name == "sft" else run.config.epochs
     widths = tree_widths(run.train, objective.slots)
@@ -500,7 +500,7 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
 
 
 def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
-    """Test the model on the test split, divided over ranks; then its folder gets its name."""
+    """Test the model, divided over ranks, then give its folder the final name."""
     started, final = time.time(), run.folder / name
     records = predict_on_all_ranks(run, model, run.test, run.config.decode_rest)
     if is_main():
@@ -594,7 +594,7 @@ def main() -> None:
 
 
 def run_stages(run: Run) -> None:
-    """Every stage that is not finished yet; preference stages start from what sft left."""
+    """Run every unfinished stage; preference stages start from the sft result."""
     config, folder = run.config, run.folder
     start = (run.base, Path(config.adapter) if config.adapter else None)
     finished = [s for s in config.stage_list if (folder / s / "eval" / "metrics.json").exists()]
@@ -614,8 +614,8 @@ def run_stages(run: Run) -> None:
 
 
 def write_results(run: Run, prepared) -> None:
-    """Write and print the run's table, with the optimum where it is known; then a warning for each
-    trained stage whose answers mostly were not listed titles."""
+    """Write and print the run's table, with the optimum if it is known.
+    Warn of every trained stage whose answers mostly were not listed titles."""
     config, file = run.config, run.folder / "results.md"
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in config.stage_list}
     bounds, optimum = {}, prepared.optimum("test")

@@ -1,11 +1,11 @@
-"""Speed and memory of reading own logs, beside pandas on the same files.
+"""Speed and memory of reading your own logs, compared with pandas on the same files.
 
     python -m bench.data       20 million rows, 1 million JSON lines (--rows: another number)
 
 Rows hold user, item, rating, time and title, users and items drawn unevenly, as people choose.
 `prepared` is all that a run waits for: read, examples drawn, hashed, written, mapped. pandas reads
-the same file, sorts it by user and time and drops repeated pairs. Every figure is that of a process
-of its own, with two threads of Arrow. MovieLens-1M is read where --movielens names it."""
+the same file, sorts it by user and time and drops repeated pairs. Each row is measured in its own
+process, with two Arrow threads. MovieLens-1M is read if --movielens names it."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from loaders.frozen import DataConfig, prepare
 
 ROOT = Path(__file__).parents[1]
-PART = 1_000_000  # rows that are made together
+PART = 1_000_000  # rows made at a time
 
 
 def make_rows(rng, n: int) -> pa.Table:
@@ -38,7 +38,7 @@ def make_rows(rng, n: int) -> pa.Table:
 
 
 def write_files(folder: Path, rows: int, lines: int) -> dict[str, Path]:
-    """Kind -> a file of made-up rows."""
+    """Write files of made-up rows; returns kind -> file."""
     rng = np.random.default_rng(0)
     files = {kind: folder / f"log.{kind}" for kind in ("csv", "parquet", "jsonl")}
     with open(files["csv"], "wb") as f:
@@ -74,7 +74,7 @@ def child(kind: str, file: Path, kept: str) -> None:
 
 
 def measure(kind: str, file: Path, folder: Path) -> None:
-    """A row of the table."""
+    """Measure and print a row of the table."""
     module, place = [sys.executable, "-m", "bench.data"], str(folder / f"p-{kind}")
     command = [*module, "--child", kind, str(file), place]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -1,11 +1,11 @@
-"""Evaluation from one forward pass, and the ways that take more: milliseconds of a prompt.
+"""Evaluation from one forward pass, and the ways that take more: milliseconds per prompt.
 
     python -m bench.evaluation
 
 one pass       the 20 candidates on one tree: the ranking, and the greedy answer if it is listed
 20 sequences   a full sequence per candidate, scored rows only: the ranking alone
 generate       our greedy decoding with a KV cache, as many tokens as a title has: the answer alone
-transformers   its generate on the same weights, where installed: 128 tokens, as the authors run it
+transformers   its generate on the same weights, if installed: 128 tokens, as the authors run it
 
 Weights and ids are random, so that answers mean nothing; that the ways agree is tested
 (tests/test_eval.py, tests/test_gpu.py).
@@ -31,7 +31,7 @@ def one_pass(model, prompts: list, candidates: list) -> torch.Tensor:
 
 
 def sequences(model, prompts: list, candidates: list) -> torch.Tensor:
-    """The same, each candidate behind its own copy of the prompt."""
+    """The same, with each candidate after its own copy of the prompt."""
     rows = []
     for prompt, titles in zip(prompts, candidates, strict=True):
         rows.append(one_pass(model, [prompt] * len(titles), [[title] for title in titles])[:, 0])
@@ -39,7 +39,7 @@ def sequences(model, prompts: list, candidates: list) -> torch.Tensor:
 
 
 def all_ways(sizes: Sizes, model) -> dict[str, Callable]:
-    """Name -> what answers all prompts that way."""
+    """Map the name of each way to a function that answers all prompts."""
     batch = make_batch(sizes, NUM_CANDIDATES)
     ways = {"one pass": partial(one_pass, model.eval(), *batch)}
     ways["20 sequences"] = partial(sequences, model, *batch)

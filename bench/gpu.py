@@ -1,11 +1,11 @@
-"""The timed figures of a GPU, in order of worth; a run that is stopped goes on where it was.
+"""The timed figures of a GPU, the most important first; a stopped run resumes.
 
     python -m bench.gpu                   writes results/bench/gpu-<card>-<commit>.md
     python -m bench.gpu --page FILE       the page is that file
 
 The page is written after every figure. Started again, a run measures what the page does not hold,
-and what failed. Whether the numbers that a GPU computes are right is asked by `pytest -m gpu`
-(tests/test_gpu.py). A CPU takes toy sizes.
+and what failed. `pytest -m gpu` (tests/test_gpu.py) tests whether the numbers that a GPU computes
+are right. On a CPU the sizes are tiny.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from kernels.nf4 import dequantize_nf4, quantize_nf4
 
 
 def nf4(sizes: Sizes) -> str:
-    """Bytes that a dequantised projection moves in a second, beside those of a large copy."""
+    """Time to dequantise a projection, and its memory rate as a share of a large copy's."""
     shape = (sizes.config.intermediate_size, sizes.config.hidden_size)
     weight = torch.randn(*shape, device=sizes.device, dtype=sizes.torch_dtype)
     codes, absmax = quantize_nf4(weight)
@@ -36,7 +36,7 @@ def nf4(sizes: Sizes) -> str:
 
 
 def figures(sizes: Sizes) -> dict[str, Callable[[], str]]:
-    """Those of all scripts, the ones that matter most first."""
+    """The figures of all scripts, the most important first."""
     steps, heads = step.figures(sizes), head.figures(sizes)
     first = ["RecPO step", "the usual way", "the usual way, checkpointing"]
     found = {name: steps[name] for name in first} | {"head, 4096 rows": heads["head, 4096 rows"]}

@@ -1,7 +1,7 @@
 """What the benchmarks share: sizes, random models and batches, a step, times and pages.
 
-A script answers one question. Its `figures(sizes)` names what it measures: name -> a function that
-measures it and says it in a line. `run` prints them, and keeps them in --page.
+Each script answers one question. Its `figures(sizes)` maps the name of each figure to a function
+that measures it and returns one line. `run` prints the lines, and keeps them in --page.
 
 Weights and token ids are random, because speed does not depend on their values. A GPU takes
 Llama-3.1-8B's shape in bf16, a CPU a tiny one in fp32, unless --shape and --dtype say otherwise.
@@ -53,7 +53,7 @@ class Sizes:
     prompt: int = arg(400, "tokens of a prompt")
     completion: int = arg(12, "tokens of a completion, its EOS included")
     negatives: int = arg(3, "negatives of a prompt (K)")
-    seconds: float = arg(3.0, "each way runs at least so long")
+    seconds: float = arg(3.0, "each way runs at least this long")
     page: str = arg("", "file that keeps the figures; what it holds is not measured again")
 
     @property
@@ -68,9 +68,9 @@ class Sizes:
 
 @lru_cache(2)
 def make_model(sizes: Sizes, four_bit: bool = False) -> Transformer:
-    """A model with an adapter, of random weights, made on the device it runs on.
+    """A model with an adapter and random weights, made on the device it runs on.
 
-    lora_B is not zero, because half of the gradients would be."""
+    lora_B is not zero, or half of the gradients would be."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Transformer(sizes.config).to(sizes.torch_dtype)
@@ -89,7 +89,7 @@ def make_model(sizes: Sizes, four_bit: bool = False) -> Transformer:
 
 
 def make_batch(sizes: Sizes, num_completions: int = 0) -> tuple[list, list]:
-    """Prompts and their completions, of random ids; 1 + K completions if nothing else is said."""
+    """Prompts and their completions, of random ids; by default 1 + K completions."""
     generator = torch.Generator().manual_seed(2)
 
     def ids(length: int) -> list[int]:
@@ -126,7 +126,7 @@ class Step:
             self.reference_logps = self.tree.sum_logps(model(self.tree)[0])
 
     def compute(self, tree):
-        """(loss, metrics) of the tree, as train_step asks for them."""
+        """(loss, metrics) of the tree, in the form that train_step expects."""
         logps = tree.sum_logps(self.model(tree)[0])
         margins = torch.full_like(logps[:, 1:], MARGIN)
         losses, _ = recpo_loss(logps, self.reference_logps, margins, beta=1.0)
@@ -142,7 +142,7 @@ class Step:
         ).read()
 
     def flops(self) -> float:
-        """Of forward and backward over frozen weights, without attention (about 1 %)."""
+        """FLOP of forward and backward over frozen weights, without attention (about 1 %)."""
         c, rows = self.model.config, len(self.tree.labels)
         attention = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
         block = c.hidden_size * (attention + 3 * c.intermediate_size)
@@ -152,7 +152,7 @@ class Step:
 
 # ------------------------------------------------------------------------ measuring, printing
 def medians(ways: dict, seconds: float, rounds: int = 3) -> dict[str, float]:
-    """Median seconds of a call of each way. What slows the machine slows all: they take turns."""
+    """Median seconds per call of each way; they take turns, so a slow machine slows all."""
     times = {name: [] for name in ways}
     for way in ways.values():
         way()  # allocates, compiles
@@ -165,7 +165,7 @@ def medians(ways: dict, seconds: float, rounds: int = 3) -> dict[str, float]:
 
 
 def peak_gb(way: Callable) -> str:
-    """GB that a call adds to what the GPU holds; a CPU does not count them."""
+    """GB that a call adds on the GPU; unknown on a CPU."""
     if not CUDA:
         return "? GB"
     torch.cuda.reset_peak_memory_stats()
@@ -207,9 +207,9 @@ def run(figures: Callable, title: str, sizes: Sizes) -> None:
         if figure not in found:
             try:
                 found[figure] = measure()
-            except Exception as error:  # the figures behind it are measured all the same
+            except Exception as error:  # the remaining figures are measured anyway
                 found[figure] = f"failed: {type(error).__name__}: {str(error)[:200]!r}"
-            gc.collect()  # what it held
+            gc.collect()  # frees what it held
         print(f"| {figure} | {found[figure]} |", flush=True)
         if sizes.page:
             rows = [f"| {name} | {found[name]} |" for name in wanted if name in found]

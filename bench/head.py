@@ -6,7 +6,7 @@ here            kernels/logps.py as training uses it: Triton slabs on a GPU, PyT
 here, fused     its single Triton kernel, which recomputes the logits in backward (GPU only)
 eager           inputs and logits of all rows in fp32, log_softmax, gather: exact and simple
 eager, rounded  logits in the dtype of the inputs: what most trainers do; compiled: the same
-torch           F.linear_cross_entropy(reduction="none"), where this torch has it
+torch           F.linear_cross_entropy(reduction="none"), if this torch has it
 
 The head is frozen, as in LoRA training; rates count the two GEMMs that are needed. Errors are the
 largest difference of a log-prob from float64 on the same random inputs.
@@ -52,7 +52,7 @@ def all_ways() -> dict[str, Callable]:
 
 
 def measure(sizes: Sizes, M: int) -> str:
-    """Of each way: ms, share of the matrix rate, memory, error of a log-prob."""
+    """Milliseconds, share of the matrix rate, memory and error of a log-prob of each way."""
     D, V, device = sizes.config.hidden_size, sizes.config.vocab_size, sizes.device
     weight = (torch.randn(V, D, device=device) * D**-0.5).to(sizes.torch_dtype)
     hidden = (3.5 * torch.randn(M, D, device=device)).to(sizes.torch_dtype)  # |logit| up to 20

@@ -3,7 +3,7 @@
     python -m bench.scaling
     torchrun --nproc_per_node 8 -m bench.scaling      a step of each shard mode
 
-One thing changes at a time; behind each time stands how far it lies from the straight line through
+One size changes at a time; each time comes with its distance from the straight line through
 (tree tokens, time). Attention grows faster with the length of prompts, all else is linear.
 """
 
@@ -23,7 +23,7 @@ from runtime.sharding import shard
 
 
 def growth(sizes: Sizes, what: str, values: tuple[int, ...]) -> str:
-    """ms by value, and distances from the line."""
+    """Milliseconds for each value, and their distances from the line."""
     model, two = make_model(sizes), replace(sizes, prompts=2)
     steps = {n: Step(model, make_batch(replace(two, **{what: n}))) for n in values}
     times = list(medians(steps, sizes.seconds).values())
@@ -40,7 +40,7 @@ def figures(sizes: Sizes) -> dict[str, Callable[[], str]]:
 
 
 def compare_ranks(sizes: Sizes) -> None:
-    """A step of each shard mode by the slowest rank, beside a rank that sends nothing."""
+    """Time a step of each shard mode on the slowest rank, and a rank that sends nothing."""
     _, world_size, device = setup_distributed()
     alone = 0.0
     for mode in ("none", "full"):

@@ -1,4 +1,4 @@
-"""A training step here, and the same step written the usual way, on the same weights and batch.
+"""Compare a training step here with the usual way to write it, on the same weights and batch.
 
     python -m bench.step                      --help lists the sizes
 
@@ -72,7 +72,7 @@ def naive_model(ours: Transformer, peer: bool = False) -> nn.Module:
 
 
 def transformers_model(ours: Transformer) -> nn.Module:
-    """transformers' model of the same weights, not copied; ImportError where it is missing."""
+    """transformers' model of the same weights, not copied; ImportError if it is missing."""
     import transformers
 
     raw = {k: v for k, v in hf_config(vars(ours.config)).items() if k != "architectures"}
@@ -101,7 +101,7 @@ def usual_logps(model: nn.Module, prompts: list, completions: list) -> Tensor:
 
 
 class Usual:
-    """A RecPO step of the usual way; the model as it is now is its own reference."""
+    """A RecPO step written the usual way; a copy of the model is its reference."""
 
     def __init__(self, ours: Transformer, batch, checkpointing=False, peer=PEER, micro_batch=0):
         self.batch = batch
@@ -151,14 +151,14 @@ class Usual:
 
 # ------------------------------------------------------------------------ figures
 def alone(step: Step, sizes: Sizes) -> str:
-    """Time, speed, share of the matrix rate, and memory beside what is held."""
+    """Time, speed, share of the matrix rate, and memory on top of what is held."""
     s = medians({"step": step}, sizes.seconds)["step"]
     share = f"{step.flops() / s / matrix_rate(sizes):.0%} of the matrix rate"
     return f"{1000 * s:.0f} ms, {step.tokens / s:,.0f} tokens/s, {share}, {peak_gb(step)}"
 
 
 def figures(sizes: Sizes) -> dict[str, Callable[[], str]]:
-    """In order of worth."""
+    """The figures, the most important first."""
     batch = make_batch(sizes)
 
     def here(four_bit=False, naive=False, **switches) -> Step:

@@ -1,8 +1,8 @@
 """--prompt_format chat: the model's own chat template around every prompt.
 
-It is rendered once, as transformers renders it: made-up texts show what it writes around a user's
-text and after an answer. Prompt + title + end token equal its own dialogue [user, assistant]. The
-date is fixed, so that prompts never change. A template that never ends is not stopped."""
+It is rendered once, as in transformers: made-up texts show what it writes around a user's text and
+after an answer. Prompt + title + end token equal its own dialogue [user, assistant]. The date is
+fixed, so that prompts never change. An endless template is not stopped."""
 
 import json
 import re
@@ -18,8 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 from common import read_json, reading
 from hub.files import note_once
 
-TODAY = datetime(2024, 7, 26)  # what Llama 3's own template says where no clock is at hand
-# Like a prompt in all that matters to a template: lines, quotes, markup, no space at the ends.
+TODAY = datetime(2024, 7, 26)  # the date in Llama 3's own template if there is no clock
+# Like a real prompt to a template: lines, quotes, markup, no space at the ends.
 PROBE = 'Alien: "Rock & Roll\'s" <3> {{ 7 * 7 }} | Rating: 5\n\nÉlite (1999)\nAnswer:'
 OTHER_PROBE = "Heat\nAnswer:"
 ANSWER_PROBE = "Solaris: A Film (1972)"
@@ -27,7 +27,7 @@ ANSWER_PROBE = "Solaris: A Film (1972)"
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """What stands around a prompt's text, and around a title. The default: plain prompts."""
+    """The text around a prompt and around a title; the defaults are those of plain prompts."""
 
     before: str = ""
     after: str = ""
@@ -36,7 +36,7 @@ class PromptFrame:
     end_id: int | None = None  # None = the model's EOS
 
     def around(self, text: str, *titles: str) -> str:
-        """A prompt, and a title that answers it."""
+        """A prompt in its frame, followed by a title if one is given."""
         return self.before + text + self.after + "".join(self.lead + t + self.tail for t in titles)
 
 
@@ -62,24 +62,24 @@ def chat_frame(path: Path, inner) -> PromptFrame:
         as_is = other == before + OTHER_PROBE + after and dialogue.startswith(before + PROBE)
         if not as_is or not ends:
             raise ValueError(
-                "it does not write a user's text as it is, once, and a control token of "
-                f"tokenizer.json behind an answer, but {rest[:40]!r}"
+                "it must write a user's text once and unchanged, and a control token of "
+                f"tokenizer.json after an answer, not {rest[:40]!r}"
             )
-    except Exception as error:  # a template is a stranger's program
+    except Exception as error:  # a template is an unknown program
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         what = f"its chat template cannot be used ({kind}{str(error)[:200]})"
-        raise ValueError(f"{file}: {what}; mend it, or use --prompt_format plain") from None
+        raise ValueError(f"{file}: {what}; correct it, or use --prompt_format plain") from None
     # Llama 2's template writes a space before an answer that is not in its prompt
     lead = between.removeprefix(after)
     if not between.startswith(after) or lead.strip(" "):
-        said = f"generation prompt {after[-40:]!r} is not how its own dialogues go on"
+        said = f"generation prompt {after[-40:]!r} differs from its own dialogues"
         note_once(f"{file}: its {said}; prompts end as those do, in {between[-40:]!r}")
         after, lead = between, ""
     return PromptFrame(before, after, lead, tail, ends[max(ends, key=len)])
 
 
 def read_template(path: Path) -> tuple[Path, object, dict[str, str]]:
-    """(file, template, bos_token and the like) of a folder; chat_template.jinja goes first."""
+    """Read (file, template, special tokens) of a folder; chat_template.jinja has priority."""
     file, settings = path / "tokenizer_config.json", {}
     for source in (path / "special_tokens_map.json", file):
         settings |= read_json(source) if source.exists() else {}
@@ -111,7 +111,7 @@ def compiled(template: str) -> Template:
 
 
 def add_end_of_turn(path: Path, end_id: int) -> None:
-    """Add it to a saved model's generation_config.json, where other programs look for it."""
+    """Add the end of a turn to generation_config.json, where other programs look for it."""
     file = path / "generation_config.json"
     config = read_json(file) if file.exists() else {}
     known = config.get("eos_token_id", read_json(path / "config.json").get("eos_token_id"))

@@ -1,6 +1,6 @@
 """config.json of a Hugging Face directory, in the layouts of transformers 4 and 5.
 
-Llama 2 and 3, Qwen2, Qwen2.5 and Qwen3: a key that asks for another computation is refused."""
+Llama 2 and 3, Qwen2, Qwen2.5 and Qwen3 are read; keys that need another computation are refused."""
 
 import json
 from functools import partial
@@ -22,7 +22,7 @@ def read_config(path) -> dict:
     with reading(file):
         model_type, size = raw["model_type"], partial(positive, file, raw, kinds=(int,), most=2**20)
         architecture = ARCHITECTURES.get(model_type)
-        understood = {  # keys that change the result, and whether theirs is computed here
+        understood = {  # keys that change the result, and whether their value is supported
             "model_type": architecture is not None,
             "architectures": raw.get("architectures") in (None, [architecture]),
             "hidden_act": raw.get("hidden_act") in (None, "silu", "swish"),
@@ -40,7 +40,7 @@ def read_config(path) -> dict:
         head_dim = size("head_dim", 128 if model_type == "qwen3" else max(1, hidden_size // heads))
         if heads % kv_heads or head_dim % 2:
             given = f"num_key_value_heads {kv_heads}, head_dim {head_dim}"
-            raise ValueError(f"{file}: {given}: a divisor of {heads} and an even number are needed")
+            raise ValueError(f"{file}: {given}: must be a divisor of {heads}, and even")
         # transformers takes rope_scaling, its older layout, first
         ropes = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
         found = [read_rope(file, raw, rope) for rope in ropes or [{}]]
@@ -65,7 +65,7 @@ def read_config(path) -> dict:
 
 
 def read_rope(file: Path, raw: dict, rope: dict) -> dict:
-    """rope_theta and rope_scaling as one layout gives them."""
+    """Read rope_theta and rope_scaling from one of the two layouts."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     used = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     used |= set(LLAMA3_ROPE) if kind == "llama3" else set()
@@ -82,7 +82,7 @@ def read_rope(file: Path, raw: dict, rope: dict) -> dict:
 
 
 def positive(file: Path, raw: dict, key: str, default=None, kinds=(int, float), most=1e300):
-    """The number above 0 under a key; bounded, or a damaged file could ask for all memory."""
+    """Read a positive number; it is bounded, or a damaged file could ask for all memory."""
     value = default if raw.get(key) is None else raw[key]
     if type(value) not in kinds or not 0 < value <= most:
         kind = "a number" if float in kinds else f"a whole number up to {most:,} and"
@@ -91,7 +91,7 @@ def positive(file: Path, raw: dict, key: str, default=None, kinds=(int, float), 
 
 
 def hf_config(fields: dict) -> dict:
-    """A config.json that transformers 4 and 5 both read: rope parameters stand in both layouts."""
+    """A config.json that transformers 4 and 5 both read, with rope parameters in both layouts."""
     rope = fields["rope_scaling"] or {"rope_type": "default"}
     out = {"architectures": [ARCHITECTURES[fields["model_type"]]], "hidden_act": "silu", **fields}
     out["rope_parameters"] = {"rope_theta": fields["rope_theta"]} | rope

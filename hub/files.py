@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are; safetensors in and out, checked before a weight is read."""
+"""Find a checkpoint's files; read and write safetensors, checked before a weight is read."""
 
 import contextlib
 import functools
@@ -41,12 +41,12 @@ def resolve_path(name, weights: bool = True) -> Path:
     patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns))
-    except OSError as error:  # the library says how to log in, or that the network is away
-        raise ValueError(f"{name}: no such directory, and none from the hub: {error}") from None
+    except OSError as error:  # the library says how to log in, or that the network is down
+        raise ValueError(f"{name}: no such directory, and not from the hub: {error}") from None
 
 
 def open_safetensors(file: Path):
-    """Open a file of tensors; ValueError names one that cannot be read."""
+    """Open a safetensors file; ValueError if it cannot be read."""
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -54,13 +54,13 @@ def open_safetensors(file: Path):
 
 
 class Weights:
-    """A checkpoint's tensors, read when asked for; one whole file goes before an index."""
+    """A checkpoint's tensors, read on demand; a single file has priority over an index."""
 
     def __init__(self, path):
         whole, index = Path(path) / WHOLE, Path(path) / INDEX
         files = {whole}
         if not whole.exists() and not index.exists():
-            raise ValueError(f"{path}: neither {WHOLE} nor {INDEX} in it; download it again, whole")
+            raise ValueError(f"{path}: neither {WHOLE} nor {INDEX} in it; download it again")
         if not whole.exists():
             with reading(index):
                 names = read_json(index)["weight_map"].values()
@@ -69,7 +69,7 @@ class Weights:
         self.files = {name: file for file, held in self.handles.items() for name in held.keys()}
 
     def rows(self, name: str):
-        """A tensor that is read where it is sliced: rows(name)[start:stop]."""
+        """A lazy tensor: rows(name)[start:stop] reads only these rows."""
         return self.handles[self.files[name]].get_slice(name)
 
     def tensor(self, name: str) -> Tensor:
@@ -79,7 +79,7 @@ class Weights:
 def check_tensors(where, found: dict, needed: dict, way_out: str) -> None:
     """Raise unless the names and shapes that were found are those that are needed."""
     wrong = sorted(n for n in found.keys() | needed.keys() if found.get(n) != needed.get(n))
-    shown = [f"{n} (there: {found.get(n)}, needed: {needed.get(n)})" for n in wrong[:2]]
+    shown = [f"{n} (found: {found.get(n)}, needed: {needed.get(n)})" for n in wrong[:2]]
     if wrong:
         raise ValueError(f"{where}: {len(wrong)} tensors do not fit, {', '.join(shown)}; {way_out}")
 
@@ -97,12 +97,12 @@ def open_weights(path: Path, needed: dict, four_bit: bool = False) -> Weights:
         if name in needed or not unused:
             shape, dtype = tuple(weights.rows(name).get_shape()), weights.rows(name).get_dtype()
             found[name] = shape if dtype in FLOATS or name in quantised else f"stored as {dtype}"
-    check_tensors(path, found, needed, "save the bare model (no torch.compile, DDP, PEFT), whole")
+    check_tensors(path, found, needed, "save the whole plain model (no torch.compile, DDP, PEFT)")
     return weights
 
 
 def stored_head_differs(path) -> bool:
-    """Whether a separate output matrix is stored, which transformers 5 uses, tied or not."""
+    """Whether a different output matrix is stored; transformers 5 uses it, tied or not."""
     weights, names = Weights(path), ("lm_head.weight", "model.embed_tokens.weight")
     if not all(name in weights.files for name in names):
         return False
@@ -122,7 +122,7 @@ def base_fingerprint(path) -> str:
         return content.digest()
 
     if version not in HASHES:
-        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             digests = b"".join(pool.map(digest, sorted(weights.files)))
         HASHES[version] = hashlib.sha256(digests).hexdigest()
     return HASHES[version]
@@ -146,7 +146,7 @@ def write_weights(
 ) -> None:
     """Write weights, and an index if they fill several files, in place of older ones.
 
-    `tensors` gives the values where they are gathered or converted one by one: then few are in
+    `tensors` yields the values if they are gathered or converted one by one, so that few are in
     memory at a time; all are consumed, even without `write`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 

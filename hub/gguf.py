@@ -1,7 +1,7 @@
-"""A Llama, Qwen2 or Qwen3 GGUF becomes a Hugging Face directory: python -m hub.gguf FILE DIR
+"""Convert a Llama, Qwen2 or Qwen3 GGUF to a Hugging Face directory: python -m hub.gguf FILE DIR
 
-The `gguf` package (extra `gguf`) reads the file and dequantises its weights. What is not understood
-is refused by key and value, also files in parts and tokenizers other than byte-level BPE."""
+The `gguf` package (extra `gguf`) reads the file and dequantises its weights. Unknown keys or values
+are refused, and so are files in parts and tokenizers other than byte-level BPE."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ NAMES = {  # of modules, without the block's prefix
 
 
 def open_gguf(path) -> tuple[dict, dict]:
-    """(metadata by key, tensors by name) of a file, whose weights are mapped, not read."""
+    """Open a file as (metadata by key, tensors by name); weights are mapped, not read."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -50,7 +50,7 @@ def open_gguf(path) -> tuple[dict, dict]:
 
 
 def model_fields(metadata: dict, tensors: dict) -> dict:
-    """Fields of `model.ModelConfig`; a key of the architecture that is not read must be empty."""
+    """The fields of `model.ModelConfig`; other keys of the architecture must be empty."""
     architecture = metadata["general.architecture"]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not supported, {[*ARCHITECTURES]} are")
@@ -59,9 +59,9 @@ def model_fields(metadata: dict, tensors: dict) -> dict:
     heads, hidden_size = own.pop("attention.head_count"), own.pop("embedding_length")
     head_dim = own.get("attention.key_length", hidden_size // heads)
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        if own.get(key) == head_dim:  # another value stays, and is refused
+        if own.get(key) == head_dim:  # other values stay, and are refused
             del own[key]
-    own.pop("vocab_size", None)  # the embedding tells it
+    own.pop("vocab_size", None)  # the embedding's shape gives it
     rope_theta, divisors = own.pop("rope.freq_base", 10000.0), tensors.get("rope_freqs.weight")
     scaling = divisors and llama3_scaling(read_tensor(divisors, {}), rope_theta, head_dim)
     fields = {
@@ -89,12 +89,12 @@ def model_fields(metadata: dict, tensors: dict) -> dict:
 
 
 def shortest(value: float) -> float:
-    """The decimal number that was meant: metadata are fp32, and 1e-5 has become 9.99999975e-6."""
+    """The decimal number that was meant: metadata is fp32, and 1e-5 has become 9.99999975e-6."""
     return float(str(np.float32(value)))
 
 
 def llama3_scaling(stored: Tensor, rope_theta: float, head_dim: int) -> dict:
-    """Llama-3.1's rope scaling, of which a GGUF stores the divisors of the frequencies."""
+    """Llama-3.1's rope scaling, found from the frequency divisors that a GGUF stores."""
     factor = shortest(stored.max().item())
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     keep = ((8192 / (2 * torch.pi * rope_theta**exponents) - 1) / 3).clamp(0, 1)  # periods in 8192
@@ -105,7 +105,7 @@ def llama3_scaling(stored: Tensor, rope_theta: float, head_dim: int) -> dict:
 
 
 def hf_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    """Translate a name: blk.3.attn_q.weight becomes model.layers.3.self_attn.q_proj.weight."""
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not found or found[2] not in NAMES:
         raise ValueError(f"the weight {name} does not belong to these architectures")
@@ -113,7 +113,7 @@ def hf_name(name: str) -> str:
 
 
 def read_tensor(tensor, fields: dict) -> Tensor:
-    """Values in fp32, whatever type the package decodes."""
+    """Read a tensor as fp32, whatever its type."""
     from gguf.quants import dequantize
 
     weight, part = torch.tensor(dequantize(tensor.data, tensor.tensor_type)), tensor.name.split(".")
@@ -156,7 +156,7 @@ def build_tokenizer(metadata: dict) -> HFTokenizer:
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     added = [(t, k) for t, k in zip(tokens, kinds) if t and k in (CONTROL, USER_DEFINED)]
     inner.add_tokens([AddedToken(t, normalized=False, special=k == CONTROL) for t, k in added])
-    bos = token_of(metadata, "bos")  # Llama 3's files leave the rule out, and mean yes
+    bos = token_of(metadata, "bos")  # Llama 3's files omit the key below, and mean yes
     if bos and metadata.get("tokenizer.ggml.add_bos_token", pre in LLAMA3):
         special = [(bos, ids[bos])]
         inner.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
@@ -173,10 +173,10 @@ def convert(source, target, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write config, weights, tokenizer, chat template and generation_config of a GGUF."""
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: is there already and not empty; choose another folder")
+        raise ValueError(f"{target}: exists already and is not empty; choose another folder")
     try:
         write_directory(*open_gguf(source), target, dtype)
-    except Exception as error:  # whatever the libraries raise at a stranger's file
+    except Exception as error:  # the libraries may raise anything on a broken file
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         raise ValueError(f"{source}: cannot be converted: {kind}{error}") from None
 

@@ -14,7 +14,7 @@ from kernels.nf4 import BLOCK, CODE, Linear4bit, matrix, quantize_nf4
 
 
 def to_4bit(model: nn.Module) -> nn.Module:
-    """Put a Linear4bit in place of each linear layer but the head, on `meta` or on fake tensors."""
+    """Replace each linear layer but the head by a Linear4bit, on `meta` or on fake tensors."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
             model.set_submodule(name, Linear4bit(layer, name))
@@ -48,7 +48,7 @@ def stored_absmax(weights: Weights, name: str) -> Tensor:
         state = json.loads(bytes(weights.tensor(name + NF4_STATE).tolist()))
         kind, code = (state["quant_type"], state["blocksize"]), part("quant_map").tolist()
         if kind != ("nf4", BLOCK) or code != torch.tensor(CODE).tolist():
-            raise ValueError(f"{file}: {name} is quantised as {kind}, not by nf4's code in 64s")
+            raise ValueError(f"{file}: {name} is quantised as {kind}, not as nf4 in blocks of 64")
         absmax = part("absmax").view(-1)
         if absmax.dtype == torch.float32:
             return absmax
@@ -58,7 +58,7 @@ def stored_absmax(weights: Weights, name: str) -> Tensor:
 
 
 def base_weight(model: nn.Module, name: str, layer: nn.Module) -> Tensor:
-    """A 4-bit layer's weight: the original one where its 16 bits are at hand, else its values."""
+    """A 4-bit layer's weight: the original if the checkpoint has it, else dequantised values."""
     dtype = model.model.norm.weight.dtype
     weights = Weights(model.source) if model.source else None
     if weights and f"{name}.weight{NF4_STATE}" not in weights.files:

@@ -1,7 +1,7 @@
-"""tokenizer.json of a Hugging Face directory, and what is decided around it: BOS, EOS, boundary.
+"""The tokenizer of a Hugging Face directory, and the choice of BOS, EOS and prompt boundary.
 
 ids("Answer: Toy Story") must begin with ids("Answer:"), which is checked for every title. With
-prompt_format "chat" the model's template stands around both (hub/chat.py)."""
+prompt_format "chat" the model's template goes around both (hub/chat.py)."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ class Tokenizer:
         self.num_embeddings, self.max_positions = (n if type(n) is int else None for n in sizes)
         self.eos_id, self.stop_ids = _end_ids(path, self.inner, self.num_embeddings)
         added = takewhile(lambda n: record.special_tokens_mask[n], range(len(record.ids)))
-        first = dict.fromkeys(record.ids[n] for n in added)  # two of them are one too many
+        first = dict.fromkeys(record.ids[n] for n in added)  # a repeated BOS counts once
         self.bos_ids = [i for i in first if i not in self.stop_ids]  # [bos], or [] for Qwen
         self._check_range(self.bos_ids, "")
         self.frame, self.controls = PromptFrame(), None
@@ -53,7 +53,7 @@ class Tokenizer:
 
     @contextlib.contextmanager
     def _library(self, what: str):
-        """The library raises plain Exception, or panics, which is a BaseException of its own."""
+        """Turn what the library raises (its panics are BaseExceptions) into a ValueError."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -77,7 +77,7 @@ class Tokenizer:
                 raise ValueError(f"{text[-200:]!r} holds {token}: {way_out}")
 
     def note_long(self, prompts: list) -> None:
-        """Print how many prompts are longer than the texts that the model was made for."""
+        """Print how many prompts are longer than the model's max_position_embeddings."""
         if long := sum(len(ids) > (self.max_positions or math.inf) for ids in prompts):
             limit = f"max_position_embeddings, {self.max_positions:,} tokens: lower --max_length"
             note_once(f"{long:,} of {len(prompts):,} prompts are longer than the model's {limit}")
@@ -97,13 +97,13 @@ class Tokenizer:
         return [self.bos_ids + ids for ids in self.encode([self.frame.around(t) for t in texts])]
 
     def encode_answered(self, texts: list[str], titles: list[str]) -> list[list[int]]:
-        """Ids of each prompt and its title as one text, without what ends the answer."""
+        """Ids of each prompt and its title as one text, without the end token."""
         self._check_controls([*texts, *titles])
         answered = [self.frame.around(*pair) for pair in zip(texts, titles, strict=True)]
         return [self.bos_ids + ids for ids in self.encode(answered)]
 
     def encode_completions(self, titles: list[str]) -> list[list[int]]:
-        """Ids of a title and the end token as they follow a prompt, in plain " " + title + EOS."""
+        """Ids of each title as it follows a prompt, with the end (plain: " " + title + EOS)."""
         (prefix,), end = self.encode_prompts(["Answer:"]), self.frame.around("Answer:")[-30:]
         answered = self.encode_answered(["Answer:"] * len(titles), titles)
         for title, ids in zip(titles, answered, strict=True):
@@ -115,7 +115,7 @@ class Tokenizer:
         return self.inner.decode(ids, skip_special_tokens=True)
 
     def answer(self, ids: list[int]) -> str:
-        """The answer that generated ids spell: up to the first stop id or line break, stripped."""
+        """Decode generated ids up to the first stop id or line break; spaces are stripped."""
         answer = self.decode(list(takewhile(lambda i: i not in self.stop_ids, ids)))
         return re.split(r"[\n\r]", answer.lstrip(" "), maxsplit=1)[0].strip()
 
@@ -126,7 +126,7 @@ class Tokenizer:
 
 
 def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozenset[int]]:
-    """(EOS to train on: the first that all files name, else the first; all end tokens)."""
+    """Find (the EOS to train on: the first that all files name, else the first; all end tokens)."""
     names, found = ("generation_config.json", "tokenizer_config.json", "config.json"), {}
     for file in (path / name for name in names):
         try:
@@ -138,8 +138,8 @@ def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozen
                 eos = inner.token_to_id(token) if isinstance(token, str) else None
                 if token is not None and eos is None:
                     note_once(f"{file}: its eos_token {token!r} is not in tokenizer.json: left out")
-        except ValueError as error:  # no JSON, as one that was published, or half a surrogate pair
-            note_once(f"{file}: {error}; its end token is not known")
+        except ValueError as error:  # not JSON (one published model), or half a surrogate pair
+            note_once(f"{file}: {error}; its end token is ignored")
             continue
         if eos not in (None, []):
             found[file.name] = eos if isinstance(eos, list) else [eos]
@@ -154,7 +154,7 @@ def _end_ids(path: Path, inner, num_embeddings: int | None) -> tuple[int, frozen
     agreeing = [ids for ids in found.values() if eos_id in ids]
     if len(agreeing) < len(found):
         token = f"{eos_id} {inner.id_to_token(eos_id)!r}"
-        note_once(f"{path}: {token} ends a text, but of {found} one is wrong: mend that file")
-    # What a disagreeing file names may be an ordinary token, which would cut answers.
+        note_once(f"{path}: {token} ends a text, but {found} disagree: correct the wrong file")
+    # A file that disagrees may name an ordinary token, which would cut answers short.
     controls = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
     return eos_id, frozenset(controls.intersection(every).union(*agreeing))

@@ -17,9 +17,9 @@ multiplication, whatever loss sits on top: two GEMMs instead of three, and nothi
 size. Trainable head: backward walks the slabs once more and also accumulates d weight.
 
 Size of a slab: a logit takes 4 bytes, and its exponential, which the second GEMM reads, as many
-as an element of `hidden`. A slab has as many rows of the head as keep both, for M rows, within
-SLAB_BYTES, in whole multiples of MIN_SLAB. So scratch memory never depends on the vocabulary, and
-up to some 650 rows an 8B model's head is a single slab. (On a CPU half-precision inputs are also
+as an element of `hidden`. A slab takes as many rows of the head as fit both, for M rows, into
+SLAB_BYTES, in multiples of MIN_SLAB. So scratch memory never depends on the vocabulary, and up to
+about 690 rows in bf16 an 8B model's head is a single slab. (On a CPU half-precision inputs are also
 upcast: 4 D bytes more for each row of the slab.)
 
 impl   "reference"  three lines of plain PyTorch, the definition of correct
@@ -50,8 +50,8 @@ def label_logps(
     labels: Tensor,  # (M,) int64 in [0, V)
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's label (M,) fp32, differentiable,
-    and each row's argmax (M,) int64, lowest id first."""
+    """Log-prob of each row's label (M,) fp32, differentiable, and each row's argmax (M,) int64.
+    The lowest id wins a tie."""
     shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
     assert hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1], shapes
     assert labels.shape == hidden.shape[:1], f"{shapes}, labels {tuple(labels.shape)}"
@@ -61,7 +61,7 @@ def label_logps(
         return label_logps_reference(hidden, weight, labels)
     if impl == "auto":
         impl = "triton" if hidden.is_cuda and HAS_TRITON else "slabs"
-    # a frozen head's gradient is formed in the forward pass;
+    # the gradient of a frozen head is formed in the forward pass;
     # "fused" never has the exponentials that this needs
     frozen_head = hidden.requires_grad and not weight.requires_grad
     form_gradient = torch.is_grad_enabled() and frozen_head and impl != "fused"
@@ -84,13 +84,13 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _gemm_dtype(hidden: Tensor) -> torch.dtype:
-    """What fp32 weights of a GEMM with the head are rounded to:
-    on a GPU the head's dtype, or the GEMM would be a slow one."""
+    """The dtype that the fp32 factor of a GEMM with the head is rounded to.
+    On a GPU it is the head's, because an fp32 GEMM would be slow."""
     return hidden.dtype if hidden.is_cuda else torch.float32
 
 
 def _slabs(num_rows: int, vocab_size: int, element_size: int) -> list[tuple[int, int]]:
-    """Cut the vocabulary as the module docstring says."""
+    """Divide the vocabulary into slabs, as the module docstring says."""
     fitting = SLAB_BYTES // ((4 + element_size) * max(1, num_rows))
     size = max(1, fitting // MIN_SLAB) * MIN_SLAB
     return [(start, min(start + size, vocab_size)) for start in range(0, vocab_size, size)]
@@ -108,11 +108,11 @@ def _slab_statistics(
     label_logits: Tensor,  # (M,) fp32, filled in where the label lies in this slab
     start: int,  # vocabulary id of the first column
     running_max: Tensor,  # (M,) over all slabs so far
-    # None: they are not wanted (here they are the sum's by-product, always fp32)
+    # None: they are not needed (here they come with the sum, always in fp32)
     probs_dtype: torch.dtype | None,
 ) -> tuple[Tiles, Tensor, Tensor]:
-    """Statistics of one slab, as a single tile, in PyTorch; with the new running maximum (M,)
-    and exp(logits - that maximum) (M, S), 0 for the label.
+    """Statistics of one slab as a single tile, the new running maximum (M,), and exponentials.
+    The exponentials (M, S) are exp(logits - new maximum), 0 for the label.
 
     The tile's `max` is the running one; the first tile that has the final maximum holds the argmax.
     """

@@ -5,7 +5,7 @@
     _fused_kernel         a tile of hidden @ weight.T, kept in registers -> the same statistics
 
 One program owns one tile of ROWS x COLS and writes its own slots: no locks, no atomics, the same
-bits every time. There are as many programs as tiles, so that few rows on a wide vocabulary still
+bits every time. There are as many programs as tiles, so that few rows of a wide vocabulary still
 fill the GPU. With TRITON_INTERPRET=1, set before this file is imported, the same kernels run on
 a CPU, for the tests; there a program costs milliseconds whatever its size, so tiles are large.
 tests/test_compiled.py compiles each launch for real GPUs.
@@ -157,9 +157,9 @@ def slab_statistics(
     running_max: Tensor,
     probs_dtype: torch.dtype | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
-    """As logps._slab_statistics, with T tiles.
+    """Like logps._slab_statistics, but with T tiles.
 
-    The exponentials come in the dtype of the second GEMM, or not at all."""
+    The exponentials have the dtype of the second GEMM; they are None if it is None."""
     M, S = logits.shape
     tile = _tile(M)
     grid, tiles = _grid_and_tiles(M, S, tile, logits.device)

@@ -33,9 +33,9 @@ def adapted_projections(
     Bs: list[Tensor | None],  # (out_i, r)
     scaling: float,
     dropout: float = 0.0,  # probability, 0 in evaluation
-    absmaxes: list[Tensor | None] | None = None,  # with one, its weight is 4-bit codes (nf4.py)
+    absmaxes: list[Tensor | None] | None = None,  # if set, the weight is 4-bit codes (nf4.py)
 ) -> tuple[Tensor, ...]:  # (..., out_i)
-    """All projections of x.
+    """Compute all projections of x.
 
     Gradients reach x, the As and the Bs; the weights and biases must be frozen."""
     absmaxes = absmaxes or [None] * len(weights)
@@ -50,7 +50,7 @@ def adapted_projections(
 def adapted_projections_reference(
     x, weights, biases, As, Bs, scaling, dropout=0.0, absmaxes=None
 ) -> tuple[Tensor, ...]:
-    """The formula, one projection after the other."""
+    """The definition: one projection after the other."""
     dropped, outputs = F.dropout(x, dropout), []
     absmaxes = absmaxes or [None] * len(weights)
     for W, b, A, B, absmax in zip(weights, biases, As, Bs, absmaxes, strict=True):
@@ -67,8 +67,8 @@ def _values(weight: Tensor, absmax: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y + a b, in y's memory. The compiler of torch 2.11 loses the gradient of an output that was
-    changed in place; it reuses memory by itself."""
+    """y + a b, in y's memory except in compiled code.
+    There torch 2.11 loses the gradient of an output changed in place; memory is reused anyway."""
     return y.addmm(a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
 
 

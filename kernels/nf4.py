@@ -1,10 +1,10 @@
-"""NF4: frozen weights in 4 bits (QLoRA, arXiv:2305.14314), and what a projection does with them.
+"""NF4: frozen weights in 4 bits (QLoRA, arXiv:2305.14314), and the projection that uses them.
 
     block of 64 values w along a row:  absmax = max |w|,  index = nearest code of w / absmax
     value = CODE[index] · absmax
 
-The 16 codes are quantiles of a normal distribution, stored as bitsandbytes stores them: two a
-byte, the even element in the high half. A weight of 4,096 x 14,336 takes 29.4 MB of codes and
+The 16 codes are quantiles of a normal distribution, stored as in bitsandbytes: two per byte,
+the even element in the high half. A weight of 4,096 x 14,336 takes 29.4 MB of codes and
 3.7 MB of absmax where bf16 takes 117 MB; a value errs by 9 % of its size (rms, normal weights).
 
 Codes, absmax and values equal bitsandbytes' bit for bit. Blocks are whole: a row has a multiple of
@@ -72,7 +72,7 @@ def dequantize_nf4(
     dtype: torch.dtype,
     impl: str = "auto",
 ) -> Tensor:
-    """The values, computed in fp32 and rounded once to `dtype`."""
+    """Dequantise in fp32, rounded once to `dtype`."""
     given = (codes.dtype, 2 * codes.numel(), absmax.dtype, BLOCK * absmax.numel())
     n = math.prod(shape)
     assert given == (torch.uint8, n, torch.float32, n), f"{given} for shape {tuple(shape)}"
@@ -99,9 +99,9 @@ def dequantize_nf4_reference(codes, absmax, shape, dtype) -> Tensor:
 # ------------------------------------------------------------------------ projection
 @lru_cache
 def outside_graphs(function: Callable) -> Callable:
-    """Keep the function out of torch.compile's graphs, which would hold the 16-bit weight from
-    forward to backward. Called where a 4-bit layer is made, not on import: it loads the
-    compiler, which takes a second."""
+    """Keep the function out of torch.compile's graphs.
+    They would hold the 16-bit weight from forward to backward. It is called when a 4-bit layer is
+    made, not on import, because it loads the compiler, which takes a second."""
     return torch.compiler.disable(function)
 
 
@@ -133,7 +133,7 @@ class _Linear4bit(torch.autograd.Function):
 
 
 class Linear4bit(nn.Linear):
-    """Frozen: `weight` is codes (out, in / 2) uint8, beside it `absmax` (out, in / 64) fp32.
+    """A frozen layer: `weight` holds codes (out, in / 2) uint8, `absmax` is (out, in / 64) fp32.
 
     Rows are whole blocks, so that they can be divided over ranks."""
 
@@ -141,7 +141,7 @@ class Linear4bit(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if self.in_features % BLOCK:
-            width = f"{name} has {self.in_features} inputs, no multiple of {BLOCK}"
+            width = f"{name} has {self.in_features} inputs, not a multiple of {BLOCK}"
             raise ValueError(f"--load_in_4bit: {width}")
         device, out = linear.weight.device, self.out_features
         codes = torch.empty(out, self.in_features // 2, dtype=torch.uint8, device=device)

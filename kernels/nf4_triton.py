@@ -49,7 +49,7 @@ def dequantize(
     dtype: torch.dtype,
     code: tuple[float, ...],  # the 16 values of nf4.CODE
 ) -> Tensor:
-    """As nf4.dequantize_nf4_reference."""
+    """Same as nf4.dequantize_nf4_reference."""
     if codes.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             "Triton needs a GPU; on a CPU use impl='reference', "

@@ -1,7 +1,7 @@
-"""What a run needs, before anything is paid for: memory of a rank, and hours of training.
+"""Estimate what a run needs, before you pay for it: memory of a rank, and hours of training.
 
-A step runs on fake tensors (shapes without memory), while a dispatch hook adds up the bytes of all
-that live. Not counted: fragmentation (some per cent), CUDA's context (0.5 GB), NCCL's buffers."""
+A step runs on fake tensors (shapes without memory), while a dispatch hook adds up the bytes of live
+tensors. Not counted: fragmentation (some per cent), CUDA's context (0.5 GB), NCCL's buffers."""
 
 import contextlib
 import weakref
@@ -26,8 +26,8 @@ from runtime.policy import adapter_rank
 from runtime.processes import Run
 
 GB, GPUS = 10**9, (24, 48, 80, 141)  # bytes; GB of memory
-GPU_FLOPS, CPU_FLOPS = 395e12, 25e9  # a second: half of an H200's dense bf16 rate; of a thread
-ON_GPU = {  # what the CPU's kernels do otherwise: name -> the GPU's way
+GPU_FLOPS, CPU_FLOPS = 395e12, 25e9  # per second: half an H200's dense bf16 rate; per thread
+ON_GPU = {  # where the CPU's code differs: name -> a function that acts as on a GPU
     "model.attend": lambda q, k, v, **options: torch.nn.functional.scaled_dot_product_attention(
         q, *(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v)), **options
     ),
@@ -38,7 +38,7 @@ ON_GPU = {  # what the CPU's kernels do otherwise: name -> the GPU's way
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors that operations have returned and that live; `peak` is the most."""
+    """Bytes of all live tensors that operations have returned; `peak` is their maximum."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class Workload:
 
 
 def fake_step(work: Workload, B: int, checkpointing: bool = False, gpu: bool = True):
-    """Run two steps on fake tensors (the second finds moments in place): bytes and operations."""
+    """Run two steps on fake tensors (the second has AdamW's moments): bytes and FLOPs."""
     tree = build_tree([[0] * work.prompt] * B, [[[0] * n for n in work.completions]] * B)
     tree = tree.with_prompt_labels(np.array([[1, 1 + work.history]] * B))
     with FakeTensorMode(), LiveBytes() as alive, contextlib.ExitStack() as patches:
@@ -120,16 +120,16 @@ def fake_step(work: Workload, B: int, checkpointing: bool = False, gpu: bool = T
 
 
 def memory_table(work: Workload, width: int, B: int, one: list, run: Run) -> str:
-    """Memory of a rank with B prompts of this width; `one`: a prompt's step, two ways."""
+    """Table of a rank's memory with B such prompts; `one`: steps without, with checkpointing."""
     two = [fake_step(work, 2, checkpointing) for checkpointing in (False, True)]
-    passing = [(a.passing, b.passing - a.passing) for a, b in zip(one, two)]  # one prompt, another
+    passing = [(a.passing, b.passing - a.passing) for a, b in zip(one, two)]  # first, each further
     columns = ["ranks", "--shard", "weights", "trained", "gathered", "activations", "total"]
     columns += ["checkpointed", "total", *(f"tokens in {gpu} GB" for gpu in GPUS)]
     rows = []
     for ranks, G in [(n, G) for n in sorted({1, 2, 4, 8, run.world_size}) for G in sorted({1, n})]:
         trained = one[0].trained / G
         if work.r and run.config.batch_size > ranks * B:
-            # gradients of adapters are reduced once a step: whole between its micro-batches
+            # gradients of adapters are reduced once a step, and whole between micro-batches
             trained += (1 - 1 / G) * one[0].trained / 4
         sizes = [one[0].weights / G, trained, one[0].gathered * (G > 1)]  # whole, to compute with
         kept = sum(sizes)
@@ -144,9 +144,9 @@ def memory_table(work: Workload, width: int, B: int, one: list, run: Run) -> str
 
 
 def dry_run(run: Run, stages: dict) -> None:
-    """Print what a careful user looks at first; `stages`: name -> (objective, schedule)."""
+    """Print first losses, memory and hours; `stages`: name -> (objective, schedule)."""
     config, total, ranks = run.config, 0.0, f"{run.world_size} rank(s)"
-    rate, on = CPU_FLOPS * torch.get_num_threads(), "a CPU's usual 25 GFLOP/s a thread"
+    rate, on = CPU_FLOPS * torch.get_num_threads(), "a CPU's usual 25 GFLOP/s per thread"
     if run.device.type == "cuda":
         rate, on = GPU_FLOPS, "half of an H200's dense bf16 rate"
     for stage, (objective, schedule) in stages.items():
@@ -175,7 +175,7 @@ def dry_run(run: Run, stages: dict) -> None:
             "--micro_batch_tokens without / with --gradient_checkpointing (0: does not fit)\n\n"
             f"{memory_table(work, width, B, one, run)}\n\n{stage}: a step of {config.batch_size} "
             f"prompts takes {flops / 1e12:.3g} TFLOP, {seconds:.3g} s on {ranks} at "
-            f"{rate / 1e12:.3g} TFLOP/s a rank, {on}, times {schedule.num_steps} steps"
+            f"{rate / 1e12:.3g} TFLOP/s per rank, {on}, times {schedule.num_steps} steps"
         )
     hours_of = f"{total / 3600:.3g} h ({hours(total)}) of training on {ranks}"
-    print0(f"\nthe whole run: {hours_of}; references, tests come on top. Nothing trained")
+    print0(f"\nthe whole run: {hours_of}, without references and tests. Nothing was trained")

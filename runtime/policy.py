@@ -1,4 +1,4 @@
-"""The options that name a model, and the weights that a stage starts from, sharded and read."""
+"""The options that name a model, and loading the sharded weights that a stage starts from."""
 
 import gc
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from model import empty_model, materialize, read_weights
 from runtime.sharding import fill, local, own_rows, shard, stored_parameters
 
 THREE_WAYS = """Three ways:
-  --model titles     a small model for this log's titles alone: 2 cores, 2 GB, 5 to 15 minutes
+  --model titles     a small model for this log's titles only: 2 cores, 2 GB, 5 to 15 minutes
   --model NAME       a directory or hub name; SmolLM2-135M, Qwen3-0.6B: a GPU of 16 GB, an hour;
                      Llama-3.1-8B, the paper's: GPUs of 24 GB or more, hours (--dry_run)
-  --model demo/base  minutes, to try the plumbing: it reads the planted world's titles alone"""
+  --model demo/base  minutes, to try the commands: it reads the planted world's titles only"""
 INVALID = "It cannot read these lists: give it more steps, or a base that can (--model titles)."
 DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class ModelOptions(DataConfig):
-    """Which model, and how it is loaded and asked."""
+    """Which model is used, and how it is loaded and prompted."""
 
-    model: str = arg("", "directory, hub name or (train.py) titles: a base for them", group="model")
+    model: str = arg("", "directory, hub name or (train.py) titles: a new base", group="model")
     adapter: str = arg("", "PEFT adapter; without --model on the base that it names")
     dtype: str = arg("auto", "of the base; auto: bfloat16 on a GPU, float32 on CPU", choices=DTYPES)
-    prompt_format: str = arg("plain", "chat: the chat template's user", choices=("plain", "chat"))
+    prompt_format: str = arg("plain", "chat: in the chat template", choices=("plain", "chat"))
     load_in_4bit: bool = arg(False, "frozen layers in 4 bits (NF4): less memory, slower; LoRA only")
-    max_length: int = arg(1024, "tokens of prompt and longest title; old history goes", at_least=1)
+    max_length: int = arg(1024, "most tokens of prompt and title; cuts old history", at_least=1)
 
 
 def stored_dtype(config, device) -> torch.dtype:
@@ -41,7 +41,7 @@ def stored_dtype(config, device) -> torch.dtype:
 
 
 def free_memory() -> None:
-    """Give back what models that nobody uses any more held: hooks tie them into cycles."""
+    """Free the memory of models no longer used: hooks keep them in reference cycles."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -52,14 +52,14 @@ def adapter_rank(config, stage: str) -> int:
 
 
 def load_policy(config, stage: str, base: Path, adapter: Path | None, device):
-    """Load what a stage starts from, sharded; (model, how many ranks hold the same rows)."""
+    """Load and shard the model that a stage starts from: (model, ranks that hold the same rows)."""
     r, stored = adapter_rank(config, stage), stored_dtype(config, device)
     # full training keeps fp32 weights and computes in bf16
     full_bf16 = r == 0 and stored == torch.bfloat16
     model = empty_model(base, torch.float32 if full_bf16 else stored)
     if config.load_in_4bit:
         to_4bit(model)
-    torch.compiler.reset()  # what the stage before compiled
+    torch.compiler.reset()  # drops what the stage before compiled
     settings, tensors, products = {"r": r, "lora_alpha": config.lora_alpha}, {}, {}
     if adapter:
         settings, tensors = read_adapter(model, adapter)
@@ -77,7 +77,7 @@ def load_policy(config, stage: str, base: Path, adapter: Path | None, device):
     materialize(model, device)
     parameters = stored_parameters(model)
     read_weights(model, {n: (local(p), *own_rows(p)) for n, p in parameters.items()}, products)
-    if not adapter:  # A is drawn whole on every rank, and then cut
+    if not adapter:  # A is drawn whole on every rank, then sliced
         for name, layer in lora_layers(model).items():
             tensors[f"{name}.lora_A.weight"] = layer.draw_A(name, config.seed)
             tensors[f"{name}.lora_B.weight"] = torch.zeros(layer.lora_B.weight.shape)

@@ -1,4 +1,4 @@
-"""A run: its processes, how passes are divided over them, its folder, the wish to stop, its log."""
+"""A run: its processes and how they divide the work, its folder, stopping, and its log."""
 
 import contextlib
 import fcntl
@@ -27,11 +27,11 @@ from tqdm import tqdm
 from common import Stopped, hours, is_main, print0, read_json, writing
 from data import micro_batches
 
-Run = SimpleNamespace  # what all stages share; train.main makes it
+Run = SimpleNamespace  # what all stages share; built by train.main
 
 
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join torchrun's group, or make one of this process alone; (rank, world_size, device)."""
+    """Join torchrun's group, or form one of this process only: (rank, world_size, device)."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.device_count() >= local_world:  # NCCL wants a GPU per process
@@ -55,7 +55,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
 
 @contextlib.contextmanager
 def rank_zero_first(rank_variable: str = "RANK"):
-    """Let rank 0 (with "LOCAL_RANK": of every machine) go through the block, then the others."""
+    """Run the block first on rank 0 ("LOCAL_RANK": of each machine), then on the other ranks."""
     leads = int(os.environ.get(rank_variable, 0)) == 0
     if leads:
         yield
@@ -65,7 +65,7 @@ def rank_zero_first(rank_variable: str = "RANK"):
 
 
 def from_rank_0(make: Callable):
-    """Call `make` on rank 0 alone and give its result to all: others may have another disk."""
+    """Call `make` on rank 0 only and send the result to all: others may not share its disk."""
     shared = [make() if is_main() else None]
     dist.broadcast_object_list(shared)
     return shared[0]
@@ -101,7 +101,7 @@ class Schedule:
         return micro_batches(self.widths, self.examples(step), self.world_size, budget)[rank]
 
     def due(self, every: int, steps: int) -> bool:
-        """Whether what happens every so many steps, and at the end, is due after this many."""
+        """Whether something done every `every` steps, and at the end, is due after `steps`."""
         return steps == self.num_steps or bool(every) and steps % every == 0
 
 
@@ -111,7 +111,7 @@ def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:
 
 
 def prefetch(make: Callable, items: Iterable) -> Iterator:
-    """Yield make(item) for each item, in order; the next is made in the background meanwhile."""
+    """Yield make(item) for each item in order, while the next is made in the background."""
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for item in items:
@@ -123,7 +123,7 @@ def prefetch(make: Callable, items: Iterable) -> Iterator:
 
 
 def rounds(batches: list[list[int]], any_rank: Callable[[bool], bool]) -> Iterator[list[int]]:
-    """The batches, then [] while another rank has some left: a sharded model needs equally many."""
+    """Yield the batches, then [] until all ranks are done: a sharded model needs equal passes."""
     n = 0
     while any_rank(n < len(batches)):
         yield batches[n] if n < len(batches) else []
@@ -131,14 +131,14 @@ def rounds(batches: list[list[int]], any_rank: Callable[[bool], bool]) -> Iterat
 
 
 def progress(items: Iterable, what: str, total: int) -> Iterable:
-    """The items, with a bar on rank 0; where there is no terminal, one line a minute."""
+    """Show a progress bar on rank 0; without a terminal, print one line per minute."""
     after, off = 0.1 if sys.stderr.isatty() else 60, not is_main()  # seconds
     return tqdm(items, what, total, leave=False, mininterval=after, delay=after, disable=off)
 
 
 @contextlib.contextmanager
 def open_run_folder(config) -> Iterator[Path]:
-    """Make or re-enter the run folder, which goes again if the start fails; a dry run has none."""
+    """Create or reopen the run folder; remove a new one if the start fails. A dry run has none."""
     numbered = (f"runs/{config.dataset}-{n}" for n in itertools.count(1))
     named = os.devnull if config.dry_run else config.output_dir
     folder = Path(from_rank_0(lambda: named or next(f for f in numbered if not os.path.exists(f))))
@@ -154,8 +154,8 @@ def open_run_folder(config) -> Iterator[Path]:
             other = [n for n, v in asdict(config).items() if v != started[n] and n not in free]
             if other or not config.resume:
                 others = f", with other {', '.join(other)}" * bool(other)
-                way_out = "--resume auto and its options go on; or name another --output_dir"
-                raise ValueError(f"{folder} holds a run already{others}: {way_out}")
+                way_out = "resume it by --resume auto and its options, or name another --output_dir"
+                raise ValueError(f"{folder} already holds a run{others}: {way_out}")
         with writing(f"--output_dir {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / "lock", "w")  # held until this process ends
@@ -171,7 +171,7 @@ def open_run_folder(config) -> Iterator[Path]:
 
 
 class StopRequest:
-    """Ctrl-C, or a scheduler's SIGTERM: while steps run all ranks save and leave together."""
+    """Handle Ctrl-C and a scheduler's SIGTERM: during steps all ranks save and leave together."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked, self.in_loop = folder, 0, False
@@ -183,22 +183,22 @@ class StopRequest:
             os._exit(128 + number)
         self.asked = number
         if not self.in_loop:
-            self.stop("before a step: nothing is to be saved")
+            self.stop("before a step: there is nothing to save")
         print0("\nfinishing this step and saving; a second Ctrl-C ends at once")
 
     def stop(self, where: str) -> None:
-        """Leave; the last line is the command that goes on, as the run was started."""
+        """End the run; the last line printed is the command that resumes it."""
         command, code = ["python", *sys.argv], 130 if self.asked == signal.SIGINT else 0
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # then torchrun is what started this process
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # then torchrun started this process
             command[1:] = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[1:-1]
         for option, value in ("--output_dir", str(self.folder)), ("--resume", "auto"):
             if not any(word.split("=")[0] == option for word in command):
                 command += [option, value]
-        raise Stopped(f"stopped {where}. This goes on:\n{shlex.join(command)}", code)
+        raise Stopped(f"stopped {where}. To resume:\n{shlex.join(command)}", code)
 
 
 class StepMetrics:
-    """Metrics of one step on their way to the host: read one step later, they never wait."""
+    """Metrics of one step, copied to the host without waiting and read one step later."""
 
     def __init__(self, means: dict[str, Tensor], not_finite: Tensor, lr: float):
         self.on_device, self.lr, self.arrived = means, lr, None
@@ -217,7 +217,7 @@ class StepMetrics:
         ranks = [rank for rank, flag in enumerate(values[len(self.on_device) :]) if flag]
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             what = f"the loss of ranks {ranks} is" if ranks else "the gradient alone is"
-            raise ValueError(f"{what} not finite; this update was left out: lower the rate", ranks)
+            raise ValueError(f"{what} not finite; this update was skipped: lower the rate", ranks)
         return metrics
 
 
@@ -226,7 +226,7 @@ SHOWN += ("grad_norm", "learning_rate")  # metrics of a printed line
 
 
 class Logger:
-    """A stage's log: metrics.jsonl has every step, the screen a line every --logging_steps."""
+    """A stage's log: every step in metrics.jsonl, one line per --logging_steps on the screen."""
 
     def __init__(self, run: Run, stage: str, folder: Path, schedule, later: list):
         self.run, self.stage, self.schedule = run, stage, schedule
@@ -236,13 +236,13 @@ class Logger:
         self.stamps: list[float] = []  # of every step
 
     def __call__(self, step: int, result: StepMetrics) -> None:
-        """Write the step before: this one's metrics are read while the GPU works on the next."""
+        """Write the previous step: this one's metrics are read while the GPU runs the next."""
         self.flush()
         self.pending = step + 1, result
         self.stamps.append(time.monotonic())
 
     def flush(self) -> None:
-        """Wait for the last step's metrics and write them; what is not finite is an error."""
+        """Wait for the last step's metrics and write them; ValueError if they are not finite."""
         if self.pending is None:
             return
         (step, result), self.pending, plan = self.pending, None, self.schedule

@@ -1,4 +1,4 @@
-"""Weights divided over ranks by FSDP2, gathered whole, written and read as checkpoints.
+"""Shard weights over ranks with FSDP2, gather them, and write and read checkpoints.
 
 A model is built on `meta`, gets its adapters, is sharded, and only then receives memory: a rank
 reads its own rows. A checkpoint has model.safetensors (or several and an index): trained tensors,
@@ -30,8 +30,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def shard(
     model: Transformer, mode: str, group_size: int, device, compute_dtype: torch.dtype | None = None
 ) -> int:
-    """Split blocks and root in place; returns how many copies of the model there are: 1 (full), one
-    for each group of ranks, such as a machine (hybrid), or one for each rank (none)."""
+    """Shard blocks and root in place; returns the number of copies of the model.
+    It is 1 (full), one per group of ranks, such as a machine (hybrid), or one per rank (none)."""
     world_size = dist.get_world_size()
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     G = {"full": world_size, "hybrid": group_size or machine, "none": 1}[mode]  # ranks of a copy
@@ -45,7 +45,7 @@ def shard(
     options = {"mesh": mesh["shard"] if world_size == G else mesh, "mp_policy": policy}
     blocks = list(model.model.layers)
     for block in blocks:
-        # backward begins with the last block: what it would free is needed again at once
+        # backward starts with the last block, so its weights would be needed again at once
         fsdp.fully_shard(block, **options, reshard_after_forward=block is not blocks[-1])
     fsdp.fully_shard(model, **options)
     for block, following in zip(blocks, blocks[1:], strict=False):
@@ -57,14 +57,14 @@ def shard(
 
 
 def reshard(model: Transformer) -> None:
-    """Free what a pass without backward leaves gathered: weights of the root, of the last block."""
+    """Free the weights that a pass without backward leaves gathered: root and last block."""
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
 def stored_parameters(model: Transformer) -> dict[str, Tensor]:
-    """Parameters by name; RuntimeError if they are gathered: a reshard forgets what is written."""
+    """Parameters by name; RuntimeError if they are gathered: resharding would drop any writes."""
     for name, p in model.named_parameters():
         if isinstance(model, fsdp.FSDPModule) and not isinstance(p, DTensor):
             raise RuntimeError(f"{name} is gathered, not sharded: call reshard(model) first")
@@ -72,12 +72,12 @@ def stored_parameters(model: Transformer) -> dict[str, Tensor]:
 
 
 def trained(model: Transformer) -> dict[str, Tensor]:
-    """Those of stored_parameters that the optimizer changes."""
+    """The stored parameters that the optimizer trains."""
     return {name: p for name, p in stored_parameters(model).items() if p.requires_grad}
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain one as it is."""
+    """This rank's part of a sharded tensor; a plain tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -93,21 +93,21 @@ def own_rows(tensor: Tensor) -> tuple[int, int]:
 
 @torch.no_grad()
 def fill(tensors: dict[str, Tensor], whole: Callable) -> None:
-    """Write into each tensor this rank's rows of whole(name), which may be read where it is cut."""
+    """Copy this rank's rows of whole(name) into each tensor; slicing whole(name) may read them."""
     for name, tensor in tensors.items():
         start, stop = own_rows(tensor)
         local(tensor).copy_(whole(name)[start:stop])
 
 
 def gathered(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU), one by one; all ranks must call; empty on all but 0."""
+    """Yield (name, whole tensor on the CPU; empty on all ranks but 0); all ranks must call it."""
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         yield name, whole.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
 
 
 def average_gradients(optimizer) -> None:
-    """--shard none: one all_reduce over all gradients as one flat tensor."""
+    """Average gradients for --shard none, by one all_reduce of a flat tensor."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
@@ -116,7 +116,7 @@ def average_gradients(optimizer) -> None:
 
 
 def reduce_metrics(sums: dict[str, Tensor], counts: dict) -> tuple[dict[str, Tensor], Tensor]:
-    """Means over all ranks, and a flag per rank: its loss is not finite. Nothing is read."""
+    """Means over all ranks, and a flag per rank: its loss is not finite. The host reads nothing."""
     totals, world_size = torch.stack(list(sums.values())), dist.get_world_size()
     known = torch.tensor(list(counts.values()), dtype=torch.double)
     own = torch.eye(world_size, dtype=torch.double)[dist.get_rank()]
@@ -128,13 +128,13 @@ def reduce_metrics(sums: dict[str, Tensor], counts: dict) -> tuple[dict[str, Ten
 
 
 def hash_of(file: Path) -> str:
-    """A line of `sha256sum`."""
+    """The hash of a file, as a line of `sha256sum`."""
     with open(file, "rb") as content:
         return f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n"
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a file is there, with the hash that stands beside it."""
+    """Whether a file exists and has the hash in its .sha256 file."""
     try:
         return hash_of(file) == Path(f"{file}.sha256").read_text()
     except (OSError, ValueError):
@@ -142,13 +142,13 @@ def is_whole(file: Path) -> bool:
 
 
 def newest(folder: Path) -> list[Path]:
-    """The finished checkpoints, newest first; none that is known as damaged."""
+    """The finished checkpoints, newest first, without those known to be damaged."""
     found = [f for f in folder.glob("checkpoint-*") if not f.suffix]
     return sorted(found, key=lambda f: int(f.name.split("-")[1]), reverse=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named and put out of its way."""
+    """The newest whole checkpoint; damaged ones are reported and renamed."""
     for checkpoint in newest(folder):
         state = checkpoint / "state.json"
         names = [state.name, *(read_json(state)["files"] if is_whole(state) else ())]
@@ -176,7 +176,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, best: dict, state
     dist.all_gather_object(ranks, random)
     tensors = trained_state(model, optimizer, best)
     tensors |= {f"random.{rank}.{k}": t for rank, of in enumerate(ranks) for k, t in of.items()}
-    taken = int(next(iter(optimizer.state.values()))["step"])  # less those that were left out
+    taken = int(next(iter(optimizer.state.values()))["step"])  # without skipped steps
     state = state | {"step": step, "optimizer_steps": taken, "world_size": len(ranks)}
     final, part = (folder / f"checkpoint-{step}{end}" for end in ("", ".part"))
     with writing(part):
@@ -196,7 +196,7 @@ def save_checkpoint(folder: Path, step: int, model, optimizer, best: dict, state
 
 
 def load_checkpoint(checkpoint: Path, model, optimizer, made_from: dict) -> tuple[dict, dict]:
-    """Fill in weights, moments and random state; returns the state, and the best weights in it."""
+    """Restore weights, moments and random state; returns (state, best weights)."""
     state, weights = read_json(checkpoint / "state.json"), Weights(checkpoint)
     other = [what for what, now in made_from.items() if state.get(what) != now]
     if other:
@@ -204,7 +204,7 @@ def load_checkpoint(checkpoint: Path, model, optimizer, made_from: dict) -> tupl
         raise ValueError(f"{checkpoint}: made from other {', '.join(other)}; {way_out}")
     parameters = trained(model)
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
-    assert stepped == set(parameters.values()), "moments would go where no step reads them"
+    assert stepped == set(parameters.values()), "moments belong to the parameters that are trained"
     for p in stepped:
         taken = torch.tensor(float(state["optimizer_steps"]), device=local(p).device)
         optimizer.state[p] = {m: torch.zeros_like(p) for m in MOMENTS} | {"step": taken}

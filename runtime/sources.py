@@ -1,4 +1,4 @@
-"""What is asked or evaluated: a run's stages, or a model of any origin."""
+"""Load what is evaluated: the stages of a run, or any other model."""
 
 import json
 from collections.abc import Iterable
@@ -17,30 +17,30 @@ from model import Transformer, load_pretrained, save_pretrained
 from runtime.policy import ModelOptions, stored_dtype
 from runtime.stages import check_finished, copy_tokenizer, load_stage
 
-NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir"}  # all else a run has fixed
+NOT_FROM_RUN = {"run", "stage", "model", "adapter", "prepared_dir"}  # the run fixes the others
 
 
 @dataclass(frozen=True)
 class SourceConfig(ModelOptions):
     """A run folder, or a Hugging Face directory or PEFT adapter, and how it is loaded."""
 
-    run: str = arg("", "run folder of train.py, with its options", group="what is evaluated")
+    run: str = arg("", "run folder of train.py, with its options", group="source")
     stage: str = arg("", "stage of the run; empty = all finished ones")
     KEPT = ("prompt_format", "max_length", "list_in_prompt")  # from prompt.json, without --run
 
     def __post_init__(self):
         super().__post_init__()
         if bool(self.run) == bool(self.adapter or (self.model and not self.run)):
-            raise ValueError("give --run (and --model, if its base moved), or --model, --adapter")
+            raise ValueError("give --run (with --model if its base moved), or --model, --adapter")
 
 
 def data_of_a_model(given: dict) -> dict:
-    """Defaults of the data options beside --model and --adapter; a run has its own."""
+    """Defaults of the data options for --model and --adapter; a run has its own options."""
     return {} if given.get("run") else data_defaults(given)
 
 
 def folder_of(config: SourceConfig, name: str) -> Path:
-    """Where a source keeps its prompt.json and its eval/."""
+    """The folder that holds a source's prompt.json and eval/."""
     return Path(config.run) / name if config.run else Path(config.adapter or config.model)
 
 
@@ -61,7 +61,7 @@ def with_run_options(config: SourceConfig) -> SourceConfig:
     known = {name: saved[name] for name in names & saved.keys() - NOT_FROM_RUN}
     for name in changed_options(config) & known.keys():
         if (given := getattr(config, name)) != known[name]:
-            kept = f"beside --run, or what a model keeps: {known[name]!r} in {file}"
+            kept = f"with --run or a model's prompt.json: it is {known[name]!r} in {file}"
             raise ValueError(f"--{name} {given} has no effect {kept}; leave it out")
     return replace(config, **known)
 
@@ -77,7 +77,7 @@ def sources_of(config: SourceConfig) -> dict[str, tuple[Path, Path | None]]:
         return {stage: load_stage(run / stage, config.model) for stage in stages}
     if not config.adapter:
         return {Path(config.model).name: (resolve_path(config.model), None)}
-    if (adapter / "base.json").exists():  # a stage of a run, wherever the run lies now
+    if (adapter / "base.json").exists():  # a stage of a run, wherever the run is now
         return {adapter.name: load_stage(adapter, config.model)}
     return {adapter.name: (resolve_path(config.model or base_of(adapter)), adapter)}
 
@@ -85,11 +85,11 @@ def sources_of(config: SourceConfig) -> dict[str, tuple[Path, Path | None]]:
 def check_run_data(config: SourceConfig, stages: Iterable[str], data_hash: str) -> None:
     """Raise if a stage of the run that is evaluated was trained on other data."""
     for stage in stages if config.run else ():
-        check_finished(Path(config.run) / stage, "data", data_hash, "ask by --model or --adapter")
+        check_finished(Path(config.run) / stage, "data", data_hash, "give --model or --adapter")
 
 
 def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -> Words:
-    """The words of the prompts that a model in this folder was trained on, or those of the data."""
+    """The words of a model's prompts, else the data's; notes if its test answers were invalid."""
     file, kept = folder / "eval" / "metrics.json", kept_prompt(folder)
     if file.exists() and (valid := read_json(file)["valid_ratio"]) < 0.5:
         note = f"only {valid:.0%} of this model's test answers were listed titles ({file})"

@@ -1,7 +1,7 @@
-"""A stage and its folder: what it was made from, its reference, its validation, what it leaves.
+"""A stage and its folder: its inputs, its reference, its validation and its output.
 
-The reference is the policy before its first step: a file of log-probs, named by what they were made
-from and not by how the work was divided. A missing or damaged one is computed again."""
+The reference is the policy before its first step: a file of log-probs, named by a hash of their
+inputs, however the work was divided. If the file is missing or damaged, it is computed again."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from runtime.sharding import gathered, hash_of, is_whole, reshard, trained
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("chat_template.jinja", "generation_config.json")
-# options that shape a prompt; with words and template they are kept beside adapter or model
+# options that shape a prompt; they are kept in prompt.json, with words and template
 PROMPT_OPTIONS = ("prompt_format", "max_length", "history", "history_items", "min_rating")
 PROMPT_OPTIONS += ("ratings", "list_in_prompt", "scale", "dataset")
 SHOWN = {"hit_ratio@1": "written", "valid_ratio": "valid"}  # metric -> what the screen calls it
@@ -36,7 +36,7 @@ SHOWN |= {"ranking/hit_ratio@1": "ranked first", "ranking/mrr": "mrr"}
 
 
 def weights_key(base: Path, adapter: Path | None) -> str:
-    """Hash of the weights that a stage starts from: base, and the adapter it goes on with."""
+    """Hash of the weights that a stage starts from: the base, and an adapter if it has one."""
     digest = hashlib.sha256(f"{ModelConfig.from_pretrained(base)}{base_fingerprint(base)}".encode())
     if adapter:
         config = read_adapter_config(adapter)
@@ -57,7 +57,7 @@ def tokens_key(encoded: Encoded, slots: np.ndarray) -> str:
 
 
 def check_finished(stage: Path, what: str, now: str, way_out="choose another --output_dir") -> None:
-    """Raise if a finished stage was made from other data or weights than there are now."""
+    """Raise if a finished stage was made from other data or weights than the current ones."""
     facts = read_json(stage / "base.json") | read_json(stage / "eval" / "metrics.json")
     before = str(facts.get({"data": "data_hash", "weights": "starting_weights"}[what]))
     if before != now:
@@ -66,7 +66,7 @@ def check_finished(stage: Path, what: str, now: str, way_out="choose another --o
 
 
 def load_stage(folder: Path, model: str = "") -> tuple[Path, Path | None]:
-    """The base and the adapter of a finished stage; `model` is where a base that moved lies now."""
+    """The base and the adapter of a finished stage; `model`: the new place of a moved base."""
     if (folder / "config.json").exists():  # all weights: it is its own base
         return folder, None
     facts = read_json(folder / "base.json")
@@ -77,15 +77,15 @@ def load_stage(folder: Path, model: str = "") -> tuple[Path, Path | None]:
     try:
         path = resolve_path(model or base)
     except ValueError as error:
-        way_out = "if it was moved, give its new place by --model"
-        raise ValueError(f"{folder}: its base {base} is not there; {way_out} ({error})") from None
+        way_out = "if it was moved, give its new place as --model"
+        raise ValueError(f"{folder}: its base {base} is missing; {way_out} ({error})") from None
     if model and fingerprint and fingerprint != base_fingerprint(path):
         raise ValueError(f"--model {model} holds other weights than {base}, the base of {folder}")
     return path, adapter and Path(adapter)
 
 
 def resume_stage(folder: Path, model, optimizer, objective, made_from: dict) -> tuple[int, dict]:
-    """Load the newest whole checkpoint, or start anew; steps that are done, best weights so far."""
+    """Load the newest whole checkpoint, or start from zero: (steps done, best weights so far)."""
     checkpoint = from_rank_0(lambda: sharding.newest_checkpoint(folder))
     if checkpoint is None:
         if is_main():
@@ -97,12 +97,12 @@ def resume_stage(folder: Path, model, optimizer, objective, made_from: dict) -> 
     if is_main():  # cut off what was logged after it
         with open(folder / "metrics.jsonl", "a") as log:
             log.truncate(min(log.tell(), state["logged"]))
-    print0(f"going on from {checkpoint}, after step {state['step']}")
+    print0(f"resuming from {checkpoint}, after step {state['step']}")
     return state["step"], best
 
 
 def prepare_reference(run: Run, made_from: dict, dtype, objective, schedule) -> str:
-    """Fill in log-probs of the starting weights, which the model still has; returns their key."""
+    """Fill in the log-probs of the starting weights, which the model still has; returns a key."""
     facts = f"{made_from['weights']} {made_from['token ids']} {dtype} {run.config.load_in_4bit}"
     key = hashlib.sha256(facts.encode()).hexdigest()
     file = run.folder / f"reference-{key[:12]}.safetensors"
@@ -120,7 +120,7 @@ def prepare_reference(run: Run, made_from: dict, dtype, objective, schedule) -> 
 
 @torch.no_grad()
 def reference_pass(objective, schedule, rank: int) -> Tensor:
-    """Log-probs (E, N) by the first epoch's micro-batches: so first rewards are 0; NaN: unseen."""
+    """Log-probs (E, N) in the first epoch's micro-batches, so first rewards are 0; unseen: NaN."""
     steps = range(min(schedule.num_steps, schedule.steps_per_epoch))
     planned = [(b, schedule.examples(s)) for s in steps for b in schedule.micro_batches(s, rank)]
     prepared = prefetch(lambda plan: objective.prepare(*plan), planned)
@@ -139,7 +139,7 @@ def reference_pass(objective, schedule, rank: int) -> Tensor:
 
 
 def check_first_rewards(objective, exact: bool) -> None:
-    """Raise unless the policy is its reference before the first update, in bf16 nearly so."""
+    """Raise unless policy and reference agree before the first update (in bf16: nearly)."""
     rewards = torch.cat([r.flatten() for r in objective.first_rewards]).double()
     rewards, objective.first_rewards = rewards / objective.config.beta, None
     worst = torch.stack([rewards.abs().max(), rewards.square().mean().sqrt()])
@@ -148,18 +148,18 @@ def check_first_rewards(objective, exact: bool) -> None:
     found = f"log-ratios before the first step: at most {largest:.1e} nats per title, rms {rms:.1e}"
     if not (largest < 1e-3 if exact else rms <= 0.5):
         raise ValueError(f"policy and reference differ before training: {found}")
-    print0(f"{found} (0: the policy is its reference)")
+    print0(f"{found} (0: policy and reference are equal)")
 
 
 def encode_sample(val: Examples, tokenizer, config) -> Encoded | None:
-    """The validation users of a run: --val_size of the split, drawn by the seed of the data."""
+    """The validation users of a run: --val_size of the split, drawn with --data_seed."""
     rows = np.random.default_rng([config.data_seed, 1]).permutation(len(val))[: config.val_size]
     sample = val.select(np.sort(rows))
     return encode_examples(sample, tokenizer, config.max_length) if len(rows) else None
 
 
 def validate(log: Logger, step: int, summary: dict | None, model, best: dict) -> dict:
-    """Log what rank 0 knows of the model after `step` steps; its weights if better, else `best`."""
+    """Log rank 0's metrics after `step` steps; returns the best weights, these or `best`."""
 
     def report() -> bool:
         lines = [json.loads(line) for line in Path(log.file.name).read_text().splitlines()]
@@ -191,7 +191,7 @@ def save_stage(run: Run, model: Transformer, base: Path, folder: Path, weights: 
 
 
 def copy_tokenizer(base: Path, folder: Path, prompt_format: str | None) -> None:
-    """Put the base's tokenizer beside a model, which may end an answer as its chat format does."""
+    """Copy the base's tokenizer to a model; with chat prompts, the end of a turn ends an answer."""
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copy(base / name, folder / name)
@@ -200,7 +200,7 @@ def copy_tokenizer(base: Path, folder: Path, prompt_format: str | None) -> None:
 
 
 def write_base(run: Run, base: Path, folder: Path, weights: str, adapter=None) -> str:
-    """Write base.json and prompt.json, for who asks a stage without its run; its base's name."""
+    """Write base.json and prompt.json, to load a stage without its run; returns the base's name."""
     given = run.config.model or (base_of(run.config.adapter) if run.config.adapter else "")
     is_hub_name = "/" in given and base == run.base and not Path(given).is_dir()
     name = given if is_hub_name else str(base.resolve())
@@ -224,7 +224,7 @@ def save_predictions(path: Path, metrics: dict, records: list[dict]) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name first: a process that is killed leaves it as it was."""
+    """Write a file under another name, then rename it: after a kill the old file is intact."""
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(file)

@@ -1,4 +1,4 @@
-"""Two evaluations of the same users, paired: what a change of precision does to a model.
+"""Compare two evaluations of the same users, for example in two precisions.
 
     python eval.py --model demo/base --adapter A ... --output_dir runs/full
     python eval.py --model demo/base --adapter A ... --load_in_4bit --output_dir runs/four
@@ -18,7 +18,7 @@ from studies.statistics import holm, paired, with_interval
 
 
 def agreement_text(first: list[dict], second: list[dict]) -> str:
-    """Markdown of two lists of records; ValueError if they are of other users or titles."""
+    """Compare two lists of records in Markdown; ValueError if their users or titles differ."""
     if digest_of(first) != digest_of(second):
         raise ValueError("the two evaluations are of different users, titles or targets")
     before, after, rows = tested_values(first), tested_values(second), []
@@ -39,7 +39,7 @@ def agreement_text(first: list[dict], second: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("folders", type=Path, nargs=2, help="with predictions.jsonl, first, second")
+    parser.add_argument("folders", type=Path, nargs=2, help="two folders with predictions.jsonl")
     folders = parser.parse_args().folders
     print(agreement_text(*(read_lines(folder / "predictions.jsonl") for folder in folders)))
 

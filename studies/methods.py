@@ -1,8 +1,8 @@
-"""What run folders hold: tested models, grouped into methods by the names that a table gives them.
+"""Tested models in run folders, grouped into methods by the names that a table gives them.
 
-A run of a table file says its "method"; "{stage}" in it stands for the stage, so that a run of
+Each run of a table file has a "method"; "{stage}" in it is replaced by the stage, so that a run of
 several stages fills several rows. Results of one method differ only in their seed. A folder that
-no table describes is a method by itself, named by its place."""
+no table describes is a method of its own, named by its path."""
 
 import json
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ class Result:
     metrics: dict
     records: list[dict]  # of the test split
     steps: list[dict]  # what preference training logged
-    values: dict[str, np.ndarray]  # measure -> (n,) what each user counts for
+    values: dict[str, np.ndarray]  # measure -> (n,) a value per user
     measured: dict[str, dict]  # probe or "two_stage/RETRIEVER" -> its JSON
 
 
@@ -76,7 +76,7 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def tested_values(records: list[dict]) -> dict[str, np.ndarray]:
-    """Measure of TESTED -> (n,) what each user counts for."""
+    """Map each measure of TESTED to a value per user (n,)."""
     scores, slots = ([r[key] for r in records] for key in ("logps", "target_slot"))
     ranked = ranking_metrics(scores, slots)["hit_ratio@1"]
     written, valid = (np.array([r[key] for r in records], float) for key in ("hit", "valid"))
@@ -84,7 +84,7 @@ def tested_values(records: list[dict]) -> dict[str, np.ndarray]:
 
 
 def read_result(place: Path, folder: Path, described: dict[str, str]) -> Result | None:
-    """A tested stage or baseline and what was measured of it; None if it belongs to no run."""
+    """Read a tested stage or baseline with its measurements; None if it belongs to no run."""
     own, log = place / "config.json", place / "metrics.jsonl"
     run = place if own.exists() and "method" in read_json(own) else place.parent  # a baseline's
     if not (run / "config.json").exists():
@@ -117,11 +117,10 @@ def read_result(place: Path, folder: Path, described: dict[str, str]) -> Result 
 
 
 def collect(folder: Path, table: dict) -> dict[str, Method]:
-    """Name -> method, of every stage and baseline below the folder that has been tested, in the
-    order of the paper's tables.
+    """Collect the tested stages and baselines below a folder as methods by name.
 
-    ValueError if a name stands for two methods, or the test split or a measurement is not of the
-    same users, candidates and targets everywhere."""
+    They are in the order of the paper's tables. ValueError if two methods have one name, or if the
+    users, candidates or targets of the test split or of a measurement differ between results."""
     described = {run["name"]: run["method"] for run in table.get("runs", ())}
     files = sorted(folder.glob("**/eval/metrics.json"))
     results = [r for f in files if (r := read_result(f.parents[1], folder, described))]
@@ -154,19 +153,19 @@ def collect(folder: Path, table: dict) -> dict[str, Method]:
 
 
 def changed(a: dict, b: dict) -> set[str]:
-    """Options in which two configurations differ and that make another method."""
+    """Options that differ between two configurations and make another method."""
     return {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)} - NOT_THE_METHOD
 
 
 def base_method(methods: dict[str, Method], stage: str) -> Method | None:
-    """The method that is called like its stage, or the only one of this stage."""
+    """The method that is named like its stage, or the only one of this stage."""
     found = [m for m in methods.values() if m.stage == stage]
     return methods.get(stage) or (found[0] if len(found) == 1 else None)
 
 
 def sweep(methods: dict[str, Method], *options: str, stage: str = "recpo") -> list[tuple]:
-    """(value, method) of the methods that differ from their stage's base in one option alone;
-    of several options the value is a tuple."""
+    """(value, method) of the methods that differ from their stage's base in these options only.
+    With several options the value is a tuple."""
     base, points = base_method(methods, stage), []
     for m in methods.values() if base else ():
         if m.stage == stage and changed(m.config, base.config) <= set(options):
@@ -179,16 +178,16 @@ def sweep(methods: dict[str, Method], *options: str, stage: str = "recpo") -> li
 
 
 def same_seeds(methods: list[Method], having: str = "") -> list[Method]:
-    """Each without the runs whose seed another one lacks; all runs of each if none is shared.
+    """Keep the runs whose seed all methods have, or all runs if no seed is shared.
 
-    A stage starts from its seed's SFT result, so runs of one seed belong together. `having`: of the
-    runs that have this measure alone."""
+    A stage starts from its seed's SFT result, so runs of one seed belong together. `having`: only
+    seeds of runs with this measure count."""
     runs = [{r.seed for r in m.results if not having or having in r.values} for m in methods]
     shared = set.intersection(*runs)
     return [m.of_seeds(shared or seeds) for m, seeds in zip(methods, runs, strict=True)]
 
 
 def difference_of(a: Method, b: Method, measure: str) -> Difference:
-    """a - b over the same users, seeds averaged first; holm() gives interval and verdict."""
+    """a - b over the same users, averaged over seeds; holm() fills in interval and verdict."""
     a, b = same_seeds([a, b], having=measure)
     return paired(a.per_user(measure), b.per_user(measure), (len(a.results), len(b.results)))

@@ -32,7 +32,7 @@ CURVES = {
 
 
 def panel(axis, methods: list[Method], figure: str, label: str, values=None, beside=()) -> None:
-    """Means with 95 % intervals: a row for each method, or a curve over these values of an option;
+    """Draw means with 95 % intervals: a row per method, or a curve over an option's values.
     beside: (name, mean) of recommenders that are drawn as lines."""
     shown = [how for how in HOW if all(m.has(f"{figure}/{how}") for m in methods)]
     for number, how in enumerate(shown):
@@ -57,7 +57,7 @@ def panel(axis, methods: list[Method], figure: str, label: str, values=None, bes
 
 
 def panels_of(methods: dict[str, Method], measured: dict[str, dict]) -> Iterator[tuple]:
-    """(file, title, arguments of each panel) of the pictures made of panels."""
+    """Yield (file, title, arguments of each panel) of the pictures that are made of panels."""
     every, probes = list(methods.values()), []
     plain = [m for m in every if m.name == m.stage]
     if len(plain) > 1:
@@ -85,7 +85,7 @@ def panels_of(methods: dict[str, Method], measured: dict[str, dict]) -> Iterator
 
 
 def figures(new, methods: dict[str, Method]) -> Iterator[tuple]:
-    """(file, title, figure) of every picture that there are runs for; new() makes a figure."""
+    """Yield (file, title, figure) of every picture that the runs allow; new() makes a figure."""
     every = list(methods.values())
     measured = {name: c for m in every for r in m.results for name, c in r.measured.items()}
     for file, title, panels in panels_of(methods, measured):
@@ -122,7 +122,7 @@ def figures(new, methods: dict[str, Method]) -> Iterator[tuple]:
 
 
 def draw_all(methods: dict[str, Method], folder: Path) -> dict[str, str]:
-    """File -> title of the pictures drawn into the folder; none without matplotlib."""
+    """Draw the pictures into the folder, if matplotlib is installed; returns file -> title."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

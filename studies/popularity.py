@@ -1,4 +1,4 @@
-"""Coverage, popularity bias and calibration of what a model ranks first, a value per run.
+"""Coverage, popularity bias and calibration of what a model ranks first, one value per run.
 
 coverage      share of the catalogue that is ranked first for at least one test user
 top           share of first places that go to the 1 % of the items that training saw most
@@ -27,14 +27,14 @@ def catalogue_of(prepared: Prepared) -> dict[str, tuple[float, bool]]:
     counts = item_counts(prepared.interactions)
     ordered, top = np.sort(counts), np.zeros(len(counts), bool)
     below = np.searchsorted(ordered, counts) + np.searchsorted(ordered, counts, "right")
-    most = np.argsort(-counts, kind="stable")  # of equally popular ones the lower code
+    most = np.argsort(-counts, kind="stable")  # equal counts: the lower code first
     top[most[: max(1, len(counts) // 100)]] = True
     facts = zip((below / 2 / len(counts)).tolist(), top.tolist(), strict=True)
     return dict(zip(prepared.interactions.titles, facts, strict=True))
 
 
 def beyond_accuracy(result: Result, catalogue: dict | None) -> dict[str, float]:
-    """Measure -> value of one run; without the catalogue calibration alone."""
+    """Map measures to their value for one run; without a catalogue only calibration."""
     scores = np.array([r["logps"] for r in result.records])
     first = scores.argmax(1)
     sure = 1 / np.exp(scores - scores.max(1, keepdims=True)).sum(1)  # probability of the first

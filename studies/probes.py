@@ -1,22 +1,22 @@
-"""Probes: questions to the stages of a run that its test split does not ask.
+"""Probes: tests of a run's stages that go beyond its test split.
 
     python -m studies.probes --run runs/planted-1 --probe adherence
 
-    adherence    HR@1 on a user's last item but one, where the last one, liked too, is among the
-                 candidates (training never sees the last two)
+    adherence    HR@1 on a user's second-last item, with the last one, also liked, among the
+                 candidates (training never sees these two)
     temptation   the same with a disliked last item: HR@1, and how often the disliked one is taken
     avoidance    users whose last item is disliked, among 19 random ones: the share of all answers
-                 that are listed and another title
+                 that name another listed title
     aversion     the same lists, but the prompt asks for the title that the user would rate lowest
     length       HR@1 of the test split in fifths of the users by the length of their history; how
                  much it differs between them beyond sampling (spread), and spread / mean (cv)
-    uniform, popularity, retrieved    HR@1 of the test users among other candidates: random, popular
-                 or what Markov retrieves for the history
+    uniform, popularity, retrieved    HR@1 of the test users among other candidates: random ones,
+                 popular ones, or those that Markov retrieves for the history
 
-A good predictor of the next item has a *low* avoidance: the disliked item did come next. So chance,
-counting and, in the planted world, the best possible recommender stand beside every figure (in
-aversion they rank the other way round). --output_dir gets STAGE/PROBE/metrics.json. Legend: E
-examples; a choice (E, 20): the probability that each candidate is taken, none if invalid."""
+A good predictor of the next item has a *low* avoidance: the disliked item did come next. So every
+figure is shown with those of chance, counting and, in the planted world, the best possible
+recommender (in aversion they rank in reverse). --output_dir gets STAGE/PROBE/metrics.json. Legend:
+E examples; a choice (E, 20): the probability that each candidate is taken, all 0 if invalid."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ from runtime.stages import save_predictions
 from studies.statistics import spread_of_bins
 
 DISLIKED = 2.0  # highest rating of a disliked item
-# name -> (liked? of a user's last two interactions, None: any; how many are candidates)
+# name -> (whether the last two interactions are liked, None: either; how many are candidates)
 LAST_TWO = {
     "adherence": ((True, True), 2),
     "temptation": ((True, False), 2),
@@ -49,15 +49,15 @@ LAST_TWO = {
 KINDS = ("uniform", "popularity", "retrieved")  # of candidate lists, as --negatives draws them
 TEST_SEED = 2  # build_examples' generator of the test split; the kind is added
 PROBES = (*LAST_TWO, "length", *KINDS)
-HOW = {"written": "written", "ranked": "ranked first"}  # which answer counts -> in a table
-NUM_BINS = 5  # of history lengths: equally many users each, but for equal lengths
+HOW = {"written": "written", "ranked": "ranked first"}  # which answer counts -> its name in tables
+NUM_BINS = 5  # of history lengths, with equally many users except for ties
 
 
 @dataclass(frozen=True)
 class ProbeConfig(EvalConfig):
     """Measure a probe for the stages of a run, a Hugging Face directory or a PEFT adapter."""
 
-    probe: str = arg("length", "what is asked", group="probe", choices=PROBES)
+    probe: str = arg("length", "which probe", group="probe", choices=PROBES)
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,8 +71,8 @@ class ProbeConfig(EvalConfig):
 
 
 def probe_examples(interactions: Interactions, config: DataConfig, probe: str) -> Examples:
-    """All users whose last two interactions fit a probe; the target is the first of them that is a
-    candidate, random items fill the list up to 20."""
+    """Examples of all users whose last two interactions fit a probe.
+    The target is the first of them that is a candidate; random items fill the list up to 20."""
     (before_last, last), count = LAST_TWO[probe]
     ends = interactions.start[1:] - 1  # row of each user's last interaction
     fits = ends - interactions.start[:-1] >= config.min_history + count - 1
@@ -92,8 +92,8 @@ def probe_examples(interactions: Interactions, config: DataConfig, probe: str) -
 
 
 def other_list(test: Examples, config: DataConfig, kind: str) -> Examples:
-    """The test cases with candidates of this kind, drawn from --data_seed and the kind alone, so
-    that all methods meet the same lists."""
+    """The test cases with candidates of this kind.
+    They depend on --data_seed and the kind only, so that all methods get the same lists."""
     interactions = test.interactions
     rng = np.random.default_rng([config.data_seed, TEST_SEED, KINDS.index(kind)])
     own, step = replace(config, negatives=kind), np.arange(1)
@@ -101,19 +101,19 @@ def other_list(test: Examples, config: DataConfig, kind: str) -> Examples:
 
 
 def choice_of_scores(scores: np.ndarray) -> np.ndarray:
-    """The candidate with the best score; equal ones share the choice, as in ranking_metrics."""
+    """The candidate with the best score; ties share the choice, as in ranking_metrics."""
     best = scores == scores.max(1, keepdims=True)
     return best / best.sum(1, keepdims=True)
 
 
 def choice_of_answers(records: list[dict]) -> np.ndarray:
-    """What was written: one candidate, or none where the answer is not listed."""
+    """The candidate that was written, or none if the answer is not listed."""
     answers = np.array([r["answer"] if r["valid"] else "" for r in records])
     return (np.array([r["candidates"] for r in records]) == answers[:, None]).astype(float)
 
 
 def outcomes(probe: str, examples: Examples, choice: np.ndarray) -> dict[str, list[float]]:
-    """Figure -> what each example counts for, between 0 and 1."""
+    """Map each figure to a value of every example, between 0 and 1."""
     rows = np.arange(len(examples))
     own = choice[rows, examples.target]
     if probe == "avoidance":
@@ -128,7 +128,7 @@ def outcomes(probe: str, examples: Examples, choice: np.ndarray) -> dict[str, li
 
 
 def references(probe: str, examples: Examples, config: DataConfig) -> dict[str, dict]:
-    """Outcomes of chance, counting and, where it is known, the best possible recommender."""
+    """Outcomes of chance, counting and, if it is known, the best possible recommender."""
     sign = -1 if probe == "aversion" else 1
     choices = {"chance": np.full(examples.candidates.shape, 1 / NUM_CANDIDATES)}
     for name, scores in counting_baselines(examples).items():
@@ -140,13 +140,13 @@ def references(probe: str, examples: Examples, config: DataConfig) -> dict[str, 
 
 
 def digest_of(records: list[dict]) -> str:
-    """Of the users, candidates and targets."""
+    """Hash of the users, candidates and targets."""
     facts = [[r["user"], r["candidates"], r["target"]] for r in records]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def measured(probe: str, examples: Examples, records: list[dict], beside: dict, data: str) -> dict:
-    """The outcomes of one model, as written and as ranked first, with the references beside."""
+    """The outcomes of one model, as written and as ranked first, and the references."""
     users = examples.interactions.user[examples.position]
     lengths = examples.position - examples.interactions.start[users]
     ranked = choice_of_scores(np.array([r["logps"] for r in records]))
@@ -163,8 +163,8 @@ def measured(probe: str, examples: Examples, records: list[dict], beside: dict, 
 
 
 def by_length(lengths: list[int], runs: list[dict]) -> dict[str, dict]:
-    """HR@1 in quantile bins of history length: n, mean and its variance by sampling alone, averaged
-    over the outcomes of the runs (their users are the same)."""
+    """HR@1 in quantile bins of history length: n, mean and its sampling variance.
+    They are averaged over the outcomes of the runs, whose users are the same."""
     lengths, hits = np.array(lengths), np.array([run["hit_ratio@1"] for run in runs], float)
     cuts = np.quantile(lengths, np.arange(NUM_BINS) / NUM_BINS, method="lower")
     edges = np.append(np.unique(cuts), lengths.max() + 1)
@@ -181,7 +181,7 @@ def by_length(lengths: list[int], runs: list[dict]) -> dict[str, dict]:
 
 
 def probe_table(content: dict, rows: dict[str, list[dict]]) -> str:
-    """Name -> outcomes of its runs, as a table of their means with 95 % intervals."""
+    """A table of means with 95 % intervals; `rows`: name -> outcomes of its runs."""
     lines, columns = [], list(content["written"])
     for name, runs in rows.items():
         if content["lengths"]:
@@ -203,7 +203,7 @@ def probe_table(content: dict, rows: dict[str, list[dict]]) -> str:
 
 
 def predictions(config: EvalConfig, examples: Examples, device) -> Iterator[tuple]:
-    """(name, records) of every stage that the options name."""
+    """Yield (name, records) of every stage that the options name."""
     for name, source in sources_of(config).items():
         model, tokenizer = load_source(config, source, device)
         encoded = encode_examples(examples, tokenizer, config.max_length)

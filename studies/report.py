@@ -1,4 +1,4 @@
-"""The report of a folder of runs: figures with intervals, the paper's beside them, its findings.
+"""Write a report of a folder of runs: figures with intervals, and the paper's figures and findings.
 
     python -m studies.report runs/planted-table                         into its folder report/
     python -m studies.report runs/planted-table --measure all --output_dir results/planted-table
@@ -31,14 +31,14 @@ from studies.two_stage import catalogue_tables
 Methods = dict[str, Method]
 RANKED = "hit_ratio@1/ranked"
 # The paper's figures: model family ("" for sequential recommenders), method, data set -> HR@1 and
-# ValidRatio of Tables 1 and 2. Its findings: what, figure, and pairs of roles of which the first is
-# higher; each of the two lists is a family of Holm's.
+# ValidRatio of Tables 1 and 2. Its findings: what, figure, and pairs of roles, of which the first
+# is higher; Holm's correction covers each of the two lists.
 PAPER = read_json(Path(__file__).with_name("paper.json"))
 
 
 def paper_figures(config: dict, models: set[str]) -> dict[str, list[float]]:
-    """Method -> the paper's figures on this data set: only ml-1m is its MovieLens, only Books its
-    Amazon; of LLMs those of the models' family alone."""
+    """Map methods to the paper's figures for this data set and the models' family.
+    The paper's MovieLens is ml-1m only, its Amazon is Books only."""
     dataset, place = config["dataset"], Path(config.get("data_dir") or "none given")
     files = " ".join([place.name, *(f.name for f in place.glob("*"))]).lower()
     wanted = {"movielens": "ml-1m", "amazon": "books"}.get(dataset, "")
@@ -50,7 +50,7 @@ def paper_figures(config: dict, models: set[str]) -> dict[str, list[float]]:
 
 
 def with_runs(values: list[float], digits: int = 3) -> str:
-    """The mean, and the lowest and highest run where there are several."""
+    """The mean, and the lowest and highest run if there are several."""
     mean, low, high = (f"{f(values):.{digits}f}" if values else "" for f in (np.mean, min, max))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
@@ -91,7 +91,7 @@ def methods_section(methods: Methods, results: list) -> list[str]:
 
 
 def data_section(config: dict, prepared) -> list[str]:
-    """Table 3: sizes of the data set, if its examples are at hand."""
+    """Table 3: sizes of the data set, if its prepared examples are found."""
     if not prepared:
         return ["The prepared examples are not at hand; `python -m loaders` prints statistics."]
     known = {f.name for f in fields(DataConfig)}
@@ -119,7 +119,7 @@ VERDICTS = {"higher": "held", "lower": "not held", "not distinguishable": "not d
 
 
 def roles_of(methods: Methods) -> dict:
-    """Role in the paper's findings -> the method that plays it here."""
+    """Map each role in the paper's findings to the method that has it here."""
     roles = dict(sweep(methods, "margin"))
     for (items, rated), m in sweep(methods, "history_items", "ratings", stage="sft"):
         roles[f"{items}, {'ratings' if rated else 'no ratings'}"] = m
@@ -138,7 +138,7 @@ def roles_of(methods: Methods) -> dict:
 
 
 def stability_table(roles: dict, lengths: list[int]) -> list[str]:
-    """Does HR@1 of RecPO vary less over history lengths, by spread / mean (cv)?"""
+    """Test whether RecPO's HR@1 varies less over history lengths, by spread / mean (cv)."""
     rows, recpo = [], roles.get("recpo")
     for other in [roles[stage] for stage in ("sdpo", "sft") if recpo and stage in roles]:
         row = [f"HR@1 of {recpo.name} varies less with history length than that of {other.name}"]
@@ -157,7 +157,7 @@ def stability_table(roles: dict, lengths: list[int]) -> list[str]:
 
 
 def findings_section(methods: Methods, measured: dict) -> list[str]:
-    """Held, not held or not distinguishable; Holm over each of the two lists."""
+    """The findings: held, not held or not distinguishable, with Holm's correction per list."""
     roles, parts = roles_of(methods), []
     for asked in PAPER["findings"]:
         rows, answers = [], []
@@ -241,7 +241,7 @@ def training_section(methods: Methods) -> list[str]:
 
 
 def report_text(methods: Methods, note: str = "") -> str:
-    """All of report.md but the pictures."""
+    """The text of report.md, without the pictures."""
     results = [r for m in methods.values() for r in m.results]
     config, facts = results[0].config, results[0].metrics
     # references and lengths are the same in all runs

@@ -46,8 +46,8 @@ class BaselineConfig(DataConfig):
     num_layers: int = arg(2, "blocks of SASRec, layers of GRU4Rec", at_least=1)
     dropout: float = arg(0.2, "dropout", at_least=0, below=1)
     max_items: int = arg(50, "most recent items that a model sees", at_least=1)
-    num_sampled: int = arg(512, "items that the next one is compared with; 0 = all", at_least=0)
-    epochs: int = arg(200, "at most so many epochs", group="optimisation", at_least=1)
+    num_sampled: int = arg(512, "sampled items in the softmax; 0 = all items", at_least=0)
+    epochs: int = arg(200, "maximum number of epochs", group="optimisation", at_least=1)
     patience: int = arg(10, "epochs without a better validation HR@1 before it stops", at_least=1)
     batch_size: int = arg(256, "windows per step", at_least=1)
     learning_rate: float = arg(1e-3, "Adam's learning rate", above=0)
@@ -77,8 +77,8 @@ class GRU4Rec(Recommender):
 
 
 class Caser(Recommender):
-    """Convolutions over the last WINDOW items, and the user's own vector (arXiv:1809.07426):
-    horizontal filters of every height find patterns, vertical ones weigh items."""
+    """Convolutions over the last WINDOW items, and a vector per user (arXiv:1809.07426).
+    Horizontal filters of every height find patterns, vertical ones weigh items."""
 
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
@@ -183,7 +183,7 @@ def step_loss(model: Recommender, windows, users, pool, num_sampled: int, genera
 def train(
     config: BaselineConfig, interactions: Interactions, val: Examples, report=print
 ) -> tuple[Recommender, list[dict]]:
-    """The model of the best epoch on validation, an entry per epoch. Test data is not seen here."""
+    """Train without test data; returns the model of the best validation epoch, and the epochs."""
     torch.manual_seed(config.seed)
     generator, rng = torch.Generator().manual_seed(config.seed), np.random.default_rng(config.seed)
     model = MODELS[config.method](config, interactions.num_items, interactions.num_users)
@@ -213,7 +213,7 @@ def train(
         found = float(ranking_metrics(scores, val.target)["hit_ratio@1"].mean())
         entry = {"epoch": epoch, "loss": float(np.mean(losses)), "val_hit_ratio@1": found}
         history.append(entry)
-        best = max(history, key=lambda entry: entry["val_hit_ratio@1"])  # of equals the first
+        best = max(history, key=lambda entry: entry["val_hit_ratio@1"])  # the first of equals
         report(f"{config.method} {epoch:3} | loss {entry['loss']:.4f} | val HR@1 {found:.4f}")
         if best is entry:
             best_state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -240,8 +240,8 @@ class SASRecRetriever(Retriever):
 def fit_retriever(
     name: str, prepared: Prepared, config: DataConfig, rows: np.ndarray | None = None
 ) -> Retriever:
-    """A counting retriever fitted on these rows of the log (n,) bool, None: all; or SASRec, trained
-    by the defaults here without the last two, and kept beside the prepared examples."""
+    """A counting retriever fitted on these rows of the log ((n,) bool; None: all), or SASRec.
+    SASRec is trained with the defaults, without the last two, and kept with the examples."""
     interactions, file = prepared.interactions, prepared.folder / "sasrec-2.safetensors"
     if name in COUNTING_RETRIEVERS:
         return Retriever(name, interactions, rows, config.history)
@@ -258,7 +258,7 @@ def fit_retriever(
 
 
 def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
-    """As eval.py's records: the best-scored title is the answer, so every answer is valid."""
+    """Records like eval.py's: the best-scored title is the answer, so every answer is valid."""
     records = []
     for e, row in enumerate(scores):
         user, titles, slot = examples[e].user, examples[e].candidates, examples[e].target

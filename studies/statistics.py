@@ -12,8 +12,8 @@ CHI_SQUARE |= {3: (0.215795283, 9.34840360), 4: (0.484418557, 11.1432868)}
 
 
 def resampled_means(values: np.ndarray) -> np.ndarray:
-    """(RESAMPLES,) means of values (n,) over users drawn with replacement; every call draws the
-    same users, so differences of two calls are paired."""
+    """(RESAMPLES,) means of values (n,) over users drawn with replacement.
+    Every call draws the same users, so differences of two calls are paired."""
     rng, n, means = np.random.default_rng(0), len(values), []
     for _ in range(RESAMPLES // 100):  # in portions: all draws at once would take gigabytes
         draws = rng.integers(n, size=(100, n)) + n * np.arange(100)[:, None]
@@ -34,8 +34,8 @@ def with_interval(values: np.ndarray) -> str:
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p-value: of the users whom only one of the two gets right, is either side
-    as likely?"""
+    """Exact two-sided p-value of McNemar's test.
+    It asks: among users whom only one of the two gets right, are both equally likely?"""
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
@@ -65,8 +65,8 @@ def paired(a: np.ndarray, b: np.ndarray, runs: tuple[int, int] = (1, 1)) -> Diff
 def holm(family: list[Difference], alpha: float = 0.05) -> None:
     """Judge m questions together: the k-th clearest at level alpha / (m - k + 1).
 
-    Clear is a difference whose resampled means seldom lie on the other side of 0. After the first
-    whose interval holds 0, all others are judged at its level, so that theirs hold 0 too."""
+    A difference is clear if its resampled means seldom lie on the other side of 0. After the first
+    whose interval contains 0, the rest is judged at the same level, so theirs contain 0 too."""
     left = len(family)
     clearest = sorted(family, key=lambda d: min((d.means <= 0).mean(), (d.means >= 0).mean()))
     for difference in clearest:
@@ -79,12 +79,12 @@ def holm(family: list[Difference], alpha: float = 0.05) -> None:
 
 
 def spread_of_bins(bins: dict[str, dict]) -> dict:
-    """Standard deviation of HR@1 between up to five bins beyond sampling, with its 95 % interval,
-    and both divided by the mean (cv).
+    """Standard deviation of HR@1 between up to five bins, beyond sampling error.
+    It comes with its 95 % interval, and both also divided by the mean (cv).
 
     The moment estimate of DerSimonian and Laird (1986), with weights 1 / sampling variance, and
     Viechtbauer's Q profile (2007): every spread at which Q is a likely chi-square of B - 1 degrees.
-    The interval begins at 0 where sampling alone explains the differences."""
+    The interval begins at 0 if sampling alone explains the differences."""
     means = np.array([b["mean"] for b in bins.values()])
     variances = np.array([b["variance"] for b in bins.values()])
     mean, degrees = float(means.mean()), len(means) - 1

@@ -1,13 +1,13 @@
-"""Run all that a table needs, one command each: training runs, baselines, probes.
+"""Run everything that a table needs, one command each: training runs, baselines, probes.
 
     python -m studies.tables configs/tables/planted.json --model demo/base \\
         --output_dir runs/planted-table
 
 A table is a JSON file: "common" options of every run, "training" options of train.py, and "runs".
-Each run has a name, a method (its row of the report; "{stage}" stands for the stage; seeds share
-one), its own options, perhaps "after": "run/stage", where it starts, and perhaps a "script" instead
-of train.py. "probes" are measured for the runs in "probed". Finished runs are skipped, interrupted
-ones go on. A run's log lies beside its folder, a copy of the table in table.json."""
+Each run has a name, a method (its row in the report; "{stage}" is replaced by the stage; seeds
+share one), its own options, and optionally "after": "run/stage", where it starts, or a "script"
+instead of train.py. "probes" are measured for the runs in "probed". Finished runs are skipped,
+interrupted ones resume. A run's log is next to its folder; table.json is a copy of the table."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ MEASURED = (*PROBES, "two_stage")
 
 
 def flags_of(options: dict) -> list[str]:
-    """{"a": 1, "b": true, "c": false} -> --a=1 --b --no_c"""
+    """Turn options into flags: {"a": 1, "b": true, "c": false} becomes --a=1 --b --no_c."""
     switches = {True: "--{}", False: "--no_{}"}
     return [
         switches[v].format(k) if isinstance(v, bool) else f"--{k}={v}" for k, v in options.items()
@@ -34,14 +34,14 @@ def flags_of(options: dict) -> list[str]:
 
 
 def execute(what: str, command: list[str], log: Path) -> None:
-    """Run it, its output in `log`; ValueError names the log and its last line if it fails."""
+    """Run a command with its output in `log`; if it fails, ValueError names the log's last line."""
     started = time.time()
     with open(log, "a") as out:
         print(f"\n$ {' '.join(command[1:])}", file=out, flush=True)
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
     if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip("= ")]
-        raise ValueError(f"{log}: exit code {code}: {lines[-1]}; the same command goes on")
+        raise ValueError(f"{log}: exit code {code}: {lines[-1]}; the same command resumes")
     print(f"{what}: {time.time() - started:.0f} s", flush=True)
 
 
@@ -69,9 +69,9 @@ def read_table() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("table", type=Path, help="JSON file of the table's runs")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of a training run")
-    parser.add_argument("--dataset", default="", help="data set, where the table leaves it open")
+    parser.add_argument("--dataset", default="", help="data set, if the table leaves it open")
     parser.add_argument("--data_dir", default="", help="raw data, if the data set needs it")
-    parser.add_argument("--model", default="", help="model, where the table leaves it open")
+    parser.add_argument("--model", default="", help="model, if the table leaves it open")
     parser.add_argument("--prepared_dir", default="prepared")
     args = parser.parse_args()
     table = read_json(args.table)
@@ -89,7 +89,7 @@ def read_table() -> tuple[argparse.Namespace, dict]:
 
 
 def measure(run: Path, name: str) -> None:
-    """A probe or "two_stage", if the run's data allow it, and it is missing or of other data."""
+    """Measure a probe or "two_stage" if the run's data allow it and it is missing or outdated."""
     config = read_json(run / "config.json")
     in_time, has_log = bool(config.get("split_date")), config["dataset"] != "prepared"
     left_out = {config.get("negatives", "uniform"), *(LAST_TWO if in_time else ())}
@@ -109,7 +109,7 @@ def measure(run: Path, name: str) -> None:
 
 
 def measure_missing(folder: Path, wanted: str) -> None:
-    """For all training runs below the folder; what fails is named and left out."""
+    """Measure all training runs below the folder; failures are printed and skipped."""
     names = MEASURED if wanted == "all" else [name.strip() for name in wanted.split(",")]
     if unknown := sorted(set(names) - set(MEASURED)):
         raise ValueError(f"--measure {', '.join(unknown)}: all, or some of {', '.join(MEASURED)}")

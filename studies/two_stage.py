@@ -1,13 +1,13 @@
-"""Retrieve, then rank: figures over the whole catalogue, beside the retriever alone.
+"""Retrieve, then rank: figures over the whole catalogue, compared with the retriever alone.
 
     python -m studies.two_stage --run runs/planted-1 --retriever markov
 
 A test case is a user's last interaction, if it was liked; its history is all that lies before. The
 retriever is fitted on training interactions and orders the items that the history does not hold;
 the model ranks its first 20, the others keep the retriever's place. HR@k: the target is among the
-first k; NDCG@10: 1 / log2(1 + place), 0 behind the tenth; MRR: mean of 1 / place. The ceiling puts
-a retrieved target first always; in the planted world the optimum is the best order of the 20.
-`--retriever model`: a model with a token per title, asked without the list, ranks the catalogue
+first k; NDCG@10: 1 / log2(1 + place), 0 after the tenth; MRR: mean of 1 / place. The ceiling always
+puts a retrieved target first; in the planted world the optimum is the best order of the 20.
+`--retriever model`: a model with a token per title, prompted without the list, ranks the catalogue
 itself, by one position's logits. Every user's places go to RUN/two_stage/STAGE/RETRIEVER.json.
 Legend: E users, I items."""
 
@@ -60,8 +60,8 @@ class TwoStageConfig(EvalConfig):
 def title_scores(
     model: Transformer, tokenizer: Tokenizer, titles: list[str], prompts: Iterable
 ) -> Iterator[np.ndarray]:
-    """(I,) log-probs of all titles behind each prompt (ids), by one position; the few that are
-    spelled, because their token would not be decoded to them, by a tree."""
+    """Yield log-probs (I,) of all titles after each prompt (ids), by the logits of one position.
+    The few titles that have no token of their own are scored by a tree."""
     completions, device = tokenizer.encode_completions(titles), model.inv_freq.device
     first = torch.tensor([ids[0] for ids in completions], device=device)
     spelled = [i for i, ids in enumerate(completions) if len(ids) != 2]  # not a token and the end
@@ -79,8 +79,8 @@ def title_scores(
 def retrieved(
     retriever: Retriever | None, examples: Examples, scored: Iterator[np.ndarray] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(E, 20) best items that the history does not hold, and (E,) places of the targets among all
-    of them; equal scores by item code. `scored`: each example's scores (I,) in place of those."""
+    """The best items (E, 20) that the history does not hold, and the targets' places (E,).
+    Ties go by item code. `scored` yields scores (I,) per example, instead of the retriever."""
     lists, places = [], []
     for e in progress(range(len(examples)), "retrieve", len(examples)):
         interactions, p = examples.interactions, int(examples.position[e])
@@ -99,8 +99,8 @@ def retrieved(
 
 
 def shown_lists(examples: Examples, lists: np.ndarray) -> tuple[Examples, np.ndarray]:
-    """The users with the retrieved items as candidates, in an order (E, 20) that the user's id
-    draws, so that a prompt does not tell the retriever's."""
+    """The examples with the retrieved items as candidates, and their order (E, 20) in the prompt.
+    The order is drawn from the user's id, so that a prompt does not reveal the retriever's."""
     texts = [f"{examples[e].user} {row[0]} {row[-1]}\0" for e, row in enumerate(lists)]
     seeds = [int.from_bytes(sha256(text.encode()).digest()[:8], "big") for text in texts]
     orders = np.array([np.random.default_rng(s).permutation(NUM_CANDIDATES) for s in seeds])
@@ -111,8 +111,8 @@ def shown_lists(examples: Examples, lists: np.ndarray) -> tuple[Examples, np.nda
 
 
 def ranked_places(scores, orders, lists: np.ndarray, examples: Examples, alone) -> np.ndarray:
-    """(E,) places after each list is ordered by the scores (E, 20) of its shown order, equals as
-    retrieved; a target that the list does not hold keeps the retriever's place."""
+    """The targets' places (E,) after each list is sorted by the scores (E, 20) of its shown order.
+    Ties stay as retrieved; a target that the list does not hold keeps the retriever's place."""
     values = np.empty(lists.shape)
     np.put_along_axis(values, orders, scores, 1)
     order = np.take_along_axis(lists, np.argsort(-values, axis=1, kind="stable"), 1)
@@ -121,16 +121,16 @@ def ranked_places(scores, orders, lists: np.ndarray, examples: Examples, alone) 
 
 
 def gains(places: np.ndarray) -> dict[str, np.ndarray]:
-    """Places (E,) from 1 -> every measure (E,)."""
+    """Every measure (E,) of places (E,), which count from 1."""
     values = {f"HR@{k}": (places <= k).astype(float) for k in (1, 5, 10)}
     values["NDCG@10"] = np.where(places <= 10, 1 / np.log2(1 + places), 0.0)
     return values | {"MRR": 1 / places}
 
 
 def catalogue_tables(places: dict[str, list[int]], ranked: dict[str, dict]) -> str:
-    """Markdown: the measures of the retriever alone, of the ranked rows (name -> gains) and of what
-    stands beside, and the ranked rows minus the retriever alone, paired over users, with Holm's
-    correction within each measure."""
+    """Markdown tables of the measures of each row, and of differences to the retriever alone.
+    The rows: the retriever, `ranked` (name -> gains), and the other places. Differences are paired
+    over users, with Holm's correction within each measure."""
     beside = {name: gains(np.array(found)) for name, found in places.items() if name != "model"}
     alone = beside.pop("retriever")
     rows = {"retriever alone": alone, **ranked, **beside}

@@ -113,7 +113,7 @@ def test_published_templates_have_the_ids_of_transformers(name, their_ids, tmp_p
 def test_prompt_and_answer_are_the_templates_own_dialogue(family, bases, their_ids, capsys):
     """Prompts are transformers', with generation prompt, thinking off."""
     tokenizer, end = Tokenizer(bases[family], "chat"), FAMILIES[family][1]
-    said = "is not how its own dialogues go on" in capsys.readouterr().out
+    said = "differs from its own dialogues" in capsys.readouterr().out
     assert said == (family in OWN_PROMPTS)
     assert tokenizer.inner.id_to_token(tokenizer.eos_id) == end
     assert tokenizer.stop_ids == Tokenizer(bases[family]).stop_ids | {tokenizer.eos_id}
@@ -162,8 +162,8 @@ def test_where_templates_and_their_variables_stand(tmp_path):
 REFUSED = [
     ("", "no chat template"),
     ([{"name": "rag", "template": "x"}], "no chat template"),
-    ("{{ messages[0].content }}{{ messages[0].content }}<|im_end|>", "text as it is, once"),
-    ("{{ messages[0].content | escape }}<|im_end|>", "text as it is, once"),
+    ("{{ messages[0].content }}{{ messages[0].content }}<|im_end|>", "text once and unchanged"),
+    ("{{ messages[0].content | escape }}<|im_end|>", "text once and unchanged"),
     ("{{ messages[0].content }}", "a control token"),
     ("{% if %}", "TemplateSyntaxError"),
     ("{{ nobody.content }}", "UndefinedError"),

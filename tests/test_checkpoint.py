@@ -53,7 +53,7 @@ def test_saved_on_two_ranks_resumes_on_another_number(whole, processes):
     wait_for(lambda: newest(tmp_path / name / "sft.unfinished"), process)
     process.kill()
     output, metrics = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
-    assert "going on from" in output
+    assert "resuming from" in output
     for stage in ("sft", "recpo"):
         np.testing.assert_allclose(losses(metrics, stage), losses(expected, stage), atol=1e-4)
     launch.assert_same_results(tmp_path / name, tmp_path / f"all-weights-{processes}", atol=1e-4)
@@ -69,7 +69,7 @@ def test_torchrun_restarts_go_on_by_themselves(whole):
     for worker in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
         os.kill(int(worker), signal.SIGKILL)
     assert agent.wait(200) == 0, log.read_text()[-3000:]
-    assert "going on from" in log.read_text()
+    assert "resuming from" in log.read_text()
     launch.assert_same_results(tmp_path / name, tmp_path / "whole")
 
 

@@ -290,7 +290,7 @@ def test_a_boundary_that_moves_is_refused(tmp_path):
     write_json(tmp_path / "config.json", {"eos_token_id": 0})
     spelling_bpe(["</s>"], ["ĊA", "Answer", "Answer:", ":Ġ"]).save(str(tmp_path / "tokenizer.json"))
     Tokenizer(tmp_path).encode_completions(["Alien 3"])
-    with pytest.raises(ValueError, match="tokenised differently together"):
+    with pytest.raises(ValueError, match="tokenised differently as one text"):
         encode_examples(nasty_examples(), Tokenizer(tmp_path), 100_000)
 
 

@@ -36,10 +36,10 @@ def wrapped(prefix):
 
 
 REFUSED = [
-    (lambda t: t.pop(UP), rf"{UP} \(there: None"),
-    (lambda t: t.update({UP + "s": torch.ones(1)}), rf"{UP}s \(there: \(1,\), needed: None"),
-    (lambda t: t.update({UP: torch.ones(47, 32)}), rf"{UP} \(there: \(47, 32\).*\(48, 32\)"),
-    (lambda t: t.update({UP: t[UP].to(torch.int8)}), rf"{UP} \(there: stored as I8"),
+    (lambda t: t.pop(UP), rf"{UP} \(found: None"),
+    (lambda t: t.update({UP + "s": torch.ones(1)}), rf"{UP}s \(found: \(1,\), needed: None"),
+    (lambda t: t.update({UP: torch.ones(47, 32)}), rf"{UP} \(found: \(47, 32\).*\(48, 32\)"),
+    (lambda t: t.update({UP: t[UP].to(torch.int8)}), rf"{UP} \(found: stored as I8"),
     (wrapped("_orig_mod."), r"_orig_mod\.lm_head.*torch.compile"),
     (wrapped("base_model.model."), r"base_model\.model\.lm_head.*PEFT"),
 ]
@@ -63,7 +63,7 @@ def test_files_that_are_not_there_or_cut_off_are_named(tmp_path):
         with pytest.raises(ValueError, match=f"{path}.*{culprit}"):
             load_pretrained(path)
 
-    refused(r"lm_head.weight \(there: None", save_file, {"other": torch.ones(1)}, shard)
+    refused(r"lm_head.weight \(found: None", save_file, {"other": torch.ones(1)}, shard)
     refused(shard.name, shard.write_bytes, b"\x00" * 20)
     refused(shard.name, shard.unlink)
     refused("", write_json, path / INDEX, {"weight_map": {"a": "../x"}})

@@ -242,10 +242,10 @@ def put(name: str, *shape: int, value: float = 1.0):
 
 
 TENSORS = [
-    (lambda t: t.pop(f"{LAYER}.lora_B.weight"), r"q_proj\.lora_B.*there: None"),
+    (lambda t: t.pop(f"{LAYER}.lora_B.weight"), r"q_proj\.lora_B.*found: None"),
     (put(f"{LAYER}.lora_magnitude_vector", 32), "lora_magnitude_vector.*needed: None.*DoRA"),
     (put(f"{LAYER}.lora_A.weight", 3, 32), r"\(3, 32\).*\(4, 32\)"),
-    (put(f"{LAYER}.lora_A.weight", 0), r"there: \(0,\)"),  # ZeRO-3
+    (put(f"{LAYER}.lora_A.weight", 0), r"found: \(0,\)"),  # ZeRO-3
     (put(f"{LAYER}.lora_A.weight", 4, 32, value=torch.nan), "q_proj.*NaN"),
     (put(f"{LAYER}.lora_A.weight", 4, 32, value=torch.inf), "q_proj.*infinity"),
     (put(EMBEDDING, 131, 32), "embed_tokens.*were trained"),

@@ -236,7 +236,7 @@ def test_build_tree_refuses_empty_and_uneven_input():
     groups = [[[EOS], [EOS]], [[EOS]]]
     refused = [([], []), ([[5], [6]], groups), ([[5]], [[]]), ([[]], [[[EOS]]])]
     for prompts, completions in [*refused, ([[5]], [[[EOS], []]])]:
-        with pytest.raises(ValueError, match="as many completions as.*nothing may be empty"):
+        with pytest.raises(ValueError, match="same number of completions.*nothing may be empty"):
             build_tree(prompts, completions)
 
 

@@ -43,7 +43,7 @@ REFUSED = [  # options, what the message says
     ({"stages": "recpo,sft"}, "--stages: raw and sft first"),
     ({"stages": "sft,dpo,dpo"}, "--stages: .*each once"),
     ({"dataset": "movielens"}, "--dataset movielens needs a --model"),
-    ({"model": "titles", "adapter": "a"}, "a new base, no --adapter fits"),
+    ({"model": "titles", "adapter": "a"}, "a new base: leave --adapter out"),
     ({"keep": "best"}, "--keep best needs --eval_steps"),
 ]
 FILES = [  # content of a --config file, what the message says

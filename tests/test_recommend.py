@@ -309,7 +309,7 @@ def test_a_cut_file_goes_on_without_repeating(run, whole, tmp_path, monkeypatch)
     (tmp_path / "cut.jsonl.part-1").write_bytes(key + b"".join(kept[:5]))  # of another rank
     part.write_bytes(key + b"".join(kept[5:-1]) + kept[-1][:30])  # the last line was cut
     monkeypatch.setattr(Ranker, "score", score)
-    with pytest.raises(ValueError, match="part-. was begun with another model"):
+    with pytest.raises(ValueError, match="part-. was started with another model"):
         recommend_users(replace(config, top_k=3))
     others = ((BASE, run / "sft"), "b"), ((BASE, run / "sft"), "c"), ((BASE, None), "b")
     assert len({job_key(config, weights, data) for weights, data in others}) == 3
@@ -400,7 +400,7 @@ def test_a_base_that_moved_is_given_by_model(run, tmp_path, ask):
     expected, moved = ask(f"--run={run}", "--stage=sft"), shutil.copytree(run, tmp_path / "moved")
     for stage in ("raw", "sft"):
         change(moved / stage / "base.json", base=str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match=f"{tmp_path / 'gone'} is not there; .* --model"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'gone'} is missing; .* --model"):
         ask(f"--run={moved}")
     new = shutil.copytree(BASE, tmp_path / "new")
     assert ask(f"--run={moved}", f"--model={new}") == expected

@@ -58,7 +58,7 @@ def test_a_run_folder_in_use_is_not_overwritten(one_process):
     tmp_path = one_process[0]
     before = {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
     for flags, message in (
-        ((), "holds a run already: --resume auto"),
+        ((), "already holds a run: resume it by --resume auto"),
         (("--resume=auto", "--beta=0.5", "--seed=3"), "with other beta, seed: "),
     ):
         output, _ = run_train(tmp_path, "one", *flags, expect=1)
@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(whole, tmp_path):
     assert done.returncode == 2, done.stderr[-3000:]
     message = r"error: .*disk/run/sft.unfinished\S* cannot be written .*No space left.*untouched"
     assert re.match(message, done.stderr.strip().splitlines()[0]), done.stderr
-    assert "Traceback" not in done.stderr and "going on from" in done.stdout
+    assert "Traceback" not in done.stderr and "resuming from" in done.stdout
     assert_same_results(tmp_path / "disk-after", runs / "whole")
 
 
@@ -135,7 +135,7 @@ def test_a_signal_loses_no_step(whole, number, stage, processes):
     for cache in (tmp_path / name).glob("reference-*"):
         cache.unlink()
     output, resumed = run_train(tmp_path, name, *flags, "--resume=auto", processes=processes)
-    assert f"going on from {saved}" in output
+    assert f"resuming from {saved}" in output
     assert_same_results(tmp_path / name, launch.uninterrupted(tmp_path, processes))
     assert [m["step"] for m in resumed[stage]] == [m["step"] for m in metrics[stage]]
     if processes == 1:
@@ -143,9 +143,9 @@ def test_a_signal_loses_no_step(whole, number, stage, processes):
 
 
 def test_a_signal_before_the_first_step_leaves_no_folder(in_process, tmp_path, monkeypatch):
-    """Ctrl-C while the data is read: nothing is to be saved, and the command says how to go on."""
+    """Ctrl-C while the data is read: nothing is saved, and the command says how to resume."""
     monkeypatch.setattr(train, "prepare", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Stopped, match="nothing is to be saved") as stop:
+    with pytest.raises(Stopped, match="there is nothing to save") as stop:
         in_process(train.main, "--beta=2", f"--output_dir={tmp_path / 'a run'}")
     command = f"python script --beta=2 '--output_dir={tmp_path}/a run' --resume auto"
     assert stop.value.args[0].splitlines()[-1] == command and stop.value.args[1] == 130
@@ -161,7 +161,7 @@ def test_torchrun_hands_ctrl_c_on(whole):
     agent.send_signal(signal.SIGINT)
     assert agent.wait(60) == 1 and newest(folder)
     log = (tmp_path / "ctrl-c.log").read_text()
-    (command,) = re.findall(r"which is saved\. This goes on:\n(.*)", log)
+    (command,) = re.findall(r"which is saved\. To resume:\n(.*)", log)
     assert command.startswith("python -m torch.distributed.run --standalone --nproc_per_node=2 ")
     assert command.endswith(" --resume auto")
 
@@ -198,7 +198,7 @@ def test_finished_stages_hold_for_their_data_and_weights(whole, in_process, tmp_
     message = f"sft was finished on data before-[0-9a-f]{{5}}, {found}"
     with pytest.raises(ValueError, match=message + "another --output_dir"):
         in_process(train.main, *flags, "--stages=sft,recpo,sdpo")
-    with pytest.raises(ValueError, match=message + "by --model"):
+    with pytest.raises(ValueError, match=message + "give --model"):
         in_process(evaluate_run, f"--run={folder}", prepared)
     assert before == {f: f.read_bytes() for f in folder.glob("*/**/*") if f.is_file()}
 

@@ -187,7 +187,7 @@ def test_a_step_that_is_not_finite_changes_nothing(small_world, culprit):
     step(objective).read()
     before, result = state(), step(poisoned)
     assert all(map(torch.equal, before, state()))
-    with pytest.raises(ValueError, match="not finite; this update was left out") as error:
+    with pytest.raises(ValueError, match="not finite; this update was skipped") as error:
         result.read()
     assert error.value.args[1] == ([0] if culprit == "loss" else [])
     step(objective).read()  # and the next one is whole again
