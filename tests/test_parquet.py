@@ -69,9 +69,8 @@ def test_types_of_columns(kind, tmp_path):
 
 
 @pytest.mark.parametrize("name, values, culprit", [
-    ("user", pa.array([[1]] * 70), "column user: list<.*> is no text, number"),
-    ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no .*moment"),
-    ("item", pa.array([1.5] * 70), "column item: 1.5 is no id"),
+    ("user", pa.array([[1]] * 70), "column user: .*list<.*>.*must be text or numbers"),
+    ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: .*time64.*must be"),
     ("rating", pa.nulls(70), "70 rows without rating"),
 ])  # fmt: skip
 def test_columns_that_cannot_be_meant_are_named(name, values, culprit, tmp_path):
@@ -106,10 +105,10 @@ def test_a_folder_of_parts_is_one_log(day, tmp_path):
 
 
 @pytest.mark.parametrize("files, culprit", [
-    ({"notes.txt": None}, r"no \.parquet file.*notes\.txt"),
-    ({"0.parquet": columns(), "_delta_log/0.json": None}, "Delta.*export it"),
+    ({"notes.txt": None}, r"no parquet file.*notes\.txt"),
+    ({"0.parquet": columns(), "_delta_log/0.json": None}, "Delta.*export the table"),
     ({"0.parquet": columns(), "1.parquet": {"who": ["a"], "item": ["b"]}},
-     r"1\.parquet: no column user; there are \['who', 'item'\]"),
+     r"1\.parquet: no column user, .*there are \['who', 'item'\]"),
 ])  # fmt: skip
 def test_a_folder_without_parts_or_of_another_kind_is_refused(files, culprit, tmp_path):
     for file, table in files.items():
