@@ -151,17 +151,19 @@ def finish(
 
     pair = user.astype(np.int64) * len(item_ids) + item
     order = stable_order(pair)  # by pair, then time
-    firsts = np.flatnonzero(np.append(True, np.diff(pair[order]) != 0))
+    pair = pair[order]
+    ends = np.append(pair[1:] != pair[:-1], True)  # the last row of each pair
     del pair
-    if merged := len(user) - len(firsts):
-        chosen = order[np.append(firsts[1:], len(order)) - 1]
+    if merged := int((~ends).sum()):
+        chosen = order[ends]
         if repeats == "sum":  # at the first time; of equal times at the row further down
-            times = time[order]
+            firsts, times = np.flatnonzero(np.append(True, ends[:-1])), time[order]
             early = times == np.repeat(times[firsts], np.diff(firsts, append=len(times)))
             chosen = order[firsts + np.add.reduceat(early, firsts, dtype=np.int64) - 1]
             amount[chosen] = np.add.reduceat(amount[order], firsts, dtype=np.float64)
-        chosen.sort()
-        user, item, amount, time = (c[chosen] for c in (user, item, amount, time))
+        keep = np.zeros(len(user), bool)
+        keep[chosen] = True
+        user, item, amount, time = (c[keep] for c in (user, item, amount, time))
         last = "repeated pairs of user and item, of which the last counts"
         rows.notes[last if repeats == "last" else "repeats, added up"] = merged
     if percentile:

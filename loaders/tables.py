@@ -27,7 +27,6 @@ from loaders.values import Column, coded, parsed_times
 MAX_BAD_SHARE = 0.01  # of the rows; with more of them the file is not what it was taken for
 BETWEEN = "\x1f"  # stands for "::", as Arrow's fields are divided by one character
 CODED = pa.dictionary(pa.int32(), pa.string())
-BLOCK = 1 << 22  # bytes that are read together; a row must fit in
 DAMAGE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a line
 csv.field_size_limit(1 << 30)
 
@@ -76,7 +75,8 @@ def read_table(files: list[Path], kind: str, find) -> Table:
     `find` (ownlog.Finder) says which column holds which field; quotes of `plain` are characters."""
     table = Table()
     read = {"parquet": read_parquet, "jsonl": read_json, "literal": read_json}.get(kind, read_csv)
-    parts = [part for file in files if (part := read(file, kind, find, table)) is not None]
+    parts = [read(file, kind, find, table) for file in files]
+    parts = [part for part in parts if part is not None]
     if not parts:
         raise ValueError(f"{name_of(files)}: the file is empty")
     table.num_rows = sum(part.num_rows for part in parts)
@@ -133,7 +133,7 @@ def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
         quotes = ""  # they stand in the header alone: what follows is read on all cores
     kinds = dict.fromkeys(labels.values(), CODED)
     kinds |= {label: pa.string() for name, label in labels.items() if name == "timestamp"}
-    read = pa.csv.ReadOptions(column_names=names, skip_rows=int(named), block_size=BLOCK)
+    read = pa.csv.ReadOptions(column_names=names, skip_rows=int(named))
     parse = pa.csv.ParseOptions(
         delimiter=mark,
         quote_char='"' if quotes else False,
@@ -179,7 +179,7 @@ def read_json(file: Path, kind: str, find, table: Table) -> pa.Table | None:
     with contextlib.suppress(pa.ArrowException, ValueError, OverflowError), open_bytes(file) as f:
         kinds = pa.schema({label: pa.array([r.get(label) for r in head]).type for label in labels})
         parse = pa.json.ParseOptions(kinds, unexpected_field_behavior="ignore")
-        found = pa.json.read_json(f, pa.json.ReadOptions(block_size=BLOCK), parse)
+        found = pa.json.read_json(f, parse_options=parse)
         found.validate(full=True)  # it does not look whether texts are UTF-8
         return pa.table({label: found[label].cast(pa.string()) for label in labels})
     texts = {label: [] for label in labels}

@@ -133,7 +133,7 @@ def read_times(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
             return moments[texts.codes], MICRO
         numbers = numbers[texts.codes]
     fine = (numbers >= 0) & (numbers < 9e18)
-    known = numbers[fine]
+    known = numbers if fine.all() else numbers[fine]
     middle, per_second = np.median(known) if len(known) else 0, 1
     while middle >= 1e11 * per_second:  # 1e11 s is the year 5138, 1e11 ms is 1973
         per_second *= 1000
@@ -146,6 +146,8 @@ def read_times(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
             with contextlib.suppress(ValueError):
                 dates = [datetime.strptime(str(n), form) for n in distinct.tolist()]
                 known, per_second = np.array(dates, "M8[us]").astype(np.int64)[places], MICRO
+    if len(known) == len(numbers):
+        return known, per_second
     ticks = np.where((numbers == ABSENT) | (numbers == NO_ID), NO_ID, BAD_ID)
     ticks[fine] = known
     return ticks, per_second
