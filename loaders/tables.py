@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from common import print0
 from loaders.files import decode, name_of, open_bytes, read_head, read_lines
-from loaders.values import Column, coded, parsed_times
+from loaders.values import Column, as_texts, coded, parsed_times
 
 MAX_BAD_SHARE = 0.01  # of the rows; with more of them the file is not what it was taken for
 BETWEEN = "\x1f"  # stands for "::", as Arrow's fields are divided by one character
@@ -181,7 +181,7 @@ def read_json(file: Path, kind: str, find, table: Table) -> pa.Table | None:
         parse = pa.json.ParseOptions(kinds, unexpected_field_behavior="ignore")
         found = pa.json.read_json(f, parse_options=parse)
         found.validate(full=True)  # it does not look whether texts are UTF-8
-        return pa.table({label: found[label].cast(pa.string()) for label in labels})
+        return pa.table({label: as_texts(found[label]) for label in labels})
     texts = {label: [] for label in labels}
     for record in read_records(file, table):
         values = [record.get(label) for label in labels]

@@ -41,8 +41,16 @@ def coded(column: pa.ChunkedArray) -> Column:
     texts = whole.dictionary
     if texts.type == pa.binary(16):
         texts = pa.array([str(UUID(bytes=value)) for value in texts.to_pylist()])
-    texts = pc.utf8_trim_whitespace(texts.cast(pa.string())).fill_null("")
+    texts = pc.utf8_trim_whitespace(as_texts(texts)).fill_null("")
     return Column(to_numpy(whole.indices.cast(pa.int32())), texts.to_pylist())
+
+
+def as_texts(column):
+    """A column of Arrow as texts; floats that are all whole are written as integers."""
+    if pa.types.is_floating(column.type):
+        with contextlib.suppress(pa.ArrowInvalid):
+            column = column.cast(pa.int64())
+    return column.cast(pa.string())
 
 
 def to_numpy(array: pa.Array) -> np.ndarray:

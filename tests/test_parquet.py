@@ -32,6 +32,7 @@ CODES = {name: pa.array(values).dictionary_encode() for name, values in columns(
 TYPES = {
     "int64 and uint32 ids": {"user": column("user", pa.int64()), "item": column("item", pa.uint32())},  # noqa: E501
     "float ids": {"user": column("user", pa.float64()), "item": column("item", pa.float32())},
+    "ids as large as times": {"user": pa.array([1e12 + int(r[0]) for r in ROWS])},
     "decimal ids": {"item": column("item", pa.decimal128(38, 0))},
     "binary": {"item": pa.array([r[1].encode() for r in ROWS], pa.binary())},
     "dictionaries": {name: CODES[name] for name in ("user", "item", "rating", "title")},
@@ -54,6 +55,8 @@ def test_types_of_columns(kind, tmp_path):
         made = [uuid.UUID(int=int(r[0]) + 1) for r in ROWS]
         table["user"] = pa.array([u.bytes for u in made], pa.binary(16))
         rows = [(str(u), *row[1:]) for u, row in zip(made, ROWS, strict=True)]
+    elif kind == "ids as large as times":
+        rows = [(str(10**12 + int(row[0])), *row[1:]) for row in ROWS]
     elif kind.startswith("date"):
         table["timestamp"] = pa.array([m.date() for m in MOMENTS], getattr(pa, kind)())
         rows = [(*row[:3], row[3] // 86400 * 86400, row[4]) for row in ROWS]
