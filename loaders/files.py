@@ -1,15 +1,12 @@
 """Raw files: found in a folder, unpacked, decoded.
 
-Hidden files (.x, _x, and macOS's ._x) are skipped. A file may be packed by gzip, bzip2, xz or zstd,
-or be the single file of a zip. Text is UTF-8; bytes that are not UTF-8 are read as Windows-1252
+A file may be packed by gzip, bzip2 or zstd. Text is UTF-8; other bytes are read as Windows-1252
 with a note, if they look like letters of western languages."""
 
 import contextlib
 import fnmatch
 import io
-import lzma
 import re
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,17 +15,22 @@ import pyarrow as pa
 
 from common import print0
 
-# ------------------------------------------------------------------------------------------ folders
 SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
-NUMBER = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+")  # a UUID, or a number
+NUMBER = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+"  # a UUID, or a number
+PACKED = {  # first bytes -> codec
+    **{b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"},
+    **{b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"},
+}
+STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogateescape
+WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 256)}
 
 
 def visible_files(folder: Path, below: bool = False) -> list[Path]:
-    """The files of a folder, part 10 after part 9; `below` in its folders, too."""
+    """The files of a folder without hidden ones, part 10 after part 9; `below` in its folders."""
     names = {f: f.relative_to(folder) for f in (folder.rglob("*") if below else folder.iterdir())}
-    hidden = {f for f, name in names.items() if any(p.startswith((".", "_")) for p in name.parts)}
-    numbered = {f: re.sub(r"\d+", lambda n: n[0].zfill(20), str(n)) for f, n in names.items()}
-    return sorted((f for f in names if f not in hidden and f.is_file()), key=numbered.get)
+    seen = [f for f in names if not any(p.startswith((".", "_")) for p in names[f].parts)]
+    order = {f: re.sub(r"\d+", lambda n: n[0].zfill(20), str(name)) for f, name in names.items()}
+    return sorted(filter(Path.is_file, seen), key=order.get)
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
@@ -46,17 +48,17 @@ def find_files(
     path = Path(path)
     if path.is_file():
         return [path]
-    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such path"
     for pattern in patterns if path.is_dir() else ():
         found = matching_files(path, pattern)
         found = [f for f in found if not fnmatch.fnmatch(f.name.lower(), without)]
         words = {f: re.split("([^a-z]+)", f.name.lower()) for f in found}
-        rests = {"".join(w for w in words[f] if w not in joined) for f in found}
-        if len({NUMBER.sub("#", rest) for rest in rests}) > 1:
+        rests = ("".join(w for w in words[f] if w not in joined) for f in found)
+        if len({re.sub(NUMBER, "#", rest) for rest in rests}) > 1:
             names = f"{[f.name for f in found[:20]]}; give one of them as --data_dir"
             raise ValueError(f"{path}: several files could be the {what}: {names}")
         if found:
             return sorted(found, key=lambda f: [joined.index(w) for w in words[f] if w in joined])
+    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such path"
     raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; found {inside})")
 
 
@@ -70,32 +72,18 @@ def facts(files: Iterable[Path]) -> list:
     return [(str(f.name), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-# -------------------------------------------------------------------------------------------- bytes
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> codec
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError, RuntimeError)
-
-
 @contextlib.contextmanager
 def open_bytes(file: Path) -> Iterator:
     """A file's bytes, unpacked; ValueError names the file where they are damaged."""
     try:
         with open(file, "rb") as f:
             start = f.read(6)
-        if start.startswith(b"\xfd7zXZ"):
-            stream = lzma.open(file)
-        elif start.startswith(b"PK\x03\x04"):
-            archive = zipfile.ZipFile(file)
-            names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
-            if len(names) != 1:
-                what = f"a zip or Excel file of {len(names)} parts, {names[:3]}"
-                raise ValueError(f"{file}: {what}; unpack it, and give the table as CSV")
-            stream = archive.open(names[0])
-        else:
-            codec = next((PACKED[first] for first in PACKED if start.startswith(first)), None)
-            stream = pa.input_stream(str(file), compression=codec)
-        with stream:
+        codec = next((PACKED[first] for first in PACKED if start.startswith(first)), None)
+        if codec in ("xz", "zip"):
+            raise ValueError(f"{file}: {codec}, or a spreadsheet; unpack it, and give it as CSV")
+        with pa.input_stream(str(file), compression=codec) as stream:
             yield stream
-    except DAMAGE as error:
+    except (OSError, EOFError, zlib.error) as error:
         what = f"cannot be read ({error}): damaged or cut off? Fetch it again"
         raise ValueError(f"{file}: {what}") from None
 
@@ -104,25 +92,19 @@ def read_head(file: Path, size: int = 1 << 20) -> bytes:
     """The first bytes, of whole lines where there are several."""
     with open_bytes(file) as f:
         head = f.read(size)
-    if len(head) < size:
-        return head
-    return head[: head.rfind(b"\n") + 1] or head.rstrip(bytes(range(128, 256)))
-
-
-# --------------------------------------------------------------------------------------------- text
-STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogateescape
-WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 256)}
+    return head if len(head) < size else head[: head.rfind(b"\n") + 1] or head
 
 
 def decode(content: bytes, file: Path) -> str:
     """Text of UTF-8, or of Windows-1252 with a note; else a ValueError."""
     text = content.decode("utf-8-sig", "surrogateescape")
-    if not (stray := STRAY.findall(text)):
+    stray = STRAY.findall(text)
+    if not stray and "\0" not in text[:1000]:
         return text
-    first, count = STRAY.search(text).start(), sum(map(len, stray))
+    first, count = re.search("[\0\udc80-\udcff]", text).start(), sum(map(len, stray))
     text = text.translate(WESTERN)
     example = text[max(0, first - 20) : first + 20].strip()
-    if count - len(stray) > count / 4:  # letters of western languages stand alone
+    if not stray or count - len(stray) > count / 4:  # letters of western languages stand alone
         way_out = "save it as UTF-8, such as by iconv -f GB18030 -t UTF-8"
         raise ValueError(f"{file}: not text in UTF-8 (near {example!r}): {way_out}")
     what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"

@@ -9,8 +9,7 @@ counted from 1. Without a rating column repeats are counted; without a timestamp
 of the file is that in time; without titles, ids are shown."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,48 +17,40 @@ import numpy as np
 from common import print0
 from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
-from loaders.table import Rows, clean_title, finish, usable_rows
-from loaders.tables import Table, brief, check_bad, read_table, shorten
-from loaders.values import ABSENT_TEXTS, ABSENT_TITLES, id_text, read_ids, read_numbers, scale_doubt
+from loaders.table import clean_title, finish, usable_rows
+from loaders.tables import Table, check_bad, read_table, shorten
+from loaders.values import ABSENT_TITLES, read_ids, read_numbers, scale_doubt
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
 USUAL = {  # patterns of names without case, blanks, dashes and underscores; the surer ones first
     "user": "userid uid username reviewerid customerid visitorid user customer",
     "item": "itemid iid movieid productid parentasin asin sku bookid trackid artistid item product",
     "rating": "rating stars score overall hours plays playcount count amount",
-    "timestamp": r"timestamp\w*|ts|(unix\w*|event|utc)?time(_?stamp)?(s|ms|us|ns)|unix\w*time"
-    r"|epoch\w*|datetime "
-    r"\w*time|\w+(?<=_)at|\w*(played|ordered|created|rated|clicked|watched|bought|viewed)at "
-    r"date|\w+date|day",
+    "timestamp": r"timestamp\w*|ts|(unix\w*|event|utc)?time(stamp)?(s|ms|us|ns)|unix\w*time"
+    r"|epoch\w*|datetime \w*time|\w+(ed|ght|een|ent)at date|\w+date|day",
     "title": "title itemtitle movietitle booktitle producttitle itemname productname moviename name"
     " .*title.*",
 }
 AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
 
-def parse_columns(
-    text: str, option: str = "--columns", allowed: Sequence[str] = FIELDS
-) -> dict[str, str]:
-    """ "user=uid,item=sku" -> {"user": "uid", "item": "sku"};
-    ValueError names what is not understood."""
-    columns = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        field, _, name = map(str.strip, part.partition("="))
-        if field not in allowed or not name or name in columns.values():
-            forms = ", ".join(f"{f}=NAME" for f in allowed)
-            raise ValueError(f"{option}: {part!r} is not one of {forms}, each name once")
-        columns[field] = name
-    return columns
-
-
 def plain_name(name: str) -> str:
     return re.sub(r"[\s_\-.]", "", name).lower()
 
 
+def parse_columns(text: str, option: str = "--columns", allowed=FIELDS) -> dict[str, str]:
+    """ "user=uid,item=sku" -> {"user": "uid", "item": "sku"}; ValueError if it is not such."""
+    columns = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, _, name = map(str.strip, part.partition("="))
+        if key not in allowed or not name or name in columns.values():
+            forms = ", ".join(f"{key}=NAME" for key in allowed)
+            raise ValueError(f"{option}: {part!r} is not one of {forms}, each name once")
+        columns[key] = name
+    return columns
+
+
 # ------------------------------------------------------------------------------------------ columns
-NUMBER = re.compile(r"[-+]?\d[\d.,:/TZ\s-]*")  # or a time
-
-
 @dataclass
 class Finder:
     """Which column holds which field: the given ones, the others under their usual names."""
@@ -68,62 +59,36 @@ class Finder:
     required: tuple[str, ...]
     only: tuple[str, ...]  # the fields that are looked for
     option: str = "--columns"
-    usual: bool = True  # look for usual names, too
-    strict: bool = True  # a given name must be there
+    usual: dict[str, str] = field(default_factory=USUAL.copy)  # field -> patterns
 
     def by_name(self, names: list[str], source) -> dict[str, str]:
         """Field -> name; ValueError lists what there is."""
-        found, there = {}, f"there are {brief(names)}"
-        for field in self.only:
-            name = self.given.get(field, "")
-            if name and name not in names and self.strict:
-                raise ValueError(f"{source}: {self.option} {field}={name}: no such column; {there}")
-            if name not in names:
-                name = self.usual_name(field, names, source) if self.usual else ""
-            if name:
-                found[field] = name
-        count = ",".join(f"{f}={n}" for n, f in enumerate(self.only[: len(names)], 1))
-        count = f"or count the columns, such as {self.option} {count}"
-        if missing := [field for field in self.required if field not in found]:
-            which = f"which column is the {missing[0]}? Say {self.option} {missing[0]}=NAME"
-            raise ValueError(f"{source}: {which}; {there}; {count}")
-        if twice := [name for name in found.values() if names.count(name) > 1]:
-            raise ValueError(f"{source}: several columns are named {twice[0]}: rename one, {count}")
+        found, free = {}, [name for name in names if name not in self.given.values()]
+        for key in self.only:
+            patterns = (self.usual or {}).get(key, "").split()
+            tiers = ([n for n in free if re.fullmatch(p, plain_name(n))] for p in patterns)
+            fits = next(filter(None, tiers), [])
+            if key in self.given:
+                fits = [name for name in names if name == self.given[key]]
+            if len(fits) == 1:
+                found[key] = fits[0]
+            elif fits or key in self.given or key in self.required:
+                which = f"which column is the {key}, {' or '.join(fits) or 'by its name'}?"
+                if key in self.given:
+                    which = f"{self.option} {key}={self.given[key]} names {len(fits)} columns."
+                count = ",".join(f"{key}={n}" for n, key in enumerate(self.only[: len(names)], 1))
+                ways = f"there are {shorten(names)}; or, in CSV, count them: {self.option} {count}"
+                raise ValueError(f"{source}: {which} Say {self.option} {key}=NAME; {ways}")
         return found
 
-    def usual_name(self, field: str, names: list[str], source) -> str:
-        """The name of the column that is likely to hold a field; "" if there is none."""
-        patterns = USUAL.get(field, "").split()
-        patterns += ["id"] * (field == "item" and "user" not in self.only)
-        free = [name for name in dict.fromkeys(names) if name not in self.given.values()]
-        for pattern in patterns:
-            fits = [n for n in free if re.fullmatch(f"({pattern})", n.lower())]
-            fits = fits or [n for n in free if re.fullmatch(f"({pattern})", plain_name(n))]
-            if len(fits) > 1 and field == "timestamp":
-                raise ValueError(
-                    f"{source}: which column is the time? Say {self.option} timestamp=NAME; it "
-                    f"could be {' or '.join(brief(sorted(fits)))}; there are {brief(names)}"
-                )
-            if fits:
-                return fits[0]
-        return ""
-
-    def in_rows(self, first: list[str], below: list[str] = (), source="") -> tuple:
-        """Of a table's first two rows: field -> name, field -> place, and whether the first names
-        the columns. Where they are counted, it does if it has a usual name, or text above a
-        number."""
-        counted = self.given and all(name.isdigit() for name in self.given.values())
-        names = [str(n) for n in range(1, len(first) + 1)] if counted else first
-        labels = self.by_name(names, source)
-        places = {field: names.index(name) for field, name in labels.items()}
-        named = not counted
-        for field, place in places.items():
-            name, value = first[place], below[place] if place < len(below) else ""
-            text = not NUMBER.fullmatch(name) and name not in ABSENT_TEXTS
-            named = named or plain_name(name) in USUAL.get(field, "").split()
-            named = named or bool(text and NUMBER.fullmatch(value))
-        labels = {f: first[place] for f, place in places.items()} if named else labels
-        return labels, places, named
+    def header(self, first: list[str]) -> tuple[list[str], bool]:
+        """The names of the columns, by a table's first row, and whether it holds them: where they
+        are counted, it does if a user or an item has its usual name there."""
+        if not self.given or not all(name.isdigit() for name in self.given.values()):
+            return first, True
+        usual = {*f"{USUAL['user']} {USUAL['item']}".split()}
+        numbers = [str(place) for place in range(1, len(first) + 1)]
+        return numbers, not usual.isdisjoint(map(plain_name, first))
 
 
 # ------------------------------------------------------------------------------------------- titles
@@ -133,93 +98,72 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
     `items` (n,) are codes, -1 for none. ValueError if nobody named the column and a fifth of the
     items has several titles."""
     column, label = table.columns["title"], table.labels["title"]
-    texts = [id_text(value) or "" for value in column.values]
-    order = sorted({*texts} - ABSENT_TITLES)
-    rank, none = {text: n for n, text in enumerate(order)}, len(order)
-    ranks = np.array([*(rank.get(text, none) for text in texts), none], np.int32)
-    place = ranks[column.codes]
-    lowest = np.full(num_items + 1, none, np.int32)  # the last is of codes that are no items
-    np.minimum.at(lowest, items, place)
-    other = np.flatnonzero((place > lowest[items]) & (place < none) & (items >= 0))
-    titles = [*map([*order, ""].__getitem__, lowest[:-1].tolist())]
-    if count := len(np.unique(items[other])):
-        first, second = titles[items[other[0]]], order[place[other[0]]]
-        such = f"{shorten(first, 80)!r} and {shorten(second, 80)!r}"
+    texts = sorted({*column.values} - ABSENT_TITLES)
+    rank = {text: n for n, text in enumerate(texts)}
+    ranks = np.array([*(rank.get(text, -1) for text in column.values), -1], np.int32)[column.codes]
+    titled = (items >= 0) & (ranks >= 0)
+    first, last = np.full(num_items, len(texts), np.int32), np.full(num_items, -1, np.int32)
+    np.minimum.at(first, items[titled], ranks[titled])
+    np.maximum.at(last, items[titled], ranks[titled])
+    if count := len(several := np.flatnonzero(first < last)):
+        such = [shorten(texts[n[several[0]]], 80) for n in (first, last)]
         many = f"{source}: {count:,} items have several titles in column {label}, such as {such}"
-        if 5 <= count > sum(map(bool, titles)) / 5 and "title" not in find.given:
+        if 5 <= count > (last >= 0).sum() / 5 and "title" not in find.given:
             use = f"{find.option} title={label}"
             raise ValueError(f"{many}: name another column, or --item_file; to use it: {use}")
         print0(f"note: {many}; the first in the alphabet is shown")
-    return titles
+    return [*map([*texts, ""].__getitem__, first.tolist())]
 
 
-def titles_beside(config, rows: Rows) -> list[str]:
+def titles_beside(config, item_ids: list[str]) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
-    files, kind, root = item_files(config)
-    source, both = name_of(files), ("item", "title")
+    files, kind = item_files(config)
+    source, both, known = name_of(files), ("item", "title"), parse_columns(config.columns)
+    usual = USUAL | {"item": f"{re.escape(plain_name(known.get('item', '')))} {USUAL['item']} id"}
     given = parse_columns(config.item_columns, "--item_columns", both)
-    if not given:  # names of --columns that the second file has, too
-        names = parse_columns(config.columns)
-        given = {f: names[f] for f in both if f in names and not names[f].isdigit()}
-    find = Finder(given, both, both, "--item_columns")
-    find.strict = bool(config.item_columns)
-    table = check_bad(read_table(files, kind, find, root), source)
+    find = Finder(given, both, both, "--item_columns", usual)
+    table = check_bad(read_table(files, kind, find), source)
     codes, ids = read_ids(table.columns["item"])
-    known = {text: code for code, text in enumerate(rows.item_ids)}
-    items = np.array([*(known.get(text, -1) for text in ids), -1, -1])[codes]
-    titles = titles_of(items, len(rows.item_ids), table, find, source)
-    have = sum(map(bool, titles))
-    if have < len(titles) / 2:
-        few = f"{source}: titles of {have:,} of {len(titles):,} items; the log has ids such as "
-        few += f"{brief(rows.item_ids[:2])}, the file {brief(ids[:2])}"
-        if not have:
-            ways = "--columns item=NAME, --item_columns item=NAME,title=NAME"
-            raise ValueError(f"{few}: write them alike, or name other columns: {ways}")
-        print0(f"note: {few}")
+    places = {text: code for code, text in enumerate(item_ids)}
+    items = np.array([*(places.get(text, -1) for text in ids), -1])[codes]
+    titles = titles_of(items, len(item_ids), table, find, source)
+    if not any(titles):
+        raise ValueError(
+            f"{source}: no title of the log's items, such as {item_ids[:2]}; its ids are such as "
+            f"{ids[:2]}: write them alike, or name other columns: --item_columns item=..,title=.."
+        )
     return titles
 
 
 # ------------------------------------------------------------------------------------------ the log
-PATTERNS = {  # of the files in a folder, and what they are called
-    "csv": (("*.csv*", "*.tsv*", "*.txt*"), "CSV file"),
-    "jsonl": (("*.jsonl*", "*.json*"), "file of JSON lines"),
-    "recbole": (("*.inter*",), ".inter file"),
-}
 PARQUET = (".parquet", ".parq", ".pq")
+PATTERNS = {"recbole": ["*.inter*"], "parquet": ["*.parquet"], "jsonl": ["*.jsonl*", "*.json*"]}
+PATTERNS |= {"csv": ["*.csv*", "*.tsv*", "*.txt*"]}
 
 
 def table_files(path: Path, kind: str) -> list[Path]:
     """The file, or the parts of one table in a folder; those of Parquet in its folders, too."""
-    if kind != "parquet":
-        return find_files(path, *PATTERNS[kind], joined=SPLIT_NAMES if kind == "recbole" else ())
-    if path.is_file():
-        return [path]
-    inside = [*path.rglob("*")] if path.is_dir() else []
-    if any("_delta_log" in f.parts or f.name.endswith(".metadata.json") for f in inside):
-        raise ValueError(f"{path}: a folder of Delta Lake or Iceberg keeps removed rows: export it")
-    parts = visible_files(path, below=True) if inside else []
-    parts = [f for f in parts if f.name.lower().endswith(PARQUET)]
-    if not parts:
-        names = [f.name for f in inside[:8]]
-        raise ValueError(f"{path}: no .parquet file or folder of such files; there are {names}")
-    return parts
+    if kind == "parquet" and path.is_dir():
+        if [*path.rglob("_delta_log"), *path.rglob("*.metadata.json")]:
+            raise ValueError(f"{path}: Delta Lake and Iceberg keep removed rows: export the table")
+        if parts := [f for f in visible_files(path, below=True) if f.suffix.lower() in PARQUET]:
+            return parts
+    joined = SPLIT_NAMES if kind == "recbole" else ()
+    return find_files(path, PATTERNS[kind], f"{kind} file", joined=joined)
 
 
-def item_files(config) -> tuple[list[Path], str, Path]:
-    """The parts of --item_file, or of the .item beside a .inter; their kind; their folder."""
+def item_files(config) -> tuple[list[Path], str]:
+    """The parts of --item_file, or the .item of the same name beside a .inter; and their kind."""
     path, kind = Path(config.item_file), config.dataset
     if not config.item_file:
         log = table_files(Path(config.data_dir), kind)[0] if kind == "recbole" else None
-        found = matching_files(log.parent, "*.item*") if log else []
-        if len(found) > 1:  # the one of the same name
-            found = [f for f in found if f.name.split(".")[0] == log.name.split(".")[0]]
-        return found[:1], kind, path
+        return matching_files(log.parent, f"{log.name.split('.')[0]}.item*") if log else [], kind
     inside = visible_files(path, below=True) if path.is_dir() else [path]
-    if any(f.name.lower().endswith(PARQUET) for f in inside):
+    if any(f.suffix.lower() in PARQUET for f in inside):
         kind = "parquet"
     elif kind != "recbole":
         kind = "jsonl" if re.search(r"\.jsonl?\b", path.name.lower()) else "csv"
-    return table_files(path, kind), kind, path
+    return table_files(path, kind), kind
 
 
 def files(config) -> list[Path]:
@@ -230,51 +174,48 @@ def files(config) -> list[Path]:
 def choose_percentile(config, source: str, table: Table) -> str:
     """--percentile as the columns ask for it: repeats and amounts are ranked; ValueError where
     ratings are of another scale than 1 to 5."""
-    name, percentile, scale = table.labels.get("rating"), config.percentile, config.scale
-    if name is None and scale:
-        what = "there is no rating column; name it with --columns rating=NAME"
-        raise ValueError(f"{source}: --scale {scale}, but {what}")
+    name = table.labels.get("rating")
+    if name is None and config.scale:
+        raise ValueError(f"{source}: --scale needs a rating column: --columns rating=NAME")
     if name is None:
         print0("note: no rating column: repeats are counted, and ranked as ratings (--percentile)")
-        return percentile or "item"
-    if plain_name(name) in AMOUNTS and not percentile and not scale:
+        return config.percentile or "item"
+    if config.percentile or config.scale:
+        return config.percentile
+    if plain_name(name) in AMOUNTS:
         print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
         return "item"
-    numbers = read_numbers(table.columns["rating"], table.delimiter)
-    if not percentile and not scale and (doubt := scale_doubt(numbers)):
+    if doubt := scale_doubt(read_numbers(table.columns["rating"])):
         raise ValueError(f"{source}: column {name}: {doubt}")
-    return percentile
+    return ""
 
 
 def load(config) -> Interactions:
     """The log of --dataset csv, jsonl, recbole or parquet."""
-    items = item_files(config)[0]
-    parts = table_files(Path(config.data_dir), config.dataset)
+    parts, items = table_files(Path(config.data_dir), config.dataset), item_files(config)[0]
     source = name_of(parts) if config.dataset != "parquet" else config.data_dir
-    only = tuple(field for field in FIELDS if field != "title" or not items)
-    given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
+    only = FIELDS[:4] if items else FIELDS
+    given = {key: name for key, name in parse_columns(config.columns).items() if key in only}
     find = Finder(given, ("user", "item"), only)
-    table = read_table(parts, config.dataset, find, Path(config.data_dir))
-    labels = table.labels
-    print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
+    table = read_table(parts, config.dataset, find)
+    print0(f"{source}: columns {', '.join(f'{key}={name}' for key, name in table.labels.items())}")
     percentile = choose_percentile(config, source, table)
     rows = usable_rows(table, source, bool(percentile), config.scale)
     for why, count in rows.notes.items():
         print0(f"note: {count:,} {why}")
-    label = labels.get("timestamp", "")
-    known = "timestamp" in find.given or plain_name(label) == "timestamp"
+    label = table.labels.get("timestamp", "")
+    known = "timestamp" in given or plain_name(label) == "timestamp"
     if label and not known and len(rows.time) > 100 and rows.time.max() <= 24:
-        raise ValueError(
-            f"{source}: column {label} holds no number above 24: hours of a day? Name the times by "
-            f"--columns timestamp=NAME; to use it all the same: --columns timestamp={label}"
-        )
+        what = f"column {label} holds no number above 24: hours of a day? Name the times by"
+        use = f"to use it all the same: --columns timestamp={label}"
+        raise ValueError(f"{source}: {what} --columns timestamp=NAME; {use}")
     if not label or (rows.time == rows.time[0]).all():
         what = f"all {label} are equal" if label else "no timestamp column (--columns timestamp=)"
         print0(f"note: {what}: the order of the file is the one in time")
     titles = [""] * len(rows.item_ids)
     if items:
-        titles = titles_beside(config, rows)
-    elif "title" in labels:
+        titles = titles_beside(config, rows.item_ids)
+    elif "title" in table.labels:
         table.columns["title"].codes = table.columns["title"].codes[rows.kept]
         titles = titles_of(rows.item, len(titles), table, find, source)
     del table  # a log of 20 million rows takes 500 MB

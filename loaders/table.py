@@ -15,7 +15,7 @@ import numpy as np
 from data import ITEMS, Interactions, Words, select_rows
 from loaders import values
 from loaders.tables import Table, check_bad
-from loaders.values import ABSENT, ABSENT_IDS, BAD_ID, NO_ID, Column, parse_scale, read_times
+from loaders.values import ABSENT, ABSENT_IDS, BAD_ID, NO_ID, Column
 
 # ------------------------------------------------------------------------------------------- titles
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
@@ -60,8 +60,8 @@ class Rows:
     per_second: int  # of time
     user_ids: list[str]
     item_ids: list[str]
+    notes: dict[str, int] = field(default_factory=dict)  # what was left out -> how often
     kept: np.ndarray | None = None  # (rows of the table,) bool
-    notes: dict[str, int] = field(default_factory=dict)
 
 
 def usable_rows(
@@ -72,36 +72,34 @@ def usable_rows(
     absent: frozenset = ABSENT_IDS,  # texts that are no id
 ) -> Rows:
     """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
-    n = table.num_rows
-    user, user_ids = values.read_ids(table.columns["user"], absent)
-    item, item_ids = values.read_ids(table.columns["item"], absent)
-    rating = table.columns.get("rating") or Column(np.zeros(n, np.int32), [1.0])
-    numbers = values.read_numbers(rating, table.delimiter)
-    low, high = parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
+    n, columns, first = table.num_rows, table.columns, table.first_row
+    user, user_ids = values.read_ids(columns["user"], absent)
+    item, item_ids = values.read_ids(columns["item"], absent)
+    rating = columns.get("rating") or Column(np.zeros(n, np.int32), ["1"])
+    numbers = values.read_numbers(rating)
+    low, high = values.parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
     inside = (numbers >= low) & (numbers <= high)
     if scale == "binary":
         inside &= (numbers == 0) | (numbers == 1)
     none = (numbers == ABSENT) | (~inside & ((numbers == 0) | (numbers == -1)))
     state = np.where(inside, 0, np.where(none, NO_ID, BAD_ID)).astype(np.int8)
-    time, per_second = table.first_row + np.arange(n), 1
-    if "timestamp" in table.columns:
-        time, per_second = read_times(table.columns["timestamp"])
+    time, per_second = first + np.arange(n), 1
+    if "timestamp" in columns:
+        time, per_second = values.read_times(columns["timestamp"])
 
     bounds = f"in --scale {scale}" if scale else "from 0 on" if amounts else "above 0 and up to 5"
-    meant = {"user": "id", "item": "id", "rating": f"number {bounds}, written as 3.5"}
+    meant = {"user": "", "item": "", "rating": f"number {bounds}, written as 3.5 or 1234.5"}
     meant["timestamp"] = "time, written as 2024-12-31 23:59:59, or in seconds since 1970"
     kept, notes = np.ones(n, bool), {}
     for name, codes in zip(meant, (user, item, state[rating.codes], time)):
-        if n and codes.min() >= 0:
-            continue
         if count := int((kept & (codes == NO_ID)).sum()):
             zeros = " (empty, or 0 or -1 outside of the scale)" * (name == "rating")
             notes[f"rows without {name}{zeros}"] = count
         bad_rows = np.flatnonzero(kept & (codes <= BAD_ID))
         for row in bad_rows[:2].tolist():
-            column = table.columns[name]
-            value = column[row].item() if isinstance(column, np.ndarray) else column.value(row)
-            where = f"row {row + table.first_row}, column {table.labels[name]}"
+            column, where = columns[name], f"row {row + first}, column {table.labels[name]}"
+            is_text = isinstance(column, Column)
+            value = column.values[column.codes[row]] if is_text else column[row].as_py()
             table.bad(f"{where}: {value!r:.80} is no {meant[name]}", count=0)
         table.num_bad += len(bad_rows)
         table.num_rows -= len(bad_rows)
@@ -115,9 +113,9 @@ def usable_rows(
     if not kept.any():
         reasons = "; ".join(f"{count:,} {why}" for why, count in notes.items())
         raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
-    columns = user, item, numbers.astype(np.float32)[rating.codes], time
-    columns = columns if kept.all() else (column[kept] for column in columns)
-    return Rows(source, *columns, per_second, user_ids, item_ids, kept, notes)
+    rows = user, item, numbers.astype(np.float32)[rating.codes], time
+    rows = rows if kept.all() else [column[kept] for column in rows]
+    return Rows(source, *rows, per_second, user_ids, item_ids, notes, kept)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -150,21 +148,21 @@ def finish(
     order = stable_order(rows.time)
     order = order[stable_order(user[order])]  # by user, then time
     user, item, amount, time = (c[order] for c in (user, item, rows.amount, rows.time))
-    del order
 
-    key = user.astype(np.int64) * len(item_ids) + item
-    order = stable_order(key)  # of a pair by time
-    pair_ends = np.append(np.diff(key[order]) != 0, True)
-    del key
-    if merged := int((~pair_ends).sum()):
-        chosen = np.flatnonzero(pair_ends)
+    pair = user.astype(np.int64) * len(item_ids) + item
+    order = stable_order(pair)  # by pair, then time
+    pair = pair[order]
+    ends = np.append(pair[1:] != pair[:-1], True)  # the last row of each pair
+    del pair
+    if merged := int((~ends).sum()):
+        chosen = order[ends]
         if repeats == "sum":  # at the first time; of equal times at the row further down
-            pair = np.append(0, np.cumsum(pair_ends)[:-1])
-            ends = np.flatnonzero(pair_ends | np.append(np.diff(time[order]) != 0, True))
-            chosen = ends[np.append(True, np.diff(pair[ends]) != 0)]
-            amount[order[chosen]] = np.bincount(pair, amount[order])
+            firsts, times = np.flatnonzero(np.append(True, ends[:-1])), time[order]
+            early = times == np.repeat(times[firsts], np.diff(firsts, append=len(times)))
+            chosen = order[firsts + np.add.reduceat(early, firsts, dtype=np.int64) - 1]
+            amount[chosen] = np.add.reduceat(amount[order], firsts, dtype=np.float64)
         keep = np.zeros(len(user), bool)
-        keep[order[chosen]] = True
+        keep[chosen] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
         last = "repeated pairs of user and item, of which the last counts"
         rows.notes[last if repeats == "last" else "repeats, added up"] = merged
@@ -172,9 +170,8 @@ def finish(
         group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
         amount = percentile_ratings(amount, group)
     start = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
-    time //= rows.per_second
     ids = titles, user_ids, item_ids
-    log = Interactions(user, item, amount, time, start, *ids, name, words=words)
+    log = Interactions(user, item, amount, time // rows.per_second, start, *ids, name, words=words)
     titled = np.array([bool(title) for title in titles])
     if not titled.any():
         shown = f"its {len(titles):,} items has a title; first {item_ids[:3]}"
@@ -202,20 +199,13 @@ def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -
     `titles` maps item id to title."""
     user_ids, user = np.unique(np.asarray(user), return_inverse=True)
     item_ids, item = np.unique(np.asarray(item), return_inverse=True)
-    missing = [i for i in item_ids.tolist() if i not in titles]
-    if missing:
+    names = item_ids.tolist()
+    if missing := [i for i in names if i not in titles]:
         raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
-    rows = Rows(
-        source="",
-        user=user.astype(np.int32),
-        item=item.astype(np.int32),
-        amount=np.asarray(rating, np.float32),
-        time=np.asarray(timestamp, np.int64),
-        per_second=1,
-        user_ids=[*map(str, user_ids.tolist())],
-        item_ids=[*map(str, item_ids.tolist())],
-    )
-    return finish(rows, [titles[i] for i in item_ids.tolist()], name, by_text=False)
+    rating, time = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
+    ids = [*map(str, user_ids.tolist())], [*map(str, names)]
+    rows = Rows("", user.astype(np.int32), item.astype(np.int32), rating, time, 1, *ids)
+    return finish(rows, [titles[i] for i in names], name, by_text=False)
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:

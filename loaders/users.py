@@ -4,10 +4,9 @@
      "candidates": ["title or item id", {"title": "A new item"}]}
 
 Titles are cleaned and ratings mapped as training does it. An item id needs the log; a title that
-the log does not hold is kept, and a note says which of its titles is nearest."""
+the log does not hold is kept, with a note."""
 
 import contextlib
-import difflib
 import json
 from dataclasses import dataclass
 from math import nan
@@ -46,9 +45,8 @@ class Catalogue:
     def find(self, entry, where: str) -> tuple[int | None, str | None, str]:
         """(code, item id, title) of a title, an id or an object; None: the log does not hold it."""
         named = entry if isinstance(entry, dict) else {"title": entry}
-        item, title = named.get("item"), named.get("title")
-        item = None if item is None else str(item)
-        title = clean_title(title) if isinstance(title, str) else ""
+        item = None if named.get("item") is None else str(named["item"])
+        title = clean_title(named["title"]) if isinstance(named.get("title"), str) else ""
         code = self.by_id.get(item, self.by_title.get(title, self.by_id.get(str(entry))))
         if code is not None:
             return code, item or self.ids[code], self.titles[code]
@@ -57,10 +55,8 @@ class Catalogue:
             raise ValueError(f"{where} is {entry!r:.80}: expected a title, or an item id {known}")
         if self.titles and title not in self.unknown and len(self.unknown) < NOTED:
             self.unknown.add(title)
-            near = difflib.get_close_matches(title, self.titles, 1, cutoff=0.7)
-            meant = f'; did you mean "{near[0]}"?' if near else ""
-            meant += " (more such titles are not named)" * (len(self.unknown) == NOTED)
-            print0(f'note: {where}: the log has no "{title}", which is ranked all the same{meant}')
+            last = " (more such titles are not named)" * (len(self.unknown) == NOTED)
+            print0(f'note: {where}: the log has no "{title}", which is ranked all the same{last}')
         return None, item, title
 
 
@@ -86,8 +82,9 @@ def read_user(
         items += [code] if code is not None else []
     for number, candidate in enumerate(given, 1):
         _, item, title = catalogue.find(candidate, f"{where}: candidate {number}")
-        if candidates.setdefault(title, (item, title, number))[2] < number:
+        if title in candidates:
             raise ValueError(f"{where}: candidate {number} stands there twice, {title!r}")
+        candidates[title] = item, title
     shown = shown_history(rows, config)
     if not shown:
         liked = f" rated at least {config.min_rating:g}" * (config.history_items == "positive")
@@ -97,8 +94,7 @@ def read_user(
     if not given and not items:
         raise ValueError(f"{where}: the log holds nothing of the history; give candidates, too")
     name = str(name).encode("utf-8", "replace").decode()  # half a surrogate pair
-    pairs = [pair[:2] for pair in candidates.values()]
-    return User(name, shown, np.array(items, np.int64), pairs)
+    return User(name, shown, np.array(items, np.int64), [*candidates.values()])
 
 
 def read_rating(rating, where: str, config: DataConfig) -> float:

@@ -16,7 +16,7 @@ from test_datasets import json_lines, put, rows_of
 
 from loaders.frozen import DataConfig, load_interactions
 from loaders.table import clean_title
-from loaders.values import Column, parse_scale, read_numbers, read_times, scale_doubt
+from loaders.values import coded, parse_scale, parsed_times, read_numbers, read_times, scale_doubt
 
 NAMES = ["user_id", "item_id", "rating", "timestamp", "title"]
 ROWS = [
@@ -47,10 +47,6 @@ def refusal(path, **options) -> str:
     return str(pytest.raises(ValueError, load, path, **options).value)
 
 
-def column_of(texts: list[str]) -> Column:
-    return Column(np.arange(len(texts), dtype=np.int32), texts)
-
-
 def zipped(*names: str) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as z:
@@ -76,9 +72,7 @@ CSV = {  # name -> content and options: each holds ROWS
     "::": ("\n".join("::".join(row) for row in [NAMES, *ROWS]), {}),
     "gzip": (gzip.compress(table().encode()), {}),
     "bzip2": (bz2.compress(table().encode()), {}),
-    "xz": (lzma.compress(table().encode()), {}),
     "zstd": (pa.compress(table().encode(), "zstd", asbytes=True), {}),
-    "zip": (zipped("log.csv", "__MACOSX/._log.csv"), {}),
     **{f"time {t}": (table(names=[*NAMES[:3], t, NAMES[4]]), {}) for t in TIMES},
     **{f"header {n[0]}": (table(names=n), FIVE) for n in (NAMES, ["c1", "c2", "c3", "c4", "c5"])},
     "no header": (table(names=None), FIVE),
@@ -149,24 +143,26 @@ HOURS = changed(3, lambda t: str(int(t) % 24))
 TWO_TIMES = [(*row[:4], row[3]) for row in ROWS]
 ITEMS = "item_id,title\n" + "".join(f"B{i},T{i}\n" for i in range(40))
 U_ITEM = "".join(f"{i}|Caf\xe9 {i} (1995)|01-Jan-1995||http://x|0|1\n" for i in range(1, 41))
-UNKNOWN = ["14/07/2017 20:09", "07/14/2017", "14.07.2017", "soon", "20:09"]
+UNKNOWN = ["14/07/2017 20:09", "07/14/2017", "14.07.2017", "soon", "20:09", "2017/7/14"]
 POSITIONS = {"columns": "user=1,item=2,rating=3,timestamp=4", "item_file": U_ITEM}
 REFUSED = {  # content, options (an item file's content among them), culprits and way out
     **{name: (table(changed(4, lambda _, t=t: t)).encode(name), {}, ["a.csv", "UTF-8"]) for t, name in (GBK, SHIFT_JIS, CP1251)},  # noqa: E501
-    "two files in a zip": (zipped("log.csv", "other.csv"), {}, ["zip or Excel file of 2 parts"]),
+    "zip": (zipped("log.csv"), {}, ["a.csv: zip", "unpack it"]),
+    "xz": (lzma.compress(table().encode()), {}, ["a.csv: xz", "unpack it"]),
+    "a decimal comma": (table(changed(2, "{},5".format), delimiter=";"), {}, ["column rating: '2,5' is no number", "written as 3.5"]),  # noqa: E501
     **{code: (table().encode(code), {}, ["not text in UTF-8"]) for code in ("utf-16", "utf-16-le")},
     "a delimiter of its own": (table(delimiter="\x01"), {}, ["one field", "tab"]),
     "Excel's sep=": ("sep=;\n" + table(delimiter=";"), {}, ["which column is the user", "sep="]),
     "cut gzip": (gzip.compress(table().encode())[:-300], {}, ["damaged or cut off"]),
     "Netflix": ("1:\n" + "7,5,2020-09-20\n" * 9, {}, ["'1:', is one field", "Netflix"]),
     "no header": (table([row[:3] for row in ROWS], None), {}, ["which column is the user", "--columns"]),  # noqa: E501
-    "a name twice": (table(names=[*NAMES[:3], "rating", "title"]), {}, ["several columns are named rating", "--columns"]),  # noqa: E501
-    "ids that differ as written": (table(changed(1, "{}.0".format)[:9], NAMES[:4] + ["x"]), {"item_file": ITEMS.replace("B", "")}, ["the log has ids such as ['1.0', '3.0'], the file ['0', '1']", "write them alike"]),  # noqa: E501
+    "a name twice": (table(names=[*NAMES[:3], "rating", "title"]), {}, ["which column is the rating, rating or rating", "--columns"]),  # noqa: E501
+    "ids that differ as written": (table(changed(1, "{}.0".format)[:9], NAMES[:4] + ["x"]), {"item_file": ITEMS.replace("B", "")}, ["items, such as ['1.0', '3.0']; its ids are such as ['0', '1']", "write them alike"]),  # noqa: E501
     "two times": (table(TWO_TIMES, [*NAMES[:3], "created_at", "updated_at"]), {}, ["created_at or updated_at", "timestamp=NAME"]),  # noqa: E501
     "an hour of the day": (table(HOURS, [*NAMES[:3], "time", "title"]), {}, ["column time", "--columns"]),  # noqa: E501
     "customers' names": (table(CUSTOMERS, [*NAMES[:4], "name"]), {}, ["40 items have several titles in column name", "--columns"]),  # noqa: E501
     "no columns of items": (table(BARE, None, "\t"), POSITIONS, ["which column is the item", "--item_columns"]),  # noqa: E501
-    "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["titles of 0 of 40 items", "the file ['B0', 'B1']", "--item_columns"]),  # noqa: E501
+    "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["no title of the log's items", "['B0', 'B1']", "--item_columns"]),  # noqa: E501
     "outside the scale": (table(), {"scale": "0,1"}, ["column rating", "no number in --scale 0,1", "row 2"]),  # noqa: E501
     **{t: (table(changed(3, lambda _, t=t: t)), {}, ["row 2, column timestamp", repr(t), "written as 2024-12-31"]) for t in UNKNOWN},  # noqa: E501
     "json title lists": (json_lines(r | {"title": [r["title"]]} for r in RECORDS), {"dataset": "jsonl"}, ["a list or an object, ['Film, 1']", "write a text"]),  # noqa: E501
@@ -234,14 +230,12 @@ def test_zero_is_a_rating_only_where_the_scale_has_it(tmp_path):
         assert len(load(file, scale=scale).user) == count
 
 
-@pytest.mark.parametrize("texts, delimiter, numbers", [
-    (["3,500", "4"], ";", [3.5, 4]), (["3,5", "1,25"], ",", [3.5, 1.25]),
-    (["2,800.0", "700.0"], ",", [2800, 700]), (["1,234,567", "12"], "\t", [1234567, 12]),
-    (["3.5", "4"], ";", [3.5, 4]), (["1.234", "2,5"], ";", [np.nan, 2.5]),
-    (["1 234", "1'234.5"], ",", [np.nan, np.nan]),
-])  # fmt: skip
-def test_numbers_with_commas_are_read_as_the_column_writes_them(texts, delimiter, numbers):
-    np.testing.assert_equal(read_numbers(column_of(texts), delimiter)[:-1], numbers)
+def test_numbers_are_written_with_a_point():
+    """A comma may be decimal, or stand between thousands."""
+    texts = ["3.5", "1e3", " 7", "true", "", "NA", "1,5", "1,234", "1 234", "inf", "x"]
+    found = read_numbers(coded(pa.chunked_array([texts]))).tolist()
+    assert found[:4] == [3.5, 1000, 7, 1] and found[4:6] == [-np.inf] * 2
+    assert np.isnan(found[6:-1]).all()
 
 
 # ------------------------------------------------------------------------ what is left out
@@ -275,16 +269,21 @@ def test_few_bad_rows_are_counted_and_more_than_one_in_a_hundred_are_an_error(tm
 @pytest.mark.parametrize("text", [
     "2017-07-14 20:09:44 UTC", "2017/07/14 20:09:44", "2017-07-14 20:09:44.000 UTC",
     "2017.07.14 20:09:44", "2017-07-14T20:09:44Z", "2017-07-14 20:09:44+00", "2017-07-14 20:09:44",
-    "2017-07-14 22:09:44 +0200", "2017-07-14 14:39:44-05:30", "2017-07-14 20:09:44 +0000 UTC",
-    "2017/7/14 20:09:44", "1,500,062,984", "1500062984.0", "1.500062984E9", "1500062984000",
-    "1500062984000000", "1500062984000000000", "20170714200944",
+    "2017-07-14 22:09:44+02:00", "2017-07-14 14:39:44-05:30", "2017-07-14 20:09:44 +0000 UTC",
+    "1500062984.0", "1.500062984E9", "1500062984000", "1500062984000000", "1500062984000000000",
+    "20170714200944",
 ])  # fmt: skip
-def test_times_with_the_year_first_and_numbers_of_any_unit(text):
-    ticks, per_second = read_times(column_of([text]))
-    assert (ticks // per_second).tolist() == [1500062984]
+@pytest.mark.parametrize("beside", [[], ["NA"], ["soon"]])
+def test_times_with_the_year_first_and_numbers_of_any_unit(text, beside):
+    """Beside a time that is absent or bad, too."""
+
+    def seconds(texts: list[str]) -> list[int]:
+        ticks, per_second = read_times(parsed_times(pa.chunked_array([texts])))
+        return np.where(ticks < 0, ticks, ticks // per_second).tolist()
+
+    assert seconds([text, *beside]) == [1500062984, *({"NA": -1}.get(t, -2) for t in beside)]
     for last, first in (("20200930", 1598918400), ("20200931", 20200901)):  # dates, or not all
-        ticks, per_second = read_times(column_of(["20200901", last]))
-        assert ticks[0] // per_second == first
+        assert seconds(["20200901", last])[0] == first
 
 
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])

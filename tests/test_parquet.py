@@ -32,6 +32,7 @@ CODES = {name: pa.array(values).dictionary_encode() for name, values in columns(
 TYPES = {
     "int64 and uint32 ids": {"user": column("user", pa.int64()), "item": column("item", pa.uint32())},  # noqa: E501
     "float ids": {"user": column("user", pa.float64()), "item": column("item", pa.float32())},
+    "ids as large as times": {"user": pa.array([1e12 + int(r[0]) for r in ROWS])},
     "decimal ids": {"item": column("item", pa.decimal128(38, 0))},
     "binary": {"item": pa.array([r[1].encode() for r in ROWS], pa.binary())},
     "dictionaries": {name: CODES[name] for name in ("user", "item", "rating", "title")},
@@ -54,6 +55,8 @@ def test_types_of_columns(kind, tmp_path):
         made = [uuid.UUID(int=int(r[0]) + 1) for r in ROWS]
         table["user"] = pa.array([u.bytes for u in made], pa.binary(16))
         rows = [(str(u), *row[1:]) for u, row in zip(made, ROWS, strict=True)]
+    elif kind == "ids as large as times":
+        rows = [(str(10**12 + int(row[0])), *row[1:]) for row in ROWS]
     elif kind.startswith("date"):
         table["timestamp"] = pa.array([m.date() for m in MOMENTS], getattr(pa, kind)())
         rows = [(*row[:3], row[3] // 86400 * 86400, row[4]) for row in ROWS]
@@ -69,9 +72,8 @@ def test_types_of_columns(kind, tmp_path):
 
 
 @pytest.mark.parametrize("name, values, culprit", [
-    ("user", pa.array([[1]] * 70), "column user: list<.*> is no text, number"),
-    ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: time64.* is no .*moment"),
-    ("item", pa.array([1.5] * 70), "column item: 1.5 is no id"),
+    ("user", pa.array([[1]] * 70), "column user: .*list<.*>.*must be text or numbers"),
+    ("timestamp", pa.array([dt.time(1)] * 70), "column timestamp: .*time64.*must be"),
     ("rating", pa.nulls(70), "70 rows without rating"),
 ])  # fmt: skip
 def test_columns_that_cannot_be_meant_are_named(name, values, culprit, tmp_path):
@@ -106,10 +108,10 @@ def test_a_folder_of_parts_is_one_log(day, tmp_path):
 
 
 @pytest.mark.parametrize("files, culprit", [
-    ({"notes.txt": None}, r"no \.parquet file.*notes\.txt"),
-    ({"0.parquet": columns(), "_delta_log/0.json": None}, "Delta.*export it"),
+    ({"notes.txt": None}, r"no parquet file.*notes\.txt"),
+    ({"0.parquet": columns(), "_delta_log/0.json": None}, "Delta.*export the table"),
     ({"0.parquet": columns(), "1.parquet": {"who": ["a"], "item": ["b"]}},
-     r"1\.parquet: no column user; there are \['who', 'item'\]"),
+     r"1\.parquet: no column user, .*there are \['who', 'item'\]"),
 ])  # fmt: skip
 def test_a_folder_without_parts_or_of_another_kind_is_refused(files, culprit, tmp_path):
     for file, table in files.items():
