@@ -1,23 +1,18 @@
 """The interaction table against plain loops; MovieLens's files, damaged ones and the real ones."""
 
-import hashlib
-import http.client
-import io
 import os
 import zipfile
 from collections import Counter
 from functools import cache
 from itertools import product
 from pathlib import Path
-from unittest.mock import Mock
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 
 from data import Interactions, build_examples, k_core
 from loaders.frozen import DataConfig, load_interactions, prepare
-from loaders.movielens import MOVIELENS_URL, download_movielens, movielens_titles
+from loaders.published import movie_titles
 from loaders.table import make_interactions, unique_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
@@ -159,14 +154,16 @@ TITLES = {
 }  # fmt: skip
 
 
-def test_year_goes_and_article_moves_to_the_front():
-    assert movielens_titles(dict(enumerate(TITLES))) == dict(enumerate(TITLES.values()))
+def test_year_goes_and_article_moves_to_the_front(tmp_path):
+    file = tmp_path / "movies.dat"
+    file.write_text("".join(f"{n}::{title}::Drama\n" for n, title in enumerate(TITLES)))
+    assert movie_titles(file) == dict(enumerate(TITLES.values()))
 
 
 DAMAGE = {  # ratings or movies -> what the message names, beside the file
     "cut record": (RATINGS[: RATINGS.rindex("::")] + "\n", MOVIES, "ratings.dat.*5"),
     "letters": (RATINGS.replace("::661::3", "::tt661::3"), MOVIES, "ratings.dat.*tt661"),
-    "6 stars": (RATINGS.replace("::3::", "::6::"), MOVIES, "ratings.dat.*2::661::6"),
+    "6 stars": (RATINGS.replace("::3::", "::6::"), MOVIES, "ratings.dat.*row 3, .*'6'"),
     "line gone": (RATINGS, MOVIES[: MOVIES.index("3114")], "movies.dat.*3114"),
 }
 
@@ -192,29 +189,6 @@ def test_damaged_zips_are_named(tmp_path):
         except ValueError as error:
             refused += "ml-1m.zip" in str(error)
     assert refused > len(damaged) / 2
-
-
-# ------------------------------------------------------------------------------------- the download
-ERRORS = [URLError("no route"), TimeoutError("timed out"), http.client.IncompleteRead(b""), None]
-
-
-@pytest.mark.parametrize("error", ERRORS)
-def test_only_a_download_with_the_published_checksum_is_put_in_place(error, tmp_path, monkeypatch):
-    """One message with the address and the way out, or both checksums; a later try succeeds, leaves
-    no partial file, and is not repeated."""
-    content = zip_movielens(tmp_path / "made.zip").read_bytes()
-    opened = Mock(side_effect=error or [io.BytesIO(content)])
-    monkeypatch.setattr("urllib.request.urlopen", opened)
-    way_out = "--data_dir" if error else "md5 [0-9a-f]{32}, published c4d9eec"
-    with pytest.raises(ValueError, match=f"{MOVIELENS_URL}.*{way_out}"):
-        download_movielens(tmp_path / "new")
-    assert opened.call_args.args[0] == MOVIELENS_URL and not (tmp_path / "new/ml-1m.zip").exists()
-    opened.side_effect = [io.BytesIO(content)]
-    monkeypatch.setattr("loaders.movielens.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
-    for path in ("new", "new/ml-1m.zip"):  # opened once
-        download_movielens(tmp_path / path)
-        check_small_movielens(load_movielens(tmp_path / path))
-    assert [f.name for f in (tmp_path / "new").iterdir()] == ["ml-1m.zip"]
 
 
 # ------------------------------------------------------------------------------------ the real file
