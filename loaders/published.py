@@ -18,7 +18,7 @@ import numpy as np
 from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, read_head, read_lines
 from loaders.ownlog import Finder
-from loaders.table import clean_title, finish, make_interactions, usable_rows
+from loaders.table import Rows, clean_title, finish, usable_rows
 from loaders.tables import Table, check_bad, read_table
 from loaders.values import read_ids
 
@@ -128,7 +128,7 @@ def load_unpacked(config, file: Path) -> Interactions:
 
 def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
     """The columns that the head of the first file asks for, all of them needed."""
-    head = read_head(files[0]).decode(errors="replace").lstrip("\ufeff \r\n")
+    head = read_head(files[0], 1 << 16).decode(errors="replace").lstrip("\ufeff \r\n")
     columns = [columns for mark, columns in forms.items() if re.search(mark, head)]
     if not columns:
         wanted = " or ".join(forms.values())
@@ -171,31 +171,39 @@ def beer_title(name: str, abv, style: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------- MovieLens
-def finish_movielens(rows, ratings: Path, movies: Path) -> Interactions:
+def finish_movielens(rows: Rows, ratings: Path, movies: Path) -> Interactions:
     """The log, its ids in the order of numbers; every movie of it must have a title."""
     name = {".dat": "movielens", ".csv": "movielens-csv", ".data": "movielens-100k"}[ratings.suffix]
     name = "movielens-10m" if name == "movielens" and (rows.amount % 1).any() else name
     try:
-        user = np.array([*map(int, rows.user_ids)])[rows.user]
-        item = np.array([*map(int, rows.item_ids)])[rows.item]
-        log = make_interactions(user, item, rows.amount, rows.time, movie_titles(movies), name)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{ratings}, {movies.name}: {error}; fetch them again") from None
-    return replace(log, words=MOVIES, notes=log.notes | rows.notes)
+        rows.user, rows.user_ids = by_number(rows.user, rows.user_ids)
+        rows.item, rows.item_ids = by_number(rows.item, rows.item_ids)
+        titles = movie_titles(movies)
+        titles = [titles[item] for item in rows.item_ids]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{ratings}, {movies.name}: {error} is no movie; fetch them again"
+        ) from None
+    return finish(rows, titles, name, MOVIES, by_text=False)
+
+
+def by_number(codes: np.ndarray, ids: list[str]) -> tuple[np.ndarray, list[str]]:
+    order = sorted(range(len(ids)), key=lambda code: int(ids[code]))
+    return np.argsort(order).astype(np.int32)[codes], [ids[code] for code in order]
 
 
 MOVIE = re.compile(r'^(\d+)(::|,|\|)("(?:[^"\n]|"")*"|.*?)\2', re.MULTILINE)  # id, title
 ARTICLES = "The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una"
 
 
-def movie_titles(file: Path) -> dict[int, str]:
+def movie_titles(file: Path) -> dict[str, str]:
     """ "Matrix, The (1999)" -> "The Matrix"; a year stays where two movies share a name."""
     content, plain = file.read_bytes(), {}
     try:
         text = content.decode()
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    names = {int(movie): name for movie, _, name in MOVIE.findall(text) if name.strip()}
+    names = {movie: name for movie, _, name in MOVIE.findall(text) if name.strip()}
     if file.suffix == ".csv":  # a quote inside of quotes is doubled
         names = {movie: re.sub('"("?)', r"\1", name) for movie, name in names.items()}
     names = {movie: clean_title(name) for movie, name in names.items()}
