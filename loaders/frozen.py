@@ -23,10 +23,12 @@ from loaders.dated import build_dated_examples
 from loaders.files import facts
 
 OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")
-OWN, RANKED = ", ".join(OWN_LOGS), ("", "item", "user", "all")
+OWN = ", ".join(OWN_LOGS)
+RANKS = {f"rank:{group}": group for group in ("item", "user", "all")}  # of --scale
 # name -> what has its load(config), and files(config), all that is read
-LOADERS = {"planted": planted} | dict.fromkeys(published.PATTERNS, published)
-LOADERS |= dict.fromkeys(OWN_LOGS, ownlog) | {"prepared": foreign}
+LOADERS = {"planted": planted, "prepared": foreign} | dict.fromkeys(published.PATTERNS, published)
+NOT_OWN = tuple(LOADERS)
+LOADERS |= dict.fromkeys(OWN_LOGS, ownlog)
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class DataConfig(ExampleConfig):
     dataset: str = arg("planted", "what is read", group="data", choices=tuple(LOADERS))
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg("", f"{OWN}: user=,item=,rating=,timestamp=,title=NAME or its place")
-    item_file: str = arg("", f"{OWN}: a second file, with item and title")
-    item_columns: str = arg("", "names or positions of --item_file's columns, item=..,title=..")
-    scale: str = arg("", f"{OWN}: lowest and highest rating, or binary; mapped to 1 to 5")
-    percentile: str = arg("", "rank amounts of each item, user, or all", choices=RANKED)
+    item_file: str = arg("", "a second file with title= and id= (the item) of --columns")
+    scale: str = arg(
+        "", "LOW,HIGH or binary: map to 1 to 5; amounts: rank:item, rank:user, rank:all"
+    )
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
     num_users: int = arg(0, "draw so many users of the log, before --core; 0 = all", at_least=0)
     core: int = arg(0, "k-core: drop users and items with fewer interactions", at_least=0)
@@ -49,18 +51,22 @@ class DataConfig(ExampleConfig):
     def __post_init__(self):
         super().__post_init__()
         named, ranks = f"--dataset {self.dataset}", "ranks, which count what comes after the date"
+        unscaled = ("planted", "movielens", "prepared") if self.ranks else NOT_OWN
         unread = {  # options -> what they do not go with, if it holds
-            "columns item_file item_columns scale": named * (self.dataset not in OWN_LOGS),
-            "percentile": named * (self.dataset in ("planted", "movielens", "prepared")),
+            "columns item_file": named * (self.dataset in NOT_OWN),
+            "scale": named * (self.dataset in unscaled),
             "num_users core split_date negatives": named * (self.dataset == "prepared"),
-            "item_columns": "no --item_file" * (not self.item_file),
-            "scale": "--percentile, which ranks" * bool(self.percentile),
             "core": "--split_date: it counts what comes after the date" * bool(self.split_date),
-            "split_date": ranks * bool(self.percentile or self.dataset in ("steam", "lastfm")),
+            "split_date": ranks * bool(self.ranks or self.dataset in ("steam", "lastfm")),
         }
         for names, reason in unread.items():
             if reason and (wrong := sorted({*names.split()} & changed_options(self))):
                 raise ValueError(f"--{wrong[0]} does not go with {reason}; leave one out")
+
+    @property
+    def ranks(self) -> str:
+        """Inside which group --scale rank:... ranks amounts: item, user, all; or ""."""
+        return RANKS.get(self.scale, "")
 
 
 def data_defaults(given: dict) -> dict:
@@ -124,7 +130,8 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
     source = facts(LOADERS[name].files(config)) if name != planted.NAME else []
-    options |= {"format": PREPARED_FORMAT, "source": source}
+    former = {"percentile": "", "item_columns": ""}  # options that are part of old keys
+    options |= former | {"format": PREPARED_FORMAT, "source": source}
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(config.prepared_dir) / f"{name}-{key}"
     if not (folder / "meta.json").exists():

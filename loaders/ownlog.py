@@ -2,14 +2,13 @@
 
     python train.py --dataset csv --data_dir log.csv --columns user=uid,item=sku,rating=stars
     python train.py --dataset csv --data_dir u.data --columns user=1,item=2,rating=3,timestamp=4 \\
-        --item_file u.item --item_columns item=1,title=2
+        --item_file u.item      with id=1,title=2 of u.item among --columns
 
 Columns that --columns does not name are looked up under their usual names; numbers are positions,
 counted from 1. Without a rating column repeats are counted; without a timestamp column, the order
 of the file is that in time; without titles, ids are shown."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,20 +33,20 @@ USUAL = {  # patterns of names without case, blanks, dashes and underscores; the
     "title": "title itemtitle movietitle booktitle producttitle itemname productname moviename name"
     " .*title.*",
 }
+USUAL["id"] = f"{USUAL['item']} id"  # of --item_file
 AMOUNTS = ("hours", "plays", "playcount", "count", "amount")  # no ratings, whatever their size
 
 
-def parse_columns(
-    text: str, option: str = "--columns", allowed: Sequence[str] = FIELDS
-) -> dict[str, str]:
+def parse_columns(text: str) -> dict[str, str]:
     """ "user=uid,item=sku" -> {"user": "uid", "item": "sku"};
     ValueError names what is not understood."""
     columns = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         field, _, name = map(str.strip, part.partition("="))
-        if field not in allowed or not name or name in columns.values():
-            forms = ", ".join(f"{f}=NAME" for f in allowed)
-            raise ValueError(f"{option}: {part!r} is not one of {forms}, each name once")
+        once = [columns.get(f) for f in FIELDS[:4]] if field in FIELDS[:4] else []
+        if field not in (*FIELDS, "id") or not name or name in once:
+            forms = ", ".join(f"{f}=NAME" for f in (*FIELDS, "id"))
+            raise ValueError(f"--columns: {part!r} is not one of {forms}, each name once")
         columns[field] = name
     return columns
 
@@ -69,15 +68,16 @@ class Finder:
     only: tuple[str, ...]  # the fields that are looked for
     option: str = "--columns"
     usual: bool = True  # look for usual names, too
-    strict: bool = True  # a given name must be there
+    likely: dict[str, str] | None = None  # names that are tried before the usual ones
 
     def by_name(self, names: list[str], source) -> dict[str, str]:
         """Field -> name; ValueError lists what there is."""
         found, there = {}, f"there are {brief(names)}"
         for field in self.only:
             name = self.given.get(field, "")
-            if name and name not in names and self.strict:
+            if name and name not in names:
                 raise ValueError(f"{source}: {self.option} {field}={name}: no such column; {there}")
+            name = name or (self.likely or {}).get(field, "")
             if name not in names:
                 name = self.usual_name(field, names, source) if self.usual else ""
             if name:
@@ -94,7 +94,6 @@ class Finder:
     def usual_name(self, field: str, names: list[str], source) -> str:
         """The name of the column that is likely to hold a field; "" if there is none."""
         patterns = USUAL.get(field, "").split()
-        patterns += ["id"] * (field == "item" and "user" not in self.only)
         free = [name for name in dict.fromkeys(names) if name not in self.given.values()]
         for pattern in patterns:
             fits = [n for n in free if re.fullmatch(f"({pattern})", n.lower())]
@@ -156,15 +155,11 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
 def titles_beside(config, rows: Rows) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
     files, kind, root = item_files(config)
-    source, both = name_of(files), ("item", "title")
-    given = parse_columns(config.item_columns, "--item_columns", both)
-    if not given:  # names of --columns that the second file has, too
-        names = parse_columns(config.columns)
-        given = {f: names[f] for f in both if f in names and not names[f].isdigit()}
-    find = Finder(given, both, both, "--item_columns")
-    find.strict = bool(config.item_columns)
+    source, both, names = name_of(files), ("id", "title"), parse_columns(config.columns)
+    find = Finder({f: names[f] for f in both if f in names}, both, both)
+    find.likely = {"id": names.get("item", "")}
     table = check_bad(read_table(files, kind, find, root), source)
-    codes, ids = read_ids(table.columns["item"])
+    codes, ids = read_ids(table.columns["id"])
     known = {text: code for code, text in enumerate(rows.item_ids)}
     items = np.array([*(known.get(text, -1) for text in ids), -1, -1])[codes]
     titles = titles_of(items, len(rows.item_ids), table, find, source)
@@ -173,7 +168,7 @@ def titles_beside(config, rows: Rows) -> list[str]:
         few = f"{source}: titles of {have:,} of {len(titles):,} items; the log has ids such as "
         few += f"{brief(rows.item_ids[:2])}, the file {brief(ids[:2])}"
         if not have:
-            ways = "--columns item=NAME, --item_columns item=NAME,title=NAME"
+            ways = "--columns item=NAME, or id=NAME,title=NAME of the second file"
             raise ValueError(f"{few}: write them alike, or name other columns: {ways}")
         print0(f"note: {few}")
     return titles
@@ -228,17 +223,20 @@ def files(config) -> list[Path]:
 
 
 def choose_percentile(config, source: str, table: Table) -> str:
-    """--percentile as the columns ask for it: repeats and amounts are ranked; ValueError where
+    """--scale rank:... as the columns ask for it: repeats and amounts are ranked; ValueError where
     ratings are of another scale than 1 to 5."""
-    name, percentile, scale = table.labels.get("rating"), config.percentile, config.scale
+    name, percentile = table.labels.get("rating"), config.ranks
+    scale = "" if percentile else config.scale
     if name is None and scale:
         what = "there is no rating column; name it with --columns rating=NAME"
         raise ValueError(f"{source}: --scale {scale}, but {what}")
     if name is None:
-        print0("note: no rating column: repeats are counted, and ranked as ratings (--percentile)")
+        print0(
+            "note: no rating column: repeats are counted, and ranked as ratings (--scale rank:item)"
+        )
         return percentile or "item"
     if plain_name(name) in AMOUNTS and not percentile and not scale:
-        print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
+        print0(f"note: {name} are amounts; their ranks within an item are ratings")
         return "item"
     numbers = read_numbers(table.columns["rating"], table.delimiter)
     if not percentile and not scale and (doubt := scale_doubt(numbers)):
@@ -253,12 +251,14 @@ def load(config) -> Interactions:
     source = name_of(parts) if config.dataset != "parquet" else config.data_dir
     only = tuple(field for field in FIELDS if field != "title" or not items)
     given = {f: name for f, name in parse_columns(config.columns).items() if f in only}
+    if "id" in parse_columns(config.columns) and not items:
+        raise ValueError("--columns id= names a column of --item_file: give that, or leave id= out")
     find = Finder(given, ("user", "item"), only)
     table = read_table(parts, config.dataset, find, Path(config.data_dir))
     labels = table.labels
     print0(f"{source}: columns {', '.join(f'{f}={name}' for f, name in labels.items())}")
     percentile = choose_percentile(config, source, table)
-    rows = usable_rows(table, source, bool(percentile), config.scale)
+    rows = usable_rows(table, source, bool(percentile), "" if config.ranks else config.scale)
     for why, count in rows.notes.items():
         print0(f"note: {count:,} {why}")
     label = labels.get("timestamp", "")

@@ -90,7 +90,7 @@ def load(config) -> Interactions:
     if zipped or (name == "beeradvocate" and read_head(logs[0]).startswith((b"beer/", b"review/"))):
         return load_unpacked(config, logs[0])
     titled = [logs.pop()] if name in ("movielens", "amazon", "steam") else []
-    percentile = config.percentile or "item" * (name in ("steam", "lastfm"))
+    percentile = config.ranks or "item" * (name in ("steam", "lastfm"))
     table = read_columns(logs, COLUMNS[name])
     rows = usable_rows(table, name_of(logs), bool(percentile), absent=NO_TEXT)
     if name == "movielens":

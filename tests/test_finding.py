@@ -71,7 +71,7 @@ def test_parts_of_json_keep_equal_first_rows(tmp_path):
     """Only tables have headers: a first row that two parts share is a row in both."""
     for n, form in enumerate((json_lines, json.dumps)):
         put(tmp_path / f"part-{n}.json", form([dict(zip(NAMES, row)) for row in OWN]))
-    assert load("jsonl", tmp_path, percentile="all").notes["repeats, added up"] == 3
+    assert load("jsonl", tmp_path, scale="rank:all").notes["repeats, added up"] == 3
 
 
 def test_parts_may_name_their_columns_in_another_order_and_the_first_may_be_empty(tmp_path):
