@@ -65,7 +65,8 @@ COLUMNS = {  # what the head of a file holds -> names or places of these, - for 
 
 def files(config) -> list[Path]:
     """The files of the log, and last the one of its titles, if it has one; or a MovieLens zip."""
-    name, what = config.dataset, f"file of {config.dataset}"
+    name, source = config.dataset, " (grouplens.org/datasets/movielens has its zip)"
+    what = f"file of {name}" + source * (name == "movielens")
     logs = find_files(config.data_dir, PATTERNS[name], what, "meta_*", SPLIT_NAMES)
     log, folder = logs[0].name, logs[0].parent
     # Books of Books_5.json.gz, ratings_Books.csv, reviews_Books_5.json.gz, Books.train.csv
