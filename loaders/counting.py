@@ -20,7 +20,7 @@ COUNTING_RETRIEVERS = tuple(BASELINES.values())
 
 
 def training_rows(interactions: Interactions) -> np.ndarray:
-    """(n,) bool: all but each user's last two interactions, or what a split in time leaves."""
+    """(n,) bool: all but each user's last two, or what a split in time leaves."""
     return np.arange(len(interactions.user)) < interactions.training_end()[interactions.user]
 
 

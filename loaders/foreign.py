@@ -18,8 +18,7 @@ from loaders.tables import Table, check_bad
 
 
 def files(config) -> list[Path]:
-    """The files of train, perhaps of val, and of test: a word of their names starts so ("latest" is
-    no test)."""
+    """Those of train, val (may miss), test: a word of the name starts so ("latest" is no test)."""
     folder, found = Path(config.data_dir), {split: [] for split in SPLITS}
     for file in matching_files(folder, "*.json*") if folder.is_dir() else ():
         if word := re.search("(?<![a-z])(train|test|val|dev)", file.name.lower()):
@@ -60,10 +59,8 @@ def read_entry(entry: dict) -> dict:
     fits = len({*candidates}) == len(candidates) == len(scores) == NUM_CANDIDATES
     fits = fits and len(ratings) == len(history) > 0 and all(history + candidates)
     if not fits or not all(0 < s < np.inf for s in scores) or any(r <= 0 or r > 5 for r in ratings):
-        raise ValueError(
-            f"expected a history whose titles have ratings up to 5 or none, and {NUM_CANDIDATES} "
-            "different candidates with scores above 0 or none"
-        )
+        titles = f"{NUM_CANDIDATES} different candidates with scores above 0 or none"
+        raise ValueError(f"expected a history with ratings up to 5 or none, and {titles}")
     return {
         "shown": [*history, target],
         "ratings": [*ratings, np.nan],

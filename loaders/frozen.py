@@ -1,7 +1,6 @@
-"""Frozen examples: from the data options to interactions and splits on disk, and to token ids.
+"""Frozen examples: from data options to interactions and splits on disk, and to token ids.
 
-They are kept under a hash of every array and title, then mapped into memory: all models that are
-compared see the same candidates, negatives and templates."""
+A hash of every array and title says which they are: models that are compared see the same ones."""
 
 import contextlib
 import hashlib
@@ -52,7 +51,7 @@ class DataConfig(ExampleConfig):
         super().__post_init__()
         named, ranks = f"--dataset {self.dataset}", "ranks, which count what comes after the date"
         unscaled = ("planted", "movielens", "prepared") if self.ranks else NOT_OWN
-        unread = {  # options -> what they do not go with, if it holds
+        unread = {  # options -> what they do not go with
             "columns item_file": named * (self.dataset in NOT_OWN),
             "scale": named * (self.dataset in unscaled),
             "num_users core split_date negatives": named * (self.dataset == "prepared"),
@@ -120,10 +119,8 @@ def draw_users(log: Interactions, config: DataConfig) -> Interactions:
 
 
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
-    """The frozen examples of these options, written once under --prepared_dir, then read there.
-
-    Arrays are mapped into memory: processes share them, and touch only the rows they use.
-    `check` compares them with their hash, which reads them all."""
+    """The frozen examples of these options, written once under --prepared_dir, then mapped into
+    memory, which processes share. `check` compares them with their hash, which reads them all."""
     name = config.dataset
     if name != planted.NAME and not config.data_dir:
         raise ValueError(f"--dataset {name} needs --data_dir, where its raw files are")
@@ -154,9 +151,7 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, without raw files."""
     for file in sorted(Path(prepared_dir).glob("*/meta.json")):
-        meta = read_json(file)
-        known = meta.get("options", {}).get("format") == PREPARED_FORMAT
-        if known and meta["hash"].startswith(content_hash):
+        if read_json(file).get("hash", "").startswith(content_hash):
             return read_prepared(file.parent, check=False)
     return None
 
@@ -188,12 +183,10 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
-    parts = [
-        f"{name} {a.dtype} {a.shape} {hashlib.sha256(np.ascontiguousarray(a)).hexdigest()}"
-        for name, a in sorted(arrays.items())
-    ]
-    parts.append(json.dumps(texts, sort_keys=True))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
+    parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
+    whole = "\n".join([*parts, json.dumps(texts, sort_keys=True)])
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def write_prepared(folder: Path, log: Interactions, splits: dict, meta: dict) -> None:
@@ -202,9 +195,8 @@ def write_prepared(folder: Path, log: Interactions, splits: dict, meta: dict) ->
     for split, examples in splits.items():
         arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
     texts = {name: getattr(log, name) for name in LOG_TEXTS} | {"history": examples.history}
-    for name in ("min_shown_rating", "ratings"):  # defaults are omitted, also from the hash
-        if (value := getattr(examples, name)) != getattr(Examples, name):
-            texts[name] = value
+    shown = {name: getattr(examples, name) for name in ("min_shown_rating", "ratings")}
+    texts |= {n: value for n, value in shown.items() if value != getattr(Examples, n)}
     meta |= {"texts": texts, "notes": log.notes, "words": log.words}
     with writing(folder):
         write_folder(folder, arrays, meta | {"hash": content_hash(arrays, texts)})
@@ -255,13 +247,10 @@ def encode_split(
 
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
-    """(E, 2) where the history stands among a prompt's tokens: first, and one behind the last.
-
-    It is where a prompt differs from the same one with another history, "~"."""
+    """(E, 2) where the history stands among a prompt's tokens, first and one behind the last: where
+    it differs from a prompt with another history, "~" and 0, if ratings are shown."""
     texts, spans = [], []
-    for e in range(len(encoded.examples)):
-        example = encoded.examples[e]
-        # 0 where ratings are shown; without a history nothing differs, and the span is empty
+    for example in map(encoded.examples.__getitem__, range(len(encoded.examples))):
         other = [("~", 0 * rating) for _, rating in example.history[-1:]]
         texts.append(data.render_prompt(replace(example, history=other)))
     for prompt, other in zip(encoded.prompts, tokenizer.encode_prompts(texts)):

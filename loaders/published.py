@@ -83,9 +83,8 @@ def files(config) -> list[Path]:
 
 
 def load(config) -> Interactions:
-    """The log; interactions with an item that has no title are dropped.
-
-    Hours are ranked within a game, and plays, added up at the first one, within an artist."""
+    """The log; interactions with an item without a title are dropped. Hours are ranked within a
+    game, and plays, added up at the first one, within an artist."""
     name, logs = config.dataset, files(config)
     zipped = name == "movielens" and len(logs) == 1
     if zipped or (name == "beeradvocate" and read_head(logs[0]).startswith((b"beer/", b"review/"))):
@@ -106,8 +105,7 @@ def load(config) -> Interactions:
 
 
 def load_unpacked(config, file: Path) -> Interactions:
-    """The log of a zip, or of blocks of `key: value` lines with empty lines between them, by way of
-    the files that it holds, or of lines of JSON."""
+    """The log in a zip; or in blocks of `key: value` lines, with empty lines between them."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             if config.dataset == "movielens":

@@ -1,6 +1,4 @@
-"""Show a data set: sizes, what was left out, one example with its margins and boundaries.
-
-python -m loaders --dataset movielens --data_dir ml-1m.zip"""
+"""python -m loaders: show a data set's sizes, what was left out, and one example."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ DEMO_BASE = str(Path(__file__).parents[1] / "demo/base")
 
 @dataclass(frozen=True)
 class ShowConfig(DataConfig):
-    """Prepare examples; print sizes, what was left out, and one example with its margins."""
+    """Show a data set: sizes, what was left out, one example with its margins and boundary."""
 
     tokenizer: str = arg(DEMO_BASE, "folder of the model whose tokenizer cuts", group="show")
     max_length: int = arg(1024, "tokens of prompt and longest candidate")
