@@ -42,6 +42,7 @@ class DataConfig(ExampleConfig):
         "", "LOW,HIGH or binary: map to 1 to 5; amounts: rank:item, rank:user, rank:all"
     )
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
+    num_users: int = arg(0, "draw so many users of the log, before --core; 0 = all", at_least=0)
     core: int = arg(0, "k-core: drop users and items with fewer interactions", at_least=0)
     split_date: str = arg("", "test the first liked item from this date on; 10%: the last tenth")
     prepared_dir: str = arg("prepared", "where prepared examples are kept", free=True)
@@ -53,7 +54,7 @@ class DataConfig(ExampleConfig):
         unread = {  # options -> what they do not go with
             "columns item_file": named * (self.dataset in NOT_OWN),
             "scale": named * (self.dataset in unscaled),
-            "core split_date negatives": named * (self.dataset == "prepared"),
+            "num_users core split_date negatives": named * (self.dataset == "prepared"),
             "core": "--split_date: it counts what comes after the date" * bool(self.split_date),
             "split_date": ranks * bool(self.ranks or self.dataset in ("steam", "lastfm")),
         }
@@ -106,6 +107,17 @@ def load_interactions(config: DataConfig) -> Interactions:
     return LOADERS[config.dataset].load(config)
 
 
+def draw_users(log: Interactions, config: DataConfig) -> Interactions:
+    """The log of --num_users, drawn by --data_seed."""
+    if config.num_users >= log.num_users:
+        there = f"the log has {log.num_users:,} users; give fewer, or 0"
+        raise ValueError(f"--num_users {config.num_users} has no effect: {there}")
+    rng = np.random.default_rng([config.data_seed, len(SPLITS)])
+    drawn = rng.choice(log.num_users, config.num_users, replace=False)
+    notes = {"users that --num_users leaves out": log.num_users - config.num_users}
+    return replace(data.select_rows(log, np.isin(log.user, drawn)), notes=log.notes | notes)
+
+
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
     """The frozen examples of these options, written once under --prepared_dir, then mapped into
     memory, which processes share. `check` compares them with their hash, which reads them all."""
@@ -115,13 +127,15 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
     source = facts(LOADERS[name].files(config)) if name != planted.NAME else []
-    options |= FORMER | {"format": PREPARED_FORMAT, "source": source}
+    former = {"percentile": "", "item_columns": ""}  # options that are part of old keys
+    options |= former | {"format": PREPARED_FORMAT, "source": source}
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(config.prepared_dir) / f"{name}-{key}"
     if not (folder / "meta.json").exists():
         read = load_interactions(config)
         log, splits = read if name == "prepared" else (read, None)
         counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
+        log = draw_users(log, config) if config.num_users else log
         if config.split_date:
             log, splits = build_dated_examples(log, config, markov_top)
         elif not splits:
@@ -143,7 +157,6 @@ def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
 
 
 # ------------------------------------------------------------------------------------------ on disk
-FORMER = {"percentile": "", "item_columns": "", "num_users": 0}  # options that keys still hold
 PREPARED_FORMAT = 5  # raised when the same options give other examples, or other files, than before
 ENCODED_FORMAT = 4  # raised when the same examples and tokenizer give other tokens than before
 LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")

@@ -1,13 +1,15 @@
-"""Examples prepared once: their hash, damaged files, what histories show."""
+"""Examples prepared once: their hash, damaged files, fewer users, what histories show."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_data import SPLITS, all_equal, nasty_examples
+from test_loaders import rows_of
 
-from data import build_examples, encode_examples, render_prompt
+from data import build_examples, encode_examples, k_core, render_prompt
 from loaders import frozen
 from loaders.counting import BASELINES
 from loaders.frozen import DataConfig, prepare
@@ -45,6 +47,24 @@ def test_the_hash_is_that_of_the_content(tmp_path):
     elsewhere = prepare(small_config(tmp_path, prepared_dir=str(tmp_path / "elsewhere")))
     assert elsewhere.hash == found[0].hash
     assert len({p.hash for p in found}) == len({p.folder for p in found}) == len(found)
+
+
+def test_fewer_users_are_drawn_before_everything_else(tmp_path):
+    """Whole logs of users that --data_seed draws, then the k-core and the splits; an own key."""
+    config = small_config(tmp_path, planted_users=90, core=2, num_users=40)
+    everyone, few = frozen.load_interactions(config), prepare(config)
+    whole = prepare(replace(config, num_users=0))
+    drawn, other = (frozen.draw_users(everyone, replace(config, data_seed=seed)) for seed in (0, 1))
+    assert drawn.num_users == other.num_users == 40 and drawn.user_ids != other.user_ids
+    kept = set(drawn.user_ids)
+    assert rows_of(drawn) == [row for row in rows_of(everyone) if row[0] in kept]
+    core = k_core(drawn, 2)
+    assert few.interactions.user_ids == core.user_ids and few.interactions.titles == core.titles
+    assert all_equal(few.splits, build_examples(core, config))
+    assert few.raw_counts == whole.raw_counts and few.raw_counts["users"] == 90
+    assert few.folder != whole.folder and few.interactions.notes
+    with pytest.raises(ValueError, match="--num_users 90 has no effect: .* 90 users"):
+        prepare(replace(config, num_users=90))
 
 
 def test_the_four_inputs_differ_in_what_a_history_shows(tmp_path):
