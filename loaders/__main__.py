@@ -1,5 +1,3 @@
-"""python -m loaders: see show.py."""
-
 from common import run_cli
 from loaders.show import show
 

@@ -5,9 +5,7 @@
     markov       sum over the history of DECAY^age * C[i, c] / sqrt(n_c), where C adds 1/d for every
                  user in whose log c comes d <= MAX_DISTANCE interactions after i
 
-They are fitted on all but each user's last two interactions (with a split in time: on what lies
-before the date and the validation item). Left out: ratings; a low one counts as an interaction.
-Legend: E examples, I items."""
+They are fitted on training interactions, whatever their rating. Legend: E examples, I items."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -22,35 +20,25 @@ COUNTING_RETRIEVERS = tuple(BASELINES.values())
 
 
 def training_rows(interactions: Interactions) -> np.ndarray:
-    """(n,) bool: all but each user's last two interactions, or what a split in time leaves."""
+    """(n,) bool: all but each user's last two, or what a split in time leaves."""
     return np.arange(len(interactions.user)) < interactions.training_end()[interactions.user]
 
 
-def item_counts(interactions: Interactions) -> np.ndarray:
-    """(I,) training interactions of each item."""
-    known = interactions.item[training_rows(interactions)]
-    return np.bincount(known, minlength=interactions.num_items)
-
-
 class Retriever:
-    """Scores the catalogue for one history, of which it reads the `shown` newest items.
-
-    It is fitted on some rows of the log (n,) bool, None: on all."""
+    """Scores the catalogue for the `shown` newest items of a history; fitted on some rows of the
+    log (n,) bool, None: on all."""
 
     def __init__(self, name: str, log: Interactions, rows=None, shown: int = 20):
         user, item = (log.user, log.item) if rows is None else (log.user[rows], log.item[rows])
         self.name, self.weights = name, DECAY ** np.arange(shown)
         self.counts = np.bincount(item, minlength=log.num_items)
-        if name == "popularity":
-            return
         self.item_rows = np.argsort(item, kind="stable")  # those of one item come together
         self.item_start = np.append(0, np.cumsum(self.counts))
         self.user_start = np.searchsorted(user, np.arange(log.num_users + 1))
-        # nobody's rows behind the last one
-        self.user = np.pad(user, (0, MAX_DISTANCE), constant_values=-1)
+        self.user = np.pad(user, (0, MAX_DISTANCE), constant_values=-1)  # behind the last: nobody
         self.item = np.pad(item, (0, MAX_DISTANCE))
-        # 256 MiB of rows are kept, if all of them are full
-        self.row = lru_cache(max(16, (1 << 24) // log.num_items))(self.count_row)
+        kept = max(16, (1 << 24) // log.num_items)  # rows: 256 MiB, if all of them are full
+        self.row = lru_cache(kept)(self.count_row)
 
     def scores(self, history: np.ndarray) -> np.ndarray:
         """(I,) float64: what the items say, each one DECAY times as loudly as the one after it."""
@@ -88,10 +76,8 @@ def best_items(scores: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
     """Up to n item codes by falling score (I,), equal scores by code; none of `exclude`."""
     scores = scores.astype(np.float64)
     scores[exclude] = -np.inf
-    n = min(n, int((scores > -np.inf).sum()))
-    lowest = np.partition(scores, -n)[-n] if n else np.inf
-    chosen = np.flatnonzero(scores >= lowest)  # more than n, if several score the lowest
-    return chosen[np.argsort(-scores[chosen], kind="stable")][:n]
+    best = np.argsort(-scores, kind="stable")[:n]
+    return best[scores[best] > -np.inf]
 
 
 def scores_before(name: str, log: Interactions, rows: np.ndarray, shown: int) -> Iterator:
@@ -101,23 +87,20 @@ def scores_before(name: str, log: Interactions, rows: np.ndarray, shown: int) ->
         yield retriever.scores(log.item[max(start, row - shown) : row])
 
 
-def candidate_scores(name: str, examples: Examples) -> np.ndarray:
-    """(E, n) scores of the examples' own candidates."""
-    found = scores_before(name, examples.interactions, examples.position, examples.history)
-    return np.array([scores[c] for scores, c in zip(found, examples.candidates)])
-
-
 def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
-    """Scores (E, n) of every counting recommender, by the name it has in a result table."""
-    return {name: candidate_scores(key, examples) for name, key in BASELINES.items()}
+    """Scores (E, 20) of the examples' candidates, by a recommender's name in result tables."""
+    asked, found = (examples.interactions, examples.position, examples.history), {}
+    for name, key in BASELINES.items():
+        scores = zip(scores_before(key, *asked), examples.candidates)
+        found[name] = np.array([of_all[candidates] for of_all, candidates in scores])
+    return found
 
 
 def markov_top(log: Interactions, rows: np.ndarray, shown: int, count: int, exclude=None):
-    """(E, count) items that Markov puts highest for what lies before each row (E,), the best first.
-
-    Left out are `exclude` (E, n), or all that the user touched. Of equal scores the more popular
-    item comes first, then the lower code; -1 where none is left."""
-    order = np.argsort(-item_counts(log), kind="stable")
+    """(E, count) items that Markov puts highest for what lies before each row (E,), the best first;
+    -1 where none is left. `exclude` (E, n): items to leave out; None: all that the user touched."""
+    counts = np.bincount(log.item[training_rows(log)], minlength=log.num_items)
+    order = np.argsort(-counts, kind="stable")  # of equal scores the more popular item comes first
     found = np.full((len(rows), count), -1)
     for e, scores in enumerate(scores_before("markov", log, rows, shown)):
         start, end = log.start[log.user[rows[e]] + np.arange(2)]

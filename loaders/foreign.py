@@ -1,10 +1,8 @@
 """Examples that other projects have prepared: the RecPO authors' JSON and S-DPO's.
 
-The folder has one *train*.json and one *test*.json, and perhaps *val*. An entry has historyList (a
-list, or titles joined by "::"), itemList (20 candidates) and trueSelection; the authors' also
-historyRatingList, itemScoreList (preference scores of the candidates) and randomNegative. Equal
-titles are one item, and every entry is a user of its own, whose last interaction is the target.
-Without scores (S-DPO) all of them are 1: then RecPO's margins say nothing, and S-DPO needs none."""
+An entry has historyList (a list, or titles joined by "::"), itemList (20 candidates) and
+trueSelection; the authors' also historyRatingList, itemScoreList (preference scores of the
+candidates) and randomNegative. It is a user of its own, and equal titles are one item."""
 
 import json
 import re
@@ -16,17 +14,12 @@ from common import print0
 from data import NUM_CANDIDATES, SPLITS, TEMPLATES, Examples, Interactions
 from loaders.files import matching_files, read_text
 from loaders.table import clean_title
-from loaders.tables import MAX_BAD_SHARE, shorten
+from loaders.tables import Table, check_bad
 
 
 def files(config) -> list[Path]:
-    """All that is read."""
-    return list(split_files(Path(config.data_dir)).values())
-
-
-def split_files(folder: Path) -> dict[str, Path]:
-    """Split -> its file, in whose name a word starts so ("latest" is no test); "val" may miss."""
-    found = {split: [] for split in SPLITS}
+    """Those of train, val (may miss), test: a word of the name starts so ("latest" is no test)."""
+    folder, found = Path(config.data_dir), {split: [] for split in SPLITS}
     for file in matching_files(folder, "*.json*") if folder.is_dir() else ():
         if word := re.search("(?<![a-z])(train|test|val|dev)", file.name.lower()):
             found[word[0].replace("dev", "val")].append(file)
@@ -34,96 +27,86 @@ def split_files(folder: Path) -> dict[str, Path]:
         if len(files) != 1 and (files or split != "val"):
             names = [file.name for file in files or folder.glob("*")]
             raise ValueError(f"{folder}: expected a folder with one {split} file, found {names}")
-    return {split: files[0] for split, files in found.items() if files}
+    return sum(found.values(), [])
 
 
 def read_entries(file: Path) -> list[dict]:
-    """Entries of a JSON list, or of JSON lines; ValueError if more than 1 % cannot be used."""
-    text, entries, bad = read_text(file), [], []
+    """Entries of a JSON list; ValueError if more than 1 % cannot be used."""
+    entries, table = [], Table()
     try:
-        lines = [] if text.lstrip().startswith("[") else text.split("\n")
-        raw = [json.loads(line) for line in lines if line.strip()] if lines else json.loads(text)
+        raw = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON list of examples ({error})") from None
-    for number, entry in enumerate(raw, 1):
+    for number, entry in enumerate(raw if isinstance(raw, list) else [raw], 1):
         try:
             entries.append(read_entry(entry) | {"number": number})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            bad.append(f"entry {number}: {error!r}: {shorten(json.dumps(entry))}")
-    what = f"{len(bad):,} of {len(raw):,} entries cannot be used (1% may be): {'; '.join(bad[:3])}"
-    if len(bad) > MAX_BAD_SHARE * len(raw) or not entries:
-        raise ValueError(f"{file}: {what}")
-    if bad:
-        print0(f"note: {file}: {what}")
+            table.bad(f"entry {number}: {error!r}: {json.dumps(entry)}")
+    table.num_rows = len(entries)
+    if check_bad(table, file).num_bad:
+        print0(f"note: {file}: {table.num_bad:,} entries are left out: {table.first_bad}")
     return entries
 
 
 def read_entry(entry: dict) -> dict:
-    """An entry's cleaned titles and numbers."""
+    """Its cleaned titles and numbers; if no candidate is called random, all but the target are."""
     history, target = entry["historyList"], clean_title(entry["trueSelection"])
     history = [*map(clean_title, history.split("::") if isinstance(history, str) else history)]
     candidates = [*map(clean_title, entry["itemList"])]
     ratings = [*map(float, entry.get("historyRatingList") or [np.nan] * len(history))]
     scores = [*map(float, entry.get("itemScoreList") or [1.0] * NUM_CANDIDATES)]
-    random = {clean_title(title) for title in entry.get("randomNegative") or []}
+    random = {*map(clean_title, entry.get("randomNegative") or [])} or {*candidates} - {target}
     fits = len({*candidates}) == len(candidates) == len(scores) == NUM_CANDIDATES
     fits = fits and len(ratings) == len(history) > 0 and all(history + candidates)
     if not fits or not all(0 < s < np.inf for s in scores) or any(r <= 0 or r > 5 for r in ratings):
-        raise ValueError(
-            f"expected a history whose titles have ratings up to 5 or none, and {NUM_CANDIDATES} "
-            "different candidates with scores above 0 or none"
-        )
+        titles = f"{NUM_CANDIDATES} different candidates with scores above 0 or none"
+        raise ValueError(f"expected a history with ratings up to 5 or none, and {titles}")
     return {
         "shown": [*history, target],
+        "ratings": [*ratings, np.nan],
         "candidates": candidates,
         "target": candidates.index(target),
-        "ratings": [*ratings, np.nan],
         "scores": scores,
-        # without randomNegative all others count as random, as S-DPO draws them
-        "is_random": [t in random if random else t != target for t in candidates],
+        "is_random": [title in random for title in candidates],
     }
 
 
-def read_foreign_examples(config) -> tuple[Interactions, dict[str, Examples]]:
+def load(config) -> tuple[Interactions, dict[str, Examples]]:
     """(log, splits); without validation, the last tenth of the training entries are its split."""
-    path = Path(config.data_dir)
-    parts = {split: read_entries(file) for split, file in split_files(path).items()}
-    if "val" not in parts:
-        cut = max(1, len(parts["train"]) // 10)
-        parts["val"], parts["train"] = parts["train"][-cut:], parts["train"][:-cut]
-        print0(f"note: no *val*.json in {path}; the last {cut} training entries are its split")
-    everything = [entry for part in parts.values() for entry in part]
+    train, *val, test = map(read_entries, files(config))
+    if not val:
+        cut = max(1, len(train) // 10)
+        train, val = train[:-cut], [train[-cut:]]
+        print0(f"note: no *val*.json; the last {cut} training entries are its split")
+    parts, everything = {"train": train, "val": val[0], "test": test}, [*train, *val[0], *test]
     if all(score == 1 for entry in everything for score in entry["scores"]):
         print0("note: no itemScoreList: all scores are 1, and RecPO's margins say nothing")
-    titles = sorted({t for e in everything for t in e["shown"] + e["candidates"]})
+    titles = sorted({title for e in everything for title in e["shown"] + e["candidates"]})
     code = {title: i for i, title in enumerate(titles)}
-    rows, arrays, start = [], {}, [0]
+    names, shown, ratings, start, arrays = [], [], [], [0], {}
     for number, split in enumerate(SPLITS):
         rng = np.random.default_rng([config.data_seed, number])
         size = config.train_size if split == "train" else config.test_size
-        order = rng.permutation(len(parts[split]))[: size or None]
-        part = [parts[split][i] for i in order]
+        part = [parts[split][i] for i in rng.permutation(len(parts[split]))[: size or None]]
         if not part:
-            raise ValueError(f"{path}: no {split} example")
-        rows += [(f"{split} {entry['number']}", entry) for entry in part]
+            raise ValueError(f"{config.data_dir}: no {split} example")
+        names += [f"{split} {entry['number']}" for entry in part]
+        shown += [code[title] for entry in part for title in entry["shown"]]
+        ratings += [rating for entry in part for rating in entry["ratings"]]
         ends = start[-1] + np.cumsum([len(entry["shown"]) for entry in part])
         start += ends.tolist()
-        target = np.array([entry["target"] for entry in part], np.int32)
-        slots = np.tile(np.arange(NUM_CANDIDATES), (len(part), 1))
-        others = slots[slots != target[:, None]].reshape(len(part), -1)
+        others = [np.delete(np.arange(NUM_CANDIDATES), entry["target"]) for entry in part]
         arrays[split] = {
             "position": ends - 1,  # a user is its history, then its target
             "candidates": np.array([[code[t] for t in e["candidates"]] for e in part], np.int32),
-            "target": target,
+            "target": np.array([entry["target"] for entry in part], np.int32),
             "scores": np.array([entry["scores"] for entry in part], np.float32),
             "is_random": np.array([entry["is_random"] for entry in part]),
             "negative_order": rng.permuted(others, axis=1).astype(np.int32),
             "template": rng.integers(len(TEMPLATES), size=len(part)).astype(np.int32),
         }
-    user = np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(start))
-    item = np.array([code[title] for _, entry in rows for title in entry["shown"]], np.int32)
-    rating = np.array([rating for _, entry in rows for rating in entry["ratings"]], np.float32)
+    user = np.repeat(np.arange(len(names), dtype=np.int32), np.diff(start))
     time = np.arange(len(user)) - np.array(start)[user]  # only the order is known
-    names = [name for name, _ in rows]
+    item, rating = np.array(shown, np.int32), np.array(ratings, np.float32)
     log = Interactions(user, item, rating, time, np.array(start), titles, names, titles, "prepared")
     return log, {split: Examples(log, split, config.history, **a) for split, a in arrays.items()}

@@ -1,18 +1,13 @@
-"""Frozen examples: from the data options to interactions and splits on disk, and to token ids.
+"""Frozen examples: from data options to interactions and splits on disk, and to token ids.
 
-Examples are made once and kept under a hash of every array and title, then mapped into memory: all
-models that are compared see the same candidates, negatives and templates."""
+A hash of every array and title says which they are: models that are compared see the same ones."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tarfile
-import zipfile
-import zlib
-from dataclasses import dataclass, fields, replace
-from math import isnan, nan
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +16,18 @@ import data
 from common import arg, changed_options, read_json, writing
 from data import ITEMS, SPLITS, Encoded, ExampleConfig, Examples, Interactions, Words
 from hub.tokenizer import Tokenizer
-from loaders import foreign, movielens, ownlog, planted, published
-from loaders.counting import BASELINES, counting_baselines, markov_top
+from loaders import foreign, ownlog, planted, published
+from loaders.counting import counting_baselines, markov_top
 from loaders.dated import build_dated_examples
 from loaders.files import facts
 
 OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")
-OWN, RANKED = ", ".join(OWN_LOGS), ("", "item", "user", "all")
-# name -> its loader, all files that it reads (both of a DataConfig), the words of its prompts
-LOADERS = {
-    "planted": (planted.load, lambda config: [], planted.WORDS),
-    "movielens": (movielens.load, movielens.files, movielens.WORDS),
-    **{n: (published.load, published.files, published.WORDS[n]) for n in published.COLUMNS},
-    **dict.fromkeys(OWN_LOGS, (ownlog.load, ownlog.files, ITEMS)),
-    "prepared": (foreign.read_foreign_examples, foreign.files, ITEMS),
-}
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError)
+OWN = ", ".join(OWN_LOGS)
+RANKS = {f"rank:{group}": group for group in ("item", "user", "all")}  # of --scale
+# name -> what has its load(config), and files(config), all that is read
+LOADERS = {"planted": planted, "prepared": foreign} | dict.fromkeys(published.PATTERNS, published)
+NOT_OWN = tuple(LOADERS)
+LOADERS |= dict.fromkeys(OWN_LOGS, ownlog)
 
 
 @dataclass(frozen=True)
@@ -45,36 +36,36 @@ class DataConfig(ExampleConfig):
 
     dataset: str = arg("planted", "what is read", group="data", choices=tuple(LOADERS))
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
-    columns: str = arg(
-        "", f"{OWN}: names or places, user=..,item=..,rating=..,timestamp=..,title=.."
+    columns: str = arg("", f"{OWN}: user=,item=,rating=,timestamp=,title=NAME or its place")
+    item_file: str = arg("", "a second file with title= and id= (the item) of --columns")
+    scale: str = arg(
+        "", "LOW,HIGH or binary: map to 1 to 5; amounts: rank:item, rank:user, rank:all"
     )
-    item_file: str = arg("", f"{OWN}: a second file, with item and title")
-    item_columns: str = arg("", "names or positions of --item_file's columns, item=..,title=..")
-    scale: str = arg("", f"{OWN}: lowest and highest rating, or binary; mapped to 1 to 5")
-    percentile: str = arg("", "rank amounts of each item, user, or all", choices=RANKED)
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
     num_users: int = arg(0, "draw so many users of the log, before --core; 0 = all", at_least=0)
-    core: int = arg(
-        0, "drop users and items with fewer interactions (k-core); 0 = none", at_least=0
-    )
+    core: int = arg(0, "k-core: drop users and items with fewer interactions", at_least=0)
     split_date: str = arg("", "test the first liked item from this date on; 10%: the last tenth")
     prepared_dir: str = arg("prepared", "where prepared examples are kept", free=True)
 
     def __post_init__(self):
         super().__post_init__()
         named, ranks = f"--dataset {self.dataset}", "ranks, which count what comes after the date"
-        unread = {  # options -> what they do not go with, if it holds
-            "columns item_file item_columns scale": named * (self.dataset not in OWN_LOGS),
-            "percentile": named * (self.dataset in ("planted", "movielens", "prepared")),
+        unscaled = ("planted", "movielens", "prepared") if self.ranks else NOT_OWN
+        unread = {  # options -> what they do not go with
+            "columns item_file": named * (self.dataset in NOT_OWN),
+            "scale": named * (self.dataset in unscaled),
             "num_users core split_date negatives": named * (self.dataset == "prepared"),
-            "item_columns": "no --item_file" * (not self.item_file),
-            "scale": "--percentile, which ranks" * bool(self.percentile),
             "core": "--split_date: it counts what comes after the date" * bool(self.split_date),
-            "split_date": ranks * bool(self.percentile or self.dataset in ("steam", "lastfm")),
+            "split_date": ranks * bool(self.ranks or self.dataset in ("steam", "lastfm")),
         }
         for names, reason in unread.items():
             if reason and (wrong := sorted({*names.split()} & changed_options(self))):
                 raise ValueError(f"--{wrong[0]} does not go with {reason}; leave one out")
+
+    @property
+    def ranks(self) -> str:
+        """Inside which group --scale rank:... ranks amounts: item, user, all; or ""."""
+        return RANKS.get(self.scale, "")
 
 
 def data_defaults(given: dict) -> dict:
@@ -84,7 +75,7 @@ def data_defaults(given: dict) -> dict:
 
 def words_of(dataset: str) -> Words:
     """The words of a data set's prompts, for what is asked without its log."""
-    return LOADERS.get(dataset, (None, None, ITEMS))[2]
+    return ({"planted": planted.WORDS} | published.WORDS).get(dataset, ITEMS)
 
 
 @dataclass
@@ -97,17 +88,13 @@ class Prepared:
     folder: Path
     raw_counts: dict[str, int]  # users, items, interactions as read
     options: dict  # of the DataConfig that it was made with
+    counted: dict = field(default_factory=dict)  # split -> baselines
 
     def baselines(self, split: str) -> dict[str, np.ndarray]:
-        """Name -> scores (E, 20) of popularity, item-kNN and Markov; counted once, then read."""
-        folder = self.folder / f"baselines-{split}"
-        if folder.exists():
-            scores = read_arrays(folder)
-            return {name: scores[name] for name in BASELINES}
-        scores = counting_baselines(self.splits[split])
-        with contextlib.suppress(OSError):  # then they are counted again
-            write_folder(folder, scores, {})
-        return scores
+        """Name -> scores (E, 20) of popularity, item-kNN and Markov; counted once."""
+        if split not in self.counted:
+            self.counted[split] = counting_baselines(self.splits[split])
+        return self.counted[split]
 
     def optimum(self, split: str) -> np.ndarray | None:
         """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown."""
@@ -117,20 +104,14 @@ class Prepared:
 
 def load_interactions(config: DataConfig) -> Interactions:
     """The log as it is read; prepared examples come with it."""
-    try:
-        return LOADERS[config.dataset][0](config)
-    except DAMAGE as error:
-        what = f"a file is missing, damaged or cut off ({error}); fetch it again"
-        raise ValueError(f"{config.data_dir}: {what}") from None
+    return LOADERS[config.dataset].load(config)
 
 
 def draw_users(log: Interactions, config: DataConfig) -> Interactions:
-    """The log of --num_users, drawn by --data_seed; 0: of all."""
-    if not config.num_users:
-        return log
+    """The log of --num_users, drawn by --data_seed."""
     if config.num_users >= log.num_users:
-        there = f"the log has {log.num_users:,} users"
-        raise ValueError(f"--num_users {config.num_users} has no effect: {there}; give fewer, or 0")
+        there = f"the log has {log.num_users:,} users; give fewer, or 0"
+        raise ValueError(f"--num_users {config.num_users} has no effect: {there}")
     rng = np.random.default_rng([config.data_seed, len(SPLITS)])
     drawn = rng.choice(log.num_users, config.num_users, replace=False)
     notes = {"users that --num_users leaves out": log.num_users - config.num_users}
@@ -138,26 +119,27 @@ def draw_users(log: Interactions, config: DataConfig) -> Interactions:
 
 
 def prepare(config: DataConfig, check: bool = True) -> Prepared:
-    """The frozen examples of these options, written once under --prepared_dir, then read there.
-
-    Arrays are mapped into memory: processes share them, and touch only the rows they use.
-    `check` compares them with their hash, which reads them all."""
-    if config.dataset != "planted" and not config.data_dir:
-        raise ValueError(f"--dataset {config.dataset} needs --data_dir, where its raw files are")
+    """The frozen examples of these options, written once under --prepared_dir, then mapped into
+    memory, which processes share. `check` compares them with their hash, which reads them all."""
+    name = config.dataset
+    if name != planted.NAME and not config.data_dir:
+        raise ValueError(f"--dataset {name} needs --data_dir, where its raw files are")
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
-    _, files, _ = LOADERS[config.dataset]
-    options |= {"format": PREPARED_FORMAT, "source": facts(files(config))}
+    source = facts(LOADERS[name].files(config)) if name != planted.NAME else []
+    former = {"percentile": "", "item_columns": ""}  # options that are part of old keys
+    options |= former | {"format": PREPARED_FORMAT, "source": source}
     key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(config.prepared_dir) / f"{config.dataset}-{key}"
+    folder = Path(config.prepared_dir) / f"{name}-{key}"
     if not (folder / "meta.json").exists():
         read = load_interactions(config)
-        log, splits = read if config.dataset == "prepared" else (read, None)
+        log, splits = read if name == "prepared" else (read, None)
         counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
-        if not splits and config.split_date:
-            log, splits = build_dated_examples(draw_users(log, config), config, markov_top)
+        log = draw_users(log, config) if config.num_users else log
+        if config.split_date:
+            log, splits = build_dated_examples(log, config, markov_top)
         elif not splits:
-            log = data.k_core(draw_users(log, config), config.core)
+            log = data.k_core(log, config.core)
             splits = data.build_examples(log, config, markov_top)
         write_prepared(folder, log, splits, {"options": options, "raw_counts": counts})
     prepared = read_prepared(folder, check)
@@ -169,9 +151,7 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, without raw files."""
     for file in sorted(Path(prepared_dir).glob("*/meta.json")):
-        meta = read_json(file)
-        known = meta.get("options", {}).get("format") == PREPARED_FORMAT
-        if known and meta["hash"].startswith(content_hash):
+        if read_json(file).get("hash", "").startswith(content_hash):
             return read_prepared(file.parent, check=False)
     return None
 
@@ -179,8 +159,6 @@ def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
 # ------------------------------------------------------------------------------------------ on disk
 PREPARED_FORMAT = 5  # raised when the same options give other examples, or other files, than before
 ENCODED_FORMAT = 5  # raised when the same examples and tokenizer give other tokens than before
-# in the files these are log.user, ...: the names are part of the content hash
-LOG_ARRAYS = ("user", "item", "rating", "timestamp", "start", "train_end")
 LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
 
 
@@ -205,23 +183,20 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
-    parts = [
-        f"{name} {a.dtype} {a.shape} {hashlib.sha256(np.ascontiguousarray(a)).hexdigest()}"
-        for name, a in sorted(arrays.items())
-    ]
-    parts.append(json.dumps(texts, sort_keys=True))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
+    parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
+    whole = "\n".join([*parts, json.dumps(texts, sort_keys=True)])
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def write_prepared(folder: Path, log: Interactions, splits: dict, meta: dict) -> None:
-    arrays = {f"log.{name}": getattr(log, name) for name in LOG_ARRAYS}
+    """Arrays such as log.user and train.target; these names are part of the hash."""
+    arrays = {f"log.{n}": value for n, value in vars(log).items() if isinstance(value, np.ndarray)}
     for split, examples in splits.items():
         arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    texts = {name: getattr(log, name) for name in LOG_TEXTS} | {"history": splits["test"].history}
-    for name in ("min_shown_rating", "ratings"):  # defaults are omitted, also from the hash
-        if (value := getattr(splits["test"], name)) != getattr(Examples, name):
-            texts[name] = value
+    texts = {name: getattr(log, name) for name in LOG_TEXTS} | {"history": examples.history}
+    shown = {name: getattr(examples, name) for name in ("min_shown_rating", "ratings")}
+    texts |= {n: value for n, value in shown.items() if value != getattr(Examples, n)}
     meta |= {"texts": texts, "notes": log.notes, "words": log.words}
     with writing(folder):
         write_folder(folder, arrays, meta | {"hash": content_hash(arrays, texts)})
@@ -231,10 +206,10 @@ def read_prepared(folder: Path, check: bool) -> Prepared:
     meta, arrays, splits = read_json(folder / "meta.json"), read_arrays(folder), {}
     if check and content_hash(arrays, meta["texts"]) != meta["hash"]:
         raise ValueError(f"{folder}: prepared examples do not match their hash; delete it")
-    shown, words = meta["texts"], tuple(meta["words"])
-    log = {name: arrays.get(f"log.{name}") for name in LOG_ARRAYS}
-    log |= {name: shown.pop(name) for name in LOG_TEXTS}  # what is left are fields of Examples
-    log = Interactions(**log, notes=meta["notes"], words=words)
+    shown = meta["texts"]
+    log = {name: shown.pop(name) for name in LOG_TEXTS}  # what is left are fields of Examples
+    log |= {n.removeprefix("log."): array for n, array in arrays.items() if n.startswith("log.")}
+    log = Interactions(**log, notes=meta["notes"], words=tuple(meta["words"]))
     for split in SPLITS:
         part = {field: arrays[f"{split}.{name}"] for field, name in Examples.ARRAYS.items()}
         splits[split] = Examples(log, split, **shown, **part)
@@ -251,36 +226,32 @@ def encode_split(
     made_of += [histories, examples.list_in_prompt]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     folder = prepared.folder / f"tokens-{split}-{key}"
-    if not folder.exists():
+    if folder.exists():
+        a, counts = read_arrays(folder), read_json(folder / "meta.json")["counts"]
+        titles, prompts = (np.split(a[f"{n}s"], a[f"{n}_ends"][:-1]) for n in ("title", "prompt"))
+        completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles, strict=True)}
+        encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
+    else:
         encoded = data.encode_examples(examples, tokenizer, max_length)
         arrays = {"items": np.array(list(encoded.completions), np.int32)}
         for name, ids in ("title", encoded.completions.values()), ("prompt", encoded.prompts):
             arrays |= {f"{name}s": np.concatenate([*ids]).astype(np.int32)}
             arrays |= {f"{name}_ends": np.cumsum([len(one) for one in ids])}
         if histories:
-            arrays["histories"] = history_spans(encoded, tokenizer)
+            arrays["histories"] = encoded.histories = history_spans(encoded, tokenizer)
         counts = {"counts": [encoded.num_shortened]}
         with contextlib.suppress(OSError):  # a full disk; then the next start encodes again
             write_folder(folder, arrays, counts)
-    if folder.exists():
-        a, counts = read_arrays(folder), read_json(folder / "meta.json")["counts"]
-        titles, prompts = (np.split(a[f"{n}s"], a[f"{n}_ends"][:-1]) for n in ("title", "prompt"))
-        completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles, strict=True)}
-        encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
     tokenizer.note_long(encoded.prompts)
     return encoded
 
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
-    """(E, 2) where the history stands among a prompt's tokens: first, and one behind the last.
-
-    It is where a prompt differs from the same one with another history, "~"."""
+    """(E, 2) where the history stands among a prompt's tokens, first and one behind the last: where
+    it differs from a prompt with another history, "~" and 0, if ratings are shown."""
     texts, spans = [], []
-    for e in range(len(encoded.examples)):
-        example = encoded.examples[e]
-        unrated = all(isnan(rating) for _, rating in example.history)
-        # without a history nothing differs, and the span is empty
-        other = [("~", nan if unrated else 0.0)] * bool(example.history)
+    for example in map(encoded.examples.__getitem__, range(len(encoded.examples))):
+        other = [("~", 0 * rating) for _, rating in example.history[-1:]]
         texts.append(data.render_prompt(replace(example, history=other)))
     for prompt, other in zip(encoded.prompts, tokenizer.encode_prompts(texts)):
         first = len(os.path.commonprefix([prompt.tolist(), other]))

@@ -2,7 +2,7 @@
 
     python train.py --dataset csv --data_dir log.csv --columns user=uid,item=sku,rating=stars
     python train.py --dataset csv --data_dir u.data --columns user=1,item=2,rating=3,timestamp=4 \\
-        --item_file u.item --item_columns item=1,title=2
+        --item_file u.item      with id=1,title=2 of u.item among --columns
 
 Columns that --columns does not name are looked up under their usual names; numbers are positions,
 counted from 1. Without a rating column repeats are counted; without a timestamp column, the order
@@ -38,14 +38,15 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\s_\-.]", "", name).lower()
 
 
-def parse_columns(text: str, option: str = "--columns", allowed=FIELDS) -> dict[str, str]:
+def parse_columns(text: str) -> dict[str, str]:
     """ "user=uid,item=sku" -> {"user": "uid", "item": "sku"}; ValueError if it is not such."""
     columns = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, name = map(str.strip, part.partition("="))
-        if key not in allowed or not name or name in columns.values():
-            forms = ", ".join(f"{key}=NAME" for key in allowed)
-            raise ValueError(f"{option}: {part!r} is not one of {forms}, each name once")
+        twice = key in FIELDS[:4] and name in map(columns.get, FIELDS[:4])
+        if key not in (*FIELDS, "id") or not name or twice:
+            forms = ", ".join(f"{key}=NAME" for key in (*FIELDS, "id"))
+            raise ValueError(f"--columns: {part!r} is not one of {forms}, each name once")
         columns[key] = name
     return columns
 
@@ -55,7 +56,7 @@ def parse_columns(text: str, option: str = "--columns", allowed=FIELDS) -> dict[
 class Finder:
     """Which column holds which field: the given ones, the others under their usual names."""
 
-    given: dict[str, str]  # by `option`; all digits are positions, counted from 1
+    given: dict[str, str]  # by --columns; all digits are positions, counted from 1
     required: tuple[str, ...]
     only: tuple[str, ...]  # the fields that are looked for
     option: str = "--columns"
@@ -65,7 +66,7 @@ class Finder:
         """Field -> name; ValueError lists what there is."""
         found, free = {}, [name for name in names if name not in self.given.values()]
         for key in self.only:
-            patterns = (self.usual or {}).get(key, "").split()
+            patterns = self.usual.get(key, "").split()
             tiers = ([n for n in free if re.fullmatch(p, plain_name(n))] for p in patterns)
             fits = next(filter(None, tiers), [])
             if key in self.given:
@@ -109,7 +110,7 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
         such = [shorten(texts[n[several[0]]], 80) for n in (first, last)]
         many = f"{source}: {count:,} items have several titles in column {label}, such as {such}"
         if 5 <= count > (last >= 0).sum() / 5 and "title" not in find.given:
-            use = f"{find.option} title={label}"
+            use = f"--columns title={label}"
             raise ValueError(f"{many}: name another column, or --item_file; to use it: {use}")
         print0(f"note: {many}; the first in the alphabet is shown")
     return [*map([*texts, ""].__getitem__, first.tolist())]
@@ -118,19 +119,18 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
 def titles_beside(config, item_ids: list[str]) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
     files, kind = item_files(config)
-    source, both, known = name_of(files), ("item", "title"), parse_columns(config.columns)
-    usual = USUAL | {"item": f"{re.escape(plain_name(known.get('item', '')))} {USUAL['item']} id"}
-    given = parse_columns(config.item_columns, "--item_columns", both)
-    find = Finder(given, both, both, "--item_columns", usual)
+    source, both, known = name_of(files), ("id", "title"), parse_columns(config.columns)
+    usual = USUAL | {"id": f"{re.escape(plain_name(known.get('item', '')))} {USUAL['item']} id"}
+    find = Finder({key: known[key] for key in both if key in known}, both, both, usual=usual)
     table = check_bad(read_table(files, kind, find), source)
-    codes, ids = read_ids(table.columns["item"])
+    codes, ids = read_ids(table.columns["id"])
     places = {text: code for code, text in enumerate(item_ids)}
     items = np.array([*(places.get(text, -1) for text in ids), -1])[codes]
     titles = titles_of(items, len(item_ids), table, find, source)
     if not any(titles):
         raise ValueError(
             f"{source}: no title of the log's items, such as {item_ids[:2]}; its ids are such as "
-            f"{ids[:2]}: write them alike, or name other columns: --item_columns item=..,title=.."
+            f"{ids[:2]}: write them alike, or name other columns: --columns id=NAME,title=NAME"
         )
     return titles
 
@@ -172,18 +172,18 @@ def files(config) -> list[Path]:
 
 
 def choose_percentile(config, source: str, table: Table) -> str:
-    """--percentile as the columns ask for it: repeats and amounts are ranked; ValueError where
-    ratings are of another scale than 1 to 5."""
+    """Among what amounts and repeats are ranked (--scale rank:...), "" for ratings; ValueError
+    where ratings are of another scale than 1 to 5."""
     name = table.labels.get("rating")
-    if name is None and config.scale:
+    if name is None and config.scale and not config.ranks:
         raise ValueError(f"{source}: --scale needs a rating column: --columns rating=NAME")
     if name is None:
-        print0("note: no rating column: repeats are counted, and ranked as ratings (--percentile)")
-        return config.percentile or "item"
-    if config.percentile or config.scale:
-        return config.percentile
+        print0("note: no rating column: repeats are counted, and ranked as by --scale rank:item")
+        return config.ranks or "item"
+    if config.scale:
+        return config.ranks
     if plain_name(name) in AMOUNTS:
-        print0(f"note: {name} are amounts; their ranks within an item are ratings (--percentile)")
+        print0(f"note: {name} are amounts; they are ranked as by --scale rank:item")
         return "item"
     if doubt := scale_doubt(read_numbers(table.columns["rating"])):
         raise ValueError(f"{source}: column {name}: {doubt}")
@@ -196,11 +196,13 @@ def load(config) -> Interactions:
     source = name_of(parts) if config.dataset != "parquet" else config.data_dir
     only = FIELDS[:4] if items else FIELDS
     given = {key: name for key, name in parse_columns(config.columns).items() if key in only}
+    if "id" in parse_columns(config.columns) and not items:
+        raise ValueError("--columns id= names a column of --item_file: give that, or leave id= out")
     find = Finder(given, ("user", "item"), only)
     table = read_table(parts, config.dataset, find)
     print0(f"{source}: columns {', '.join(f'{key}={name}' for key, name in table.labels.items())}")
     percentile = choose_percentile(config, source, table)
-    rows = usable_rows(table, source, bool(percentile), config.scale)
+    rows = usable_rows(table, source, bool(percentile), "" if config.ranks else config.scale)
     for why, count in rows.notes.items():
         print0(f"note: {count:,} {why}")
     label = table.labels.get("timestamp", "")

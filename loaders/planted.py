@@ -1,24 +1,18 @@
 """The planted world: a made-up reading log whose best possible recommender can be computed exactly.
 
 Stories belong to genres, which the two words of a title give away. A user's taste is a hidden genre
-z that stays, moves on to the genre's successor, or jumps anywhere. At each step the user reads a
-story of the tasted genre or, out of curiosity, of any other; a story within the taste is rated
-high, others mostly low. Nobody reads a story twice.
-
-Given the whole history, the forward algorithm yields the posterior of the taste, and from it
-P(next story = c and its rating >= 4), which the best policy maximises over the candidates.
-
-    python -m loaders.planted log.csv    the world as an ordinary CSV, to try an own log with
+that stays, moves on to its successor, or jumps anywhere. At each step the user reads a story of the
+tasted genre or, out of curiosity, of any other; one within the taste is rated high, others mostly
+low. `python -m loaders.planted log.csv` writes the world as an ordinary CSV.
 
 Legend: U users, L steps, G genres, E examples."""
 
 import argparse
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 
 from common import run_cli, writing
 from data import Examples, Interactions
@@ -40,8 +34,7 @@ class World:
     num_genres: int = 20
     stories_per_genre: int = 16
     words_per_genre: int = 6  # first words and second words each; their pairs are the titles
-    # interactions per user, drawn uniformly; the longest history must fit a prompt whole
-    min_length: int = 13
+    min_length: int = 13  # interactions per user, drawn uniformly
     max_length: int = 17
     stay: float = 0.65
     successor: float = 0.3
@@ -115,7 +108,7 @@ def load(config) -> Interactions:
 
 def world_of(options: dict) -> World | None:
     """The planted world of these data options, if they show histories whole; else None."""
-    if options["dataset"] != "planted" or options["history"] < World.max_length - 1:
+    if options["dataset"] != NAME or options["history"] < World.max_length - 1:
         return None
     return World(num_users=options["planted_users"], seed=options["data_seed"])
 
@@ -123,57 +116,41 @@ def world_of(options: dict) -> World | None:
 def bayes_scores(
     world: World, examples: Examples, min_rating: float = 4.0, max_rating: float = 5.0
 ) -> np.ndarray:
-    """(E, 20) log P(next story = candidate, min_rating <= rating <= max_rating | whole history)."""
+    """(E, 20) log P(next story = candidate, min_rating <= rating <= max_rating | whole history), by
+    the forward algorithm, which yields the posterior of the taste (G,)."""
     log, codes = examples.interactions, {title: i for i, title in enumerate(world.titles())}
     genre = world.genre(np.array([codes[title] for title in log.titles]))  # of each item code
-    wanted = (np.arange(1, 6) >= min_rating) & (np.arange(1, 6) <= max_rating)
-    # P(a certain unread story of genre g, rated so | taste), but for 1 / unread stories
-    rated = (world.rating_given(np.eye(world.num_genres, dtype=bool)) * wanted).sum(-1)  # (G, G)
-    picked = world.genre_given_taste() * rated
-    scores = np.zeros(examples.candidates.shape)
     starts = log.start[log.user[examples.position]]
     if (longest := int((examples.position - starts).max())) > examples.history:
-        shown = f"--history {examples.history}"
-        raise ValueError(f"a history of {longest} stories is not shown whole ({shown})")
+        whole = f"not shown whole (--history {examples.history})"
+        raise ValueError(f"a history of {longest} stories is {whole}")
+    G, stars = world.num_genres, np.arange(1, 6)
+    picked, transition = world.genre_given_taste(), world.transition()
+    rated = world.rating_given(np.eye(G, dtype=bool))  # (G, G, 5) of a taste and a story's genre
+    wanted = picked * (rated * ((stars >= min_rating) & (stars <= max_rating))).sum(-1)
+    scores = np.zeros(examples.candidates.shape)
     for e, rows in enumerate(map(slice, starts.tolist(), examples.position.tolist())):
-        genres = genre[log.item[rows]]
-        taste = forward(world, genres, log.rating[rows].astype(int))
-        unread = world.stories_per_genre - np.bincount(genres, minlength=world.num_genres)
-        scores[e] = np.log((taste @ picked) / unread)[genre[examples.candidates[e]]]
+        genres, taste = genre[log.item[rows]], np.full(G, 1 / G)
+        for g, rating in zip(genres, log.rating[rows].astype(int)):
+            # but for 1 / unread stories of the genre, which is the same for all tastes
+            taste = taste * picked[:, g] * rated[:, g, rating - 1]
+            taste = taste @ transition / taste.sum()
+        unread = world.stories_per_genre - np.bincount(genres, minlength=G)
+        scores[e] = np.log((taste @ wanted) / unread)[genre[examples.candidates[e]]]
     return scores
-
-
-def forward(world: World, genres: np.ndarray, ratings: np.ndarray) -> np.ndarray:
-    """(G,) posterior of the taste after a history, by the forward algorithm."""
-    transition, genre_given_taste = world.transition(), world.genre_given_taste()
-    taste = np.full(world.num_genres, 1 / world.num_genres)
-    for genre, rating in zip(genres, ratings, strict=True):
-        # P(this genre, this story of it, this rating | taste); the 1 / unread is the same for all
-        rating_given = world.rating_given(np.arange(world.num_genres) == genre)[:, rating - 1]
-        taste = taste * genre_given_taste[:, genre] * rating_given
-        taste = taste @ transition / taste.sum()
-    return taste
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the planted world as a CSV, whose columns have other names than ours."""
     parser = argparse.ArgumentParser(prog="python -m loaders.planted", description=main.__doc__)
     parser.add_argument("file")
-    parser.add_argument("--planted_users", type=int, default=World.num_users)
-    parser.add_argument("--data_seed", type=int, default=World.seed)
-    options = parser.parse_args(argv)
-    log = load(options)
-    columns = {
-        "reader": [f"reader-{user}" for user in log.user],
-        "story": [f"story-{log.item_ids[item]}" for item in log.item],
-        "stars": log.rating.astype(int),
-        "read_at": log.timestamp,
-        "name": [log.titles[item] for item in log.item],
-    }
-    with writing(options.file):
-        pa.csv.write_csv(pa.table(columns), options.file)
+    file, log = parser.parse_args(argv).file, planted_world(World())
+    rows = zip(log.user, log.item, log.rating, log.timestamp)
+    lines = [f"reader-{u},story-{i},{r:.0f},{t},{log.titles[i]}\n" for u, i, r, t in rows]
+    with writing(file):
+        Path(file).write_text("reader,story,stars,read_at,name\n" + "".join(lines))
     names = "user=reader,item=story,rating=stars,timestamp=read_at,title=name"
-    print(f"read it with\n--dataset csv --data_dir {options.file} --columns {names}")
+    print(f"read it with\n--dataset csv --data_dir {file} --columns {names}")
 
 
 if __name__ == "__main__":

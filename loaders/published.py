@@ -1,175 +1,171 @@
-"""Published data sets, read by shared code; MovieLens stands in movielens.py.
+"""Published data sets as short layouts that are read in one way: MovieLens (folder or zip), Amazon
+2014, 2018 and 2023, Steam, BeerAdvocate (Python literals, blocks of lines, CSV), LastFM-1K."""
 
-    Amazon 2014    reviews_Books.json.gz, or ratings_Books.csv (user,item,rating,timestamp)
-    Amazon 2018    Books.json.gz, Books_5.json.gz, or Books.csv (item,user,rating,timestamp)
-    Amazon 2023    Books.jsonl.gz, Books.csv with a header, or its train, valid and test parts
-    Steam          steam_reviews.json.gz, steam_games.json.gz: Python literals; hours of play
-    BeerAdvocate   beeradvocate.json (Python literals), beeradvocate.txt (blocks), beer_reviews.csv
-    LastFM-1K      userid-timestamp-....tsv, or lastfm-dataset-1K.tar.gz: plays of artists
-
-Amazon's titles come from meta_<category>.json or .jsonl beside the reviews."""
-
+import contextlib
+import hashlib
 import html
+import http.client
 import itertools
 import json
 import re
-import tarfile
 import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from common import writing
 from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, read_head, read_lines
-from loaders.ownlog import FIELDS, Finder
-from loaders.table import clean_title, finish, usable_rows
+from loaders.ownlog import Finder
+from loaders.table import Rows, clean_title, finish, usable_rows
 from loaders.tables import Table, check_bad, read_table
 from loaders.values import read_ids
 
+MOVIELENS_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+MOVIELENS_MD5 = "c4d9eecfca2ab87c1945afe126590906"
 NO_TEXT = frozenset([""])  # a user may be called NULL
+MOVIES = ("movies", "watched", "watch")
 WORDS = {
+    "movielens": MOVIES,
     "amazon": ("products", "bought", "buy"),
     "amazon_books": ("books", "read", "read"),
     "steam": ("games", "played", "play"),
     "beeradvocate": ("beers", "drank", "drink"),
     "lastfm": ("artists", "listened to", "listen to"),
 }
-# of the files of a log, and of those of its titles; the first pattern that fits one is taken
-PATTERNS = {
-    "amazon": (("*_5.json*", "*.json*", "*.csv*"), ("meta_{}.json*", "meta_*.json*")),
-    "steam": (("steam_reviews*", "*reviews*"), ("steam_games*", "*games*")),
-    "beeradvocate": (("*beeradvocate*.json*", "*beeradvocate*.txt*", "*beer*.csv*", "*beer*"), ()),
-    "lastfm": (("userid-timestamp*", "lastfm-dataset-1K*"), ()),
+PATTERNS = {  # of a log; the first one that fits a file is taken
+    "movielens": ("ratings.dat", "ratings.csv", "u.data"),  # 1M and 10M; 20M and later; 100K
+    "amazon": ("*_5.json*", "*.json*", "*.csv*"),
+    "steam": ("steam_reviews*", "*reviews*"),
+    "beeradvocate": ("*beeradvocate*.json*", "*beeradvocate*.txt*", "*beer*.csv*", "*beer*"),
+    "lastfm": ("userid-timestamp*",),
 }
-# what the head of a file holds -> names or places of the columns of its log, and of its titles
-AMAZON = "user=reviewerID item=asin rating=overall timestamp=unixReviewTime"
-BEER = "user=user/profileName item=beer/beerId rating=review/overall timestamp=review/timeUnix"
-BEER += " title=beer/name abv=beer/ABV style=beer/style"
-COLUMNS = {
+FIELDS = ("user", "item", "rating", "timestamp", "title", "more", "style")
+COLUMNS = {  # what the head of a file holds -> names or places of these, - for none
+    "movielens": {"movieId": "userId movieId rating timestamp", r"^\d+(::|\t|,)": "1 2 3 4"},
     "amazon": {
-        "parent_asin": "user=user_id item=parent_asin rating=rating timestamp=timestamp",
-        r"^\w+,\w+,\d": "user=1 item=2 rating=3 timestamp=4",
-        "": AMAZON,
+        "parent_asin": "user_id parent_asin rating timestamp",  # 2023
+        r"^\w{10},(?!\w{10},)\w+,\d": "2 1 3 4",  # 2018: an item's id has 10 characters
+        r"^\w+,\w+,\d": "1 2 3 4",  # 2014
+        "reviewerID": "reviewerID asin overall unixReviewTime",
     },
-    "steam": {"": "user=username item=product_id rating=hours timestamp=date"},
+    "steam": {"": "username product_id hours date"},
     "beeradvocate": {
-        "user/profileName": BEER,
-        "review/profileName": BEER.replace("user/", "review/").replace("timeUnix", "time"),
-        "": "user=review_profilename item=beer_beerid rating=review_overall timestamp=review_time"
-        " title=beer_name abv=beer_abv style=beer_style",
+        "user/profileName": "user/profileName beer/beerId review/overall review/timeUnix "
+        "beer/name beer/ABV beer/style",
+        "review/profileName": "review/profileName beer/beerId review/overall review/time "
+        "beer/name beer/ABV beer/style",
+        "review_profilename": "review_profilename beer_beerid review_overall review_time "
+        "beer_name beer_abv beer_style",
     },
-    "lastfm": {"": "user=1 item=3 timestamp=2 title=4"},
+    "lastfm": {"": "1 3 - 2 4"},
+    "amazon titles": {"parent_asin": "- parent_asin - - title", "": "- asin - - title"},
+    "steam titles": {"": "- id - - app_name title"},
 }
-
-
-def find(config) -> tuple[str, list[Path], dict[str, str], list[Path]]:
-    """The log's name, its files, which column holds what, and the file of titles, if there is one.
-
-    Ratings of Amazon without a header begin with the user in 2014, in 2018 with the item, whose id
-    has 10 characters."""
-    name, (patterns, beside) = config.dataset, PATTERNS[config.dataset]
-    logs = find_files(config.data_dir, patterns, f"file of {name}", "meta_*", SPLIT_NAMES)
-    head = read_head(logs[0]).decode(errors="replace")
-    columns = next(columns for mark, columns in COLUMNS[name].items() if re.search(mark, head))
-    columns = dict(column.split("=") for column in columns.split())
-    ids = [len(re.findall(rf"(?m)^{first}\w{{10}},", head)) for first in ("", r"\w+,")]
-    if columns["user"] == "1" and name == "amazon" and ids[0] >= ids[1]:
-        columns |= {"user": "2", "item": "1"}
-    # Books_5.json.gz, ratings_Books.csv, reviews_Books_5.json.gz, Books.train.csv
-    category = re.sub(r"^(ratings|reviews)_|_5$", "", logs[0].name.split(".")[0])
-    name += "_books" * (name == "amazon" and category.startswith("Books"))
-    beside = [pattern.format(category) for pattern in beside]
-    titled = (matching_files(logs[0].parent, pattern) for pattern in beside)
-    titled = next(filter(None, titled), [])
-    if beside and len(titled) != 1:
-        names, log = [file.name for file in titled], logs[0]
-        raise ValueError(f"{log.parent}: titles need {beside[0]} beside {log.name}; found {names}")
-    return name, logs, columns, titled
 
 
 def files(config) -> list[Path]:
-    """All that is read."""
-    _, logs, _, titled = find(config)
+    """The files of the log, and last the one of its titles, if it has one; or a MovieLens zip."""
+    name = config.dataset
+    if name == "movielens" and Path(config.data_dir).name == "ml-1m.zip":
+        download_movielens(Path(config.data_dir))
+    logs = find_files(config.data_dir, PATTERNS[name], f"file of {name}", "meta_*", SPLIT_NAMES)
+    log, folder = logs[0].name, logs[0].parent
+    # Books of Books_5.json.gz, ratings_Books.csv, reviews_Books_5.json.gz, Books.train.csv
+    category = re.sub(r"^(ratings|reviews)_|_5$", "", log.split(".")[0])
+    movies = {"u.data": "u.item"}.get(log, log.replace("ratings", "movies"))
+    patterns = {"movielens": movies, "amazon": f"meta_{category}.json*", "steam": "steam_games*"}
+    if name not in patterns or (name == "movielens" and zipfile.is_zipfile(logs[0])):
+        return logs
+    titled = matching_files(folder, patterns[name])
+    if len(titled) != 1 or titled == logs:
+        found = [file.name for file in titled]
+        raise ValueError(f"{folder}: titles need {patterns[name]} beside {log}; found {found}")
     return logs + titled
 
 
 def load(config) -> Interactions:
-    """The log; interactions with an item that has no title are dropped.
-
-    Hours are ranked within a game, and plays, added up at the first one, within an artist."""
-    name, logs, columns, titled = find(config)
-    percentile = config.percentile or "item" * (name in ("steam", "lastfm"))
-    with tempfile.TemporaryDirectory() as folder:
-        parts = [unpacked(file, Path(folder)) for file in logs]
-        table = read_columns(parts, columns, plain=name == "lastfm")
+    """The log; interactions with an item without a title are dropped. Hours are ranked within a
+    game, and plays, added up at the first one, within an artist."""
+    name, logs = config.dataset, files(config)
+    zipped = name == "movielens" and len(logs) == 1
+    if zipped or (name == "beeradvocate" and read_head(logs[0]).startswith((b"beer/", b"review/"))):
+        return load_unpacked(config, logs[0])
+    titled = [logs.pop()] if name in ("movielens", "amazon", "steam") else []
+    percentile = config.ranks or "item" * (name in ("steam", "lastfm"))
+    table = read_columns(logs, COLUMNS[name])
     rows = usable_rows(table, name_of(logs), bool(percentile), absent=NO_TEXT)
+    if name == "movielens":
+        return finish_movielens(rows, logs[0], titled[0])
     if titled:
-        columns = {"item": columns["item"], "title": "title"}
-        if name == "steam":
-            columns = {"item": "id", "title": "app_name", "other": "title"}
-        elif "parent_asin" not in columns.values():
-            columns["item"] = "asin"
-        table = check_bad(read_columns(titled, columns), titled[0])
-    titles = first_titles(rows.item_ids, table, beer_title if "beer" in name else first_text)
+        table = check_bad(read_columns(titled, COLUMNS[f"{name} titles"]), titled[0])
+    titles = first_titles(rows.item_ids, table)
+    if name == "amazon" and re.match("((ratings|reviews)_)?Books", logs[0].name):
+        name = "amazon_books"
     repeats = "sum" if name == "lastfm" else "last"
     return finish(rows, titles, name, WORDS[name], percentile, repeats)
 
 
-def read_columns(files: list[Path], columns: dict[str, str], plain: bool = False) -> Table:
-    """The table of these columns, all of them needed; dict lines and JSON begin with a bracket."""
-    lines = read_head(files[0], 1 << 12).lstrip(b"\xef\xbb\xbf \r\n").startswith((b"{", b"["))
-    kind = "plain" if plain else "literal" if lines else "csv"
-    return read_table(
-        files, kind, Finder(columns, (*columns,), (*columns,), "expected", usual=False)
-    )
+def load_unpacked(config, file: Path) -> Interactions:
+    """The log in a zip; or in blocks of `key: value` lines, with empty lines between them."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if config.dataset == "movielens":
+                with zipfile.ZipFile(file) as archive:
+                    for name in archive.namelist():
+                        if re.fullmatch(r".*/(ratings|movies|u)\.\w+", f"/{name}"):
+                            Path(folder, Path(name).name).write_bytes(archive.read(name))
+            else:
+                blocks = itertools.groupby(read_lines(file), lambda line: line.strip() != "")
+                with open(Path(folder, "beeradvocate.json"), "w") as out:
+                    for block in (lines for is_filled, lines in blocks if is_filled):
+                        out.write(json.dumps(dict(s.partition(": ")[::2] for s in block)) + "\n")
+            return load(replace(config, data_dir=folder))
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise ValueError(f"{file}: damaged or cut off ({error}); fetch it again") from None
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, str(file))) from None
 
 
-def unpacked(file: Path, folder: Path) -> Path:
-    """The file, or what is made of it: LastFM's events out of their archive; JSON lines of reviews
-    that are blocks of `key: value` lines with empty lines between them."""
-    if tarfile.is_tarfile(file):
-        with tarfile.open(file) as archive:
-            for member in archive:
-                if member.isfile() and "userid-timestamp" in member.name:
-                    archive.extract(member, folder, filter="data")
-                    return folder / member.name
-        raise ValueError(f"{file}: holds no userid-timestamp-....tsv")
-    if not read_head(file, 1 << 12).startswith((b"beer/", b"review/")):
-        return file
-    with open(folder / f"{file.name}.json", "w") as out:
-        for filled, lines in itertools.groupby(read_lines(file), lambda line: line.strip() != ""):
-            if filled:
-                out.write(json.dumps(dict(line.partition(": ")[::2] for line in lines)) + "\n")
-    return Path(out.name)
+def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
+    """The columns that the head of the first file asks for, all of them needed."""
+    head = read_head(files[0], 1 << 16).decode(errors="replace").lstrip("\ufeff \r\n")
+    columns = [columns for mark, columns in forms.items() if re.search(mark, head)]
+    if not columns:
+        wanted = " or ".join(forms.values())
+        raise ValueError(f"{files[0]}: expected columns {wanted}; it begins {head!r:.80}")
+    given = {field: name for field, name in zip(FIELDS, columns[0].split()) if name != "-"}
+    find = Finder(given, (*given,), (*given,), "expected", usual={})
+    kind = "literal" if head[:1] in "[{" else "plain" if "\t" in head.partition("\n")[0] else "csv"
+    return read_table(files, kind, find)
 
 
 # ------------------------------------------------------------------------------------------- titles
-def first_titles(item_ids: list[str], table: Table, title) -> list[str]:
+def first_titles(item_ids: list[str], table: Table) -> list[str]:
     """The title of each item, from the first row of the table that has one."""
     codes, ids = read_ids(table.columns["item"], NO_TEXT)
     columns = [column for name, column in table.columns.items() if name not in FIELDS[:4]]
     titles = dict.fromkeys(item_ids, "")
     for row, code in enumerate(codes.tolist()):
         if code >= 0 and titles.get(ids[code], "unknown") == "":
-            values = (c.values[c.codes[row]] if c.codes[row] >= 0 else "" for c in columns)
-            titles[ids[code]] = clean_title(title(*values))
+            values = [c.values[c.codes[row]] if c.codes[row] >= 0 else "" for c in columns]
+            texts = [value.strip() if isinstance(value, str) else "" for value in values]
+            beer = "style" in table.columns and beer_title(texts[0], values[1], texts[2])
+            titles[ids[code]] = clean_title(beer or next(filter(None, texts), ""))
     return ["" if "<span" in title else title for title in titles.values()]  # pieces of a page
 
 
-def first_text(*values) -> str:
-    """The first of the values that is a text and not blank."""
-    return next((value for value in values if isinstance(value, str) and value.strip()), "")
-
-
-def mend_encoding(text: str) -> str:
-    """ "KÃ¶lsch" -> "Kölsch": UTF-8 that somebody has read as latin-1; others stay as they are."""
-    try:
-        return text.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return text
-
-
-def beer_title(name, abv, style) -> str:
+def beer_title(name: str, abv, style: str) -> str:
     """Name, strength and style, as in the paper: "Sausa Weizen (5% ABV, Hefeweizen)"."""
-    name, style = (mend_encoding(first_text(value)).strip() for value in (name, style))
+    with contextlib.suppress(UnicodeError):  # "KÃ¶lsch" is UTF-8 that was read as latin-1
+        name = name.encode("latin-1").decode()
+    with contextlib.suppress(UnicodeError):
+        style = style.encode("latin-1").decode()
     bare = re.sub(r"\d+(\.\d+)?\s*%", "", html.unescape(name))  # some names repeat the strength
     name = " ".join(bare.split()) or name
     try:
@@ -178,3 +174,68 @@ def beer_title(name, abv, style) -> str:
         strength = ""
     about = ", ".join(filter(None, (strength, style)))
     return f"{name} ({about})" if name and about else name
+
+
+# ---------------------------------------------------------------------------------------- MovieLens
+def download_movielens(target: Path) -> None:
+    """Download ml-1m.zip if it is not there; it is kept only if its checksum fits."""
+    if target.exists():
+        return
+    try:
+        with urllib.request.urlopen(MOVIELENS_URL, timeout=60) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        way_out = "download it by hand and give it as --data_dir"
+        raise ValueError(f"{MOVIELENS_URL}: {error}; {way_out}") from None
+    if (found := hashlib.md5(content).hexdigest()) != MOVIELENS_MD5:
+        raise ValueError(f"{MOVIELENS_URL}: md5 {found}, published {MOVIELENS_MD5}: not used")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        part.write_bytes(content)
+        part.rename(target)
+
+
+def finish_movielens(rows: Rows, ratings: Path, movies: Path) -> Interactions:
+    """The log, its ids in the order of numbers; every movie of it must have a title."""
+    name = {".dat": "movielens", ".csv": "movielens-csv", ".data": "movielens-100k"}[ratings.suffix]
+    name = "movielens-10m" if name == "movielens" and (rows.amount % 1).any() else name
+    try:
+        rows.user, rows.user_ids = by_number(rows.user, rows.user_ids)
+        rows.item, rows.item_ids = by_number(rows.item, rows.item_ids)
+        titles = movie_titles(movies)
+        titles = [titles[item] for item in rows.item_ids]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{ratings}, {movies.name}: {error} is no movie; fetch them again"
+        ) from None
+    return finish(rows, titles, name, MOVIES, by_text=False)
+
+
+def by_number(codes: np.ndarray, ids: list[str]) -> tuple[np.ndarray, list[str]]:
+    order = sorted(range(len(ids)), key=lambda code: int(ids[code]))
+    return np.argsort(order).astype(np.int32)[codes], [ids[code] for code in order]
+
+
+MOVIE = re.compile(r'^(\d+)(::|,|\|)("(?:[^"\n]|"")*"|.*?)\2', re.MULTILINE)  # id, title
+ARTICLES = "The|An|A|Les|Le|La|L'|Il|Lo|El|Los|Las|Der|Die|Das|Det|Den|Un|Una"
+
+
+def movie_titles(file: Path) -> dict[str, str]:
+    """ "Matrix, The (1999)" -> "The Matrix"; a year stays where two movies share a name."""
+    content, plain = file.read_bytes(), {}
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    names = {movie: name for movie, _, name in MOVIE.findall(text) if name.strip()}
+    if file.suffix == ".csv":  # a quote inside of quotes is doubled
+        names = {movie: re.sub('"("?)', r"\1", name) for movie, name in names.items()}
+    names = {movie: clean_title(name) for movie, name in names.items()}
+    for movie, name in names.items():
+        title = re.sub(r"\s*\(\d{4}\)$", "", name)
+        title = re.sub(rf"^(.+), ({ARTICLES})( \(.*\))?$", r"\2 \1\3", title)
+        plain[movie] = re.sub("^L' ", "L'", title)
+    shared = Counter(plain.values())
+    years = {i: re.search(r"\(\d{4}\)$", names[i]) for i in plain if shared[plain[i]] > 1}
+    return plain | {i: f"{plain[i]} {year[0]}" for i, year in years.items() if year}

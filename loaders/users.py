@@ -102,12 +102,13 @@ def read_rating(rating, where: str, config: DataConfig) -> float:
     optional = not config.ratings or config.dataset == "prepared"
     if rating is None and optional and config.history_items == "all":
         return nan
-    low, high = parse_scale(config.scale) or (1e-9, 5.0)
-    whole = config.scale != "binary" or rating in (0, 1)
+    asked = "" if config.ranks else config.scale
+    low, high = parse_scale(asked) or (1e-9, 5.0)
+    whole = asked != "binary" or rating in (0, 1)
     if type(rating) not in (int, float) or not low <= rating <= high or not whole:
-        scale = f"of --scale {config.scale}" if config.scale else "above 0 and up to 5"
+        scale = f"of --scale {asked}" if asked else "above 0 and up to 5"
         raise ValueError(f"{where} has rating {rating!r}; expected a number {scale}, as in the log")
-    return float(np.float32(1 + 4 * (rating - low) / (high - low) if config.scale else rating))
+    return float(np.float32(1 + 4 * (rating - low) / (high - low) if asked else rating))
 
 
 def shown_history(rows: list[tuple[str, float]], config: DataConfig) -> list[tuple[str, float]]:

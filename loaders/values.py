@@ -85,7 +85,7 @@ def parse_scale(text: str) -> tuple[float, float] | None:
         return None
     ends = [read_number(end.strip()) for end in text.replace("binary", "0,1").split(",")]
     if len(ends) != 2 or not -math.inf < ends[0] < ends[1]:
-        what = "the lowest and the highest rating, such as 0,100, or binary"
+        what = "the lowest and the highest rating, such as 0,100; or binary, or rank:item"
         raise ValueError(f"--scale {text!r}: expected {what}")
     return ends[0], ends[1]
 
@@ -103,7 +103,7 @@ def scale_doubt(numbers: np.ndarray) -> str:
         f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; name the lowest "
         "and the highest possible one (0 or -1 outside of them means none), and they are mapped: "
         f"--scale {low if low < high else high - 1:g},{high:g}; likes: --scale binary; hours, "
-        "plays or prices: --percentile item"
+        "plays or prices: --scale rank:item"
     )
 
 

@@ -9,7 +9,7 @@ calibration   expected calibration error: the probability of the first place (so
 
 import numpy as np
 
-from loaders.counting import item_counts
+from loaders.counting import Retriever, training_rows
 from loaders.frozen import Prepared
 from studies.methods import Result
 
@@ -24,13 +24,14 @@ MEASURES = {
 
 def catalogue_of(prepared: Prepared) -> dict[str, tuple[float, bool]]:
     """Title -> share of items that training saw less often, and whether it is in the top 1 %."""
-    counts = item_counts(prepared.interactions)
+    interactions = prepared.interactions
+    counts = Retriever("popularity", interactions, training_rows(interactions)).counts
     ordered, top = np.sort(counts), np.zeros(len(counts), bool)
     below = np.searchsorted(ordered, counts) + np.searchsorted(ordered, counts, "right")
     most = np.argsort(-counts, kind="stable")  # equal counts: the lower code first
     top[most[: max(1, len(counts) // 100)]] = True
     facts = zip((below / 2 / len(counts)).tolist(), top.tolist(), strict=True)
-    return dict(zip(prepared.interactions.titles, facts, strict=True))
+    return dict(zip(interactions.titles, facts, strict=True))
 
 
 def beyond_accuracy(result: Result, catalogue: dict | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from data import Example, Examples, render_prompt
 from demo.pretrain import known_titles, write_tokenizer
 from loaders.frozen import Prepared, prepare
-from loaders.movielens import WORDS as MOVIES
+from loaders.published import MOVIES
 from model import ModelConfig, init_weights, save_pretrained
 from train import TrainConfig
 

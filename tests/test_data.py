@@ -14,7 +14,7 @@ import data
 from data import NUM_CANDIDATES, Interactions, build_examples, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, words_of
-from loaders.movielens import WORDS as MOVIES
+from loaders.published import MOVIES
 from loaders.table import make_interactions
 
 SPLITS = ("train", "val", "test")

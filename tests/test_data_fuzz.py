@@ -18,7 +18,6 @@ from test_loaders import check_table
 
 from common import read_json
 from data import build_examples, render_prompt
-from loaders.foreign import read_foreign_examples
 from loaders.frozen import DataConfig, load_interactions
 from loaders.table import clean_title, make_interactions
 from loaders.users import Catalogue, listed_users, read_user
@@ -97,7 +96,7 @@ def read(kind: str, folder):
         log = make_interactions(*rows, {n: f"T{n}" for n in range(40)})
         return listed_users(folder / "my.jsonl", log, config, 2)
     if kind == "prepared":
-        log, splits = read_foreign_examples(config)
+        log, splits = load_interactions(config)
     else:
         log = load_interactions(config)
         check_table(log)

@@ -135,7 +135,7 @@ def test_what_tells_of_later_and_what_leaves_nothing_is_refused():
         build_dated_examples(LOGS[0], replace(CONFIG, history=90, min_history=80))
     for culprit, options in (
         ("--core", {"core": 5}),
-        ("ranks", {"dataset": "csv", "data_dir": "x", "percentile": "all"}),
+        ("ranks", {"dataset": "csv", "data_dir": "x", "scale": "rank:all"}),
         ("--split_date does not go", {"dataset": "prepared", "data_dir": "x"}),
     ):
         with pytest.raises(ValueError, match=culprit):

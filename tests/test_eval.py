@@ -14,8 +14,8 @@ from data import build_examples, build_tree, encode_examples
 from eval import evaluate, match_title, predict, ranking_metrics, results_table, summarise
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, find_prepared, prepare
-from loaders.movielens import WORDS as MOVIES
 from loaders.planted import DEFAULTS
+from loaders.published import MOVIES
 from loaders.table import make_interactions
 from model import load_pretrained
 from runtime.sources import with_run_options

@@ -17,7 +17,7 @@ import pytest
 
 from data import Interactions, build_examples, k_core
 from loaders.frozen import DataConfig, load_interactions, prepare
-from loaders.movielens import MOVIELENS_URL, download_movielens, movielens_titles
+from loaders.published import MOVIELENS_URL, movie_titles
 from loaders.table import make_interactions, unique_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
@@ -159,14 +159,16 @@ TITLES = {
 }  # fmt: skip
 
 
-def test_year_goes_and_article_moves_to_the_front():
-    assert movielens_titles(dict(enumerate(TITLES))) == dict(enumerate(TITLES.values()))
+def test_year_goes_and_article_moves_to_the_front(tmp_path):
+    file = tmp_path / "movies.dat"
+    file.write_text("".join(f"{n}::{title}::Drama\n" for n, title in enumerate(TITLES)))
+    assert list(movie_titles(file).values()) == list(TITLES.values())
 
 
 DAMAGE = {  # ratings or movies -> what the message names, beside the file
     "cut record": (RATINGS[: RATINGS.rindex("::")] + "\n", MOVIES, "ratings.dat.*5"),
     "letters": (RATINGS.replace("::661::3", "::tt661::3"), MOVIES, "ratings.dat.*tt661"),
-    "6 stars": (RATINGS.replace("::3::", "::6::"), MOVIES, "ratings.dat.*2::661::6"),
+    "6 stars": (RATINGS.replace("::3::", "::6::"), MOVIES, "ratings.dat.*row 3, .*'6'"),
     "line gone": (RATINGS, MOVIES[: MOVIES.index("3114")], "movies.dat.*3114"),
 }
 
@@ -207,13 +209,12 @@ def test_only_a_download_with_the_published_checksum_is_put_in_place(error, tmp_
     monkeypatch.setattr("urllib.request.urlopen", opened)
     way_out = "--data_dir" if error else "md5 [0-9a-f]{32}, published c4d9eec"
     with pytest.raises(ValueError, match=f"{MOVIELENS_URL}.*{way_out}"):
-        download_movielens(tmp_path / "new")
+        load_movielens(tmp_path / "new/ml-1m.zip")
     assert opened.call_args.args[0] == MOVIELENS_URL and not (tmp_path / "new/ml-1m.zip").exists()
     opened.side_effect = [io.BytesIO(content)]
-    monkeypatch.setattr("loaders.movielens.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
-    for path in ("new", "new/ml-1m.zip"):  # opened once
-        download_movielens(tmp_path / path)
-        check_small_movielens(load_movielens(tmp_path / path))
+    monkeypatch.setattr("loaders.published.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
+    for _ in range(2):  # opened once
+        check_small_movielens(load_movielens(tmp_path / "new/ml-1m.zip"))
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["ml-1m.zip"]
 
 

@@ -161,8 +161,8 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     "two times": (table(TWO_TIMES, [*NAMES[:3], "created_at", "updated_at"]), {}, ["created_at or updated_at", "timestamp=NAME"]),  # noqa: E501
     "an hour of the day": (table(HOURS, [*NAMES[:3], "time", "title"]), {}, ["column time", "--columns"]),  # noqa: E501
     "customers' names": (table(CUSTOMERS, [*NAMES[:4], "name"]), {}, ["40 items have several titles in column name", "--columns"]),  # noqa: E501
-    "no columns of items": (table(BARE, None, "\t"), POSITIONS, ["which column is the item", "--item_columns"]),  # noqa: E501
-    "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["no title of the log's items", "['B0', 'B1']", "--item_columns"]),  # noqa: E501
+    "no columns of items": (table(BARE, None, "\t"), POSITIONS, ["which column is the id", "--columns"]),  # noqa: E501
+    "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["no title of the log's items", "['B0', 'B1']", "id=NAME"]),  # noqa: E501
     "outside the scale": (table(), {"scale": "0,1"}, ["column rating", "no number in --scale 0,1", "row 2"]),  # noqa: E501
     **{t: (table(changed(3, lambda _, t=t: t)), {}, ["row 2, column timestamp", repr(t), "written as 2024-12-31"]) for t in UNKNOWN},  # noqa: E501
     "json title lists": (json_lines(r | {"title": [r["title"]]} for r in RECORDS), {"dataset": "jsonl"}, ["a list or an object, ['Film, 1']", "write a text"]),  # noqa: E501
@@ -178,9 +178,10 @@ def test_what_cannot_be_read_is_refused_with_the_culprit_and_the_way_out(name, t
         options = options | {"item_file": str(items)}
     message = refusal(put(tmp_path / "a.csv", content), **options)
     assert all(culprit in message for culprit in culprits), message
-    if (option := culprits[-1]) in ("--columns", "--item_columns") and name != "other items":
-        given = re.findall(rf"{option} (\S+?)\.?(?:\s|$)", message)[-1]
-        found = load(tmp_path / "a.csv", **options | {option.removeprefix("--"): given})
+    if culprits[-1] == "--columns":
+        given = re.findall(r"--columns (\S+?)\.?(?:\s|$)", message)[-1]
+        given = ",".join(filter(None, (options.get("columns"), given)))
+        found = load(tmp_path / "a.csv", **options | {"columns": given})
         assert len(found.user) == len(ROWS)
 
 
@@ -199,7 +200,7 @@ def test_another_scale_is_refused_with_the_option_that_maps_it(change, first, en
     rows = changed(2, change)
     file = put(tmp_path / "a.csv", table(rows))
     message = refusal(file)
-    assert f"--scale {first};" in message and "binary" in message and "--percentile" in message
+    assert f"--scale {first};" in message and "binary" in message and "rank:item" in message
     (low, high), number = ends, {"true": 1, "false": 0}
     expected = [1 + 4 * (float(number.get(row[2], row[2])) - low) / (high - low) for row in rows]
     interactions = load(file, scale=first)

@@ -43,11 +43,11 @@ def test_titles_are_unique_and_give_the_genre_away(world):
 
 def test_the_world_as_a_file_is_read_as_an_own_log(tmp_path, capsys):
     file = tmp_path / "log.csv"
-    main([str(file), "--planted_users", "50"])
+    main([str(file)])
     printed = capsys.readouterr().out.split()
     columns = printed[printed.index("--columns") + 1]
     read = load_interactions(DataConfig(dataset="csv", data_dir=str(file), columns=columns))
-    log, order = planted_world(World(num_users=50)), {u: n for n, u in enumerate(read.user_ids)}
+    log, order = planted_world(World()), {u: n for n, u in enumerate(read.user_ids)}
     rows = sorted(range(len(log.user)), key=lambda r: (order[f"reader-{log.user[r]}"], r))
     assert [read.titles[i] for i in read.item] == [log.titles[i] for i in log.item[rows]]
     assert (read.rating == log.rating[rows]).all()

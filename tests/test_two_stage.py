@@ -11,7 +11,7 @@ from launch import ROOT
 from test_report import write
 
 from eval import summarise
-from loaders.counting import Retriever, candidate_scores, counting_baselines, training_rows
+from loaders.counting import Retriever, counting_baselines, training_rows
 from loaders.frozen import prepare
 from loaders.planted import bayes_scores, world_of
 from runtime.stages import save_predictions
@@ -38,7 +38,7 @@ def places_by_markov(examples) -> list[int]:
     log, places = examples.interactions, []
     every = examples.select(slice(None))
     every.candidates = np.tile(np.arange(log.num_items), (len(examples), 1))
-    for e, scores in enumerate(candidate_scores("markov", every)):
+    for e, scores in enumerate(counting_baselines(every)["Markov"]):
         p = int(examples.position[e])
         allowed = set(range(log.num_items)) - set(log.item[log.start[log.user[p]] : p].tolist())
         order = sorted(allowed, key=lambda c: (-round(scores[c], 9), c))
