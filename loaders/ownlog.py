@@ -185,7 +185,7 @@ def choose_percentile(config, source: str, table: Table) -> str:
     if plain_name(name) in AMOUNTS:
         print0(f"note: {name} are amounts; they are ranked as by --scale rank:item")
         return "item"
-    if doubt := scale_doubt(read_numbers(table.columns["rating"])):
+    if doubt := scale_doubt(read_numbers(table.columns["rating"], table.divided_by)):
         raise ValueError(f"{source}: column {name}: {doubt}")
     return ""
 

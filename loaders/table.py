@@ -76,7 +76,7 @@ def usable_rows(
     user, user_ids = values.read_ids(columns["user"], absent)
     item, item_ids = values.read_ids(columns["item"], absent)
     rating = columns.get("rating") or Column(np.zeros(n, np.int32), ["1"])
-    numbers = values.read_numbers(rating)
+    numbers = values.read_numbers(rating, table.divided_by)
     low, high = values.parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
     inside = (numbers >= low) & (numbers <= high)
     if scale == "binary":

@@ -41,6 +41,7 @@ class Table:
     num_bad: int = 0  # beside them
     first_bad: list[str] = field(default_factory=list)
     first_row: int = 1  # number of the first row: behind a header it is 2
+    divided_by: str = ","  # what stands between the fields
 
     def bad(self, line: str, count: int = 1) -> None:
         self.num_bad += count
@@ -120,7 +121,7 @@ def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
     first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
     names, named = find.header(first)
     labels = table.find_labels(find, names, file)
-    table.first_row = 1 + named
+    table.first_row, table.divided_by = 1 + named, mark
     if named and not below:
         return None
 

@@ -65,17 +65,27 @@ def read_ids(column: Column, absent=ABSENT_IDS) -> tuple[np.ndarray, list[str]]:
     return np.array([*new, NO_ID], np.int32)[column.codes], [*places][len(absent) :]
 
 
-def read_number(text: str) -> float:
-    """A number, ABSENT or BAD; one with a comma is BAD, as 1,234 may be either."""
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,234.5
+
+
+def read_number(text: str, decimal_comma: bool = False) -> float:
+    """A number, ABSENT or BAD; a comma is decimal, or else stands between thousands."""
+    if decimal_comma:
+        text = text.replace(".", "?").replace(",", ".")  # 1.234 may be 1234
+    elif THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
     with contextlib.suppress(ValueError):
         number = ABSENT if text in ABSENT_TEXTS else float(WORDS.get(text.lower(), text))
         return BAD if number == math.inf else number
     return BAD
 
 
-def read_numbers(column: Column) -> np.ndarray:
-    """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them."""
-    return np.array([*map(read_number, column.values), ABSENT])
+def read_numbers(column: Column, divided_by: str = ",") -> np.ndarray:
+    """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them.
+
+    Commas are decimal where semicolons divide the fields."""
+    decimal_comma = divided_by == ";" and any("," in text for text in column.values)
+    return np.array([*(read_number(text, decimal_comma) for text in column.values), ABSENT])
 
 
 # ------------------------------------------------------------------------------------------- scales

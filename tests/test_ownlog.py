@@ -76,6 +76,7 @@ CSV = {  # name -> content and options: each holds ROWS
     **{f"time {t}": (table(names=[*NAMES[:3], t, NAMES[4]]), {}) for t in TIMES},
     **{f"header {n[0]}": (table(names=n), FIVE) for n in (NAMES, ["c1", "c2", "c3", "c4", "c5"])},
     "no header": (table(names=None), FIVE),
+    "decimal commas": (table(changed(2, "{},0".format), delimiter=";"), {}),
     "the finer time": (table(KUAIRAND, [*NAMES[:3], "date", "hourmin", "time_ms", "title"]), {}),
 }
 RECORDS = [dict(zip(NAMES, row, strict=True)) for row in ROWS]
@@ -149,7 +150,7 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     **{name: (table(changed(4, lambda _, t=t: t)).encode(name), {}, ["a.csv", "UTF-8"]) for t, name in (GBK, SHIFT_JIS, CP1251)},  # noqa: E501
     "zip": (zipped("log.csv"), {}, ["a.csv: zip", "unpack it"]),
     "xz": (lzma.compress(table().encode()), {}, ["a.csv: xz", "unpack it"]),
-    "a decimal comma": (table(changed(2, "{},5".format), delimiter=";"), {}, ["column rating: '2,5' is no number", "written as 3.5"]),  # noqa: E501
+    "a decimal comma": (table(changed(2, "{},5".format)), {}, ["column rating: '2,5' is no number", "written as 3.5"]),  # noqa: E501
     **{code: (table().encode(code), {}, ["not text in UTF-8"]) for code in ("utf-16", "utf-16-le")},
     "a delimiter of its own": (table(delimiter="\x01"), {}, ["one field", "tab"]),
     "Excel's sep=": ("sep=;\n" + table(delimiter=";"), {}, ["which column is the user", "sep="]),
@@ -231,12 +232,14 @@ def test_zero_is_a_rating_only_where_the_scale_has_it(tmp_path):
         assert len(load(file, scale=scale).user) == count
 
 
-def test_numbers_are_written_with_a_point():
-    """A comma may be decimal, or stand between thousands."""
-    texts = ["3.5", "1e3", " 7", "true", "", "NA", "1,5", "1,234", "1 234", "inf", "x"]
+def test_a_comma_is_decimal_between_semicolons_and_else_stands_between_thousands():
+    """1.234 beside decimal commas may be 1234: it is not guessed."""
+    texts = ["3.5", "1e3", " 7", "true", "", "NA", "1,234", "1,234.5", "1,5", "1 234", "inf", "x"]
     found = read_numbers(coded(pa.chunked_array([texts]))).tolist()
-    assert found[:4] == [3.5, 1000, 7, 1] and found[4:6] == [-np.inf] * 2
-    assert np.isnan(found[6:-1]).all()
+    assert found[:8] == [3.5, 1000, 7, 1, -np.inf, -np.inf, 1234, 1234.5]
+    assert np.isnan(found[8:-1]).all()
+    found = read_numbers(coded(pa.chunked_array([["3,5", "1,234", "1.234", "7"]])), ";")
+    assert found[[0, 1, 3]].tolist() == [3.5, 1.234, 7] and np.isnan(found[2])
 
 
 # ------------------------------------------------------------------------ what is left out
