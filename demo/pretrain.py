@@ -253,7 +253,8 @@ def titles_base(log: Interactions, folder: Path, practised: bool, dry_run: bool)
     kinds, placed = [known_titles(log)], None if practised else log
     path = folder / f"titles-{made_from(config, kinds, log.words, placed)[:12]}"
     if not (path / "model.safetensors").exists():
-        print0(f"{path} is made in {config.steps + config.settle_steps} steps of about 0.7 s")
+        if practised:
+            print0(f"{path} is made in {config.steps + config.settle_steps} steps of about 0.7 s")
         if dry_run:
             path, config = Path(tempfile.mkdtemp()), replace(config, steps=0, settle_steps=0)
         pretrain(config, kinds, log.words, path, placed)

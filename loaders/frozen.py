@@ -38,9 +38,7 @@ class DataConfig(ExampleConfig):
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
     columns: str = arg("", f"{OWN}: user=,item=,rating=,timestamp=,title=NAME or its place")
     item_file: str = arg("", "a second file with title= and id= (the item) of --columns")
-    scale: str = arg(
-        "", "LOW,HIGH or binary: map to 1 to 5; amounts: rank:item, rank:user, rank:all"
-    )
+    scale: str = arg("", "map to 1 to 5: LOW,HIGH or binary; amounts: rank:item, :user or :all")
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
     num_users: int = arg(0, "draw so many users of the log, before --core; 0 = all", at_least=0)
     core: int = arg(0, "k-core: drop users and items with fewer interactions", at_least=0)

@@ -8,6 +8,7 @@ Columns that --columns does not name are looked up under their usual names; numb
 counted from 1. Without a rating column repeats are counted; without a timestamp column, the order
 of the file is that in time; without titles, ids are shown."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from data import Interactions
 from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
 from loaders.table import clean_title, finish, usable_rows
 from loaders.tables import Table, check_bad, read_table, shorten
-from loaders.values import ABSENT_TITLES, read_ids, read_numbers, scale_doubt
+from loaders.values import ABSENT_TITLES, read_ids, read_number, read_numbers, scale_doubt
 
 FIELDS = ("user", "item", "rating", "timestamp", "title")
 USUAL = {  # patterns of names without case, blanks, dashes and underscores; the surer ones first
@@ -82,14 +83,17 @@ class Finder:
                 raise ValueError(f"{source}: {which} Say {self.option} {key}=NAME; {ways}")
         return found
 
-    def header(self, first: list[str]) -> tuple[list[str], bool]:
-        """The names of the columns, by a table's first row, and whether it holds them: where they
-        are counted, it does if a user or an item has its usual name there."""
+    def header(self, first: list[str], below: list[str]) -> tuple[list[str], bool]:
+        """The names of the columns, and whether a table's first row holds them. Counted columns
+        have a header if it holds a usual name of a user or an item, or text above a number."""
         if not self.given or not all(name.isdigit() for name in self.given.values()):
             return first, True
         usual = {*f"{USUAL['user']} {USUAL['item']}".split()}
         numbers = [str(place) for place in range(1, len(first) + 1)]
-        return numbers, not usual.isdisjoint(map(plain_name, first))
+        pairs = zip(numbers, first, below)
+        counted = [[*map(read_number, row)] for n, *row in pairs if n in self.given.values()]
+        above = any(text != text and math.isfinite(value) for text, value in counted)  # NaN: text
+        return numbers, above or not usual.isdisjoint(map(plain_name, first))
 
 
 # ------------------------------------------------------------------------------------------- titles

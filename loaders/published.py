@@ -206,9 +206,7 @@ def finish_movielens(rows: Rows, ratings: Path, movies: Path) -> Interactions:
         titles = movie_titles(movies)
         titles = [titles[item] for item in rows.item_ids]
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{ratings}, {movies.name}: {error} is no movie; fetch them again"
-        ) from None
+        raise ValueError(f"{ratings}, {movies.name}: {error} is no movie; fetch them") from None
     return finish(rows, titles, name, MOVIES, by_text=False)
 
 

@@ -119,7 +119,7 @@ def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
             "Netflix: write the movie's number into each row)"
         )
     first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
-    names, named = find.header(first)
+    names, named = find.header(first, below[0] if below else [])
     labels = table.find_labels(find, names, file)
     table.first_row, table.divided_by = 1 + named, mark
     if named and not below:

@@ -23,14 +23,15 @@ ROOT = Path(__file__).parents[1]
 def test_committed_configurations_and_tables_are_accepted():
     """What studies.tables hands to train.py; data and model where the table leaves them open."""
     for file in ROOT.glob("configs/*.json"):
-        parse_config(TrainConfig, ["--config", str(file)])
+        assert parse_config(TrainConfig, ["--config", str(file)]).stage_list
     for file in ROOT.glob("configs/tables/*.json"):
         table = json.loads(file.read_text())
         table["common"] = {"dataset": "planted"} | table["common"]
         table["training"] = {"model": "demo/base"} | table["training"]
         for run in (run for run in table["runs"] if "script" not in run):
             own = {name: value for name, value in run.items() if name != "after"}
-            parse_config(TrainConfig, command_of(table, own, Path("runs"), 1)[2:])
+            config = parse_config(TrainConfig, command_of(table, own, Path("runs"), 1)[2:])
+            assert config.stages == run["stages"]
 
 
 REFUSED = [  # options, what the message says

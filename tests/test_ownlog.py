@@ -104,6 +104,12 @@ def test_dialects_of_one_log(name, tmp_path):
     assert found.titles == [f"Film, {i}" for i in found.item_ids]
 
 
+def test_unusual_names_above_counted_columns_are_no_interaction(tmp_path):
+    text = table([row[:2] for row in ROWS], ["c1", "c2"])
+    log = load(put(tmp_path / "a.csv", text), columns="user=1,item=2")
+    assert "c1" not in log.user_ids and "c2" not in log.item_ids
+
+
 @pytest.mark.parametrize("title", ['Film "uncut", 1', '"1', '1"', '"a", "b"', "C:\\1"])
 @pytest.mark.parametrize("form", ["doubled", "backslash", "tabs"])
 def test_quotes_in_titles(title, form, tmp_path):

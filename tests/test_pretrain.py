@@ -242,7 +242,7 @@ def test_the_base_of_a_log_is_made_once(tmp_path, monkeypatch, capsys):
 
     for practised in (False, True):
         dry = base(practised=practised, dry_run=True)
-        assert f"made in {9 * practised} steps" in capsys.readouterr().out
+        assert ("made in 9 steps" in capsys.readouterr().out) == practised
         assert len(list(tmp_path.glob("titles-*"))) == practised
         first = base(practised=practised)
         assert load_pretrained(first).config == ModelConfig.from_pretrained(dry)
