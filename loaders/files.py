@@ -8,7 +8,7 @@ import fnmatch
 import io
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,48 +16,44 @@ import pyarrow as pa
 from common import print0
 
 SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
-NUMBER = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+"  # a UUID, or a number
+NUMBER = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+"  # a UUID, or a number
 PACKED = {  # first bytes -> codec
     **{b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"},
     **{b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"},
 }
 STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogateescape
-WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(128, 256)}
+WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "replace") for b in range(128, 256)}
 
 
-def visible_files(folder: Path, below: bool = False) -> list[Path]:
-    """The files of a folder without hidden ones, part 10 after part 9; `below` in its folders."""
-    names = {f: f.relative_to(folder) for f in (folder.rglob("*") if below else folder.iterdir())}
-    seen = [f for f in names if not any(p.startswith((".", "_")) for p in names[f].parts)]
-    order = {f: re.sub(r"\d+", lambda n: n[0].zfill(20), str(name)) for f, name in names.items()}
-    return sorted(filter(Path.is_file, seen), key=order.get)
+def visible_files(folder: Path, pattern: str = "*", below: bool = False) -> list[Path]:
+    """The files of a folder that fit a pattern without case, but hidden ones; part 10 comes after
+    part 9. `below`: those of its folders, too."""
+    found = []
+    for file in folder.rglob("*") if below else folder.iterdir():
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        if not hidden and fnmatch.fnmatch(file.name.lower(), pattern.lower()) and file.is_file():
+            found.append(file)
+    return sorted(found, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), str(file)))
 
 
-def matching_files(folder: Path, pattern: str) -> list[Path]:
-    """Files of a folder by a pattern without case."""
-    return [f for f in visible_files(folder) if fnmatch.fnmatch(f.name.lower(), pattern.lower())]
-
-
-def find_files(
-    path, patterns: Iterable[str], what: str, without: str = "", joined: Sequence[str] = ()
-) -> list[Path]:
+def find_files(path, patterns: Iterable[str], what: str, without: str = "") -> list[Path]:
     """`path` itself if it is a file, else what fits a pattern in that folder; earlier ones win.
 
-    Several files must be parts of one export: alike but for a number, or for one of the words
-    `joined`, in whose order they come. Files that fit `without` are passed over."""
+    Several files must be parts of one export: alike but for numbers and words such as train and
+    test, which come in that order. Files that fit `without` are passed over."""
     path = Path(path)
     if path.is_file():
         return [path]
     for pattern in patterns if path.is_dir() else ():
-        found = matching_files(path, pattern)
-        found = [f for f in found if not fnmatch.fnmatch(f.name.lower(), without)]
+        found = [f for f in visible_files(path, pattern) if not fnmatch.fnmatch(f.name, without)]
         words = {f: re.split("([^a-z]+)", f.name.lower()) for f in found}
-        rests = ("".join(w for w in words[f] if w not in joined) for f in found)
-        if len({re.sub(NUMBER, "#", rest) for rest in rests}) > 1:
+        alike = {"".join(w for w in words[f] if w not in SPLIT_NAMES) for f in found}
+        if len({re.sub(NUMBER, "#", name) for name in alike}) > 1:
             names = f"{[f.name for f in found[:20]]}; give one of them as --data_dir"
             raise ValueError(f"{path}: several files could be the {what}: {names}")
         if found:
-            return sorted(found, key=lambda f: [joined.index(w) for w in words[f] if w in joined])
+            place = {word: n for n, word in enumerate(SPLIT_NAMES)}
+            return sorted(found, key=lambda f: [place[w] for w in words[f] if w in place])
     inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such path"
     raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; found {inside})")
 
@@ -69,46 +65,44 @@ def name_of(files: list[Path]) -> str:
 
 def facts(files: Iterable[Path]) -> list:
     """Names, sizes and times of files: where one differs, examples are prepared anew."""
-    return [(str(f.name), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 @contextlib.contextmanager
 def open_bytes(file: Path) -> Iterator:
     """A file's bytes, unpacked; ValueError names the file where they are damaged."""
     try:
-        with open(file, "rb") as f:
-            start = f.read(6)
-        codec = next((PACKED[first] for first in PACKED if start.startswith(first)), None)
-        if codec in ("xz", "zip"):
-            raise ValueError(f"{file}: {codec}, or a spreadsheet; unpack it, and give it as CSV")
-        with pa.input_stream(str(file), compression=codec) as stream:
-            yield stream
+        with open(file, "rb") as plain:
+            start = plain.read(6)
+            codec = next((PACKED[first] for first in PACKED if start.startswith(first)), None)
+            if codec in ("xz", "zip"):
+                raise ValueError(f"{file}: {codec}, or a spreadsheet; unpack it, give it as CSV")
+            plain.seek(0)
+            yield pa.input_stream(plain, compression=codec) if codec else plain
     except (OSError, EOFError, zlib.error) as error:
         what = f"cannot be read ({error}): damaged or cut off? Fetch it again"
         raise ValueError(f"{file}: {what}") from None
 
 
-def read_head(file: Path, size: int = 1 << 20) -> bytes:
-    """The first bytes, of whole lines where there are several."""
+def read_head(file: Path, size: int = 1 << 16) -> str:
+    """The beginning of a file's text."""
     with open_bytes(file) as f:
-        head = f.read(size)
-    return head if len(head) < size else head[: head.rfind(b"\n") + 1] or head
+        return f.read(size).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
 
 
 def decode(content: bytes, file: Path) -> str:
     """Text of UTF-8, or of Windows-1252 with a note; else a ValueError."""
     text = content.decode("utf-8-sig", "surrogateescape")
-    stray = STRAY.findall(text)
-    if not stray and "\0" not in text[:1000]:
-        return text
-    first, count = re.search("[\0\udc80-\udcff]", text).start(), sum(map(len, stray))
-    text = text.translate(WESTERN)
-    example = text[max(0, first - 20) : first + 20].strip()
-    if not stray or count - len(stray) > count / 4:  # letters of western languages stand alone
-        way_out = "save it as UTF-8, such as by iconv -f GB18030 -t UTF-8"
-        raise ValueError(f"{file}: not text in UTF-8 (near {example!r}): {way_out}")
-    what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
-    print0(f"note: {file}: {what}. If that is wrong, save the file as UTF-8")
+    stray, has_nul = STRAY.findall(text), "\0" in text[:1000]
+    if stray or has_nul:
+        first, count = re.search("[\0\udc80-\udcff]", text).start(), len("".join(stray))
+        text = text.translate(WESTERN)
+        example = text[max(0, first - 20) : first + 20].strip()
+        if has_nul or count - len(stray) > count / 4:  # western letters stand alone
+            way_out = "save it as UTF-8, such as by iconv -f GB18030 -t UTF-8"
+            raise ValueError(f"{file}: not text in UTF-8 (near {example!r}): {way_out}")
+        what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
+        print0(f"note: {file.name}: {what}. If that is wrong, save it as UTF-8")
     return text
 
 
@@ -121,8 +115,8 @@ def read_lines(file: Path) -> Iterator[str]:
     """Lines without their ends; the text is held as a whole only if it is not UTF-8."""
     number = 0
     try:
-        with open_bytes(file) as f:
-            for line in io.TextIOWrapper(f, "utf-8-sig", newline="\n"):
+        with open_bytes(file) as f, io.TextIOWrapper(f, "utf-8-sig", newline="\n") as lines:
+            for line in lines:
                 number += 1
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError:

@@ -12,7 +12,7 @@ import numpy as np
 
 from common import print0
 from data import NUM_CANDIDATES, SPLITS, TEMPLATES, Examples, Interactions
-from loaders.files import matching_files, read_text
+from loaders.files import read_text, visible_files
 from loaders.table import clean_title
 from loaders.tables import Table, check_bad
 
@@ -20,7 +20,7 @@ from loaders.tables import Table, check_bad
 def files(config) -> list[Path]:
     """Those of train, val (may miss), test: a word of the name starts so ("latest" is no test)."""
     folder, found = Path(config.data_dir), {split: [] for split in SPLITS}
-    for file in matching_files(folder, "*.json*") if folder.is_dir() else ():
+    for file in visible_files(folder, "*.json*") if folder.is_dir() else ():
         if word := re.search("(?<![a-z])(train|test|val|dev)", file.name.lower()):
             found[word[0].replace("dev", "val")].append(file)
     for split, files in found.items():

@@ -17,7 +17,7 @@ import numpy as np
 
 from common import print0
 from data import Interactions
-from loaders.files import SPLIT_NAMES, find_files, matching_files, name_of, visible_files
+from loaders.files import find_files, name_of, visible_files
 from loaders.table import clean_title, finish, usable_rows
 from loaders.tables import Table, check_bad, read_table, shorten
 from loaders.values import ABSENT_TITLES, read_ids, read_number, read_numbers, scale_doubt
@@ -152,8 +152,7 @@ def table_files(path: Path, kind: str) -> list[Path]:
             raise ValueError(f"{path}: Delta Lake and Iceberg keep removed rows: export the table")
         if parts := [f for f in visible_files(path, below=True) if f.suffix.lower() in PARQUET]:
             return parts
-    joined = SPLIT_NAMES if kind == "recbole" else ()
-    return find_files(path, PATTERNS[kind], f"{kind} file", joined=joined)
+    return find_files(path, PATTERNS[kind], f"{kind} file")
 
 
 def item_files(config) -> tuple[list[Path], str]:
@@ -161,7 +160,7 @@ def item_files(config) -> tuple[list[Path], str]:
     path, kind = Path(config.item_file), config.dataset
     if not config.item_file:
         log = table_files(Path(config.data_dir), kind)[0] if kind == "recbole" else None
-        return matching_files(log.parent, f"{log.name.split('.')[0]}.item*") if log else [], kind
+        return visible_files(log.parent, f"{log.name.split('.')[0]}.item*") if log else [], kind
     inside = visible_files(path, below=True) if path.is_dir() else [path]
     if any(f.suffix.lower() in PARQUET for f in inside):
         kind = "parquet"

@@ -9,14 +9,14 @@ Legend: U users, L steps, G genres, E examples."""
 
 import argparse
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common import run_cli, writing
 from data import Examples, Interactions
-from loaders.table import make_interactions
+from loaders.table import Rows, finish
 
 NAME, WORDS = "planted", ("stories", "read", "read")
 # what suits this data set, unless other values are given: its readers have 13 to 17 interactions
@@ -90,9 +90,17 @@ def planted_world(world: World) -> Interactions:
         ratings[:, t] = 1 + draw(rng, world.rating_given(genre == taste))
     shown = np.arange(L) < lengths[:, None]
     user, step = np.nonzero(shown)
-    time, titles = 1_000_000_000 + 86_400 * step, dict(enumerate(world.titles()))
-    log = make_interactions(user, items[shown], ratings[shown], time, titles, NAME)
-    return replace(log, words=WORDS)
+    rows = Rows(
+        source=NAME,
+        user=user.astype(np.int32),
+        item=items[shown].astype(np.int32),
+        amount=ratings[shown].astype(np.float32),
+        time=1_000_000_000 + 86_400 * step,
+        per_second=1,
+        user_ids=[*map(str, users)],
+        item_ids=[*map(str, range(G * per_genre))],
+    )
+    return finish(rows, world.titles(), NAME, WORDS, key=int)
 
 
 def draw(rng, shares: np.ndarray) -> np.ndarray:

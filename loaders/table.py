@@ -7,7 +7,6 @@ it no step knows where the data came from."""
 import html
 import re
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -140,36 +139,38 @@ def finish(
     words: Words = ITEMS,
     percentile: str = "",  # item, user or all: amounts become ratings by rank inside such a group
     repeats: str = "last",  # of a pair: the last one counts, or amounts "sum" up at the first time
-    by_text: bool = True,  # codes in the order of the ids as texts; off: as they stand
+    key=str,  # codes stand in the order of the ids by it
 ) -> Interactions:
     """The sorted log, in which the order of the lines changes nothing but ties in time."""
-    user, user_ids = recoded(rows.user, by_text, rows.user_ids)
-    item, item_ids, titles = recoded(rows.item, by_text, rows.item_ids, titles)
-    order = stable_order(rows.time)
-    order = order[stable_order(user[order])]  # by user, then time
-    user, item, amount, time = (c[order] for c in (user, item, rows.amount, rows.time))
+    user, user_ids = recoded(rows.user, key, rows.user_ids)
+    item, item_ids, titles = recoded(rows.item, key, rows.item_ids, titles)
+    place = stable_order(rows.time)
+    place = place[stable_order(user[place])]  # by user, then time
+    start = np.concatenate([[0], np.cumsum(np.bincount(user))])
+    user = np.repeat(np.arange(len(user_ids), dtype=np.int32), np.diff(start))
+    item, amount, time = (column[place] for column in (item, rows.amount, rows.time))
 
     pair = user.astype(np.int64) * len(item_ids) + item
-    order = stable_order(pair)  # by pair, then time
-    pair = pair[order]
+    place = stable_order(pair)  # by pair, then time
+    pair = pair[place]
     ends = np.append(pair[1:] != pair[:-1], True)  # the last row of each pair
     del pair
     if merged := int((~ends).sum()):
-        chosen = order[ends]
+        chosen = place[ends]
         if repeats == "sum":  # at the first time; of equal times at the row further down
-            firsts, times = np.flatnonzero(np.append(True, ends[:-1])), time[order]
+            firsts, times = np.flatnonzero(np.append(True, ends[:-1])), time[place]
             early = times == np.repeat(times[firsts], np.diff(firsts, append=len(times)))
-            chosen = order[firsts + np.add.reduceat(early, firsts, dtype=np.int64) - 1]
-            amount[chosen] = np.add.reduceat(amount[order], firsts, dtype=np.float64)
+            chosen = place[firsts + np.add.reduceat(early, firsts, dtype=np.int64) - 1]
+            amount[chosen] = np.add.reduceat(amount[place], firsts, dtype=np.float64)
         keep = np.zeros(len(user), bool)
         keep[chosen] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
+        start = np.concatenate([[0], np.cumsum(np.bincount(user))])
         last = "repeated pairs of user and item, of which the last counts"
         rows.notes[last if repeats == "last" else "repeats, added up"] = merged
     if percentile:
         group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
         amount = percentile_ratings(amount, group)
-    start = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
     ids = titles, user_ids, item_ids
     log = Interactions(user, item, amount, time // rows.per_second, start, *ids, name, words=words)
     titled = np.array([bool(title) for title in titles])
@@ -183,29 +184,13 @@ def finish(
     return replace(log, titles=unique_titles(log.titles), notes=rows.notes)
 
 
-def recoded(codes: np.ndarray, by_text: bool, ids: list[str], *others: list) -> tuple:
-    """Codes in the order of the ids, of those in use; `ids` and `others` in that order."""
+def recoded(codes: np.ndarray, key, ids: list[str], *others: list) -> tuple:
+    """Codes in the order of the ids by a key, of those in use; `ids` and `others` in that order."""
     order = np.flatnonzero(np.bincount(codes, minlength=len(ids))).tolist()
-    if by_text:
-        order.sort(key=ids.__getitem__)
+    order.sort(key=lambda code: key(ids[code]))
     new = np.full(len(ids), -1, np.int32)
     new[order] = np.arange(len(order), dtype=np.int32)
     return new[codes], *([values[i] for i in order] for values in (ids, *others))
-
-
-def make_interactions(user, item, rating, timestamp, titles: Mapping, name="") -> Interactions:
-    """The log of raw columns; of a repeated user-item pair the last rating counts.
-
-    `titles` maps item id to title."""
-    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
-    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
-    names = item_ids.tolist()
-    if missing := [i for i in names if i not in titles]:
-        raise ValueError(f"{len(missing)} items of the log have no title, first {missing[:3]}")
-    rating, time = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
-    ids = [*map(str, user_ids.tolist())], [*map(str, names)]
-    rows = Rows("", user.astype(np.int32), item.astype(np.int32), rating, time, 1, *ids)
-    return finish(rows, [titles[i] for i in names], name, by_text=False)
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -9,22 +9,22 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.dataset as ds
 import pyarrow.json
-import pyarrow.parquet as pq
 
 from common import print0
 from loaders.files import decode, name_of, open_bytes, read_head, read_lines
 from loaders.values import Column, as_texts, coded, parsed_times
 
 MAX_BAD_SHARE = 0.01  # of the rows; with more of them the file is not what it was taken for
+BLOCK = 1 << 25  # bytes that Arrow reads at a time; each block has a dictionary of its own
 BETWEEN = "\x1f"  # stands for "::", as Arrow's fields are divided by one character
 CODED = pa.dictionary(pa.int32(), pa.string())
 DAMAGE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a line
@@ -101,14 +101,14 @@ def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
     if not content.isascii() or b"\0" in content:
         content = decode(content, file).encode()
     content = content.lstrip(b"\r\n")
+    bare = re.sub(b'"[^"]*"', b"", content[: 1 << 20].partition(b"\n")[0])
+    mark = max((b",", b";", b"\t", b"|"), key=bare.count).decode()
+    if b"::" in bare:
+        mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
+    plain = kind == "plain" or mark == BETWEEN or (kind == "recbole" and mark == "\t")
     lines = [s.decode(errors="replace") for s in content[: 1 << 20].splitlines() if s.strip()][:2]
     if not lines:
         return None
-    mark = max(("::", ",", ";", "\t", "|"), key=re.sub('"[^"]*"', "", lines[0]).count)
-    plain = kind == "plain" or mark == "::" or (kind == "recbole" and mark == "\t")
-    if mark == "::":
-        mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
-        lines = [line.replace("::", BETWEEN) for line in lines]
     quotes = "" if plain else quote_style(content, mark, file)
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     first, *below = csv.reader(lines, delimiter=mark, quoting=quoting)
@@ -134,7 +134,7 @@ def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
         quotes = ""  # they stand in the header alone: what follows is read on all cores
     kinds = dict.fromkeys(labels.values(), CODED)
     kinds |= {label: pa.string() for name, label in labels.items() if name == "timestamp"}
-    read = pa.csv.ReadOptions(column_names=names, skip_rows=int(named))
+    read = pa.csv.ReadOptions(column_names=names, skip_rows=int(named), block_size=BLOCK)
     parse = pa.csv.ParseOptions(
         delimiter=mark,
         quote_char='"' if quotes else False,
@@ -199,13 +199,16 @@ def read_json(file: Path, kind: str, find, table: Table) -> pa.Table | None:
 
 def read_records(file: Path, table: Table) -> Iterator[dict]:
     """The objects of an array, or of lines of JSON or Python literals (which are never evaluated);
-    blank lines are no lines, others are bad."""
-    records: Iterable = map(str.strip, read_lines(file))
-    if read_head(file, 1 << 10).removeprefix("\ufeff".encode()).lstrip().startswith(b"["):
+    blank lines are no lines, others are bad. BeerAdvocate has blocks of `key: value` lines."""
+    records, head = map(str.strip, read_lines(file)), read_head(file, 1 << 10)
+    if head.startswith("["):
         try:
             records = json.loads("\n".join(records))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not a JSON array of objects ({error})") from None
+    elif head.startswith(("beer/", "review/")):
+        blocks = itertools.groupby(records, bool)
+        records = (dict(s.partition(": ")[::2] for s in lines) for full, lines in blocks if full)
     for number, record in enumerate(records, 1):
         for parse in (json.loads, ast.literal_eval):
             if isinstance(record, str) and record.startswith("{"):
@@ -220,17 +223,12 @@ def read_records(file: Path, table: Table) -> Iterator[dict]:
 # ------------------------------------------------------------------------------------------ Parquet
 def read_parquet(file: Path, kind: str, find, table: Table) -> pa.Table:
     """The fields of one file; `key=value` in the names of its folders are columns, too (Hive)."""
-    fixed = {k: unquote(value) for k, value in re.findall("([^/=]+)=([^/]*)/", file.as_posix())}
     try:
-        schema = pq.read_schema(file)
-        labels = table.find_labels(find, [*schema.names, *fixed], file).values()
-        stored = [label for label in labels if label in schema.names]
-        flat = [label for label in stored if not pa.types.is_nested(schema.field(label).type)]
-        options = {"pre_buffer": False, "coerce_int96_timestamp_unit": "us"}
-        part = pq.ParquetFile(file, read_dictionary=flat, **options).read(stored)
+        schema = ds.dataset(str(file), partitioning="hive").schema
+        labels = [*table.find_labels(find, schema.names, file).values()]
+        flat = [label for label in labels if not pa.types.is_nested(schema.field(label).type)]
+        form = ds.ParquetFileFormat(dictionary_columns=flat, coerce_int96_timestamp_unit="us")
+        parquet = ds.dataset(str(file), format=form, partitioning="hive")
+        return parquet.to_table(labels, batch_size=1 << 20)
     except (pa.ArrowException, OSError, MemoryError, OverflowError) as error:
         raise ValueError(f"{file}: cannot be read as Parquet ({shorten(error)})") from None
-    for label in {*labels} - {*stored}:
-        value = "" if fixed[label] == "__HIVE_DEFAULT_PARTITION__" else fixed[label]
-        part = part.append_column(label, pa.array([value] * part.num_rows, pa.string()))
-    return part

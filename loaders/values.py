@@ -8,7 +8,6 @@ import math
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -35,13 +34,8 @@ class Column:
 
 
 def coded(column: pa.ChunkedArray) -> Column:
-    if isinstance(column.type, pa.BaseExtensionType):  # UUID
-        column = column.cast(column.type.storage_type)
     whole = column.dictionary_encode().combine_chunks()
-    texts = whole.dictionary
-    if texts.type == pa.binary(16):
-        texts = pa.array([str(UUID(bytes=value)) for value in texts.to_pylist()])
-    texts = pc.utf8_trim_whitespace(as_texts(texts)).fill_null("")
+    texts = pc.utf8_trim_whitespace(as_texts(whole.dictionary)).fill_null("")
     return Column(to_numpy(whole.indices.cast(pa.int32())), texts.to_pylist())
 
 
@@ -124,6 +118,8 @@ def parsed_times(column: pa.ChunkedArray) -> pa.ChunkedArray:
         column = column.cast(column.type.value_type)
     if column.type in (pa.string(), pa.large_string(), pa.string_view()):
         column = column.cast(pa.string())
+        with contextlib.suppress(pa.ArrowInvalid):
+            return column.cast(pa.int64())
         column = pc.if_else(pc.is_in(column, pa.array(sorted(ABSENT_TEXTS))), None, column)
         for kind in (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
             with contextlib.suppress(pa.ArrowInvalid):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from conftest import write_json
 from families import NASTY, WORDS, spelling_bpe
+from test_loaders import make_interactions
 
 import data
 from data import NUM_CANDIDATES, Interactions, build_examples, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, words_of
 from loaders.published import MOVIES
-from loaders.table import make_interactions
 
 SPLITS = ("train", "val", "test")
 

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import test_datasets as made
 from test_datasets import FORMS, json_lines, literal_lines, own_csv, put
-from test_loaders import check_table
+from test_loaders import check_table, make_interactions
 
 from common import read_json
 from data import build_examples, render_prompt
 from loaders.frozen import DataConfig, load_interactions
-from loaders.table import clean_title, make_interactions
+from loaders.table import clean_title
 from loaders.users import Catalogue, listed_users, read_user
 
 ROWS = [(f"u{n % 5}", n % 40, 1 + n % 5, 1600000000 + n, f'T{n % 40} "é"') for n in range(200)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import make_base_model
 from launch import ROOT
+from test_loaders import make_interactions
 
 import eval as evaluation
 from data import build_examples, build_tree, encode_examples
@@ -16,7 +17,6 @@ from hub.tokenizer import Tokenizer
 from loaders.frozen import DataConfig, find_prepared, prepare
 from loaders.planted import DEFAULTS
 from loaders.published import MOVIES
-from loaders.table import make_interactions
 from model import load_pretrained
 from runtime.sources import with_run_options
 

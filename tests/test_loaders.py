@@ -1,24 +1,19 @@
 """The interaction table against plain loops; MovieLens's files, damaged ones and the real ones."""
 
-import hashlib
-import http.client
-import io
 import os
 import zipfile
 from collections import Counter
 from functools import cache
 from itertools import product
 from pathlib import Path
-from unittest.mock import Mock
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 
 from data import Interactions, build_examples, k_core
 from loaders.frozen import DataConfig, load_interactions, prepare
-from loaders.published import MOVIELENS_URL, movie_titles
-from loaders.table import make_interactions, unique_titles
+from loaders.published import movie_titles
+from loaders.table import Rows, finish, unique_titles
 
 DATA = Path(os.environ.get("RECPO_DATA") or Path(__file__).parents[2] / "shared/data")
 MOVIELENS = DATA / "ml-1m.zip"
@@ -29,6 +24,17 @@ needs_movielens = pytest.mark.skipif(
 
 def load_movielens(path) -> Interactions:
     return load_interactions(DataConfig(dataset="movielens", data_dir=str(path)))
+
+
+def make_interactions(user, item, rating, timestamp, titles, name="") -> Interactions:
+    """The log of raw columns; `titles` maps item id to title."""
+    user_ids, user = np.unique(np.asarray(user), return_inverse=True)
+    item_ids, item = np.unique(np.asarray(item), return_inverse=True)
+    rating, time = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
+    ids = [*map(str, user_ids)], [*map(str, item_ids)]
+    rows = Rows("", user.astype(np.int32), item.astype(np.int32), rating, time, 1, *ids)
+    titles = [titles[i] for i in item_ids.tolist()]
+    return finish(rows, titles, name, key=lambda i: int(i) if i.isdecimal() else i)
 
 
 def log_of(rows: list[tuple]) -> Interactions:
@@ -159,10 +165,8 @@ TITLES = {
 }  # fmt: skip
 
 
-def test_year_goes_and_article_moves_to_the_front(tmp_path):
-    file = tmp_path / "movies.dat"
-    file.write_text("".join(f"{n}::{title}::Drama\n" for n, title in enumerate(TITLES)))
-    assert list(movie_titles(file).values()) == list(TITLES.values())
+def test_year_goes_and_article_moves_to_the_front():
+    assert [*movie_titles(dict(enumerate(TITLES))).values()] == [*TITLES.values()]
 
 
 DAMAGE = {  # ratings or movies -> what the message names, beside the file
@@ -194,28 +198,6 @@ def test_damaged_zips_are_named(tmp_path):
         except ValueError as error:
             refused += "ml-1m.zip" in str(error)
     assert refused > len(damaged) / 2
-
-
-# ------------------------------------------------------------------------------------- the download
-ERRORS = [URLError("no route"), TimeoutError("timed out"), http.client.IncompleteRead(b""), None]
-
-
-@pytest.mark.parametrize("error", ERRORS)
-def test_only_a_download_with_the_published_checksum_is_put_in_place(error, tmp_path, monkeypatch):
-    """One message with the address and the way out, or both checksums; a later try succeeds, leaves
-    no partial file, and is not repeated."""
-    content = zip_movielens(tmp_path / "made.zip").read_bytes()
-    opened = Mock(side_effect=error or [io.BytesIO(content)])
-    monkeypatch.setattr("urllib.request.urlopen", opened)
-    way_out = "--data_dir" if error else "md5 [0-9a-f]{32}, published c4d9eec"
-    with pytest.raises(ValueError, match=f"{MOVIELENS_URL}.*{way_out}"):
-        load_movielens(tmp_path / "new/ml-1m.zip")
-    assert opened.call_args.args[0] == MOVIELENS_URL and not (tmp_path / "new/ml-1m.zip").exists()
-    opened.side_effect = [io.BytesIO(content)]
-    monkeypatch.setattr("loaders.published.MOVIELENS_MD5", hashlib.md5(content).hexdigest())
-    for _ in range(2):  # opened once
-        check_small_movielens(load_movielens(tmp_path / "new/ml-1m.zip"))
-    assert [f.name for f in (tmp_path / "new").iterdir()] == ["ml-1m.zip"]
 
 
 # ------------------------------------------------------------------------------------ the real file

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import write_json
 from launch import ROOT, TRAIN, run_script
+from test_loaders import make_interactions
 
 import eval as evaluation
 import recommend
@@ -22,7 +23,6 @@ from hub.tokenizer import Tokenizer
 from loaders.counting import Retriever
 from loaders.frozen import DataConfig, find_prepared, prepare
 from loaders.planted import World, planted_world
-from loaders.table import make_interactions
 from loaders.users import Catalogue, read_user
 from lora import load_adapter
 from model import load_pretrained, save_pretrained
