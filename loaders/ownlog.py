@@ -122,11 +122,11 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
 
 def titles_beside(config, item_ids: list[str]) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
-    files, kind = item_files(config)
-    source, both, known = name_of(files), ("id", "title"), parse_columns(config.columns)
+    files, both, known = item_files(config), ("id", "title"), parse_columns(config.columns)
     usual = USUAL | {"id": f"{re.escape(plain_name(known.get('item', '')))} {USUAL['item']} id"}
     find = Finder({key: known[key] for key in both if key in known}, both, both, usual=usual)
-    table = check_bad(read_table(files, kind, find), source)
+    source, plain = name_of(files), config.dataset == "recbole"
+    table = check_bad(read_table(files, find, plain), source)
     codes, ids = read_ids(table.columns["id"])
     places = {text: code for code, text in enumerate(item_ids)}
     items = np.array([*(places.get(text, -1) for text in ids), -1])[codes]
@@ -140,53 +140,50 @@ def titles_beside(config, item_ids: list[str]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------ the log
-PARQUET = (".parquet", ".parq", ".pq")
-PATTERNS = {"recbole": ["*.inter*"], "parquet": ["*.parquet"], "jsonl": ["*.jsonl*", "*.json*"]}
-PATTERNS |= {"csv": ["*.csv*", "*.tsv*", "*.txt*"]}
+PATTERNS = {
+    "csv": ["*.csv*", "*.tsv*", "*.txt*"],
+    "jsonl": ["*.jsonl*", "*.json*"],
+    "recbole": ["*.inter*"],
+    "parquet": ["*.p*q*"],  # parquet, parq, pq
+}
 
 
-def table_files(path: Path, kind: str) -> list[Path]:
+def log_files(config) -> list[Path]:
     """The file, or the parts of one table in a folder; those of Parquet in its folders, too."""
+    path, kind = Path(config.data_dir), config.dataset
     if kind == "parquet" and path.is_dir():
         if [*path.rglob("_delta_log"), *path.rglob("*.metadata.json")]:
             raise ValueError(f"{path}: Delta Lake and Iceberg keep removed rows: export the table")
-        if parts := [f for f in visible_files(path, below=True) if f.suffix.lower() in PARQUET]:
+        if parts := visible_files(path, *PATTERNS[kind], below=True):
             return parts
     return find_files(path, PATTERNS[kind], f"{kind} file")
 
 
-def item_files(config) -> tuple[list[Path], str]:
-    """The parts of --item_file, or the .item of the same name beside a .inter; and their kind."""
-    path, kind = Path(config.item_file), config.dataset
-    if not config.item_file:
-        log = table_files(Path(config.data_dir), kind)[0] if kind == "recbole" else None
-        return visible_files(log.parent, f"{log.name.split('.')[0]}.item*") if log else [], kind
-    inside = visible_files(path, below=True) if path.is_dir() else [path]
-    if any(f.suffix.lower() in PARQUET for f in inside):
-        kind = "parquet"
-    elif kind != "recbole":
-        kind = "jsonl" if re.search(r"\.jsonl?\b", path.name.lower()) else "csv"
-    return table_files(path, kind), kind
+def item_files(config) -> list[Path]:
+    """The parts of --item_file, or the .item of the same name beside a .inter."""
+    if config.item_file:
+        return find_files(config.item_file, ["*"], "file of titles")
+    log = log_files(config)[0]
+    beside = f"{log.name.split('.')[0]}.item*"
+    return visible_files(log.parent, beside) if config.dataset == "recbole" else []
 
 
 def files(config) -> list[Path]:
     """All that is read."""
-    return table_files(Path(config.data_dir), config.dataset) + item_files(config)[0]
+    return log_files(config) + item_files(config)
 
 
 def choose_percentile(config, source: str, table: Table) -> str:
     """Among what amounts and repeats are ranked (--scale rank:...), "" for ratings; ValueError
     where ratings are of another scale than 1 to 5."""
     name = table.labels.get("rating")
-    if name is None and config.scale and not config.ranks:
+    if config.scale and not (name or config.ranks):
         raise ValueError(f"{source}: --scale needs a rating column: --columns rating=NAME")
-    if name is None:
-        print0("note: no rating column: repeats are counted, and ranked as by --scale rank:item")
-        return config.ranks or "item"
     if config.scale:
         return config.ranks
-    if plain_name(name) in AMOUNTS:
-        print0(f"note: {name} are amounts; they are ranked as by --scale rank:item")
+    if name is None or plain_name(name) in AMOUNTS:
+        what = f"{name} are amounts; they are" if name else "no rating column: repeats are counted and"
+        print0(f"note: {what} ranked as by --scale rank:item")
         return "item"
     if doubt := scale_doubt(read_numbers(table.columns["rating"], table.divided_by)):
         raise ValueError(f"{source}: column {name}: {doubt}")
@@ -195,14 +192,14 @@ def choose_percentile(config, source: str, table: Table) -> str:
 
 def load(config) -> Interactions:
     """The log of --dataset csv, jsonl, recbole or parquet."""
-    parts, items = table_files(Path(config.data_dir), config.dataset), item_files(config)[0]
+    parts, items = log_files(config), item_files(config)
     source = name_of(parts) if config.dataset != "parquet" else config.data_dir
     only = FIELDS[:4] if items else FIELDS
     given = {key: name for key, name in parse_columns(config.columns).items() if key in only}
     if "id" in parse_columns(config.columns) and not items:
         raise ValueError("--columns id= names a column of --item_file: give that, or leave id= out")
     find = Finder(given, ("user", "item"), only)
-    table = read_table(parts, config.dataset, find)
+    table = read_table(parts, find, plain=config.dataset == "recbole")
     print0(f"{source}: columns {', '.join(f'{key}={name}' for key, name in table.labels.items())}")
     percentile = choose_percentile(config, source, table)
     rows = usable_rows(table, source, bool(percentile), "" if config.ranks else config.scale)

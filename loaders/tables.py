@@ -70,14 +70,20 @@ def check_bad(table: Table, source) -> Table:
     return table
 
 
-def read_table(files: list[Path], kind: str, find) -> Table:
-    """The parts of one export (csv, plain, recbole, jsonl, literal, parquet) as one table.
+def read_table(files: list[Path], find, plain: bool = False) -> Table:
+    """The parts of one export as one table, whose files show by their beginning what they are.
 
-    `find` (ownlog.Finder) says which column holds which field; quotes of `plain` are characters."""
-    table = Table()
-    read = {"parquet": read_parquet, "jsonl": read_json, "literal": read_json}.get(kind, read_csv)
-    parts = [read(file, kind, find, table) for file in files]
-    parts = [part for part in parts if part is not None]
+    `find` (ownlog.Finder) says which column holds which field. `plain`: between tabs, quotes are
+    characters like others."""
+    table, parts = Table(), []
+    for file in files:
+        head = read_head(file)
+        if head.startswith("PAR1"):
+            parts.append(read_parquet(file, find, table))
+        elif re.match(r"[\[{]|(beer|review)/", head):
+            parts.append(read_json(file, find, table))
+        elif head:
+            parts.append(read_csv(file, find, table, plain))
     if not parts:
         raise ValueError(f"{name_of(files)}: the file is empty")
     table.num_rows = sum(part.num_rows for part in parts)
@@ -94,8 +100,8 @@ def read_table(files: list[Path], kind: str, find) -> Table:
 
 
 # ---------------------------------------------------------------------------------------------- CSV
-def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
-    """The fields of a file whose first line says which column holds which; None if it is empty."""
+def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
+    """The fields of a file whose first line says which column holds which."""
     with open_bytes(file) as f:
         content = f.read()
     if not content.isascii() or b"\0" in content:
@@ -105,10 +111,8 @@ def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
     mark = max((b",", b";", b"\t", b"|"), key=bare.count).decode()
     if b"::" in bare:
         mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
-    plain = kind == "plain" or mark == BETWEEN or (kind == "recbole" and mark == "\t")
+    plain = mark == BETWEEN or (plain and mark == "\t")
     lines = [s.decode(errors="replace") for s in content[: 1 << 20].splitlines() if s.strip()][:2]
-    if not lines:
-        return None
     quotes = "" if plain else quote_style(content, mark, file)
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     first, *below = csv.reader(lines, delimiter=mark, quoting=quoting)
@@ -122,8 +126,6 @@ def read_csv(file: Path, kind: str, find, table: Table) -> pa.Table | None:
     names, named = find.header(first, below[0] if below else [])
     labels = table.find_labels(find, names, file)
     table.first_row, table.divided_by = 1 + named, mark
-    if named and not below:
-        return None
 
     def skipped(row) -> str:
         shown = row.text.replace(BETWEEN, "::")
@@ -168,13 +170,9 @@ def quote_style(content: bytes, mark: str, file) -> str:
 
 
 # --------------------------------------------------------------------------------------------- JSON
-def read_json(file: Path, kind: str, find, table: Table) -> pa.Table | None:
-    """The fields, as texts, of JSON lines, Python literals or an array; None if it is empty."""
-    tried = Table()
-    head = [*itertools.islice(read_records(file, tried), 1000)]
-    if not head:
-        check_bad(tried, file)
-        return None
+def read_json(file: Path, find, table: Table) -> pa.Table:
+    """The fields, as texts, of JSON lines, Python literals or an array."""
+    head = [*itertools.islice(read_records(file, Table()), 1000)]
     names = [*dict.fromkeys(name for record in head for name in record)]
     labels = [*table.find_labels(find, names, file).values()]
     with contextlib.suppress(pa.ArrowException, ValueError, OverflowError), open_bytes(file) as f:
@@ -221,7 +219,7 @@ def read_records(file: Path, table: Table) -> Iterator[dict]:
 
 
 # ------------------------------------------------------------------------------------------ Parquet
-def read_parquet(file: Path, kind: str, find, table: Table) -> pa.Table:
+def read_parquet(file: Path, find, table: Table) -> pa.Table:
     """The fields of one file; `key=value` in the names of its folders are columns, too (Hive)."""
     try:
         schema = ds.dataset(str(file), partitioning="hive").schema

@@ -77,10 +77,12 @@ def test_columns_that_cannot_be_meant_are_named(name, values, culprit, tmp_path)
         load("parquet", file)
 
 
-def test_what_is_no_parquet_is_refused_by_name(tmp_path):
-    for content in (b"", b"user,item\n", b"PAR1" + b"\0" * 100 + b"PAR1"):
-        with pytest.raises(ValueError, match=r"log\.parquet: cannot be read as Parquet"):
-            load("parquet", put(tmp_path / "log.parquet", content))
+@pytest.mark.parametrize("content, culprit", [
+    (b"", "empty"), (b"user,item\n", "no interaction found"), (b"PAR1" + b"\0" * 99, "as Parquet"),
+])  # fmt: skip
+def test_what_is_no_parquet_is_refused_by_name(content, culprit, tmp_path):
+    with pytest.raises(ValueError, match=rf"log\.parquet: .*{culprit}"):
+        load("parquet", put(tmp_path / "log.parquet", content))
 
 
 @pytest.mark.parametrize("day", ["", "date=2020-01-{:02}/"])
