@@ -182,10 +182,10 @@ def choose_percentile(config, source: str, table: Table) -> str:
     if config.scale:
         return config.ranks
     if name is None or plain_name(name) in AMOUNTS:
-        what = f"{name} are amounts; they are" if name else "no rating column: repeats are counted and"
-        print0(f"note: {what} ranked as by --scale rank:item")
+        what = f"{name} are amounts" if name else "no rating column: repeats are counted"
+        print0(f"note: {what}; they are ranked as by --scale rank:item")
         return "item"
-    if doubt := scale_doubt(read_numbers(table.columns["rating"], table.divided_by)):
+    if doubt := scale_doubt(read_numbers(table.columns["rating"])):
         raise ValueError(f"{source}: column {name}: {doubt}")
     return ""
 

@@ -75,11 +75,9 @@ def usable_rows(
     user, user_ids = values.read_ids(columns["user"], absent)
     item, item_ids = values.read_ids(columns["item"], absent)
     rating = columns.get("rating") or Column(np.zeros(n, np.int32), ["1"])
-    numbers = values.read_numbers(rating, table.divided_by)
-    low, high = values.parse_scale(scale) or ((0.0, 3e38) if amounts else (1e-9, 5.0))
+    numbers = values.read_numbers(rating)
+    low, high = values.parse_scale(scale) if scale else (0.0, 3e38) if amounts else (1e-9, 5.0)
     inside = (numbers >= low) & (numbers <= high)
-    if scale == "binary":
-        inside &= (numbers == 0) | (numbers == 1)
     none = (numbers == ABSENT) | (~inside & ((numbers == 0) | (numbers == -1)))
     state = np.where(inside, 0, np.where(none, NO_ID, BAD_ID)).astype(np.int8)
     time, per_second = first + np.arange(n), 1
@@ -87,7 +85,7 @@ def usable_rows(
         time, per_second = values.read_times(columns["timestamp"])
 
     bounds = f"in --scale {scale}" if scale else "from 0 on" if amounts else "above 0 and up to 5"
-    meant = {"user": "", "item": "", "rating": f"number {bounds}, written as 3.5 or 1234.5"}
+    meant = {"user": "", "item": "", "rating": f"number {bounds}, written as 1234.5 (no commas)"}
     meant["timestamp"] = "time, written as 2024-12-31 23:59:59, or in seconds since 1970"
     kept, notes = np.ones(n, bool), {}
     for name, codes in zip(meant, (user, item, state[rating.codes], time)):

@@ -41,7 +41,6 @@ class Table:
     num_bad: int = 0  # beside them
     first_bad: list[str] = field(default_factory=list)
     first_row: int = 1  # number of the first row: behind a header it is 2
-    divided_by: str = ","  # what stands between the fields
 
     def bad(self, line: str, count: int = 1) -> None:
         self.num_bad += count
@@ -125,7 +124,7 @@ def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
     first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
     names, named = find.header(first, below[0] if below else [])
     labels = table.find_labels(find, names, file)
-    table.first_row, table.divided_by = 1 + named, mark
+    table.first_row = 1 + named
 
     def skipped(row) -> str:
         shown = row.text.replace(BETWEEN, "::")

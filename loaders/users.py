@@ -103,9 +103,8 @@ def read_rating(rating, where: str, config: DataConfig) -> float:
     if rating is None and optional and config.history_items == "all":
         return nan
     asked = "" if config.ranks else config.scale
-    low, high = parse_scale(asked) or (1e-9, 5.0)
-    whole = asked != "binary" or rating in (0, 1)
-    if type(rating) not in (int, float) or not low <= rating <= high or not whole:
+    low, high = parse_scale(asked) if asked else (1e-9, 5.0)
+    if type(rating) not in (int, float) or not low <= rating <= high:
         scale = f"of --scale {asked}" if asked else "above 0 and up to 5"
         raise ValueError(f"{where} has rating {rating!r}; expected a number {scale}, as in the log")
     return float(np.float32(1 + 4 * (rating - low) / (high - low) if asked else rating))

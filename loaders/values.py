@@ -59,34 +59,22 @@ def read_ids(column: Column, absent=ABSENT_IDS) -> tuple[np.ndarray, list[str]]:
     return np.array([*new, NO_ID], np.int32)[column.codes], [*places][len(absent) :]
 
 
-THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,234.5
-
-
-def read_number(text: str, decimal_comma: bool = False) -> float:
-    """A number, ABSENT or BAD; a comma is decimal, or else stands between thousands."""
-    if decimal_comma:
-        text = text.replace(".", "?").replace(",", ".")  # 1.234 may be 1234
-    elif THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
+def read_number(text: str) -> float:
+    """A number, ABSENT or BAD."""
     with contextlib.suppress(ValueError):
         number = ABSENT if text in ABSENT_TEXTS else float(WORDS.get(text.lower(), text))
         return BAD if number == math.inf else number
     return BAD
 
 
-def read_numbers(column: Column, divided_by: str = ",") -> np.ndarray:
-    """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them.
-
-    Commas are decimal where semicolons divide the fields."""
-    decimal_comma = divided_by == ";" and any("," in text for text in column.values)
-    return np.array([*(read_number(text, decimal_comma) for text in column.values), ABSENT])
+def read_numbers(column: Column) -> np.ndarray:
+    """float64 number, ABSENT or BAD of each distinct value, and ABSENT for null behind them."""
+    return np.array([*map(read_number, column.values), ABSENT])
 
 
 # ------------------------------------------------------------------------------------------- scales
-def parse_scale(text: str) -> tuple[float, float] | None:
-    """ "0,100" -> (0, 100), "binary" -> (0, 1), "" -> None; ValueError if it is no scale."""
-    if not text:
-        return None
+def parse_scale(text: str) -> tuple[float, float]:
+    """ "0,100" -> (0, 100), "binary" -> (0, 1); ValueError if it is no scale."""
     ends = [read_number(end.strip()) for end in text.replace("binary", "0,1").split(",")]
     if len(ends) != 2 or not -math.inf < ends[0] < ends[1]:
         what = "the lowest and the highest rating, such as 0,100; or binary, or rank:item"
@@ -103,31 +91,30 @@ def scale_doubt(numbers: np.ndarray) -> str:
     zero_to_four = low == 0 and high == 4 and (rated == np.floor(rated)).all()
     if not len(rated) or (low >= 0 and 4 <= high <= 5 and not zero_to_four):
         return ""
+    ends = f"{low if low < high else high - 1:g},{high:g}"
     return (
-        f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; name the lowest "
-        "and the highest possible one (0 or -1 outside of them means none), and they are mapped: "
-        f"--scale {low if low < high else high - 1:g},{high:g}; likes: --scale binary; hours, "
-        "plays or prices: --scale rank:item"
+        f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; map the lowest "
+        f"and the highest possible one (0 or -1 outside of them: none) by --scale {ends}; likes: "
+        "--scale binary; hours, plays or prices: --scale rank:item"
     )
 
 
 # -------------------------------------------------------------------------------------------- times
 def parsed_times(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Moments to the microsecond, numbers, or texts that are not all of one kind."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if column.type in (pa.string(), pa.large_string(), pa.string_view()):
-        column = column.cast(pa.string())
-        with contextlib.suppress(pa.ArrowInvalid):
-            return column.cast(pa.int64())
-        column = pc.if_else(pc.is_in(column, pa.array(sorted(ABSENT_TEXTS))), None, column)
-        for kind in (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
-            with contextlib.suppress(pa.ArrowInvalid):
-                return column.cast(kind)
     if pa.types.is_temporal(column.type):
         zone = getattr(column.type, "tz", None)
         return column.cast(pa.timestamp("us", zone), safe=False)
-    return column.cast(pa.int64()) if pa.types.is_integer(column.type) else column
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return column.cast(pa.int64()) if pa.types.is_integer(column.type) else column
+    column = column.cast(pa.string())
+    with contextlib.suppress(pa.ArrowInvalid):
+        return column.cast(pa.int64())
+    column = pc.if_else(pc.is_in(column, pa.array(sorted(ABSENT_TEXTS))), None, column)
+    for kind in (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return column.cast(kind)
+    return column
 
 
 def read_times(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
@@ -157,7 +144,7 @@ def read_times(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     for form, (first, last) in DATES.items():
         if len(known) and first <= known.min() and known.max() <= last:
             distinct, places = np.unique(known, return_inverse=True)
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # Arrow would read 31 September
                 dates = [datetime.strptime(str(n), form) for n in distinct.tolist()]
                 known, per_second = np.array(dates, "M8[us]").astype(np.int64)[places], MICRO
     if len(known) == len(numbers):

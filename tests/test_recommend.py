@@ -63,7 +63,7 @@ def test_a_request_is_cleaned_as_training_cleans():
 @pytest.mark.parametrize(("scale", "rating", "shown", "refused"), [
     ("", 4.5, 4.5, (9.5, 0, nan, True, "4", None)),
     ("0,100", 80, 4.2, (-7, 101, 1e9)),
-    ("binary", 1, 5, (-7, 0.5)),
+    ("binary", 1, 5, (-7, 1.5)),
     ("binary", 0, 1, ()),
 ])  # fmt: skip
 def test_ratings_are_mapped_and_filtered_as_the_logs(scale, rating, shown, refused):
