@@ -97,17 +97,20 @@ class Finder:
 
 
 # ------------------------------------------------------------------------------------------- titles
-def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, source) -> list[str]:
+def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[str]:
     """The title of each item, "" for none; of several the first in the alphabet.
 
-    `items` (n,) are codes, -1 for none. ValueError if nobody named the column and a fifth of the
-    items has several titles."""
+    The table is the log, or a second file with a column `id`. ValueError if nobody named the title
+    and a fifth of the items has several."""
+    codes, ids = read_ids(table.columns["id" if "id" in table.columns else "item"])
+    places = {text: n for n, text in enumerate(item_ids)}
+    items = np.array([*(places.get(text, -1) for text in ids), -1])[codes]
     column, label = table.columns["title"], table.labels["title"]
     texts = sorted({*column.values} - ABSENT_TITLES)
     rank = {text: n for n, text in enumerate(texts)}
     ranks = np.array([*(rank.get(text, -1) for text in column.values), -1], np.int32)[column.codes]
     titled = (items >= 0) & (ranks >= 0)
-    first, last = np.full(num_items, len(texts), np.int32), np.full(num_items, -1, np.int32)
+    first, last = np.full(len(item_ids), len(texts)), np.full(len(item_ids), -1)
     np.minimum.at(first, items[titled], ranks[titled])
     np.maximum.at(last, items[titled], ranks[titled])
     if count := len(several := np.flatnonzero(first < last)):
@@ -117,26 +120,20 @@ def titles_of(items: np.ndarray, num_items: int, table: Table, find: Finder, sou
             use = f"--columns title={label}"
             raise ValueError(f"{many}: name another column, or --item_file; to use it: {use}")
         print0(f"note: {many}; the first in the alphabet is shown")
+    if not titled.any() and "id" in table.columns:
+        what = f"no title of the log's items, such as {item_ids[:2]}; its ids are such as {ids[:2]}"
+        columns = "--columns id=NAME,title=NAME"
+        raise ValueError(f"{source}: {what}: write them alike, or name other columns: {columns}")
     return [*map([*texts, ""].__getitem__, first.tolist())]
 
 
-def titles_beside(config, item_ids: list[str]) -> list[str]:
+def titles_beside(config, files: list[Path], item_ids: list[str]) -> list[str]:
     """The titles of the log's items in the second file, "" where it has none."""
-    files, both, known = item_files(config), ("id", "title"), parse_columns(config.columns)
+    both, known = ("id", "title"), parse_columns(config.columns)
     usual = USUAL | {"id": f"{re.escape(plain_name(known.get('item', '')))} {USUAL['item']} id"}
     find = Finder({key: known[key] for key in both if key in known}, both, both, usual=usual)
-    source, plain = name_of(files), config.dataset == "recbole"
-    table = check_bad(read_table(files, find, plain), source)
-    codes, ids = read_ids(table.columns["id"])
-    places = {text: code for code, text in enumerate(item_ids)}
-    items = np.array([*(places.get(text, -1) for text in ids), -1])[codes]
-    titles = titles_of(items, len(item_ids), table, find, source)
-    if not any(titles):
-        raise ValueError(
-            f"{source}: no title of the log's items, such as {item_ids[:2]}; its ids are such as "
-            f"{ids[:2]}: write them alike, or name other columns: --columns id=NAME,title=NAME"
-        )
-    return titles
+    table = read_table(files, find, plain=config.dataset == "recbole")
+    return titles_of(item_ids, check_bad(table, files[0]), find, files[0])
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -208,18 +205,16 @@ def load(config) -> Interactions:
     label = table.labels.get("timestamp", "")
     known = "timestamp" in given or plain_name(label) == "timestamp"
     if label and not known and len(rows.time) > 100 and rows.time.max() <= 24:
-        what = f"column {label} holds no number above 24: hours of a day? Name the times by"
-        use = f"to use it all the same: --columns timestamp={label}"
-        raise ValueError(f"{source}: {what} --columns timestamp=NAME; {use}")
+        what = f"column {label} holds no number above 24: hours of a day? Name another one, or this"
+        raise ValueError(f"{source}: {what}: --columns timestamp={label}")
     if not label or (rows.time == rows.time[0]).all():
         what = f"all {label} are equal" if label else "no timestamp column (--columns timestamp=)"
         print0(f"note: {what}: the order of the file is the one in time")
     titles = [""] * len(rows.item_ids)
     if items:
-        titles = titles_beside(config, rows.item_ids)
+        titles = titles_beside(config, items, rows.item_ids)
     elif "title" in table.labels:
-        table.columns["title"].codes = table.columns["title"].codes[rows.kept]
-        titles = titles_of(rows.item, len(titles), table, find, source)
+        titles = titles_of(rows.item_ids, table, find, source)
     del table  # a log of 20 million rows takes 500 MB
     if few := titles.count(""):
         what = f"{few:,} of {len(titles):,} items have no title; their ids are shown, which tell a "

@@ -91,7 +91,6 @@ def planted_world(world: World) -> Interactions:
     shown = np.arange(L) < lengths[:, None]
     user, step = np.nonzero(shown)
     rows = Rows(
-        source=NAME,
         user=user.astype(np.int32),
         item=items[shown].astype(np.int32),
         amount=ratings[shown].astype(np.float32),

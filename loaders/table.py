@@ -34,14 +34,14 @@ def clean_title(title: str) -> str:
 
 def unique_titles(titles: list[str]) -> list[str]:
     """Append " (2)", " (3)", ... to repeated titles, so that a title names one item."""
-    taken, used, numbers, out = set(titles), set(), {}, []
+    taken, numbers, out = set(titles), dict.fromkeys(titles, 0), []
     for title in titles:
-        name, number = title, numbers.get(title, 1)
-        while name in used or (number > 1 and name in taken):
-            number += 1
-            name = f"{title} ({number})"
-        numbers[title] = number
-        used.add(name)
+        name = title
+        while numbers[title] and name in taken:  # not the first of its name
+            numbers[title] += 1
+            name = f"{title} ({numbers[title]})"
+        numbers[title] = numbers[title] or 1
+        taken.add(name)
         out.append(name)
     return out
 
@@ -51,7 +51,6 @@ def unique_titles(titles: list[str]) -> list[str]:
 class Rows:
     """The rows of a log that can be used."""
 
-    source: str
     user: np.ndarray  # (n,) int32 code
     item: np.ndarray  # (n,) int32 code
     amount: np.ndarray  # (n,) float32 rating of 1 to 5, or hours, plays, ...
@@ -60,7 +59,6 @@ class Rows:
     user_ids: list[str]
     item_ids: list[str]
     notes: dict[str, int] = field(default_factory=dict)  # what was left out -> how often
-    kept: np.ndarray | None = None  # (rows of the table,) bool
 
 
 def usable_rows(
@@ -112,7 +110,7 @@ def usable_rows(
         raise ValueError(f"{source}: no interaction found in {n:,} rows ({reasons})")
     rows = user, item, numbers.astype(np.float32)[rating.codes], time
     rows = rows if kept.all() else [column[kept] for column in rows]
-    return Rows(source, *rows, per_second, user_ids, item_ids, notes, kept)
+    return Rows(*rows, per_second, user_ids, item_ids, notes)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -155,10 +153,9 @@ def finish(
     del pair
     if merged := int((~ends).sum()):
         chosen = place[ends]
-        if repeats == "sum":  # at the first time; of equal times at the row further down
-            firsts, times = np.flatnonzero(np.append(True, ends[:-1])), time[place]
-            early = times == np.repeat(times[firsts], np.diff(firsts, append=len(times)))
-            chosen = place[firsts + np.add.reduceat(early, firsts, dtype=np.int64) - 1]
+        if repeats == "sum":  # at the first time
+            firsts = np.flatnonzero(np.append(True, ends[:-1]))
+            chosen = place[firsts]
             amount[chosen] = np.add.reduceat(amount[place], firsts, dtype=np.float64)
         keep = np.zeros(len(user), bool)
         keep[chosen] = True
@@ -173,8 +170,7 @@ def finish(
     log = Interactions(user, item, amount, time // rows.per_second, start, *ids, name, words=words)
     titled = np.array([bool(title) for title in titles])
     if not titled.any():
-        shown = f"its {len(titles):,} items has a title; first {item_ids[:3]}"
-        raise ValueError(f"{rows.source}: not one of {shown}")
+        raise ValueError(f"{name}: no item has a title; {len(titles):,}, first {item_ids[:3]}")
     if not titled.all():
         kept = titled[item]
         rows.notes["interactions with an item that has no title"] = int((~kept).sum())

@@ -32,7 +32,7 @@ def make_interactions(user, item, rating, timestamp, titles, name="") -> Interac
     item_ids, item = np.unique(np.asarray(item), return_inverse=True)
     rating, time = np.asarray(rating, np.float32), np.asarray(timestamp, np.int64)
     ids = [*map(str, user_ids)], [*map(str, item_ids)]
-    rows = Rows("", user.astype(np.int32), item.astype(np.int32), rating, time, 1, *ids)
+    rows = Rows(user.astype(np.int32), item.astype(np.int32), rating, time, 1, *ids)
     titles = [titles[i] for i in item_ids.tolist()]
     return finish(rows, titles, name, key=lambda i: int(i) if i.isdecimal() else i)
 
