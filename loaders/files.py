@@ -17,10 +17,8 @@ from common import print0
 
 SPLIT_NAMES = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
 NUMBER = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+"  # a UUID, or a number
-PACKED = {  # first bytes -> codec
-    **{b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"},
-    **{b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"},
-}
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+PACKED |= {b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}  # are refused
 STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogateescape
 WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "replace") for b in range(128, 256)}
 
@@ -106,11 +104,6 @@ def decode(content: bytes, file: Path) -> str:
     return text
 
 
-def read_text(file: Path) -> str:
-    with open_bytes(file) as f:
-        return decode(f.read(), file)
-
-
 def read_lines(file: Path) -> Iterator[str]:
     """Lines without their ends; the text is held as a whole only if it is not UTF-8."""
     number = 0
@@ -120,4 +113,6 @@ def read_lines(file: Path) -> Iterator[str]:
                 number += 1
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError:
-        yield from (line.rstrip("\r") for line in read_text(file).split("\n")[number:])
+        with open_bytes(file) as f:
+            text = decode(f.read(), file)
+        yield from (line.rstrip("\r") for line in text.split("\n")[number:])

@@ -12,7 +12,7 @@ import numpy as np
 
 from common import print0
 from data import NUM_CANDIDATES, SPLITS, TEMPLATES, Examples, Interactions
-from loaders.files import read_text, visible_files
+from loaders.files import read_lines, visible_files
 from loaders.table import clean_title
 from loaders.tables import Table, check_bad
 
@@ -34,7 +34,7 @@ def read_entries(file: Path) -> list[dict]:
     """Entries of a JSON list; ValueError if more than 1 % cannot be used."""
     entries, table = [], Table()
     try:
-        raw = json.loads(read_text(file))
+        raw = json.loads("\n".join(read_lines(file)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a JSON list of examples ({error})") from None
     for number, entry in enumerate(raw if isinstance(raw, list) else [raw], 1):

@@ -162,11 +162,10 @@ def finish_movielens(rows: Rows, ratings: Path, movies: Path, table: Table) -> I
     name = "movielens-10m" if name == "movielens" and (rows.amount % 1).any() else name
     names = first_titles(read_ids(table.columns["item"])[1], table)
     titles = movie_titles({movie: name for movie, name in names.items() if name})
-    untitled = [i for i in rows.item_ids if i not in titles]
-    if wrong := untitled + [i for i in rows.item_ids + rows.user_ids if not i.isdecimal()]:
-        what = f"{wrong[0]!r} is no number of a user, or of a movie with a title"
-        raise ValueError(f"{ratings}, {movies.name}: {what}; fetch them again")
-    return finish(rows, [titles[i] for i in rows.item_ids], name, MOVIES, key=int)
+    if untitled := [movie for movie in rows.item_ids if movie not in titles]:
+        raise ValueError(f"{ratings}: movie {untitled[0]!r} has no title in {movies.name}")
+    titles = [titles[movie] for movie in rows.item_ids]
+    return finish(rows, titles, name, MOVIES, key=lambda number: (len(number), number))
 
 
 def movie_titles(names: dict[str, str]) -> dict[str, str]:
