@@ -62,11 +62,15 @@ class Finder:
     only: tuple[str, ...]  # the fields that are looked for
     option: str = "--columns"
     usual: dict[str, str] = field(default_factory=USUAL.copy)  # field -> patterns
+    labels: dict[str, str] = field(default_factory=dict)  # field -> name, of the first part
 
     def by_name(self, names: list[str], source) -> dict[str, str]:
-        """Field -> name; ValueError lists what there is."""
-        found, free = {}, [name for name in names if name not in self.given.values()]
-        for key in self.only:
+        """Field -> name, alike in all parts; ValueError lists what there is."""
+        if missing := [name for name in self.labels.values() if name not in names]:
+            what = f"no column {missing[0]}, which other parts have; there are {shorten(names)}"
+            raise ValueError(f"{source}: {what}: each part must name its columns")
+        found, free = self.labels, [name for name in names if name not in self.given.values()]
+        for key in self.only if not found else ():
             patterns = self.usual.get(key, "").split()
             tiers = ([n for n in free if re.fullmatch(p, plain_name(n))] for p in patterns)
             fits = next(filter(None, tiers), [])

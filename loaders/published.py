@@ -158,14 +158,12 @@ def load_zipped(config, file: Path) -> Interactions:
 
 def finish_movielens(rows: Rows, ratings: Path, movies: Path, table: Table) -> Interactions:
     """The log, its ids in the order of numbers; every movie of it must have a title."""
-    name = {".dat": "movielens", ".csv": "movielens-csv", ".data": "movielens-100k"}[ratings.suffix]
-    name = "movielens-10m" if name == "movielens" and (rows.amount % 1).any() else name
     names = first_titles(read_ids(table.columns["item"])[1], table)
     titles = movie_titles({movie: name for movie, name in names.items() if name})
     if untitled := [movie for movie in rows.item_ids if movie not in titles]:
         raise ValueError(f"{ratings}: movie {untitled[0]!r} has no title in {movies.name}")
     titles = [titles[movie] for movie in rows.item_ids]
-    return finish(rows, titles, name, MOVIES, key=lambda number: (len(number), number))
+    return finish(rows, titles, "movielens", MOVIES, key=lambda number: (len(number), number))
 
 
 def movie_titles(names: dict[str, str]) -> dict[str, str]:

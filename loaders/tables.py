@@ -46,14 +46,6 @@ class Table:
         self.num_bad += count
         self.first_bad = [*self.first_bad, shorten(line)][:5]
 
-    def find_labels(self, find, names: list[str], file) -> dict[str, str]:
-        """Those of the first part; ValueError where another lacks one of them."""
-        self.labels = self.labels or find.by_name(names, file)
-        if missing := [name for name in self.labels.values() if name not in names]:
-            what = f"no column {missing[0]}, which other parts have; there are {shorten(names)}"
-            raise ValueError(f"{file}: {what}: each part must name its columns")
-        return self.labels
-
 
 def shorten(text, length: int = 200) -> str:
     """A text for a message."""
@@ -85,7 +77,7 @@ def read_table(files: list[Path], find, plain: bool = False) -> Table:
             parts.append(read_csv(file, find, table, plain))
     if not parts:
         raise ValueError(f"{name_of(files)}: the file is empty")
-    table.num_rows = sum(part.num_rows for part in parts)
+    table.labels, table.num_rows = find.labels, sum(part.num_rows for part in parts)
     for name, label in table.labels.items():
         try:
             column = pa.chunked_array([chunk for part in parts for chunk in part[label].chunks])
@@ -123,7 +115,7 @@ def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
         )
     first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
     names, named = find.header(first, below[0] if below else [])
-    labels = table.find_labels(find, names, file)
+    labels = find.by_name(names, file)
     table.first_row = 1 + named
 
     def skipped(row) -> str:
@@ -173,7 +165,7 @@ def read_json(file: Path, find, table: Table) -> pa.Table:
     """The fields, as texts, of JSON lines, Python literals or an array."""
     head = [*itertools.islice(read_records(file, Table()), 1000)]
     names = [*dict.fromkeys(name for record in head for name in record)]
-    labels = [*table.find_labels(find, names, file).values()]
+    labels = [*find.by_name(names, file).values()]
     with contextlib.suppress(pa.ArrowException, ValueError, OverflowError), open_bytes(file) as f:
         kinds = pa.schema({label: pa.array([r.get(label) for r in head]).type for label in labels})
         parse = pa.json.ParseOptions(kinds, unexpected_field_behavior="ignore")
@@ -222,7 +214,7 @@ def read_parquet(file: Path, find, table: Table) -> pa.Table:
     """The fields of one file; `key=value` in the names of its folders are columns, too (Hive)."""
     try:
         schema = ds.dataset(str(file), partitioning="hive").schema
-        labels = [*table.find_labels(find, schema.names, file).values()]
+        labels = [*find.by_name(schema.names, file).values()]
         flat = [label for label in labels if not pa.types.is_nested(schema.field(label).type)]
         form = ds.ParquetFileFormat(dictionary_columns=flat, coerce_int96_timestamp_unit="us")
         parquet = ds.dataset(str(file), format=form, partitioning="hive")
