@@ -34,7 +34,9 @@ def visible_files(folder: Path, pattern: str = "*", below: bool = False) -> list
     return sorted(found, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), str(file)))
 
 
-def find_files(path, patterns: Iterable[str], what: str, without: str = "") -> list[Path]:
+def find_files(
+    path, patterns: Iterable[str], what: str, without: str = "", below: bool = False
+) -> list[Path]:
     """`path` itself if it is a file, else what fits a pattern in that folder; earlier ones win.
 
     Several files must be parts of one export: alike but for numbers and words such as train and
@@ -43,7 +45,8 @@ def find_files(path, patterns: Iterable[str], what: str, without: str = "") -> l
     if path.is_file():
         return [path]
     for pattern in patterns if path.is_dir() else ():
-        found = [f for f in visible_files(path, pattern) if not fnmatch.fnmatch(f.name, without)]
+        found = visible_files(path, pattern, below)
+        found = [file for file in found if not fnmatch.fnmatch(file.name, without)]
         words = {f: re.split("([^a-z]+)", f.name.lower()) for f in found}
         alike = {"".join(w for w in words[f] if w not in SPLIT_NAMES) for f in found}
         if len({re.sub(NUMBER, "#", name) for name in alike}) > 1:

@@ -121,8 +121,7 @@ def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[s
         such = [shorten(texts[n[several[0]]], 80) for n in (first, last)]
         many = f"{source}: {count:,} items have several titles in column {label}, such as {such}"
         if 5 <= count > (last >= 0).sum() / 5 and "title" not in find.given:
-            use = f"--columns title={label}"
-            raise ValueError(f"{many}: name another column, or --item_file; to use it: {use}")
+            raise ValueError(f"{many}: name another column, or this one: --columns title={label}")
         print0(f"note: {many}; the first in the alphabet is shown")
     if not titled.any() and "id" in table.columns:
         what = f"no title of the log's items, such as {item_ids[:2]}; its ids are such as {ids[:2]}"
@@ -152,12 +151,9 @@ PATTERNS = {
 def log_files(config) -> list[Path]:
     """The file, or the parts of one table in a folder; those of Parquet in its folders, too."""
     path, kind = Path(config.data_dir), config.dataset
-    if kind == "parquet" and path.is_dir():
-        if [*path.rglob("_delta_log"), *path.rglob("*.metadata.json")]:
-            raise ValueError(f"{path}: Delta Lake and Iceberg keep removed rows: export the table")
-        if parts := visible_files(path, *PATTERNS[kind], below=True):
-            return parts
-    return find_files(path, PATTERNS[kind], f"{kind} file")
+    if kind == "parquet" and [*path.rglob("_delta_log"), *path.rglob("*.metadata.json")]:
+        raise ValueError(f"{path}: Delta Lake and Iceberg keep removed rows: export the table")
+    return find_files(path, PATTERNS[kind], f"{kind} file", below=kind == "parquet")
 
 
 def item_files(config) -> list[Path]:

@@ -123,8 +123,6 @@ def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
         table.bad(f"{row.actual_columns} fields, not {row.expected_columns}: {shown}")
         return "skip"
 
-    if content.rfind(b'"') < content.find(b"\n"):
-        quotes = ""  # they stand in the header alone: what follows is read on all cores
     kinds = dict.fromkeys(labels.values(), CODED)
     kinds |= {label: pa.string() for name, label in labels.items() if name == "timestamp"}
     read = pa.csv.ReadOptions(column_names=names, skip_rows=int(named), block_size=BLOCK)
