@@ -207,7 +207,8 @@ def build_examples(
     for split, rows in (places or last_two_places(interactions, config)).items():
         liked = interactions.rating[rows] >= config.min_rating
         if split == "train":
-            liked = chosen_follower(interactions, rows, config)[1]
+            parts = np.array_split(rows, 1 + len(rows) // 50_000)  # whose arrays stay in the cache
+            liked = np.concatenate([chosen_follower(interactions, p, config)[1] for p in parts])
         if not liked.any():
             low, high = interactions.rating.min(), interactions.rating.max()
             what = f"no {split} example: none of {len(rows):,} positions has a liked chosen item"
@@ -317,8 +318,6 @@ def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> 
             missing[:, k] |= (own[:, :k] == own[:, k, None]).any(1)
         drawn[left] = own
         left, missing = left[missing.any(1)], missing[missing.any(1)]
-        if len(left) == 0:
-            return drawn
 
     weights = np.ones(n) if uniform else np.bincount(log.item, minlength=n)
     for e in left:
