@@ -106,28 +106,26 @@ def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[s
 
     The table is the log, or a second file with a column `id`. ValueError if nobody named the title
     and a fifth of the items has several."""
+    column, label, found = table.columns["title"], table.labels["title"], {i: [] for i in item_ids}
     codes, ids = read_ids(table.columns["id" if "id" in table.columns else "item"])
-    places = {text: n for n, text in enumerate(item_ids)}
-    items = np.array([*(places.get(text, -1) for text in ids), -1])[codes]
-    column, label = table.columns["title"], table.labels["title"]
-    texts = sorted({*column.values} - ABSENT_TITLES)
-    rank = {text: n for n, text in enumerate(texts)}
-    ranks = np.array([*(rank.get(text, -1) for text in column.values), -1], np.int32)[column.codes]
-    titled = (items >= 0) & (ranks >= 0)
-    first, last = np.full(len(item_ids), len(texts)), np.full(len(item_ids), -1)
-    np.minimum.at(first, items[titled], ranks[titled])
-    np.maximum.at(last, items[titled], ranks[titled])
-    if count := len(several := np.flatnonzero(first < last)):
-        such = [shorten(texts[n[several[0]]], 80) for n in (first, last)]
-        many = f"{source}: {count:,} items have several titles in column {label}, such as {such}"
-        if 5 <= count > (last >= 0).sum() / 5 and "title" not in find.given:
+    known = (codes >= 0) & (column.codes >= 0)
+    pairs = np.sort(codes[known].astype(np.int64) * len(column.values) + column.codes[known])
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+    for item, title in zip(*(part.tolist() for part in np.divmod(pairs, len(column.values)))):
+        if ids[item] in found and column.values[title] not in ABSENT_TITLES:
+            found[ids[item]] += [column.values[title]]
+    titles = [*map(sorted, found.values())]
+    if several := [texts[:2] for texts in titles if len(texts) > 1]:
+        such = f"{len(several):,} items have several titles in column {label}, such as"
+        many = f"{source}: {such} {shorten(several[0])}"
+        if 5 <= len(several) > sum(map(bool, titles)) / 5 and "title" not in find.given:
             raise ValueError(f"{many}: name another column, or this one: --columns title={label}")
         print0(f"note: {many}; the first in the alphabet is shown")
-    if not titled.any() and "id" in table.columns:
+    if not any(titles) and "id" in table.columns:
         what = f"no title of the log's items, such as {item_ids[:2]}; its ids are such as {ids[:2]}"
         columns = "--columns id=NAME,title=NAME"
         raise ValueError(f"{source}: {what}: write them alike, or name other columns: {columns}")
-    return [*map([*texts, ""].__getitem__, first.tolist())]
+    return [texts[0] if texts else "" for texts in titles]
 
 
 def titles_beside(config, files: list[Path], item_ids: list[str]) -> list[str]:
