@@ -28,7 +28,7 @@ from torch import Tensor
 from common import arg, parse_config, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
-from loaders.frozen import encode_split, prepare
+from loaders.frozen import prepare
 from model import Transformer, generate
 from runtime import sources
 from runtime.policy import free_memory
@@ -291,17 +291,17 @@ def main() -> None:
             print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}")
             print(f"--- answer\n{title}\n")
         return
-    rows = {}
+    rows, baselines = {}, prepared.baselines(config.split)
     for name, source in asked.items():
         model, tokenizer = sources.load_source(config, source, device)
         metrics, records = evaluate(
             model,
             tokenizer,
-            encode_split(prepared, config.split, tokenizer, config.max_length),
+            encode_examples(prepared.splits[config.split], tokenizer, config.max_length),
             decode=config.decode,
             decode_rest=config.decode_rest,
             micro_batch_tokens=config.micro_batch_tokens,
-            baselines=prepared.baselines(config.split),
+            baselines=baselines,
         )
         del model
         free_memory()  # before the next one is loaded

@@ -31,13 +31,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import data
 from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, to_device, tree_widths
 from demo.pretrain import BASE, TITLES, titles_base
 from eval import predict, ranking_metrics, results_table, summarise
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import data_defaults, encode_split, prepare
+from loaders.frozen import data_defaults, history_spans, prepare
+from loaders.planted import bayes_scores, world_of
 from lora import base_of
 from losses import LOSSES, MARGINS, Titles, sft_loss
 from model import ModelConfig, Transformer
@@ -557,10 +559,10 @@ def main() -> None:
             else:
                 base = find_base(config.model, config.adapter, weights=not config.dry_run)
         tokenizer = Tokenizer(base, config.prompt_format)
-        with processes.rank_zero_first():
-            histories = config.history_weight > 0
-            train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
-            test = encode_split(prepared, "test", tokenizer, config.max_length)
+        train = data.encode_examples(prepared.splits["train"], tokenizer, config.max_length)
+        test = data.encode_examples(prepared.splits["test"], tokenizer, config.max_length)
+        if config.history_weight > 0:
+            train.histories = history_spans(train, tokenizer)
         run = Run(
             config=config,
             rank=rank,
@@ -618,9 +620,10 @@ def write_results(run: Run, prepared) -> None:
     Warn of every trained stage whose answers mostly were not listed titles."""
     config, file = run.config, run.folder / "results.md"
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in config.stage_list}
-    bounds, optimum = {}, prepared.optimum("test")
-    if optimum is not None:
-        hits = ranking_metrics(optimum, prepared.splits["test"].target)["hit_ratio@1"]
+    bounds, test = {}, prepared.splits["test"]
+    if world := world_of(vars(config)):
+        optimum = bayes_scores(world, test, config.min_rating)
+        hits = ranking_metrics(optimum, test.target)["hit_ratio@1"]
         bounds["Bayes-optimal"] = float(hits.mean())
     table = results_table(rows, bounds)
     for stage, row in rows.items():
