@@ -28,6 +28,7 @@ from torch import Tensor
 from common import arg, parse_config, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
+from loaders.counting import counting_baselines
 from loaders.frozen import prepare
 from model import Transformer, generate
 from runtime import sources
@@ -287,11 +288,10 @@ def main() -> None:
         encoded = encode_examples(examples, tokenizer, config.max_length)
         for e, prompt in enumerate(encoded.prompts):
             ids = (prompt, encoded.slots(e, [examples.target[e]])[0])
-            text, title = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
-            print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}")
-            print(f"--- answer\n{title}\n")
+            text, end = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
+            print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}\n--- answer\n{end}\n")
         return
-    rows, baselines = {}, prepared.baselines(config.split)
+    rows, baselines = {}, counting_baselines(prepared.splits[config.split])
     for name, source in asked.items():
         model, tokenizer = sources.load_source(config, source, device)
         metrics, records = evaluate(

@@ -38,6 +38,7 @@ from demo.pretrain import BASE, TITLES, titles_base
 from eval import predict, ranking_metrics, results_table, summarise
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
+from loaders.counting import counting_baselines
 from loaders.frozen import data_defaults, history_spans, prepare
 from loaders.planted import bayes_scores, world_of
 from lora import base_of
@@ -547,7 +548,7 @@ def main() -> None:
         on = f"{device.type}, {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
         print0(f"processes: {world_size}, {on}, run folder {folder}")
         with processes.rank_zero_first():
-            prepared = prepare(config, check=is_main())
+            prepared = prepare(config)
         with processes.rank_zero_first("LOCAL_RANK"):
             if config.model == TITLES:
                 base = titles_base(
@@ -575,7 +576,7 @@ def main() -> None:
             train=train,
             val=stages.encode_sample(prepared.splits["val"], tokenizer, config),
             test=test,
-            baselines=prepared.baselines("test") if is_main() else {},
+            baselines=counting_baselines(prepared.splits["test"]) if is_main() else {},
             stop=stop,
         )
         example = [*train.prompts[0].tolist(), *train.slots(0, train.examples.target[:1])[0]]
@@ -591,7 +592,7 @@ def main() -> None:
         else:
             run_stages(run)
             if is_main():
-                write_results(run, prepared)
+                write_results(run)
             dist.barrier()
 
 
@@ -615,12 +616,12 @@ def run_stages(run: Run) -> None:
             start = stages.load_stage(folder / "sft")
 
 
-def write_results(run: Run, prepared) -> None:
+def write_results(run: Run) -> None:
     """Write and print the run's table, with the optimum if it is known.
     Warn of every trained stage whose answers mostly were not listed titles."""
     config, file = run.config, run.folder / "results.md"
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in config.stage_list}
-    bounds, test = {}, prepared.splits["test"]
+    bounds, test = {}, run.test.examples
     if world := world_of(vars(config)):
         optimum = bayes_scores(world, test, config.min_rating)
         hits = ranking_metrics(optimum, test.target)["hit_ratio@1"]

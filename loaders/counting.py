@@ -16,7 +16,6 @@ from data import Examples, Interactions
 
 DECAY, MAX_DISTANCE = 0.8, 10
 BASELINES = {"popularity": "popularity", "item-kNN": "item-knn", "Markov": "markov"}  # in tables
-COUNTING_RETRIEVERS = tuple(BASELINES.values())
 
 
 def training_rows(interactions: Interactions) -> np.ndarray:
@@ -25,8 +24,7 @@ def training_rows(interactions: Interactions) -> np.ndarray:
 
 
 class Retriever:
-    """Scores the catalogue for the `shown` newest items of a history; fitted on some rows of the
-    log (n,) bool, None: on all."""
+    """Scores the catalogue for the `shown` newest items of a history; fitted on `rows` of a log."""
 
     def __init__(self, name: str, log: Interactions, rows=None, shown: int = 20):
         user, item = (log.user, log.item) if rows is None else (log.user[rows], log.item[rows])
@@ -92,9 +90,8 @@ def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
 
 
 def markov_top(log: Interactions, rows: np.ndarray, shown: int, count: int, exclude=None):
-    """(E, count) items that Markov puts highest for what lies before each row (E,), the best first,
-    of equal scores the more popular one; -1 where none is left. `exclude` (E, n): items to leave
-    out; None: all that the user touched."""
+    """(E, count) items that Markov puts highest before each row (E,), the more popular one first if
+    two are equal; -1: none. Left out: `exclude` (E, n), or if None all that the user touched."""
     counts = np.bincount(log.item[training_rows(log)], minlength=log.num_items)
     order = np.argsort(-counts, kind="stable")
     found = np.full((len(rows), count), -1)

@@ -1,10 +1,9 @@
 """Examples that other projects have prepared: the RecPO authors' JSON and S-DPO's.
 
 An entry has historyList (a list, or titles joined by "::"), itemList (20 candidates) and
-trueSelection; the authors' also historyRatingList, itemScoreList (preference scores of the
-candidates) and randomNegative. It is a user of its own, and equal titles are one item."""
+trueSelection; the authors' also historyRatingList, itemScoreList (φ of the candidates) and
+randomNegative. It is a user of its own, and equal titles are one item."""
 
-import json
 import re
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def read_entries(file: Path) -> list[dict]:
         try:
             entries.append(read_entry(entry) | {"number": number})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            table.bad(f"entry {number}: {error!r}: {json.dumps(entry)}")
+            table.bad(f"entry {number}: {error!r}: {entry}")
     table.num_rows = len(entries)
     if check_bad(table, file).num_bad:
         print0(f"note: {file}: {table.num_bad:,} entries are left out: {table.first_bad}")

@@ -17,7 +17,7 @@ from common import arg, changed_options, read_json, writing
 from data import SPLITS, Encoded, ExampleConfig, Examples, Interactions
 from hub.tokenizer import Tokenizer
 from loaders import foreign, ownlog, planted, published
-from loaders.counting import counting_baselines, markov_top
+from loaders.counting import markov_top
 from loaders.files import facts
 
 PROMPT_WORDS = {"planted": planted.WORDS} | published.WORDS  # by data set
@@ -52,8 +52,7 @@ class DataConfig(ExampleConfig):
         if wrong := sorted(unread & changed_options(self)):
             raise ValueError(f"--{wrong[0]} does not go with --dataset {name}; leave one out")
         if self.split_date and (self.core or self.ranks or name in ("steam", "lastfm")):
-            later = "which count what comes after the date; leave one out"
-            raise ValueError(f"--split_date does not go with --core or ranks, {later}")
+            raise ValueError("--split_date does not go with --core or ranks: they count later rows")
 
     @property
     def ranks(self) -> str:
@@ -75,10 +74,6 @@ class Prepared:
     hash: str  # of every array, title and the history shown
     folder: Path
 
-    def baselines(self, split: str) -> dict[str, np.ndarray]:
-        """Name -> scores (E, 20) of popularity, item-kNN and Markov."""
-        return counting_baselines(self.splits[split])
-
 
 def load_interactions(config: DataConfig) -> Interactions:
     """The log as it is read; prepared examples come with it."""
@@ -95,17 +90,15 @@ def draw_users(log: Interactions, config: DataConfig) -> Interactions:
     return data.select_rows(log, np.isin(log.user, drawn))
 
 
-def prepare(config: DataConfig, check: bool = True) -> Prepared:
-    """The frozen examples of these options, written once under --prepared_dir, then mapped into
-    memory, which processes share. `check` compares them with their hash, which reads them all."""
+def prepare(config: DataConfig) -> Prepared:
+    """The frozen examples of these options, written once under --prepared_dir."""
     name = config.dataset
     if name != planted.NAME and not config.data_dir:
         raise ValueError(f"--dataset {name} needs --data_dir, where its raw files are")
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
     source = facts(LOADERS[name].files(config)) if name != planted.NAME else []
-    made_of = json.dumps([PREPARED_FORMAT, options, source], sort_keys=True)
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([PREPARED_FORMAT, options, source]).encode()).hexdigest()[:12]
     folder = Path(config.prepared_dir) / f"{name}-{key}"
     if not folder.exists():
         read = load_interactions(config)
@@ -120,37 +113,32 @@ def prepare(config: DataConfig, check: bool = True) -> Prepared:
         if left_out := count - len(log.user):
             log.notes["interactions that --num_users and --core leave out"] = left_out
         write_prepared(folder, log, splits)
-    return read_prepared(folder, check, config.list_in_prompt)
+    return read_prepared(folder, config.list_in_prompt)
 
 
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, without raw files."""
-    for file in sorted(Path(prepared_dir).glob("*/meta.json")):
-        if read_json(file).get("hash", "").startswith(content_hash):
-            return read_prepared(file.parent)
-    return None
+    files = sorted(Path(prepared_dir).glob("*/meta.json"))
+    found = (f.parent for f in files if read_json(f).get("hash", "").startswith(content_hash))
+    return next(map(read_prepared, found), None)
 
 
 # ------------------------------------------------------------------------------------ split in time
 def date_of(interactions: Interactions, split_date: str) -> np.datetime64:
     """The date, UTC if it names no zone; ValueError if it does not divide the log."""
     time = np.sort(interactions.timestamp).view("M8[s]")
-    tenth = time[int(0.9 * len(time))]
     with contextlib.suppress(ValueError):
-        date = tenth if split_date == "10%" else np.datetime64(split_date, "s")
+        date = time[int(0.9 * len(time))] if split_date == "10%" else np.datetime64(split_date, "s")
         if time[0] < date <= time[-1]:
             return date
-    known = f"expected 10%, or a date such as 2000-12-01 between {time[0]} and {time[-1]}"
-    raise ValueError(f"--split_date {split_date}: {known}, the log's first and last time")
+    inside = f"a date such as 2000-12-01 between {time[0]} and {time[-1]}"
+    raise ValueError(f"--split_date {split_date}: expected 10%, or {inside}")
 
 
 def build_dated_examples(log: Interactions, config) -> tuple[Interactions, dict[str, Examples]]:
-    """The log, which now knows where training ends, and its splits, divided by --split_date.
-
-        training | validation: last liked before the date | date | test: first liked after it
-
-    Training and validation are built from a log that ends at the date, so that no random candidate
-    tells of later; candidates of tests come from the whole catalogue."""
+    """The log, which now knows where training ends, and its splits: each user is validated on the
+    last liked item before --split_date and tested on the first one after it. Other splits than the
+    test are built from a log that ends there, so that no random candidate tells of later."""
     date = date_of(log, config.split_date)
     before = log.timestamp.view("M8[s]") < date
     past = data.select_rows(log, before)
@@ -184,24 +172,19 @@ PREPARED_FORMAT = 6  # raised when the same options give other examples, or othe
 LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
 
 
-def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
-    hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
-    parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
-    whole = "\n".join([*parts, json.dumps(texts, sort_keys=True)])
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
 def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples]) -> None:
-    """A file per array, such as log.user and train.target (these names are part of the hash), and
-    meta.json; put in place when the folder is whole."""
+    """Files of the arrays, whose names are part of the hash, and meta.json, in a whole folder."""
     arrays = {f"log.{n}": value for n, value in vars(log).items() if isinstance(value, np.ndarray)}
     for split, examples in splits.items():
         arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
     texts = {name: getattr(log, name) for name in LOG_TEXTS} | {"history": examples.history}
     shown = {name: getattr(examples, name) for name in ("min_shown_rating", "ratings")}
     texts |= {n: value for n, value in shown.items() if value != getattr(Examples, n)}
-    meta = {"hash": content_hash(arrays, texts), "texts": texts}
-    meta |= {"notes": log.notes, "words": log.words}
+    hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
+    parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
+    whole = "\n".join([*parts, json.dumps(texts, sort_keys=True)])
+    meta = {"texts": texts, "notes": log.notes, "words": log.words}
+    meta["hash"] = hashlib.sha256(whole.encode()).hexdigest()
     part = folder.with_name(f"{folder.name}.{os.getpid()}")
     with writing(folder):
         part.mkdir(parents=True, exist_ok=True)
@@ -213,12 +196,10 @@ def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples])
         shutil.rmtree(part, ignore_errors=True)
 
 
-def read_prepared(folder: Path, check: bool = False, listed: bool = True) -> Prepared:
+def read_prepared(folder: Path, listed: bool = True) -> Prepared:
     """The arrays are mapped into memory, which processes share."""
     arrays = {f.stem: np.load(f, mmap_mode="r").view(np.ndarray) for f in folder.glob("*.npy")}
     meta, splits = read_json(folder / "meta.json"), {}
-    if check and content_hash(arrays, meta["texts"]) != meta["hash"]:
-        raise ValueError(f"{folder}: prepared examples do not match their hash; delete it")
     shown = meta["texts"]
     log = {name: shown.pop(name) for name in LOG_TEXTS}  # what is left are fields of Examples
     log |= {n.removeprefix("log."): array for n, array in arrays.items() if n.startswith("log.")}
@@ -230,8 +211,7 @@ def read_prepared(folder: Path, check: bool = False, listed: bool = True) -> Pre
 
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
-    """(E, 2) where the history stands among a prompt's tokens, first and one behind the last: where
-    it differs from a prompt with another history, "~" and 0, if ratings are shown."""
+    """(E, 2) first and past last token that another history, "~" and 0 if rated, would change."""
     texts, spans = [], []
     for example in map(encoded.examples.__getitem__, range(len(encoded.examples))):
         other = [("~", 0 * rating) for _, rating in example.history[-1:]]

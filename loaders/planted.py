@@ -2,10 +2,8 @@
 
 Stories belong to genres, which the two words of a title give away. A user's taste is a hidden genre
 that stays, moves on to its successor, or jumps anywhere. At each step the user reads a story of the
-tasted genre or, out of curiosity, of any other; one within the taste is rated high, others mostly
-low. `python -m loaders.planted log.csv` writes the world as an ordinary CSV.
-
-Legend: U users, L steps, G genres, E examples."""
+tasted genre, rated high, or, out of curiosity, of any other, mostly rated low. `python -m
+loaders.planted log.csv` writes it as a CSV. Legend: U users, L steps, G genres, E examples."""
 
 import argparse
 import itertools
@@ -19,8 +17,7 @@ from data import Examples, Interactions
 from loaders.table import make_interactions
 
 NAME, WORDS = "planted", ("stories", "read", "read")
-# of options that are not given: what suits readers with 13 to 17 interactions
-DEFAULTS = {"followers": 3, "min_history": 4, "train_size": 18000, "test_size": 500}
+DEFAULTS = {"followers": 3, "min_history": 4, "train_size": 18000, "test_size": 500}  # of options
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
 NAMES = np.array([(a + b).capitalize() for a, b in itertools.product(SYLLABLES, repeat=2)])
@@ -42,9 +39,6 @@ class World:
     ratings_in_taste: tuple[float, ...] = (0.0, 0.02, 0.08, 0.4, 0.5)  # P(rating = 1..5)
     ratings_off_taste: tuple[float, ...] = (0.35, 0.35, 0.2, 0.07, 0.03)
     seed: int = 0
-
-    def genre(self, story):
-        return story // self.stories_per_genre
 
     def transition(self) -> np.ndarray:
         """(G, G) probability of the next taste; successors are neighbours on a circle."""
@@ -87,10 +81,9 @@ def planted_world(world: World) -> Interactions:
         lengths = np.where(read_out, np.minimum(lengths, t), lengths)
         read[users, items[:, t]] = True
         ratings[:, t] = 1 + draw(rng, world.rating_given(genre == taste))
-    shown = np.arange(L) < lengths[:, None]
-    user, step = np.nonzero(shown)
+    user, step = np.nonzero(np.arange(L) < lengths[:, None])
     time, titles = 1_000_000_000 + 86_400 * step, dict(enumerate(world.titles()))
-    log = make_interactions(user, items[shown], ratings[shown], time, titles, NAME)
+    log = make_interactions(user, items[user, step], ratings[user, step], time, titles, NAME)
     return replace(log, words=WORDS)
 
 
@@ -116,7 +109,7 @@ def bayes_scores(world: World, examples: Examples, low: float = 4.0, high: float
     """(E, 20) log P(next story = candidate, low <= its rating <= high | history), by the forward
     algorithm, which yields the posterior of the taste (G,), from histories that are shown whole."""
     log, codes = examples.interactions, {title: i for i, title in enumerate(world.titles())}
-    genre = world.genre(np.array([codes[title] for title in log.titles]))  # of each item code
+    genre = np.array([codes[title] for title in log.titles]) // world.stories_per_genre  # by item
     G, stars = world.num_genres, np.arange(1, 6)
     picked, transition = world.genre_given_taste(), world.transition()
     rated = world.rating_given(np.eye(G, dtype=bool))  # (G, G, 5) of a taste and a story's genre

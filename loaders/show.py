@@ -25,13 +25,10 @@ class ShowConfig(DataConfig):
 
 
 def statistics(prepared: Prepared) -> list[str]:
-    """Lines: sizes, what was left out, and how the interactions and the examples are spread."""
+    """Lines: the sizes of the log and its splits, and what was left out."""
     log = prepared.interactions
     out = [f"{log.num_users:,} users, {log.num_items:,} items, {len(log.user):,} interactions"]
     out += [f"left out or changed: {count:,} {why}" for why, count in log.notes.items()]
-    for name, counts in (("user", np.diff(log.start)), ("item", np.bincount(log.item))):
-        quartiles = ", ".join(f"{q}% {np.percentile(counts, q):.0f}" for q in (0, 25, 50, 75, 100))
-        out.append(f"interactions per {name}: {quartiles}")
     for split, examples in prepared.splits.items():
         users = len(np.unique(log.user[examples.position]))
         out.append(f"{split}: {len(examples):,} examples of {users:,} users")
@@ -42,25 +39,24 @@ def show() -> None:
     config = parse_config(ShowConfig, beneath=data_defaults)
     prepared = prepare(config)
     print(f"{config.dataset}: prepared in {prepared.folder}, hash {prepared.hash[:16]}\n")
-    print("\n".join(statistics(prepared)))
+    print(*statistics(prepared), sep="\n")
 
     train, tokenizer = prepared.splits["train"], Tokenizer(resolve_path(config.tokenizer))
     if config.show >= len(train):
         raise ValueError(f"--show must be between 0 and {len(train) - 1}, got {config.show}")
     one = train.select([config.show])
-    example, (slots,) = one[0], one.negatives(3)
+    example, (slots,), is_random = one[0], one.negatives(3), one.is_random[0]
     text, chosen, scores = render_prompt(example), example.target, torch.tensor(example.scores)
-    titles = [repr(title) for title in example.candidates]
+    titles = example.candidates
     print(f"\n---- training example {config.show}:\n\n{text}\n")
-    print(f"chosen:   {titles[chosen]}, score {scores[chosen]:.3f}")
+    print(f"chosen:   {titles[chosen]!r}, score {scores[chosen]:.3f}")
     margins = target_margins(scores[[chosen]], scores[slots][None], "ratio")[0]
     for slot, margin in zip(slots, margins):
-        kind = "random" if one.is_random[0, slot] else "follows"
-        margin = f"target margin {margin:.2f}"
-        print(f"rejected: {titles[slot]}, score {scores[slot]:.3f} ({kind}), {margin}")
-    (prompt,), title = tokenizer.encode_prompts([text]), example.candidates[chosen]
-    (answer,) = tokenizer.encode_completions([title])
-    decode = tokenizer.inner.decode
-    tokens = [repr(decode([i], skip_special_tokens=False)) for i in [*prompt[-3:], *answer]]
+        score = f"{scores[slot]:.3f} ({'random' if is_random[slot] else 'follows'})"
+        print(f"rejected: {titles[slot]!r}, score {score}, target margin {margin:.2f}")
+    (prompt,) = tokenizer.encode_prompts([text])
+    (answer,) = tokenizer.encode_completions([titles[chosen]])
+    ids = [*prompt[-3:], *answer]
+    tokens = [repr(tokenizer.inner.decode([i], skip_special_tokens=False)) for i in ids]
     ends = "(|| ends the prompt; all behind it is scored)"
     print(f"boundary: ... {' '.join(tokens[:3])} || {' '.join(tokens[3:])}   {ends}")

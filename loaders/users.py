@@ -45,8 +45,8 @@ class Catalogue:
         if code is not None:
             return code, item or self.ids[code], self.titles[code]
         if not title:
-            known = "of the log" if self.titles else "(which needs the log, and none is at hand)"
-            raise ValueError(f"{where} is {entry!r:.80}: expected a title, or an item id {known}")
+            known = "a title, or the id of an item of the log, if one is at hand"
+            raise ValueError(f"{where} is {entry!r:.80}: expected {known}")
         if self.titles:
             note_once(f'the log has no "{title}", which is ranked all the same')
         return None, item, title
@@ -55,32 +55,28 @@ class Catalogue:
 def read_user(
     entry, where: str, catalogue: Catalogue, config: DataConfig, fewest: int, retrieve=False
 ) -> User:
-    """One user's history, and `fewest` candidates or more, or none that are to be retrieved."""
+    """One user, with `fewest` candidates or more, or with none, if they may be retrieved."""
     entry = entry if isinstance(entry, dict) else {}
     name, history, given = entry.get("user", ""), entry.get("history"), entry.get("candidates", [])
     if type(name) not in (str, int) or not type(history) is type(given) is list:
         raise ValueError(f"{where}: expected {SHAPE}")
-    rows, items, candidates = [], [], {}
-    for number, rated in enumerate(history, 1):
-        place, rated = f"{where}: history entry {number}", rated if type(rated) is dict else {}
-        code, _, title = catalogue.find(rated, place)
-        rows.append((title, read_rating(rated.get("rating"), place, config)))
-        items += [code] if code is not None else []
-    for number, candidate in enumerate(given, 1):
-        _, item, title = catalogue.find(candidate, f"{where}: candidate {number}")
-        if title in candidates:
-            raise ValueError(f"{where}: candidate {number} stands there twice, {title!r}")
-        candidates[title] = item, title
-    if not (shown := shown_history(rows, config)):
-        shows = f"--history_items {config.history_items} shows"
-        raise ValueError(f"{where}: the history is empty; give an item that {shows}")
+    found = [catalogue.find(e, f"{where}: history entry {n}") for n, e in enumerate(history, 1)]
+    items = [code for code, _, _ in found if code is not None]
+    rated = [(title, read_rating(e, where, config)) for (_, _, title), e in zip(found, history)]
+    listed = [catalogue.find(e, f"{where}: candidate {n}")[1:] for n, e in enumerate(given, 1)]
+    titles = [title for _, title in listed]
+    if repeated := [title for title in titles if titles.count(title) > 1]:
+        raise ValueError(f"{where}: candidate {repeated[0]!r} stands there twice")
+    if not (shown := shown_history(rated, config)):
+        raise ValueError(f"{where}: no history (--history_items {config.history_items}); give one")
     if len(given) < fewest and not (retrieve and items and not given):
         raise ValueError(f"{where}: {len(given)} candidates, give at least {fewest}")
-    return User(str(name), shown, np.array(items, np.int64), [*candidates.values()])
+    return User(str(name), shown, np.array(items, np.int64), listed)
 
 
-def read_rating(rating, where: str, config: DataConfig) -> float:
+def read_rating(entry, where: str, config: DataConfig) -> float:
     """A rating mapped from --scale, in the log's precision; NaN, if none is given or needed."""
+    rating = entry.get("rating") if isinstance(entry, dict) else None
     optional = not config.ratings or config.dataset == "prepared"
     if rating is None and optional and config.history_items == "all":
         return nan
@@ -88,7 +84,7 @@ def read_rating(rating, where: str, config: DataConfig) -> float:
     low, high = parse_scale(asked) if asked else (1e-9, 5.0)
     if type(rating) not in (int, float) or not low <= rating <= high:
         scale = f"of --scale {asked}" if asked else "above 0 and up to 5"
-        raise ValueError(f"{where} has rating {rating!r}; expected a number {scale}, as in the log")
+        raise ValueError(f"{where}: {entry!r:.80}: expected a rating {scale}, as in the log")
     return float(np.float32(1 + 4 * (rating - low) / (high - low) if asked else rating))
 
 
