@@ -28,7 +28,8 @@ from torch import Tensor
 from common import arg, parse_config, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
-from loaders.frozen import encode_split, prepare
+from loaders.counting import counting_baselines
+from loaders.frozen import prepare
 from model import Transformer, generate
 from runtime import sources
 from runtime.policy import free_memory
@@ -287,21 +288,20 @@ def main() -> None:
         encoded = encode_examples(examples, tokenizer, config.max_length)
         for e, prompt in enumerate(encoded.prompts):
             ids = (prompt, encoded.slots(e, [examples.target[e]])[0])
-            text, title = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
-            print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}")
-            print(f"--- answer\n{title}\n")
+            text, end = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
+            print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}\n--- answer\n{end}\n")
         return
-    rows = {}
+    rows, baselines = {}, counting_baselines(prepared.splits[config.split])
     for name, source in asked.items():
         model, tokenizer = sources.load_source(config, source, device)
         metrics, records = evaluate(
             model,
             tokenizer,
-            encode_split(prepared, config.split, tokenizer, config.max_length),
+            encode_examples(prepared.splits[config.split], tokenizer, config.max_length),
             decode=config.decode,
             decode_rest=config.decode_rest,
             micro_batch_tokens=config.micro_batch_tokens,
-            baselines=prepared.baselines(config.split),
+            baselines=baselines,
         )
         del model
         free_memory()  # before the next one is loaded

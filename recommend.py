@@ -99,12 +99,12 @@ class Ranker:
         )
         return prompt, completions
 
-    def top(self, user: User, log: Interactions) -> np.ndarray:
-        """The 20 untouched items of the catalogue that the model itself ranks highest."""
+    def catalogue_scores(self, user: User, log: Interactions) -> np.ndarray:
+        """Log-probs (I,) that the model itself gives the titles of the log."""
         example = Example(self.words, user.name, user.history, [], 0, [], 0, listed=False)
         prompt, _ = shortened(example, 1, self.tokenizer, self.config.max_length)
         (scores,) = title_scores(self.model, self.tokenizer, log.titles, [prompt])
-        return best_items(scores, user.items, NUM_CANDIDATES)
+        return scores
 
     @torch.no_grad()
     def score(self, encoded: list[tuple[list, list]]) -> Iterator[tuple[int, np.ndarray, list]]:
@@ -152,8 +152,8 @@ def candidates_of(ranker: Ranker, user: User, retriever, log: Interactions) -> l
     The retriever finds the best items; without one the model does."""
     rows = [(item, title, None) for item, title in user.candidates]
     if not rows:
-        seen = user.items
-        codes = retriever.top(seen, seen, NUM_CANDIDATES) if retriever else ranker.top(user, log)
+        scores = retriever.scores(user.items) if retriever else ranker.catalogue_scores(user, log)
+        codes = best_items(scores, user.items, NUM_CANDIDATES)
         rows = [(log.item_ids[c], log.titles[c], rank) for rank, c in enumerate(codes.tolist(), 1)]
     rows = [rows[i] for i in shown_order(user.name, len(rows))]
     return [{"item": i, "title": t, "probability": 0.0, "retrieved": rank} for i, t, rank in rows]

@@ -31,13 +31,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import data
 from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, to_device, tree_widths
 from demo.pretrain import BASE, TITLES, titles_base
 from eval import predict, ranking_metrics, results_table, summarise
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import data_defaults, encode_split, prepare
+from loaders.counting import counting_baselines
+from loaders.frozen import data_defaults, history_spans, prepare
+from loaders.planted import bayes_scores, world_of
 from lora import base_of
 from losses import LOSSES, MARGINS, Titles, sft_loss
 from model import ModelConfig, Transformer
@@ -545,7 +548,7 @@ def main() -> None:
         on = f"{device.type}, {torch.get_num_threads()} threads each (OMP_NUM_THREADS)"
         print0(f"processes: {world_size}, {on}, run folder {folder}")
         with processes.rank_zero_first():
-            prepared = prepare(config, check=is_main())
+            prepared = prepare(config)
         with processes.rank_zero_first("LOCAL_RANK"):
             if config.model == TITLES:
                 base = titles_base(
@@ -557,10 +560,10 @@ def main() -> None:
             else:
                 base = find_base(config.model, config.adapter, weights=not config.dry_run)
         tokenizer = Tokenizer(base, config.prompt_format)
-        with processes.rank_zero_first():
-            histories = config.history_weight > 0
-            train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
-            test = encode_split(prepared, "test", tokenizer, config.max_length)
+        train = data.encode_examples(prepared.splits["train"], tokenizer, config.max_length)
+        test = data.encode_examples(prepared.splits["test"], tokenizer, config.max_length)
+        if config.history_weight > 0:
+            train.histories = history_spans(train, tokenizer)
         run = Run(
             config=config,
             rank=rank,
@@ -573,7 +576,7 @@ def main() -> None:
             train=train,
             val=stages.encode_sample(prepared.splits["val"], tokenizer, config),
             test=test,
-            baselines=prepared.baselines("test") if is_main() else {},
+            baselines=counting_baselines(prepared.splits["test"]) if is_main() else {},
             stop=stop,
         )
         example = [*train.prompts[0].tolist(), *train.slots(0, train.examples.target[:1])[0]]
@@ -589,7 +592,7 @@ def main() -> None:
         else:
             run_stages(run)
             if is_main():
-                write_results(run, prepared)
+                write_results(run)
             dist.barrier()
 
 
@@ -613,14 +616,15 @@ def run_stages(run: Run) -> None:
             start = stages.load_stage(folder / "sft")
 
 
-def write_results(run: Run, prepared) -> None:
+def write_results(run: Run) -> None:
     """Write and print the run's table, with the optimum if it is known.
     Warn of every trained stage whose answers mostly were not listed titles."""
     config, file = run.config, run.folder / "results.md"
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in config.stage_list}
-    bounds, optimum = {}, prepared.optimum("test")
-    if optimum is not None:
-        hits = ranking_metrics(optimum, prepared.splits["test"].target)["hit_ratio@1"]
+    bounds, test = {}, run.test.examples
+    if world := world_of(vars(config)):
+        optimum = bayes_scores(world, test, config.min_rating)
+        hits = ranking_metrics(optimum, test.target)["hit_ratio@1"]
         bounds["Bayes-optimal"] = float(hits.mean())
     table = results_table(rows, bounds)
     for stage, row in rows.items():

@@ -16,7 +16,6 @@ from data import Examples, Interactions
 
 DECAY, MAX_DISTANCE = 0.8, 10
 BASELINES = {"popularity": "popularity", "item-kNN": "item-knn", "Markov": "markov"}  # in tables
-COUNTING_RETRIEVERS = tuple(BASELINES.values())
 
 
 def training_rows(interactions: Interactions) -> np.ndarray:
@@ -25,15 +24,13 @@ def training_rows(interactions: Interactions) -> np.ndarray:
 
 
 class Retriever:
-    """Scores the catalogue for the `shown` newest items of a history; fitted on some rows of the
-    log (n,) bool, None: on all."""
+    """Scores the catalogue for the `shown` newest items of a history; fitted on `rows` of a log."""
 
     def __init__(self, name: str, log: Interactions, rows=None, shown: int = 20):
         user, item = (log.user, log.item) if rows is None else (log.user[rows], log.item[rows])
         self.name, self.weights = name, DECAY ** np.arange(shown)
         self.counts = np.bincount(item, minlength=log.num_items)
-        self.item_rows = np.argsort(item, kind="stable")  # those of one item come together
-        self.item_start = np.append(0, np.cumsum(self.counts))
+        self.rows_of = np.split(np.argsort(item, kind="stable"), np.cumsum(self.counts)[:-1])
         self.user_start = np.searchsorted(user, np.arange(log.num_users + 1))
         self.user = np.pad(user, (0, MAX_DISTANCE), constant_values=-1)  # behind the last: nobody
         self.item = np.pad(item, (0, MAX_DISTANCE))
@@ -50,13 +47,9 @@ class Retriever:
             total[candidates] += weight * values
         return total
 
-    def top(self, history: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
-        """The n best item codes that are not excluded, or as many as there are."""
-        return best_items(self.scores(history), exclude, n)
-
     def count_row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """The candidates that an item speaks for, and how much."""
-        rows = self.item_rows[self.item_start[item] : self.item_start[item + 1]]
+        rows = self.rows_of[item]
         if self.name == "item-knn":
             users, start = self.user[rows], self.user_start
             parts = map(slice, start[users].tolist(), start[users + 1].tolist())
@@ -89,18 +82,18 @@ def scores_before(name: str, log: Interactions, rows: np.ndarray, shown: int) ->
 
 def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
     """Scores (E, 20) of the examples' candidates, by a recommender's name in result tables."""
-    asked, found = (examples.interactions, examples.position, examples.history), {}
+    log, found = examples.interactions, {}
     for name, key in BASELINES.items():
-        scores = zip(scores_before(key, *asked), examples.candidates)
-        found[name] = np.array([of_all[candidates] for of_all, candidates in scores])
+        scores = scores_before(key, log, examples.position, examples.history)
+        found[name] = np.array([row[items] for row, items in zip(scores, examples.candidates)])
     return found
 
 
 def markov_top(log: Interactions, rows: np.ndarray, shown: int, count: int, exclude=None):
-    """(E, count) items that Markov puts highest for what lies before each row (E,), the best first;
-    -1 where none is left. `exclude` (E, n): items to leave out; None: all that the user touched."""
+    """(E, count) items that Markov puts highest before each row (E,), the more popular one first if
+    two are equal; -1: none. Left out: `exclude` (E, n), or if None all that the user touched."""
     counts = np.bincount(log.item[training_rows(log)], minlength=log.num_items)
-    order = np.argsort(-counts, kind="stable")  # of equal scores the more popular item comes first
+    order = np.argsort(-counts, kind="stable")
     found = np.full((len(rows), count), -1)
     for e, scores in enumerate(scores_before("markov", log, rows, shown)):
         start, end = log.start[log.user[rows[e]] + np.arange(2)]

@@ -1,10 +1,9 @@
 """Examples that other projects have prepared: the RecPO authors' JSON and S-DPO's.
 
 An entry has historyList (a list, or titles joined by "::"), itemList (20 candidates) and
-trueSelection; the authors' also historyRatingList, itemScoreList (preference scores of the
-candidates) and randomNegative. It is a user of its own, and equal titles are one item."""
+trueSelection; the authors' also historyRatingList, itemScoreList (φ of the candidates) and
+randomNegative. It is a user of its own, and equal titles are one item."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,39 +11,37 @@ import numpy as np
 
 from common import print0
 from data import NUM_CANDIDATES, SPLITS, TEMPLATES, Examples, Interactions
-from loaders.files import read_lines, visible_files
+from loaders.files import visible_files
 from loaders.table import clean_title
-from loaders.tables import Table, check_bad
+from loaders.tables import Table, check_bad, read_records
 
 
 def files(config) -> list[Path]:
-    """Those of train, val (may miss), test: a word of the name starts so ("latest" is no test)."""
-    folder, found = Path(config.data_dir), {split: [] for split in SPLITS}
-    for file in visible_files(folder, "*.json*") if folder.is_dir() else ():
-        if word := re.search("(?<![a-z])(train|test|val|dev)", file.name.lower()):
-            found[word[0].replace("dev", "val")].append(file)
-    for split, files in found.items():
-        if len(files) != 1 and (files or split != "val"):
-            names = [file.name for file in files or folder.glob("*")]
-            raise ValueError(f"{folder}: expected a folder with one {split} file, found {names}")
-    return sum(found.values(), [])
+    """Those of train, val and test: a word of the name starts so ("latest" is no test)."""
+    folder, found = Path(config.data_dir), []
+    inside = visible_files(folder) if folder.is_dir() else []
+    for word in ("train", "val|dev", "test"):
+        fits = [f for f in inside if re.search(rf"(?<![a-z])({word}).*\.json", f.name.lower())]
+        if len(fits) != 1:
+            names = [file.name for file in fits or inside]
+            raise ValueError(f"{folder}: expected a folder with one {word} file, found {names}")
+        found += fits
+    return found
 
 
 def read_entries(file: Path) -> list[dict]:
     """Entries of a JSON list; ValueError if more than 1 % cannot be used."""
     entries, table = [], Table()
-    try:
-        raw = json.loads("\n".join(read_lines(file)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a JSON list of examples ({error})") from None
-    for number, entry in enumerate(raw if isinstance(raw, list) else [raw], 1):
+    for number, entry in enumerate(read_records(file, table), 1):
         try:
             entries.append(read_entry(entry) | {"number": number})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            table.bad(f"entry {number}: {error!r}: {json.dumps(entry)}")
+            table.bad(f"entry {number}: {error!r}: {entry}")
     table.num_rows = len(entries)
     if check_bad(table, file).num_bad:
         print0(f"note: {file}: {table.num_bad:,} entries are left out: {table.first_bad}")
+    if not entries:
+        raise ValueError(f"{file}: no example")
     return entries
 
 
@@ -56,9 +53,9 @@ def read_entry(entry: dict) -> dict:
     ratings = [*map(float, entry.get("historyRatingList") or [np.nan] * len(history))]
     scores = [*map(float, entry.get("itemScoreList") or [1.0] * NUM_CANDIDATES)]
     random = {*map(clean_title, entry.get("randomNegative") or [])} or {*candidates} - {target}
-    fits = len({*candidates}) == len(candidates) == len(scores) == NUM_CANDIDATES
-    fits = fits and len(ratings) == len(history) > 0 and all(history + candidates)
-    if not fits or not all(0 < s < np.inf for s in scores) or any(r <= 0 or r > 5 for r in ratings):
+    listed = len({*candidates}) == len(candidates) == len(scores) == NUM_CANDIDATES
+    shown = len(ratings) == len(history) > 0 and not any(r <= 0 or r > 5 for r in ratings)
+    if not (listed and shown and all(history + candidates) and all(0 < s < np.inf for s in scores)):
         titles = f"{NUM_CANDIDATES} different candidates with scores above 0 or none"
         raise ValueError(f"expected a history with ratings up to 5 or none, and {titles}")
     return {
@@ -72,32 +69,25 @@ def read_entry(entry: dict) -> dict:
 
 
 def load(config) -> tuple[Interactions, dict[str, Examples]]:
-    """(log, splits); without validation, the last tenth of the training entries are its split."""
-    train, *val, test = map(read_entries, files(config))
-    if not val:
-        cut = max(1, len(train) // 10)
-        train, val = train[:-cut], [train[-cut:]]
-        print0(f"note: no *val*.json; the last {cut} training entries are its split")
-    parts, everything = {"train": train, "val": val[0], "test": test}, [*train, *val[0], *test]
+    """(log, splits); the log holds an entry's history and its target as a user of their own."""
+    parts = dict(zip(SPLITS, map(read_entries, files(config))))
+    everything = sum(parts.values(), [])
     if all(score == 1 for entry in everything for score in entry["scores"]):
         print0("note: no itemScoreList: all scores are 1, and RecPO's margins say nothing")
     titles = sorted({title for e in everything for title in e["shown"] + e["candidates"]})
     code = {title: i for i, title in enumerate(titles)}
-    names, shown, ratings, start, arrays = [], [], [], [0], {}
-    for number, split in enumerate(SPLITS):
+    users, names, start, arrays = [], [], [0], {}
+    for number, (split, part) in enumerate(parts.items()):
         rng = np.random.default_rng([config.data_seed, number])
         size = config.train_size if split == "train" else config.test_size
-        part = [parts[split][i] for i in rng.permutation(len(parts[split]))[: size or None]]
-        if not part:
-            raise ValueError(f"{config.data_dir}: no {split} example")
+        part = [part[i] for i in rng.permutation(len(part))[: size or None]]
+        users += part
         names += [f"{split} {entry['number']}" for entry in part]
-        shown += [code[title] for entry in part for title in entry["shown"]]
-        ratings += [rating for entry in part for rating in entry["ratings"]]
         ends = start[-1] + np.cumsum([len(entry["shown"]) for entry in part])
         start += ends.tolist()
         others = [np.delete(np.arange(NUM_CANDIDATES), entry["target"]) for entry in part]
         arrays[split] = {
-            "position": ends - 1,  # a user is its history, then its target
+            "position": ends - 1,
             "candidates": np.array([[code[t] for t in e["candidates"]] for e in part], np.int32),
             "target": np.array([entry["target"] for entry in part], np.int32),
             "scores": np.array([entry["scores"] for entry in part], np.float32),
@@ -105,8 +95,9 @@ def load(config) -> tuple[Interactions, dict[str, Examples]]:
             "negative_order": rng.permuted(others, axis=1).astype(np.int32),
             "template": rng.integers(len(TEMPLATES), size=len(part)).astype(np.int32),
         }
+    item = np.array([code[title] for entry in users for title in entry["shown"]], np.int32)
+    rating = np.array([rating for entry in users for rating in entry["ratings"]], np.float32)
     user = np.repeat(np.arange(len(names), dtype=np.int32), np.diff(start))
     time = np.arange(len(user)) - np.array(start)[user]  # only the order is known
-    item, rating = np.array(shown, np.int32), np.array(ratings, np.float32)
     log = Interactions(user, item, rating, time, np.array(start), titles, names, titles, "prepared")
     return log, {split: Examples(log, split, config.history, **a) for split, a in arrays.items()}

@@ -1,4 +1,4 @@
-"""Frozen examples: from data options to interactions and splits on disk, and to token ids.
+"""Frozen examples: from data options to interactions and splits on disk.
 
 A hash of every array and title says which they are: models that are compared see the same ones."""
 
@@ -7,27 +7,23 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 import data
 from common import arg, changed_options, read_json, writing
-from data import ITEMS, SPLITS, Encoded, ExampleConfig, Examples, Interactions, Words
+from data import SPLITS, Encoded, ExampleConfig, Examples, Interactions
 from hub.tokenizer import Tokenizer
 from loaders import foreign, ownlog, planted, published
-from loaders.counting import counting_baselines, markov_top
-from loaders.dated import build_dated_examples
+from loaders.counting import markov_top
 from loaders.files import facts
 
-OWN_LOGS = ("csv", "jsonl", "recbole", "parquet")
-OWN = ", ".join(OWN_LOGS)
-RANKS = {f"rank:{group}": group for group in ("item", "user", "all")}  # of --scale
+PROMPT_WORDS = {"planted": planted.WORDS} | published.WORDS  # by data set
 # name -> what has its load(config), and files(config), all that is read
 LOADERS = {"planted": planted, "prepared": foreign} | dict.fromkeys(published.PATTERNS, published)
-NOT_OWN = tuple(LOADERS)
-LOADERS |= dict.fromkeys(OWN_LOGS, ownlog)
+LOADERS |= dict.fromkeys(("csv", "jsonl", "recbole", "parquet"), ownlog)
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class DataConfig(ExampleConfig):
 
     dataset: str = arg("planted", "what is read", group="data", choices=tuple(LOADERS))
     data_dir: str = arg("", "the raw file, or the folder (MovieLens: or zip) with the raw files")
-    columns: str = arg("", f"{OWN}: user=,item=,rating=,timestamp=,title=NAME or its place")
+    columns: str = arg("", "own logs: user=,item=,rating=,timestamp=,title=NAME or its place")
     item_file: str = arg("", "a second file with title= and id= (the item) of --columns")
     scale: str = arg("", "map to 1 to 5: LOW,HIGH or binary; amounts: rank:item, :user or :all")
     planted_users: int = arg(4000, "users of the planted world", at_least=1)
@@ -47,33 +43,26 @@ class DataConfig(ExampleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        named, ranks = f"--dataset {self.dataset}", "ranks, which count what comes after the date"
-        unscaled = ("planted", "movielens", "prepared") if self.ranks else NOT_OWN
-        unread = {  # options -> what they do not go with
-            "columns item_file": named * (self.dataset in NOT_OWN),
-            "scale": named * (self.dataset in unscaled),
-            "num_users core split_date negatives": named * (self.dataset == "prepared"),
-            "core": "--split_date: it counts what comes after the date" * bool(self.split_date),
-            "split_date": ranks * bool(self.ranks or self.dataset in ("steam", "lastfm")),
-        }
-        for names, reason in unread.items():
-            if reason and (wrong := sorted({*names.split()} & changed_options(self))):
-                raise ValueError(f"--{wrong[0]} does not go with {reason}; leave one out")
+        name, is_own = self.dataset, LOADERS[self.dataset] is ownlog
+        unread = set() if is_own else {"columns", "item_file"}
+        if not is_own and (not self.ranks or name in ("planted", "movielens", "prepared")):
+            unread.add("scale")
+        if name == "prepared":
+            unread |= {"num_users", "core", "split_date", "negatives"}
+        if wrong := sorted(unread & changed_options(self)):
+            raise ValueError(f"--{wrong[0]} does not go with --dataset {name}; leave one out")
+        if self.split_date and (self.core or self.ranks or name in ("steam", "lastfm")):
+            raise ValueError("--split_date does not go with --core or ranks: they count later rows")
 
     @property
     def ranks(self) -> str:
         """Inside which group --scale rank:... ranks amounts: item, user, all; or ""."""
-        return RANKS.get(self.scale, "")
+        return {f"rank:{group}": group for group in ("item", "user", "all")}.get(self.scale, "")
 
 
 def data_defaults(given: dict) -> dict:
     """Defaults that suit a data set: every program makes the same examples of the same options."""
     return planted.DEFAULTS if given.get("dataset", planted.NAME) == planted.NAME else {}
-
-
-def words_of(dataset: str) -> Words:
-    """The words of a data set's prompts, for what is asked without its log."""
-    return ({"planted": planted.WORDS} | published.WORDS).get(dataset, ITEMS)
 
 
 @dataclass
@@ -84,20 +73,6 @@ class Prepared:
     splits: dict[str, Examples]
     hash: str  # of every array, title and the history shown
     folder: Path
-    raw_counts: dict[str, int]  # users, items, interactions as read
-    options: dict  # of the DataConfig that it was made with
-    counted: dict = field(default_factory=dict)  # split -> baselines
-
-    def baselines(self, split: str) -> dict[str, np.ndarray]:
-        """Name -> scores (E, 20) of popularity, item-kNN and Markov; counted once."""
-        if split not in self.counted:
-            self.counted[split] = counting_baselines(self.splits[split])
-        return self.counted[split]
-
-    def optimum(self, split: str) -> np.ndarray | None:
-        """Log-probabilities (E, 20) by which the best possible order ranks; None where unknown."""
-        world, min_rating = planted.world_of(self.options), self.options["min_rating"]
-        return world and planted.bayes_scores(world, self.splits[split], min_rating)
 
 
 def load_interactions(config: DataConfig) -> Interactions:
@@ -112,147 +87,137 @@ def draw_users(log: Interactions, config: DataConfig) -> Interactions:
         raise ValueError(f"--num_users {config.num_users} has no effect: {there}")
     rng = np.random.default_rng([config.data_seed, len(SPLITS)])
     drawn = rng.choice(log.num_users, config.num_users, replace=False)
-    notes = {"users that --num_users leaves out": log.num_users - config.num_users}
-    return replace(data.select_rows(log, np.isin(log.user, drawn)), notes=log.notes | notes)
+    return data.select_rows(log, np.isin(log.user, drawn))
 
 
-def prepare(config: DataConfig, check: bool = True) -> Prepared:
-    """The frozen examples of these options, written once under --prepared_dir, then mapped into
-    memory, which processes share. `check` compares them with their hash, which reads them all."""
+def prepare(config: DataConfig) -> Prepared:
+    """The frozen examples of these options, written once under --prepared_dir."""
     name = config.dataset
     if name != planted.NAME and not config.data_dir:
         raise ValueError(f"--dataset {name} needs --data_dir, where its raw files are")
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
     source = facts(LOADERS[name].files(config)) if name != planted.NAME else []
-    former = {"percentile": "", "item_columns": ""}  # options that are part of old keys
-    options |= former | {"format": PREPARED_FORMAT, "source": source}
-    key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([PREPARED_FORMAT, options, source]).encode()).hexdigest()[:12]
     folder = Path(config.prepared_dir) / f"{name}-{key}"
-    if not (folder / "meta.json").exists():
+    if not folder.exists():
         read = load_interactions(config)
         log, splits = read if name == "prepared" else (read, None)
-        counts = {"users": log.num_users, "items": log.num_items, "interactions": len(log.user)}
+        count = len(log.user)
         log = draw_users(log, config) if config.num_users else log
         if config.split_date:
-            log, splits = build_dated_examples(log, config, markov_top)
+            log, splits = build_dated_examples(log, config)
         elif not splits:
             log = data.k_core(log, config.core)
             splits = data.build_examples(log, config, markov_top)
-        write_prepared(folder, log, splits, {"options": options, "raw_counts": counts})
-    prepared = read_prepared(folder, check)
-    for examples in prepared.splits.values():
-        examples.list_in_prompt = config.list_in_prompt
-    return prepared
+        if left_out := count - len(log.user):
+            log.notes["interactions that --num_users and --core leave out"] = left_out
+        write_prepared(folder, log, splits)
+    return read_prepared(folder, config.list_in_prompt)
 
 
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, without raw files."""
-    for file in sorted(Path(prepared_dir).glob("*/meta.json")):
-        if read_json(file).get("hash", "").startswith(content_hash):
-            return read_prepared(file.parent, check=False)
-    return None
+    files = sorted(Path(prepared_dir).glob("*/meta.json"))
+    found = (f.parent for f in files if read_json(f).get("hash", "").startswith(content_hash))
+    return next(map(read_prepared, found), None)
+
+
+# ------------------------------------------------------------------------------------ split in time
+def date_of(interactions: Interactions, split_date: str) -> np.datetime64:
+    """The date, UTC if it names no zone; ValueError if it does not divide the log."""
+    time = np.sort(interactions.timestamp).view("M8[s]")
+    with contextlib.suppress(ValueError):
+        date = time[int(0.9 * len(time))] if split_date == "10%" else np.datetime64(split_date, "s")
+        if time[0] < date <= time[-1]:
+            return date
+    inside = f"a date such as 2000-12-01 between {time[0]} and {time[-1]}"
+    raise ValueError(f"--split_date {split_date}: expected 10%, or {inside}")
+
+
+def build_dated_examples(log: Interactions, config) -> tuple[Interactions, dict[str, Examples]]:
+    """The log, which now knows where training ends, and its splits: each user is validated on the
+    last liked item before --split_date and tested on the first one after it. Other splits than the
+    test are built from a log that ends there, so that no random candidate tells of later."""
+    date = date_of(log, config.split_date)
+    before = log.timestamp.view("M8[s]") < date
+    past = data.select_rows(log, before)
+    row = np.arange(len(past.user))
+    is_late = row - past.start[past.user] >= config.min_history
+    liked = np.flatnonzero(past.rating >= config.min_rating)
+    val = np.full(past.num_users, -1)  # the last liked row of each user
+    val[past.user[liked]] = liked
+    has_val = (val >= 0) & is_late[val]
+    past.train_end = np.where(has_val, val, past.start[1:])
+    train = is_late & (row + config.followers <= past.train_end[past.user])
+    places = {"train": np.flatnonzero(train), "val": val[has_val]}
+    splits = data.build_examples(past, config, markov_top, places)
+
+    rows, items = np.flatnonzero(before), np.unique(log.item[before])  # of the whole log
+    train_end = log.start[:-1].copy()
+    train_end[log.user[rows[past.start[:-1]]]] += past.train_end - past.start[:-1]
+    why = f"interactions from {date} (UTC) on, which training does not see"
+    log = replace(log, train_end=train_end, notes=log.notes | {why: len(before) - len(rows)})
+    for examples in splits.values():
+        examples.interactions, examples.position = log, rows[examples.position]
+        examples.candidates = items[examples.candidates].astype(np.int32)
+    liked = np.flatnonzero(~before & (log.rating >= config.min_rating))
+    test = liked[np.unique(log.user[liked], return_index=True)[1]]  # each user's first
+    test = test[test - log.start[log.user[test]] >= config.min_history]
+    return log, splits | data.build_examples(log, config, markov_top, {"test": test})
 
 
 # ------------------------------------------------------------------------------------------ on disk
-PREPARED_FORMAT = 5  # raised when the same options give other examples, or other files, than before
-ENCODED_FORMAT = 5  # raised when the same examples and tokenizer give other tokens than before
+PREPARED_FORMAT = 6  # raised when the same options give other examples, or other files, than before
 LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
 
 
-def write_folder(folder: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
-    """One file per array, and meta.json; put in place when the folder is whole."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}")
-    part.mkdir(parents=True, exist_ok=True)
-    try:
-        for name, array in arrays.items():
-            np.save(part / f"{name}.npy", array)
-        (part / "meta.json").write_text(json.dumps(meta))
-        with contextlib.suppress(OSError):  # another process was faster
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder by name, mapped into memory read-only."""
-    files = sorted(folder.glob("*.npy"))
-    return {file.stem: np.load(file, mmap_mode="r").view(np.ndarray) for file in files}
-
-
-def content_hash(arrays: dict[str, np.ndarray], texts: dict) -> str:
-    hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
-    parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
-    whole = "\n".join([*parts, json.dumps(texts, sort_keys=True)])
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def write_prepared(folder: Path, log: Interactions, splits: dict, meta: dict) -> None:
-    """Arrays such as log.user and train.target; these names are part of the hash."""
+def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples]) -> None:
+    """Files of the arrays, whose names are part of the hash, and meta.json, in a whole folder."""
     arrays = {f"log.{n}": value for n, value in vars(log).items() if isinstance(value, np.ndarray)}
     for split, examples in splits.items():
         arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
     texts = {name: getattr(log, name) for name in LOG_TEXTS} | {"history": examples.history}
     shown = {name: getattr(examples, name) for name in ("min_shown_rating", "ratings")}
     texts |= {n: value for n, value in shown.items() if value != getattr(Examples, n)}
-    meta |= {"texts": texts, "notes": log.notes, "words": log.words}
+    hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
+    parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
+    whole = "\n".join([*parts, json.dumps(texts, sort_keys=True)])
+    meta = {"texts": texts, "notes": log.notes, "words": log.words}
+    meta["hash"] = hashlib.sha256(whole.encode()).hexdigest()
+    part = folder.with_name(f"{folder.name}.{os.getpid()}")
     with writing(folder):
-        write_folder(folder, arrays, meta | {"hash": content_hash(arrays, texts)})
+        part.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            np.save(part / f"{name}.npy", array)
+        (part / "meta.json").write_text(json.dumps(meta))
+        with contextlib.suppress(OSError):  # another process was faster
+            part.rename(folder)
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def read_prepared(folder: Path, check: bool) -> Prepared:
-    meta, arrays, splits = read_json(folder / "meta.json"), read_arrays(folder), {}
-    if check and content_hash(arrays, meta["texts"]) != meta["hash"]:
-        raise ValueError(f"{folder}: prepared examples do not match their hash; delete it")
+def read_prepared(folder: Path, listed: bool = True) -> Prepared:
+    """The arrays are mapped into memory, which processes share."""
+    arrays = {f.stem: np.load(f, mmap_mode="r").view(np.ndarray) for f in folder.glob("*.npy")}
+    meta, splits = read_json(folder / "meta.json"), {}
     shown = meta["texts"]
     log = {name: shown.pop(name) for name in LOG_TEXTS}  # what is left are fields of Examples
     log |= {n.removeprefix("log."): array for n, array in arrays.items() if n.startswith("log.")}
     log = Interactions(**log, notes=meta["notes"], words=tuple(meta["words"]))
     for split in SPLITS:
         part = {field: arrays[f"{split}.{name}"] for field, name in Examples.ARRAYS.items()}
-        splits[split] = Examples(log, split, **shown, **part)
-    return Prepared(log, splits, meta["hash"], folder, meta["raw_counts"], meta["options"])
-
-
-# ------------------------------------------------------------------------------------------- tokens
-def encode_split(
-    prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int, histories: bool = False
-) -> Encoded:
-    """encode_examples, kept in the prepared folder for other ranks and later runs."""
-    examples, words = prepared.splits[split], prepared.interactions.words
-    made_of = [ENCODED_FORMAT, split, tokenizer.fingerprint, max_length, words, data.ALL_TEMPLATES]
-    made_of += [histories, examples.list_in_prompt]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-    folder = prepared.folder / f"tokens-{split}-{key}"
-    if folder.exists():
-        a, counts = read_arrays(folder), read_json(folder / "meta.json")["counts"]
-        titles, prompts = (np.split(a[f"{n}s"], a[f"{n}_ends"][:-1]) for n in ("title", "prompt"))
-        completions = {i: ids.tolist() for i, ids in zip(a["items"].tolist(), titles, strict=True)}
-        encoded = Encoded(examples, prompts, completions, *counts, a.get("histories"))
-    else:
-        encoded = data.encode_examples(examples, tokenizer, max_length)
-        arrays = {"items": np.array(list(encoded.completions), np.int32)}
-        for name, ids in ("title", encoded.completions.values()), ("prompt", encoded.prompts):
-            arrays |= {f"{name}s": np.concatenate([*ids]).astype(np.int32)}
-            arrays |= {f"{name}_ends": np.cumsum([len(one) for one in ids])}
-        if histories:
-            arrays["histories"] = encoded.histories = history_spans(encoded, tokenizer)
-        counts = {"counts": [encoded.num_shortened]}
-        with contextlib.suppress(OSError):  # a full disk; then the next start encodes again
-            write_folder(folder, arrays, counts)
-    tokenizer.note_long(encoded.prompts)
-    return encoded
+        splits[split] = Examples(log, split, **shown, **part, list_in_prompt=listed)
+    return Prepared(log, splits, meta["hash"], folder)
 
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
-    """(E, 2) where the history stands among a prompt's tokens, first and one behind the last: where
-    it differs from a prompt with another history, "~" and 0, if ratings are shown."""
+    """(E, 2) first and past last token that another history, "~" and 0 if rated, would change."""
     texts, spans = [], []
     for example in map(encoded.examples.__getitem__, range(len(encoded.examples))):
         other = [("~", 0 * rating) for _, rating in example.history[-1:]]
         texts.append(data.render_prompt(replace(example, history=other)))
-    for prompt, other in zip(encoded.prompts, tokenizer.encode_prompts(texts)):
-        first = len(os.path.commonprefix([prompt.tolist(), other]))
-        rest = prompt[first:].tolist()[::-1], other[first:][::-1]
-        spans.append((first, len(prompt) - len(os.path.commonprefix(rest))))
+    for prompt, other in zip(map(list, encoded.prompts), tokenizer.encode_prompts(texts)):
+        first = len(os.path.commonprefix([prompt, other]))
+        behind = os.path.commonprefix([prompt[first:][::-1], other[first:][::-1]])
+        spans.append((first, len(prompt) - len(behind)))
     return np.array(spans, np.int32)

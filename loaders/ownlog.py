@@ -119,7 +119,7 @@ def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[s
         such = f"{len(several):,} items have several titles in column {label}, such as"
         many = f"{source}: {such} {shorten(several[0])}"
         if 5 <= len(several) > sum(map(bool, titles)) / 5 and "title" not in find.given:
-            raise ValueError(f"{many}: name another column, --item_file, or this: --columns title={label}")
+            raise ValueError(f"{many}: name another column or file, or --columns title={label}")
         print0(f"note: {many}; the first in the alphabet is shown")
     if not any(titles) and "id" in table.columns:
         what = f"no title of the log's items, such as {item_ids[:2]}; its ids are such as {ids[:2]}"

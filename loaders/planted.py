@@ -2,10 +2,8 @@
 
 Stories belong to genres, which the two words of a title give away. A user's taste is a hidden genre
 that stays, moves on to its successor, or jumps anywhere. At each step the user reads a story of the
-tasted genre or, out of curiosity, of any other; one within the taste is rated high, others mostly
-low. `python -m loaders.planted log.csv` writes the world as an ordinary CSV.
-
-Legend: U users, L steps, G genres, E examples."""
+tasted genre, rated high, or, out of curiosity, of any other, mostly rated low. `python -m
+loaders.planted log.csv` writes it as a CSV. Legend: U users, L steps, G genres, E examples."""
 
 import argparse
 import itertools
@@ -14,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common import run_cli, writing
+from common import run_cli
 from data import Examples, Interactions
 from loaders.table import Rows, finish
 
 NAME, WORDS = "planted", ("stories", "read", "read")
-# what suits this data set, unless other values are given: its readers have 13 to 17 interactions
-DEFAULTS = {"followers": 3, "min_history": 4, "train_size": 18000, "test_size": 500}
+DEFAULTS = {"followers": 3, "min_history": 4, "train_size": 18000, "test_size": 500}  # of options
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeio"]
 NAMES = np.array([(a + b).capitalize() for a, b in itertools.product(SYLLABLES, repeat=2)])
@@ -43,13 +40,9 @@ class World:
     ratings_off_taste: tuple[float, ...] = (0.35, 0.35, 0.2, 0.07, 0.03)
     seed: int = 0
 
-    def genre(self, story):
-        return story // self.stories_per_genre
-
     def transition(self) -> np.ndarray:
         """(G, G) probability of the next taste; successors are neighbours on a circle."""
-        G = self.num_genres
-        jump = 1 - self.stay - self.successor
+        G, jump = self.num_genres, 1 - self.stay - self.successor
         return self.stay * np.eye(G) + self.successor * np.roll(np.eye(G), 1, axis=1) + jump / G
 
     def genre_given_taste(self) -> np.ndarray:
@@ -88,17 +81,10 @@ def planted_world(world: World) -> Interactions:
         lengths = np.where(read_out, np.minimum(lengths, t), lengths)
         read[users, items[:, t]] = True
         ratings[:, t] = 1 + draw(rng, world.rating_given(genre == taste))
-    shown = np.arange(L) < lengths[:, None]
-    user, step = np.nonzero(shown)
-    rows = Rows(
-        user=user.astype(np.int32),
-        item=items[shown].astype(np.int32),
-        amount=ratings[shown].astype(np.float32),
-        time=1_000_000_000 + 86_400 * step,
-        per_second=1,
-        user_ids=[*map(str, users)],
-        item_ids=[*map(str, range(G * per_genre))],
-    )
+    user, step = np.nonzero(np.arange(L) < lengths[:, None])
+    item, rating = items[user, step].astype(np.int32), ratings[user, step].astype(np.float32)
+    times, ids = 1_000_000_000 + 86_400 * step, [*map(str, range(max(U, G * per_genre)))]
+    rows = Rows(user.astype(np.int32), item, rating, times, 1, ids[:U], ids[: G * per_genre])
     return finish(rows, world.titles(), NAME, WORDS, key=int)
 
 
@@ -120,25 +106,20 @@ def world_of(options: dict) -> World | None:
     return World(num_users=options["planted_users"], seed=options["data_seed"])
 
 
-def bayes_scores(
-    world: World, examples: Examples, min_rating: float = 4.0, max_rating: float = 5.0
-) -> np.ndarray:
-    """(E, 20) log P(next story = candidate, min_rating <= rating <= max_rating | whole history), by
-    the forward algorithm, which yields the posterior of the taste (G,)."""
+def bayes_scores(world: World, examples: Examples, low: float = 4.0, high: float = 5.0):
+    """(E, 20) log P(next story = candidate, low <= its rating <= high | history), by the forward
+    algorithm, which yields the posterior of the taste (G,), from histories that are shown whole."""
     log, codes = examples.interactions, {title: i for i, title in enumerate(world.titles())}
-    genre = world.genre(np.array([codes[title] for title in log.titles]))  # of each item code
-    starts = log.start[log.user[examples.position]]
-    if (longest := int((examples.position - starts).max())) > examples.history:
-        whole = f"not shown whole (--history {examples.history})"
-        raise ValueError(f"a history of {longest} stories is {whole}")
+    genre = np.array([codes[title] for title in log.titles]) // world.stories_per_genre  # by item
     G, stars = world.num_genres, np.arange(1, 6)
     picked, transition = world.genre_given_taste(), world.transition()
     rated = world.rating_given(np.eye(G, dtype=bool))  # (G, G, 5) of a taste and a story's genre
-    wanted = picked * (rated * ((stars >= min_rating) & (stars <= max_rating))).sum(-1)
+    wanted = picked * (rated * ((stars >= low) & (stars <= high))).sum(-1)
     scores = np.zeros(examples.candidates.shape)
-    for e, rows in enumerate(map(slice, starts.tolist(), examples.position.tolist())):
-        genres, taste = genre[log.item[rows]], np.full(G, 1 / G)
-        for g, rating in zip(genres, log.rating[rows].astype(int)):
+    for e, row in enumerate(examples.position.tolist()):
+        start, taste = log.start[log.user[row]], np.full(G, 1 / G)
+        genres, ratings = genre[log.item[start:row]], log.rating[start:row].astype(int)
+        for g, rating in zip(genres, ratings):
             # but for 1 / unread stories of the genre, which is the same for all tastes
             taste = taste * picked[:, g] * rated[:, g, rating - 1]
             taste = taste @ transition / taste.sum()
@@ -154,8 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     file, log = parser.parse_args(argv).file, planted_world(World())
     rows = zip(log.user, log.item, log.rating, log.timestamp)
     lines = [f"reader-{u},story-{i},{r:.0f},{t},{log.titles[i]}\n" for u, i, r, t in rows]
-    with writing(file):
-        Path(file).write_text("reader,story,stars,read_at,name\n" + "".join(lines))
+    Path(file).write_text("reader,story,stars,read_at,name\n" + "".join(lines))
     names = "user=reader,item=story,rating=stars,timestamp=read_at,title=name"
     print(f"read it with\n--dataset csv --data_dir {file} --columns {names}")
 

@@ -1,10 +1,6 @@
-"""Users who are asked about: of the log, or with a history of their own.
+"""Users who are asked about: of the log, or with a history of their own (recommend.py).
 
-    {"user": "u1", "history": [{"title": "...", "rating": 4}, {"item": "7", "rating": 5}],
-     "candidates": ["title or item id", {"title": "A new item"}]}
-
-Titles are cleaned and ratings mapped as training does it. An item id needs the log; a title that
-the log does not hold is kept, with a note."""
+Titles are cleaned and ratings mapped as training does it; an item id needs the log."""
 
 import contextlib
 import json
@@ -14,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import print0
 from data import Interactions
+from hub.files import note_once
 from loaders.files import read_lines
 from loaders.frozen import DataConfig
 from loaders.table import clean_title
 from loaders.values import parse_scale
 
-SHAPE = '{"history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
-NOTED = 6  # unknown titles that are named
+SHAPE = '{"user": "u", "history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
 
 
 @dataclass
@@ -40,7 +35,6 @@ class Catalogue:
         self.titles, self.ids = (log.titles, log.item_ids) if log else ([], [])
         self.by_title = {title: code for code, title in enumerate(self.titles)}
         self.by_id = {item: code for code, item in enumerate(self.ids)}
-        self.unknown: set[str] = set()
 
     def find(self, entry, where: str) -> tuple[int | None, str | None, str]:
         """(code, item id, title) of a title, an id or an object; None: the log does not hold it."""
@@ -51,54 +45,38 @@ class Catalogue:
         if code is not None:
             return code, item or self.ids[code], self.titles[code]
         if not title:
-            known = "of the log" if self.titles else "(which needs the log, and none is at hand)"
-            raise ValueError(f"{where} is {entry!r:.80}: expected a title, or an item id {known}")
-        if self.titles and title not in self.unknown and len(self.unknown) < NOTED:
-            self.unknown.add(title)
-            last = " (more such titles are not named)" * (len(self.unknown) == NOTED)
-            print0(f'note: {where}: the log has no "{title}", which is ranked all the same{last}')
+            known = "a title, or the id of an item of the log, if one is at hand"
+            raise ValueError(f"{where} is {entry!r:.80}: expected {known}")
+        if self.titles:
+            note_once(f'the log has no "{title}", which is ranked all the same')
         return None, item, title
 
 
 def read_user(
-    entry,
-    where: str,
-    catalogue: Catalogue,
-    config: DataConfig,
-    fewest: int,  # candidates, if there are any
-    one_of_many: bool = False,  # it needs a name, and its candidates may be retrieved
+    entry, where: str, catalogue: Catalogue, config: DataConfig, fewest: int, retrieve=False
 ) -> User:
-    """One user's history and candidates, as training shows them; ValueError says what is wrong."""
+    """One user, with `fewest` candidates or more, or with none, if they may be retrieved."""
     entry = entry if isinstance(entry, dict) else {}
-    history, given = entry.get("history"), entry.get("candidates", [] if one_of_many else None)
-    name = entry.get("user", None if one_of_many else "")
+    name, history, given = entry.get("user", ""), entry.get("history"), entry.get("candidates", [])
     if type(name) not in (str, int) or not type(history) is type(given) is list:
-        raise ValueError(f"{where}: expected {SHAPE}" + ', and a "user"' * one_of_many)
-    rows, items, candidates = [], [], {}
-    for number, rated in enumerate(history, 1):
-        place, rated = f"{where}: history entry {number}", rated if type(rated) is dict else {}
-        code, _, title = catalogue.find(rated, place)
-        rows.append((title, read_rating(rated.get("rating"), place, config)))
-        items += [code] if code is not None else []
-    for number, candidate in enumerate(given, 1):
-        _, item, title = catalogue.find(candidate, f"{where}: candidate {number}")
-        if title in candidates:
-            raise ValueError(f"{where}: candidate {number} stands there twice, {title!r}")
-        candidates[title] = item, title
-    shown = shown_history(rows, config)
-    if not shown:
-        liked = f" rated at least {config.min_rating:g}" * (config.history_items == "positive")
-        raise ValueError(f"{where}: the history is empty; give one item{liked}")
-    if len(given) < fewest and (given or not one_of_many):
-        raise ValueError(f"{where}: {len(given)} candidates, at least {fewest} are expected")
-    if not given and not items:
-        raise ValueError(f"{where}: the log holds nothing of the history; give candidates, too")
-    name = str(name).encode("utf-8", "replace").decode()  # half a surrogate pair
-    return User(name, shown, np.array(items, np.int64), [*candidates.values()])
+        raise ValueError(f"{where}: expected {SHAPE}")
+    found = [catalogue.find(e, f"{where}: history entry {n}") for n, e in enumerate(history, 1)]
+    items = [code for code, _, _ in found if code is not None]
+    rated = [(title, read_rating(e, where, config)) for (_, _, title), e in zip(found, history)]
+    listed = [catalogue.find(e, f"{where}: candidate {n}")[1:] for n, e in enumerate(given, 1)]
+    titles = [title for _, title in listed]
+    if repeated := [title for title in titles if titles.count(title) > 1]:
+        raise ValueError(f"{where}: candidate {repeated[0]!r} stands there twice")
+    if not (shown := shown_history(rated, config)):
+        raise ValueError(f"{where}: no history (--history_items {config.history_items}); give one")
+    if len(given) < fewest and not (retrieve and items and not given):
+        raise ValueError(f"{where}: {len(given)} candidates, give at least {fewest}")
+    return User(str(name), shown, np.array(items, np.int64), listed)
 
 
-def read_rating(rating, where: str, config: DataConfig) -> float:
+def read_rating(entry, where: str, config: DataConfig) -> float:
     """A rating mapped from --scale, in the log's precision; NaN, if none is given or needed."""
+    rating = entry.get("rating") if isinstance(entry, dict) else None
     optional = not config.ratings or config.dataset == "prepared"
     if rating is None and optional and config.history_items == "all":
         return nan
@@ -106,7 +84,7 @@ def read_rating(rating, where: str, config: DataConfig) -> float:
     low, high = parse_scale(asked) if asked else (1e-9, 5.0)
     if type(rating) not in (int, float) or not low <= rating <= high:
         scale = f"of --scale {asked}" if asked else "above 0 and up to 5"
-        raise ValueError(f"{where} has rating {rating!r}; expected a number {scale}, as in the log")
+        raise ValueError(f"{where}: {entry!r:.80}: expected a rating {scale}, as in the log")
     return float(np.float32(1 + 4 * (rating - low) / (high - low) if asked else rating))
 
 
@@ -134,13 +112,11 @@ def listed_users(file: Path, log: Interactions, config: DataConfig, fewest: int)
         if file.suffix == ".jsonl" and line:
             with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
-            user = read_user(entry, where, catalogue, config, fewest, one_of_many=True)
-            if found.setdefault(user.name, user) is not user:
-                raise ValueError(f"{where}: user {user.name!r} stands in another line already")
+            user = read_user(entry, where, catalogue, config, fewest, retrieve=True)
+            if not user.name or found.setdefault(user.name, user) is not user:
+                raise ValueError(f'{where}: expected a "user" of its own, not {user.name!r}')
         elif line and line not in codes:
             raise ValueError(f"{where}: the log has no user {line!r}; it has {log.user_ids[:3]}")
         elif line:
             found[line] = codes[line]
-    if not found:
-        raise ValueError(f"--users {file} names nobody")
     return list(found.values())

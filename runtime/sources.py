@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from common import arg, changed_options, print0, read_json
-from data import Interactions, Words
+from data import ITEMS, Interactions, Words
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
-from loaders.frozen import data_defaults, words_of
+from loaders.frozen import PROMPT_WORDS, data_defaults
 from lora import base_of, load_adapter, merge_lora
 from model import Transformer, load_pretrained, save_pretrained
 from runtime.policy import ModelOptions, stored_dtype
@@ -94,7 +94,7 @@ def prompt_words(config: SourceConfig, folder: Path, log: Interactions | None) -
     if file.exists() and (valid := read_json(file)["valid_ratio"]) < 0.5:
         note = f"only {valid:.0%} of this model's test answers were listed titles ({file})"
         print0(f"note: {note}, so its probabilities mean little")
-    words = log.words if log else words_of(config.dataset)
+    words = log.words if log else PROMPT_WORDS.get(config.dataset, ITEMS)
     return tuple(kept.get("words", words))
 
 

@@ -11,13 +11,13 @@ missing. Writes report.md, the table file and, with matplotlib, pictures."""
 
 import argparse
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from common import read_json, run_cli, table
-from loaders.frozen import DataConfig, find_prepared
+from loaders.frozen import find_prepared
 from loaders.show import statistics
 from studies.methods import TESTED, Method, base_method, collect, difference_of, same_seeds, sweep
 from studies.pictures import CURVES, draw_all
@@ -90,15 +90,11 @@ def methods_section(methods: Methods, results: list) -> list[str]:
     return [text, table(columns, [row[: len(columns)] for row in rows])]
 
 
-def data_section(config: dict, prepared) -> list[str]:
+def data_section(prepared) -> list[str]:
     """Table 3: sizes of the data set, if its prepared examples are found."""
     if not prepared:
         return ["The prepared examples are not at hand; `python -m loaders` prints statistics."]
-    known = {f.name for f in fields(DataConfig)}
-    options = DataConfig(**{k: v for k, v in config.items() if k in known})
-    lines = statistics(options, prepared).splitlines()
-    shown = [line if not line or line[0] == "|" else f"- {line.strip()}" for line in lines]
-    return ["\n".join(shown)]
+    return ["\n".join(f"- {line}" for line in statistics(prepared))]
 
 
 def probes_section(methods: Methods, measured: dict) -> list[str]:
@@ -251,7 +247,7 @@ def report_text(methods: Methods, note: str = "") -> str:
     prepared = find_prepared(config.get("prepared_dir", "prepared"), facts["data_hash"])
     sections = {
         "Methods (the paper's Tables 1 and 2)": methods_section(methods, results),
-        "Data (the paper's Table 3)": data_section(config, prepared),
+        "Data (the paper's Table 3)": data_section(prepared),
         "Probes": probes_section(methods, measured),
         "Findings of the paper": findings_section(methods, measured),
         "Harder lists": lists_section(methods, measured),

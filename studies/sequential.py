@@ -25,12 +25,12 @@ from common import arg, parse_config, print0, run_cli, writing
 from data import Examples, Interactions
 from eval import answered, ranking_metrics, results_table, summarise
 from hub.files import save_tensors
-from loaders.counting import COUNTING_RETRIEVERS, Retriever, counting_baselines, training_rows
+from loaders.counting import BASELINES, Retriever, counting_baselines, training_rows
 from loaders.frozen import DataConfig, Prepared, prepare
 from runtime.stages import save_predictions
 from studies.probes import KINDS, measured, other_list, references
 
-RETRIEVERS = (*COUNTING_RETRIEVERS, "sasrec")
+RETRIEVERS = (*BASELINES.values(), "sasrec")
 HEADS = 2  # of SASRec
 WINDOW = 5  # items that Caser's filters see
 
@@ -243,7 +243,7 @@ def fit_retriever(
     """A counting retriever fitted on these rows of the log ((n,) bool; None: all), or SASRec.
     SASRec is trained with the defaults, without the last two, and kept with the examples."""
     interactions, file = prepared.interactions, prepared.folder / "sasrec-2.safetensors"
-    if name in COUNTING_RETRIEVERS:
+    if name in BASELINES.values():
         return Retriever(name, interactions, rows, config.history)
     own = BaselineConfig(**{f.name: getattr(config, f.name) for f in fields(DataConfig)})
     model = SASRec(own, interactions.num_items, interactions.num_users)

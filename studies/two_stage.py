@@ -152,7 +152,7 @@ def main() -> None:
     prepared = prepare(config)
     check_run_data(config, sources_of(config), prepared.hash)
     examples = prepared.splits[config.split].select(slice(config.users or None))
-    interactions, world = prepared.interactions, world_of(prepared.options)
+    interactions, world = prepared.interactions, world_of(vars(config))
     if config.retriever == "model":
         (source,) = sources_of(config).values()
         model, tokenizer = load_source(config, source, device)

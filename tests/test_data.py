@@ -14,7 +14,7 @@ from test_loaders import make_interactions
 import data
 from data import NUM_CANDIDATES, Interactions, build_examples, encode_examples, render_prompt
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, words_of
+from loaders.frozen import PROMPT_WORDS, DataConfig
 from loaders.published import MOVIES
 
 SPLITS = ("train", "val", "test")
@@ -226,7 +226,7 @@ def test_prompt_shows_history_then_candidates(template):
 
 def test_templates_differ_and_words_follow_the_data_set():
     example = data.Example(data.ITEMS, "u", [("A", 4.0)], ["B", "C"], 0, [], 0)
-    ways = product((MOVIES, words_of("planted"), data.ITEMS), range(len(data.TEMPLATES)))
+    ways = product((MOVIES, PROMPT_WORDS["planted"], data.ITEMS), range(len(data.TEMPLATES)))
     prompts = {render_prompt(replace(example, words=w, template=t)) for w, t in ways}
     assert len(prompts) == 3 * len(data.TEMPLATES)
 

@@ -303,12 +303,12 @@ def foreign_entry(n: int, scores: bool) -> dict:
 
 @pytest.mark.parametrize("scores", [False, True], ids=["S-DPO", "authors"])
 def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
-    for split, count in {"train": 40, "test": 15}.items():
+    for split, count in {"train": 40, "val": 4, "test": 15}.items():
         entries = [foreign_entry(n, scores) for n in range(count)]
         put(tmp_path / f"x-{split}.json", json.dumps(entries))
     splits = prepare_foreign(tmp_path).splits
-    assert {split: len(e) for split, e in splits.items()} == {"train": 36, "val": 4, "test": 15}
-    assert "last 4 training entries" in capsys.readouterr().out
+    assert {split: len(e) for split, e in splits.items()} == {"train": 40, "val": 4, "test": 15}
+    assert ("all scores are 1" in capsys.readouterr().out) == (not scores)
     test = splits["test"]
     for e, negatives in enumerate(test.negatives(3)):
         example = test[e]
@@ -324,7 +324,7 @@ def test_prepared_json_keeps_its_candidates(scores, tmp_path, capsys):
 def test_prepared_json_that_does_not_fit_is_named(tmp_path):
     entries = [foreign_entry(n, True) for n in range(50)]
     entries[3]["itemList"].pop()
-    for split in ("train", "test"):
+    for split in ("train", "val", "test"):
         put(tmp_path / f"{split}.json", json.dumps(entries))
     with pytest.raises(ValueError, match=r"train\.json: 1 of 50 .*entry 4"):
         prepare_foreign(tmp_path)
@@ -366,8 +366,8 @@ def test_real_steam_titles(tmp_path):
 
 def test_real_sdpo_sample(tmp_path):
     raw = json.loads(sample("sdpo/lastfm-test.json").read_text())
-    put(tmp_path / "lastfm-train.json", json.dumps(raw[:300]))
-    put(tmp_path / "lastfm-test.json", json.dumps(raw))
+    for split, count in {"train": 300, "val": 9, "test": None}.items():
+        put(tmp_path / f"lastfm-{split}.json", json.dumps(raw[:count]))
     test = prepare_foreign(tmp_path).splits["test"]
     prompts = "".join(render_prompt(test[e]) for e in range(len(test)))
     assert hashlib.md5(prompts.encode()).hexdigest() == "153b58f635086f1a67878405ca256d86"

@@ -8,9 +8,8 @@ from test_loaders import log_of
 
 from data import render_prompt
 from demo.pretrain import known_titles
-from loaders.counting import counting_baselines, markov_top
-from loaders.dated import LAST_TENTH, build_dated_examples, date_of
-from loaders.frozen import DataConfig, prepare
+from loaders.counting import counting_baselines
+from loaders.frozen import DataConfig, build_dated_examples, date_of, prepare
 from studies.probes import ProbeConfig
 from studies.sequential import BaselineConfig
 from studies.sequential import train as train_sequential
@@ -44,7 +43,7 @@ def facts(examples, e: int) -> tuple:
 @pytest.mark.parametrize("exclude", ["all", "seen"])
 def test_what_comes_after_the_date_reaches_no_training_example(negatives, exclude):
     config = replace(CONFIG, negatives=negatives, exclude=exclude)
-    one, other = (build_dated_examples(log, config, markov_top)[1] for log in LOGS)
+    one, other = (build_dated_examples(log, config)[1] for log in LOGS)
     for split in ("train", "val"):
         assert len(one[split]) == len(other[split]) > 5
         for e in range(len(one[split])):
@@ -97,7 +96,7 @@ def test_who_is_tested_on_what():
 def test_sequential_models_and_tiny_bases_train_before_the_date():
     interactions, splits = build_dated_examples(LOGS[1], CONFIG)
     assert not [t for t in known_titles(interactions) if int(t.split()[1]) >= 1000]
-    options = {"hidden_size": 8, "num_layers": 1, "num_sampled": 0, "split_date": LAST_TENTH}
+    options = {"hidden_size": 8, "num_layers": 1, "num_sampled": 0, "split_date": "10%"}
     trained, start = (
         train_sequential(BaselineConfig(**options, **more), interactions, splits["val"], report=len)
         for more in ({"epochs": 2}, {"epochs": 1, "learning_rate": 1e-12})
@@ -110,7 +109,7 @@ def test_sequential_models_and_tiny_bases_train_before_the_date():
 
 def test_prepared_examples_remember_where_training_ends(tmp_path):
     options = {"followers": 3, "min_history": 4, "prepared_dir": str(tmp_path)}
-    config = DataConfig(planted_users=120, split_date=LAST_TENTH, **options)
+    config = DataConfig(planted_users=120, split_date="10%", **options)
     made, read = prepare(config), prepare(config)
     assert (read.interactions.training_end() == made.interactions.training_end()).all()
     times = [read.interactions.timestamp[read.splits[s].position] for s in ("val", "test")]
@@ -121,12 +120,12 @@ def test_prepared_examples_remember_where_training_ends(tmp_path):
 
 def test_dates():
     """One without a zone is UTC; one that divides nothing is refused."""
-    share = (LOGS[0].timestamp >= date_of(LOGS[0], LAST_TENTH).astype(int)).mean()
+    share = (LOGS[0].timestamp >= date_of(LOGS[0], "10%").astype(int)).mean()
     assert 0.1 <= share < 0.13
     log = replace(LOGS[0], timestamp=LOGS[0].timestamp + 975_628_800 - DATE)
     assert date_of(log, "2000-12-01") == date_of(log, "2000-12-01T01:00+01:00")
     for date in ("1960-01-01", "2040-01-01", "tomorrow"):
-        with pytest.raises(ValueError, match=f"--split_date {date}: expected .*first and last"):
+        with pytest.raises(ValueError, match=f"--split_date {date}: expected 10%, or a date"):
             date_of(LOGS[0], date)
 
 
@@ -139,6 +138,6 @@ def test_what_tells_of_later_and_what_leaves_nothing_is_refused():
         ("--split_date does not go", {"dataset": "prepared", "data_dir": "x"}),
     ):
         with pytest.raises(ValueError, match=culprit):
-            DataConfig(split_date=LAST_TENTH, **options)
+            DataConfig(split_date="10%", **options)
     with pytest.raises(ValueError, match="length fits, and other lists"):
-        ProbeConfig(run="x", probe="adherence", split_date=LAST_TENTH)
+        ProbeConfig(run="x", probe="adherence", split_date="10%")

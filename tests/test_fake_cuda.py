@@ -14,9 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data import tree_widths
+from data import encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
-from loaders.frozen import encode_split
 from runtime.processes import Schedule
 from train import Objective, TrainConfig, load_policy, train_step
 
@@ -44,7 +43,7 @@ class OneDevice(TorchDispatchMode):
 def world(tmp_path_factory):
     """(folder of a tiny base, encoded training examples)."""
     _, prepared, base = small_world(tmp_path_factory.mktemp("fake"))
-    return base, encode_split(prepared, "train", Tokenizer(base), 1024)
+    return base, encode_examples(prepared.splits["train"], Tokenizer(base), 1024)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from test_datasets import (
 )
 
 from loaders.foreign import files
-from loaders.frozen import DataConfig, prepare, words_of
+from loaders.frozen import PROMPT_WORDS, DataConfig, prepare
 
 
 def put_parquet(file, names, rows) -> None:
@@ -152,7 +152,7 @@ def test_editions_of_movielens(edition, place, encoding, tmp_path):
     paths = {"folder": folder, "ratings": folder / next(iter(EDITIONS[edition])), "zip": archive}
     found = load("movielens", paths[place])
     assert rows_of(found) == RATED and found.titles == ["The Léon", 'Say "A, B"', "Babylon 5"]
-    assert found.words == words_of("movielens")
+    assert found.words == PROMPT_WORDS["movielens"]
 
 
 # ------------------------------------------------------------------------------ prepared JSON

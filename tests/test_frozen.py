@@ -1,4 +1,4 @@
-"""Examples prepared once: their hash, damaged files, fewer users, what histories show."""
+"""Examples prepared once: their hash, fewer users, what histories show."""
 
 import re
 from dataclasses import replace
@@ -11,7 +11,6 @@ from test_loaders import rows_of
 
 from data import build_examples, encode_examples, k_core, render_prompt
 from loaders import frozen
-from loaders.counting import BASELINES
 from loaders.frozen import DataConfig, prepare
 
 
@@ -25,19 +24,12 @@ def test_prepared_examples_are_written_once_and_read_back(tmp_path, monkeypatch)
     first = prepare(small_config(tmp_path))
     monkeypatch.setattr("loaders.frozen.load_interactions", None)
     again = prepare(small_config(tmp_path))
-    for name in ("hash", "raw_counts", "folder"):
-        assert getattr(first, name) == getattr(again, name)
-    log, built = again.interactions, build_examples(again.interactions, small_config(tmp_path))
+    assert first.hash == again.hash and first.folder == again.folder
+    built = build_examples(again.interactions, small_config(tmp_path))
     assert all_equal(first.splits, again.splits) and all_equal(built, again.splits)
     for split in SPLITS:
         assert all(built[split][e] == again.splits[split][e] for e in range(len(built[split])))
-    assert [*first.raw_counts.values()] == [60, log.num_items, len(log.user)]
     assert list((tmp_path / "prepared").iterdir()) == [first.folder]
-    assert list(first.baselines("test")) == list(BASELINES)
-    file = first.folder / "log.item.npy"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(ValueError, match=f"{first.folder.name}: .*delete it"):
-        prepare(small_config(tmp_path))
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
@@ -61,8 +53,8 @@ def test_fewer_users_are_drawn_before_everything_else(tmp_path):
     core = k_core(drawn, 2)
     assert few.interactions.user_ids == core.user_ids and few.interactions.titles == core.titles
     assert all_equal(few.splits, build_examples(core, config))
-    assert few.raw_counts == whole.raw_counts and few.raw_counts["users"] == 90
-    assert few.folder != whole.folder and few.interactions.notes
+    assert few.folder != whole.folder
+    assert [*few.interactions.notes.values()] == [len(everyone.user) - len(core.user)]
     with pytest.raises(ValueError, match="--num_users 90 has no effect: .* 90 users"):
         prepare(replace(config, num_users=90))
 
@@ -107,12 +99,11 @@ def test_histories_are_found_among_a_prompts_tokens(tokenizer, options):
             assert limit < 100_000 or len(kept) == len(history)
 
 
-def test_where_histories_stand_is_known_where_it_is_asked_for(tokenizer, tmp_path):
-    """No liked item before an example: an empty span."""
+def test_an_empty_history_has_an_empty_span(tokenizer, tmp_path):
+    """No liked item before an example."""
     options = {"train_size": 300, "min_history": 1, "history_items": "positive"}
     prepared = prepare(small_config(tmp_path, planted_users=80, followers=3, **options))
-    assert frozen.encode_split(prepared, "train", tokenizer, 1024).histories is None
-    spans = frozen.encode_split(prepared, "train", tokenizer, 1024, histories=True).histories
     examples = prepared.splits["train"]
+    spans = frozen.history_spans(encode_examples(examples, tokenizer, 1024), tokenizer)
     empty = np.array([len(examples.history_rows(e)) == 0 for e in range(len(examples))])
     assert empty.any() and np.array_equal(np.diff(spans)[:, 0] == 0, empty) and spans.min() >= 1

@@ -154,7 +154,7 @@ def test_a_trained_stage_whose_answers_are_mostly_invalid_is_warned_of(tmp_path,
     for stage, valid in (("raw", 4), ("sft", 4), ("recpo", 5)):
         metrics = summarise([record | {"valid": n < valid} for n in range(10)])
         save_predictions(tmp_path / stage / "eval", metrics, [])
-    run = Mock(folder=tmp_path, config=TrainConfig(stages="raw,sft,recpo"), data_hash="0" * 64)
-    train.write_results(run, Mock(optimum=lambda split: None))
+    config = TrainConfig(stages="raw,sft,recpo", history=9)  # the optimum is not known
+    train.write_results(Mock(folder=tmp_path, config=config, data_hash="0" * 64))
     for text in (capsys.readouterr().out, (tmp_path / "results.md").read_text()):
         assert text.count("WARNING") == text.count("WARNING: sft: only 40.0%") == 1

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from families import small_world as make_world
 from launch import ROOT, TRAIN, losses, run_script, run_train
 
-from data import build_examples
+from data import build_examples, encode_examples
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, load_interactions
+from loaders.frozen import DataConfig, load_interactions
 from lora import lora_layers
 from losses import target_margins
 from runtime.stages import load_stage
@@ -141,7 +141,7 @@ def test_bad_input_is_one_clear_message(tmp_path, flags, message):
 def small_world(tmp_path_factory):
     """Options, encoded training examples and a base, in a process group of one."""
     config, prepared, base = make_world(tmp_path_factory.mktemp("world"))
-    encoded = encode_split(prepared, "train", Tokenizer(base), 1024)
+    encoded = encode_examples(prepared.splits["train"], Tokenizer(base), 1024)
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -87,4 +87,4 @@ def test_the_command_retrieves_by_training_rows_and_fills_the_report(run, monkey
     text = report_text(collect(folder.parent, {}))
     mean = gains(np.array(places["model"]))["MRR"].mean()
     assert f"| {mean:.4f} [" in text and "| + own/sft |" in text and "| retriever alone |" in text
-    assert "| after --core 0 | 200 |" in text  # the prepared examples are at hand
+    assert "- 200 users, 320 items" in text  # the prepared examples are at hand

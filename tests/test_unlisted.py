@@ -9,11 +9,11 @@ import torch
 
 import recommend
 import train
-from data import ALL_TEMPLATES, Example, render_prompt
+from data import ALL_TEMPLATES, Example, encode_examples, render_prompt
 from demo.pretrain import titles_base
 from eval import evaluate
 from hub.tokenizer import Tokenizer
-from loaders.frozen import DataConfig, encode_split, prepare
+from loaders.frozen import DataConfig, prepare
 from model import load_pretrained
 from studies import two_stage
 from studies.two_stage import title_scores
@@ -49,7 +49,8 @@ def test_the_examples_are_those_of_the_form_with_the_list(world):
     other = prepare(replace(CONFIG, prepared_dir=str(prepared.folder.parent), list_in_prompt=True))
     assert other.hash == prepared.hash and other.folder == prepared.folder
     lengths = [
-        len(encode_split(p, "test", Tokenizer(base), 512).prompts[0]) for p in (prepared, other)
+        len(encode_examples(p.splits["test"], Tokenizer(base), 512).prompts[0])
+        for p in (prepared, other)
     ]
     assert lengths[1] > lengths[0] + 20
 
@@ -72,7 +73,7 @@ def test_the_whole_catalogue_is_ranked_by_one_position(world):
     """By the log-probs that a tree gives each title; a spelled title's are summed."""
     prepared, base = world
     model, tokenizer = load_pretrained(base), Tokenizer(base)
-    encoded = encode_split(prepared, "test", tokenizer, 512)
+    encoded = encode_examples(prepared.splits["test"], tokenizer, 512)
     titles = [*prepared.interactions.titles[:30], "No Such Title"]
     completions = tokenizer.encode_completions(titles)
     found = title_scores(model, tokenizer, titles, encoded.prompts[:3])
