@@ -425,7 +425,6 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
             if prompt + candidates[target][:-1] != whole:
                 raise ValueError(f"tokenised differently as one text: {text[-80:]!r}, {title!r}")
         prompts.append(np.array(prompt, np.int32))  # a list of integers takes ten times the memory
-    tokenizer.note_long(prompts)
     return encoded
 
 

@@ -29,7 +29,7 @@ from common import arg, parse_config, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
-from loaders.frozen import prepare
+from loaders.frozen import encode_split, prepare
 from model import Transformer, generate
 from runtime import sources
 from runtime.policy import free_memory
@@ -297,7 +297,7 @@ def main() -> None:
         metrics, records = evaluate(
             model,
             tokenizer,
-            encode_examples(prepared.splits[config.split], tokenizer, config.max_length),
+            encode_split(prepared, config.split, tokenizer, config.max_length),
             decode=config.decode,
             decode_rest=config.decode_rest,
             micro_batch_tokens=config.micro_batch_tokens,

@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import data
 from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, to_device, tree_widths
 from demo.pretrain import BASE, TITLES, titles_base
@@ -39,7 +38,7 @@ from eval import predict, ranking_metrics, results_table, summarise
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
-from loaders.frozen import data_defaults, history_spans, prepare
+from loaders.frozen import data_defaults, encode_split, prepare
 from loaders.planted import bayes_scores, world_of
 from lora import base_of
 from losses import LOSSES, MARGINS, Titles, sft_loss
@@ -560,10 +559,10 @@ def main() -> None:
             else:
                 base = find_base(config.model, config.adapter, weights=not config.dry_run)
         tokenizer = Tokenizer(base, config.prompt_format)
-        train = data.encode_examples(prepared.splits["train"], tokenizer, config.max_length)
-        test = data.encode_examples(prepared.splits["test"], tokenizer, config.max_length)
-        if config.history_weight > 0:
-            train.histories = history_spans(train, tokenizer)
+        with processes.rank_zero_first():
+            histories = config.history_weight > 0
+            train = encode_split(prepared, "train", tokenizer, config.max_length, histories)
+            test = encode_split(prepared, "test", tokenizer, config.max_length)
         run = Run(
             config=config,
             rank=rank,

@@ -210,6 +210,34 @@ def read_prepared(folder: Path, listed: bool = True) -> Prepared:
     return Prepared(log, splits, meta["hash"], folder)
 
 
+# ------------------------------------------------------------------------------------------- tokens
+def encode_split(
+    prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int, histories: bool = False
+) -> Encoded:
+    """encode_examples, kept in the prepared folder for other ranks and later runs."""
+    examples, words = prepared.splits[split], prepared.interactions.words
+    made_of = [tokenizer.fingerprint, max_length, histories, examples.list_in_prompt, words]
+    key = hashlib.sha256(json.dumps([made_of, data.ALL_TEMPLATES]).encode()).hexdigest()[:12]
+    file = prepared.folder / f"tokens-{split}-{key}.npz"
+    if file.exists():
+        a = np.load(file)
+        titles, prompts = (np.split(a[n], a[f"{n}_ends"][:-1]) for n in ("titles", "prompts"))
+        completions = dict(zip(a["items"].tolist(), map(np.ndarray.tolist, titles)))
+        encoded = Encoded(examples, prompts, completions, int(a["shortened"]), a.get("histories"))
+    else:
+        encoded = data.encode_examples(examples, tokenizer, max_length)
+        arrays = {"items": [*encoded.completions], "shortened": encoded.num_shortened}
+        for name, ids in ("titles", encoded.completions.values()), ("prompts", encoded.prompts):
+            arrays |= {name: np.concatenate([*ids]), f"{name}_ends": np.cumsum([*map(len, ids)])}
+        if histories:
+            arrays["histories"] = encoded.histories = history_spans(encoded, tokenizer)
+        with contextlib.suppress(OSError):  # a full disk; then the next start encodes again
+            np.savez(part := file.with_name(f"{os.getpid()}.npz"), **arrays)
+            part.rename(file)
+    tokenizer.note_long(encoded.prompts)
+    return encoded
+
+
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
     """(E, 2) first and past last token that another history, "~" and 0 if rated, would change."""
     texts, spans = [], []
