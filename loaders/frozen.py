@@ -52,7 +52,7 @@ class DataConfig(ExampleConfig):
         if wrong := sorted(unread & changed_options(self)):
             raise ValueError(f"--{wrong[0]} does not go with --dataset {name}; leave one out")
         if self.split_date and (self.core or self.ranks or name in ("steam", "lastfm")):
-            raise ValueError("--split_date does not go with --core or ranks: they count later rows")
+            raise ValueError("give --split_date, or --core or ranks, which count later rows")
 
     @property
     def ranks(self) -> str:
@@ -173,7 +173,7 @@ LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
 
 
 def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples]) -> None:
-    """Files of the arrays, whose names are part of the hash, and meta.json, in a whole folder."""
+    """Write arrays (their names are part of the hash) and meta.json: a whole folder, or none."""
     arrays = {f"log.{n}": value for n, value in vars(log).items() if isinstance(value, np.ndarray)}
     for split, examples in splits.items():
         arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
@@ -239,7 +239,7 @@ def encode_split(
 
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
-    """(E, 2) first and past last token that another history, "~" and 0 if rated, would change."""
+    """(E, 2) first token and one past the last that another history, "~" rated 0, would change."""
     texts, spans = [], []
     for example in map(encoded.examples.__getitem__, range(len(encoded.examples))):
         other = [("~", 0 * rating) for _, rating in example.history[-1:]]
