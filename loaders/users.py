@@ -77,7 +77,8 @@ def read_rating(entry, where: str, config: DataConfig) -> float:
     asked = "" if config.ranks else config.scale
     low, high = parse_scale(asked) if asked else (1e-9, 5.0)
     if type(rating) not in (int, float) or not low <= rating <= high:
-        raise ValueError(f"{where}: {entry!r:.80}: expected a rating: {asked or 'above 0, up to 5'}")
+        scale = f"of --scale {asked}" if asked else "above 0 and up to 5"
+        raise ValueError(f"{where}: {entry!r:.80}: expected a rating {scale}, as in the log")
     return float(np.float32(1 + 4 * (rating - low) / (high - low) if asked else rating))
 
 
