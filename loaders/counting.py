@@ -7,7 +7,6 @@
 
 They are fitted on training interactions, whatever their rating. Legend: E examples, I items."""
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -34,8 +33,7 @@ class Retriever:
         self.user_start = np.searchsorted(user, np.arange(log.num_users + 1))
         self.user = np.pad(user, (0, MAX_DISTANCE), constant_values=-1)  # behind the last: nobody
         self.item = np.pad(item, (0, MAX_DISTANCE))
-        kept = max(16, (1 << 24) // log.num_items)  # rows: 256 MiB, if all of them are full
-        self.row = lru_cache(kept)(self.count_row)
+        self.row = lru_cache(max(16, (1 << 24) // log.num_items))(self.count_row)  # 256 MiB
 
     def scores(self, history: np.ndarray) -> np.ndarray:
         """(I,) float64: what the items say, each one DECAY times as loudly as the one after it."""
@@ -65,39 +63,34 @@ class Retriever:
         return candidates, sums[candidates] / np.sqrt(norms[candidates])
 
 
-def best_items(scores: np.ndarray, exclude: np.ndarray, n: int) -> np.ndarray:
-    """Up to n item codes by falling score (I,), equal scores by code; none of `exclude`."""
-    scores = scores.astype(np.float64)
-    scores[exclude] = -np.inf
-    best = np.argsort(-scores, kind="stable")[:n]
-    return best[scores[best] > -np.inf]
-
-
-def scores_before(name: str, log: Interactions, rows: np.ndarray, shown: int) -> Iterator:
-    """Scores of the catalogue (I,) for the history that a prompt shows before each row."""
-    retriever = Retriever(name, log, training_rows(log), shown)
-    for row, start in zip(rows.tolist(), log.start[log.user[rows]].tolist()):
-        yield retriever.scores(log.item[max(start, row - shown) : row])
+def best_items(scores: np.ndarray, exclude: np.ndarray, n: int, order=None) -> np.ndarray:
+    """Up to n item codes by falling score (I,), but those of `exclude`; of equal scores the one
+    that comes first in `order` (I,), or if None the lower code."""
+    order = np.arange(len(scores)) if order is None else order
+    left = order[~np.isin(order, exclude)]
+    return left[np.argsort(-scores[left], kind="stable")[:n]]
 
 
 def counting_baselines(examples: Examples) -> dict[str, np.ndarray]:
     """Scores (E, 20) of the examples' candidates, by a recommender's name in result tables."""
-    log, found = examples.interactions, {}
+    log, rows, found = examples.interactions, examples.position, {}
+    histories = [log.item[start:row] for start, row in zip(log.start[log.user[rows]], rows)]
     for name, key in BASELINES.items():
-        scores = scores_before(key, log, examples.position, examples.history)
-        found[name] = np.array([row[items] for row, items in zip(scores, examples.candidates)])
+        retriever = Retriever(key, log, training_rows(log), examples.history)
+        pairs = zip(histories, examples.candidates)
+        found[name] = np.array([retriever.scores(history)[items] for history, items in pairs])
     return found
 
 
 def markov_top(log: Interactions, rows: np.ndarray, shown: int, count: int, exclude=None):
     """(E, count) items that Markov puts highest before each row (E,), the more popular one first if
     two are equal; -1: none. Left out: `exclude` (E, n), or if None all that the user touched."""
-    counts = np.bincount(log.item[training_rows(log)], minlength=log.num_items)
-    order = np.argsort(-counts, kind="stable")
+    retriever = Retriever("markov", log, training_rows(log), shown)
+    by_popularity = np.argsort(-retriever.counts, kind="stable")
     found = np.full((len(rows), count), -1)
-    for e, scores in enumerate(scores_before("markov", log, rows, shown)):
-        start, end = log.start[log.user[rows[e]] + np.arange(2)]
-        scores[log.item[start:end] if exclude is None else exclude[e]] = -np.inf
-        best = order[best_items(scores[order], [], count)]
+    for e, row in enumerate(rows.tolist()):
+        start, end = log.start[log.user[row] + np.arange(2)]
+        left_out = log.item[start:end] if exclude is None else exclude[e]
+        best = best_items(retriever.scores(log.item[start:row]), left_out, count, by_popularity)
         found[e, : len(best)] = best
     return found

@@ -1,8 +1,7 @@
 """Examples that other projects have prepared: the RecPO authors' JSON and S-DPO's.
 
 An entry has historyList (a list, or titles joined by "::"), itemList (20 candidates) and
-trueSelection; the authors' also historyRatingList, itemScoreList (φ of the candidates) and
-randomNegative. It is a user of its own, and equal titles are one item."""
+trueSelection; the authors' also historyRatingList, itemScoreList (φ) and randomNegative."""
 
 import re
 from pathlib import Path
@@ -18,15 +17,12 @@ from loaders.tables import Table, check_bad, read_records
 
 def files(config) -> list[Path]:
     """Those of train, val and test: a word of the name starts so ("latest" is no test)."""
-    folder, found = Path(config.data_dir), []
-    inside = visible_files(folder) if folder.is_dir() else []
-    for word in ("train", "val|dev", "test"):
-        fits = [f for f in inside if re.search(rf"(?<![a-z])({word}).*\.json", f.name.lower())]
-        if len(fits) != 1:
-            names = [file.name for file in fits or inside]
-            raise ValueError(f"{folder}: expected a folder with one {word} file, found {names}")
-        found += fits
-    return found
+    folder, words = Path(config.data_dir), ("train", "val|dev", "test")
+    inside = [f.name for f in visible_files(folder, "*.json*")] if folder.is_dir() else []
+    found = {w: [f for f in inside if re.search(f"(?<![a-z])({w})", f.lower())] for w in words}
+    if [*map(len, found.values())] != [1, 1, 1]:
+        raise ValueError(f"{folder}: expected a folder with one .json file of each, found {found}")
+    return [folder / name for (name,) in found.values()]
 
 
 def read_entries(file: Path) -> list[dict]:
@@ -56,20 +52,14 @@ def read_entry(entry: dict) -> dict:
     listed = len({*candidates}) == len(candidates) == len(scores) == NUM_CANDIDATES
     shown = len(ratings) == len(history) > 0 and not any(r <= 0 or r > 5 for r in ratings)
     if not (listed and shown and all(history + candidates) and all(0 < s < np.inf for s in scores)):
-        titles = f"{NUM_CANDIDATES} different candidates with scores above 0 or none"
-        raise ValueError(f"expected a history with ratings up to 5 or none, and {titles}")
-    return {
-        "shown": [*history, target],
-        "ratings": [*ratings, np.nan],
-        "candidates": candidates,
-        "target": candidates.index(target),
-        "scores": scores,
-        "is_random": [title in random for title in candidates],
-    }
+        raise ValueError("expected 20 different titles, scores above 0, a history, ratings up to 5")
+    used = {"candidates": candidates, "target": candidates.index(target), "scores": scores}
+    used["is_random"] = [title in random for title in candidates]
+    return used | {"shown": [*history, target], "ratings": [*ratings, np.nan]}
 
 
 def load(config) -> tuple[Interactions, dict[str, Examples]]:
-    """(log, splits); the log holds an entry's history and its target as a user of their own."""
+    """(log, splits): an entry's history and its target are a user, equal titles one item."""
     parts = dict(zip(SPLITS, map(read_entries, files(config))))
     everything = sum(parts.values(), [])
     if all(score == 1 for entry in everything for score in entry["scores"]):

@@ -80,16 +80,6 @@ def load_interactions(config: DataConfig) -> Interactions:
     return LOADERS[config.dataset].load(config)
 
 
-def draw_users(log: Interactions, config: DataConfig) -> Interactions:
-    """The log of --num_users, drawn by --data_seed."""
-    if config.num_users >= log.num_users:
-        there = f"the log has {log.num_users:,} users; give fewer, or 0"
-        raise ValueError(f"--num_users {config.num_users} has no effect: {there}")
-    rng = np.random.default_rng([config.data_seed, len(SPLITS)])
-    drawn = rng.choice(log.num_users, config.num_users, replace=False)
-    return data.select_rows(log, np.isin(log.user, drawn))
-
-
 def prepare(config: DataConfig) -> Prepared:
     """The frozen examples of these options, written once under --prepared_dir."""
     name = config.dataset
@@ -102,15 +92,20 @@ def prepare(config: DataConfig) -> Prepared:
     folder = Path(config.prepared_dir) / f"{name}-{key}"
     if not folder.exists():
         read = load_interactions(config)
-        log, splits = read if name == "prepared" else (read, None)
-        count = len(log.user)
-        log = draw_users(log, config) if config.num_users else log
+        whole, splits = read if name == "prepared" else (read, None)
+        log, count = whole, config.num_users
+        if count >= whole.num_users:
+            raise ValueError(f"--num_users {count}: the log has {whole.num_users:,}; give fewer")
+        if count:
+            rng = np.random.default_rng([config.data_seed, len(SPLITS)])
+            drawn = rng.choice(whole.num_users, count, replace=False)
+            log = data.select_rows(whole, np.isin(whole.user, drawn))
         if config.split_date:
             log, splits = build_dated_examples(log, config)
         elif not splits:
             log = data.k_core(log, config.core)
             splits = data.build_examples(log, config, markov_top)
-        if left_out := count - len(log.user):
+        if left_out := len(whole.user) - len(log.user):
             log.notes["interactions that --num_users and --core leave out"] = left_out
         write_prepared(folder, log, splits)
     return read_prepared(folder, config.list_in_prompt)
@@ -118,79 +113,72 @@ def prepare(config: DataConfig) -> Prepared:
 
 def find_prepared(prepared_dir, content_hash: str) -> Prepared | None:
     """Prepared examples with this hash (or its beginning) below the folder, without raw files."""
-    files = sorted(Path(prepared_dir).glob("*/meta.json"))
-    found = (f.parent for f in files if read_json(f).get("hash", "").startswith(content_hash))
+    files = sorted(Path(prepared_dir).glob("*/prepared.json"))
+    found = (f.parent for f in files if read_json(f)["hash"].startswith(content_hash))
     return next(map(read_prepared, found), None)
 
 
 # ------------------------------------------------------------------------------------ split in time
-def date_of(interactions: Interactions, split_date: str) -> np.datetime64:
+def date_of(interactions: Interactions, given: str) -> np.datetime64:
     """The date, UTC if it names no zone; ValueError if it does not divide the log."""
     time = np.sort(interactions.timestamp).view("M8[s]")
     with contextlib.suppress(ValueError):
-        date = time[int(0.9 * len(time))] if split_date == "10%" else np.datetime64(split_date, "s")
+        date = time[int(0.9 * len(time))] if given == "10%" else np.datetime64(given, "s")
         if time[0] < date <= time[-1]:
             return date
-    inside = f"a date such as 2000-12-01 between {time[0]} and {time[-1]}"
-    raise ValueError(f"--split_date {split_date}: expected 10%, or {inside}")
+    raise ValueError(f"--split_date {given}: expected 10%, or a date from {time[0]} to {time[-1]}")
 
 
 def build_dated_examples(log: Interactions, config) -> tuple[Interactions, dict[str, Examples]]:
     """The log, which now knows where training ends, and its splits: each user is validated on the
     last liked item before --split_date and tested on the first one after it. Other splits than the
     test are built from a log that ends there, so that no random candidate tells of later."""
-    date = date_of(log, config.split_date)
-    before = log.timestamp.view("M8[s]") < date
-    past = data.select_rows(log, before)
-    row = np.arange(len(past.user))
-    is_late = row - past.start[past.user] >= config.min_history
-    liked = np.flatnonzero(past.rating >= config.min_rating)
-    val = np.full(past.num_users, -1)  # the last liked row of each user
-    val[past.user[liked]] = liked
-    has_val = (val >= 0) & is_late[val]
-    past.train_end = np.where(has_val, val, past.start[1:])
-    train = is_late & (row + config.followers <= past.train_end[past.user])
-    places = {"train": np.flatnonzero(train), "val": val[has_val]}
-    splits = data.build_examples(past, config, markov_top, places)
-
-    rows, items = np.flatnonzero(before), np.unique(log.item[before])  # of the whole log
-    train_end = log.start[:-1].copy()
-    train_end[log.user[rows[past.start[:-1]]]] += past.train_end - past.start[:-1]
+    date, row = date_of(log, config.split_date), np.arange(len(log.user))
+    before, liked = log.timestamp.view("M8[s]") < date, log.rating >= config.min_rating
+    is_late = row - log.start[log.user] >= config.min_history
+    earlier, later = row[before & liked][::-1], row[~before & liked]
+    val = earlier[np.unique(log.user[earlier], return_index=True)[1]]  # each user's last
+    test = later[np.unique(log.user[later], return_index=True)[1]]  # each user's first
+    val, test = val[is_late[val]], test[is_late[test]]
+    end = log.start[:-1] + np.bincount(log.user[before], minlength=log.num_users)
+    end[log.user[val]] = val
     why = f"interactions from {date} (UTC) on, which training does not see"
-    log = replace(log, train_end=train_end, notes=log.notes | {why: len(before) - len(rows)})
+    log = replace(log, train_end=end, notes=log.notes | {why: int((~before).sum())})
+    train = is_late & (row + config.followers <= end[log.user])
+
+    past, new = data.select_rows(log, before), np.cumsum(before) - 1  # row -> row of the past
+    past.train_end = new[end[np.unique(log.user[before])] - 1] + 1
+    splits = data.build_examples(past, config, markov_top, {"train": new[train], "val": new[val]})
+    items = np.unique(log.item[before])
     for examples in splits.values():
-        examples.interactions, examples.position = log, rows[examples.position]
+        examples.interactions, examples.position = log, row[before][examples.position]
         examples.candidates = items[examples.candidates].astype(np.int32)
-    liked = np.flatnonzero(~before & (log.rating >= config.min_rating))
-    test = liked[np.unique(log.user[liked], return_index=True)[1]]  # each user's first
-    test = test[test - log.start[log.user[test]] >= config.min_history]
     return log, splits | data.build_examples(log, config, markov_top, {"test": test})
 
 
 # ------------------------------------------------------------------------------------------ on disk
-PREPARED_FORMAT = 6  # raised when the same options give other examples, or other files, than before
-LOG_TEXTS = ("titles", "user_ids", "item_ids", "name")
+PREPARED_FORMAT = 7  # raised when the same options give other examples, or other files, than before
 
 
 def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples]) -> None:
-    """Write arrays (their names are part of the hash) and meta.json: a whole folder, or none."""
+    """Write arrays (hashed with their names) and prepared.json: a whole folder, or none."""
     arrays = {f"log.{n}": value for n, value in vars(log).items() if isinstance(value, np.ndarray)}
     for split, examples in splits.items():
         arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
-    texts = {name: getattr(log, name) for name in LOG_TEXTS} | {"history": examples.history}
-    shown = {name: getattr(examples, name) for name in ("min_shown_rating", "ratings")}
-    texts |= {n: value for n, value in shown.items() if value != getattr(Examples, n)}
+    texts = {n: getattr(log, n) for n in ("titles", "user_ids", "item_ids", "name")}
+    shown = {n: getattr(examples, n) for n in ("history", "min_shown_rating", "ratings")}
+    shown = {n: value for n, value in shown.items() if value != getattr(Examples, n, None)}
     hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
     parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
-    whole = "\n".join([*parts, json.dumps(texts, sort_keys=True)])
-    meta = {"texts": texts, "notes": log.notes, "words": log.words}
-    meta["hash"] = hashlib.sha256(whole.encode()).hexdigest()
+    whole = "\n".join([*parts, json.dumps(texts | shown, sort_keys=True)])
+    meta = {"hash": hashlib.sha256(whole.encode()).hexdigest(), "shown": shown}
+    meta["log"] = texts | {"notes": log.notes, "words": log.words}
     part = folder.with_name(f"{folder.name}.{os.getpid()}")
     with writing(folder):
         part.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             np.save(part / f"{name}.npy", array)
-        (part / "meta.json").write_text(json.dumps(meta))
+        (part / "prepared.json").write_text(json.dumps(meta))
         with contextlib.suppress(OSError):  # another process was faster
             part.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
@@ -199,21 +187,17 @@ def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples])
 def read_prepared(folder: Path, listed: bool = True) -> Prepared:
     """The arrays are mapped into memory, which processes share."""
     arrays = {f.stem: np.load(f, mmap_mode="r").view(np.ndarray) for f in folder.glob("*.npy")}
-    meta, splits = read_json(folder / "meta.json"), {}
-    shown = meta["texts"]
-    log = {name: shown.pop(name) for name in LOG_TEXTS}  # what is left are fields of Examples
+    meta, splits = read_json(folder / "prepared.json"), {}
+    log = meta["log"] | {"words": tuple(meta["log"]["words"])}
     log |= {n.removeprefix("log."): array for n, array in arrays.items() if n.startswith("log.")}
-    log = Interactions(**log, notes=meta["notes"], words=tuple(meta["words"]))
+    log = Interactions(**log)
     for split in SPLITS:
         part = {field: arrays[f"{split}.{name}"] for field, name in Examples.ARRAYS.items()}
-        splits[split] = Examples(log, split, **shown, **part, list_in_prompt=listed)
+        splits[split] = Examples(log, split, **meta["shown"], **part, list_in_prompt=listed)
     return Prepared(log, splits, meta["hash"], folder)
 
 
-# ------------------------------------------------------------------------------------------- tokens
-def encode_split(
-    prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int, histories: bool = False
-) -> Encoded:
+def encode_split(prepared: Prepared, split, tokenizer: Tokenizer, max_length: int, histories=False):
     """encode_examples, kept in the prepared folder for other ranks and later runs."""
     examples, words = prepared.splits[split], prepared.interactions.words
     made_of = [tokenizer.fingerprint, max_length, histories, examples.list_in_prompt, words]
@@ -240,11 +224,10 @@ def encode_split(
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
     """(E, 2) first token and one past the last that another history, "~" rated 0, would change."""
-    texts, spans = [], []
-    for example in map(encoded.examples.__getitem__, range(len(encoded.examples))):
+    spans = []
+    for prompt, example in zip(map(list, encoded.prompts), encoded.examples):
         other = [("~", 0 * rating) for _, rating in example.history[-1:]]
-        texts.append(data.render_prompt(replace(example, history=other)))
-    for prompt, other in zip(map(list, encoded.prompts), tokenizer.encode_prompts(texts)):
+        (other,) = tokenizer.encode_prompts([data.render_prompt(replace(example, history=other))])
         first = len(os.path.commonprefix([prompt, other]))
         behind = os.path.commonprefix([prompt[first:][::-1], other[first:][::-1]])
         spans.append((first, len(prompt) - len(behind)))

@@ -77,8 +77,7 @@ def planted_world(world: World) -> Interactions:
         stories = genre[:, None] * per_genre + np.arange(per_genre)
         keys = rng.random(stories.shape) + read[users[:, None], stories]
         items[:, t] = stories[users, keys.argmin(1)]
-        read_out = read[users, items[:, t]]  # nothing of the genre is left: the log ends
-        lengths = np.where(read_out, np.minimum(lengths, t), lengths)
+        lengths = np.minimum(lengths, np.where(keys.min(1) < 1, L, t))  # all are read: the end
         read[users, items[:, t]] = True
         ratings[:, t] = 1 + draw(rng, world.rating_given(genre == taste))
     user, step = np.nonzero(np.arange(L) < lengths[:, None])
@@ -101,17 +100,15 @@ def load(config) -> Interactions:
 
 def world_of(options: dict) -> World | None:
     """The planted world of these data options, if they show histories whole; else None."""
-    if options["dataset"] != NAME or options["history"] < World.max_length - 1:
-        return None
-    return World(num_users=options["planted_users"], seed=options["data_seed"])
+    whole = options["dataset"] == NAME and options["history"] >= World.max_length - 1
+    return World(num_users=options["planted_users"], seed=options["data_seed"]) if whole else None
 
 
 def bayes_scores(world: World, examples: Examples, low: float = 4.0, high: float = 5.0):
     """(E, 20) log P(next story = candidate, low <= its rating <= high | history), by the forward
     algorithm, which yields the posterior of the taste (G,), from histories that are shown whole."""
-    log, codes = examples.interactions, {title: i for i, title in enumerate(world.titles())}
-    genre = np.array([codes[title] for title in log.titles]) // world.stories_per_genre  # by item
-    G, stars = world.num_genres, np.arange(1, 6)
+    log, G, stars = examples.interactions, world.num_genres, np.arange(1, 6)
+    genre = np.array(log.item_ids, int) // world.stories_per_genre  # of each item
     picked, transition = world.genre_given_taste(), world.transition()
     rated = world.rating_given(np.eye(G, dtype=bool))  # (G, G, 5) of a taste and a story's genre
     wanted = picked * (rated * ((stars >= low) & (stars <= high))).sum(-1)

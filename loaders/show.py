@@ -44,19 +44,17 @@ def show() -> None:
     train, tokenizer = prepared.splits["train"], Tokenizer(resolve_path(config.tokenizer))
     if config.show >= len(train):
         raise ValueError(f"--show must be between 0 and {len(train) - 1}, got {config.show}")
-    one = train.select([config.show])
-    example, (slots,), is_random = one[0], one.negatives(3), one.is_random[0]
+    example, slots = train[config.show], train.negatives(3)[config.show]
+    kinds = np.where(train.is_random[config.show], "random", "follows")
     text, chosen, scores = render_prompt(example), example.target, torch.tensor(example.scores)
-    titles = example.candidates
-    print(f"\n---- training example {config.show}:\n\n{text}\n")
-    print(f"chosen:   {titles[chosen]!r}, score {scores[chosen]:.3f}")
+    scored = [f"{t!r}, score {s:.3f}" for t, s in zip(example.candidates, example.scores)]
+    print(f"\n---- training example {config.show}:\n\n{text}\n\nchosen:   {scored[chosen]}")
     margins = target_margins(scores[[chosen]], scores[slots][None], "ratio")[0]
-    for slot, margin in zip(slots, margins):
-        score = f"{scores[slot]:.3f} ({'random' if is_random[slot] else 'follows'})"
-        print(f"rejected: {titles[slot]!r}, score {score}, target margin {margin:.2f}")
+    for n, margin in zip(slots, margins):
+        print(f"rejected: {scored[n]} ({kinds[n]}), target margin {margin:.2f}")
     (prompt,) = tokenizer.encode_prompts([text])
-    (answer,) = tokenizer.encode_completions([titles[chosen]])
+    (answer,) = tokenizer.encode_completions([example.candidates[chosen]])
     ids = [*prompt[-3:], *answer]
     tokens = [repr(tokenizer.inner.decode([i], skip_special_tokens=False)) for i in ids]
-    ends = "(|| ends the prompt; all behind it is scored)"
-    print(f"boundary: ... {' '.join(tokens[:3])} || {' '.join(tokens[3:])}   {ends}")
+    tokens.insert(3, "||")
+    print("boundary: ...", *tokens, "  (|| ends the prompt; all behind it is scored)")

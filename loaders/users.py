@@ -2,8 +2,6 @@
 
 Titles are cleaned and ratings mapped as training does it; an item id needs the log."""
 
-import contextlib
-import json
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -15,9 +13,8 @@ from hub.files import note_once
 from loaders.files import read_lines
 from loaders.frozen import DataConfig
 from loaders.table import clean_title
+from loaders.tables import Table, read_records
 from loaders.values import parse_scale
-
-SHAPE = '{"user": "u", "history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'
 
 
 @dataclass
@@ -45,21 +42,18 @@ class Catalogue:
         if code is not None:
             return code, item or self.ids[code], self.titles[code]
         if not title:
-            known = "a title, or the id of an item of the log, if one is at hand"
-            raise ValueError(f"{where} is {entry!r:.80}: expected {known}")
+            raise ValueError(f"{where} is {entry!r:.80}: give a title (an id needs the log)")
         if self.titles:
             note_once(f'the log has no "{title}", which is ranked all the same')
         return None, item, title
 
 
-def read_user(
-    entry, where: str, catalogue: Catalogue, config: DataConfig, fewest: int, retrieve=False
-) -> User:
+def read_user(entry, where: str, catalogue: Catalogue, config, fewest: int, retrieve=False) -> User:
     """One user, with `fewest` candidates or more, or with none, if they may be retrieved."""
-    entry = entry if isinstance(entry, dict) else {}
     name, history, given = entry.get("user", ""), entry.get("history"), entry.get("candidates", [])
     if type(name) not in (str, int) or not type(history) is type(given) is list:
-        raise ValueError(f"{where}: expected {SHAPE}")
+        form = '{"user": "u", "history": [{"title": "T", "rating": 4}, ...], "candidates": [...]}'
+        raise ValueError(f"{where}: expected {form}")
     found = [catalogue.find(e, f"{where}: history entry {n}") for n, e in enumerate(history, 1)]
     items = [code for code, _, _ in found if code is not None]
     rated = [(title, read_rating(e, where, config)) for (_, _, title), e in zip(found, history)]
@@ -105,18 +99,20 @@ def user_of_log(log: Interactions, code: int, config: DataConfig) -> User:
 
 def listed_users(file: Path, log: Interactions, config: DataConfig, fewest: int) -> list:
     """Users of a .jsonl file, or the codes of those whose ids stand in a text file; one a line."""
-    catalogue, found = Catalogue(log), {}
+    catalogue, table, found = Catalogue(log), Table(), {}
     codes = {user: code for code, user in enumerate(log.user_ids)}
-    for number, line in enumerate(map(str.strip, read_lines(file)), 1):
-        where, entry = f"{file}:{number}", None
-        if file.suffix == ".jsonl" and line:
-            with contextlib.suppress(ValueError, RecursionError):
-                entry = json.loads(line)
+    lines = filter(None, map(str.strip, read_lines(file)))
+    entries = read_records(file, table) if file.suffix == ".jsonl" else lines
+    for number, entry in enumerate(entries, 1):
+        where = f"{file}: user {number}"
+        if isinstance(entry, dict):
             user = read_user(entry, where, catalogue, config, fewest, retrieve=True)
             if not user.name or found.setdefault(user.name, user) is not user:
                 raise ValueError(f'{where}: expected a "user" of its own, not {user.name!r}')
-        elif line and line not in codes:
-            raise ValueError(f"{where}: the log has no user {line!r}; it has {log.user_ids[:3]}")
-        elif line:
-            found[line] = codes[line]
+        elif entry not in codes:
+            raise ValueError(f"{where}: the log has no user {entry!r}; it has {log.user_ids[:3]}")
+        else:
+            found[entry] = codes[entry]
+    if table.num_bad or not found:
+        raise ValueError(f"{file}: no user in {table.first_bad or 'the file'}, expected one a line")
     return list(found.values())

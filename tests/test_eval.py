@@ -177,7 +177,7 @@ def test_baselines_are_those_of_the_split(in_process, one_process, tmp_path, cap
         in_process(evaluation.main, model, "--no_decode_rest", f"--split={split}", *flags)
         assert_baselines(prepared, split, capsys.readouterr().out)
     folder = one_process[0]
-    (meta,) = (folder / "prepared").glob("*/meta.json")
+    (meta,) = (folder / "prepared").glob("*/prepared.json")
     prepared = find_prepared(folder / "prepared", json.loads(meta.read_text())["hash"])
     assert_baselines(prepared, "test", (folder / "one" / "results.md").read_text())
 

@@ -41,7 +41,7 @@ def test_a_log_is_found_whatever_its_case_and_beside_hidden_files(name, tmp_path
     ("csv", ["notes.doc"], r"no csv file.*notes\.doc"),
     ("movielens", ["notes.doc"], r"ratings\.dat"),
     ("movielens", ["u.data"], r"titles need u\.item beside u\.data"),
-    ("prepared", ["a-train.json", "b-train.json", "a-test.json"], r"one train file.*b-train"),
+    ("prepared", ["a-train.json", "b-train.json", "a-test.json"], r"one \.json file .*b-train"),
     ("csv", ["p0.csv", "p1.csv", "p2.csv"], r"p2\.csv: its first line, 'nothing', is one field"),
 ])  # fmt: skip
 def test_folders_that_hold_no_log_or_several_are_refused_by_name(dataset, files, culprit, tmp_path):
