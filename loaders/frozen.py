@@ -224,10 +224,11 @@ def encode_split(prepared: Prepared, split, tokenizer: Tokenizer, max_length: in
 
 def history_spans(encoded: Encoded, tokenizer: Tokenizer) -> np.ndarray:
     """(E, 2) first token and one past the last that another history, "~" rated 0, would change."""
-    spans = []
-    for prompt, example in zip(map(list, encoded.prompts), encoded.examples):
+    texts, spans = [], []
+    for example in map(encoded.examples.__getitem__, range(len(encoded.examples))):
         other = [("~", 0 * rating) for _, rating in example.history[-1:]]
-        (other,) = tokenizer.encode_prompts([data.render_prompt(replace(example, history=other))])
+        texts.append(data.render_prompt(replace(example, history=other)))
+    for prompt, other in zip(map(list, encoded.prompts), tokenizer.encode_prompts(texts)):
         first = len(os.path.commonprefix([prompt, other]))
         behind = os.path.commonprefix([prompt[first:][::-1], other[first:][::-1]])
         spans.append((first, len(prompt) - len(behind)))
