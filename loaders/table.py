@@ -76,7 +76,7 @@ def usable_rows(
     numbers = values.read_numbers(rating)
     low, high = values.parse_scale(scale) if scale else (0.0, 3e38) if amounts else (1e-9, 5.0)
     inside = (numbers >= low) & (numbers <= high)
-    none = (numbers == ABSENT) | (~inside & ((numbers == 0) | (numbers == -1)))
+    none = ~inside & np.isin(numbers, [ABSENT, 0, -1])
     state = np.where(inside, 0, np.where(none, NO_ID, BAD_ID)).astype(np.int8)
     time, per_second = first + np.arange(n), 1
     if "timestamp" in columns:
@@ -142,9 +142,7 @@ def finish(
     item, item_ids, titles = recoded(rows.item, key, rows.item_ids, titles)
     place = stable_order(rows.time)
     place = place[stable_order(user[place])]  # by user, then time
-    start = np.concatenate([[0], np.cumsum(np.bincount(user))])
-    user = np.repeat(np.arange(len(user_ids), dtype=np.int32), np.diff(start))
-    item, amount, time = (column[place] for column in (item, rows.amount, rows.time))
+    user, item, amount, time = (c[place] for c in (user, item, rows.amount, rows.time))
 
     pair = user.astype(np.int64) * len(item_ids) + item
     place = stable_order(pair)  # by pair, then time
@@ -160,12 +158,12 @@ def finish(
         keep = np.zeros(len(user), bool)
         keep[chosen] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
-        start = np.concatenate([[0], np.cumsum(np.bincount(user))])
         last = "repeated pairs of user and item, of which the last counts"
         rows.notes[last if repeats == "last" else "repeats, added up"] = merged
     if percentile:
         group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
         amount = percentile_ratings(amount, group)
+    start = np.concatenate([[0], np.cumsum(np.bincount(user))])
     ids = titles, user_ids, item_ids
     log = Interactions(user, item, amount, time // rows.per_second, start, *ids, name, words=words)
     titled = np.array([bool(title) for title in titles])

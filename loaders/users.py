@@ -12,9 +12,9 @@ import numpy as np
 
 from data import Interactions
 from hub.files import note_once
-from loaders.files import read_lines
 from loaders.frozen import DataConfig
 from loaders.table import clean_title
+from loaders.tables import read_lines
 from loaders.values import parse_scale
 
 SHAPE = '{"user": "u", "history": [{"title": "...", "rating": 4}, ...], "candidates": ["...", ...]}'

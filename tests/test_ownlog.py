@@ -156,7 +156,7 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     "zip": (zipped("log.csv"), {}, ["a.csv: zip", "unpack it"]),
     "xz": (lzma.compress(table().encode()), {}, ["a.csv: xz", "unpack it"]),
     "a decimal comma": (table(changed(2, "{},5".format)), {}, ["rating: '2,5' is no number", "no commas"]),  # noqa: E501
-    **{code: (table().encode(code), {}, ["not text in UTF-8"]) for code in ("utf-16", "utf-16-le")},
+    **{code: (table().encode(code), {}, ["not UTF-8"]) for code in ("utf-16", "utf-16-le")},
     "a delimiter of its own": (table(delimiter="\x01"), {}, ["one field", "tab"]),
     "Excel's sep=": ("sep=;\n" + table(delimiter=";"), {}, ["which column is the user", "sep="]),
     "cut gzip": (gzip.compress(table().encode())[:-300], {}, ["damaged or cut off"]),
