@@ -4,9 +4,8 @@
     python train.py --dataset csv --data_dir u.data --columns user=1,item=2,rating=3,timestamp=4 \\
         --item_file u.item      with id=1,title=2 of u.item among --columns
 
-Columns that --columns does not name are looked up under their usual names; numbers are positions,
-counted from 1. Without a rating column repeats are counted; without a timestamp column, the order
-of the file is that in time; without titles, ids are shown."""
+Columns that --columns does not name are looked up under their usual names; numbers are places.
+Without ratings, repeats are counted; without times, the order of the file is that in time."""
 
 import math
 import re
@@ -21,7 +20,7 @@ from loaders.table import clean_title, finish, usable_rows
 from loaders.tables import Table, find_files, name_of, read_table, visible_files
 from loaders.values import ABSENT_TITLES, read_ids, read_number, read_numbers, scale_doubt
 
-FIELDS = ("user", "item", "rating", "timestamp", "title")
+FIELDS = ("user", "item", "rating", "timestamp", "title", "id")
 USUAL = {  # patterns of names without case, blanks, dashes and underscores; the surer ones first
     "user": "userid uid username reviewerid customerid visitorid user customer",
     "item": "itemid iid movieid productid parentasin asin sku bookid trackid artistid item product",
@@ -44,9 +43,8 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, name = map(str.strip, part.partition("="))
         twice = key in FIELDS[:4] and name in map(columns.get, FIELDS[:4])
-        if key not in (*FIELDS, "id") or not name or twice:
-            forms = ", ".join(f"{key}=NAME" for key in (*FIELDS, "id"))
-            raise ValueError(f"--columns: {part!r} is not one of {forms}, each name once")
+        if key not in FIELDS or not name or twice:
+            raise ValueError(f"--columns: {part!r} is no KEY=NAME of {FIELDS}, each name once")
         columns[key] = name
     return columns
 
@@ -118,8 +116,7 @@ def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[s
         print0(f"note: {many}; the first in the alphabet is shown")
     if not any(titles) and "id" in table.columns:
         what = f"no title of the log's items, such as {item_ids[:2]}; its ids are such as {ids[:2]}"
-        columns = "--columns id=NAME,title=NAME"
-        raise ValueError(f"{source}: {what}: write them alike, or name other columns: {columns}")
+        raise ValueError(f"{source}: {what}: write them alike, or --columns id=NAME,title=NAME")
     return [texts[0] if texts else "" for texts in titles]
 
 
@@ -151,8 +148,7 @@ def files(config) -> list[Path]:
 
 
 def choose_percentile(config, source: str, table: Table) -> str:
-    """Among what amounts and repeats are ranked (--scale rank:...), "" for ratings; ValueError
-    where ratings are of another scale than 1 to 5."""
+    """Among what amounts and repeats are ranked; "" for ratings, which must be from 1 to 5."""
     name = table.labels.get("rating")
     if config.scale and not (name or config.ranks):
         raise ValueError(f"{source}: --scale needs a rating column: --columns rating=NAME")
@@ -170,8 +166,8 @@ def choose_percentile(config, source: str, table: Table) -> str:
 def load(config) -> Interactions:
     """The log of --dataset csv, jsonl, recbole or parquet."""
     parts, items = parts_of(config)
-    source = name_of(parts) if config.dataset != "parquet" else config.data_dir
-    known, only = parse_columns(config.columns), FIELDS[:4] if items else FIELDS
+    source = name_of(parts)
+    known, only = parse_columns(config.columns), FIELDS[: 4 if items else 5]
     if "id" in known and not items:
         raise ValueError("--columns id= names a column of --item_file: give that, or leave id= out")
     find = Finder({key: name for key, name in known.items() if key in only}, only)
@@ -199,8 +195,7 @@ def load(config) -> Interactions:
         titles = titles_of(rows.item_ids, table, find, source)
     del table  # a log of 20 million rows takes 500 MB
     if few := titles.count(""):
-        what = f"{few:,} of {len(titles):,} items have no title; their ids are shown, which tell a "
-        print0(f"note: {what}model nothing (--columns title=NAME, --item_file)")
+        what = f"{few:,} of {len(titles):,} items have no title: ids are shown"
+        print0(f"note: {what} (--columns title=NAME, --item_file)")
     titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
-    repeats = "sum" if percentile else "last"  # amounts add up
-    return finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
+    return finish(rows, titles, config.dataset, percentile=percentile, summed=bool(percentile))

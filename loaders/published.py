@@ -96,9 +96,8 @@ def load(config) -> Interactions:
     titles = [titles[item] for item in rows.item_ids]
     if name == "amazon" and re.match("((ratings|reviews)_)?Books", logs[0].name):
         name = "amazon_books"
-    repeats = "sum" if name == "lastfm" else "last"
     key = (lambda number: (len(number), number)) if name == "movielens" else str
-    return finish(rows, titles, name, WORDS[name], percentile, repeats, key)
+    return finish(rows, titles, name, WORDS[name], percentile, name == "lastfm", key)
 
 
 def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
@@ -106,8 +105,7 @@ def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
     head = read_head(files[0])
     columns = [columns for mark, columns in forms.items() if re.search(mark, head)]
     if not columns:
-        wanted = " or ".join(forms.values())
-        raise ValueError(f"{files[0]}: expected columns {wanted}; it begins {head!r:.80}")
+        raise ValueError(f"{files[0]}: none of {[*forms.values()]}; it begins {head!r:.80}")
     given = {field: name for field, name in zip(FIELDS, columns[0].split()) if name != "-"}
     return read_table(files, Finder(given, (*given,)), plain=True)
 

@@ -1,9 +1,8 @@
 """Files as one table: CSV and its relatives, JSON, Python literals, Parquet.
 
-They are found in a folder, unpacked (gzip, bzip2, zstd) and decoded: text is UTF-8; other bytes are
-read as Windows-1252 with a note, if they look like letters of western languages. Arrow reads tables
-on all cores. Python reads, a line at a time, what Arrow cannot: JSON with a bad line, arrays,
-columns of several types, literals."""
+They are found, unpacked (gzip, bzip2, zstd) and decoded (UTF-8, or Windows-1252 with a note). Arrow
+reads them on all cores. Python reads, a line at a time, what Arrow cannot: JSON with a bad line,
+arrays, columns of several types, literals."""
 
 import ast
 import contextlib
@@ -53,9 +52,7 @@ def visible_files(folder: Path, pattern: str = "*", below: bool = False) -> list
     return sorted(found, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), str(file)))
 
 
-def find_files(
-    path, patterns: Iterable[str], what: str, without: tuple = (), below: bool = False
-) -> list[Path]:
+def find_files(path, patterns: Iterable, what: str, without=(), below=False) -> list[Path]:
     """`path` itself if it is a file, else what fits a pattern in that folder; earlier ones win.
 
     Several files must be parts of one export: alike but for numbers and words such as train and
@@ -90,14 +87,12 @@ def open_bytes(file: Path) -> Iterator:
     """A file's bytes, unpacked; ValueError names the file where they are damaged."""
     try:
         with open(file, "rb") as plain:
-            start = plain.read(6)
-            codec = next((PACKED[first] for first in PACKED if start.startswith(first)), None)
+            codec = next((PACKED[p] for p in PACKED if plain.peek(6).startswith(p)), None)
             if codec in ("xz", "zip"):
                 raise ValueError(f"{file}: {codec}, or a spreadsheet; unpack it, give it as CSV")
-            plain.seek(0)
             yield pa.input_stream(plain, compression=codec) if codec else plain
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: {error} (damaged or cut off? Fetch it again)") from None
+        raise ValueError(f"{file}: cannot be read ({error}); damaged or cut off?") from None
 
 
 def read_head(file: Path, size: int = 1 << 16) -> str:

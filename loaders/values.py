@@ -77,8 +77,7 @@ def parse_scale(text: str) -> tuple[float, float]:
     """ "0,100" -> (0, 100), "binary" -> (0, 1); ValueError if it is no scale."""
     ends = [read_number(end.strip()) for end in text.replace("binary", "0,1").split(",")]
     if len(ends) != 2 or not -math.inf < ends[0] < ends[1]:
-        what = "the lowest and the highest rating, such as 0,100; or binary, or rank:item"
-        raise ValueError(f"--scale {text!r}: expected {what}")
+        raise ValueError(f"--scale {text!r}: expected LOWEST,HIGHEST (0,100), binary or rank:item")
     return ends[0], ends[1]
 
 
