@@ -105,7 +105,7 @@ def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
     head = read_head(files[0])
     columns = [columns for mark, columns in forms.items() if re.search(mark, head)]
     if not columns:
-        raise ValueError(f"{files[0]}: none of {[*forms.values()]}; it begins {head!r:.80}")
+        raise ValueError(f"{files[0]}: expected one of {[*forms.values()]}; it begins {head!r:.80}")
     given = {field: name for field, name in zip(FIELDS, columns[0].split()) if name != "-"}
     return read_table(files, Finder(given, (*given,)), plain=True)
 

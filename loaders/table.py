@@ -141,7 +141,8 @@ def finish(
     item, item_ids, titles = recoded(rows.item, key, rows.item_ids, titles)
     place = stable_order(rows.time)
     place = place[stable_order(user[place])]  # by user, then time
-    user, item, amount, time = (c[place] for c in (user, item, rows.amount, rows.time))
+    user = np.repeat(np.arange(len(user_ids), dtype=np.int32), np.bincount(user))
+    item, amount, time = (column[place] for column in (item, rows.amount, rows.time))
 
     pair = user.astype(np.int64) * len(item_ids) + item
     place = stable_order(pair)  # by pair, then time
@@ -151,8 +152,8 @@ def finish(
     if merged := int((~chosen).sum()):
         if summed:
             chosen = np.roll(chosen, 1)  # the first row
-            sums = np.add.reduceat(amount[place], np.flatnonzero(chosen), dtype=np.float64)
-            amount[place[chosen]] = sums
+            firsts = np.flatnonzero(chosen)
+            amount[place[firsts]] = np.add.reduceat(amount[place], firsts, dtype=np.float64)
         keep = np.zeros(len(user), bool)
         keep[place[chosen]] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
@@ -180,7 +181,7 @@ def recoded(codes: np.ndarray, key, ids: list[str], *others: list) -> tuple:
     order.sort(key=lambda code: key(ids[code]))
     new = np.full(len(ids), -1, np.int32)
     new[order] = np.arange(len(order), dtype=np.int32)
-    return new[codes], *([values[i] for i in order] for values in (ids, *others))
+    return new[codes], *([texts[i] for i in order] for texts in (ids, *others))
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:

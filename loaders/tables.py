@@ -92,7 +92,7 @@ def open_bytes(file: Path) -> Iterator:
                 raise ValueError(f"{file}: {codec}, or a spreadsheet; unpack it, give it as CSV")
             yield pa.input_stream(plain, compression=codec) if codec else plain
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); damaged or cut off?") from None
+        raise ValueError(f"{file}: cannot be read ({error}); if cut off, fetch it again") from None
 
 
 def read_head(file: Path, size: int = 1 << 16) -> str:
