@@ -18,7 +18,7 @@ from data import SPLITS, Encoded, ExampleConfig, Examples, Interactions
 from hub.tokenizer import Tokenizer
 from loaders import foreign, ownlog, planted, published
 from loaders.counting import markov_top
-from loaders.files import facts
+from loaders.tables import facts
 
 PROMPT_WORDS = {"planted": planted.WORDS} | published.WORDS  # by data set
 # name -> what has its load(config), and files(config), all that is read

@@ -4,9 +4,8 @@
     python train.py --dataset csv --data_dir u.data --columns user=1,item=2,rating=3,timestamp=4 \\
         --item_file u.item      with id=1,title=2 of u.item among --columns
 
-Columns that --columns does not name are looked up under their usual names; numbers are positions,
-counted from 1. Without a rating column repeats are counted; without a timestamp column, the order
-of the file is that in time; without titles, ids are shown."""
+Columns that --columns does not name are looked up under their usual names; numbers are places.
+Without ratings, repeats are counted; without times, the order of the file is that in time."""
 
 import math
 import re
@@ -17,12 +16,11 @@ import numpy as np
 
 from common import print0
 from data import Interactions
-from loaders.files import find_files, name_of, visible_files
 from loaders.table import clean_title, finish, usable_rows
-from loaders.tables import Table, check_bad, read_table, shorten
+from loaders.tables import Table, find_files, name_of, read_table, visible_files
 from loaders.values import ABSENT_TITLES, read_ids, read_number, read_numbers, scale_doubt
 
-FIELDS = ("user", "item", "rating", "timestamp", "title")
+FIELDS = ("user", "item", "rating", "timestamp", "title", "id")
 USUAL = {  # patterns of names without case, blanks, dashes and underscores; the surer ones first
     "user": "userid uid username reviewerid customerid visitorid user customer",
     "item": "itemid iid movieid productid parentasin asin sku bookid trackid artistid item product",
@@ -45,9 +43,8 @@ def parse_columns(text: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, name = map(str.strip, part.partition("="))
         twice = key in FIELDS[:4] and name in map(columns.get, FIELDS[:4])
-        if key not in (*FIELDS, "id") or not name or twice:
-            forms = ", ".join(f"{key}=NAME" for key in (*FIELDS, "id"))
-            raise ValueError(f"--columns: {part!r} is not one of {forms}, each name once")
+        if key not in FIELDS or not name or twice:
+            raise ValueError(f"--columns: {part!r} is no KEY=NAME of {FIELDS}, each name once")
         columns[key] = name
     return columns
 
@@ -58,34 +55,30 @@ class Finder:
     """Which column holds which field: the given ones, the others under their usual names."""
 
     given: dict[str, str]  # by --columns; all digits are positions, counted from 1
-    required: tuple[str, ...]
-    only: tuple[str, ...]  # the fields that are looked for
-    option: str = "--columns"
+    only: tuple[str, ...]  # the fields that are looked for; the first two must be there
     usual: dict[str, str] = field(default_factory=USUAL.copy)  # field -> patterns
     labels: dict[str, str] = field(default_factory=dict)  # field -> name, of the first part
 
     def by_name(self, names: list[str], source) -> dict[str, str]:
         """Field -> name, alike in all parts; ValueError lists what there is."""
-        if missing := [name for name in self.labels.values() if name not in names]:
-            what = f"no column {missing[0]}, which other parts have; there are {shorten(names)}"
-            raise ValueError(f"{source}: {what}: each part must name its columns")
-        found, free = self.labels, [name for name in names if name not in self.given.values()]
-        for key in self.only if not found else ():
+        there = f"there are {names!s:.200}"
+        for name in (self.labels or self.given).values():
+            if names.count(name) != 1:
+                what = f"no column {name}, or several of that name; {there}"
+                raise ValueError(f"{source}: {what}; each part must name its columns, each once")
+        free = [name for name in names if name not in self.given.values()]
+        for key in self.only if not self.labels else ():
             patterns = self.usual.get(key, "").split()
             tiers = ([n for n in free if re.fullmatch(p, plain_name(n))] for p in patterns)
-            fits = next(filter(None, tiers), [])
-            if key in self.given:
-                fits = [name for name in names if name == self.given[key]]
+            fits = [self.given[key]] if key in self.given else next(filter(None, tiers), [])
             if len(fits) == 1:
-                found[key] = fits[0]
-            elif fits or key in self.given or key in self.required:
+                self.labels[key] = fits[0]
+            elif fits or key in self.only[:2]:
                 which = f"which column is the {key}, {' or '.join(fits) or 'by its name'}?"
-                if key in self.given:
-                    which = f"{self.option} {key}={self.given[key]} names {len(fits)} columns."
                 count = ",".join(f"{key}={n}" for n, key in enumerate(self.only[: len(names)], 1))
-                ways = f"there are {shorten(names)}; or, in CSV, count them: {self.option} {count}"
-                raise ValueError(f"{source}: {which} Say {self.option} {key}=NAME; {ways}")
-        return found
+                ways = f"Say --columns {key}=NAME; {there}; or, in CSV, count: --columns {count}"
+                raise ValueError(f"{source}: {which} {ways}")
+        return self.labels
 
     def header(self, first: list[str], below: list[str]) -> tuple[list[str], bool]:
         """The names of the columns, and whether a table's first row holds them. Counted columns
@@ -117,24 +110,14 @@ def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[s
     titles = [*map(sorted, found.values())]
     if several := [texts[:2] for texts in titles if len(texts) > 1]:
         such = f"{len(several):,} items have several titles in column {label}, such as"
-        many = f"{source}: {such} {shorten(several[0])}"
+        many = f"{source}: {such} {several[0]!s:.200}"
         if 5 <= len(several) > sum(map(bool, titles)) / 5 and "title" not in find.given:
             raise ValueError(f"{many}: name another column or file, or --columns title={label}")
         print0(f"note: {many}; the first in the alphabet is shown")
     if not any(titles) and "id" in table.columns:
         what = f"no title of the log's items, such as {item_ids[:2]}; its ids are such as {ids[:2]}"
-        columns = "--columns id=NAME,title=NAME"
-        raise ValueError(f"{source}: {what}: write them alike, or name other columns: {columns}")
+        raise ValueError(f"{source}: {what}: write them alike, or --columns id=NAME,title=NAME")
     return [texts[0] if texts else "" for texts in titles]
-
-
-def titles_beside(config, files: list[Path], item_ids: list[str]) -> list[str]:
-    """The titles of the log's items in the second file, "" where it has none."""
-    both, known = ("id", "title"), parse_columns(config.columns)
-    usual = USUAL | {"id": f"{re.escape(plain_name(known.get('item', '')))} {USUAL['item']} id"}
-    find = Finder({key: known[key] for key in both if key in known}, both, both, usual=usual)
-    table = read_table(files, find, plain=config.dataset == "recbole")
-    return titles_of(item_ids, check_bad(table, files[0]), find, files[0])
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -146,31 +129,26 @@ PATTERNS = {
 }
 
 
-def log_files(config) -> list[Path]:
-    """The file, or the parts of one table in a folder; those of Parquet in its folders, too."""
+def parts_of(config) -> tuple[list[Path], list[Path]]:
+    """The log, a file or the parts of one table in a folder (those of Parquet in its folders, too);
+    and --item_file, or the .item of the same name beside a .inter."""
     path, kind = Path(config.data_dir), config.dataset
     if kind == "parquet" and [*path.rglob("_delta_log"), *path.rglob("*.metadata.json")]:
         raise ValueError(f"{path}: Delta Lake and Iceberg keep removed rows: export the table")
-    return find_files(path, PATTERNS[kind], f"{kind} file", below=kind == "parquet")
-
-
-def item_files(config) -> list[Path]:
-    """The parts of --item_file, or the .item of the same name beside a .inter."""
+    log = find_files(path, PATTERNS[kind], f"{kind} file", below=kind == "parquet")
+    beside = f"{log[0].name.split('.')[0]}.item*"
     if config.item_file:
-        return find_files(config.item_file, ["*"], "file of titles")
-    log = log_files(config)[0]
-    beside = f"{log.name.split('.')[0]}.item*"
-    return visible_files(log.parent, beside) if config.dataset == "recbole" else []
+        return log, find_files(config.item_file, ["*"], "file of titles")
+    return log, visible_files(log[0].parent, beside) if kind == "recbole" else []
 
 
 def files(config) -> list[Path]:
     """All that is read."""
-    return log_files(config) + item_files(config)
+    return sum(parts_of(config), [])
 
 
 def choose_percentile(config, source: str, table: Table) -> str:
-    """Among what amounts and repeats are ranked (--scale rank:...), "" for ratings; ValueError
-    where ratings are of another scale than 1 to 5."""
+    """Among what amounts and repeats are ranked; "" for ratings, which must be from 1 to 5."""
     name = table.labels.get("rating")
     if config.scale and not (name or config.ranks):
         raise ValueError(f"{source}: --scale needs a rating column: --columns rating=NAME")
@@ -187,13 +165,12 @@ def choose_percentile(config, source: str, table: Table) -> str:
 
 def load(config) -> Interactions:
     """The log of --dataset csv, jsonl, recbole or parquet."""
-    parts, items = log_files(config), item_files(config)
-    source = name_of(parts) if config.dataset != "parquet" else config.data_dir
-    only = FIELDS[:4] if items else FIELDS
-    given = {key: name for key, name in parse_columns(config.columns).items() if key in only}
-    if "id" in parse_columns(config.columns) and not items:
+    parts, items = parts_of(config)
+    source = name_of(parts)
+    known, only = parse_columns(config.columns), FIELDS[: 4 if items else 5]
+    if "id" in known and not items:
         raise ValueError("--columns id= names a column of --item_file: give that, or leave id= out")
-    find = Finder(given, ("user", "item"), only)
+    find = Finder({key: name for key, name in known.items() if key in only}, only)
     table = read_table(parts, find, plain=config.dataset == "recbole")
     print0(f"{source}: columns {', '.join(f'{key}={name}' for key, name in table.labels.items())}")
     percentile = choose_percentile(config, source, table)
@@ -201,22 +178,24 @@ def load(config) -> Interactions:
     for why, count in rows.notes.items():
         print0(f"note: {count:,} {why}")
     label = table.labels.get("timestamp", "")
-    known = "timestamp" in given or plain_name(label) == "timestamp"
-    if label and not known and len(rows.time) > 100 and rows.time.max() <= 24:
+    sure = "timestamp" in known or plain_name(label) == "timestamp"
+    if label and not sure and len(rows.time) > 100 and rows.time.max() <= 24:
         what = f"column {label} holds no number above 24: hours of a day? Name another one, or this"
         raise ValueError(f"{source}: {what}: --columns timestamp={label}")
     if not label or (rows.time == rows.time[0]).all():
         what = f"all {label} are equal" if label else "no timestamp column (--columns timestamp=)"
         print0(f"note: {what}: the order of the file is the one in time")
-    titles = [""] * len(rows.item_ids)
     if items:
-        titles = titles_beside(config, items, rows.item_ids)
-    elif "title" in table.labels:
+        usual = USUAL | {"id": f"{re.escape(plain_name(known.get('item', '')))} {USUAL['item']} id"}
+        both, source = ("id", "title"), name_of(items)
+        find = Finder({key: known[key] for key in both if key in known}, both, usual)
+        table = read_table(items, find, plain=config.dataset == "recbole")
+    titles = [""] * len(rows.item_ids)
+    if "title" in table.labels:
         titles = titles_of(rows.item_ids, table, find, source)
     del table  # a log of 20 million rows takes 500 MB
     if few := titles.count(""):
-        what = f"{few:,} of {len(titles):,} items have no title; their ids are shown, which tell a "
-        print0(f"note: {what}model nothing (--columns title=NAME, --item_file)")
+        what = f"{few:,} of {len(titles):,} items have no title: ids are shown"
+        print0(f"note: {what} (--columns title=NAME, --item_file)")
     titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
-    repeats = "sum" if percentile else "last"  # amounts add up
-    return finish(rows, titles, config.dataset, percentile=percentile, repeats=repeats)
+    return finish(rows, titles, config.dataset, percentile=percentile, summed=bool(percentile))

@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import Interactions
-from loaders.files import find_files, name_of, read_head, visible_files
 from loaders.ownlog import Finder
-from loaders.table import Rows, clean_title, finish, usable_rows
-from loaders.tables import Table, check_bad, read_table
+from loaders.table import clean_title, finish, usable_rows
+from loaders.tables import Table, find_files, name_of, read_head, read_table, visible_files
 from loaders.values import read_ids, read_number
 
 NO_TEXT = frozenset([""])  # a user may be called NULL
@@ -36,6 +35,7 @@ PATTERNS = {  # of a log; the first one that fits a file is taken
     "lastfm": ("userid-timestamp*",),
 }
 FIELDS = ("user", "item", "rating", "timestamp", "title", "more", "style")
+BEER = "review/profileName beer/beerId review/overall review/time beer/name beer/ABV beer/style"
 COLUMNS = {  # what the head of a file holds -> names or places of these, - for none
     "movielens": {"movieId": "userId movieId rating timestamp", r"^\d+(::|\t|,)": "1 2 3 4"},
     "amazon": {
@@ -46,12 +46,9 @@ COLUMNS = {  # what the head of a file holds -> names or places of these, - for 
     },
     "steam": {"": "username product_id hours date"},
     "beeradvocate": {
-        "user/profileName": "user/profileName beer/beerId review/overall review/timeUnix "
-        "beer/name beer/ABV beer/style",
-        "review/profileName": "review/profileName beer/beerId review/overall review/time "
-        "beer/name beer/ABV beer/style",
-        "review_profilename": "review_profilename beer_beerid review_overall review_time "
-        "beer_name beer_abv beer_style",
+        "user/profileName": BEER.replace("review/p", "user/p").replace("time", "timeUnix"),
+        "review/profileName": BEER,
+        "review_profilename": BEER.replace("/", "_").lower(),
     },
     "lastfm": {"": "1 3 - 2 4"},
     "movielens titles": {"movieId": "- movieId - - title", r"^\d+(::|\|)": "- 1 - - 2"},
@@ -63,7 +60,7 @@ COLUMNS = {  # what the head of a file holds -> names or places of these, - for 
 def files(config) -> list[Path]:
     """The files of the log, and last the one of its titles, if it has one; or a MovieLens zip."""
     name = config.dataset
-    logs = find_files(config.data_dir, PATTERNS[name], f"file of {name}", without="meta_*")
+    logs = find_files(config.data_dir, PATTERNS[name], f"file of {name}", without=("meta_",))
     log, folder = logs[0].name, logs[0].parent
     # Books of Books_5.json.gz, ratings_Books.csv, reviews_Books_5.json.gz, Books.train.csv
     category = re.sub(r"^(ratings|reviews)_|_5$", "", log.split(".")[0])
@@ -89,14 +86,18 @@ def load(config) -> Interactions:
     table = read_columns(logs, COLUMNS[name])
     rows = usable_rows(table, name_of(logs), bool(percentile), absent=NO_TEXT)
     if titled:
-        table = check_bad(read_columns(titled, COLUMNS[f"{name} titles"]), titled[0])
+        table = read_columns(titled, COLUMNS[f"{name} titles"])
     if name == "movielens":
-        return finish_movielens(rows, logs[0], titled[0], table)
-    titles = [*first_titles(rows.item_ids, table).values()]
+        titles = movie_titles(first_titles(read_ids(table.columns["item"])[1], table))
+        if untitled := [movie for movie in rows.item_ids if not titles.get(movie)]:
+            raise ValueError(f"{logs[0]}: movie {untitled[0]!r} has no title in {titled[0].name}")
+    else:
+        titles = first_titles(rows.item_ids, table)
+    titles = [titles[item] for item in rows.item_ids]
     if name == "amazon" and re.match("((ratings|reviews)_)?Books", logs[0].name):
         name = "amazon_books"
-    repeats = "sum" if name == "lastfm" else "last"
-    return finish(rows, titles, name, WORDS[name], percentile, repeats)
+    key = (lambda number: (len(number), number)) if name == "movielens" else str
+    return finish(rows, titles, name, WORDS[name], percentile, name == "lastfm", key)
 
 
 def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
@@ -104,11 +105,9 @@ def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
     head = read_head(files[0])
     columns = [columns for mark, columns in forms.items() if re.search(mark, head)]
     if not columns:
-        wanted = " or ".join(forms.values())
-        raise ValueError(f"{files[0]}: expected columns {wanted}; it begins {head!r:.80}")
+        raise ValueError(f"{files[0]}: expected one of {[*forms.values()]}; it begins {head!r:.80}")
     given = {field: name for field, name in zip(FIELDS, columns[0].split()) if name != "-"}
-    find = Finder(given, (*given,), (*given,), "expected", usual={})
-    return read_table(files, find, plain=True)
+    return read_table(files, Finder(given, (*given,)), plain=True)
 
 
 # ------------------------------------------------------------------------------------------- titles
@@ -154,16 +153,6 @@ def load_zipped(config, file: Path) -> Interactions:
             raise ValueError(f"{file}: damaged or cut off ({error}); fetch it again") from None
         except ValueError as error:
             raise ValueError(str(error).replace(folder, str(file))) from None
-
-
-def finish_movielens(rows: Rows, ratings: Path, movies: Path, table: Table) -> Interactions:
-    """The log, its ids in the order of numbers; every movie of it must have a title."""
-    names = first_titles(read_ids(table.columns["item"])[1], table)
-    titles = movie_titles({movie: name for movie, name in names.items() if name})
-    if untitled := [movie for movie in rows.item_ids if movie not in titles]:
-        raise ValueError(f"{ratings}: movie {untitled[0]!r} has no title in {movies.name}")
-    titles = [titles[movie] for movie in rows.item_ids]
-    return finish(rows, titles, "movielens", MOVIES, key=lambda number: (len(number), number))
 
 
 def movie_titles(names: dict[str, str]) -> dict[str, str]:

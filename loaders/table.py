@@ -14,7 +14,6 @@ import numpy as np
 from data import ITEMS, Interactions, Words, select_rows
 from loaders import values
 from loaders.tables import Table, check_bad
-from loaders.values import ABSENT, ABSENT_IDS, BAD_ID, NO_ID, Column
 
 # ------------------------------------------------------------------------------------------- titles
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut
@@ -66,18 +65,18 @@ def usable_rows(
     source: str,
     amounts: bool = False,  # any numbers from 0 on; otherwise ratings above 0 and up to 5
     scale: str = "",  # which is mapped to 1 to 5
-    absent: frozenset = ABSENT_IDS,  # texts that are no id
+    absent: frozenset = values.ABSENT_IDS,  # texts that are no id
 ) -> Rows:
     """What can be used of a table; ValueError if more than 1 % is neither usable nor absent."""
     n, columns, first = table.num_rows, table.columns, table.first_row
     user, user_ids = values.read_ids(columns["user"], absent)
     item, item_ids = values.read_ids(columns["item"], absent)
-    rating = columns.get("rating") or Column(np.zeros(n, np.int32), ["1"])
+    rating = columns.get("rating") or values.Column(np.zeros(n, np.int32), ["1"])
     numbers = values.read_numbers(rating)
     low, high = values.parse_scale(scale) if scale else (0.0, 3e38) if amounts else (1e-9, 5.0)
     inside = (numbers >= low) & (numbers <= high)
-    none = (numbers == ABSENT) | (~inside & ((numbers == 0) | (numbers == -1)))
-    state = np.where(inside, 0, np.where(none, NO_ID, BAD_ID)).astype(np.int8)
+    none = ~inside & np.isin(numbers, [values.ABSENT, 0, -1])
+    state = np.where(inside, 0, np.where(none, values.NO_ID, values.BAD_ID)).astype(np.int8)
     time, per_second = first + np.arange(n), 1
     if "timestamp" in columns:
         time, per_second = values.read_times(columns["timestamp"])
@@ -87,13 +86,13 @@ def usable_rows(
     meant["timestamp"] = "time, written as 2024-12-31 23:59:59, or in seconds since 1970"
     kept, notes = np.ones(n, bool), {}
     for name, codes in zip(meant, (user, item, state[rating.codes], time)):
-        if count := int((kept & (codes == NO_ID)).sum()):
+        if count := int((kept & (codes == values.NO_ID)).sum()):
             zeros = " (empty, or 0 or -1 outside of the scale)" * (name == "rating")
             notes[f"rows without {name}{zeros}"] = count
-        bad_rows = np.flatnonzero(kept & (codes <= BAD_ID))
+        bad_rows = np.flatnonzero(kept & (codes <= values.BAD_ID))
         for row in bad_rows[:2].tolist():
             column, where = columns[name], f"row {row + first}, column {table.labels[name]}"
-            is_text = isinstance(column, Column)
+            is_text = isinstance(column, values.Column)
             value = column.values[column.codes[row]] if is_text else column[row].as_py()
             table.bad(f"{where}: {value!r:.80} is no {meant[name]}", count=0)
         table.num_bad += len(bad_rows)
@@ -134,7 +133,7 @@ def finish(
     name: str,
     words: Words = ITEMS,
     percentile: str = "",  # item, user or all: amounts become ratings by rank inside such a group
-    repeats: str = "last",  # of a pair: the last one counts, or amounts "sum" up at the first time
+    summed: bool = False,  # repeats of a pair add up at the first time; else the last one counts
     key=str,  # codes stand in the order of the ids by it
 ) -> Interactions:
     """The sorted log, in which the order of the lines changes nothing but ties in time."""
@@ -142,30 +141,28 @@ def finish(
     item, item_ids, titles = recoded(rows.item, key, rows.item_ids, titles)
     place = stable_order(rows.time)
     place = place[stable_order(user[place])]  # by user, then time
-    start = np.concatenate([[0], np.cumsum(np.bincount(user))])
-    user = np.repeat(np.arange(len(user_ids), dtype=np.int32), np.diff(start))
+    user = np.repeat(np.arange(len(user_ids), dtype=np.int32), np.bincount(user))
     item, amount, time = (column[place] for column in (item, rows.amount, rows.time))
 
     pair = user.astype(np.int64) * len(item_ids) + item
     place = stable_order(pair)  # by pair, then time
     pair = pair[place]
-    ends = np.append(pair[1:] != pair[:-1], True)  # the last row of each pair
+    chosen = np.append(pair[1:] != pair[:-1], True)  # the last row of each pair
     del pair
-    if merged := int((~ends).sum()):
-        chosen = place[ends]
-        if repeats == "sum":  # at the first time
-            firsts = np.flatnonzero(np.append(True, ends[:-1]))
-            chosen = place[firsts]
-            amount[chosen] = np.add.reduceat(amount[place], firsts, dtype=np.float64)
+    if merged := int((~chosen).sum()):
+        if summed:
+            chosen = np.roll(chosen, 1)  # the first row
+            firsts = np.flatnonzero(chosen)
+            amount[place[firsts]] = np.add.reduceat(amount[place], firsts, dtype=np.float64)
         keep = np.zeros(len(user), bool)
-        keep[chosen] = True
+        keep[place[chosen]] = True
         user, item, amount, time = (c[keep] for c in (user, item, amount, time))
-        start = np.concatenate([[0], np.cumsum(np.bincount(user))])
         last = "repeated pairs of user and item, of which the last counts"
-        rows.notes[last if repeats == "last" else "repeats, added up"] = merged
+        rows.notes["repeats, added up" if summed else last] = merged
     if percentile:
         group = {"item": item, "user": user, "all": np.zeros_like(item)}[percentile]
         amount = percentile_ratings(amount, group)
+    start = np.concatenate([[0], np.cumsum(np.bincount(user))])
     ids = titles, user_ids, item_ids
     log = Interactions(user, item, amount, time // rows.per_second, start, *ids, name, words=words)
     titled = np.array([bool(title) for title in titles])
@@ -184,7 +181,7 @@ def recoded(codes: np.ndarray, key, ids: list[str], *others: list) -> tuple:
     order.sort(key=lambda code: key(ids[code]))
     new = np.full(len(ids), -1, np.int32)
     new[order] = np.arange(len(order), dtype=np.int32)
-    return new[codes], *([values[i] for i in order] for values in (ids, *others))
+    return new[codes], *([texts[i] for i in order] for texts in (ids, *others))
 
 
 def percentile_ratings(amount: np.ndarray, group: np.ndarray) -> np.ndarray:

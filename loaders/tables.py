@@ -1,15 +1,19 @@
-"""Any file or folder of files as one table: CSV and its relatives, JSON, Python literals, Parquet.
+"""Files as one table: CSV and its relatives, JSON, Python literals, Parquet.
 
-Arrow reads them, on all cores. Python reads, a line at a time, what Arrow cannot: JSON with a bad
-line, arrays, columns of several types, literals."""
+They are found, unpacked (gzip, bzip2, zstd) and decoded (UTF-8, or Windows-1252 with a note). Arrow
+reads them on all cores. Python reads, a line at a time, what Arrow cannot: JSON with a bad line,
+arrays, columns of several types, literals."""
 
 import ast
 import contextlib
 import csv
+import fnmatch
+import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +24,15 @@ import pyarrow.dataset as ds
 import pyarrow.json
 
 from common import print0
-from loaders.files import decode, name_of, open_bytes, read_head, read_lines
 from loaders.values import Column, as_texts, coded, parsed_times
 
-MAX_BAD_SHARE = 0.01  # of the rows; with more of them the file is not what it was taken for
+SPLITS = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
+PART = rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])"  # what differs between parts: such a word,
+PART += r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+"  # a UUID or a number
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+PACKED |= {b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}  # are refused
+STRAY = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, by surrogateescape
+WESTERN = {0xDC00 + b: bytes([b]).decode("cp1252", "replace") for b in range(128, 256)}
 BLOCK = 1 << 25  # bytes that Arrow reads at a time; each block has a dictionary of its own
 BETWEEN = "\x1f"  # stands for "::", as Arrow's fields are divided by one character
 CODED = pa.dictionary(pa.int32(), pa.string())
@@ -31,6 +40,97 @@ DAMAGE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of
 csv.field_size_limit(1 << 30)
 
 
+# ------------------------------------------------------------------------------------------- files
+def visible_files(folder: Path, pattern: str = "*", below: bool = False) -> list[Path]:
+    """The files of a folder that fit a pattern without case, but hidden ones; part 10 comes after
+    part 9. `below`: those of its folders, too."""
+    found = []
+    for file in folder.rglob("*") if below else folder.iterdir():
+        hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        if not hidden and fnmatch.fnmatch(file.name.lower(), pattern.lower()) and file.is_file():
+            found.append(file)
+    return sorted(found, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), str(file)))
+
+
+def find_files(path, patterns: Iterable, what: str, without=(), below=False) -> list[Path]:
+    """`path` itself if it is a file, else what fits a pattern in that folder; earlier ones win.
+
+    Several files must be parts of one export: alike but for numbers and words such as train and
+    test, which come in that order. Names that begin with `without` are passed over."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    for pattern in patterns if path.is_dir() else ():
+        found = [f for f in visible_files(path, pattern, below) if not f.name.startswith(without)]
+        words = {f: re.split("[^a-z]+", f.name.lower()) for f in found}
+        if len({re.sub(PART, "#", f.name.lower()) for f in found}) > 1:
+            names = f"{[f.name for f in found[:20]]}; give one of them as --data_dir"
+            raise ValueError(f"{path}: several files could be the {what}: {names}")
+        if found:
+            return sorted(found, key=lambda f: [SPLITS.index(w) for w in words[f] if w in SPLITS])
+    inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such path"
+    raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; found {inside})")
+
+
+def name_of(files: list[Path]) -> str:
+    """The file, or a pattern of the parts, for messages."""
+    return str(files[0] if len(files) == 1 else files[0].parent / f"*{files[0].suffix}")
+
+
+def facts(files: Iterable[Path]) -> list:
+    """Names, sizes and times of files: where one differs, examples are prepared anew."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+@contextlib.contextmanager
+def open_bytes(file: Path) -> Iterator:
+    """A file's bytes, unpacked; ValueError names the file where they are damaged."""
+    try:
+        with open(file, "rb") as plain:
+            codec = next((PACKED[p] for p in PACKED if plain.peek(6).startswith(p)), None)
+            if codec in ("xz", "zip"):
+                raise ValueError(f"{file}: {codec}, or a spreadsheet; unpack it, give it as CSV")
+            yield pa.input_stream(plain, compression=codec) if codec else plain
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); if cut off, fetch it again") from None
+
+
+def read_head(file: Path, size: int = 1 << 16) -> str:
+    """The beginning of a file's text."""
+    with open_bytes(file) as f:
+        return f.read(size).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+
+
+def decode(content: bytes, file: Path) -> str:
+    """Text of UTF-8, or of Windows-1252 with a note; else a ValueError."""
+    text = content.decode("utf-8-sig", "surrogateescape")
+    stray, has_nul = STRAY.findall(text), "\0" in text[:1000]
+    if stray or has_nul:
+        first, count = re.search("[\0\udc80-\udcff]", text).start(), len("".join(stray))
+        text = text.translate(WESTERN)
+        example = text[max(0, first - 20) : first + 20].strip()
+        if has_nul or count - len(stray) > count / 4:  # western letters stand alone
+            raise ValueError(f"{file}: not UTF-8 (near {example!r}); save it as UTF-8, as by iconv")
+        what = f"{count:,} bytes are not UTF-8; read as Windows-1252, such as {example!r}"
+        print0(f"note: {file.name}: {what}. If that is wrong, save it as UTF-8")
+    return text
+
+
+def read_lines(file: Path) -> Iterator[str]:
+    """Lines without their ends; the text is held as a whole only if it is not UTF-8."""
+    number = 0
+    try:
+        with open_bytes(file) as f, io.TextIOWrapper(f, "utf-8-sig", newline="\n") as lines:
+            for line in lines:
+                number += 1
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError:
+        with open_bytes(file) as f:
+            text = decode(f.read(), file)
+        yield from (line.rstrip("\r") for line in text.split("\n")[number:])
+
+
+# ------------------------------------------------------------------------------------------- table
 @dataclass
 class Table:
     """Columns by field, and the lines that could not be read."""
@@ -44,25 +144,20 @@ class Table:
 
     def bad(self, line: str, count: int = 1) -> None:
         self.num_bad += count
-        self.first_bad = [*self.first_bad, shorten(line)][:5]
-
-
-def shorten(text, length: int = 200) -> str:
-    """A text for a message."""
-    return text if len(text := str(text)) <= length else f"{text[: length - 1]}…"
+        self.first_bad = [*self.first_bad, f"{line:.200}"][:5]
 
 
 def check_bad(table: Table, source) -> Table:
     """The table; ValueError if more than 1 % of its rows are bad."""
     total = table.num_rows + table.num_bad
-    if table.num_bad > MAX_BAD_SHARE * total:
+    if table.num_bad > total / 100:  # the file is not what it was taken for
         count = f"{table.num_bad:,} of {total:,} rows cannot be used (1% may be)"
         raise ValueError(f"{source}: {count}: {'; '.join(table.first_bad)}")
     return table
 
 
 def read_table(files: list[Path], find, plain: bool = False) -> Table:
-    """The parts of one export as one table, whose files show by their beginning what they are.
+    """The parts of one export as one table; a file's beginning shows what it is.
 
     `find` (ownlog.Finder) says which column holds which field. `plain`: between tabs, quotes are
     characters like others."""
@@ -70,7 +165,7 @@ def read_table(files: list[Path], find, plain: bool = False) -> Table:
     for file in files:
         head = read_head(file)
         if head.startswith("PAR1"):
-            parts.append(read_parquet(file, find, table))
+            parts.append(read_parquet(file, find))
         elif re.match(r"[\[{]|(beer|review)/", head):
             parts.append(read_json(file, find, table))
         elif head:
@@ -87,7 +182,7 @@ def read_table(files: list[Path], find, plain: bool = False) -> Table:
             raise ValueError(f"{name_of(files)}: {what}") from None
     del parts, column
     pa.default_memory_pool().release_unused()  # a third of a large log's memory
-    return table
+    return check_bad(table, name_of(files))
 
 
 # ---------------------------------------------------------------------------------------------- CSV
@@ -98,21 +193,20 @@ def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
     if not content.isascii() or b"\0" in content:
         content = decode(content, file).encode()
     content = content.lstrip(b"\r\n")
-    bare = re.sub(b'"[^"]*"', b"", content[: 1 << 20].partition(b"\n")[0])
-    mark = max((b",", b";", b"\t", b"|"), key=bare.count).decode()
-    if b"::" in bare:
+    lines = [s.decode(errors="replace") for s in re.split(b"[\r\n]+", content[: 1 << 20])[:2]]
+    bare = re.sub('"[^"]*"', "", lines[0])
+    mark = max(",;\t|", key=bare.count)
+    if "::" in bare:
         mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
+        lines = [line.replace("::", BETWEEN) for line in lines]
     plain = mark == BETWEEN or (plain and mark == "\t")
-    lines = [s.decode(errors="replace") for s in content[: 1 << 20].splitlines() if s.strip()][:2]
     quotes = "" if plain else quote_style(content, mark, file)
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     first, *below = csv.reader(lines, delimiter=mark, quoting=quoting)
     if len(first) == 1:
-        raise ValueError(
-            f"{file}: its first line, {shorten(lines[0], 80)!r}, is one field, not a row per "
-            "interaction, such as user,item,rating,timestamp (, ; tab | or :: between them; "
-            "Netflix: write the movie's number into each row)"
-        )
+        what = f"its first line, {lines[0]!r:.80}, is one field, not a row per interaction such as"
+        form = "user,item,rating,timestamp (, ; tab | or :: between them)"
+        raise ValueError(f"{file}: {what} {form}; Netflix: write the movie's number into each row")
     first = [re.sub(":(token|float)(_seq)?$", "", name.strip()) for name in first]  # RecBole's
     names, named = find.header(first, below[0] if below else [])
     labels = find.by_name(names, file)
@@ -123,8 +217,7 @@ def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
         table.bad(f"{row.actual_columns} fields, not {row.expected_columns}: {shown}")
         return "skip"
 
-    kinds = dict.fromkeys(labels.values(), CODED)
-    kinds |= {label: pa.string() for name, label in labels.items() if name == "timestamp"}
+    kinds = {n: pa.string() if key == "timestamp" else CODED for key, n in labels.items()}
     read = pa.csv.ReadOptions(column_names=names, skip_rows=int(named), block_size=BLOCK)
     parse = pa.csv.ParseOptions(
         delimiter=mark,
@@ -137,7 +230,7 @@ def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
     try:
         return pa.csv.read_csv(pa.BufferReader(content), read, parse, convert)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file}: {shorten(error)}") from None
+        raise ValueError(f"{file}: {error!s:.200}") from None
 
 
 def quote_style(content: bytes, mark: str, file) -> str:
@@ -174,7 +267,7 @@ def read_json(file: Path, find, table: Table) -> pa.Table:
     for record in read_records(file, table):
         values = [record.get(label) for label in labels]
         if nested := [v for v in values if isinstance(v, (list, dict))]:
-            shown = f"a list or an object, {shorten(repr(nested[0]), 80)}: write a text"
+            shown = f"a list or an object, {nested[0]!r:.80}: write a text"
             table.bad(f"{shown} (pandas: to_json(orient='records', lines=True))")
             continue
         for label, value in zip(labels, values):
@@ -208,14 +301,13 @@ def read_records(file: Path, table: Table) -> Iterator[dict]:
 
 
 # ------------------------------------------------------------------------------------------ Parquet
-def read_parquet(file: Path, find, table: Table) -> pa.Table:
+def read_parquet(file: Path, find) -> pa.Table:
     """The fields of one file; `key=value` in the names of its folders are columns, too (Hive)."""
     try:
         schema = ds.dataset(str(file), partitioning="hive").schema
         labels = [*find.by_name(schema.names, file).values()]
-        flat = [label for label in labels if not pa.types.is_nested(schema.field(label).type)]
-        form = ds.ParquetFileFormat(dictionary_columns=flat, coerce_int96_timestamp_unit="us")
+        form = ds.ParquetFileFormat(dictionary_columns=labels, coerce_int96_timestamp_unit="us")
         parquet = ds.dataset(str(file), format=form, partitioning="hive")
         return parquet.to_table(labels, batch_size=1 << 20)
     except (pa.ArrowException, OSError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{file}: cannot be read as Parquet ({shorten(error)})") from None
+        raise ValueError(f"{file}: cannot be read as Parquet ({error!s:.200})") from None

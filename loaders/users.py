@@ -10,10 +10,9 @@ import numpy as np
 
 from data import Interactions
 from hub.files import note_once
-from loaders.files import read_lines
 from loaders.frozen import DataConfig
 from loaders.table import clean_title
-from loaders.tables import Table, read_records
+from loaders.tables import Table, read_lines, read_records
 from loaders.values import parse_scale
 
 

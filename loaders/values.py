@@ -77,14 +77,12 @@ def parse_scale(text: str) -> tuple[float, float]:
     """ "0,100" -> (0, 100), "binary" -> (0, 1); ValueError if it is no scale."""
     ends = [read_number(end.strip()) for end in text.replace("binary", "0,1").split(",")]
     if len(ends) != 2 or not -math.inf < ends[0] < ends[1]:
-        what = "the lowest and the highest rating, such as 0,100; or binary, or rank:item"
-        raise ValueError(f"--scale {text!r}: expected {what}")
+        raise ValueError(f"--scale {text!r}: expected LOWEST,HIGHEST (0,100), binary or rank:item")
     return ends[0], ends[1]
 
 
 def scale_doubt(numbers: np.ndarray) -> str:
-    """Why these numbers are hardly ratings from 1 to 5, and the options that say what they are; ""
-    if they look like them."""
+    """Why these numbers are hardly ratings from 1 to 5, and what to say; "" if they may be."""
     rated = numbers[np.isfinite(numbers)]
     rated = rated[rated != -1] if (rated > 1).any() else rated  # among others, -1 means none
     low, high = rated.min(initial=np.inf), rated.max(initial=-np.inf)
@@ -92,11 +90,9 @@ def scale_doubt(numbers: np.ndarray) -> str:
     if not len(rated) or (low >= 0 and 4 <= high <= 5 and not zero_to_four):
         return ""
     ends = f"{low if low < high else high - 1:g},{high:g}"
-    return (
-        f"ratings from {low:g} to {high:g} do not look like a scale from 1 to 5; map the lowest "
-        f"and the highest possible one (0 or -1 outside of them: none) by --scale {ends}; likes: "
-        "--scale binary; hours, plays or prices: --scale rank:item"
-    )
+    others = "likes: --scale binary; hours, plays or prices: --scale rank:item"
+    what = f"ratings from {low:g} to {high:g} do not look like 1 to 5; map the lowest and highest"
+    return f"{what} possible one by --scale {ends}; {others}"
 
 
 # -------------------------------------------------------------------------------------------- times
@@ -105,11 +101,9 @@ def parsed_times(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_temporal(column.type):
         zone = getattr(column.type, "tz", None)
         return column.cast(pa.timestamp("us", zone), safe=False)
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        return column.cast(pa.int64()) if pa.types.is_integer(column.type) else column
-    column = column.cast(pa.string())
-    with contextlib.suppress(pa.ArrowInvalid):
+    with contextlib.suppress(pa.ArrowException):
         return column.cast(pa.int64())
+    column = column.cast(pa.string())
     column = pc.if_else(pc.is_in(column, pa.array(sorted(ABSENT_TEXTS))), None, column)
     for kind in (pa.int64(), pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
         with contextlib.suppress(pa.ArrowInvalid):

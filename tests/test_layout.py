@@ -16,7 +16,7 @@ ROOMS = {
     "model": 440,
     "data": 520,
     "lora": 300,
-    "loaders": 2175,
+    "loaders": 1800,
     "runtime": 1100,
     "eval": 320,
     "demo": 420,
