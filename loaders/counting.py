@@ -33,7 +33,7 @@ class Retriever:
         self.user_start = np.searchsorted(user, np.arange(log.num_users + 1))
         self.user = np.pad(user, (0, MAX_DISTANCE), constant_values=-1)  # behind the last: nobody
         self.item = np.pad(item, (0, MAX_DISTANCE))
-        self.row = lru_cache(max(16, (1 << 24) // log.num_items))(self.count_row)  # 256 MiB
+        self.row = lru_cache(max(16, (1 << 24) // log.num_items))(self.count_row)  # to 256 MiB
 
     def scores(self, history: np.ndarray) -> np.ndarray:
         """(I,) float64: what the items say, each one DECAY times as loudly as the one after it."""
