@@ -101,10 +101,14 @@ def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[s
     and a fifth of the items has several."""
     column, label, found = table.columns["title"], table.labels["title"], {i: [] for i in item_ids}
     codes, ids = read_ids(table.columns["id" if "id" in table.columns else "item"])
-    known = (codes >= 0) & (column.codes >= 0)
-    pairs = np.sort(codes[known].astype(np.int64) * len(column.values) + column.codes[known])
-    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
-    for item, title in zip(*(part.tolist() for part in np.divmod(pairs, len(column.values)))):
+    known, count = (codes >= 0) & (column.codes >= 0), len(column.values)
+    codes, shown = codes[known], column.codes[known]
+    last = np.full(len(ids), -1, np.int64)  # title of each item: of most the only one
+    last[codes] = shown
+    titled, other = np.flatnonzero(last >= 0), last[codes] != shown
+    more = codes[other].astype(np.int64) * count + shown[other]
+    pairs = np.unique(np.append(titled * count + last[titled], more))
+    for item, title in zip(*(part.tolist() for part in np.divmod(pairs, count))):
         if ids[item] in found and column.values[title] not in ABSENT_TITLES:
             found[ids[item]] += [column.values[title]]
     titles = [*map(sorted, found.values())]

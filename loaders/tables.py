@@ -11,6 +11,7 @@ import fnmatch
 import io
 import itertools
 import json
+import mmap
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -188,16 +189,18 @@ def read_table(files: list[Path], find, plain: bool = False) -> Table:
 # ---------------------------------------------------------------------------------------------- CSV
 def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
     """The fields of a file whose first line says which column holds which."""
-    with open_bytes(file) as f:
-        content = f.read()
-    if not content.isascii() or b"\0" in content:
-        content = decode(content, file).encode()
-    content = content.lstrip(b"\r\n")
+    with open_bytes(file) as f:  # mapped, if it is not packed: no copy in memory
+        mapped = isinstance(f, io.BufferedReader)
+        content = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if mapped else f.read()
+    if np.frombuffer(content, np.int8).min() <= 0:  # NUL, or no ASCII
+        content = decode(content[:], file).encode()
+    if content[:1] in (b"\r", b"\n"):
+        content = content[:].lstrip(b"\r\n")
     lines = [s.decode(errors="replace") for s in re.split(b"[\r\n]+", content[: 1 << 20])[:2]]
     bare = re.sub('"[^"]*"', "", lines[0])
     mark = max(",;\t|", key=bare.count)
     if "::" in bare:
-        mark, content = BETWEEN, content.replace(b"::", BETWEEN.encode())
+        mark, content = BETWEEN, content[:].replace(b"::", BETWEEN.encode())
         lines = [line.replace("::", BETWEEN) for line in lines]
     plain = mark == BETWEEN or (plain and mark == "\t")
     quotes = "" if plain else quote_style(content, mark, file)
@@ -236,9 +239,10 @@ def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
 def quote_style(content: bytes, mark: str, file) -> str:
     """How quotes stand inside quotes, "doubled" or "escaped" by a backslash; "" where there are
     none, or some that neither begin nor end a field: then all are characters, which is noted."""
-    if b'"' not in content:
+    if content.find(b'"') < 0:
         return ""
-    content += b"\n" * (not content.endswith(b"\n"))  # it also stands in front of the first byte
+    if content[-1:] != b"\n":  # it also stands in front of the first byte
+        content = content[:] + b"\n"
     data = np.frombuffer(content, np.uint8)
     edges = np.isin(np.arange(256), [*b'\r\n"', ord(mark)])
     quotes = np.flatnonzero(data == ord('"'))
