@@ -94,6 +94,9 @@ def load(config) -> Interactions:
     else:
         titles = first_titles(rows.item_ids, table)
     titles = [titles[item] for item in rows.item_ids]
+    if not any(titles):
+        beside = name_of(titled or logs)
+        raise ValueError(f"{beside}: no title of the log's items, such as {rows.item_ids[:3]}")
     if name == "amazon" and re.match("((ratings|reviews)_)?Books", logs[0].name):
         name = "amazon_books"
     key = (lambda number: (len(number), number)) if name == "movielens" else str

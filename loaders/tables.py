@@ -178,7 +178,7 @@ def read_table(files: list[Path], find, plain: bool = False) -> Table:
         try:
             column = pa.chunked_array([chunk for part in parts for chunk in part[label].chunks])
             table.columns[name] = parsed_times(column) if name == "timestamp" else coded(column)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             what = f"column {label}: {error}; it must be text or numbers, alike in all files"
             raise ValueError(f"{name_of(files)}: {what}") from None
     del parts, column

@@ -113,5 +113,6 @@ def listed_users(file: Path, log: Interactions, config: DataConfig, fewest: int)
         else:
             found[entry] = codes[entry]
     if table.num_bad or not found:
-        raise ValueError(f"{file}: no user in {table.first_bad or 'the file'}, expected one a line")
+        where = str(table.first_bad or "the file")[:400]
+        raise ValueError(f"{file}: no user in {where}, expected one a line")
     return list(found.values())
