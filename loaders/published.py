@@ -90,13 +90,13 @@ def load(config) -> Interactions:
     if name == "movielens":
         titles = movie_titles(first_titles(read_ids(table.columns["item"])[1], table))
         if untitled := [movie for movie in rows.item_ids if not titles.get(movie)]:
-            raise ValueError(f"{logs[0]}: movie {untitled[0]!r:.80} has no title in {titled[0].name}")
+            raise ValueError(f"{logs[0]}: {titled[0].name} has no title of {untitled[0]!r:.80}")
     else:
         titles = first_titles(rows.item_ids, table)
     titles = [titles[item] for item in rows.item_ids]
     if not any(titles):
-        beside = name_of(titled or logs)
-        raise ValueError(f"{beside}: no title of the log's items, such as {rows.item_ids[:3]!s:.99}")
+        beside, such = name_of(titled or logs), f"{rows.item_ids[:3]!s:.99}"
+        raise ValueError(f"{beside}: no title of the log's items, such as {such}")
     if name == "amazon" and re.match("((ratings|reviews)_)?Books", logs[0].name):
         name = "amazon_books"
     key = (lambda number: (len(number), number)) if name == "movielens" else str

@@ -173,7 +173,7 @@ DAMAGE = {  # ratings or movies -> what the message names, beside the file
     "cut record": (RATINGS[: RATINGS.rindex("::")] + "\n", MOVIES, "ratings.dat.*5"),
     "letters": (RATINGS.replace("::661::3", "::tt661::3"), MOVIES, "ratings.dat.*tt661"),
     "6 stars": (RATINGS.replace("::3::", "::6::"), MOVIES, "ratings.dat.*row 3, .*'6'"),
-    "line gone": (RATINGS, MOVIES[: MOVIES.index("3114")], "3114.*movies.dat"),
+    "line gone": (RATINGS, MOVIES[: MOVIES.index("3114")], "movies.dat.*3114"),
 }
 
 
