@@ -300,6 +300,7 @@ def draw_candidates(
 
 def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> np.ndarray:
     """Draw (E, count) distinct items per row, new to the user or, if given, not in `seen` (E, S).
+
     Taken or repeated items are drawn again; after 50 rounds (the user touched nearly all items)
     they are drawn from the items that are left. A row is -1 if too few are left."""
     n, uniform, owners, items = log.num_items, kind == "uniform", log.user, log.item

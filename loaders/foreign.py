@@ -20,7 +20,7 @@ def files(config) -> list[Path]:
     inside = [f.name for f in visible_files(folder, "*.json*")] if folder.is_dir() else []
     found = {w: [f for f in inside if re.search(f"(?<![a-z])({w})", f.lower())] for w in words}
     if [*map(len, found.values())] != [1, 1, 1]:
-        raise ValueError(f"{folder}: expected a folder with one .json file of each, found {found}")
+        raise ValueError(f"{folder}: expected one .json file for each split, found {found}")
     return [folder / name for (name,) in found.values()]
 
 

@@ -197,7 +197,9 @@ def read_prepared(folder: Path, listed: bool = True) -> Prepared:
     return Prepared(log, splits, meta["hash"], folder)
 
 
-def encode_split(prepared: Prepared, split, tokenizer: Tokenizer, max_length: int, histories=False):
+def encode_split(
+    prepared: Prepared, split: str, tokenizer: Tokenizer, max_length: int, histories: bool = False
+) -> Encoded:
     """encode_examples, kept in the prepared folder for other ranks and later runs."""
     examples, words = prepared.splits[split], prepared.interactions.words
     made_of = [tokenizer.fingerprint, max_length, histories, examples.list_in_prompt, words]

@@ -100,7 +100,7 @@ def load(config) -> Interactions:
     if name == "amazon" and re.match("((ratings|reviews)_)?Books", logs[0].name):
         name = "amazon_books"
     key = (lambda number: (len(number), number)) if name == "movielens" else str
-    return finish(rows, titles, name, WORDS[name], percentile, name == "lastfm", key)
+    return finish(rows, titles, name, WORDS[name], percentile, summed=name == "lastfm", key=key)
 
 
 def read_columns(files: list[Path], forms: dict[str, str]) -> Table:
