@@ -113,7 +113,7 @@ class ExampleConfig:
     positive: str = arg("argmax", "chosen: best score, or first liked", choices=("argmax", "first"))
     min_rating: float = arg(4.0, "lowest rating of a liked item", at_least=0)
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
-    exclude: str = arg("all", "random items are new to user or prompt", choices=("all", "seen"))
+    exclude: str = arg("all", "random items: never touched, or not shown", choices=("all", "seen"))
     negatives: str = arg("uniform", "how random candidates are drawn", choices=KINDS)
     data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
 

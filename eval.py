@@ -9,8 +9,8 @@ in other tokens. If prompts do not show the list, answers are decoded along its 
     python eval.py --run runs/planted-1              every stage of a run, as train.py evaluates it
     python eval.py --model DIR --adapter DIR ...     a Hugging Face directory, a PEFT adapter
 
-Written: hit_ratio@1 is the share of *all* answers that equal the target's title, valid_ratio of
-those that equal a listed title. Ranked first: ranking/*, by the log-probabilities of the 20.
+Written: hit_ratio@1 is the share of *all* answers that equal the target's title, valid_ratio
+the share that equal a listed title. Ranked first: ranking/*, by the log-probabilities of the 20.
 Legend: E examples, N = 20 candidates.
 """
 
@@ -46,7 +46,7 @@ class EvalConfig(sources.SourceConfig):
 
     split: str = arg("test", "which examples", group="how", choices=("val", "test"))
     decode: str = arg(
-        "greedy", "one pass; all generated; listed only", choices=("greedy", "generate", "trie")
+        "greedy", "one pass, all generated, or listed only", choices=("greedy", "generate", "trie")
     )
     decode_rest: bool = arg(True, "generate if no candidate verifies; off: count it invalid")
     micro_batch_tokens: int = arg(8192, "padded tokens of one forward pass", at_least=1)

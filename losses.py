@@ -2,10 +2,10 @@
 
     Δ_n = log π(y_n | x) - log π_ref(y_n | x)   log-ratio of completion n, summed over its tokens
     φ   = rating / (1 + steps)^decay            preference score of an item (steps 0: the next one)
-    m_l = φ_w / φ_l                             target margin against rejected item l (eq. 4)
+    m_l = λ φ_w / φ_l                           target margin against rejected item l (eq. 4)
 
-    RecPO (eq. 7)  -log σ(-log Σ_l exp(β (Δ_l - Δ_w) + λ m_l))
-                   = softplus(logsumexp_l(β (Δ_l - Δ_w) + λ m_l))
+    RecPO (eq. 7)  -log σ(-log Σ_l exp(β (Δ_l - Δ_w) + m_l))
+                   = softplus(logsumexp_l(β (Δ_l - Δ_w) + m_l))
     S-DPO   the same with λ = 0                         arXiv:2406.09215, eq. 9
     DPO     the same with λ = 0 and one rejected item   arXiv:2305.18290, eq. 7
     ODPO    DPO with an offset, log(φ_w - φ_l)          arXiv:2402.10571, eq. 5
@@ -17,7 +17,7 @@
             mean is log π per token: no reference, target margin γ
 
 The second form of RecPO is the one computed: exp() overflows at 89 in fp32, and one bad negative
-can exceed that. λ m is added outside β (...), as in the authors' code: it is the reward gap, in
+can exceed that. m_l is added outside β (...), as in the authors' code: it is the reward gap, in
 nats, that the chosen item must exceed.
 
 LOSSES, at the end, lists them under the names of --stages; λ and φ enter eq. 7 in `recpo`.

@@ -60,7 +60,7 @@ class RecommendConfig(SourceConfig):
     request: str = arg("", "JSON file of one user, with candidates", group="request")
     users: str = arg("", "all of the log, a .txt file of their ids, or a .jsonl file of new users")
     retriever: str = arg(
-        "markov", "finds candidates; model: itself, with a token per title", choices=RETRIEVERS
+        "markov", "finds candidates; model: the model itself (title tokens)", choices=RETRIEVERS
     )
     top_k: int = arg(10, "items per user of --users", at_least=1, at_most=NUM_CANDIDATES)
     output: str = arg("", "the .jsonl file to write for --users; a restart continues it")

@@ -58,8 +58,8 @@ class PretrainConfig(DataConfig):
     num_layers: int = arg(4, "blocks", at_least=1)
     num_heads: int = arg(2, "attention heads, each with keys and values of its own", at_least=1)
     steps: int = arg(6000, "optimizer steps", at_least=0)
-    settle_steps: int = arg(450, "steps behind them, which prefer no kind", at_least=0)
-    batch_tokens: int = arg(4096, "prompt tokens of a step; twice with questions", at_least=1)
+    settle_steps: int = arg(450, "steps after these, which prefer no kind", at_least=0)
+    batch_tokens: int = arg(4096, "prompt tokens per step; doubled by questions", at_least=1)
     seed: int = arg(0, "seed of weights and prompts")
 
 
@@ -172,7 +172,7 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 
 
 def answer_tree(prompts: list[Prompt], tokenizer: Tokenizer, rng) -> PromptTree:
-    """Every answer by its first token, which is the hard one, and some of them to the end."""
+    """A tree that scores every answer's first token, the hard one, and some answers to the end."""
     groups = []
     for prompt in prompts:
         answers = tokenizer.encode_completions(prompt.answers)
@@ -182,7 +182,7 @@ def answer_tree(prompts: list[Prompt], tokenizer: Tokenizer, rng) -> PromptTree:
 
 
 def practise(model, optimizer, tokenizer: Tokenizer, practice: Practice, step: int) -> list[tuple]:
-    """Make one step; of each part (mean NLL, share of right later tokens, probability listed)."""
+    """Make one step; per part (mean NLL, share of right later tokens, probability on listed)."""
     config, batches, results = practice.config, practice.draw(step), []
     rng = np.random.default_rng([config.seed, 2, step])
     for prompts in batches:

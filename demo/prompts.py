@@ -1,7 +1,7 @@
 """Made-up prompts for a small base to practise on, and the titles that answer them.
 
-Lists: every listed title is right, so a model does best that reads and prefers nothing. *Mixed*
-titles changed their words: only the list, and nothing known by heart, tells what belongs together.
+Lists: every listed title is right, so the best model reads the list and prefers no title. *Mixed*
+titles have swapped words: only the list, not memory, tells which words belong together.
 
 Questions: which listed title is like these, like the latest, like the latest one liked? Beside them
 a recommender's prompt is answered by titles like the latest one *disliked*. So time, ratings and
@@ -35,7 +35,7 @@ def recommender_text(rated: list[tuple[str, float]], listed: list[str], words: W
 
 
 def mixed(titles: list[str], rng) -> list[str]:
-    """Titles that changed the words behind their first."""
+    """Titles that swapped the words after their first."""
     parts = [title.partition(" ") for title in titles]
     ends = rng.permutation([gap + tail for _, gap, tail in parts]).tolist()
     return sorted({first + end for (first, _, _), end in zip(parts, ends, strict=True)})
@@ -53,7 +53,7 @@ def list_prompt(titles: list[str], size: int, shown: int, words: Words, rng, mix
 
 
 def kind_prompt(kinds, question: str, size: int, right: int, words: Words, rng) -> Prompt:
-    """A list with `right` titles of the kind asked for; with none of them any title answers.
+    """A list with `right` titles of the kind asked for; if it is 0, any title is right.
 
     Up to six others are of the history's other kinds. `question` is one of QUESTIONS, or for a
     recommender's prompt "disliked", or "any", which every listed title answers."""
@@ -138,7 +138,7 @@ class Practice:
         return max(4, int(self.config.batch_tokens * share / 2 / tokens))
 
     def update(self, continues: float, begins: float) -> None:
-        """A step's shares: of later tokens that are right, of probability on listed firsts."""
+        """Average in a step: share of right later tokens, probability on listed first tokens."""
         self.continues += 0.1 * (continues - self.continues)
         self.begins += 0.1 * (begins - self.begins)
         if self.continues > 0.8 and self.begins > 0.6 and self.list_size < NUM_CANDIDATES:

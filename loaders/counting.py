@@ -36,7 +36,7 @@ class Retriever:
         self.row = lru_cache(max(16, (1 << 24) // log.num_items))(self.count_row)  # to 256 MiB
 
     def scores(self, history: np.ndarray) -> np.ndarray:
-        """(I,) float64: what the items say, each one DECAY times as loudly as the one after it."""
+        """(I,) float64: sums over the history; an item counts DECAY times as much as the next."""
         if self.name == "popularity":
             return self.counts.astype(float)
         total = np.zeros(len(self.counts))
@@ -46,7 +46,7 @@ class Retriever:
         return total
 
     def count_row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        """The candidates that an item speaks for, and how much."""
+        """The candidates that an item supports, and their values."""
         rows = self.rows_of[item]
         if self.name == "item-knn":
             users, start = self.user[rows], self.user_start
@@ -64,8 +64,8 @@ class Retriever:
 
 
 def best_items(scores: np.ndarray, exclude: np.ndarray, n: int, order=None) -> np.ndarray:
-    """Up to n item codes by falling score (I,), but those of `exclude`; of equal scores the one
-    that comes first in `order` (I,), or if None the lower code."""
+    """Up to n item codes by falling score (I,), without `exclude`; of equal scores the one that
+    comes first in `order` (I,), or if None the lower code."""
     order = np.arange(len(scores)) if order is None else order
     left = order[~np.isin(order, exclude)]
     return left[np.argsort(-scores[left], kind="stable")[:n]]

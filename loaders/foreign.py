@@ -15,7 +15,7 @@ from loaders.tables import Table, check_bad, read_records, visible_files
 
 
 def files(config) -> list[Path]:
-    """Those of train, val and test: a word of the name starts so ("latest" is no test)."""
+    """The files whose names have a word that begins with train, val or test ("latest" has none)."""
     folder, words = Path(config.data_dir), ("train", "val|dev", "test")
     inside = [f.name for f in visible_files(folder, "*.json*")] if folder.is_dir() else []
     found = {w: [f for f in inside if re.search(f"(?<![a-z])({w})", f.lower())] for w in words}
@@ -41,7 +41,7 @@ def read_entries(file: Path) -> list[dict]:
 
 
 def read_entry(entry: dict) -> dict:
-    """Its cleaned titles and numbers; if no candidate is called random, all but the target are."""
+    """Check and clean an entry; if it marks no candidate as random, all but the target are."""
     history, target = entry["historyList"], clean_title(entry["trueSelection"])
     history = [*map(clean_title, history.split("::") if isinstance(history, str) else history)]
     candidates = [*map(clean_title, entry["itemList"])]
@@ -58,7 +58,7 @@ def read_entry(entry: dict) -> dict:
 
 
 def load(config) -> tuple[Interactions, dict[str, Examples]]:
-    """(log, splits): an entry's history and its target are a user, equal titles one item."""
+    """(log, splits): each entry is a user, with its history and target; each title is an item."""
     parts = dict(zip(SPLITS, map(read_entries, files(config))))
     everything = sum(parts.values(), [])
     if all(score == 1 for entry in everything for score in entry["scores"]):

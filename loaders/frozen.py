@@ -1,6 +1,6 @@
 """Frozen examples: from data options to interactions and splits on disk.
 
-A hash of every array and title says which they are: models that are compared see the same ones."""
+A hash of every array and title identifies them, so that compared models see the same examples."""
 
 import contextlib
 import hashlib
@@ -61,7 +61,7 @@ class DataConfig(ExampleConfig):
 
 
 def data_defaults(given: dict) -> dict:
-    """Defaults that suit a data set: every program makes the same examples of the same options."""
+    """Defaults that suit a data set: equal options give equal examples in every program."""
     return planted.DEFAULTS if given.get("dataset", planted.NAME) == planted.NAME else {}
 
 
@@ -131,8 +131,8 @@ def date_of(interactions: Interactions, given: str) -> np.datetime64:
 
 def build_dated_examples(log: Interactions, config) -> tuple[Interactions, dict[str, Examples]]:
     """The log, which now knows where training ends, and its splits: each user is validated on the
-    last liked item before --split_date and tested on the first one after it. Other splits than the
-    test are built from a log that ends there, so that no random candidate tells of later."""
+    last liked item before --split_date and tested on the first one from then on. train and val are
+    built from a log that ends at the date: no random candidate reveals what came later."""
     date, row = date_of(log, config.split_date), np.arange(len(log.user))
     before, liked = log.timestamp.view("M8[s]") < date, log.rating >= config.min_rating
     is_late = row - log.start[log.user] >= config.min_history

@@ -5,7 +5,7 @@
         --item_file u.item      with id=1,title=2 of u.item among --columns
 
 Columns that --columns does not name are looked up under their usual names; numbers are places.
-Without ratings, repeats are counted; without times, the order of the file is that in time."""
+Without ratings, repeats are counted; without times, rows count as in order of time."""
 
 import math
 import re
@@ -95,10 +95,10 @@ class Finder:
 
 # ------------------------------------------------------------------------------------------- titles
 def titles_of(item_ids: list[str], table: Table, find: Finder, source) -> list[str]:
-    """The title of each item, "" for none; of several the first in the alphabet.
+    """The title of each item, "" for none; of several the first in alphabetical order.
 
-    The table is the log, or a second file with a column `id`. ValueError if nobody named the title
-    and a fifth of the items has several."""
+    The table is the log, or a second file with a column `id`. ValueError if --columns has no
+    title= and over a fifth of the items have several."""
     column, label, found = table.columns["title"], table.labels["title"], {i: [] for i in item_ids}
     codes, ids = read_ids(table.columns["id" if "id" in table.columns else "item"])
     known, count = (codes >= 0) & (column.codes >= 0), len(column.values)
@@ -152,7 +152,7 @@ def files(config) -> list[Path]:
 
 
 def choose_percentile(config, source: str, table: Table) -> str:
-    """Among what amounts and repeats are ranked; "" for ratings, which must be from 1 to 5."""
+    """The group in which amounts or repeats are ranked; "" for ratings, which must be 1 to 5."""
     name = table.labels.get("rating")
     if config.scale and not (name or config.ranks):
         raise ValueError(f"{source}: --scale needs a rating column: --columns rating=NAME")

@@ -1,7 +1,7 @@
 """From coded columns to the table that everything starts from: interactions as flat arrays.
 
 `usable_rows` says what the values mean, leaves out what cannot be used, and counts it; `finish`
-merges repeated pairs of user and item, makes ratings of amounts, sorts and names the items. After
+merges repeated pairs of user and item, turns amounts into ratings, sorts and names the items. After
 it no step knows where the data came from."""
 
 import html

@@ -43,8 +43,8 @@ csv.field_size_limit(1 << 30)
 
 # ------------------------------------------------------------------------------------------- files
 def visible_files(folder: Path, pattern: str = "*", below: bool = False) -> list[Path]:
-    """The files of a folder that fit a pattern without case, but hidden ones; part 10 comes after
-    part 9. `below`: those of its folders, too."""
+    """The files of a folder that match a pattern in any case; hidden files are skipped, and part 10
+    comes after part 9. `below`: files in subfolders, too."""
     found = []
     for file in folder.rglob("*") if below else folder.iterdir():
         hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
@@ -54,7 +54,7 @@ def visible_files(folder: Path, pattern: str = "*", below: bool = False) -> list
 
 
 def find_files(path, patterns: Iterable, what: str, without=(), below=False) -> list[Path]:
-    """`path` itself if it is a file, else what fits a pattern in that folder; earlier ones win.
+    """`path` itself if it is a file, else its files that match a pattern; earlier patterns win.
 
     Several files must be parts of one export: alike but for numbers and words such as train and
     test, which come in that order. Names that begin with `without` are passed over."""
@@ -79,7 +79,7 @@ def name_of(files: list[Path]) -> str:
 
 
 def facts(files: Iterable[Path]) -> list:
-    """Names, sizes and times of files: where one differs, examples are prepared anew."""
+    """Names, sizes and times of files: if one changes, examples are prepared again."""
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -188,7 +188,7 @@ def read_table(files: list[Path], find, plain: bool = False) -> Table:
 
 # ---------------------------------------------------------------------------------------------- CSV
 def read_csv(file: Path, find, table: Table, plain: bool) -> pa.Table:
-    """The fields of a file whose first line says which column holds which."""
+    """The fields of a CSV file; its first line shows which column holds which field."""
     with open_bytes(file) as f:  # mapped, if it is not packed: no copy in memory
         mapped = isinstance(f, io.BufferedReader)
         content = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if mapped else f.read()

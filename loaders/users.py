@@ -48,7 +48,7 @@ class Catalogue:
 
 
 def read_user(entry, where: str, catalogue: Catalogue, config, fewest: int, retrieve=False) -> User:
-    """One user, with `fewest` candidates or more, or with none, if they may be retrieved."""
+    """One user, with at least `fewest` candidates, or none if they may be retrieved."""
     name, history, given = entry.get("user", ""), entry.get("history"), entry.get("candidates", [])
     if type(name) not in (str, int) or not type(history) is type(given) is list:
         form = '{"user": "u", "history": [{"title": "T", "rating": 4}, ...], "candidates": [...]}'
