@@ -37,7 +37,6 @@ BOUNDARY_CHECKS = 256  # examples whose prompt and completion are also encoded a
 
 Words = tuple[str, str, str]  # of a data set's prompts: the things, what a user did, will do
 ITEMS: Words = ("items", "chose", "choose")  # if nothing better is known
-Retrieve = Callable[..., np.ndarray]  # for --negatives retrieved: loaders.counting.markov_top
 
 
 # ------------------------------------------------------------------------------------- interactions
@@ -199,7 +198,7 @@ class Examples:
 def build_examples(
     interactions: Interactions,
     config: ExampleConfig | None = None,
-    retrieve: Retrieve | None = None,  # for --negatives retrieved
+    retrieve: Callable | None = None,  # for --negatives retrieved
     places: dict[str, np.ndarray] | None = None,  # split -> rows that may be predicted
 ) -> dict[str, Examples]:
     """Build the splits, each with its own seeded generator; ValueError if one is empty."""
@@ -254,7 +253,7 @@ def draw_candidates(
     steps: np.ndarray,  # (F,) steps from such a row to the followers among the candidates
     config: ExampleConfig,
     rng: np.random.Generator,
-    retrieve: Retrieve | None = None,
+    retrieve: Callable | None = None,
 ) -> Examples:
     """Draw the random candidates, score and shuffle all 20, order the negatives, draw templates."""
     log, E, F = interactions, len(rows), len(steps)
@@ -262,7 +261,9 @@ def draw_candidates(
     users, count = log.user[rows], NUM_CANDIDATES - F
     seen = None  # (E, S) items that are no random candidates; None: all that the user touched
     if config.exclude == "seen":
-        before = np.maximum((rows - 1)[:, None] - np.arange(config.history), log.start[users, None])
+        shown = np.flatnonzero((log.rating >= config.min_rating) | (config.history_items == "all"))
+        before = np.searchsorted(shown, rows)[:, None] - 1 - np.arange(config.history)
+        before = np.maximum(shown[before.clip(0)], log.start[users, None])
         seen = log.item[np.concatenate([before, follow], 1)]
     if config.negatives == "retrieved":
         randoms = retrieve(log, rows, config.history, count, seen)

@@ -71,6 +71,7 @@ CONFIGS = {  # options; rating and steps of random candidates
     "ties": ({"decay": 0.0}, (3.0, 10)),  # many followers with equal scores
     "first": ({"positive": "first", "followers": 4, "min_history": 1, "history": 3}, (3.0, 10)),
     "seen": ({"exclude": "seen", "history": 8}, (3.0, 10)),
+    "seen, liked": ({"exclude": "seen", "history": 8, "history_items": "positive"}, (3.0, 10)),
     "popularity": ({"negatives": "popularity", "min_rating": 3.0, "decay": 1.0}, (2.0, 19)),
     # 4.5 / 3 = 1.5: where the best follower scores less there is no example
     "strong random": ({"min_rating": 1.0, "decay": 1.0}, (4.5, 2)),
@@ -100,7 +101,9 @@ def test_examples_equal_a_plain_loop(seed, name, monkeypatch):
             candidates = examples.candidates[e].tolist()
             randoms = set(candidates) - steps.keys()
             assert len(set(candidates)) == NUM_CANDIDATES and steps.keys() <= set(candidates)
-            shown = item[max(rows.start, p - config.history) : p]
+            least = config.min_rating if config.history_items == "positive" else 0
+            read = [r for r in range(rows.start, p) if rating[r] >= least][-config.history :]
+            shown = [item[r] for r in read]
             own = item[rows.start : rows.stop] if config.exclude == "all" else shown
             assert not randoms & set(own)
             touched += len(randoms & set(item[rows.start : rows.stop]))
@@ -117,7 +120,7 @@ def test_examples_equal_a_plain_loop(seed, name, monkeypatch):
             others = set(range(NUM_CANDIDATES)) - {int(examples.target[e])}
             assert set(examples.negative_order[e].tolist()) == others
             titles = [interactions.titles[i] for i in shown]
-            ratings = rating[max(rows.start, p - config.history) : p]
+            ratings = [rating[r] for r in read]
             assert examples[e].history == list(zip(titles, ratings, strict=True))
             assert examples[e].user == interactions.user_ids[user]
     assert touched > 100 if config.exclude == "seen" else touched == 0
