@@ -48,7 +48,7 @@ class DataConfig(ExampleConfig):
         if not is_own and (not self.ranks or name in ("planted", "movielens", "prepared")):
             unread.add("scale")
         if name == "prepared":
-            unread |= {"num_users", "core", "split_date", "negatives"}
+            unread |= {"num_users", "core", "split_date", "negatives", "ratings", "history_items"}
         if wrong := sorted(unread & changed_options(self)):
             raise ValueError(f"--{wrong[0]} does not go with --dataset {name}; leave one out")
         if self.split_date and (self.core or self.ranks or name in ("steam", "lastfm")):
@@ -83,8 +83,8 @@ def load_interactions(config: DataConfig) -> Interactions:
 def prepare(config: DataConfig) -> Prepared:
     """The frozen examples of these options, written once under --prepared_dir."""
     name = config.dataset
-    if name != planted.NAME and not config.data_dir:
-        raise ValueError(f"--dataset {name} needs --data_dir, where its raw files are")
+    if (name == planted.NAME) == bool(config.data_dir):
+        raise ValueError(f"--dataset {name}: planted has no --data_dir, any other needs one")
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
     source = facts(LOADERS[name].files(config)) if name != planted.NAME else []
