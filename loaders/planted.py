@@ -101,6 +101,7 @@ def load(config) -> Interactions:
 def world_of(options: dict) -> World | None:
     """The planted world of these data options, if they show histories whole; else None."""
     whole = options["dataset"] == NAME and options["history"] >= World.max_length - 1
+    whole = whole and options["ratings"] and options["history_items"] == "all"
     return World(num_users=options["planted_users"], seed=options["data_seed"]) if whole else None
 
 

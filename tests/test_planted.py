@@ -130,6 +130,7 @@ def test_bayes_scores_are_calibrated_on_the_log():
 def test_a_history_not_shown_whole_has_no_known_optimum():
     assert np.diff(planted_world(World(num_users=300)).start).max() == World.max_length
     whole = {"planted_users": 50, "data_seed": 3, "history": World.max_length - 1}
+    whole |= {"ratings": True, "history_items": "all"}
     assert world_of(whole | {"dataset": "planted"}) == World(num_users=50, seed=3)
-    for other in ({"history": World.max_length - 2}, {"dataset": "movielens"}):
+    for other in ({"history": World.max_length - 2}, {"ratings": False}, {"dataset": "movielens"}):
         assert world_of(whole | {"dataset": "planted"} | other) is None
