@@ -84,7 +84,7 @@ def methods_section(methods: Methods, results: list) -> list[str]:
         rows.append([*row, compared, printed])
     text = (
         f"{len(results[0].records):,} test users, 20 candidates, the same for all. Runs differ in "
-        "their seed; options: table.json. Intervals resample users, not seeds; those of the "
+        "their seed; options: table.json. Intervals resample users, not seeds; the verdicts of the "
         f"{len(versus)} comparisons hold together (Holm, 95 %)."
     )
     return [text, table(columns, [row[: len(columns)] for row in rows])]

@@ -38,7 +38,9 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     It asks: among users whom only one of the two gets right, are both equally likely?"""
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    tail, ways = 0, 1  # ways: n over i
+    for i in range(min(only_a, only_b) + 1):
+        tail, ways = tail + ways, ways * (n - i) // (i + 1)
     return min(1.0, 2 * tail / 2**n)
 
 
