@@ -110,7 +110,7 @@ class TrainConfig(ModelOptions):
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
     dry_run: bool = arg(False, "no training: print first losses, memory and hours", free=True)
     output_dir: str = arg("", "run folder; empty: the next runs/<dataset>-1, -2, ...", free=True)
-    save_steps: int = arg(100, "save every N steps; 0 = only when stopped", at_least=0, free=True)
+    save_steps: int = arg(100, "save every N steps, and at the end", at_least=0, free=True)
     save_total_limit: int = arg(2, "checkpoints kept per stage", at_least=1, free=True)
     resume: str = arg("", "auto: from the newest whole checkpoint", choices=("", "auto"), free=True)
     logging_steps: int = arg(10, "steps between printed lines", at_least=1, free=True)
@@ -125,8 +125,8 @@ class TrainConfig(ModelOptions):
             raise ValueError(f"--stages: {names}; got {self.stages!r}")
         if self.dataset != "planted" and not (self.model or self.adapter):
             raise ValueError(f"--dataset {self.dataset} needs a --model. {policy.THREE_WAYS}")
-        if self.model == TITLES and self.adapter:
-            raise ValueError(f"--model {TITLES} makes a new base: leave --adapter out")
+        if self.model == TITLES and (self.adapter or self.prompt_format != "plain"):
+            raise ValueError(f"--model {TITLES} makes a new, plain base: no --adapter, no chat")
         if self.load_in_4bit and 0 in (self.lora_r, self.sft_lora_r):
             raise ValueError("--load_in_4bit trains adapters: no --lora_r 0, no --sft_lora_r 0")
         if self.resume and not self.output_dir:
@@ -135,7 +135,8 @@ class TrainConfig(ModelOptions):
             raise ValueError(f"--sft_weight must be >= 0 or -1 (default), got {self.sft_weight}")
         if self.keep == "best" and not (self.eval_steps and self.val_size):
             raise ValueError("--keep best needs --eval_steps and --val_size to find the best step")
-        if self.margin == "none" and "margin_lambda" in changed_options(self):
+        idle = self.margin == "none" and "simpo" not in given
+        if idle and "margin_lambda" in changed_options(self):
             raise ValueError("--margin_lambda has no effect with --margin none: leave one out")
 
     @property
@@ -426,11 +427,6 @@ def plan(run: Run, name: str, model: Transformer | None) -> tuple[Objective, Sch
     return objective, Schedule(run.config, epochs, widths, run.world_size)
 
 
-def plans(run: Run) -> dict[str, tuple[Objective, Schedule]]:
-    """plan() of every trained stage, without a model."""
-    return {name: plan(run, name, None) for name in run.config.stage_list if name != "raw"}
-
-
 def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     """Train and test one stage; its folder gets its final name when all is done.
 
@@ -485,7 +481,7 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
         if run.val is not None and schedule.due(config.eval_steps, done):
             log.flush()
             best = stages.validate(log, done, validation_metrics(run, model), model, best)
-        saved = bool(config.save_steps) and schedule.due(config.save_steps, done)
+        saved = schedule.due(config.save_steps, done)
         if saved:  # with the validation of its step
             save(done)
         if any_rank(bool(stop.asked)):
@@ -587,7 +583,7 @@ def main() -> None:
             f"{train.num_shortened} shortened\n\nfirst training prompt:\n{text}"
         )
         if config.dry_run:
-            dry_run(run, plans(run))
+            dry_run(run, {s: plan(run, s, None) for s in config.stage_list if s != "raw"})
         else:
             run_stages(run)
             if is_main():
