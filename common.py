@@ -74,7 +74,7 @@ def parse_config(cls, argv=None, beneath=None):
     return config
 
 
-def parse(cls, words: list[str] | None, file: str = "") -> dict:
+def parse(cls, words: list[str] | None = None, file: str = "") -> dict:
     """Parse words, typed or from a file, into options: --x, and --no_x for switches."""
     parser = argparse.ArgumentParser(description=cls.__doc__, argument_default=argparse.SUPPRESS)
     parser.usage, parser.allow_abbrev = "%(prog)s [--option value ...]", False

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import arg, parse_config, run_cli
+from common import arg, run_cli
 from data import NUM_CANDIDATES, Encoded, Examples, PromptTree, encode_examples, tree_widths
 from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
@@ -278,7 +278,7 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
 
 # ------------------------------------------------------------------------ the command
 def main() -> None:
-    config = sources.with_run_options(parse_config(EvalConfig, beneath=sources.data_of_a_model))
+    config = sources.parse_source(EvalConfig)
     _, _, device = setup_distributed()
     asked, prepared = sources.sources_of(config), prepare(config)
     sources.check_run_data(config, asked, prepared.hash)

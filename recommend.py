@@ -13,8 +13,8 @@ my.json holds one such object; it needs no "user". Histories are oldest first. I
 missing, --retriever (fitted on the whole log; SASRec on all but each user's last two) finds the 20
 best items that the user has not touched; they are shown in an order drawn from the user's id. One
 pass of the model ranks a list. Probabilities are shares of this list; "retrieved" is the
-retriever's rank, or null. Each rank of torchrun appends its users' lines to `<output>.part-<rank>`;
-the same command continues after them, and rank 0 merges them at the end (docs/serve.md).
+retriever's rank, or null. Each rank appends its users' lines to `<output>.part-<rank>`; the same
+command continues after them, and rank 0 merges them at the end (docs/serve.md).
 
 Left out: rules across users (diversity, stock), and all templates but the first.
 """
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import arg, changed_options, is_main, parse_config, print0, read_json, run_cli, writing
+from common import arg, changed_options, is_main, print0, read_json, run_cli, writing
 from data import NUM_CANDIDATES, Example, Interactions, build_tree, micro_batches, shortened
 from loaders.counting import best_items
 from loaders.frozen import find_prepared, prepare
@@ -38,12 +38,11 @@ from runtime.processes import prefetch, progress, rank_zero_first, setup_distrib
 from runtime.sources import (
     SourceConfig,
     check_run_data,
-    data_of_a_model,
     folder_of,
     load_source,
+    parse_source,
     prompt_words,
     sources_of,
-    with_run_options,
 )
 from runtime.stages import PROMPT_OPTIONS, write_whole
 from studies.sequential import fit_retriever
@@ -88,6 +87,8 @@ class Ranker:
         self.stage, self.source = list(sources_of(config).items())[-1]
         self.words = prompt_words(config, folder_of(config, self.stage), log)
         self.model, self.tokenizer = load_source(config, self.source, device)
+        own = log.titles if config.retriever == "model" else []  # which the model retrieves
+        self.completions = self.tokenizer.encode_completions(own)
 
     def encode(self, user: User, titles: list[str]) -> tuple[list[int], list[list[int]]]:
         """Ids of the prompt and of each title; a prompt that is too long loses its oldest items."""
@@ -99,12 +100,11 @@ class Ranker:
         )
         return prompt, completions
 
-    def catalogue_scores(self, user: User, log: Interactions) -> np.ndarray:
+    def catalogue_scores(self, user: User) -> np.ndarray:
         """Log-probs (I,) that the model itself gives the titles of the log."""
         example = Example(self.words, user.name, user.history, [], 0, [], 0, listed=False)
         prompt, _ = shortened(example, 1, self.tokenizer, self.config.max_length)
-        (scores,) = title_scores(self.model, self.tokenizer, log.titles, [prompt])
-        return scores
+        return next(title_scores(self.model, self.completions, [prompt]))
 
     @torch.no_grad()
     def score(self, encoded: list[tuple[list, list]]) -> Iterator[tuple[int, np.ndarray, list]]:
@@ -152,7 +152,7 @@ def candidates_of(ranker: Ranker, user: User, retriever, log: Interactions) -> l
     The retriever finds the best items; without one the model does."""
     rows = [(item, title, None) for item, title in user.candidates]
     if not rows:
-        scores = retriever.scores(user.items) if retriever else ranker.catalogue_scores(user, log)
+        scores = retriever.scores(user.items) if retriever else ranker.catalogue_scores(user)
         codes = best_items(scores, user.items, NUM_CANDIDATES)
         rows = [(log.item_ids[c], log.titles[c], rank) for rank, c in enumerate(codes.tolist(), 1)]
     rows = [rows[i] for i in shown_order(user.name, len(rows))]
@@ -218,8 +218,8 @@ def recommend_users(config: RecommendConfig) -> None:
         raise ValueError("--retriever model needs a model trained with --no_list_in_prompt")
     rank, world_size, device = setup_distributed()
     with rank_zero_first():
-        prepared, own = prepare(config), config.retriever == "model"
-        retriever = None if own else fit_retriever(config.retriever, prepared, config)
+        prepared, name = prepare(config), config.retriever
+        retriever = None if name == "model" else fit_retriever(name, prepared, config)
     log = prepared.interactions
     users = list(range(log.num_users))
     if config.users != "all":
@@ -252,7 +252,7 @@ def recommend_users(config: RecommendConfig) -> None:
 
 
 def main() -> None:
-    config = with_run_options(parse_config(RecommendConfig, beneath=data_of_a_model))
+    config = parse_source(RecommendConfig)
     recommend_users(config) if config.users else answer_request(config)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import arg, changed_options, print0, read_json
+from common import arg, changed_options, parse, parse_config, print0, read_json
 from data import ITEMS, Interactions, Words
 from hub.files import resolve_path
 from hub.tokenizer import Tokenizer
@@ -34,9 +34,10 @@ class SourceConfig(ModelOptions):
             raise ValueError("give --run (with --model if its base moved), or --model, --adapter")
 
 
-def data_of_a_model(given: dict) -> dict:
-    """Defaults of the data options for --model and --adapter; a run has its own options."""
-    return {} if given.get("run") else data_defaults(given)
+def parse_source(cls) -> SourceConfig:
+    """The options of a program that evaluates: a run's, or the data's defaults, and typed ones."""
+    config = parse_config(cls, beneath=lambda given: {} if "run" in given else data_defaults(given))
+    return with_run_options(config, parse(cls).keys())
 
 
 def folder_of(config: SourceConfig, name: str) -> Path:
@@ -49,7 +50,7 @@ def kept_prompt(folder: Path) -> dict:
     return read_json(file) if file.exists() else {}
 
 
-def with_run_options(config: SourceConfig) -> SourceConfig:
+def with_run_options(config: SourceConfig, typed: Iterable[str] = ()) -> SourceConfig:
     """Take the options of a run, or of a model's prompt.json; ValueError if others were given."""
     if config.run:
         file, names = Path(config.run) / "config.json", {f.name for f in fields(SourceConfig)}
@@ -59,10 +60,9 @@ def with_run_options(config: SourceConfig) -> SourceConfig:
         saved = kept_prompt(file.parent)
         names -= {"dataset"} if config.data_dir else set()  # a log of its own
     known = {name: saved[name] for name in names & saved.keys() - NOT_FROM_RUN}
-    for name in changed_options(config) & known.keys():
+    for name in changed_options(config).union(typed) & known.keys():
         if (given := getattr(config, name)) != known[name]:
-            kept = f"with --run or a model's prompt.json: it is {known[name]!r} in {file}"
-            raise ValueError(f"--{name} {given} has no effect {kept}; leave it out")
+            raise ValueError(f"leave out --{name} {given}: it is {known[name]!r} in {file}")
     return replace(config, **known)
 
 
@@ -115,5 +115,4 @@ def export_merged(stage: Path | str, output: Path | str, dtype=torch.float32) ->
         merge_lora(load_adapter(model, adapter))
     save_pretrained(model, output)
     copy_tokenizer(base, output, kept.get("prompt_format"))
-    if kept:
-        (output / "prompt.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (output / "prompt.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import arg, parse_config, run_cli, table
+from common import arg, run_cli, table
 from data import LOWEST, NUM_CANDIDATES, Examples, Interactions, draw_candidates, encode_examples
 from eval import EvalConfig, predict, wilson
 from loaders.counting import counting_baselines, markov_top
@@ -34,7 +34,7 @@ from loaders.frozen import DataConfig, prepare
 from loaders.planted import bayes_scores, world_of
 from runtime.policy import free_memory
 from runtime.processes import setup_distributed
-from runtime.sources import check_run_data, load_source, sources_of, with_run_options
+from runtime.sources import check_run_data, load_source, parse_source, sources_of
 from runtime.stages import save_predictions
 from studies.statistics import spread_of_bins
 
@@ -216,7 +216,7 @@ def predictions(config: EvalConfig, examples: Examples, device) -> Iterator[tupl
 
 
 def main() -> None:
-    config = with_run_options(parse_config(ProbeConfig))
+    config = parse_source(ProbeConfig)
     _, _, device = setup_distributed()
     prepared, probe = prepare(config), config.probe
     check_run_data(config, sources_of(config), prepared.hash)

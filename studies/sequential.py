@@ -26,7 +26,7 @@ from data import Examples, Interactions
 from eval import answered, ranking_metrics, results_table, summarise
 from hub.files import save_tensors
 from loaders.counting import BASELINES, Retriever, counting_baselines, training_rows
-from loaders.frozen import DataConfig, Prepared, prepare
+from loaders.frozen import DataConfig, Prepared, data_defaults, prepare
 from runtime.stages import save_predictions
 from studies.probes import KINDS, measured, other_list, references
 
@@ -173,7 +173,7 @@ def step_loss(model: Recommender, windows, users, pool, num_sampled: int, genera
     states, target = states[known], target[known]  # (n, D), (n,)
     if not num_sampled or num_sampled >= len(pool):
         return F.cross_entropy(states @ model.items(pool).T, torch.searchsorted(pool, target))
-    sampled = pool[torch.randint(1, len(pool) + 1, (num_sampled,), generator=generator) - 1]
+    sampled = pool[torch.randint(len(pool), (num_sampled,), generator=generator)]
     logits = states @ model.items(sampled).T
     logits = logits.masked_fill(sampled == target[:, None], -1e9)  # the target, drawn by chance
     own = (states * model.items(target)).sum(1, keepdim=True)
@@ -269,7 +269,7 @@ def records_of(examples: Examples, scores: np.ndarray) -> list[dict]:
 
 
 def main() -> None:
-    config = parse_config(BaselineConfig)
+    config = parse_config(BaselineConfig, beneath=data_defaults)
     prepared = prepare(config)
     test, folder = prepared.splits["test"], Path(config.output_dir)
     model, history = train(config, prepared.interactions, prepared.splits["val"])

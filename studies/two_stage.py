@@ -20,16 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import arg, parse_config, run_cli, table, writing
+from common import arg, run_cli, table, writing
 from data import NUM_CANDIDATES, Examples, build_tree, encode_examples
 from eval import EvalConfig
-from hub.tokenizer import Tokenizer
 from loaders.counting import Retriever, training_rows
 from loaders.frozen import prepare
 from loaders.planted import bayes_scores, world_of
 from model import Transformer
 from runtime.processes import progress, setup_distributed
-from runtime.sources import check_run_data, load_source, sources_of, with_run_options
+from runtime.sources import check_run_data, load_source, parse_source, sources_of
 from runtime.stages import write_whole
 from studies.probes import predictions
 from studies.sequential import RETRIEVERS, fit_retriever
@@ -52,17 +51,17 @@ class TwoStageConfig(EvalConfig):
         super().__post_init__()
         if not self.run or self.dataset == "prepared":
             raise ValueError("give --run, the folder of a run of train.py on a log")
-        if self.retriever == "model" and not self.stage:
-            raise ValueError("--retriever model needs --stage, whose model ranks the catalogue")
+        if self.retriever == "model" and (not self.stage or "," in self.stage):
+            raise ValueError("--retriever model needs one --stage: its model ranks the catalogue")
 
 
 @torch.no_grad()
 def title_scores(
-    model: Transformer, tokenizer: Tokenizer, titles: list[str], prompts: Iterable
+    model: Transformer, completions: list[list[int]], prompts: Iterable
 ) -> Iterator[np.ndarray]:
-    """Yield log-probs (I,) of all titles after each prompt (ids), by the logits of one position.
+    """Yield log-probs (I,) of the completions after each prompt, by the logits of one position.
     The few titles that have no token of their own are scored by a tree."""
-    completions, device = tokenizer.encode_completions(titles), model.inv_freq.device
+    device = model.inv_freq.device
     first = torch.tensor([ids[0] for ids in completions], device=device)
     spelled = [i for i, ids in enumerate(completions) if len(ids) != 2]  # not a token and the end
     if len(spelled) > MOST_SPELLED:
@@ -145,7 +144,7 @@ def catalogue_tables(places: dict[str, list[int]], ranked: dict[str, dict]) -> s
 
 
 def main() -> None:
-    config = replace(with_run_options(parse_config(TwoStageConfig)), decode_rest=False)
+    config = replace(parse_source(TwoStageConfig), decode_rest=False)
     _, world_size, device = setup_distributed()
     if world_size > 1:
         raise ValueError("studies.two_stage runs in one process: start it without torchrun")
@@ -156,8 +155,10 @@ def main() -> None:
     if config.retriever == "model":
         (source,) = sources_of(config).values()
         model, tokenizer = load_source(config, source, device)
-        encoded = encode_examples(examples, tokenizer, config.max_length)
-        scored = title_scores(model, tokenizer, interactions.titles, encoded.prompts)
+        asked = replace(examples, list_in_prompt=False)
+        prompts = encode_examples(asked, tokenizer, config.max_length).prompts
+        completions = tokenizer.encode_completions(interactions.titles)
+        scored = title_scores(model, completions, prompts)
         lists, alone = retrieved(None, examples, scored)
     else:
         rows = training_rows(interactions)

@@ -212,5 +212,8 @@ def test_an_option_beside_run_that_says_otherwise_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved))
     taken = with_run_options(evaluation.EvalConfig(run=str(tmp_path), test_size=60))
     assert (taken.test_size, taken.dtype) == (60, "float32")
-    with pytest.raises(ValueError, match="--test_size 7 has no effect with --run.* 60 .*leave"):
+    with pytest.raises(ValueError, match="leave out --test_size 7.* 60 .*config.json"):
         with_run_options(evaluation.EvalConfig(run=str(tmp_path), test_size=7))
+    default = evaluation.EvalConfig(run=str(tmp_path))
+    with pytest.raises(ValueError, match="leave out --test_size"):
+        with_run_options(default, ["test_size"])  # typed, though it is the default

@@ -11,6 +11,7 @@ from test_counting import log_in_order
 
 from data import build_examples
 from eval import ranking_metrics
+from loaders import planted
 from loaders.frozen import DataConfig, prepare
 from studies import sequential
 from studies.sequential import MODELS, BaselineConfig, GRU4Rec, candidate_scores, step_loss, train
@@ -106,7 +107,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(circle, monkeypatch):
 
 
 def test_the_command_stops_by_validation_and_tests_once(tmp_path, monkeypatch):
-    data = {"planted_users": 100, "followers": 3, "prepared_dir": str(tmp_path / "p")}
+    data = planted.DEFAULTS | {"planted_users": 100, "prepared_dir": str(tmp_path / "p")}
     data |= {"epochs": 3, "hidden_size": 16, "num_layers": 1, "dataset": "planted"}
     flags = [f"--{name}={value}" for name, value in data.items()]
     monkeypatch.setattr(sys, "argv", ["sequential", *flags, f"--output_dir={tmp_path / 'out'}"])

@@ -76,7 +76,7 @@ def test_the_whole_catalogue_is_ranked_by_one_position(world):
     encoded = encode_examples(prepared.splits["test"], tokenizer, 512)
     titles = [*prepared.interactions.titles[:30], "No Such Title"]
     completions = tokenizer.encode_completions(titles)
-    found = title_scores(model, tokenizer, titles, encoded.prompts[:3])
+    found = title_scores(model, completions, encoded.prompts[:3])
     for prompt, scores in zip(encoded.prompts[:3], found, strict=True):
         whole = [[*prompt.tolist(), *ids][:-1] for ids in completions]
         for ids, title, score in zip(whole, completions, scores, strict=True):
@@ -84,9 +84,9 @@ def test_the_whole_catalogue_is_ranked_by_one_position(world):
             counted = title if len(title) > 2 else title[:1]
             expected = sum(logps[n, token].item() for n, token in enumerate(counted))
             assert score == pytest.approx(expected, abs=1e-4)
-    spelled = [f"No Such Title {n}" for n in range(101)]
+    spelled = tokenizer.encode_completions([f"No Such Title {n}" for n in range(101)])
     with pytest.raises(ValueError, match="a token for each title"):
-        next(title_scores(model, tokenizer, spelled, encoded.prompts[:1]))
+        next(title_scores(model, spelled, encoded.prompts[:1]))
 
 
 def test_a_run_without_the_list_ranks_and_recommends_from_the_catalogue(tmp_path, in_process):
@@ -99,6 +99,12 @@ def test_a_run_without_the_list_ranks_and_recommends_from_the_catalogue(tmp_path
     stage = (f"--run={run}", "--stage=sft", kept, "--retriever=model")
     in_process(two_stage.main, *stage)
     places = json.loads((run / "two_stage" / "sft" / "model.json").read_text())["places"]
+    options = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(options | {"list_in_prompt": True}))
+    in_process(two_stage.main, *stage)  # lists would give the targets away: it asks without them
+    listed = json.loads((run / "two_stage" / "sft" / "model.json").read_text())["places"]
+    assert listed["retriever"] == places["retriever"]
+    (run / "config.json").write_text(json.dumps(options))
     far = np.array(places["retriever"]) > 20  # its own 20 best are only ordered anew
     np.testing.assert_array_equal(np.array(places["model"]) > 20, far)
     output = tmp_path / "lists.jsonl"
