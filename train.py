@@ -126,7 +126,7 @@ class TrainConfig(ModelOptions):
         if self.dataset != "planted" and not (self.model or self.adapter):
             raise ValueError(f"--dataset {self.dataset} needs a --model. {policy.THREE_WAYS}")
         if self.model == TITLES and (self.adapter or self.prompt_format != "plain"):
-            raise ValueError(f"--model {TITLES} makes a new, plain base: no --adapter, no chat")
+            raise ValueError(f"--model {TITLES} makes a new base: leave out --adapter and chat")
         if self.load_in_4bit and 0 in (self.lora_r, self.sft_lora_r):
             raise ValueError("--load_in_4bit trains adapters: no --lora_r 0, no --sft_lora_r 0")
         if self.resume and not self.output_dir:
