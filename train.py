@@ -106,7 +106,7 @@ class TrainConfig(ModelOptions):
     seed: int = arg(0, "seed of initial weights, batch order and dropout")
     decode_rest: bool = arg(True, "generate if no candidate fits; off: invalid", group="output")
     val_size: int = arg(200, "validation users; 0 = none", at_least=0)
-    eval_steps: int = arg(0, "validate every N steps; 0: off", at_least=0, read_by=("--val_size",))
+    eval_steps: int = arg(0, "also validate every N steps", at_least=0, read_by=("--val_size",))
     keep: str = arg("last", "last weights, or best by validation", choices=("last", "best"))
     dry_run: bool = arg(False, "no training: print first losses, memory and hours", free=True)
     output_dir: str = arg("", "run folder; empty: the next runs/<dataset>-1, -2, ...", free=True)

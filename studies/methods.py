@@ -5,7 +5,7 @@ several stages fills several rows. Results of one method differ only in their se
 no table describes is a method of its own, named by its path."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from losses import LOSSES
 from studies.probes import HOW, digest_of
 from studies.statistics import Difference, paired
 from studies.two_stage import gains
+from train import TrainConfig
 
 TESTED = {  # of the test split
     "hit_ratio@1/written": "HR@1 written",
@@ -25,11 +26,8 @@ TESTED = {  # of the test split
 # Stages in the order of a table's rows.
 ORDER = ["gru4rec", "caser", "sasrec", "raw", "sft", *LOSSES]
 # Options that do not make another method: the seed, places of files, how work is divided.
-NOT_THE_METHOD = {
-    *("seed", "stages", "model", "adapter", "output_dir", "prepared_dir", "data_dir", "item_file"),
-    *("resume", "logging_steps", "save_steps", "save_total_limit", "dry_run"),
-    *("micro_batch_tokens", "shard", "shard_group_size", "gradient_checkpointing", "compile"),
-}
+NOT_THE_METHOD = {f.name for f in fields(TrainConfig) if f.metadata["free"]}
+NOT_THE_METHOD |= {"seed", "model", "adapter", "data_dir", "item_file"}
 
 
 @dataclass
