@@ -64,7 +64,7 @@ def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
     states = model(windows[:, :-1], users)[0, 1:]
     expected = F.cross_entropy(states @ model.items.weight[1:].T, windows[0, 2:] - 1)
     torch.testing.assert_close(full, expected)
-    drawn = torch.tensor([3, 3, 3])  # the target of one position
+    drawn = torch.tensor([2, 2, 2])  # item 3, the target of one position
     monkeypatch.setattr("torch.randint", lambda *args, **kwargs: drawn.clone())
     sampled = step_loss(model, windows, users, pool, 3, generator)
     own = (states @ model.items.weight[[2, 3, 6]].T).diagonal()  # rows predict 2, 3, 6
