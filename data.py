@@ -261,9 +261,9 @@ def draw_candidates(
     users, count = log.user[rows], NUM_CANDIDATES - F
     seen = None  # (E, S) items that are no random candidates; None: all that the user touched
     if config.exclude == "seen":
-        shown = np.flatnonzero((log.rating >= config.min_rating) | (config.history_items == "all"))
-        before = np.searchsorted(shown, rows)[:, None] - 1 - np.arange(config.history)
-        before = np.maximum(shown[before.clip(0)], log.start[users, None])
+        shown = np.flatnonzero(~(log.rating < config.min_rating) | (config.history_items == "all"))
+        before = (np.searchsorted(shown, rows)[:, None] - 1 - np.arange(config.history)).clip(0)
+        before = np.where(shown[before] < log.start[users, None], rows[:, None], shown[before])
         seen = log.item[np.concatenate([before, follow], 1)]
     if config.negatives == "retrieved":
         randoms = retrieve(log, rows, config.history, count, seen)

@@ -531,6 +531,8 @@ def read_options(argv: list[str]) -> TrainConfig:
     config = parse_config(TrainConfig, argv, beneath=defaults)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.output_dir:
         raise ValueError("torchrun --max-restarts needs --output_dir: a restart resumes there")
+    if Path(config.output_dir or os.devnull, "sft").exists() and config.stage_list[0] in LOSSES:
+        raise ValueError(f"--output_dir {config.output_dir} has an sft: add sft to --stages")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return replace(config, resume="auto") if restarted else config
 

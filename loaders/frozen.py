@@ -83,8 +83,10 @@ def load_interactions(config: DataConfig) -> Interactions:
 def prepare(config: DataConfig) -> Prepared:
     """The frozen examples of these options, written once under --prepared_dir."""
     name = config.dataset
-    if (name == planted.NAME) == bool(config.data_dir):
-        raise ValueError(f"--dataset {name}: planted has no --data_dir, any other needs one")
+    if name != planted.NAME and not config.data_dir:
+        raise ValueError(f"--dataset {name} needs --data_dir, where its raw files are")
+    if name == planted.NAME and config.data_dir:
+        raise ValueError("--data_dir needs --dataset, such as csv: the planted world has no files")
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
     source = facts(LOADERS[name].files(config)) if name != planted.NAME else []

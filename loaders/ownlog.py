@@ -5,7 +5,7 @@
         --item_file u.item      with id=1,title=2 of u.item among --columns
 
 Columns that --columns does not name are looked up under their usual names; numbers are places.
-Without ratings, repeats are counted; without times, rows count as in order of time."""
+Without ratings, repeats are counted; without times, rows are taken as in time order."""
 
 import math
 import re

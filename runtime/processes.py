@@ -152,7 +152,6 @@ def open_run_folder(config) -> Iterator[Path]:
             started = {f.name: f.default for f in fields(config)} | read_json(file)
             free = {f.name for f in fields(config) if f.metadata["free"]}
             other = [n for n, v in asdict(config).items() if v != started[n] and n not in free]
-            other += ["stages"] * ("sft" not in config.stage_list and (folder / "sft").exists())
             if other or not config.resume:
                 others = f", with other {', '.join(other)}" * bool(other)
                 way_out = "resume it by --resume auto and its options, or name another --output_dir"

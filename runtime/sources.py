@@ -36,7 +36,7 @@ class SourceConfig(ModelOptions):
 
 def parse_source(cls) -> SourceConfig:
     """The options of a program that evaluates: a run's, or the data's defaults, and typed ones."""
-    config = parse_config(cls, beneath=lambda given: {} if "run" in given else data_defaults(given))
+    config = parse_config(cls, beneath=lambda o: {} if o.get("run") else data_defaults(o))
     return with_run_options(config, parse(cls).keys())
 
 
@@ -60,7 +60,7 @@ def with_run_options(config: SourceConfig, typed: Iterable[str] = ()) -> SourceC
         saved = kept_prompt(file.parent)
         names -= {"dataset"} if config.data_dir else set()  # a log of its own
     known = {name: saved[name] for name in names & saved.keys() - NOT_FROM_RUN}
-    for name in changed_options(config).union(typed) & known.keys():
+    for name in sorted(changed_options(config).union(typed) & known.keys()):
         if (given := getattr(config, name)) != known[name]:
             raise ValueError(f"leave out --{name} {given}: it is {known[name]!r} in {file}")
     return replace(config, **known)

@@ -153,10 +153,11 @@ def main() -> None:
     examples = prepared.splits[config.split].select(slice(config.users or None))
     interactions, world = prepared.interactions, world_of(vars(config))
     if config.retriever == "model":
+        if config.list_in_prompt:  # a list would give the target away
+            raise ValueError("--retriever model needs a model trained with --no_list_in_prompt")
         (source,) = sources_of(config).values()
         model, tokenizer = load_source(config, source, device)
-        asked = replace(examples, list_in_prompt=False)
-        prompts = encode_examples(asked, tokenizer, config.max_length).prompts
+        prompts = encode_examples(examples, tokenizer, config.max_length).prompts
         completions = tokenizer.encode_completions(interactions.titles)
         scored = title_scores(model, completions, prompts)
         lists, alone = retrieved(None, examples, scored)

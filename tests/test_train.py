@@ -125,8 +125,8 @@ def test_raw_tests_what_training_starts_from(one_process, tmp_path):
     [
         ("--no_such_flag=1", "unknown option --no_such_flag"),
         ("--model=/no/such/model", "no such directory"),
-        ("--dataset=movielens --model=demo/base", "any other needs one"),
-        ("--data_dir=/no/ml-1m.zip", "planted has no --data_dir"),
+        ("--dataset=movielens --model=demo/base", "needs --data_dir"),
+        ("--data_dir=/no/ml-1m.zip", "--data_dir needs --dataset"),
         ("--dataset=movielens --model=titles --data_dir=/no/folder", "ratings.dat"),
         ("--output_dir=/proc/recpo", "cannot be written"),
     ],
