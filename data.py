@@ -260,7 +260,7 @@ def draw_candidates(
     follow = rows[:, None] + steps  # (E, F) rows of the log
     users, count = log.user[rows], NUM_CANDIDATES - F
     seen = None  # (E, S) items that are no random candidates; None: all that the user touched
-    if config.exclude == "seen":
+    if config.exclude == "seen":  # rows that the prompt shows; the target's where it has fewer
         shown = np.flatnonzero(~(log.rating < config.min_rating) | (config.history_items == "all"))
         before = (np.searchsorted(shown, rows)[:, None] - 1 - np.arange(config.history)).clip(0)
         before = np.where(shown[before] < log.start[users, None], rows[:, None], shown[before])

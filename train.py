@@ -126,7 +126,7 @@ class TrainConfig(ModelOptions):
         if self.dataset != "planted" and not (self.model or self.adapter):
             raise ValueError(f"--dataset {self.dataset} needs a --model. {policy.THREE_WAYS}")
         if self.model == TITLES and (self.adapter or self.prompt_format != "plain"):
-            raise ValueError(f"--model {TITLES} makes a new base: leave out --adapter and chat")
+            raise ValueError(f"--model {TITLES} makes a new base: no --adapter, no chat prompts")
         if self.load_in_4bit and 0 in (self.lora_r, self.sft_lora_r):
             raise ValueError("--load_in_4bit trains adapters: no --lora_r 0, no --sft_lora_r 0")
         if self.resume and not self.output_dir:
@@ -531,8 +531,9 @@ def read_options(argv: list[str]) -> TrainConfig:
     config = parse_config(TrainConfig, argv, beneath=defaults)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.output_dir:
         raise ValueError("torchrun --max-restarts needs --output_dir: a restart resumes there")
-    if Path(config.output_dir or os.devnull, "sft").exists() and config.stage_list[0] in LOSSES:
-        raise ValueError(f"--output_dir {config.output_dir} has an sft: add sft to --stages")
+    folder = Path(config.output_dir or os.devnull)
+    if (folder / "sft").exists() and config.stage_list[0] in LOSSES:
+        raise ValueError(f"{folder} has an sft: add sft to --stages, or name another --output_dir")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return replace(config, resume="auto") if restarted else config
 

@@ -168,7 +168,7 @@ def dry_run(run: Run, stages: dict) -> None:
         seconds = flops / rate / run.world_size
         total += seconds * schedule.num_steps
         if objective.has_reference:
-            print0(f"\n{stage}: first loss without NLL: {objective.at_the_start()[0].mean():.4f}")
+            print0(f"\n{stage}: first preference loss: {objective.at_the_start()[0].mean():.4f}")
         print0(
             f"\n{stage}: memory of a rank in GB ({'LoRA' if work.r else 'full training'}, "
             f"{work.dtype}{', base in 4 bits' * work.load_in_4bit}), and the largest "

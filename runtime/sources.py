@@ -35,7 +35,7 @@ class SourceConfig(ModelOptions):
 
 
 def parse_source(cls) -> SourceConfig:
-    """The options of a program that evaluates: a run's, or the data's defaults, and typed ones."""
+    """Read a program's options: the typed ones, upon those of its run or the data's defaults."""
     config = parse_config(cls, beneath=lambda o: {} if o.get("run") else data_defaults(o))
     return with_run_options(config, parse(cls).keys())
 

@@ -127,7 +127,7 @@ def test_dry_run_shows_what_to_look_at_and_reads_no_weights(tmp_path):
     flags += ["--stages=raw,sft,sdpo", "--sft_epochs=5", "--epochs=3", "--batch_size=64"]
     done = run_script(TRAIN, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    texts = ("first training prompt:", "shortened", "loss without NLL: 1.3863", "| 8 | full |")
+    texts = ("first training prompt:", "shortened", "first preference loss: 1.3863", "| 8 | full |")
     assert all(text in done.stdout for text in texts), done.stdout
     assert "raw: memory" not in done.stdout  # nothing of it is trained
     steps = re.findall(r"([\d.e-]+) s on 1 rank.s. at .* times (\d+) steps", done.stdout)

@@ -19,7 +19,7 @@ from loaders.frozen import DataConfig, find_prepared, prepare
 from loaders.planted import DEFAULTS
 from loaders.published import MOVIES
 from model import load_pretrained
-from runtime.sources import with_run_options
+from runtime.sources import parse_source, with_run_options
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +207,14 @@ def test_nan_scores_are_refused():
         ranking_metrics(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 0]))
 
 
-def test_an_option_beside_run_that_says_otherwise_is_refused(tmp_path):
+def test_an_option_beside_run_that_says_otherwise_is_refused(tmp_path, monkeypatch):
     saved = {"dataset": "planted", "test_size": 60, "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     taken = with_run_options(evaluation.EvalConfig(run=str(tmp_path), test_size=60))
     assert (taken.test_size, taken.dtype) == (60, "float32")
     with pytest.raises(ValueError, match="leave out --test_size 7.* 60 .*config.json"):
         with_run_options(evaluation.EvalConfig(run=str(tmp_path), test_size=7))
-    default = evaluation.EvalConfig(run=str(tmp_path))
+    default = f"--test_size={evaluation.EvalConfig.test_size}"
+    monkeypatch.setattr("sys.argv", ["eval.py", f"--run={tmp_path}", default])
     with pytest.raises(ValueError, match="leave out --test_size"):
-        with_run_options(default, ["test_size"])  # typed, though it is the default
+        parse_source(evaluation.EvalConfig)

@@ -44,8 +44,9 @@ REFUSED = [  # options, what the message says
     ({"stages": "recpo,sft"}, "--stages: raw and sft first"),
     ({"stages": "sft,dpo,dpo"}, "--stages: .*each once"),
     ({"dataset": "movielens"}, "--dataset movielens needs a --model"),
-    ({"model": "titles", "adapter": "a"}, "a new base: leave out --adapter"),
-    ({"model": "titles", "prompt_format": "chat"}, "a new base: leave out .* chat"),
+    ({"model": "titles", "adapter": "a"}, "a new base: no --adapter"),
+    ({"model": "titles", "prompt_format": "chat"}, "a new base: .*no chat"),
+    ({"dataset": "prepared", "model": "m", "ratings": False}, "--ratings does not go with"),
     ({"keep": "best"}, "--keep best needs --eval_steps"),
 ]
 FILES = [  # content of a --config file, what the message says

@@ -63,7 +63,7 @@ def test_a_run_folder_in_use_is_not_overwritten(one_process):
         (("--resume=auto", "--stages=sdpo"), "has an sft: add sft to --stages"),
     ):
         output, _ = run_train(tmp_path, "one", *flags, expect=1)
-        assert message in output and "--output_dir" in output and "Traceback" not in output
+        assert message in output and "another --output_dir" in output and "Traceback" not in output
     assert before == {f: f.read_bytes() for f in (tmp_path / "one").rglob("*.json*")}
 
 

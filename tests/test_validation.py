@@ -112,6 +112,14 @@ def test_a_run_that_was_ended_keeps_the_best_step(decreed, tmp_path, when, step,
         assert torch.equal(held[name], tensor) == (step == 2)
 
 
+def test_a_stop_during_the_last_test_loses_no_step(decreed, monkeypatch):
+    """Not even with --save_steps 0: the last step is saved before the test begins."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, "finish_stage", lambda *_: signal.raise_signal(signal.SIGTERM))
+        decreed("ended", VALUES, "--save_steps=0")
+    decreed("ended", (), "--save_steps=0", "--resume=auto")
+
+
 # train.py in which the first validation is the best one
 DECREE = f"""
 import sys
