@@ -531,8 +531,8 @@ def read_options(argv: list[str]) -> TrainConfig:
     config = parse_config(TrainConfig, argv, beneath=defaults)
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.output_dir:
         raise ValueError("torchrun --max-restarts needs --output_dir: a restart resumes there")
-    folder = Path(config.output_dir or os.devnull)
-    if (folder / "sft").exists() and config.stage_list[0] in LOSSES:
+    folder, given = Path(config.output_dir or os.devnull), config.stage_list
+    if (folder / "sft").exists() and "sft" not in given and given[-1] in LOSSES:
         raise ValueError(f"{folder} has an sft: add sft to --stages, or name another --output_dir")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return replace(config, resume="auto") if restarted else config

@@ -105,6 +105,8 @@ class SASRec(Recommender):
 
     def __init__(self, config: BaselineConfig, num_items: int, num_users: int):
         super().__init__(config, num_items, num_users)
+        if config.hidden_size % HEADS:
+            raise ValueError(f"--hidden_size {config.hidden_size}: sasrec needs an even number")
         self.positions = nn.Embedding(config.max_items, config.hidden_size)
         D, pre_norm = config.hidden_size, {"batch_first": True, "norm_first": True}
         self.blocks = nn.ModuleList(

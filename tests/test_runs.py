@@ -60,7 +60,7 @@ def test_a_run_folder_in_use_is_not_overwritten(one_process):
     for flags, message in (
         ((), "already holds a run: resume it by --resume auto"),
         (("--resume=auto", "--beta=0.5", "--seed=3"), "with other beta, seed: "),
-        (("--resume=auto", "--stages=sdpo"), "has an sft: add sft to --stages"),
+        (("--resume=auto", "--stages=raw,sdpo"), "has an sft: add sft to --stages"),
     ):
         output, _ = run_train(tmp_path, "one", *flags, expect=1)
         assert message in output and "another --output_dir" in output and "Traceback" not in output

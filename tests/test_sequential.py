@@ -56,6 +56,11 @@ def test_states_do_not_see_later_items(name):
     assert not torch.allclose(a[:, 5:], b[:, 5:], atol=1e-3)
 
 
+def test_sasrec_refuses_an_odd_width():
+    with pytest.raises(ValueError, match="--hidden_size 33: "):
+        MODELS["sasrec"](BaselineConfig(hidden_size=33), 5, 5)
+
+
 def test_sampled_softmax_leaves_the_target_out_of_the_samples(monkeypatch):
     model = GRU4Rec(BaselineConfig(**SMALL), 6, 1).eval()
     windows, users = torch.tensor([[0, 1, 2, 3, 6]]), torch.tensor([0])
