@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 BOUNDS = {"at_least": (">=", operator.ge), "above": (">", operator.gt)}
 BOUNDS |= {"at_most": ("<=", operator.le), "below": ("<", operator.lt)}
-hours = tqdm.format_interval  # 1:02:03, or 02:03
+clock = tqdm.format_interval  # 1:02:03, or 02:03
 
 
 def arg(default, help="", group="", choices=(), read_by=(), free=False, **bounds):
@@ -29,7 +29,7 @@ def arg(default, help="", group="", choices=(), read_by=(), free=False, **bounds
     `read_by`: stages or options, one of which the run must have; `free`: may change on --resume."""
     rules = [f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items()]
     rules = [f"one of {', '.join(filter(None, choices))}"] if choices else rules
-    facts = [f"default: {default}"] * (default != "") + rules
+    facts = ([f"default: {default}"] if default != "" else []) + rules
     help = (f"{help} ({', '.join(facts)})" if facts else help).replace("%", "%%")
     known = {"group": group, "choices": choices, "bounds": bounds, "allowed": ", ".join(rules)}
     return field(default=default, metadata=known | {"help": help, "read_by": read_by, "free": free})
@@ -42,7 +42,7 @@ def check_options(config) -> None:
         kept = [BOUNDS[name][1](value, bound) for name, bound in f.metadata["bounds"].items()]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} must be a finite number, got {value}")
-        if choices and value not in choices or not all(kept):
+        if (choices and value not in choices) or not all(kept):
             raise ValueError(f"--{f.name} must be {f.metadata['allowed']}, got {value!r}")
 
 
@@ -62,7 +62,7 @@ def parse_config(cls, argv=None, beneath=None):
         flags = []
         for name, value in read_json(file).items():
             switch = f"--{name}" if value else f"--no_{name}"
-            flags.append(switch if isinstance(value, bool) else f"--{name}={value}")
+            flags.append(switch if isinstance(value, bool | None) else f"--{name}={value}")
         given = parse(cls, flags, file) | given
     elif beneath:
         given = beneath(given) | given
@@ -141,7 +141,7 @@ class Stopped(Exception):
 
 def run_cli(main) -> None:
     """Run main(); errors that a user can cause end as one message with exit code 2."""
-    code, environ = 0, os.environ.get
+    code = 0
     try:
         main()
     except Stopped as stop:
@@ -158,10 +158,10 @@ def run_cli(main) -> None:
         # Only the rank with an error of its own prints it, rank 0 first. torchrun ends the others,
         # which must exit with 0, or its report lists them.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-        time.sleep(10 if ended else 0 if is_main() else 5)
-        rank = f" (rank {environ('RANK')})" if environ("WORLD_SIZE", "1") != "1" else ""
-        text, report = f"error{rank}: {error}", environ("TORCHELASTIC_ERROR_FILE")
-        restarts, most = (environ(f"TORCHELASTIC_{n}") for n in ("RESTART_COUNT", "MAX_RESTARTS"))
+        time.sleep(10 if ended else (0 if is_main() else 5))
+        rank = f" (rank {os.getenv('RANK')})" if os.getenv("WORLD_SIZE", "1") != "1" else ""
+        text, report = f"error{rank}: {error}", os.getenv("TORCHELASTIC_ERROR_FILE")
+        restarts, most = (os.getenv(f"TORCHELASTIC_{n}") for n in ("RESTART_COUNT", "MAX_RESTARTS"))
         if report and restarts == most:  # then torchrun prints it, in its own format
             facts = {"py_callstack": text, "timestamp": int(time.time())}
             Path(report).write_text(json.dumps({"message": {"message": text, "extraInfo": facts}}))

@@ -17,7 +17,7 @@ Legend: E examples, F followers among the candidates, B examples of a batch, N c
 P prompt width, C completion width, M scored tokens."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import isnan, nan
 
@@ -52,7 +52,7 @@ class Interactions:
     titles: list[str]  # per item, unique
     user_ids: list[str]
     item_ids: list[str]
-    name: str = ""  # of the data set
+    name: str = ""  # of the data set; part of its hash
     notes: dict[str, int] = field(default_factory=dict)  # what was left out or changed -> how often
     words: Words = ITEMS
     train_end: np.ndarray | None = None  # (users,) int64, replaces the default of training_end
@@ -104,7 +104,7 @@ class ExampleConfig:
     train_size: int = arg(10000, "training examples; 0 = all", group="examples", at_least=0)
     test_size: int = arg(0, "validation and test users each, drawn from all; 0 = all", at_least=0)
     history: int = arg(20, "most recent interactions shown in a prompt", at_least=1)
-    history_items: str = arg("all", "show all items, or liked ones", choices=("all", "positive"))
+    history_items: str = arg("all", "all, or liked ones (may be none)", choices=("all", "positive"))
     ratings: bool = arg(True, "show the ratings of a history; off: titles only")
     list_in_prompt: bool = arg(True, "list the candidates in the prompt; off: only score them")
     min_history: int = arg(5, "interactions needed before an example", at_least=1)
@@ -133,7 +133,7 @@ class Example:
     target: int  # index of the chosen candidate
     scores: list[float]  # preference score of each candidate
     template: int
-    listed: bool = True  # the prompt lists the candidates
+    list_in_prompt: bool = True  # the prompt lists the candidates
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Examples:
             target=int(self.target[e]),
             scores=self.scores[e].tolist(),
             template=int(self.template[e]),
-            listed=self.list_in_prompt,
+            list_in_prompt=self.list_in_prompt,
         )
 
     def history_rows(self, e: int) -> list[int]:
@@ -232,8 +232,8 @@ def last_two_places(interactions: Interactions, config: ExampleConfig) -> dict[s
 
 def chosen_follower(interactions: Interactions, rows: np.ndarray, config: ExampleConfig):
     """Return the chosen follower of each row (E,), and whether it may be used (E,).
-    It has the best preference score, the earlier one of equals (--positive first: it is the first
-    liked one). It may be used if it is liked and scores above a random candidate."""
+    It has the best preference score, the earlier one of equals; it may be used if it is liked and
+    scores above a random candidate. --positive first: it is the first liked one, at any score."""
     chosen, best = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf)
     for step in range(config.followers):
         ratings = interactions.rating[rows + step].astype(float)
@@ -311,9 +311,9 @@ def _draw_unseen(log: Interactions, users, count: int, seen, kind: str, rng) -> 
     drawn = np.full((len(users), count), -1, np.int64)
     left, missing = np.arange(len(users)), np.ones(drawn.shape, bool)  # rows, their missing slots
     for _ in range(50):
-        own, size = drawn[left], int(missing.sum())
-        new = rng.integers(n, size=size) if uniform else rng.choice(log.item, size=size)
-        own[missing], pairs = new, users[left[np.nonzero(missing)[0]]].astype(np.int64) * n + new
+        own, owner = drawn[left], users[left[np.nonzero(missing)[0]]].astype(np.int64)
+        new = rng.integers(n, size=len(owner)) if uniform else rng.choice(log.item, len(owner))
+        own[missing], pairs = new, owner * n + new
         missing[missing] = taken[np.searchsorted(taken, pairs) % len(taken)] == pairs
         for k in range(count):  # the first of equal items stays
             missing[:, k] |= (own[:, :k] == own[:, k, None]).any(1)
@@ -359,10 +359,10 @@ def render_prompt(example: Example, skip: int = 0) -> str:
     unrated = example.history and all(isnan(rating) for _, rating in example.history)
     template = ALL_TEMPLATES[example.template]
     template = re.sub(r"\[(.*?)\|(.*?)\]", r"\2" if unrated else r"\1", template)
-    template = re.sub(r"<(.*?)\|(.*?)>", r"\1" if example.listed else r"\2", template)
+    template = re.sub(r"<(.*?)\|(.*?)>", r"\1" if example.list_in_prompt else r"\2", template)
     history = history_text(example.history[skip:])
     question = template.format(things=things, did=did, do=do, history=history)
-    return "\n".join([question, *(example.candidates if example.listed else []), "Answer:"])
+    return "\n".join([question, *(example.candidates if example.list_in_prompt else []), "Answer:"])
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -371,18 +371,18 @@ class Encoded:
     """Tokenised examples: prompt ids, and completion ids per item of the log."""
 
     examples: Examples
-    prompts: Sequence[np.ndarray]  # int32 ids
+    prompts: list[np.ndarray]  # int32 ids
     completions: dict[int, list[int]]  # item code -> ids with EOS
     num_shortened: int = 0  # prompts that lost history items to fit max_length
     histories: np.ndarray | None = None  # (E, 2) first token of each history, and one past its last
 
-    def slots(self, e: int, slots) -> list[list[int]]:
+    def title_ids(self, e: int, slots) -> list[list[int]]:
         """Completion ids of these candidates of example e."""
         return [self.completions[int(self.examples.candidates[e, s])] for s in slots]
 
     def tree(self, batch: list[int], slots) -> "PromptTree":
         """One PromptTree of the examples in `batch`, each with its row of `slots` (E, N)."""
-        completions = [self.slots(e, slots[e]) for e in batch]
+        completions = [self.title_ids(e, slots[e]) for e in batch]
         return build_tree([self.prompts[e] for e in batch], completions)
 
 
@@ -409,10 +409,10 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
     ValueError if two candidates tokenise alike, or prompt and title differently as one text."""
     items = np.unique(examples.candidates).tolist()
     titles = tokenizer.encode_completions([examples.interactions.titles[i] for i in items])
-    encoded = Encoded(examples, prompts := [], dict(zip(items, titles, strict=True)))
+    encoded = Encoded(examples, [], dict(zip(items, titles, strict=True)))
     texts = [render_prompt(examples[e]) for e in range(len(examples))]
     for e, prompt in enumerate(tokenizer.encode_prompts(texts)):
-        candidates = encoded.slots(e, range(NUM_CANDIDATES))
+        candidates = encoded.title_ids(e, range(NUM_CANDIDATES))
         if len(set(map(tuple, candidates))) < NUM_CANDIDATES:
             same = f"two candidates have the same tokens: {examples[e].candidates}"
             raise ValueError(f"user {examples[e].user}: {same}")
@@ -426,7 +426,7 @@ def encode_examples(examples: Examples, tokenizer: Tokenizer, max_length: int) -
             (whole,) = tokenizer.encode_answered([text], [title])
             if prompt + candidates[target][:-1] != whole:
                 raise ValueError(f"tokenised differently as one text: {text[-80:]!r}, {title!r}")
-        prompts.append(np.array(prompt, np.int32))  # a list of integers takes ten times the memory
+        encoded.prompts.append(np.array(prompt, np.int32))  # a list takes ten times the memory
     return encoded
 
 
@@ -514,7 +514,7 @@ def micro_batches(widths, indices, num_ranks: int, budget: int) -> list[list[lis
     widths, ranks = np.asarray(widths), [[] for _ in range(num_ranks)]
     for n, batches in enumerate(ranks):
         for i in ordered[n::num_ranks]:
-            together = [*(batches.pop() if batches else []), i]
+            together = [*batches[-1], i] if batches else [i]
             fits = len(together) == 1 or len(together) * widths[together].max(0).sum() <= budget
-            batches += [together] if fits else [together[:-1], [i]]
+            batches[-1:] = [together] if fits else [batches[-1], [i]]
     return [batches + [[]] * (max(map(len, ranks)) - len(batches)) for batches in ranks]

@@ -56,8 +56,7 @@ class EvalConfig(sources.SourceConfig):
 
 def verified_branch(tree: PromptTree, greedy_ids: Tensor, end_ids: Tensor) -> Tensor:
     """(B,) the completion whose tokens are all argmaxes and after which the answer ends, or -1."""
-    is_last = torch.ones_like(tree.sequence_ids, dtype=torch.bool)
-    is_last[:-1] = tree.sequence_ids[1:] != tree.sequence_ids[:-1]
+    is_last = tree.sequence_ids.diff(append=tree.sequence_ids.new_full((1,), -1)) != 0
     agrees = torch.where(is_last, torch.isin(greedy_ids, end_ids), greedy_ids == tree.labels)
     misses = tree.sum_logps((~agrees).float())  # (B, N)
     return torch.where((misses == 0).any(1), (misses == 0).float().argmax(1), -1)
@@ -99,7 +98,7 @@ def predict(
     decode: str = "greedy",
     decode_rest: bool = True,
     micro_batch_tokens: int = 8192,
-    any_rank: Callable[[bool], bool] = bool,
+    any_rank: Callable[[bool], bool] = bool,  # sharded: is it true on any rank? (see rounds)
 ) -> list[dict]:
     """One record per example: answer, hit, valid, how it was found, every candidate's log-prob."""
     device, records, nobody = model.inv_freq.device, {}, [0]  # a rank without work runs example 0
@@ -119,7 +118,7 @@ def predict(
         written, how = free, "verified"
         if decode == "trie":
             per_token, how = iter(token_logps.tolist()), "trie"
-            written = [trie_walk(encoded.slots(e, ALL), per_token) for e in batch]
+            written = [trie_walk(encoded.title_ids(e, ALL), per_token) for e in batch]
         for b, e in enumerate(batch):
             example, slot = encoded.examples[e], written[b]
             records[e] = {"example": e, "user": example.user, "logps": logps[b]}
@@ -128,8 +127,8 @@ def predict(
             records[e] |= answered(example, slot, how if slot >= 0 else "none")
             records[e] |= {"free": free[b]} if decode == "trie" else {}
 
-    open_ones = (e for e in sorted(records) if decode_rest and records[e]["answer"] is None)
-    rest = sorted(records) if decode == "generate" else [*open_ones]
+    open_ones = [e for e in sorted(records) if records[e]["answer"] is None]
+    rest = sorted(records) if decode == "generate" else open_ones if decode_rest else []
     batches = planned(widths, rest, micro_batch_tokens)
     for batch in progress(rounds(batches, any_rank), "answers written out", len(batches)):
         prompts = [encoded.prompts[e].tolist() for e in batch or nobody]
@@ -150,7 +149,7 @@ def compare_with_one_pass(model, tokenizer, encoded: Encoded, records: list[dict
     differing, near_ties, stop_ids = 0, 0, tokenizer.stop_ids | tokenizer.newline_ids()
     for record in records:
         *ids, last = record["ids"]
-        spelt = [title[:-1] for title in encoded.slots(record["example"], ALL)]
+        spelt = [title[:-1] for title in encoded.title_ids(record["example"], ALL)]
         listed = last in stop_ids and ids in spelt
         if record["one_pass"] == (record["candidates"][spelt.index(ids)] if listed else None):
             continue
@@ -266,9 +265,8 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
         ranked = f"{value:.4f}" if name == "chance" else share(value, wilson(value, some["n"]))
         lines.append(f"| {name} | | | {ranked} | | |")
     for name, m in rows.items():
-        first, ranked = (
-            share(m[key], m[f"{key}_ci95"]) for key in ("hit_ratio@1", "ranking/hit_ratio@1")
-        )
+        first = share(m["hit_ratio@1"], m["hit_ratio@1_ci95"])
+        ranked = share(m["ranking/hit_ratio@1"], m["ranking/hit_ratio@1_ci95"])
         rest = f"{m['ranking/ndcg@5']:.4f} | {m['ranking/mrr']:.4f}"
         lines.append(f"| {name} | {first} | {m['valid_ratio']:.4f} | {ranked} | {rest} |")
     lines += [f"| {name} | | | {value:.4f} | | |" for name, value in (bounds or {}).items()]
@@ -279,7 +277,7 @@ def results_table(rows: dict[str, dict], bounds: dict[str, float] | None = None)
 # ------------------------------------------------------------------------ the command
 def main() -> None:
     config = sources.parse_source(EvalConfig)
-    _, _, device = setup_distributed()
+    _, _, device = setup_distributed(divides=False)
     asked, prepared = sources.sources_of(config), prepare(config)
     sources.check_run_data(config, asked, prepared.hash)
     if config.show_prompts:  # as text of the ids that the model reads
@@ -287,7 +285,7 @@ def main() -> None:
         examples = prepared.splits[config.split].select(slice(config.show_prompts))
         encoded = encode_examples(examples, tokenizer, config.max_length)
         for e, prompt in enumerate(encoded.prompts):
-            ids = (prompt, encoded.slots(e, [examples.target[e]])[0])
+            ids = (prompt, encoded.title_ids(e, [examples.target[e]])[0])
             text, end = (tokenizer.inner.decode(i, skip_special_tokens=False) for i in ids)
             print(f"--- user {examples[e].user}, {len(prompt)} tokens\n{text}\n--- answer\n{end}\n")
         return
@@ -305,14 +303,15 @@ def main() -> None:
         )
         del model
         free_memory()  # before the next one is loaded
-        facts = {"data_hash": prepared.hash, "decode": config.decode, "split": config.split}
+        decode = "trie" if "free/hit_ratio@1" in metrics else config.decode
+        facts = {"data_hash": prepared.hash, "decode": decode, "split": config.split}
         rows[name] = metrics = metrics | facts
         if config.output_dir:
             save_predictions(Path(config.output_dir) / name, metrics, records)
         if config.decode == "generate":
             counts = "{one_pass_differs} answers, {one_pass_near_ties} of them near-ties"
             print(f"{name}: the one pass differs on {counts.format_map(metrics)}")
-    facts = f"{config.split} split, data {prepared.hash[:12]}, decode {config.decode}"
+    facts = f"{config.split} split, data {prepared.hash[:12]}, decode {decode}"
     print(f"\n{config.dataset}, {facts}\n\n{results_table(rows)}")
 
 

@@ -96,14 +96,14 @@ def find_targets(linears: list[str], targets, strict: bool = True) -> list[str]:
     """Layers selected by a regular expression, PEFT's "all-linear" or a list of path endings."""
     if targets == "all-linear":
         return linears
-    ends = [] if isinstance(targets, str) else [rf"(.*\.)?{re.escape(t)}" for t in targets]
-    expressions = [targets] if isinstance(targets, str) else ends
+    is_one = isinstance(targets, str)
+    patterns = [targets] if is_one else [rf"(.*\.)?{re.escape(t)}" for t in targets]
     try:
-        matches = [{n for n in linears if re.fullmatch(e, n)} for e in expressions]
+        matches = [{n for n in linears if re.fullmatch(p, n)} for p in patterns]
     except re.error as error:
         raise ValueError(f"target_modules {targets!r}: {error}") from None
     found = set().union(*matches)
-    if not found or strict and not all(matches):
+    if not found or (strict and not all(matches)):
         raise ValueError(f"target_modules {targets!r}: one matches no layer; use {TARGET_MODULES}")
     return [name for name in linears if name in found]
 
@@ -241,11 +241,9 @@ def save_adapter(model: Transformer, path, state: dict[str, Tensor] | None = Non
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_adapter(model: Transformer, path, lora_dropout: float | None = None) -> Transformer:
+def load_adapter(model: Transformer, path) -> Transformer:
     """Put a PEFT adapter on the base model it was trained for, in place, or refuse it."""
     settings, tensors = read_adapter(model, path)
-    if lora_dropout is not None:
-        settings["lora_dropout"] = lora_dropout
     apply_lora(model, **settings)
     for name, tensor in tensors.items():
         model.get_parameter(name).data.copy_(tensor)

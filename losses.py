@@ -1,4 +1,4 @@
-"""SFT, RecPO and the losses it is compared with, as pure functions of log-probabilities.
+"""SFT, RecPO (arXiv:2506.02261) and the losses it is compared with, as functions of log-probs.
 
     Δ_n = log π(y_n | x) - log π_ref(y_n | x)   log-ratio of completion n, summed over its tokens
     φ   = rating / (1 + steps)^decay            preference score of an item (steps 0: the next one)
@@ -72,19 +72,19 @@ def sft_loss(
 def recpo_loss(
     policy_logps: Tensor,  # (B, 1 + K), chosen first
     reference_logps: Tensor,  # (B, 1 + K)
-    target_margins: Tensor,  # (B, K), already times λ
+    scaled_margins: Tensor,  # (B, K), λ times target_margins
     beta: float,
 ) -> tuple[Tensor, Tensor]:  # losses (B,), rewards (B, 1 + K) detached
     """RecPO (eq. 7): the chosen item must beat all K negatives at once, each by its own margin."""
     logratios = policy_logps - reference_logps  # (B, 1 + K), chosen first
     # One number per negative; > 0 means it sits closer to the chosen item than its margin allows.
-    violations = beta * (logratios[:, 1:] - logratios[:, :1]) + target_margins  # (B, K)
+    violations = beta * (logratios[:, 1:] - logratios[:, :1]) + scaled_margins  # (B, K)
     losses = F.softplus(violations.logsumexp(dim=1))  # (B,)
     return losses, beta * logratios.detach()
 
 
 def sdpo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """S-DPO (eq. 3): RecPO without margins. Shapes as in recpo_loss."""
+    """S-DPO (RecPO's eq. 3): RecPO without margins. Shapes as in recpo_loss."""
     no_margins = torch.zeros_like(policy_logps[:, 1:])
     return recpo_loss(policy_logps, reference_logps, no_margins, beta)
 
@@ -114,7 +114,7 @@ def check_pair(logps: Tensor) -> None:
 
 # ---------------------------------------------------------- the losses under the names of --stages
 @dataclass
-class Titles:
+class LossInputs:
     """The inputs of a preference loss, for B prompts."""
 
     policy_logps: Tensor  # (B, 1 + K) sums over tokens
@@ -125,34 +125,34 @@ class Titles:
 
 
 # Each returns the same as Loss.__call__, except that the margins may be one number.
-def recpo(t: Titles, options):
+def recpo(t: LossInputs, options):
     """RecPO (eq. 7), with λ times the target margins of φ."""
     margins = options.margin_lambda * target_margins(t.phi[:, 0], t.phi[:, 1:], options.margin)
     return *recpo_loss(t.policy_logps, t.reference_logps, margins, options.beta), margins
 
 
-def sdpo(t: Titles, options):
+def sdpo(t: LossInputs, options):
     return *sdpo_loss(t.policy_logps, t.reference_logps, options.beta), 0.0
 
 
-def dpo(t: Titles, options):
+def dpo(t: LossInputs, options):
     return *dpo_loss(t.policy_logps, t.reference_logps, options.beta), 0.0
 
 
-def odpo(t: Titles, options):
+def odpo(t: LossInputs, options):
     """ODPO is RecPO with one rejected item and a margin of its own; its weight α is 1."""
     offsets = target_margins(t.phi[:, 0], t.phi[:, 1:], "log_gap")
     return *recpo_loss(t.policy_logps, t.reference_logps, offsets, options.beta), offsets
 
 
-def ipo(t: Titles, options):
+def ipo(t: LossInputs, options):
     """IPO: log-ratios and rewards are means over tokens; β is the paper's τ."""
     logratios = (t.policy_logps - t.reference_logps) / t.lengths
     losses = (logratios[:, 0] - logratios[:, 1] - 1 / (2 * options.beta)) ** 2
     return losses, options.beta * logratios.detach(), 0.0
 
 
-def kto(t: Titles, options):
+def kto(t: LossInputs, options):
     """KTO: the mean of 1 - σ(β (Δ_w - z)) and 1 - σ(β (z - Δ_l)), where z = max(kl, 0)."""
     logratios, z = t.policy_logps - t.reference_logps, t.kl.detach().clamp(min=0)
     good = torch.sigmoid(-options.beta * (logratios[:, 0] - z))
@@ -160,12 +160,12 @@ def kto(t: Titles, options):
     return (good + bad) / 2, options.beta * logratios.detach(), 0.0
 
 
-def cpo(t: Titles, options):
+def cpo(t: LossInputs, options):
     """The preference part of CPO; --sft_weight, by default 1 for CPO, weighs its NLL part."""
     return *dpo_loss(t.policy_logps, torch.zeros_like(t.policy_logps), options.beta), 0.0
 
 
-def simpo(t: Titles, options):
+def simpo(t: LossInputs, options):
     """SimPO: rewards are per token; γ (--margin_lambda) is the gap to exceed, not divided by β."""
     means, gamma = t.policy_logps / t.lengths, options.margin_lambda
     return *recpo_loss(means, torch.zeros_like(means), gamma, options.beta), gamma
@@ -180,11 +180,11 @@ class Loss:
     has_reference: bool = True
     sft_weight: float = 0.0  # used if --sft_weight is -1
 
-    def __call__(self, titles: Titles, options) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, inputs: LossInputs, options) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (B,), rewards (B, 1 + K) without gradient, target margins (B, K)."""
         if self.pairwise:
-            check_pair(titles.policy_logps)
-        losses, rewards, margins = self.function(titles, options)
+            check_pair(inputs.policy_logps)
+        losses, rewards, margins = self.function(inputs, options)
         return losses, rewards, torch.zeros_like(rewards[:, 1:]) + margins
 
 

@@ -103,7 +103,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer at fixed width; `write` fills slots and returns all."""
+    """Keys and values of every layer at fixed width; `write` fills the slots from `start` on."""
 
     def __init__(self, num_layers: int, width: int):
         self.width, self.start = width, 0
@@ -125,8 +125,8 @@ class AttentionPlan:
 
     prompt_width: int
     mask: Tensor | None  # (B, 1, T - prompt_width, keys) bool, True where a query sees a key
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor  # (B, 1, T, Dh)
+    sin: Tensor  # (B, 1, T, Dh)
     cache: KVCache | None = None
 
 

@@ -92,8 +92,8 @@ class Ranker:
 
     def encode(self, user: User, titles: list[str]) -> tuple[list[int], list[list[int]]]:
         """Ids of the prompt and of each title; a prompt that is too long loses its oldest items."""
-        listed = self.config.list_in_prompt
-        example = Example(self.words, user.name, user.history, titles, 0, [], 0, listed)
+        with_list = self.config.list_in_prompt
+        example = Example(self.words, user.name, user.history, titles, 0, [], 0, with_list)
         completions = self.tokenizer.encode_completions(titles)
         prompt, _ = shortened(
             example, max(map(len, completions)), self.tokenizer, self.config.max_length
@@ -102,7 +102,7 @@ class Ranker:
 
     def catalogue_scores(self, user: User) -> np.ndarray:
         """Log-probs (I,) that the model itself gives the titles of the log."""
-        example = Example(self.words, user.name, user.history, [], 0, [], 0, listed=False)
+        example = Example(self.words, user.name, user.history, [], 0, [], 0, list_in_prompt=False)
         prompt, _ = shortened(example, 1, self.tokenizer, self.config.max_length)
         return next(title_scores(self.model, self.completions, [prompt]))
 

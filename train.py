@@ -41,7 +41,7 @@ from loaders.counting import counting_baselines
 from loaders.frozen import data_defaults, encode_split, prepare
 from loaders.planted import bayes_scores, world_of
 from lora import base_of
-from losses import LOSSES, MARGINS, Titles, sft_loss
+from losses import LOSSES, MARGINS, LossInputs, sft_loss
 from model import ModelConfig, Transformer
 from runtime import policy, processes, sharding, stages
 from runtime.estimate import dry_run
@@ -146,7 +146,7 @@ class TrainConfig(ModelOptions):
     @property
     def present(self) -> set[str]:
         """The stages and options of this run that `read_by` may name."""
-        return {*self.stage_list, f"--shard {self.shard}", *(["--val_size"] * (self.val_size > 0))}
+        return {*self.stage_list, f"--shard {self.shard}", "--val_size" if self.val_size else ""}
 
 
 # ------------------------------------------------------------------------ the model
@@ -184,7 +184,7 @@ def completion_slots(examples: Examples, loss: str, K: int, source: str) -> np.n
     return np.concatenate(slots, axis=1)
 
 
-def preference_metrics(t: Titles, losses: Tensor, rewards: Tensor, margins: Tensor) -> dict:
+def preference_metrics(t: LossInputs, losses: Tensor, rewards: Tensor, margins: Tensor) -> dict:
     """Metrics of each prompt (B,) by name, with TRL's names where they exist.
     Rewards and margins of ipo and simpo are per token; logps are sums."""
     gaps = rewards[:, :1] - rewards[:, 1:]  # (B, K)
@@ -246,7 +246,7 @@ class Objective:
 
     def num_tokens(self, examples) -> float:
         """Target tokens: those of the chosen titles, plus history tokens times their weight."""
-        chosen = (self.encoded.slots(int(e), self.slots[e][:1]) for e in examples)
+        chosen = (self.encoded.title_ids(int(e), self.slots[e][:1]) for e in examples)
         count = sum(len(ids) for (ids,) in chosen)
         if self.history_weight:
             count += self.history_weight * int(np.diff(self.encoded.histories[examples]).sum())
@@ -298,27 +298,28 @@ class Objective:
         B, n = len(batch.phi), 1 + self.K
         logps = batch.tree.sum_logps(token_logps)  # (B, N)
         reference_logps, phi, lengths = batch.reference_logps, batch.phi, batch.lengths
-        titles = Titles(logps[:, :n], reference_logps[:, :n], phi[:, :n], lengths[:, :n], self.kl)
-        losses, rewards, margins = self.method(titles, self.config)
+        parts = (part[:, :n] for part in (logps, reference_logps, phi, lengths))
+        inputs = LossInputs(*parts, self.kl)
+        losses, rewards, margins = self.method(inputs, self.config)
         loss, chosen_logps = losses.sum() / batch.num_examples, token_logps[batch.chosen]
         if self.sft_weight:
             loss = loss + self.sft_weight * sft_loss(chosen_logps, batch.num_tokens)
         if self.first_rewards is not None:
             self.first_rewards.append(batch.weight * rewards)
 
-        per_example = preference_metrics(titles, losses, rewards, margins)
+        per_example = preference_metrics(inputs, losses, rewards, margins)
         if self.loss == "kto":
             per_example["kl"] = logps[:, -1] - reference_logps[:, -1]
         sums = {name: (values.detach().sum(), B) for name, values in per_example.items()}
         sums["loss"] = (loss.detach(), B / batch.num_examples)
-        sums["nll_loss"] = (-titles.policy_logps[:, 0].detach().sum(), len(batch.chosen))
+        sums["nll_loss"] = (-inputs.policy_logps[:, 0].detach().sum(), len(batch.chosen))
         return loss, sums
 
     def at_the_start(self) -> tuple[Tensor, Tensor]:
         """Losses (E,) if policy and reference are equal, and target margins (E, K)."""
         zeros, phi = torch.zeros(len(self.slots), 1 + self.K), self.phi[:, : 1 + self.K]
-        titles = Titles(zeros, zeros, phi, torch.ones_like(zeros), torch.zeros(()))
-        losses, _, margins = self.method(titles, self.config)
+        inputs = LossInputs(zeros, zeros, phi, torch.ones_like(zeros), torch.zeros(()))
+        losses, _, margins = self.method(inputs, self.config)
         return losses, margins
 
     def after_step(self, metrics: dict[str, Tensor]) -> None:
@@ -458,7 +459,7 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
     later = [plan(run, s, None)[1] for s in config.stage_list[1 + config.stage_list.index(name) :]]
     log = Logger(run, name, folder, schedule, later)
 
-    def micro_batches(step: int) -> list[MicroBatch]:
+    def batches_of(step: int) -> list[MicroBatch]:
         """This rank's part of a step, on its device."""
         examples, batches = schedule.examples(step), schedule.micro_batches(step, run.rank)
         return [objective.prepare(batch, examples) for batch in batches]
@@ -469,7 +470,7 @@ def run_stage(run: Run, name: str, base: Path, adapter: Path | None) -> None:
         save_checkpoint(folder, done, model, optimizer, best, state, config.save_total_limit)
 
     stop.in_loop = True
-    ahead = prefetch(micro_batches, range(start, schedule.num_steps))
+    ahead = prefetch(batches_of, range(start, schedule.num_steps))
     for step, batches in enumerate(ahead, start):
         lr = get_lr(step, schedule.num_steps, peak, config.warmup_ratio)
         result = train_step(model, optimizer, batches, objective, lr, config, replicas)
@@ -514,7 +515,7 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
     dist.barrier()
 
 
-def test_raw(run: Run, base: Path, adapter: Path | None) -> None:
+def run_raw(run: Run, base: Path, adapter: Path | None) -> None:
     """Test the untrained model: the raw model of the paper's Table 1."""
     folder = run.folder / "raw.unfinished"
     print0(f"\n== raw: nothing is trained, {base}{f' + {adapter}' * bool(adapter)} is tested")
@@ -532,7 +533,7 @@ def read_options(argv: list[str]) -> TrainConfig:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.output_dir:
         raise ValueError("torchrun --max-restarts needs --output_dir: a restart resumes there")
     folder, given = Path(config.output_dir or os.devnull), config.stage_list
-    if (folder / "sft").exists() and "sft" not in given and given[-1] in LOSSES:
+    if "sft" not in given and given[-1] in LOSSES and any(folder.glob("sft*")):
         raise ValueError(f"{folder} has an sft: add sft to --stages, or name another --output_dir")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     return replace(config, resume="auto") if restarted else config
@@ -577,8 +578,8 @@ def main() -> None:
             baselines=counting_baselines(prepared.splits["test"]) if is_main() else {},
             stop=stop,
         )
-        example = [*train.prompts[0].tolist(), *train.slots(0, train.examples.target[:1])[0]]
-        text = tokenizer.inner.decode(example, skip_special_tokens=False)
+        (answer,) = train.title_ids(0, train.examples.target[:1])
+        text = tokenizer.inner.decode([*train.prompts[0], *answer], skip_special_tokens=False)
         lengths = [len(prompt) for prompt in train.prompts]
         print0(
             f"data {run.data_hash[:12]}: {len(lengths):,} training and {len(test.prompts):,} test "
@@ -606,7 +607,7 @@ def run_stages(run: Run) -> None:
             stages.check_finished(folder / stage, "weights", stages.weights_key(*start))
             print0(f"\n== {stage}: finished before, in {folder / stage}")
         elif stage == "raw":
-            test_raw(run, *start)
+            run_raw(run, *start)
         else:
             run_stage(run, stage, *start)
         policy.free_memory()  # of this stage's model and optimizer, before the next one's are made

@@ -106,7 +106,7 @@ class Step:
     The reference log-probs are computed once and kept. The switches of the model's blocks are set
     at every call, so that several steps can share a model."""
 
-    def __init__(self, model, batch, checkpointing=False, compiled=False, replicas=None):
+    def __init__(self, model, batch, checkpointing=False, compiled=False, replicas=0):
         if not dist.is_initialized():  # train_step expects a group, if torchrun has not made one
             backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -93,7 +93,7 @@ def open_weights(path: Path, needed: dict, four_bit: bool = False) -> Weights:
     needed = needed | {n: (math.prod(needed[n]) // 2, 1) for n in quantised}  # two codes a byte
     for name in weights.files:
         unused = name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")  # a tied head
-        unused |= name.partition(".weight.")[0] + ".weight" in quantised
+        unused |= (name.partition(".weight.")[0] + ".weight") in quantised  # bitsandbytes' parts
         if name in needed or not unused:
             shape, dtype = tuple(weights.rows(name).get_shape()), weights.rows(name).get_dtype()
             found[name] = shape if dtype in FLOATS or name in quantised else f"stored as {dtype}"

@@ -63,9 +63,9 @@ def label_logps(
         impl = "triton" if hidden.is_cuda and HAS_TRITON else "slabs"
     # the gradient of a frozen head is formed in the forward pass;
     # "fused" never has the exponentials that this needs
-    frozen_head = hidden.requires_grad and not weight.requires_grad
-    form_gradient = torch.is_grad_enabled() and frozen_head and impl != "fused"
-    return _LabelLogps.apply(hidden, weight, labels, impl, form_gradient)
+    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    grad_in_forward = needs_grad and not weight.requires_grad and impl != "fused"
+    return _LabelLogps.apply(hidden, weight, labels, impl, grad_in_forward)
 
 
 def label_logps_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +108,7 @@ def _slab_statistics(
     label_logits: Tensor,  # (M,) fp32, filled in where the label lies in this slab
     start: int,  # vocabulary id of the first column
     running_max: Tensor,  # (M,) over all slabs so far
-    # None: they are not needed (here they come with the sum, always in fp32)
-    probs_dtype: torch.dtype | None,
+    probs_dtype: torch.dtype | None,  # not used here: the exponentials come anyway, in fp32
 ) -> tuple[Tiles, Tensor, Tensor]:
     """Statistics of one slab as a single tile, the new running maximum (M,), and exponentials.
     The exponentials (M, S) are exp(logits - new maximum), 0 for the label.

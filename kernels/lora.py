@@ -74,7 +74,7 @@ def _add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 class _AdaptedProjections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scaling: float, dropout: float, n: int, *tensors):
+    def forward(ctx, x: Tensor, scaling: float, dropout: float, n: int, *tensors):  # n projections
         weights, biases, As, Bs, absmaxes = (tensors[i * n : (i + 1) * n] for i in range(5))
         adapted = [i for i in range(n) if As[i] is not None]
         A = torch.cat([As[i] for i in adapted]).to(x.dtype)  # (R, in)

@@ -10,8 +10,8 @@ import numpy as np
 
 from common import print0
 from data import NUM_CANDIDATES, SPLITS, TEMPLATES, Examples, Interactions
+from loaders.readers import Table, check_bad, read_records, visible_files
 from loaders.table import clean_title
-from loaders.tables import Table, check_bad, read_records, visible_files
 
 
 def files(config) -> list[Path]:

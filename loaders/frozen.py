@@ -18,7 +18,7 @@ from data import SPLITS, Encoded, ExampleConfig, Examples, Interactions
 from hub.tokenizer import Tokenizer
 from loaders import foreign, ownlog, planted, published
 from loaders.counting import markov_top
-from loaders.tables import facts
+from loaders.readers import file_stamps
 
 PROMPT_WORDS = {"planted": planted.WORDS} | published.WORDS  # by data set
 # name -> what has its load(config), and files(config), all that is read
@@ -89,7 +89,7 @@ def prepare(config: DataConfig) -> Prepared:
         raise ValueError("--data_dir needs --dataset, such as csv: the planted world has no files")
     options = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
     del options["prepared_dir"], options["list_in_prompt"]
-    source = facts(LOADERS[name].files(config)) if name != planted.NAME else []
+    source = file_stamps(LOADERS[name].files(config)) if name != planted.NAME else []
     key = hashlib.sha256(json.dumps([PREPARED_FORMAT, options, source]).encode()).hexdigest()[:12]
     folder = Path(config.prepared_dir) / f"{name}-{key}"
     if not folder.exists():
@@ -168,7 +168,7 @@ def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples])
     for split, examples in splits.items():
         arrays |= {f"{split}.{n}": getattr(examples, f) for f, n in Examples.ARRAYS.items()}
     texts = {n: getattr(log, n) for n in ("titles", "user_ids", "item_ids", "name")}
-    shown = {n: getattr(examples, n) for n in ("history", "min_shown_rating", "ratings")}
+    shown = {n: getattr(splits["test"], n) for n in ("history", "min_shown_rating", "ratings")}
     shown = {n: value for n, value in shown.items() if value != getattr(Examples, n, None)}
     hashes = {n: hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for n, a in arrays.items()}
     parts = [f"{n} {a.dtype} {a.shape} {hashes[n]}" for n, a in sorted(arrays.items())]
@@ -186,7 +186,7 @@ def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples])
         shutil.rmtree(part, ignore_errors=True)
 
 
-def read_prepared(folder: Path, listed: bool = True) -> Prepared:
+def read_prepared(folder: Path, list_in_prompt: bool = True) -> Prepared:
     """The arrays are mapped into memory, which processes share."""
     arrays = {f.stem: np.load(f, mmap_mode="r").view(np.ndarray) for f in folder.glob("*.npy")}
     meta, splits = read_json(folder / "prepared.json"), {}
@@ -195,7 +195,7 @@ def read_prepared(folder: Path, listed: bool = True) -> Prepared:
     log = Interactions(**log)
     for split in SPLITS:
         part = {field: arrays[f"{split}.{name}"] for field, name in Examples.ARRAYS.items()}
-        splits[split] = Examples(log, split, **meta["shown"], **part, list_in_prompt=listed)
+        splits[split] = Examples(log, split, **meta["shown"], **part, list_in_prompt=list_in_prompt)
     return Prepared(log, splits, meta["hash"], folder)
 
 

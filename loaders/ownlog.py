@@ -16,8 +16,8 @@ import numpy as np
 
 from common import print0
 from data import Interactions
+from loaders.readers import Table, find_files, name_of, read_table, visible_files
 from loaders.table import clean_title, finish, usable_rows
-from loaders.tables import Table, find_files, name_of, read_table, visible_files
 from loaders.values import ABSENT_TITLES, read_ids, read_number, read_numbers, scale_doubt
 
 FIELDS = ("user", "item", "rating", "timestamp", "title", "id")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from data import Interactions
 from loaders.ownlog import Finder
+from loaders.readers import Table, find_files, name_of, read_head, read_table, visible_files
 from loaders.table import clean_title, finish, usable_rows
-from loaders.tables import Table, find_files, name_of, read_head, read_table, visible_files
 from loaders.values import read_ids, read_number
 
 NO_TEXT = frozenset([""])  # a user may be called NULL

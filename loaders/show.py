@@ -51,7 +51,7 @@ def show() -> None:
     print(f"\n---- training example {config.show}:\n\n{text}\n\nchosen:   {scored[chosen]}")
     margins = target_margins(scores[[chosen]], scores[slots][None], "ratio")[0]
     for n, margin in zip(slots, margins):
-        print(f"rejected: {scored[n]} ({kinds[n]}), target margin {margin:.2f}")
+        print(f"rejected: {scored[n]} ({kinds[n]}), score ratio {margin:.2f}")
     (prompt,) = tokenizer.encode_prompts([text])
     (answer,) = tokenizer.encode_completions([example.candidates[chosen]])
     ids = [*prompt[-3:], *answer]

@@ -13,7 +13,7 @@ import numpy as np
 
 from data import ITEMS, Interactions, Words, select_rows
 from loaders import values
-from loaders.tables import Table, check_bad
+from loaders.readers import Table, check_bad
 
 # ------------------------------------------------------------------------------------------- titles
 MAX_TITLE = 200  # characters; longer ones (some books have thousands) are cut

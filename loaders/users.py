@@ -11,8 +11,8 @@ import numpy as np
 from data import Interactions
 from hub.files import note_once
 from loaders.frozen import DataConfig
+from loaders.readers import Table, read_lines, read_records
 from loaders.table import clean_title
-from loaders.tables import Table, read_lines, read_records
 from loaders.values import parse_scale
 
 
@@ -39,7 +39,7 @@ class Catalogue:
         title = clean_title(named["title"]) if isinstance(named.get("title"), str) else ""
         code = self.by_id.get(item, self.by_title.get(title, self.by_id.get(str(entry))))
         if code is not None:
-            return code, item or self.ids[code], self.titles[code]
+            return code, self.ids[code], self.titles[code]
         if not title:
             raise ValueError(f"{where} is {entry!r:.80}: give a title (an id needs the log)")
         if self.titles:
@@ -50,7 +50,7 @@ class Catalogue:
 def read_user(entry, where: str, catalogue: Catalogue, config, fewest: int, retrieve=False) -> User:
     """One user, with at least `fewest` candidates, or none if they may be retrieved."""
     name, history, given = entry.get("user", ""), entry.get("history"), entry.get("candidates", [])
-    if type(name) not in (str, int) or not type(history) is type(given) is list:
+    if type(name) not in (str, int) or [type(history), type(given)] != [list, list]:
         form = '{"user": "u", "history": [{"title": "T", "rating": 4}, ...], "candidates": [...]}'
         raise ValueError(f"{where}: expected {form}")
     found = [catalogue.find(e, f"{where}: history entry {n}") for n, e in enumerate(history, 1)]

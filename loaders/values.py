@@ -7,7 +7,7 @@ import contextlib
 import math
 import re
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ ABSENT_IDS = frozenset(ABSENT_TEXTS | {"-1"})
 ABSENT_TITLES = ABSENT_IDS | {"0"}  # fillna(0)
 WORDS = {"true": 1.0, "false": 0.0}
 MICRO = 1_000_000  # ticks of a second
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DATES = {"%Y%m%d": (19700101, 21001231), "%Y%m%d%H%M%S": (197001 * 10**8, 2101 * 10**10)}
 
 
@@ -54,9 +54,9 @@ def to_numpy(array: pa.Array) -> np.ndarray:
 
 def read_ids(column: Column, absent=ABSENT_IDS) -> tuple[np.ndarray, list[str]]:
     """Code of each row's id (n,), NO_ID where there is none; and the ids in order of appearance."""
-    places = dict.fromkeys(absent, NO_ID)
-    new = [places.setdefault(text, len(places) - len(absent)) for text in column.values]
-    return np.array([*new, NO_ID], np.int32)[column.codes], [*places][len(absent) :]
+    ids = [*dict.fromkeys(text for text in column.values if text not in absent)]
+    place = {text: n for n, text in enumerate(ids)} | dict.fromkeys(absent, NO_ID)
+    return np.array([*map(place.get, column.values), NO_ID], np.int32)[column.codes], ids
 
 
 def read_number(text: str) -> float:
@@ -154,6 +154,6 @@ def microseconds(text: str) -> int:
     date = re.sub(r"\s*([-+]00(:?00)?)?\s*(Z|UTC|GMT)?$", "", date)
     with contextlib.suppress(ValueError, OverflowError):
         moment = datetime.fromisoformat(date)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         return max((moment - EPOCH) // timedelta(microseconds=1), BAD_ID)
     return NO_ID if text in ABSENT_IDS else BAD_ID

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import hours, print0, table
+from common import clock, print0, table
 from data import build_tree
 from hub.quantized import to_4bit
 from lora import apply_lora
@@ -156,7 +156,7 @@ def dry_run(run: Run, stages: dict) -> None:
             dtype=getattr(torch, config.dtype, torch.bfloat16),  # auto is bfloat16 on a GPU
             r=adapter_rank(config, stage),
             prompt=int(schedule.widths[:, 0].max()),
-            completions=[len(ids) for ids in run.train.slots(longest, objective.slots[longest])],
+            completions=list(map(len, run.train.title_ids(longest, objective.slots[longest]))),
             history=int(np.diff(run.train.histories).max()) if objective.history_weight else 0,
             dropout=config.lora_dropout if stage == "sft" else 0.0,
             load_in_4bit=config.load_in_4bit,
@@ -177,5 +177,5 @@ def dry_run(run: Run, stages: dict) -> None:
             f"prompts takes {flops / 1e12:.3g} TFLOP, {seconds:.3g} s on {ranks} at "
             f"{rate / 1e12:.3g} TFLOP/s per rank, {on}, times {schedule.num_steps} steps"
         )
-    hours_of = f"{total / 3600:.3g} h ({hours(total)}) of training on {ranks}"
+    hours_of = f"{total / 3600:.3g} h ({clock(total)}) of training on {ranks}"
     print0(f"\nthe whole run: {hours_of}, without references and tests. Nothing was trained")

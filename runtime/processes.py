@@ -24,14 +24,16 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common import Stopped, hours, is_main, print0, read_json, writing
+from common import Stopped, clock, is_main, print0, read_json, writing
 from data import micro_batches
 
 Run = SimpleNamespace  # what all stages share; built by train.main
 
 
-def setup_distributed() -> tuple[int, int, torch.device]:
+def setup_distributed(divides: bool = True) -> tuple[int, int, torch.device]:
     """Join torchrun's group, or form one of this process only: (rank, world_size, device)."""
+    if not divides and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("this program does not divide its work: start it without torchrun")
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.device_count() >= local_world:  # NCCL wants a GPU per process
@@ -102,7 +104,7 @@ class Schedule:
 
     def due(self, every: int, steps: int) -> bool:
         """Whether something done every `every` steps, and at the end, is due after `steps`."""
-        return steps == self.num_steps or bool(every) and steps % every == 0
+        return steps == self.num_steps or (every > 0 and steps % every == 0)
 
 
 def planned(widths: np.ndarray, indices, budget: int) -> list[list[int]]:
@@ -221,8 +223,8 @@ class StepMetrics:
         return metrics
 
 
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "mean_token_accuracy")
-SHOWN += ("grad_norm", "learning_rate")  # metrics of a printed line
+PRINTED = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "mean_token_accuracy")
+PRINTED += ("grad_norm", "learning_rate")  # metrics of a printed line
 
 
 class Logger:
@@ -254,10 +256,10 @@ class Logger:
         metrics["epoch"] = step / plan.steps_per_epoch
         self.write({"phase": self.stage, "step": step, **metrics})
         if plan.due(self.run.config.logging_steps, step):
-            line += "".join(f" | {name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+            line += "".join(f" | {name} {metrics[name]:.4g}" for name in PRINTED if name in metrics)
             if len(self.stamps) > 2:  # the first two steps warm up
                 seconds = (self.stamps[-1] - self.stamps[1]) / (len(self.stamps) - 2)
-                left = hours(seconds * (plan.num_steps - step + self.later))
+                left = clock(seconds * (plan.num_steps - step + self.later))
                 line += f" | {1000 * seconds:.0f} ms/step | {left} to the end of the run"
             print0(line)
 

@@ -25,12 +25,12 @@ class SourceConfig(ModelOptions):
     """A run folder, or a Hugging Face directory or PEFT adapter, and how it is loaded."""
 
     run: str = arg("", "run folder of train.py, with its options", group="source")
-    stage: str = arg("", "stage of the run; empty = all finished ones")
+    stage: str = arg("", "stage of the run; empty = the finished ones of its last --stages")
     KEPT = ("prompt_format", "max_length", "list_in_prompt")  # from prompt.json, without --run
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.run) == bool(self.adapter or (self.model and not self.run)):
+        if (self.run and self.adapter) or not (self.run or self.adapter or self.model):
             raise ValueError("give --run (with --model if its base moved), or --model, --adapter")
 
 

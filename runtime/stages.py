@@ -52,7 +52,7 @@ def tokens_key(encoded: Encoded, slots: np.ndarray) -> str:
     """Hash of all token ids that a stage trains on: prompts, and the titles at `slots` (E, N)."""
     digest = hashlib.sha256()
     for e, prompt in enumerate(encoded.prompts):
-        digest.update(f"{len(prompt)} {encoded.slots(e, slots[e])}".encode() + prompt.tobytes())
+        digest.update(f"{len(prompt)} {encoded.title_ids(e, slots[e])}".encode() + prompt.tobytes())
     return digest.hexdigest()
 
 

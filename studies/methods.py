@@ -169,9 +169,9 @@ def sweep(methods: dict[str, Method], *options: str, stage: str = "recpo") -> li
         if m.stage == stage and changed(m.config, base.config) <= set(options):
             value = tuple(m.config.get(option) for option in options)
             points.append((value if len(options) > 1 else value[0], m))
-    plain = base_method(methods, "sdpo")
-    if points and options == ("margin_lambda",) and plain:  # S-DPO is λ = 0, if trained alike
-        points += [(0.0, plain)] * (changed(plain.config, base.config) <= {"margin", *options})
+    plain = base_method(methods, "sdpo") if options == ("margin_lambda",) else None
+    if points and plain and changed(plain.config, base.config) <= {"margin", "margin_lambda"}:
+        points.append((0.0, plain))  # S-DPO is λ = 0, if trained alike
     return sorted(points, key=lambda point: point[0])
 
 

@@ -39,12 +39,12 @@ from runtime.stages import save_predictions
 from studies.statistics import spread_of_bins
 
 DISLIKED = 2.0  # highest rating of a disliked item
-# name -> (whether the last two interactions are liked, None: either; how many are candidates)
+# name -> (are the last two interactions liked, None: either; how many are candidates; seed)
 LAST_TWO = {
-    "adherence": ((True, True), 2),
-    "temptation": ((True, False), 2),
-    "avoidance": ((None, False), 1),
-    "aversion": ((None, False), 1),
+    "adherence": ((True, True), 2, 10),
+    "temptation": ((True, False), 2, 11),
+    "avoidance": ((None, False), 1, 12),
+    "aversion": ((None, False), 1, 12),
 }
 KINDS = ("uniform", "popularity", "retrieved")  # of candidate lists, as --negatives draws them
 TEST_SEED = 2  # build_examples' generator of the test split; the kind is added
@@ -66,21 +66,21 @@ class ProbeConfig(EvalConfig):
         if self.probe in LAST_TWO and self.split_date:
             what = "asks for the last two interactions, which --split_date may have trained on"
             raise ValueError(f"--probe {self.probe} {what}; length fits, and other lists")
-        if self.split != "test":
-            raise ValueError("--split belongs to eval.py; a probe has its own examples")
+        if self.split != "test" or self.show_prompts:
+            raise ValueError("--split, --show_prompts are eval.py's: a probe has its own examples")
 
 
 def probe_examples(interactions: Interactions, config: DataConfig, probe: str) -> Examples:
     """Examples of all users whose last two interactions fit a probe.
     The target is the first of them that is a candidate; random items fill the list up to 20."""
-    (before_last, last), count = LAST_TWO[probe]
+    (before_last, last), count, seed = LAST_TWO[probe]
     ends = interactions.start[1:] - 1  # row of each user's last interaction
     fits = ends - interactions.start[:-1] >= config.min_history + count - 1
     for rows, wanted in ((ends - 1, before_last), (ends, last)):
         rating = interactions.rating[np.maximum(rows, 0)]
         if wanted is not None:
             fits &= rating >= config.min_rating if wanted else rating <= DISLIKED
-    rng = np.random.default_rng([config.data_seed, 10 + (probe == "temptation") + 2 * (count == 1)])
+    rng = np.random.default_rng([config.data_seed, seed])
     rows = rng.permutation((ends - count + 1)[fits])[: config.test_size or None]
     if len(rows) == 0:
         raise ValueError(f"--probe {probe}: no user's last two interactions fit it")
@@ -217,7 +217,7 @@ def predictions(config: EvalConfig, examples: Examples, device) -> Iterator[tupl
 
 def main() -> None:
     config = parse_source(ProbeConfig)
-    _, _, device = setup_distributed()
+    _, _, device = setup_distributed(divides=False)
     prepared, probe = prepare(config), config.probe
     check_run_data(config, sources_of(config), prepared.hash)
     examples = prepared.splits["test"]

@@ -94,7 +94,7 @@ class Caser(Recommender):
         B, T = items.shape
         rows = F.pad(self.items(items), (0, 0, WINDOW - 1, 0))  # (B, WINDOW - 1 + T, D)
         windows = rows.unfold(1, WINDOW, 1).transpose(2, 3).reshape(B * T, 1, WINDOW, -1)
-        patterns = [F.relu(filter(windows)).amax(dim=(2, 3)) for filter in self.horizontal]
+        patterns = [F.relu(conv(windows)).amax(dim=(2, 3)) for conv in self.horizontal]
         states = torch.cat([*patterns, self.vertical(windows).flatten(1)], 1)
         states = F.relu(self.hidden(self.dropout(states))).view(B, T, -1)
         return self.mix(torch.cat([states, self.users(users)[:, None].expand(-1, T, -1)], 2))

@@ -64,15 +64,15 @@ def paired(a: np.ndarray, b: np.ndarray, runs: tuple[int, int] = (1, 1)) -> Diff
     return Difference(float((a - b).mean()), resampled_means(a - b), runs)
 
 
-def holm(family: list[Difference], alpha: float = 0.05) -> None:
-    """Judge m questions together: the k-th clearest at level alpha / (m - k + 1).
+def holm(family: list[Difference]) -> None:
+    """Judge m questions together: the k-th clearest at level 0.05 / (m - k + 1).
 
     A difference is clear if its resampled means seldom lie on the other side of 0. After the first
     whose interval contains 0, the rest is judged at the same level, so theirs contain 0 too."""
     left = len(family)
     clearest = sorted(family, key=lambda d: min((d.means <= 0).mean(), (d.means >= 0).mean()))
     for difference in clearest:
-        low, high = difference.interval = interval_of(difference.means, alpha / left)
+        low, high = difference.interval = interval_of(difference.means, 0.05 / left)
         if low <= 0 <= high:
             difference.verdict = "not distinguishable"
         else:
@@ -105,7 +105,7 @@ def spread_of_bins(bins: dict[str, dict]) -> dict:
         excess = (q(0.0) - degrees) / (w.sum() - (w**2).sum() / w.sum())
         spread, interval = math.sqrt(max(0.0, excess)), []
         for wanted in reversed(CHI_SQUARE[degrees]):
-            low, high = 0.0, 1000.0 if q(0.0) > wanted else 0.0
+            low, high = 0.0, (1000.0 if q(0.0) > wanted else 0.0)
             for _ in range(80):  # q falls: where it crosses `wanted`, by bisection
                 middle = (low + high) / 2
                 low, high = (middle, high) if q(middle) > wanted else (low, middle)

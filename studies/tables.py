@@ -51,7 +51,7 @@ def command_of(table: dict, run: dict, folder: Path, processes: int) -> list[str
     options = table["common"] | own | {"output_dir": folder / run["name"]}
     if "script" in run:
         return [sys.executable, "-m", run["script"], *flags_of(options)]
-    del options["method"]
+    del options["method"]  # a script has its own --method
     options = table["training"] | options | {"shared": True, "resume": "auto"}
     if "after" in run:
         base, adapter = load_stage(folder / run["after"])

@@ -51,6 +51,8 @@ class TwoStageConfig(EvalConfig):
         super().__post_init__()
         if not self.run or self.dataset == "prepared":
             raise ValueError("give --run, the folder of a run of train.py on a log")
+        if self.show_prompts or self.decode != "greedy":
+            raise ValueError("--show_prompts, --decode are eval.py's: here log-probs are compared")
         if self.retriever == "model" and (not self.stage or "," in self.stage):
             raise ValueError("--retriever model needs one --stage: its model ranks the catalogue")
 
@@ -99,7 +101,7 @@ def retrieved(
 
 def shown_lists(examples: Examples, lists: np.ndarray) -> tuple[Examples, np.ndarray]:
     """The examples with the retrieved items as candidates, and their order (E, 20) in the prompt.
-    The order is drawn from the user's id, so that a prompt does not reveal the retriever's."""
+    The order depends on the user and the list only: the prompt does not reveal the retriever's."""
     texts = [f"{examples[e].user} {row[0]} {row[-1]}\0" for e, row in enumerate(lists)]
     seeds = [int.from_bytes(sha256(text.encode()).digest()[:8], "big") for text in texts]
     orders = np.array([np.random.default_rng(s).permutation(NUM_CANDIDATES) for s in seeds])
@@ -145,9 +147,7 @@ def catalogue_tables(places: dict[str, list[int]], ranked: dict[str, dict]) -> s
 
 def main() -> None:
     config = replace(parse_source(TwoStageConfig), decode_rest=False)
-    _, world_size, device = setup_distributed()
-    if world_size > 1:
-        raise ValueError("studies.two_stage runs in one process: start it without torchrun")
+    _, _, device = setup_distributed(divides=False)
     prepared = prepare(config)
     check_run_data(config, sources_of(config), prepared.hash)
     examples = prepared.splits[config.split].select(slice(config.users or None))

@@ -249,7 +249,8 @@ def test_prompts_lose_their_oldest_history_only_where_they_must(tokenizer):
     that micro-batches are planned with are those of the row that the model gets."""
     examples = nasty_examples()
     whole = encode_examples(examples, tokenizer, 100_000)
-    longest = [max(map(len, whole.slots(e, range(NUM_CANDIDATES)))) for e in range(len(examples))]
+    every = range(NUM_CANDIDATES)
+    longest = [max(map(len, whole.title_ids(e, every))) for e in range(len(examples))]
     needed = [len(ids) + n for ids, n in zip(whole.prompts, longest, strict=True)]
     limit, slots, dropped = int(np.percentile(needed, 30)), examples.negatives(4), []
     encoded = encode_examples(examples, tokenizer, limit)
@@ -261,7 +262,7 @@ def test_prompts_lose_their_oldest_history_only_where_they_must(tokenizer):
         skip = next(n for n in range(len(ids)) if len(ids[n]) + longest[e] <= limit)
         dropped.append(skip)
         assert list(encoded.prompts[e]) == ids[skip]
-        titles = whole.slots(e, range(NUM_CANDIDATES))
+        titles = whole.title_ids(e, range(NUM_CANDIDATES))
         for title, answer in zip(example.candidates, titles, strict=True):
             (joint,) = tokenizer.encode_prompts([f"{texts[0]} {title}"])
             assert [*ids[0], *answer] == [*joint, tokenizer.eos_id]

@@ -46,7 +46,7 @@ def half_trained(tmp_path_factory):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(80):
         batch = [(16 * step + i) % len(train.prompts) for i in range(16)]
-        groups = [train.slots(e, [train.examples.target[e]]) for e in batch]
+        groups = [train.title_ids(e, [train.examples.target[e]]) for e in batch]
         # told by the first word
         groups = [[c[:-1] + [newline] if c[0] % 2 else c for c in group] for group in groups]
         loss = -model(build_tree([train.prompts[e] for e in batch], groups))[0].mean()
@@ -103,14 +103,14 @@ def test_trie_always_names_a_listed_title(half_trained):
     assert all(r["valid"] for r in records)
     for r in records:
         e = r["example"]
-        alive, written = test.slots(e, range(20)), []
+        alive, written = test.title_ids(e, range(20)), []
         while len(alive) > 1 or len(written) < len(alive[0]):
             logits = model.logits(torch.tensor([test.prompts[e].tolist() + written]))[0, -1]
             allowed = sorted({c[len(written)] for c in alive})
             best = max(allowed, key=lambda token: logits[token].item())
             written.append(best)
             alive = [c for c in alive if c[: len(written)] == written]
-        slot = test.slots(e, range(20)).index(alive[0])
+        slot = test.title_ids(e, range(20)).index(alive[0])
         assert r["answer"] == r["candidates"][slot]
     # the first of equals; a title that is a prefix of another is told apart by its end
     logps = iter([-1.0, -1.0, -1.0, -1.0, -0.5, -1.0, 0.0])

@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from losses import LOSSES, Titles, dpo_loss, sdpo_loss, target_margins
+from losses import LOSSES, LossInputs, dpo_loss, sdpo_loss, target_margins
 
 # Two examples, three negatives; columns: chosen, then the rejected.
 POLICY = torch.tensor([[-12, -14.75, -9, -13], [-3.5, -4.25, -2.5, -8]], dtype=torch.float64)
@@ -23,7 +23,7 @@ def call(loss: str, K: int = 1, policy=POLICY, reference=REFERENCE, kl=KL, **opt
     """Losses, rewards and target margins of the loss with this name, against K negatives."""
     usual = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0}
     columns = [values[:, : 1 + K] for values in (policy, reference, PHI, LENGTHS)]
-    return LOSSES[loss](Titles(*columns, kl), SimpleNamespace(**usual | options))
+    return LOSSES[loss](LossInputs(*columns, kl), SimpleNamespace(**usual | options))
 
 
 # In float64 from the published formulas, outside this project; IPO and SimPO on means over tokens.
@@ -110,7 +110,9 @@ def test_losses_stay_finite_far_apart(loss, gap):
     K = 1 if LOSSES[loss].pairwise else 3
     policy = torch.tensor([[gap, 0.0, 0.0, 0.0]], requires_grad=True)
     ones = torch.ones(1, 1 + K)
-    titles = Titles(policy[:, : 1 + K], 0 * ones, ones * (1 + torch.arange(K, -1, -1)), ones, KL)
+    titles = LossInputs(
+        policy[:, : 1 + K], 0 * ones, ones * (1 + torch.arange(K, -1, -1)), ones, KL
+    )
     options = SimpleNamespace(beta=1.0, margin="ratio", margin_lambda=2.0)
     losses, rewards, _ = LOSSES[loss](titles, options)
     (gradient,) = torch.autograd.grad(losses.sum(), policy)

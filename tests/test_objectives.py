@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 
 from data import Encoded, Examples
-from losses import LOSSES, Titles, preference_score
+from losses import LOSSES, LossInputs, preference_score
 from train import Objective, Schedule, TrainConfig, get_lr, train_step
 
 # Two examples of five candidates. Ratings and steps until the interaction, by slot:
@@ -94,7 +94,7 @@ def test_a_loss_is_given_the_numbers_of_its_titles(loss, options, rejected, e):
     slots = [CHOSEN[e], *rejected[e]]
     numbers = [torch.tensor(a[e, slots])[None] for a in (POLICY, REFERENCE, PHI, LENGTHS)]
     given = {"beta": 1.0, "margin": "ratio", "margin_lambda": 2.0} | options
-    by_hand = LOSSES[loss](Titles(*numbers, torch.tensor(KL)), SimpleNamespace(**given))
+    by_hand = LOSSES[loss](LossInputs(*numbers, torch.tensor(KL)), SimpleNamespace(**given))
     made = objective(loss, **options)
     found, metrics = total(made, [[e]], [e])
     assert made.slots[e, 1 : 1 + made.K].tolist() == list(rejected[e])

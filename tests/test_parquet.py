@@ -9,7 +9,7 @@ import pytest
 from test_datasets import NAMES, json_lines, load, own_csv, put, rows_of
 
 ROWS = [(f"{n % 7}", f"{100 + n % 11}", 1 + n % 5, 1600000000 + 3600 * n, f"T {100 + n % 11}") for n in range(70)]  # noqa: E501  # fmt: skip
-MOMENTS = [dt.datetime.fromtimestamp(row[3], dt.timezone.utc) for row in ROWS]
+MOMENTS = [dt.datetime.fromtimestamp(row[3], dt.UTC) for row in ROWS]
 
 
 def columns() -> dict[str, list]:

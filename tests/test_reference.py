@@ -77,7 +77,7 @@ def test_every_row_is_its_own_examples(stage, budget):
     encoded, logps = objective.encoded, torch.full(objective.slots.shape, torch.nan)
     with torch.no_grad():
         for e in seen:
-            for n, ids in enumerate(encoded.slots(e, objective.slots[e])):
+            for n, ids in enumerate(encoded.title_ids(e, objective.slots[e])):
                 tree = build_tree([encoded.prompts[e]], [[ids]])
                 logps[e, n] = objective.model(tree)[0].sum()
     assert 0 < len(seen) < len(logps)

@@ -10,12 +10,13 @@ import pytest
 from launch import ROOT
 from test_report import write
 
+import eval
 from eval import summarise
 from loaders.counting import Retriever, counting_baselines, training_rows
 from loaders.frozen import prepare
 from loaders.planted import bayes_scores, world_of
 from runtime.stages import save_predictions
-from studies import two_stage
+from studies import probes, two_stage
 from studies.methods import collect
 from studies.report import report_text
 from studies.sequential import records_of
@@ -31,6 +32,14 @@ def run(tmp_path_factory):
     data |= {"prepared_dir": str(folder / "prepared"), "output_dir": str(folder / "runs/own")}
     config = TrainConfig(**data, model=str(ROOT / "demo/base"))
     return config, prepare(config)
+
+
+@pytest.mark.parametrize("program", [eval, probes])
+def test_a_program_that_divides_nothing_refuses_torchrun(monkeypatch, program):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["script", "--model=demo/base"])
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        program.main()
 
 
 def places_by_markov(examples) -> list[int]:

@@ -37,7 +37,7 @@ def test_no_candidate_and_no_word_of_a_list_stands_in_the_prompt(template, ratin
     example = Example(
         ("books", "read", "read"), "u", [("Ulysses", rating)], listed, 0, [], template
     )
-    text = render_prompt(replace(example, listed=False))
+    text = render_prompt(replace(example, list_in_prompt=False))
     assert "Ulysses" in text and text.endswith("\nAnswer:")
     assert not any(word in text for word in [*listed, "following", "list", "candidates", "<", "|>"])
     assert render_prompt(example).replace("Emma\nHamlet\n", "").count("\n") == text.count("\n")

@@ -27,8 +27,8 @@ import pyarrow.json
 from common import print0
 from loaders.values import Column, as_texts, coded, parsed_times
 
-SPLITS = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
-PART = rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])"  # what differs between parts: such a word,
+PARTS = ("train", "valid", "val", "dev", "test")  # parts that a benchmark was cut into
+PART = rf"(?<![a-z])({'|'.join(PARTS)})(?![a-z])"  # what differs between parts: such a word,
 PART += r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+"  # a UUID or a number
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 PACKED |= {b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}  # are refused
@@ -68,7 +68,7 @@ def find_files(path, patterns: Iterable, what: str, without=(), below=False) -> 
             names = f"{[f.name for f in found[:20]]}; give one of them as --data_dir"
             raise ValueError(f"{path}: several files could be the {what}: {names}")
         if found:
-            return sorted(found, key=lambda f: [SPLITS.index(w) for w in words[f] if w in SPLITS])
+            return sorted(found, key=lambda f: [PARTS.index(w) for w in words[f] if w in PARTS])
     inside = [f.name for f in sorted(path.iterdir())][:8] if path.is_dir() else "no such path"
     raise ValueError(f"{path}: no {what} (looked for {', '.join(patterns)}; found {inside})")
 
@@ -78,7 +78,7 @@ def name_of(files: list[Path]) -> str:
     return str(files[0] if len(files) == 1 else files[0].parent / f"*{files[0].suffix}")
 
 
-def facts(files: Iterable[Path]) -> list:
+def file_stamps(files: Iterable[Path]) -> list:
     """Names, sizes and times of files: if one changes, examples are prepared again."""
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
