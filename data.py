@@ -114,7 +114,7 @@ class ExampleConfig:
     decay: float = arg(0.5, "preference score = rating / (1 + steps)^decay", at_least=0)
     exclude: str = arg("all", "random items: never touched, or not shown", choices=("all", "seen"))
     negatives: str = arg("uniform", "how random candidates are drawn", choices=KINDS)
-    data_seed: int = arg(0, "seed of candidates, negatives, order and templates")
+    data_seed: int = arg(0, "seed of candidates, negatives, order and templates", at_least=0)
 
     def __post_init__(self):
         check_options(self)
@@ -190,7 +190,7 @@ class Examples:
         is_random = np.take_along_axis(self.is_random, self.negative_order, 1)
         allowed = {"both": is_random | True, "random": is_random, "follow": ~is_random}[source]
         if (fewest := allowed.sum(1).min(initial=K)) < K:
-            raise ValueError(f"--num_negatives {K}: an example has only {fewest} ({source})")
+            raise ValueError(f"--num_negatives {K}: --negative_source {source} has only {fewest}")
         first = np.argsort(~allowed, axis=1, kind="stable")[:, :K]
         return np.take_along_axis(self.negative_order, first, 1)
 
@@ -236,8 +236,8 @@ def chosen_follower(interactions: Interactions, rows: np.ndarray, config: Exampl
     scores above a random candidate. --positive first: it is the first liked one, at any score."""
     chosen, best = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf)
     for step in range(config.followers):
-        ratings = interactions.rating[rows + step].astype(float)
-        scores = preference_score(ratings, step, config.decay)
+        ratings = interactions.rating[rows + step]
+        scores = preference_score(ratings.astype(float), step, config.decay)
         if config.positive == "first":
             scores = np.where(ratings >= config.min_rating, np.inf, 0.0)
         chosen[scores > best] = step

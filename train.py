@@ -48,6 +48,7 @@ from runtime.estimate import dry_run
 from runtime.policy import ModelOptions, load_policy
 from runtime.processes import Logger, Run, Schedule, StepMetrics, any_rank, prefetch
 from runtime.sharding import local, reduce_metrics, reshard, save_checkpoint
+from runtime.sources import SourceConfig, kept_prompt
 
 CONFIGS = Path(__file__).parent / "configs"
 SMALL = 50_000_000  # parameters; smaller models have other defaults
@@ -64,9 +65,9 @@ class TrainConfig(ModelOptions):
     Without --config, models below 50 million parameters take their defaults from
     configs/small.json, and --model titles from configs/titles.json."""
 
-    lora_r: int = arg(8, "LoRA rank; 0 = train all parameters", at_least=0)
+    lora_r: int = arg(8, "rank of a new adapter; 0 = train all parameters", at_least=0)
     sft_lora_r: int = arg(-1, "LoRA rank in sft; -1 = lora_r", at_least=-1, read_by=SFT)
-    lora_alpha: float = arg(32.0, "LoRA alpha; scaling = alpha / r", above=0)
+    lora_alpha: float = arg(32.0, "of a new adapter; scaling = alpha / r", above=0)
     lora_dropout: float = arg(0.1, "adapter dropout, sft only", at_least=0, below=1, read_by=SFT)
     stages: str = arg(
         "sft,recpo",
@@ -103,7 +104,7 @@ class TrainConfig(ModelOptions):
     )
     gradient_checkpointing: bool = arg(False, "recompute blocks: less memory, slower", free=True)
     compile: bool = arg(False, "torch.compile the blocks: a slow start, then faster", free=True)
-    seed: int = arg(0, "seed of initial weights, batch order and dropout")
+    seed: int = arg(0, "seed of initial weights, batch order and dropout", at_least=0)
     decode_rest: bool = arg(True, "generate if no candidate fits; off: invalid", group="output")
     val_size: int = arg(200, "validation users; 0 = none", at_least=0)
     eval_steps: int = arg(0, "also validate every N steps", at_least=0, read_by=("--val_size",))
@@ -171,7 +172,9 @@ def defaults(given: dict) -> dict:
         why = f"for a model of {count / 1e6:,.1f} million parameters"
     name = f"configs/{chosen.name}" if chosen else "those of --help, the paper's,"
     print0(f"defaults: {name} {why}; flags override them, --config FILE replaces them")
-    return data_defaults(given) | (read_json(chosen) if chosen else {})
+    kept = kept_prompt(Path(adapter or model or os.devnull))  # of a stage: its prompts
+    kept = {name: value for name, value in kept.items() if name in SourceConfig.KEPT}
+    return data_defaults(given) | (read_json(chosen) if chosen else {}) | kept
 
 
 # ------------------------------------------------------------------------ the objective
@@ -297,9 +300,8 @@ class Objective:
     def preference(self, batch: MicroBatch, token_logps: Tensor):
         B, n = len(batch.phi), 1 + self.K
         logps = batch.tree.sum_logps(token_logps)  # (B, N)
-        reference_logps, phi, lengths = batch.reference_logps, batch.phi, batch.lengths
-        parts = (part[:, :n] for part in (logps, reference_logps, phi, lengths))
-        inputs = LossInputs(*parts, self.kl)
+        reference, phi, lengths = batch.reference_logps, batch.phi, batch.lengths
+        inputs = LossInputs(logps[:, :n], reference[:, :n], phi[:, :n], lengths[:, :n], self.kl)
         losses, rewards, margins = self.method(inputs, self.config)
         loss, chosen_logps = losses.sum() / batch.num_examples, token_logps[batch.chosen]
         if self.sft_weight:
@@ -309,7 +311,7 @@ class Objective:
 
         per_example = preference_metrics(inputs, losses, rewards, margins)
         if self.loss == "kto":
-            per_example["kl"] = logps[:, -1] - reference_logps[:, -1]
+            per_example["kl"] = logps[:, -1] - reference[:, -1]
         sums = {name: (values.detach().sum(), B) for name, values in per_example.items()}
         sums["loss"] = (loss.detach(), B / batch.num_examples)
         sums["nll_loss"] = (-inputs.policy_logps[:, 0].detach().sum(), len(batch.chosen))
@@ -508,9 +510,9 @@ def finish_stage(run: Run, name: str, model: Transformer, folder: Path) -> None:
         with writing(folder / "eval"):
             stages.save_predictions(folder / "eval", metrics, records)
         with writing(final):
-            for kept in folder.glob("checkpoint-*"):
+            folder.rename(final)  # first, so that a stop in between loses nothing
+            for kept in final.glob("checkpoint-*"):
                 shutil.rmtree(kept)
-            folder.rename(final)
         print0(results_table({name: metrics}))
     dist.barrier()
 
@@ -622,9 +624,8 @@ def write_results(run: Run) -> None:
     rows = {s: read_json(run.folder / s / "eval" / "metrics.json") for s in config.stage_list}
     bounds, test = {}, run.test.examples
     if world := world_of(vars(config)):
-        optimum = bayes_scores(world, test, config.min_rating)
-        hits = ranking_metrics(optimum, test.target)["hit_ratio@1"]
-        bounds["Bayes-optimal"] = float(hits.mean())
+        metrics = ranking_metrics(bayes_scores(world, test, config.min_rating), test.target)
+        bounds["Bayes-optimal"] = float(metrics["hit_ratio@1"].mean())
     table = results_table(rows, bounds)
     for stage, row in rows.items():
         if stage != "raw" and row["valid_ratio"] < 0.5:

@@ -159,7 +159,7 @@ def build_dated_examples(log: Interactions, config) -> tuple[Interactions, dict[
 
 
 # ------------------------------------------------------------------------------------------ on disk
-PREPARED_FORMAT = 8  # raised when the same options give other examples, or other files, than before
+PREPARED_FORMAT = 9  # raised when the same options give other examples, or other files, than before
 
 
 def write_prepared(folder: Path, log: Interactions, splits: dict[str, Examples]) -> None:

@@ -160,6 +160,8 @@ def choose_percentile(config, source: str, table: Table) -> str:
         return config.ranks
     if name is None or plain_name(name) in AMOUNTS:
         what = f"{name} are amounts" if name else "no rating column: repeats are counted"
+        if config.split_date:
+            raise ValueError(f"{source}: {what}: ranks would count what follows --split_date")
         print0(f"note: {what}; they are ranked as by --scale rank:item")
         return "item"
     if doubt := scale_doubt(read_numbers(table.columns["rating"])):
@@ -194,12 +196,12 @@ def load(config) -> Interactions:
         both, source = ("id", "title"), name_of(items)
         find = Finder({key: known[key] for key in both if key in known}, both, usual)
         table = read_table(items, find, plain=config.dataset == "recbole")
-    titles = [""] * len(rows.item_ids)
+    ids, titles = rows.item_ids, [""] * len(rows.item_ids)
     if "title" in table.labels:
-        titles = titles_of(rows.item_ids, table, find, source)
+        titles = titles_of(ids, table, find, source)
     del table  # a log of 20 million rows takes 500 MB
     if few := titles.count(""):
         what = f"{few:,} of {len(titles):,} items have no title: ids are shown"
         print0(f"note: {what} (--columns title=NAME, --item_file)")
-    titles = [clean_title(t) or clean_title(i) for t, i in zip(titles, rows.item_ids)]
+    titles = [clean_title(t) or clean_title("#" * i.isdecimal() + i) for t, i in zip(titles, ids)]
     return finish(rows, titles, config.dataset, percentile=percentile, summed=bool(percentile))

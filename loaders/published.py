@@ -18,9 +18,8 @@ from loaders.table import clean_title, finish, usable_rows
 from loaders.values import read_ids, read_number
 
 NO_TEXT = frozenset([""])  # a user may be called NULL
-MOVIES = ("movies", "watched", "watch")
 WORDS = {
-    "movielens": MOVIES,
+    "movielens": ("movies", "watched", "watch"),
     "amazon": ("products", "bought", "buy"),
     "amazon_books": ("books", "read", "read"),
     "steam": ("games", "played", "play"),

@@ -56,5 +56,4 @@ def show() -> None:
     (answer,) = tokenizer.encode_completions([example.candidates[chosen]])
     ids = [*prompt[-3:], *answer]
     tokens = [repr(tokenizer.inner.decode([i], skip_special_tokens=False)) for i in ids]
-    tokens.insert(3, "||")
-    print("boundary: ...", *tokens, "  (|| ends the prompt; all behind it is scored)")
+    print("boundary: ...", *tokens[:3], "||", *tokens[3:], "  (|| ends the prompt)")

@@ -41,7 +41,7 @@ class Catalogue:
         if code is not None:
             return code, self.ids[code], self.titles[code]
         if not title:
-            raise ValueError(f"{where} is {entry!r:.80}: give a title (an id needs the log)")
+            raise ValueError(f"{where} is {entry!r:.80}: give a title (ids need --prepared_dir)")
         if self.titles:
             note_once(f'the log has no "{title}", which is ranked all the same')
         return None, item, title

@@ -70,7 +70,7 @@ def sources_of(config: SourceConfig) -> dict[str, tuple[Path, Path | None]]:
     """Name -> (base, adapter) of everything to evaluate."""
     run, adapter = Path(config.run), Path(config.adapter)
     if config.run:
-        listed = (config.stage or read_json(run / "config.json")["stages"]).replace(" ", "")
+        listed = (config.stage or read_json(run / "config.json").get("stages", "")).replace(" ", "")
         stages = [s for s in listed.split(",") if config.stage or (run / s).is_dir()]
         if not stages:
             raise ValueError(f"{run}: no stage of this run is finished yet")

@@ -140,10 +140,8 @@ def collect(folder: Path, table: dict) -> dict[str, Method]:
             differ = ", ".join(sorted(changed(r.config, other.config)))
             if differ or r.seed == other.seed:
                 why = f"differ in {differ}" if differ else f"have seed {r.seed}"
-                raise ValueError(
-                    f"{other.run} and {r.run} are both called {r.method!r} and {why}; give one of "
-                    "them another method in the table file"
-                )
+                what = f"{other.run} and {r.run} are both called {r.method!r} and {why}"
+                raise ValueError(f"{what}; give one another method in the table file")
         method.results.append(r)
     rank = {stage: i for i, stage in enumerate(ORDER)}
     order = sorted(methods.values(), key=lambda m: (rank.get(m.stage, 99), m.name != m.stage))

@@ -39,8 +39,8 @@ def execute(what: str, command: list[str], log: Path) -> None:
     with open(log, "a") as out:
         print(f"\n$ {' '.join(command[1:])}", file=out, flush=True)
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
-    if code:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip("= ")]
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip("= ")]
+    if code or any(line.startswith("stopped ") for line in lines[-2:]):  # by SIGTERM: exit code 0
         raise ValueError(f"{log}: exit code {code}: {lines[-1]}; the same command resumes")
     print(f"{what}: {time.time() - started:.0f} s", flush=True)
 
@@ -74,17 +74,17 @@ def read_table() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--model", default="", help="model, if the table leaves it open")
     parser.add_argument("--prepared_dir", default="prepared")
     args = parser.parse_args()
-    table = read_json(args.table)
+    table = {"common": {}, "training": {}, "runs": []} | read_json(args.table)
     given = {"dataset": args.dataset, "data_dir": args.data_dir, "prepared_dir": args.prepared_dir}
     table["common"] |= {name: value for name, value in given.items() if value}
-    table["training"] = table.get("training", {}) | ({"model": args.model} if args.model else {})
+    table["training"] |= {"model": args.model} if args.model else {}
     if "dataset" not in table["common"]:
         raise ValueError(f"{args.table} leaves the data set open: --dataset")
     if "model" not in table["training"] and any("script" not in run for run in table["runs"]):
         raise ValueError(f"{args.table} leaves the model open: --model")
     names = {run.get("name") for run in table["runs"] if "method" in run} - {None}
-    if len(names) < len(table["runs"]):
-        raise ValueError(f"{args.table}: every run needs a name of its own and a method")
+    if not names or len(names) < len(table["runs"]):
+        raise ValueError(f"{args.table} needs runs, each with a name of its own and a method")
     return args, table
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     (folder / "table.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
     for number, run in enumerate(table["runs"], 1):
         what, place = f"{number}/{len(table['runs'])} {run['name']}", folder / run["name"]
-        if (place / "results.md").exists() or (place / "eval/metrics.json").exists():
+        if "script" in run and (place / "eval/metrics.json").exists():  # train.py checks its own
             print(f"{what}: finished before", flush=True)
         else:
             command = command_of(table, run, folder, args.nproc_per_node)

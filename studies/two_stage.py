@@ -177,7 +177,8 @@ def main() -> None:
         folder = Path(config.output_dir or f"{config.run}/two_stage") / stage
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / f"{config.retriever}.json", json.dumps(content) + "\n")
+            name = config.retriever + "-val" * (config.split == "val")  # reports show test users
+            write_whole(folder / f"{name}.json", json.dumps(content) + "\n")
         print(
             f"\n{config.run}, {stage}, {config.retriever}: {len(examples):,} users, "
             f"{interactions.num_items:,} items, data {prepared.hash[:12]}; [95 % interval]\n\n"

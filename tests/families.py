@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from data import Example, Examples, render_prompt
 from demo.pretrain import known_titles, write_tokenizer
+from loaders import published
 from loaders.frozen import Prepared, prepare
-from loaders.published import MOVIES
 from model import ModelConfig, init_weights, save_pretrained
 from train import TrainConfig
 
@@ -38,7 +38,7 @@ WORDS = [
 def prompt_of(titles: list[str], template: int = 0) -> str:
     """A prompt whose history and candidates are these titles."""
     rated = [(title, 4.0) for title in titles]
-    return render_prompt(Example(MOVIES, "u", rated, titles, 0, [], template))
+    return render_prompt(Example(published.WORDS["movielens"], "u", rated, titles, 0, [], template))
 
 
 TEXTS = [prompt_of(NASTY, n) for n in range(5)]

@@ -17,7 +17,7 @@ from hub.tokenizer import Tokenizer
 from loaders.counting import counting_baselines
 from loaders.frozen import DataConfig, find_prepared, prepare
 from loaders.planted import DEFAULTS
-from loaders.published import MOVIES
+from loaders.published import WORDS
 from model import load_pretrained
 from runtime.sources import parse_source, with_run_options
 
@@ -35,7 +35,7 @@ def half_trained(tmp_path_factory):
     user, time = np.repeat(np.arange(U), L), np.tile(np.arange(L), U) + 1
     ratings, names = rng.integers(3, 6, U * L), dict(enumerate(titles))
     interactions = make_interactions(user, item, ratings, time, names, "movielens")
-    interactions.words = MOVIES
+    interactions.words = WORDS["movielens"]
     splits = build_examples(interactions, DataConfig(followers=3, history=5, train_size=400))
     folder = tmp_path_factory.mktemp("half-trained")
     make_base_model(folder, splits["train"], hidden_size=64, num_layers=2, vocab_size=400, seed=0)

@@ -169,6 +169,7 @@ REFUSED = {  # content, options (an item file's content among them), culprits an
     "customers' names": (table(CUSTOMERS, [*NAMES[:4], "name"]), {}, ["40 items have several titles in column name", "--columns"]),  # noqa: E501
     "no columns of items": (table(BARE, None, "\t"), POSITIONS, ["which column is the id", "--columns"]),  # noqa: E501
     "other items": (table(BARE, NAMES[:4]), {"item_file": ITEMS}, ["no title of the log's items", "['B0', 'B1']", "id=NAME"]),  # noqa: E501
+    "amounts and a date": (table(names=[*NAMES[:2], "plays", *NAMES[3:]]), {"split_date": "10%"}, ["plays are amounts", "--split_date"]),  # noqa: E501
     "outside the scale": (table(), {"scale": "0,1"}, ["column rating", "no number in --scale 0,1", "row 2"]),  # noqa: E501
     **{t: (table(changed(3, lambda _, t=t: t)), {}, ["row 2, column timestamp", repr(t), "written as 2024-12-31"]) for t in UNKNOWN},  # noqa: E501
     "json title lists": (json_lines(r | {"title": [r["title"]]} for r in RECORDS), {"dataset": "jsonl"}, ["a list or an object, ['Film, 1']", "write a text"]),  # noqa: E501
@@ -253,7 +254,7 @@ def test_absent_values_are_counted_and_never_ids_or_titles(mark, tmp_path, capsy
     assert len(found.user) == len(ROWS) - 4 == len(ROWS) - sum(found.notes.values())
     reasons = {re.sub(r" \(.*", "", why) for why in found.notes}
     assert reasons == {f"rows without {n}" for n in ("user", "item", "rating", "timestamp")}
-    assert found.titles[found.item_ids.index("7")] == "7"
+    assert found.titles[found.item_ids.index("7")] == "#7"  # no rating
     assert "1 of 40 items have no title" in capsys.readouterr().out
 
 

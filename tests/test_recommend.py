@@ -97,7 +97,7 @@ ONE = [{"title": "A", "rating": 4}]
 
 @pytest.mark.parametrize(("history", "candidates", "culprit"), [
     ([{"title": "", "rating": 4}], ["A", "B"], "history entry 1"),
-    ([{"item": "1", "rating": 4}], ["A", "B"], "history entry 1 .*an id needs the log"),
+    ([{"item": "1", "rating": 4}], ["A", "B"], "history entry 1 .*ids need --prepared_dir"),
     (ONE, ["A", "&nbsp;"], "candidate 2"),
     (ONE, ["\u00e9t\u00e9", "B", "e\u0301te\u0301"], "candidate '\u00e9t\u00e9' stands"),
     (ONE, ["A"], "1 candidates, give at least 2"),
@@ -191,7 +191,7 @@ def test_an_adapter_alone_is_asked_as_its_run_asks(run, ask, tmp_path):
         assert "only 3% of this model's test answers" in note and lines == expected
     (copy / "sft/prompt.json").unlink()
     assert ask(f"--adapter={copy / 'sft'}")[1:] != expected
-    with pytest.raises(ValueError, match="my.json: history entry 1 .*s0.*an id needs the log"):
+    with pytest.raises(ValueError, match="my.json: history entry 1 .*s0.*ids need --prepared_dir"):
         ask(f"--run={run}", f"--prepared_dir={tmp_path}")
 
 
@@ -373,7 +373,7 @@ GOOD = '{"user": "ok", "history": [{"item": "s1", "rating": 4}]}'
 
 @pytest.mark.parametrize(("line", "changes", "culprit"), [
     ("not json", {}, "new.jsonl: no user in .*line 2: not json"),
-    (GOOD.replace("s1", "s999"), {}, "user 2: history entry 1 .*'s999'.*an id needs the log"),
+    (GOOD.replace("s1", "s999"), {}, "user 2: history entry 1 .*'s999'.*ids need --prepared_dir"),
     (GOOD.replace("ok", "b").replace("item", "title"), {}, "0 candidates, give at least 20"),
     (GOOD, {}, "new.jsonl: user 2: expected a .user. of its own, not 'ok'"),
     (GOOD[:-1] + ', "candidates": ["s2", "s3"]}', {}, "2 candidates, give at least 20"),
