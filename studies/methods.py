@@ -141,7 +141,7 @@ def collect(folder: Path, table: dict) -> dict[str, Method]:
             if differ or r.seed == other.seed:
                 why = f"differ in {differ}" if differ else f"have seed {r.seed}"
                 what = f"{other.run} and {r.run} are both called {r.method!r} and {why}"
-                raise ValueError(f"{what}; give one another method in the table file")
+                raise ValueError(f"{what}; give one of them another in the table")
         method.results.append(r)
     rank = {stage: i for i, stage in enumerate(ORDER)}
     order = sorted(methods.values(), key=lambda m: (rank.get(m.stage, 99), m.name != m.stage))
