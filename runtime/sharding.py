@@ -203,6 +203,7 @@ def load_checkpoint(checkpoint: Path, model, optimizer, made_from: dict) -> tupl
         way_out = "put the old ones back, or choose another --output_dir"
         raise ValueError(f"{checkpoint}: made from other {', '.join(other)}; {way_out}")
     parameters = trained(model)
+    assert {*optimizer.param_groups[0]["params"]} == {*parameters.values()}, "moments of other ones"
     for p in parameters.values():
         taken = torch.tensor(float(state["optimizer_steps"]), device=local(p).device)
         optimizer.state[p] = {m: torch.zeros_like(p) for m in MOMENTS} | {"step": taken}
