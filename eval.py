@@ -128,7 +128,7 @@ def predict(
             records[e] |= {"free": free[b]} if decode == "trie" else {}
 
     open_ones = [e for e in sorted(records) if records[e]["answer"] is None]
-    rest = sorted(records) if decode == "generate" else open_ones if decode_rest else []
+    rest = sorted(records) if decode == "generate" else (open_ones if decode_rest else [])
     batches = planned(widths, rest, micro_batch_tokens)
     for batch in progress(rounds(batches, any_rank), "answers written out", len(batches)):
         prompts = [encoded.prompts[e].tolist() for e in batch or nobody]

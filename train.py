@@ -172,7 +172,7 @@ def defaults(given: dict) -> dict:
         why = f"for a model of {count / 1e6:,.1f} million parameters"
     name = f"configs/{chosen.name}" if chosen else "those of --help, the paper's,"
     print0(f"defaults: {name} {why}; flags override them, --config FILE replaces them")
-    kept = kept_prompt(Path(adapter or model or os.devnull))  # of a stage: its prompts
+    kept = kept_prompt(Path(adapter or model or os.devnull))  # a stage keeps its prompts
     kept = {name: value for name, value in kept.items() if name in SourceConfig.KEPT}
     return data_defaults(given) | (read_json(chosen) if chosen else {}) | kept
 

@@ -10,7 +10,7 @@ import pytest
 from launch import ROOT
 from test_report import write
 
-import eval
+import eval as evaluation
 from eval import summarise
 from loaders.counting import Retriever, counting_baselines, training_rows
 from loaders.frozen import prepare
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     return config, prepare(config)
 
 
-@pytest.mark.parametrize("program", [eval, probes])
+@pytest.mark.parametrize("program", [evaluation, probes])
 def test_a_program_that_divides_nothing_refuses_torchrun(monkeypatch, program):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["script", "--model=demo/base"])

@@ -97,6 +97,7 @@ def test_a_run_without_the_list_ranks_and_recommends_from_the_catalogue(tmp_path
     in_process(train.main, "--model=titles", *data, *steps, "--stages=sft,recpo")
     assert "HR@1 trie" in (run / "results.md").read_text()
     stage = (f"--run={run}", "--stage=sft", kept, "--retriever=model")
+    assert not train.defaults({"model": str(run / "sft")})["list_in_prompt"]  # kept
     in_process(two_stage.main, *stage)
     places = json.loads((run / "two_stage" / "sft" / "model.json").read_text())["places"]
     options = json.loads((run / "config.json").read_text())
